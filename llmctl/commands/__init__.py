@@ -1,0 +1,1 @@
+"""One file per subcommand: flags -> config -> one engine call -> the result on stdout."""

@@ -1,0 +1,183 @@
+"""Every setting once: frozen dataclasses, one default and one line of meaning per field.
+
+Config is data. It never builds, imports or mutates; whoever builds a thing reads its section from here.
+A YAML key is the dotted path of a field (`train.batch_size`), an environment variable is `LLMCTL_TRAIN_BATCH_SIZE`,
+and `--set train.batch_size=8` is the flag.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Family = Literal["decoder", "encoder", "encoder_decoder"]
+ObjectiveName = Literal["clm", "mlm", "span", "seq2seq"]
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """Declare a field with its default and its one line of meaning, which `--print-config` shows."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+def section(kind: type, meaning: str) -> Any:
+    """Declare a field that is itself a config section."""
+    return field(default_factory=kind, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The family tree of Transformers in one record; every combination that makes sense builds one model.
+
+    The defaults are the maths of `LlamaForCausalLM` (pre-norm, RMSNorm, rotary positions, gated SiLU, no biases).
+    """
+
+    family: Family = setting("decoder", "decoder, encoder, or encoder_decoder")
+    vocab_size: int = setting(0, "rows of the embedding table; 0 takes the tokenizer's size")
+    d_model: int = setting(256, "width of the residual stream")
+    n_layers: int = setting(4, "blocks in the decoder or encoder stack (encoder side of an encoder_decoder)")
+    n_decoder_layers: int = setting(0, "blocks in the decoder of an encoder_decoder; 0 means as many as n_layers")
+    n_heads: int = setting(4, "query heads")
+    n_kv_heads: int = setting(0, "key/value heads (grouped-query attention); 0 means n_heads")
+    head_dim: int = setting(0, "width of one head; 0 means d_model / n_heads")
+    d_ff: int = setting(0, "width of the feed-forward layer; 0 means 4 d_model, or 8/3 d_model rounded to 64 if gated")
+    max_positions: int = setting(1024, "longest sequence the model is built for, in tokens")
+    norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "rmsnorm or layernorm")
+    norm_position: Literal["pre", "post"] = setting("pre", "pre: x + f(norm(x)); post: norm(x + f(x)), as in 2017")
+    norm_eps: float = setting(1e-5, "epsilon inside the norms")
+    embedding_norm: bool = setting(False, "norm right after the embeddings (BERT, BART)")
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = setting("rope", "position scheme")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies")
+    position_offset: int = setting(0, "rows skipped in the learned position table (BART: 2)")
+    n_relative_buckets: int = setting(32, "buckets of the relative position bias (T5)")
+    max_relative_distance: int = setting(128, "distance, in tokens, from which the last relative bucket is shared (T5)")
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = setting("silu", "feed-forward activation")
+    gated: bool = setting(True, "gated feed-forward: down(act(gate(x)) * up(x))")
+    attention_bias: bool = setting(False, "bias in the attention projections")
+    mlp_bias: bool = setting(False, "bias in the feed-forward projections")
+    qk_norm: bool = setting(False, "RMSNorm of queries and keys per head (Qwen3)")
+    attention_scale: float = setting(0.0, "factor on the attention scores; 0 means head_dim ** -0.5 (T5: 1)")
+    attention_windows: tuple[int, ...] = setting((), "per-layer attention width in tokens, repeated over the layers; 0 is full")
+    query_layer: bool = setting(False, "extra top layer whose queries are position embeddings (PanGu-Alpha)")
+    n_token_types: int = setting(0, "rows of the token-type embedding (BERT: 2); 0 is none")
+    embedding_scale: float = setting(1.0, "factor on the token embeddings (2017 Transformer: sqrt(d_model))")
+    tie_embeddings: bool = setting(True, "the head shares the embedding's weight")
+    logits_scale: float = setting(1.0, "factor on the hidden states before the head (tied T5: d_model ** -0.5)")
+    logits_bias: bool = setting(False, "bias on the logits (BERT, BART, Marian)")
+    head_transform: bool = setting(False, "dense + activation + norm before the head (BERT)")
+    dropout: float = setting(0.0, "dropout in embeddings, attention output and feed-forward output")
+    init_std: float = setting(0.02, "standard deviation of the initial weights")
+    pad_id: int = setting(-1, "padding token; -1 is none")
+    bos_id: int = setting(-1, "beginning-of-text token; -1 is none")
+    eos_id: int = setting(-1, "end-of-text token; -1 is none")
+    mask_id: int = setting(-1, "mask token; -1 is none")
+    decoder_start_id: int = setting(-1, "first token of the decoder in an encoder_decoder; -1 is none")
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to train: a preset's name or a model folder, and fields of ModelConfig that replace its own."""
+
+    preset: str = setting("auto", "a preset's name, a model folder or file to go on from, or auto")
+    overrides: Mapping[str, Any] = setting({}, "fields of the model configuration that replace the preset's")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How a tokenizer is trained when none is given."""
+
+    path: str = setting("", "an existing tokenizer (file or folder); empty trains one on the corpus")
+    model_type: Literal["bpe", "unigram", "char"] = setting("bpe", "bpe, unigram, or char (one token per character)")
+    vocab_size: int = setting(2048, "pieces, specials and bytes included")
+    n_sentinels: int = setting(0, "sentinel tokens <extra_id_i> for span corruption")
+    character_coverage: float = setting(0.9995, "share of the corpus's characters that get a piece; the rest is bytes")
+    max_train_bytes: int = setting(50_000_000, "text the trainer samples at most, in bytes; more is sampled evenly")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is laid out."""
+
+    paths: tuple[str, ...] = setting((), "files, folders, globs or `-`; empty is the embedded default corpus")
+    text_key: str = setting("text", "field of jsonl, csv and parquet rows that holds the text")
+    source_key: str = setting("source", "field that holds the input of a pair (seq2seq)")
+    target_key: str = setting("target", "field that holds the output of a pair (seq2seq)")
+    split: Literal["file", "line", "blank"] = setting("file", "what one document of a .txt is: the file, a line, or a paragraph")
+    val_frac: float = setting(0.05, "share of the documents held out for evaluation")
+    val_tail: bool = setting(False, "hold out the last part of the text instead of drawn documents")
+    isolate: bool = setting(True, "a document never attends into its neighbour in a packed row")
+    mask_frac: float = setting(0.15, "share of the tokens that are predicted (mlm) or removed (span)")
+    whole_word: bool = setting(False, "mask all pieces of a word together (mlm)")
+    mean_span_tokens: float = setting(3.0, "mean length of a removed span, in tokens (span)")
+    workers: int = setting(0, "processes that encode text; 0 means one per core")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = setting("muon", "adamw, or muon for the matrices with adamw for the rest")
+    lr: float = setting(3e-3, "peak learning rate of adamw")
+    muon_lr: float = setting(0.02, "peak learning rate of muon")
+    weight_decay: float = setting(0.1, "decoupled weight decay of the matrices")
+    beta1: float = setting(0.9, "adamw's first moment decay")
+    beta2: float = setting(0.95, "adamw's second moment decay")
+    eps: float = setting(1e-8, "adamw's epsilon")
+    momentum: float = setting(0.95, "muon's momentum")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting("wsd", "shape of the learning rate over the steps")
+    warmup_frac: float = setting(0.02, "share of the steps that warm up linearly")
+    decay_frac: float = setting(0.5, "share of the steps that decay (wsd)")
+    min_lr_frac: float = setting(0.0, "final learning rate as a share of the peak")
+    clip_norm: float = setting(1.0, "largest gradient norm; 0 is no clipping")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: budget, batch, precision, intervals."""
+
+    steps: int = setting(0, "optimizer steps; 0 takes the other budgets")
+    tokens: int = setting(0, "budget in trained tokens; 0 is none")
+    minutes: float = setting(0.0, "budget in minutes of wall time; 0 is none")
+    batch_size: int = setting(16, "rows per optimizer step, over all processes")
+    micro_batch_size: int = setting(0, "rows per forward pass; 0 means batch_size (no accumulation)")
+    seq_len: int = setting(256, "tokens per row")
+    seed: int = setting(0, "seed of weights, data order and masking")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "precision of the products; auto is bfloat16 where it is fast")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
+    compile: bool = setting(False, "compile the model with torch.compile")
+    loss_chunk_tokens: int = setting(2048, "tokens whose logits exist at the same time")
+    eval_every: int = setting(0, "steps between evaluations; 0 means a tenth of the steps")
+    eval_tokens: int = setting(65536, "held-out tokens per evaluation during training; the final one uses all")
+    save_every: int = setting(0, "steps between checkpoints; 0 means at every evaluation")
+    keep_checkpoints: int = setting(2, "newest checkpoints kept beside the best")
+    log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    sample_prompts: tuple[str, ...] = setting((), "prompts continued at every evaluation; empty takes the objective's own")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything `llmctl pretrain` reads."""
+
+    objective: ObjectiveName = setting("clm", "clm next token, mlm masked tokens, span T5 spans, seq2seq pairs")
+    model: ModelChoice = section(ModelChoice, "the model")
+    tokenizer: TokenizerConfig = section(TokenizerConfig, "the tokenizer")
+    data: DataConfig = section(DataConfig, "the text")
+    optim: OptimConfig = section(OptimConfig, "the optimizer")
+    train: TrainConfig = section(TrainConfig, "the loop")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How text is drawn from a model."""
+
+    max_tokens: int = setting(128, "new tokens at most")
+    temperature: float = setting(0.8, "0 is greedy")
+    top_k: int = setting(0, "keep the k most probable tokens; 0 is off")
+    top_p: float = setting(1.0, "keep the smallest set with this probability; 1 is off")
+    min_p: float = setting(0.0, "drop tokens below this share of the best one's probability; 0 is off")
+    repetition_penalty: float = setting(1.0, "divide the logits of tokens seen before (CTRL, arXiv:1909.05858); 1 is off")
+    stop: tuple[str, ...] = setting((), "strings that end the text; they are cut off")
+    seed: int = setting(0, "seed of the draws; each prompt has its own stream")
+    beams: int = setting(1, "beam width of an encoder_decoder; 1 is off")
+    length_penalty: float = setting(1.0, "beam scores are divided by length ** this")
+    batch_size: int = setting(16, "prompts decoded together")

@@ -1,0 +1,151 @@
+"""From rows to the arrays of one forward pass, one builder per objective.
+
+What is drawn for a row (masks, spans) comes from a generator seeded by (seed, number of the row): it is new in every
+epoch and the same on any number of processes. Knows no model; ids arrive as numbers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.data.masking import IGNORE, Masking, mask_tokens, remove_spans
+from llmctl.data.stream import PackedRows, PairRows, Row
+
+Ints = NDArray[np.int64]
+Batch = dict[str, Ints]
+"""Arrays of one forward pass: `labels` and the inputs of `LanguageModel.hidden`, all (B, T), int64."""
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The token numbers that builders insert."""
+
+    pad: int
+    eos: int
+    decoder_start: int
+    special: NDArray[np.bool_]
+    sentinels: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+def stack(rows: Sequence[Ints], fill: int) -> Ints:
+    """Pad rows of unequal length on the right: (B, longest)."""
+    out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for index, row in enumerate(rows):
+        out[index, : len(row)] = row
+    return out
+
+
+class CausalBatches:
+    """Next-token prediction: the label of a position is its successor in the same document."""
+
+    def __init__(self, rows: PackedRows, ids: Ids) -> None:
+        self.rows, self.ids, self.n_rows = rows, ids, rows.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows with these numbers."""
+        rows = [self.rows.row(number) for number in numbers]
+        tokens, documents = np.stack([row.tokens for row in rows]), np.stack([row.documents for row in rows])
+        follows = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] != 0)
+        batch = {"input_ids_BT": tokens[:, :-1], "labels": np.where(follows, tokens[:, 1:], IGNORE)}
+        # One document per row needs no mask, and attention is fastest without one.
+        if (documents[:, :-1] != 1).any():
+            batch["documents_BT"] = documents[:, :-1]
+        return batch
+
+
+class MaskedBatches:
+    """Masked-token prediction over packed rows."""
+
+    def __init__(self, rows: PackedRows, ids: Ids, masking: Masking, seed: int) -> None:
+        self.rows, self.ids, self.masking, self.seed, self.n_rows = rows, ids, masking, seed, rows.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows with these numbers."""
+        inputs, labels, documents = [], [], []
+        for number in numbers:
+            row = self.rows.row(number)
+            real = row.documents != 0
+            rng = np.random.default_rng([self.seed, number])
+            hidden, predicted = mask_tokens(row.tokens[real], rng, self.masking)
+            inputs.append(hidden)
+            labels.append(predicted)
+            documents.append(row.documents[real])
+        return {
+            "input_ids_BT": stack(inputs, self.ids.pad),
+            "labels": stack(labels, IGNORE),
+            "documents_BT": stack(documents, 0),
+        }
+
+
+class SpanBatches:
+    """Span corruption over packed rows: every document of a row is corrupted and decoded on its own."""
+
+    def __init__(self, rows: PackedRows, ids: Ids, *, frac: float, mean_span_tokens: float, seed: int) -> None:
+        self.rows, self.ids, self.frac, self.mean, self.seed = rows, ids, frac, mean_span_tokens, seed
+        self.n_rows = rows.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows with these numbers."""
+        pairs = [self._corrupt(self.rows.row(number), np.random.default_rng([self.seed, number])) for number in numbers]
+        return encoder_decoder_batch(pairs, self.ids)
+
+    def _corrupt(self, row: Row, rng: np.random.Generator) -> list[tuple[Ints, Ints]]:
+        pairs = []
+        for document in range(1, int(row.documents.max(initial=0)) + 1):
+            tokens = row.tokens[row.documents == document]
+            tokens = tokens[~self.ids.special[tokens]]
+            if len(tokens):
+                pairs.append(
+                    remove_spans(
+                        tokens, rng, sentinels=self.ids.sentinels, frac=self.frac, mean_span_tokens=self.mean
+                    )
+                )
+        return pairs
+
+
+class PairBatches:
+    """Supervised pairs; a side longer than `max_tokens` is cut there (the caller has counted and said so)."""
+
+    def __init__(self, rows: PairRows, ids: Ids, max_tokens: int) -> None:
+        self.rows, self.ids, self.max_tokens, self.n_rows = rows, ids, max_tokens, rows.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the pairs with these numbers."""
+        limit = self.max_tokens - 1  # the end-of-text token needs a place
+        pairs = [self.rows.row(number) for number in numbers]
+        return encoder_decoder_batch([[(source[:limit], target[:limit])] for source, target in pairs], self.ids)
+
+
+def encoder_decoder_batch(rows: Sequence[Sequence[tuple[Ints, Ints]]], ids: Ids) -> Batch:
+    """Lay out rows of (source, target) pairs for an encoder-decoder, end-of-text added to both sides.
+
+    Pairs of one row are packed side by side and isolated by their document numbers. The decoder's input is its
+    target moved right by one, starting with the decoder's start token.
+    """
+    eos, start = np.array([ids.eos]), np.array([ids.decoder_start])
+    sources, targets, inputs, source_documents, target_documents = [], [], [], [], []
+    for pairs in rows:
+        ended = [(np.concatenate([source, eos]), np.concatenate([target, eos])) for source, target in pairs]
+        sources.append(join([source for source, _ in ended]))
+        targets.append(join([target for _, target in ended]))
+        inputs.append(join([np.concatenate([start, target[:-1]]) for _, target in ended]))
+        source_documents.append(join([np.full(len(s), n + 1) for n, (s, _) in enumerate(ended)]))
+        target_documents.append(join([np.full(len(t), n + 1) for n, (_, t) in enumerate(ended)]))
+    return {
+        "input_ids_BT": stack(sources, ids.pad),
+        "documents_BT": stack(source_documents, 0),
+        "decoder_input_ids_BT": stack(inputs, ids.pad),
+        "decoder_documents_BT": stack(target_documents, 0),
+        "labels": stack(targets, IGNORE),
+    }
+
+
+def join(parts: Sequence[Ints]) -> Ints:
+    """Concatenate, also nothing."""
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+Batches = CausalBatches | MaskedBatches | SpanBatches | PairBatches
+BatchMaker = Callable[[Sequence[int]], Batch]

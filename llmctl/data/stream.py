@@ -1,0 +1,131 @@
+"""Rows of tokens and pairs in an order that is a pure function of (seed, number of the row).
+
+There is no position to lose: row number 12,345 is the same after a restart, on any number of processes, and with any
+batch size. Knows nothing of objectives or models; tokens come from memory-mapped shards.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class Documents(Protocol):
+    """Token sequences by number: what a ShardSet is."""
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens per document."""
+
+    def document(self, index: int) -> NDArray[np.integer]:
+        """Return the tokens of one document."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stretch of packed text: tokens, and the number of the document each belongs to (from 1; 0 is padding)."""
+
+    tokens: Ints
+    documents: Ints
+
+
+class PackedRows:
+    """Documents joined end to end in a shuffled order and cut into rows of `seq_len` (+ `overlap`) tokens.
+
+    Every epoch has its own order of documents, its own offset of the cuts, and its own order of rows. Unshuffled rows
+    cover every token once and pad the last row: that is how held-out text is measured.
+    """
+
+    def __init__(
+        self,
+        source: Documents,
+        selection: Ints,
+        *,
+        seq_len: int,
+        overlap: int,
+        seed: int,
+        shuffle: bool = True,
+        isolate: bool = True,
+    ) -> None:
+        self.source, self.selection = source, np.asarray(selection, dtype=np.int64)
+        self.seq_len, self.overlap, self.seed = seq_len, overlap, seed
+        self.shuffle, self.isolate = shuffle, isolate
+        self.n_tokens = int(source.lengths[self.selection].sum())
+        usable = self.n_tokens - overlap
+        # A shuffled epoch gives up at most two rows to the offset and the remainder, an unshuffled one nothing.
+        self.n_rows = max(1, (usable - seq_len + 1) // seq_len if shuffle else -(-usable // seq_len))
+        self._layout = lru_cache(maxsize=2)(self._lay_out)
+
+    def row(self, number: int) -> Row:
+        """Return row `number` of the endless sequence of epochs."""
+        epoch, index = divmod(number, self.n_rows)
+        order, starts, offset, rows = self._layout(epoch if self.shuffle else 0)
+        start = offset + int(rows[index]) * self.seq_len
+        return self._read(order, starts, start, start + self.seq_len + self.overlap)
+
+    def _lay_out(self, epoch: int) -> tuple[Ints, Ints, int, Ints]:
+        order, rows, offset = self.selection, np.arange(self.n_rows), 0
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed, epoch])
+            order = rng.permutation(order)
+            slack = self.n_tokens - self.overlap - self.n_rows * self.seq_len
+            offset = int(rng.integers(max(1, min(self.seq_len, slack + 1))))
+            rows = rng.permutation(rows)
+        starts = np.concatenate([[0], np.cumsum(self.source.lengths[order])])
+        return order, starts, offset, rows
+
+    def _read(self, order: Ints, starts: Ints, start: int, stop: int) -> Row:
+        tokens = np.zeros(stop - start, dtype=np.int64)
+        documents = np.zeros(stop - start, dtype=np.int64)
+        at = int(np.searchsorted(starts, start, side="right")) - 1
+        number = 0
+        while at < len(order) and starts[at] < stop:
+            begin, end = max(start, int(starts[at])), min(stop, int(starts[at + 1]))
+            if end > begin:
+                number += 1
+                piece = self.source.document(int(order[at]))[begin - starts[at] : end - starts[at]]
+                tokens[begin - start : end - start] = piece
+                documents[begin - start : end - start] = number if self.isolate else 1
+            at += 1
+        return Row(tokens, documents)
+
+
+class PairRows:
+    """Pairs of texts in shuffled order, neighbours of similar length, so that a batch has little padding.
+
+    The order is drawn per epoch; pairs are sorted by length within windows of `bucket` rows only.
+    """
+
+    def __init__(
+        self, sources: Documents, targets: Documents, selection: Ints, *, seed: int, batch_size: int, shuffle: bool = True
+    ) -> None:
+        self.sources, self.targets = sources, targets
+        self.selection, self.seed, self.shuffle = np.asarray(selection, dtype=np.int64), seed, shuffle
+        self.batch_size = batch_size
+        self.n_rows = len(self.selection)
+        self._order = lru_cache(maxsize=2)(self._draw)
+
+    def row(self, number: int) -> tuple[Ints, Ints]:
+        """Return pair `number` of the endless sequence of epochs: source tokens, target tokens."""
+        epoch, index = divmod(number, self.n_rows)
+        chosen = int(self._order(epoch)[index])
+        return self.sources.document(chosen).astype(np.int64), self.targets.document(chosen).astype(np.int64)
+
+    def _draw(self, epoch: int) -> Ints:
+        if not self.shuffle:
+            return self.selection
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.selection)
+        cost = self.sources.lengths[order] + self.targets.lengths[order]
+        bucket = 64 * self.batch_size
+        order = np.concatenate([
+            order[start : start + bucket][np.argsort(cost[start : start + bucket], kind="stable")]
+            for start in range(0, len(order), bucket)
+        ])
+        n_whole = len(order) // self.batch_size * self.batch_size
+        batches = order[:n_whole].reshape(-1, self.batch_size)
+        return np.concatenate([rng.permutation(batches, axis=0).reshape(-1), order[n_whole:]])

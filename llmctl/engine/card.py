@@ -1,0 +1,76 @@
+"""The model card: what a model is, how it was made, what it scored, how to load it; Markdown with YAML front matter.
+
+Knows only the numbers it is handed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+PIPELINES = {"decoder": "text-generation", "encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
+LOADERS = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+USE = {
+    "decoder": 'llmctl generate -m {path} "The function returns"',
+    "encoder": 'llmctl fill -m {path} "a <mask> of strings"',
+    "encoder_decoder": 'llmctl generate -m {path} "your source text"',
+}
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Return the card; `facts` holds name, family, architecture, objective, n_parameters, data, before, after, command."""
+    family = facts["family"]
+    before, after = facts["before"], facts["after"]
+    rows = "\n".join(
+        f"| {label} | {before[key]:{form}} | {after[key]:{form}} |"
+        for key, label, form in (
+            ("bits_per_byte", "bits per byte", ".3f"),
+            ("loss", "loss, nats per label", ".3f"),
+            ("perplexity", "perplexity", ".1f"),
+            ("accuracy", "labels predicted right", ".1%"),
+        )
+    )
+    data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items())
+    load = ""
+    if facts["architecture"].startswith("Llmctl"):
+        load = "This architecture is read by llmctl only.\n"
+    else:
+        load = (
+            "```python\nfrom transformers import AutoTokenizer, " + LOADERS[family] + "\n"
+            f'model = {LOADERS[family]}.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
+        )
+    return f"""---
+library_name: transformers
+pipeline_tag: {PIPELINES[family]}
+tags: [llmctl, {facts["objective"]}]
+---
+
+# {facts["name"]}
+
+A {facts["architecture"]} with {facts["n_parameters"]:,} parameters, trained with `llmctl` on the objective
+`{facts["objective"]}` for {facts["steps"]:,} steps ({facts["tokens"]:,} tokens).
+
+![loss](loss.svg)
+
+| on held-out text | before | after |
+|---|--:|--:|
+{rows}
+
+{facts["note"]}
+
+## Data
+{data}
+
+## Made with
+```
+{facts["command"]}
+```
+The resolved recipe is in `recipe.yaml`, the course of the training in `metrics.jsonl`.
+
+## Use
+```
+{USE[family].format(path="PATH")}
+```
+{load}
+## Limits
+A small model trained on little text: it imitates the style of its data and knows nothing beyond it. Its output is
+not checked for truth or harm.
+"""

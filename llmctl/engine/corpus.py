@@ -1,0 +1,241 @@
+"""From the user's text, or the embedded default, to shards on disk, a tokenizer, and a split that nothing crosses.
+
+Text is read as a stream, twice or three times, and never held whole; only the held-out part is small enough to keep.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.config import DataConfig, PretrainConfig, TokenizerConfig
+from llmctl.data.builtin import builtin_documents, builtin_pairs, builtin_provenance
+from llmctl.data.pairs import read_pairs
+from llmctl.data.shards import ShardSet, is_shard_folder, write_shards
+from llmctl.data.sources import read_documents, source_sha256
+from llmctl.errors import UsageError
+from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.load import load_tokenizer
+from llmctl.tokenizer.train import train_tokenizer
+
+Ints = NDArray[np.int64]
+Say = Callable[[str], None]
+
+FEW_DOCUMENTS = 20
+"""With fewer documents than this, the tail of the text is held out instead of whole documents."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Encoded text: documents by number, and which are trained on and which are held out.
+
+    Of pairs, `documents` holds the sources and `targets` the targets under the same numbers.
+    """
+
+    tokenizer: Tokenizer
+    documents: ShardSet
+    targets: ShardSet | None
+    train: Ints
+    held_out: Ints
+    provenance: dict[str, Any]
+
+    def held_out_text(self) -> str:
+        """Return the held-out documents as one text, for compressors to compare with."""
+        shards = self.targets or self.documents
+        return "\n".join(self.tokenizer.decode(shards.document(int(index)).tolist()) for index in self.held_out)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stream of documents that can be read again, how many it has, and which are held out."""
+
+    read: Callable[[], Iterator[str]]
+    held_out: Ints
+    n_documents: int
+
+    def training(self) -> Iterator[str]:
+        """Yield the documents that are trained on."""
+        skipped = set(self.held_out.tolist())
+        return (text for index, text in enumerate(self.read()) if index not in skipped)
+
+
+def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
+    """Read, split, tokenize and encode the text of a run into `folder`.
+
+    `tokenizer` is the one of a model that is trained on; otherwise one is loaded or trained.
+    Raises: UsageError for text that is too short or pairs where none are; whatever the readers raise.
+    """
+    if tokenizer is None and config.tokenizer.path:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+    if config.objective == "seq2seq":
+        return prepare_pairs(config, folder, tokenizer, say)
+    if len(config.data.paths) == 1 and is_shard_folder(Path(config.data.paths[0])):
+        return open_shards(config, Path(config.data.paths[0]), tokenizer)
+    text, provenance = open_text(config, folder)
+    if tokenizer is None:
+        say(f"training a {config.tokenizer.model_type} tokenizer with {config.tokenizer.vocab_size:,} pieces")
+        tokenizer = train_tokenizer(text.training(), sentinels_for(config))
+    documents = encode(folder / "text", text.read(), tokenizer, config.data, provenance, ends=True)
+    train = np.setdiff1d(np.arange(text.n_documents), text.held_out)
+    report_sizes(documents, train, text.held_out, say)
+    return Corpus(tokenizer, documents, None, train, text.held_out, provenance)
+
+
+def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
+    """Read, split, tokenize and encode pairs; pairs with the same source stay on one side of the split."""
+    data = config.data
+    if data.paths:
+        pairs = list(read_pairs(data.paths, source_key=data.source_key, target_key=data.target_key))
+        provenance = {"paths": list(data.paths), "sha256": source_sha256(data.paths)}
+    else:
+        pairs, provenance = builtin_pairs(), builtin_provenance() | {"kind": "pairs"}
+    if len(pairs) < 2:
+        raise UsageError(f"the data has {len(pairs)} pairs, at least 2 are needed", "a pair is a line `source<TAB>target`")
+    held_out = split_groups([source for source, _ in pairs], data.val_frac, config.train.seed)
+    train = np.setdiff1d(np.arange(len(pairs)), held_out)
+    if tokenizer is None:
+        say(f"training a {config.tokenizer.model_type} tokenizer with {config.tokenizer.vocab_size:,} pieces")
+        tokenizer = train_tokenizer((side for index in train for side in pairs[index]), config.tokenizer)
+    sources = encode(folder / "source", (source for source, _ in pairs), tokenizer, data, provenance, ends=False)
+    targets = encode(folder / "target", (target for _, target in pairs), tokenizer, data, provenance, ends=False)
+    limit = config.train.seq_len - 1
+    n_cut = int(((sources.lengths > limit) | (targets.lengths > limit)).sum())
+    if n_cut:
+        say(f"{n_cut:,} of {len(pairs):,} pairs are longer than train.seq_len {config.train.seq_len} and are cut there")
+    say(f"{len(train):,} pairs to train on, {len(held_out):,} held out")
+    return Corpus(tokenizer, sources, targets, train, held_out, provenance)
+
+
+def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None) -> Corpus:
+    """Use a corpus that `llmctl tokenize encode` has made; the last or drawn documents are held out."""
+    shards = ShardSet.open(folder)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(folder)
+    if shards.manifest["tokenizer_sha256"] != tokenizer.sha256:
+        raise UsageError(
+            f"the shards in `{folder}` were encoded with another tokenizer ({shards.manifest['tokenizer_sha256'][:12]}) "
+            f"than the one given ({tokenizer.sha256[:12]})",
+            "leave --tokenizer away, or encode the corpus again",
+        )
+    n_documents = shards.n_documents
+    if n_documents < 2:
+        raise UsageError(f"the shards in `{folder}` hold {n_documents} document, at least 2 are needed", "encode with --split line")
+    if config.data.val_tail:
+        held_out = np.arange(n_documents - max(1, round(config.data.val_frac * n_documents)), n_documents)
+    else:
+        held_out = draw(n_documents, config.data.val_frac, config.train.seed)
+    train = np.setdiff1d(np.arange(n_documents), held_out)
+    return Corpus(tokenizer, shards, None, train, held_out, {"shards": str(folder), "sha256": shards.manifest["source_sha256"]})
+
+
+def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any]]:
+    """Return the documents as a stream that can be read again, split, with their provenance."""
+    data = config.data
+    if not data.paths:
+        documents = builtin_documents()
+        held_out = draw(len(documents), data.val_frac, config.train.seed)
+        return Text(lambda: iter(documents), held_out, len(documents)), builtin_provenance()
+    paths = [str(spool_stdin(folder)) if path == "-" else path for path in data.paths]
+
+    def read() -> Iterator[str]:
+        return read_documents(paths, text_key=data.text_key, split=data.split)
+
+    n_documents, n_characters = 0, 0
+    for document in read():
+        n_documents += 1
+        n_characters += len(document)
+    if n_characters < 2:
+        raise UsageError(f"the data `{' '.join(data.paths)}` holds no text", "name files with text, or none for the embedded corpus")
+    provenance = {"paths": list(data.paths), "sha256": source_sha256(paths), "n_characters": n_characters}
+    if data.val_tail or n_documents < FEW_DOCUMENTS:
+        boundary = n_characters - max(1, round(data.val_frac * n_characters))
+        return tail_split(read, boundary), provenance
+    held_out = draw(n_documents, data.val_frac, config.train.seed)
+    return Text(read, held_out, n_documents), provenance
+
+
+def tail_split(read: Callable[[], Iterator[str]], boundary: int) -> Text:
+    """Hold out everything from character `boundary` on, cutting the document that it falls into."""
+
+    def pieces() -> Iterator[tuple[str, bool]]:
+        at = 0
+        for document in read():
+            cut = min(max(boundary - at, 0), len(document))
+            at += len(document)
+            if cut:
+                yield document[:cut], False
+            if cut < len(document):
+                yield document[cut:], True
+
+    flags = [is_held_out for _, is_held_out in pieces()]
+    return Text(lambda: (text for text, _ in pieces()), np.flatnonzero(flags).astype(np.int64), len(flags))
+
+
+def draw(n_documents: int, frac: float, seed: int) -> Ints:
+    """Draw the documents that are held out: at least one, never all."""
+    n_held_out = min(max(1, round(frac * n_documents)), n_documents - 1)
+    return np.sort(np.random.default_rng([seed, 1]).permutation(n_documents)[:n_held_out])
+
+
+def split_groups(keys: Sequence[str], frac: float, seed: int) -> Ints:
+    """Draw held-out rows such that rows with equal keys stay together."""
+    numbers: dict[str, int] = {}
+    groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    if len(numbers) < 2:
+        return draw(len(keys), frac, seed)
+    return np.flatnonzero(np.isin(groups, draw(len(numbers), frac, seed)))
+
+
+def spool_stdin(folder: Path) -> Path:
+    """Keep piped text in the run folder, so that it can be read more than once and after a restart."""
+    path = folder / "stdin.txt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            while block := sys.stdin.buffer.read(1 << 20):
+                file.write(block)
+    return path
+
+
+def sentinels_for(config: PretrainConfig) -> TokenizerConfig:
+    """Return the tokenizer's settings with as many sentinels as the longest row can need (span corruption)."""
+    tokenizer, data = config.tokenizer, config.data
+    if config.objective != "span" or tokenizer.n_sentinels:
+        return tokenizer
+    needed = round(config.train.seq_len * data.mask_frac / data.mean_span_tokens) + 1
+    return replace(tokenizer, n_sentinels=min(needed, 100))
+
+
+def encode(
+    folder: Path,
+    documents: Iterator[str],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    provenance: dict[str, Any],
+    *,
+    ends: bool,
+) -> ShardSet:
+    """Write the documents as shards, with begin and end tokens around each where asked."""
+    return write_shards(
+        folder,
+        documents,
+        tokenizer.encode_batch,
+        bos=tokenizer.bos_id if ends else None,
+        eos=tokenizer.eos_id if ends else None,
+        vocab_size=tokenizer.vocab_size,
+        identity={"tokenizer_sha256": tokenizer.sha256, "source_sha256": str(provenance.get("sha256"))},
+        workers=data.workers or 1,
+    )
+
+
+def report_sizes(documents: ShardSet, train: Ints, held_out: Ints, say: Say) -> None:
+    """Say how much text there is."""
+    lengths = documents.lengths
+    say(
+        f"{len(train):,} documents with {int(lengths[train].sum()):,} tokens to train on, "
+        f"{len(held_out):,} with {int(lengths[held_out].sum()):,} held out"
+    )

@@ -1,0 +1,112 @@
+"""Optimizers and the learning rate as a pure function of the step: there is no scheduler state to lose."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmctl.config import OptimConfig
+
+NOT_FOR_MUON = ("embed", "lm_head", "relative_bias")
+"""Parts of parameter names: tables and the head are not maps between spaces that Muon's geometry is made for."""
+
+
+def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers by name: `adamw`, and `muon` for the hidden matrices if configured.
+
+    Weight decay falls on matrices only. Source: AdamW, arXiv:1711.05101; Muon, Jordan et al. 2024, with the update
+    scaled to AdamW's root mean square, arXiv:2502.16982, eq. 4.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    muon = [p for name, p in named if config.name == "muon" and is_for_muon(name, p)]
+    chosen = {id(p) for p in muon}
+    rest = [p for _, p in named if id(p) not in chosen]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if muon:
+        optimizers["muon"] = torch.optim.Muon(
+            muon,
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            adjust_lr_fn="original",
+        )
+    if rest:
+        groups = [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizers["adamw"] = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+    return optimizers
+
+
+def is_for_muon(name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter is a hidden matrix."""
+    return parameter.dim() == 2 and not any(part in name for part in NOT_FOR_MUON)
+
+
+def peak_rates(config: OptimConfig) -> dict[str, float]:
+    """Return the peak learning rate of each optimizer."""
+    return {"muon": config.muon_lr, "adamw": config.lr}
+
+
+def schedule(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Return the learning rate of a step (counted from 0) as a share of its peak.
+
+    Source: cosine, arXiv:1608.03983; warmup-stable-decay, arXiv:2404.06395, with the linear decay of arXiv:2405.18392.
+    """
+    warmup_steps = max(1, round(config.warmup_frac * total_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    low = config.min_lr_frac
+    if config.schedule == "cosine":
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "linear":
+        return low + (1 - low) * (1 - min(done, 1.0))
+    if config.schedule == "wsd" and config.decay_frac > 0:
+        left = (total_steps - step) / max(1.0, config.decay_frac * total_steps)
+        return low + (1 - low) * min(1.0, max(left, 0.0))
+    return 1.0
+
+
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: OptimConfig, share: float) -> None:
+    """Set every optimizer's learning rate to this share of its peak."""
+    for name, rate in peak_rates(config).items():
+        if name in optimizers:
+            for group in optimizers[name].param_groups:
+                group["lr"] = rate * share
+
+
+def named_state(
+    model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the optimizers' state under `optimizer/parameter name/key`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer_name, optimizer in optimizers.items():
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                yield f"{optimizer_name}/{names[id(parameter)]}/{key}", torch.as_tensor(value)
+
+
+def load_state(
+    model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put back what `named_state` gave; keys are matched by parameter name."""
+    parameters = dict(model.named_parameters())
+    states: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        optimizer_name, parameter_name, entry = key.split("/")
+        states.setdefault((optimizer_name, parameter_name), {})[entry] = tensor
+    for (optimizer_name, parameter_name), state in states.items():
+        parameter = parameters[parameter_name]
+        optimizers[optimizer_name].state[parameter] = {
+            entry: tensor.clone() if entry == "step" else tensor.to(parameter.device) for entry, tensor in state.items()
+        }

@@ -1,0 +1,461 @@
+"""pretrain, composed from the parts: a corpus, a model, batches of an objective, the loop, and what a run leaves.
+
+Other training commands stand beside this one: they differ in data, objective and which parameters train.
+"""
+
+import hashlib
+import json
+import lzma
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmctl.config import Family, ModelConfig, PretrainConfig
+from llmctl.data.batches import Batches, CausalBatches, Ids, MaskedBatches, PairBatches, SpanBatches
+from llmctl.data.masking import Masking
+from llmctl.data.stream import PackedRows, PairRows
+from llmctl.engine import checkpoint
+from llmctl.engine.card import model_card
+from llmctl.engine.corpus import Corpus, prepare_corpus
+from llmctl.engine.loop import Fitted, State, Training, fit
+from llmctl.engine.metrics import MetricsFile, loss_svg, rounded
+from llmctl.engine.models import load_model
+from llmctl.engine.objectives import OBJECTIVES, LabelPrediction
+from llmctl.engine.progress import Progress, make_progress
+from llmctl.engine.runs import Run, create_run, find_run, open_run
+from llmctl.engine.runtime import Runtime, describe_environment, start
+from llmctl.engine.samples import make_sampler
+from llmctl.errors import InterruptedRunError, LlmctlError, UsageError
+from llmctl.formats.artifact import write_artifact
+from llmctl.formats.atomic import write_bytes
+from llmctl.formats.families import family_for
+from llmctl.model.presets import PRESETS, get_preset, preset_config
+from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.recipe import Resolved, dump, load, nested
+from llmctl.tokenizer.base import Tokenizer
+
+DEFAULT_STEPS = {"clm": 400, "mlm": 400, "span": 400, "seq2seq": 400}
+"""Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
+
+XZ_LIMIT_BYTES = 20_000_000
+"""Held-out text larger than this is not compressed for comparison."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training command reports."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def pretrain(resolved: Resolved[PretrainConfig], *, command: str, out: Path | None, quiet: bool) -> Trained:
+    """Train a model from raw text and leave it as a run folder, or as the single file `out`.
+
+    Raises: LlmctlError of every kind; what is on disk by then stays valid and resumable.
+    """
+    config = with_budget(resolved.config)
+    check(config)
+    started = time.monotonic()
+    progress = make_progress(quiet=quiet)
+    run = create_run("pretrain", f"{config.objective}-{label(config)}", out=None if out and is_file(out) else out)
+    try:
+        write_bytes(run.path / "recipe.yaml", dump(Resolved(config, resolved.origins)).encode())
+        run.update(invocation=command, objective=config.objective)
+        return train_in(run, config, progress, command=command, started=started, out=out)
+    finally:
+        progress.close()
+        run.close()
+
+
+def resume(name: str, *, command: str, quiet: bool) -> Trained:
+    """Go on with a run from its newest valid checkpoint, as if it had never stopped.
+
+    Raises: NotFoundError for a run or checkpoint that is not there, BusyError if it is still running.
+    """
+    path = find_run(name)
+    config = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}).config
+    progress = make_progress(quiet=quiet)
+    run = open_run(path)
+    try:
+        if run.record.get("status") == "finished":
+            raise UsageError(f"run `{path}` is finished", "start a new run with -r and more steps")
+        saved = None
+        if checkpoint.published(path / "checkpoints"):
+            saved, skipped = checkpoint.load_newest(path / "checkpoints")
+            for line in skipped:
+                progress.say(line)
+            progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        run.update(status="running")
+        out = run.record.get("out")
+        command = str(run.record.get("invocation", command))
+        return train_in(
+            run, config, progress, command=command, started=time.monotonic(), out=Path(out) if out else None, saved=saved
+        )
+    finally:
+        progress.close()
+        run.close()
+
+
+def train_in(
+    run: Run,
+    config: PretrainConfig,
+    progress: Progress,
+    *,
+    command: str,
+    started: float,
+    out: Path | None,
+    saved: checkpoint.Checkpoint | None = None,
+) -> Trained:
+    """Do the training of an open run, and record how it ended."""
+    run.update(out=str(out) if out and is_file(out) else None)
+    try:
+        runtime = start(config.train)
+        base = load_base(config)
+        corpus = prepare_corpus(config, run.path / "data", base.tokenizer if base else None, progress.say)
+        check_corpus(config, corpus)
+        model = base.model if base else build_model(config, corpus.tokenizer)
+        training = assemble(run, config, runtime, model, corpus, progress, started)
+        progress.say(
+            f"{family_for(model.config).architecture}: {parameter_count(model):,} parameters, "
+            f"{config.objective} in {str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}"
+        )
+        fitted = fit(training, saved)
+        return finish(run, config, training, corpus, fitted, command=command, out=out, started=started)
+    except InterruptedRunError:
+        run.update(status="interrupted")
+        raise
+    except BaseException as error:
+        if not isinstance(error, LlmctlError) and not isinstance(error, KeyboardInterrupt):
+            run.update(status="failed", error=f"{type(error).__name__}: {error}")
+        else:
+            run.update(status="failed", error=str(error) or type(error).__name__)
+        raise
+
+
+def is_file(out: Path) -> bool:
+    """Tell whether `-o` names a single file."""
+    return out.suffix == ".safetensors"
+
+
+def with_budget(config: PretrainConfig) -> PretrainConfig:
+    """Give a run without a budget the default number of steps."""
+    train = config.train
+    if train.steps or train.tokens or train.minutes:
+        return config
+    return replace(config, train=replace(train, steps=DEFAULT_STEPS[config.objective]))
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuse settings that exclude each other before anything is read.
+
+    Raises: UsageError listing all of them.
+    """
+    train, data = config.train, config.data
+    fits_micro = train.micro_batch_size == 0 or train.batch_size % train.micro_batch_size == 0
+    checks = [
+        (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
+        (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
+        (min(train.steps, train.tokens, train.minutes) < 0, "a budget (`train.steps`, `tokens`, `minutes`) is negative"),
+        (not fits_micro, f"`train.batch_size` {train.batch_size} is not divisible by `train.micro_batch_size` {train.micro_batch_size}"),
+        (not 0 < data.val_frac < 1, f"`data.val_frac` is {data.val_frac}, it must be between 0 and 1"),
+        (not 0 < data.mask_frac < 1, f"`data.mask_frac` is {data.mask_frac}, it must be between 0 and 1"),
+        (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
+        (train.log_every < 1, f"`train.log_every` is {train.log_every}, it must be at least 1"),
+        (train.loss_chunk_tokens < 1, f"`train.loss_chunk_tokens` is {train.loss_chunk_tokens}, it must be at least 1"),
+        (config.optim.lr <= 0, f"`optim.lr` is {config.optim.lr}, it must be positive"),
+    ]
+    problems = [sentence for wrong, sentence in checks if wrong]
+    if problems:
+        raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
+
+
+def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
+    """Refuse text that is too short to learn from.
+
+    Raises: UsageError with the numbers.
+    """
+    n_tokens = int(corpus.documents.lengths[corpus.train].sum())
+    if len(corpus.train) == 0 or n_tokens < 2:
+        raise UsageError(f"the training part of the data has {n_tokens} tokens", "give more text, or a smaller --set data.val_frac")
+    if config.objective == "mlm" and corpus.tokenizer.mask_id is None:
+        raise UsageError("the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one")
+    if config.objective == "span" and not corpus.tokenizer.sentinel_ids():
+        raise UsageError(
+            "the tokenizer has no <extra_id_0>, ... tokens, which `--objective span` needs",
+            "llmctl tokenize train --set n_sentinels=32 makes one, or leave --tokenizer away",
+        )
+
+
+def load_base(config: PretrainConfig) -> Any:
+    """Load the model that `model.preset` names if it is a path, else return None."""
+    name = config.model.preset
+    if name in PRESETS or name == "auto":
+        return None
+    if not Path(name).exists():
+        get_preset(name)  # raises, with the closest name
+    base = load_model(Path(name), device="cpu", dtype="float32")
+    check_family(config, base.model.config.family, name)
+    if base.tokenizer is None:
+        raise UsageError(f"`{name}` has no tokenizer, so its training cannot go on", "give it one with --tokenizer")
+    return base
+
+
+def model_config(config: PretrainConfig) -> ModelConfig:
+    """Return the shape to train: the preset in the objective's family, with the overrides, not yet a vocabulary."""
+    name = "tiny" if config.model.preset == "auto" else config.model.preset
+    families = OBJECTIVES[config.objective].families
+    family = config.model.overrides.get("family", families[0])
+    shape = preset_config(name, family)
+    shape = replace(shape, **config.model.overrides)
+    check_family(config, shape.family, name)
+    return shape
+
+
+def check_family(config: PretrainConfig, family: Family, name: str) -> None:
+    """Refuse a model that the objective cannot train.
+
+    Raises: UsageError naming both.
+    """
+    allowed = OBJECTIVES[config.objective].families
+    if family not in allowed:
+        fitting = [row for row, entry in OBJECTIVES.items() if family in entry.families]
+        raise UsageError(
+            f"`{name}` is of the family {family}, but `--objective {config.objective}` trains {' or '.join(allowed)}",
+            f"--objective {' or '.join(fitting)} trains it",
+        )
+
+
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """Build and initialise the model for a tokenizer: its vocabulary and ids, and a context of at least a row."""
+    shape = model_config(config)
+    wanted = config.model.overrides.get("vocab_size", 0)
+    if wanted and wanted < tokenizer.vocab_size:
+        raise UsageError(
+            f"`model.vocab_size` {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}",
+            "leave model.vocab_size away, or lower tokenizer.vocab_size",
+        )
+    context = shape.max_positions
+    if "max_positions" not in config.model.overrides:
+        context = max(context, config.train.seq_len)
+    if context < config.train.seq_len:
+        raise UsageError(
+            f"`train.seq_len` {config.train.seq_len} is longer than `model.max_positions` {context}",
+            f"--set model.max_positions={config.train.seq_len}",
+        )
+    bos = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+    pad = -1 if tokenizer.pad_id is None else tokenizer.pad_id
+    shape = replace(
+        shape,
+        vocab_size=wanted or tokenizer.vocab_size,
+        max_positions=context,
+        pad_id=pad,
+        bos_id=bos,
+        eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
+        mask_id=-1 if tokenizer.mask_id is None else tokenizer.mask_id,
+        decoder_start_id=max(pad, 0) if shape.family == "encoder_decoder" else -1,
+    )
+    model = LanguageModel(shape)
+    initialise(model, config.train.seed)
+    return model
+
+
+def assemble(
+    run: Run,
+    config: PretrainConfig,
+    runtime: Runtime,
+    model: LanguageModel,
+    corpus: Corpus,
+    progress: Progress,
+    started: float,
+) -> Training:
+    """Put together what the loop works with."""
+    token_bytes = np.zeros(model.config.vocab_size, dtype=np.int32)
+    known = corpus.tokenizer.token_bytes()
+    token_bytes[: len(known)] = known
+    objective = LabelPrediction(model, torch.from_numpy(token_bytes), config.train.loss_chunk_tokens)
+    minutes = config.train.minutes
+    return Training(
+        objective=objective,
+        model=model,
+        train=make_batches(config, corpus, model.config, shuffle=True),
+        held_out=make_batches(config, corpus, model.config, shuffle=False),
+        config=config.train,
+        optim=config.optim,
+        runtime=runtime,
+        folder=run.path,
+        progress=progress,
+        resume_command=f"llmctl pretrain --resume {run.path}",
+        deadline=started + minutes * 60 if minutes else None,
+        sample=make_sampler(config, corpus, model),
+        state=State(),
+    )
+
+
+def make_batches(config: PretrainConfig, corpus: Corpus, model: ModelConfig, *, shuffle: bool) -> Batches:
+    """Return the objective's batches over the training or the held-out part."""
+    train, data = config.train, config.data
+    tokenizer = corpus.tokenizer
+    selection = corpus.train if shuffle else corpus.held_out
+    special = tokenizer.token_bytes() == 0
+    ids = Ids(
+        pad=max(model.pad_id, 0),
+        eos=max(model.eos_id, 0),
+        decoder_start=max(model.decoder_start_id, 0),
+        special=special,
+        sentinels=np.array(tokenizer.sentinel_ids(), dtype=np.int64),
+    )
+    if config.objective == "seq2seq":
+        assert corpus.targets is not None
+        rows = PairRows(
+            corpus.documents, corpus.targets, selection, seed=train.seed, batch_size=train.batch_size, shuffle=shuffle
+        )
+        return PairBatches(rows, ids, train.seq_len)
+    packed = PackedRows(
+        corpus.documents,
+        selection,
+        seq_len=train.seq_len,
+        overlap=int(config.objective == "clm"),
+        seed=train.seed,
+        shuffle=shuffle,
+        isolate=data.isolate,
+    )
+    if config.objective == "clm":
+        return CausalBatches(packed, ids)
+    # Held-out rows are masked by another stream than training rows, the same at every evaluation.
+    seed = train.seed * 2 + int(not shuffle)
+    if config.objective == "span":
+        return SpanBatches(packed, ids, frac=data.mask_frac, mean_span_tokens=data.mean_span_tokens, seed=seed)
+    word_starts = tokenizer.word_starts() if data.whole_word else None
+    return MaskedBatches(packed, ids, Masking(max(model.mask_id, 0), data.mask_frac, special, word_starts), seed)
+
+
+def finish(
+    run: Run,
+    config: PretrainConfig,
+    training: Training,
+    corpus: Corpus,
+    fitted: Fitted,
+    *,
+    command: str,
+    out: Path | None,
+    started: float,
+) -> Trained:
+    """Write the model, its card and its picture, mark the run as finished, and tidy up."""
+    model = training.model
+    text = xz_comparison(corpus)
+    recipe_sha256 = hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
+    # Only what the recipe and the seed determine: the file is the same, byte for byte, when made again.
+    provenance = {
+        "objective": config.objective,
+        "recipe_sha256": recipe_sha256,
+        "data": corpus.provenance,
+        "tokenizer_sha256": corpus.tokenizer.sha256,
+        "steps": fitted.kept_step,
+        "held_out": rounded(fitted.after),
+    }
+    written = write_artifact(
+        run.path,
+        model.config,
+        {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
+        files=corpus.tokenizer.files(),
+        provenance=provenance,
+        force=True,
+    )
+    if out is not None and is_file(out):
+        write_bytes(out, (written / "model.safetensors").read_bytes())
+        written = out
+    summary: dict[str, Any] = {
+        "model": str(written),
+        "objective": config.objective,
+        "architecture": family_for(model.config).architecture,
+        "n_parameters": parameter_count(model),
+        "steps": fitted.state.step,
+        "tokens": fitted.state.tokens,
+        "kept_step": fitted.kept_step,
+        "before": rounded(fitted.before),
+        "after": rounded(fitted.after),
+        **text,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_pictures(run, config, model, corpus, summary, command)
+    shutil.rmtree(run.path / "data", ignore_errors=True)
+    run.finish(
+        family=model.config.family, seconds=summary["seconds"], summary=summary, environment=describe_environment()
+    )
+    training.progress.say(closing_line(summary, fitted))
+    return Trained(written, summary)
+
+
+def write_pictures(
+    run: Run,
+    config: PretrainConfig,
+    model: LanguageModel,
+    corpus: Corpus,
+    summary: Mapping[str, Any],
+    command: str,
+) -> None:
+    """Write `loss.svg` and the model card."""
+    lines = MetricsFile(run.path / "metrics.jsonl").read()
+    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
+    for line in lines:
+        if line["loss"] is not None:
+            curves[line["kind"]].append((line["step"], line["loss"]))
+    write_bytes(run.path / "loss.svg", loss_svg(curves["train"], curves["eval"]).encode())
+    note = ""
+    if "xz_bits_per_byte" in summary:
+        note = f"`xz -9` needs {summary['xz_bits_per_byte']:.3f} bits per byte for the same held-out text."
+    facts = {
+        **summary,
+        "name": run.path.name,
+        "family": model.config.family,
+        "data": corpus.provenance,
+        "note": note,
+        "command": command,
+    }
+    write_bytes(run.path / "README.md", model_card(facts).encode())
+
+
+def xz_comparison(corpus: Corpus) -> dict[str, float]:
+    """Return what `xz -9` makes of the held-out text, in bits per byte, as a yardstick anybody has."""
+    n_bytes = int(corpus.tokenizer.token_bytes()[np.concatenate([[0], _held_out_ids(corpus)])].sum())
+    if n_bytes > XZ_LIMIT_BYTES:
+        return {}
+    text = corpus.held_out_text().encode()
+    if not text:
+        return {}
+    return {"xz_bits_per_byte": round(8 * len(lzma.compress(text, preset=9)) / len(text), 4)}
+
+
+def _held_out_ids(corpus: Corpus) -> np.ndarray:
+    shards = corpus.targets or corpus.documents
+    return np.concatenate([shards.document(int(index)) for index in corpus.held_out])
+
+
+def closing_line(summary: Mapping[str, Any], fitted: Fitted) -> str:
+    """Return the one line that says what was made and what to try next."""
+    xz = f" (xz -9: {summary['xz_bits_per_byte']:.3f})" if "xz_bits_per_byte" in summary else ""
+    next_command = {
+        "mlm": f'llmctl fill -m {summary["model"]} "a <mask> of strings"',
+    }.get(summary["objective"], f'llmctl generate -m {summary["model"]} "The function returns"')
+    return (
+        f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps in {summary['seconds']:.0f} s: "
+        f"{fitted.before['bits_per_byte']:.3f} -> {fitted.after['bits_per_byte']:.3f} bits/byte on held-out text{xz}\n"
+        f"next: {next_command}"
+    )
+
+
+def parameter_count(model: LanguageModel) -> int:
+    """Return the number of parameters, a tied weight counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def label(config: PretrainConfig) -> str:
+    """Return a short name for the run folder."""
+    return "tiny" if config.model.preset == "auto" else Path(config.model.preset).name.removesuffix(".safetensors")

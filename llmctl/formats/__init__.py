@@ -1,0 +1,1 @@
+"""Artifacts on disk: the run folder and the single file, Hugging Face families, GGUF."""

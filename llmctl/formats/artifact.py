@@ -1,0 +1,380 @@
+"""A model on disk: a folder in Hugging Face's layout, or one self-contained safetensors file; read and written.
+
+The header of every `model.safetensors` written here also carries the configuration, the tokenizer files and where
+the model comes from, so that a copy of the file alone is the whole model. Where a header carries them they go before
+the files beside it: they were written in the same instant as the weights. Pickles are never loaded. Nothing here
+imports torch until tensors are asked for.
+"""
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl import __version__
+from llmctl.config import ModelConfig
+from llmctl.errors import ArtifactError, NotFoundError, OutputError
+from llmctl.formats.atomic import atomic_path, json_text, write_bytes, writing
+from llmctl.formats.families import family_for, family_of
+from llmctl.formats.family import FamilyFormat, token_ids
+from llmctl.formats.parameters import parameter_shapes, stored_shape
+from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors, write_safetensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Everything beside weights and configuration that a model needs to be used, as Hugging Face names it.
+FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+FILE_LIMIT_BYTES = 64_000_000  # a tokenizer larger than this is not one
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model that was found and checked, its tensors still on disk.
+
+    files: everything beside the weights except config.json, name -> content; hf: config.json as it stands there;
+    tensors: name in today's spelling -> (file, name in it, entry of its header).
+    """
+
+    path: Path
+    architecture: str
+    config: ModelConfig
+    files: dict[str, bytes]
+    provenance: dict[str, Any]
+    metadata: dict[str, str] = field(default_factory=dict)
+    hf: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, tuple[Path, str, TensorEntry]] = field(default_factory=dict)
+
+    @property
+    def family(self) -> FamilyFormat:
+        """The family whose names and layout the tensors are stored in."""
+        return family_of(self.hf, str(self.path))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype most parameters are stored in, as safetensors names it."""
+        return most_common_dtype(entry for _, _, entry in self.tensors.values())
+
+    def state(self, dtype: "torch.dtype | None" = None) -> dict[str, "Tensor"]:
+        """Return the state of `LanguageModel(config)`: float32 unless another dtype is asked for.
+
+        Raises: ArtifactError when a file is damaged or has gone.
+        """
+        import torch
+
+        wanted = dtype or torch.float32
+        state = {name: tensor.to(wanted) for name, tensor in self.stored_state().items()}
+        if self.config.tie_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        return state
+
+    def stored_state(self) -> dict[str, "Tensor"]:
+        """Return the state of `LanguageModel(config)` in the dtypes on disk; the tensors are views of the files."""
+        published: dict[str, Tensor] = {}
+        for path in {path for path, _, _ in self.tensors.values()}:
+            names = {there: name for name, (file, there, _) in self.tensors.items() if file == path}
+            published |= {names[there]: tensor for there, tensor in read_tensors(path, names).items()}
+        return self.family.to_internal(published, self.config)
+
+
+def most_common_dtype(entries: Iterable[TensorEntry]) -> str:
+    """Return the dtype that takes the most bytes."""
+    n_bytes: dict[str, int] = {}
+    for entry in entries:
+        n_bytes[entry.dtype] = n_bytes.get(entry.dtype, 0) + entry.end - entry.begin
+    return max(sorted(n_bytes), key=lambda dtype: n_bytes[dtype]) if n_bytes else "F32"
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read a model folder, or one .safetensors file, and check that its tensors are those of its configuration.
+
+    Raises: NotFoundError when there is none; ArtifactError naming what is damaged, missing, or not read.
+    """
+    check_kind(path)
+    folder = path if path.is_dir() else path.parent
+    headers = read_headers(path)
+    metadata = next(iter(headers.values())).metadata if len(headers) == 1 else {}
+    hf, where = read_hf(metadata, folder, path)
+    files = read_files(metadata, folder, path)
+    family = family_of(hf, where)
+    found = {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
+    canonical = family.canonical(found)
+    config = family.resolve(family.read_config(hf), canonical)
+    tensors = {name: (found[there][0], there, found[there][1]) for name, there in canonical.items()}
+    check_tensors(family, config, tensors, path)
+    wanted = {stored.name for stored in family.layout(config)}
+    return Artifact(
+        path=path,
+        architecture=family.architecture,
+        config=config,
+        files=files,
+        provenance=parse_object(metadata.get("llmctl.provenance", "{}"), f"{path}: llmctl.provenance"),
+        metadata=metadata,
+        hf=hf,
+        tensors={name: place for name, place in tensors.items() if name in wanted},
+    )
+
+
+def check_kind(path: Path) -> None:
+    """Refuse what is not there and what is not a safetensors model.
+
+    Raises: NotFoundError; ArtifactError with the way out.
+    """
+    if not path.exists():
+        raise NotFoundError(f"there is no model at `{path}`", "llmctl pretrain makes one; llmctl import brings one in")
+    if path.is_dir():
+        if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+            pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+            if pickles:
+                raise refuse_pickle(path / pickles[0])
+            raise NotFoundError(f"the folder `{path}` has no `{WEIGHTS}`", "name a model folder or a .safetensors file")
+    elif path.suffix in PICKLES:
+        raise refuse_pickle(path)
+    elif path.suffix == ".gguf":
+        raise ArtifactError(f"`{path}` is a GGUF file", f"llmctl import {path} -o MODEL turns it into a model folder")
+
+
+def refuse_pickle(path: Path) -> ArtifactError:
+    """Return the error for a file that could run code when loaded."""
+    return ArtifactError(
+        f"`{path}` is a pickle, which can run code when it is loaded; llmctl never loads one",
+        "save the model as safetensors where you trust it (transformers: save_pretrained)",
+    )
+
+
+def read_headers(path: Path) -> dict[Path, Header]:
+    """Return the headers of the one weight file, or of every shard that the index lists."""
+    if path.is_file():
+        return {path: read_header(path)}
+    if (path / WEIGHTS).exists():
+        return {path / WEIGHTS: read_header(path / WEIGHTS)}
+    index = path / INDEX
+    weight_map = parse_object(read_small(index).decode(errors="replace"), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(is_name(name) for name in weight_map.values()):
+        raise ArtifactError(f"`{index}` has no `weight_map` from tensor names to file names", "fetch the model again")
+    missing = sorted({name for name in weight_map.values() if not (path / name).is_file()})
+    if missing:
+        raise ArtifactError(f"`{index}` lists `{missing[0]}`, which is not there", "fetch the missing shards")
+    headers = {path / name: read_header(path / name) for name in sorted(set(weight_map.values()))}
+    astray = [name for name, file in weight_map.items() if name not in headers[path / file].tensors]
+    if astray:
+        raise ArtifactError(f"`{index}` says that `{astray[0]}` is in `{weight_map[astray[0]]}`, which lacks it")
+    return headers
+
+
+def is_name(value: Any) -> bool:
+    """Say whether this is a plain file name: it leads nowhere else."""
+    return isinstance(value, str) and value not in ("", ".", "..") and not set(value) & set("/\\\0:")
+
+
+def read_hf(metadata: Mapping[str, str], folder: Path, path: Path) -> tuple[dict[str, Any], str]:
+    """Return config.json, from the header or from beside it, and where it stands."""
+    if "llmctl.config" in metadata:
+        where = f"{path}: llmctl.config"
+        return parse_object(metadata["llmctl.config"], where), where
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ArtifactError(
+            f"`{path}` carries no configuration, and no `{CONFIG}` stands beside its weights",
+            "name the model's folder, or put its config.json there",
+        )
+    return parse_object(read_small(file).decode(errors="replace"), str(file)), str(file)
+
+
+def read_files(metadata: Mapping[str, str], folder: Path, path: Path) -> dict[str, bytes]:
+    """Return the tokenizer and its like, from the header or from beside it."""
+    if "llmctl.files" not in metadata:
+        return {name: read_small(folder / name) for name in FILES if (folder / name).is_file()}
+    where = f"{path}: llmctl.files"
+    files: dict[str, bytes] = {}
+    for name, text in parse_object(metadata["llmctl.files"], where).items():
+        if not is_name(name) or name in (CONFIG, WEIGHTS, INDEX):
+            raise ArtifactError(f"`{where}` has the file name `{str(name)[:80]}`, which is not allowed")
+        try:
+            files[name] = b64decode(text, validate=True)
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"`{where}` does not hold `{name}` as base64") from error
+    return files
+
+
+def read_small(path: Path) -> bytes:
+    """Return a file that is not weights.
+
+    Raises: ArtifactError when it is too large to be what its name says.
+    """
+    size = path.stat().st_size
+    if size > FILE_LIMIT_BYTES:
+        raise ArtifactError(f"`{path}` has {size} bytes, more than such a file can have ({FILE_LIMIT_BYTES})")
+    return path.read_bytes()
+
+
+def parse_object(text: str, where: str) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises: ArtifactError saying where it stands.
+    """
+    try:
+        obj = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"`{where}` is not JSON ({error})", "fetch or write the file again") from error
+    if not isinstance(obj, dict):
+        raise ArtifactError(f"`{where}` is not a JSON object")
+    return obj
+
+
+def check_tensors(
+    family: FamilyFormat,
+    config: ModelConfig,
+    tensors: Mapping[str, tuple[Path, str, TensorEntry]],
+    path: Path,
+) -> None:
+    """Check names and shapes of the stored tensors against the configuration, before any is read.
+
+    Raises: ArtifactError naming the first few that are missing, left over, or of another shape.
+    """
+    if config.n_layers + config.n_decoder_layers > len(tensors):
+        raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
+    shapes = parameter_shapes(config)
+    wanted = {stored.name: stored_shape(stored, shapes) for stored in family.layout(config)}
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise mismatch(path, family, f"missing: {few(missing)}")
+    extra = [name for name in tensors if name not in wanted and not family.is_ignored(name, config)]
+    if extra:
+        raise mismatch(path, family, f"not part of it: {few(extra)}")
+    found = {name: tensors[name][2] for name in wanted}
+    wrong = [
+        f"{name} {entry.shape}, not {wanted[name]}" for name, entry in found.items() if entry.shape != wanted[name]
+    ]
+    if wrong:
+        raise mismatch(path, family, f"of another shape: {few(wrong)}")
+    packed = [
+        f"{name} {entry.dtype}" for name, entry in found.items() if entry.dtype not in ("F32", "F16", "BF16", "F64")
+    ]
+    if packed:
+        raise mismatch(path, family, f"not floating-point numbers: {few(packed)}")
+
+
+def mismatch(path: Path, family: FamilyFormat, what: str) -> ArtifactError:
+    """Return the error for weights that are not those of their configuration."""
+    return ArtifactError(
+        f"the tensors of `{path}` are not those of its configuration ({family.architecture}): {what}",
+        "its configuration and its weights must come from the same model",
+    )
+
+
+def few(items: list[str]) -> str:
+    """Return the first three of a list for an error message."""
+    rest = f", and {len(items) - 3} more" if len(items) > 3 else ""
+    return ", ".join(f"`{item[:120]}`" for item in items[:3]) + rest
+
+
+def write_artifact(
+    out: Path,
+    config: ModelConfig,
+    state: Mapping[str, "Tensor"],
+    *,
+    files: Mapping[str, bytes],
+    provenance: Mapping[str, Any],
+    force: bool = False,
+) -> Path:
+    """Write a model as a folder, or as one file where `out` ends in .safetensors, and return `out`.
+
+    A new folder appears whole or not at all. Into an existing one (a run folder) each file is written whole, the
+    weights last; as their header carries the rest, they are right whenever the writing stops. Equal content gives
+    equal bytes.
+
+    Shapes: `config` is complete (`LanguageModel(config).config`), `state` its state, a tied head with or without.
+    Raises: OutputError when a model is there already and `force` is not given, or when the disk refuses.
+    """
+    family = family_for(config)
+    tensors = family.to_published(state, config)
+    hf_text = json_text(hf_config(family, config, tensors))
+    beside = with_generation_config(config, files)
+    metadata = {
+        "format": "pt",
+        "llmctl.version": __version__,
+        "llmctl.config": hf_text,
+        "llmctl.files": json.dumps({name: b64encode(data).decode() for name, data in beside.items()}, sort_keys=True),
+        "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
+    }
+    if out.suffix == ".safetensors":
+        refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
+        write_safetensors(out, tensors, metadata)
+        return out
+    refuse_overwrite(out, any((out / name).exists() for name in (WEIGHTS, INDEX, CONFIG)), force=force)
+    texts = {**beside, CONFIG: hf_text.encode()}
+    if not out.exists():
+        with atomic_path(out) as temporary:
+            write_folder(temporary, texts, lambda path: write_safetensors(path, tensors, metadata))
+        return out
+    write_folder(out, texts, lambda path: write_safetensors(path, tensors, metadata))
+    remove_stale(out, set(texts) if force else set(FILES))
+    return out
+
+
+def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callable[[Path], None]) -> None:
+    """Write the small files, then the weights."""
+    for name, data in texts.items():
+        assert is_name(name), name  # noqa: S101 - a caller's slip, not a user's
+        write_bytes(folder / name, data)
+    write_weights(folder / WEIGHTS)
+
+
+def remove_stale(folder: Path, keep: set[str]) -> None:
+    """Remove what is left of another model that stood here: its shards, and tokenizer files not in `keep`."""
+    with writing(folder):
+        for stale in (folder / INDEX, *folder.glob("model-[0-9]*-of-[0-9]*.safetensors")):
+            stale.unlink(missing_ok=True)
+        for name in set(FILES) - keep:
+            (folder / name).unlink(missing_ok=True)
+
+
+def refuse_overwrite(out: Path, exists: bool, *, force: bool) -> None:
+    """Refuse to replace a model that the user did not say may go.
+
+    Raises: OutputError.
+    """
+    if out.suffix != ".safetensors" and out.is_file():
+        raise OutputError(f"`{out}` is a file, a model folder was to be written there", "choose another place with -o")
+    if exists and not force:
+        raise OutputError(f"`{out}` exists already", "choose another place with -o, or replace it with -f")
+
+
+def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:
+    """Return config.json, with the dtype under its old and its new name."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + tensor.numel()
+    dtype = max(sorted(sizes), key=lambda name: sizes[name])
+    head = {"architectures": [family.architecture], "model_type": family.model_type}
+    return head | family.write_config(config) | {"torch_dtype": dtype, "dtype": dtype}
+
+
+def with_generation_config(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Add a generation_config.json from the token ids, where a model that generates has none; sort the files."""
+    known = {"generation_config.json": b""} if config.family == "encoder" else {}
+    ids = {key: value for key, value in token_ids(config).items() if value is not None and key != "mask_token_id"}
+    known = known or {"generation_config.json": json_text(ids).encode()}
+    return {name: data for name, data in sorted({**known, **files}.items()) if data or name in files}

@@ -1,0 +1,373 @@
+"""GGUF files: the header by the standard library, quantised weights through the package `gguf`, Llama's layout only.
+
+Knows the format and how llama.cpp lays out a Llama; the tokenizer inside is turned into files by `gguf_tokenizer.py`.
+Every length in a header is checked against the file before it is believed.
+Source: the GGUF specification, docs/gguf.md in ggml-org/ggml.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmctl.config import ModelConfig
+from llmctl.errors import ArtifactError, MissingExtraError, NotFoundError
+from llmctl.formats.llama import LLAMA
+from llmctl.formats.parameters import parameter_shapes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+# Scalar type id -> struct code; 8 is a string, 9 an array.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+
+class Block(NamedTuple):
+    """A weight format: its name, elements per block, bytes per block."""
+
+    name: str
+    n_elements: int
+    n_bytes: int
+
+
+BLOCKS = {
+    0: Block("F32", 1, 4),
+    1: Block("F16", 1, 2),
+    2: Block("Q4_0", 32, 18),
+    3: Block("Q4_1", 32, 20),
+    6: Block("Q5_0", 32, 22),
+    7: Block("Q5_1", 32, 24),
+    8: Block("Q8_0", 32, 34),
+    10: Block("Q2_K", 256, 84),
+    11: Block("Q3_K", 256, 110),
+    12: Block("Q4_K", 256, 144),
+    13: Block("Q5_K", 256, 176),
+    14: Block("Q6_K", 256, 210),
+    30: Block("BF16", 1, 2),
+}
+
+# llama.cpp's name of a tensor in a layer -> ours.
+LAYER_NAMES = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn_gate.weight": "mlp.gate_proj.weight",
+    "ffn_up.weight": "mlp.up_proj.weight",
+    "ffn_down.weight": "mlp.down_proj.weight",
+}
+
+
+class GgufTensor(NamedTuple):
+    """One tensor of the header: its weight format, shape (rows first, as torch has it), first byte, bytes."""
+
+    block: Block
+    shape: tuple[int, ...]
+    begin: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What stands at the head of a GGUF file."""
+
+    path: Path
+    version: int
+    metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+class Cursor:
+    """A position in the header's bytes; every step is checked against the end of the file.
+
+    Raises: ArtifactError from every method.
+    """
+
+    def __init__(self, path: Path, data: "NDArray[np.uint8]") -> None:
+        self.path, self.data, self.position = path, data, 0
+
+    def damaged(self, what: str) -> ArtifactError:
+        """Return the error for a file that breaks the format."""
+        return ArtifactError(f"`{self.path}` is not a sound GGUF file: {what}", "fetch the file again")
+
+    def take(self, n_bytes: int) -> bytes:
+        """Return the next bytes."""
+        if n_bytes > len(self.data) - self.position:
+            what = f"it ends at byte {len(self.data)}, in the middle of {n_bytes} bytes from {self.position}"
+            raise self.damaged(what)
+        self.position += n_bytes
+        return self.data[self.position - n_bytes : self.position].tobytes()
+
+    def scalar(self, code: str) -> Any:
+        """Return the next number, little-endian."""
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, least_bytes: int, what: str) -> int:
+        """Return the next count of things, which must fit into the rest of the file."""
+        n_items: int = self.scalar("Q")
+        if n_items * least_bytes > len(self.data) - self.position:
+            raise self.damaged(f"it claims {n_items} {what}, more than fit into it")
+        return n_items
+
+    def string(self) -> str:
+        """Return the next string."""
+        raw = self.take(self.count(1, "characters"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.damaged(f"a string before byte {self.position} is not UTF-8") from error
+
+    def value(self, kind: int) -> Any:
+        """Return the next metadata value of the given type."""
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            return self.array()
+        if kind not in SCALARS:
+            raise self.damaged(f"a value before byte {self.position} has the unknown type {kind}")
+        return self.scalar(SCALARS[kind])
+
+    def array(self) -> list[Any]:
+        """Return the next array, of numbers or strings."""
+        kind = self.scalar("I")
+        if kind == STRING:
+            return [self.string() for _ in range(self.count(8, "strings"))]
+        if kind not in SCALARS:
+            raise self.damaged(f"an array before byte {self.position} has elements of the unknown type {kind}")
+        width = struct.calcsize("<" + SCALARS[kind])
+        n_items = self.count(width, "numbers")
+        return list(struct.unpack(f"<{n_items}{SCALARS[kind]}", self.take(n_items * width)))
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Read and check the header of a GGUF file without touching its tensors.
+
+    Raises: NotFoundError; ArtifactError naming the first thing that is wrong.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"there is no file `{path}`")
+    cursor = Cursor(path, map_file(path))
+    if cursor.take(4) != MAGIC:
+        raise cursor.damaged("it does not begin with `GGUF`")
+    version = cursor.scalar("I")
+    if version not in VERSIONS:
+        raise cursor.damaged(f"its version is {version}, 2 and 3 are read")
+    n_tensors, n_values = cursor.count(24, "tensors"), cursor.count(13, "values")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_values):
+        key = cursor.string()
+        if key in metadata:
+            raise cursor.damaged(f"the key `{key[:80]}` stands there twice")
+        metadata[key] = cursor.value(cursor.scalar("I"))
+    return GgufHeader(path, version, metadata, read_tensor_entries(cursor, n_tensors, metadata))
+
+
+def map_file(path: Path) -> "NDArray[np.uint8]":
+    """Return the bytes of a file, mapped."""
+    import numpy as np
+
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def read_tensor_entries(cursor: Cursor, n_tensors: int, metadata: Mapping[str, Any]) -> dict[str, GgufTensor]:
+    """Read the tensors of the header and check that each lies in the file."""
+    entries: dict[str, tuple[Block, tuple[int, ...], int]] = {}
+    for _ in range(n_tensors):
+        name = cursor.string()
+        n_dims = cursor.scalar("I")
+        if name in entries or not 1 <= n_dims <= 4:
+            raise cursor.damaged(f"tensor `{name[:80]}` stands there twice or has {n_dims} dimensions")
+        dims = tuple(cursor.scalar("Q") for _ in range(n_dims))
+        kind, offset = cursor.scalar("I"), cursor.scalar("Q")
+        if kind not in BLOCKS:
+            known = ", ".join(block.name for block in BLOCKS.values())
+            raise ArtifactError(
+                f"tensor `{name[:80]}` of `{cursor.path}` has the weight format {kind}, which llmctl does not read",
+                f"what is read: {known}",
+            )
+        entries[name] = BLOCKS[kind], dims[::-1], offset
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 2**20:
+        raise cursor.damaged(f"`general.alignment` is {str(alignment)[:40]}")
+    start = -(-cursor.position // alignment) * alignment
+    return {name: place(cursor, name, start, entry) for name, entry in entries.items()}
+
+
+def place(cursor: Cursor, name: str, start: int, entry: tuple[Block, tuple[int, ...], int]) -> GgufTensor:
+    """Check that a tensor's rows are whole blocks and that it lies in the file."""
+    block, shape, offset = entry
+    n_elements = 1
+    for size in shape:
+        n_elements *= size
+        if n_elements > 2**50:
+            raise cursor.damaged(f"tensor `{name[:80]}` has the shape {shape}")
+    if shape[-1] % block.n_elements != 0:
+        raise cursor.damaged(f"tensor `{name[:80]}` of shape {shape} does not fill blocks of {block.n_elements}")
+    n_bytes = n_elements // block.n_elements * block.n_bytes
+    if start + offset + n_bytes > len(cursor.data):
+        what = f"tensor `{name[:80]}` ends at byte {start + offset + n_bytes} of {len(cursor.data)}"
+        raise cursor.damaged(what)
+    return GgufTensor(block, shape, start + offset, n_bytes)
+
+
+def gguf_config(header: GgufHeader) -> ModelConfig:
+    """Return the model configuration of a Llama-type GGUF file, and check its tensors against it.
+
+    Raises: ArtifactError for another architecture, rope scaling, experts, or tensors that do not fit.
+    """
+    data = header.metadata
+    architecture = data.get("general.architecture")
+    if architecture != "llama":
+        raise ArtifactError(
+            f"`{header.path}` is of the architecture `{str(architecture)[:60]}`, which llmctl does not read as GGUF",
+            "what is read: llama; other families come in as Hugging Face folders",
+        )
+    refuse_extras(header)
+    config = LLAMA.read_config(hf_values(header))
+    check_gguf_tensors(header, config)
+    return config
+
+
+def refuse_extras(header: GgufHeader) -> None:
+    """Refuse what changes the maths of Llama.
+
+    Raises: ArtifactError naming the key.
+    """
+    plain_values = {
+        "llama.rope.scaling.type": ("none", None),
+        "llama.rope.scale_linear": (1.0, None),
+        "llama.expert_count": (0, None),
+        "llama.attention.sliding_window": (0, None),
+    }
+    for key, allowed in plain_values.items():
+        value = header.metadata.get(key)
+        if value not in allowed:
+            raise ArtifactError(f"`{header.path}` has `{key}` {str(value)[:60]!r}, which llmctl does not read")
+    if "rope_freqs.weight" in header.tensors:
+        raise ArtifactError(f"`{header.path}` scales its rotary frequencies (rope_freqs.weight), which llmctl does not read")
+
+
+def hf_values(header: GgufHeader) -> dict[str, Any]:
+    """Return the metadata under the names that a Llama's config.json has."""
+    data = {key.removeprefix("llama."): value for key, value in header.metadata.items()}
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ArtifactError(f"`{header.path}` has no tensor `token_embd.weight`")
+    values = {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": data.get("embedding_length"),
+        "num_hidden_layers": data.get("block_count"),
+        "num_attention_heads": data.get("attention.head_count"),
+        "num_key_value_heads": data.get("attention.head_count_kv"),
+        "head_dim": data.get("attention.key_length", data.get("rope.dimension_count")),
+        "intermediate_size": data.get("feed_forward_length"),
+        "max_position_embeddings": data.get("context_length"),
+        "rms_norm_eps": shortest(data.get("attention.layer_norm_rms_epsilon")),
+        "rope_theta": shortest(data.get("rope.freq_base")),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": data.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": data.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": data.get("tokenizer.ggml.padding_token_id"),
+    }
+    rotated = data.get("rope.dimension_count", values["head_dim"])
+    if rotated != values["head_dim"]:
+        raise ArtifactError(f"`{header.path}` rotates {rotated} of {values['head_dim']} channels, which llmctl does not read")
+    return values
+
+
+def shortest(value: Any) -> Any:
+    """Return the shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def tensor_names(config: ModelConfig) -> dict[str, str]:
+    """Return llama.cpp's name -> ours of every tensor of the model."""
+    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    if not config.tie_embeddings:
+        names["output.weight"] = "lm_head.weight"
+    for layer in range(config.n_layers):
+        names |= {f"blk.{layer}.{key}": f"model.layers.{layer}.{value}" for key, value in LAYER_NAMES.items()}
+    return names
+
+
+def check_gguf_tensors(header: GgufHeader, config: ModelConfig) -> None:
+    """Check names and shapes before anything is read.
+
+    Raises: ArtifactError naming the first that is missing, left over, or of another shape.
+    """
+    if config.n_layers > len(header.tensors):
+        raise ArtifactError(f"`{header.path}` claims {config.n_layers} layers and has {len(header.tensors)} tensors")
+    names, shapes = tensor_names(config), parameter_shapes(config)
+    for name in names:
+        if name not in header.tensors:
+            raise ArtifactError(f"`{header.path}` has no tensor `{name}`", "fetch the file again")
+        shape = header.tensors[name].shape
+        if shape != shapes[names[name]]:
+            wanted = shapes[names[name]]
+            raise ArtifactError(f"tensor `{name}` of `{header.path}` has the shape {shape}, its metadata says {wanted}")
+    extra = [name for name in header.tensors if name not in names]
+    if extra:
+        raise ArtifactError(f"`{header.path}` has the tensor `{extra[0][:80]}`, which is not part of a Llama")
+
+
+def gguf_state(header: GgufHeader, config: ModelConfig) -> dict[str, "Tensor"]:
+    """Return the state of `LanguageModel(config)` in float32, the tied head included.
+
+    llama.cpp stores the rows of queries and keys so that rotary pairs stand side by side; ours stand half a head apart.
+
+    Raises: MissingExtraError when a weight format needs the package `gguf`.
+    """
+    import torch
+
+    data = map_file(header.path)
+    heads = {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}
+    state: dict[str, Tensor] = {}
+    for there, name in tensor_names(config).items():
+        array = dequantise(data, header.tensors[there])
+        n_heads = next((n for ending, n in heads.items() if name.endswith(ending)), 0)
+        state[name] = torch.from_numpy(half_split(array, n_heads) if n_heads else array)
+    if config.tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return state
+
+
+def half_split(array: "NDArray[np.float32]", n_heads: int) -> "NDArray[np.float32]":
+    """Reorder rows (N*H, D) from interleaved rotary pairs to halves of a head."""
+    import numpy as np
+
+    rows = array.reshape(n_heads, array.shape[0] // n_heads // 2, 2, -1)
+    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
+
+
+def dequantise(data: "NDArray[np.uint8]", tensor: GgufTensor) -> "NDArray[np.float32]":
+    """Return a tensor in float32, a copy of its own.
+
+    Raises: MissingExtraError when its weight format needs the package `gguf`.
+    """
+    import numpy as np
+
+    raw = data[tensor.begin : tensor.begin + tensor.n_bytes]
+    if tensor.block.name == "F32":
+        return np.frombuffer(raw.tobytes(), np.float32).reshape(tensor.shape).copy()
+    if tensor.block.name == "F16":
+        return np.frombuffer(raw.tobytes(), np.float16).astype(np.float32).reshape(tensor.shape)
+    try:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise MissingExtraError(f"the weight format {tensor.block.name}", "gguf", "gguf") from error
+    rows = np.asarray(raw).reshape(-1, tensor.shape[-1] // tensor.block.n_elements * tensor.block.n_bytes)
+    values = dequantize(rows, GGMLQuantizationType[tensor.block.name])
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(tensor.shape)

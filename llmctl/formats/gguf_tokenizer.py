@@ -1,0 +1,210 @@
+"""The tokenizer inside a GGUF file as the files that a Hugging Face folder has.
+
+A `llama` tokenizer becomes `tokenizer.model` (a sentencepiece BPE model, its protocol buffer written here field by
+field), a `gpt2` one `tokenizer.json` (byte-level BPE). A pre-tokenizer that is not known is refused: with another
+one the ids would be wrong without anybody noticing.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+from llmctl.errors import ArtifactError
+from llmctl.formats.atomic import json_text
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+# llama.cpp's name of a pre-tokenizer -> how the `tokenizers` library spells it.
+PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "gpt-2": BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+}
+
+
+def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions: int) -> dict[str, bytes]:
+    """Return the tokenizer's files: the tokenizer, tokenizer_config.json, and the chat template where there is one.
+
+    Raises: ArtifactError for a tokenizer that is not read or does not fit the vocabulary.
+    """
+    values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    kind, tokens, types = values.get("model"), values.get("tokens"), values.get("token_type")
+    if not is_list(tokens, str) or len(tokens) != vocab_size:
+        found = len(tokens) if isinstance(tokens, list) else 0
+        raise ArtifactError(f"the GGUF file has {found} tokens for an embedding of {vocab_size} rows")
+    types = types if types is not None else [1] * vocab_size
+    if not is_list(types, int) or len(types) != vocab_size:
+        raise ArtifactError("`tokenizer.ggml.token_type` of the GGUF file does not fit its tokens")
+    if kind == "llama":
+        files = {"tokenizer.model": sentencepiece_model(values, tokens, types)}
+    elif kind == "gpt2":
+        files = {"tokenizer.json": byte_level_json(values, tokens, types).encode()}
+    else:
+        known = "what is read: llama (sentencepiece BPE), gpt2 (byte-level BPE)"
+        raise ArtifactError(f"the GGUF file has the tokenizer `{str(kind)[:60]}`, which llmctl does not read", known)
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        files["chat_template.jinja"] = template.encode()
+    config = tokenizer_config(values, tokens, max_positions, template, sentencepiece=kind == "llama")
+    return files | {"tokenizer_config.json": json_text(config).encode()}
+
+
+def is_list(value: Any, kind: type) -> bool:
+    """Say whether this is a list of things of one type."""
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def token_id(values: Mapping[str, Any], name: str, n_tokens: int) -> int:
+    """Return the id of a special token, or -1.
+
+    Raises: ArtifactError when it is not an id of the vocabulary.
+    """
+    value = values.get(f"{name}_token_id", -1)
+    if type(value) is not int or not -1 <= value < n_tokens:
+        raise ArtifactError(f"`tokenizer.ggml.{name}_token_id` of the GGUF file is {str(value)[:40]}")
+    return value
+
+
+def tokenizer_config(
+    values: Mapping[str, Any],
+    tokens: list[str],
+    max_positions: int,
+    template: Any,
+    *,
+    sentencepiece: bool,
+) -> dict[str, Any]:
+    """Return tokenizer_config.json."""
+    config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer" if sentencepiece else "PreTrainedTokenizerFast"}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        index = token_id(values, key, len(tokens))
+        if index >= 0:
+            config[f"{name}_token"] = tokens[index]
+    config |= {
+        "add_bos_token": bool(values.get("add_bos_token", sentencepiece)),
+        "add_eos_token": bool(values.get("add_eos_token", False)),
+        "add_prefix_space": bool(values.get("add_space_prefix", sentencepiece)),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_positions,
+    }
+    return config | {"chat_template": template} if isinstance(template, str) else config
+
+
+def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[int]) -> str:
+    """Return tokenizer.json of a byte-level BPE tokenizer.
+
+    Raises: ArtifactError when the pre-tokenizer is not known or the merges are not pairs.
+    """
+    pre, merges = values.get("pre"), values.get("merges")
+    if pre not in PRE_TOKENIZERS:
+        known = f"what is read: {', '.join(PRE_TOKENIZERS)}"
+        raise ArtifactError(f"the GGUF file has the pre-tokenizer `{str(pre)[:60]}`, which llmctl does not read", known)
+    if not is_list(merges, str):
+        raise ArtifactError("the GGUF file has no `tokenizer.ggml.merges`")
+    pairs = [merge.split(" ") for merge in merges or []]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ArtifactError("`tokenizer.ggml.merges` of the GGUF file has an entry that is not two tokens")
+    added = [
+        {
+            "id": index,
+            "content": tokens[index],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == CONTROL,
+        }
+        for index, kind in enumerate(types)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
+    bos = token_id(values, "bos", len(tokens)) if values.get("add_bos_token") else -1
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[str(pre)],
+        "post_processor": begin_with(tokens[bos], bos) if bos >= 0 else None,
+        "decoder": BYTE_LEVEL,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": pairs,
+        },
+    }
+    return json.dumps(tokenizer, ensure_ascii=False)
+
+
+def begin_with(token: str, index: int) -> dict[str, Any]:
+    """Return the post-processor that sets a token before each text."""
+    special, text, pair = {"SpecialToken": {"id": token, "type_id": 0}}, sequence("A", 0), sequence("B", 1)
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, text],
+        "pair": [special, text, pair],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }
+
+
+def sequence(name: str, type_id: int) -> dict[str, Any]:
+    """Return the place of a text in a post-processor's template."""
+    return {"Sequence": {"id": name, "type_id": type_id}}
+
+
+def sentencepiece_model(values: Mapping[str, Any], tokens: list[str], types: list[int]) -> bytes:
+    """Return a sentencepiece BPE model as its protocol buffer.
+
+    Source: sentencepiece_model.proto of google/sentencepiece: ModelProto {1 pieces, 2 trainer_spec,
+    3 normalizer_spec}, SentencePiece {1 piece, 2 score, 3 type}.
+
+    Raises: ArtifactError when the scores do not fit the tokens.
+    """
+    scores = values.get("scores")
+    if not is_list(scores, float) or len(scores or []) != len(tokens):
+        raise ArtifactError("`tokenizer.ggml.scores` of the GGUF file does not fit its tokens")
+    pieces = b"".join(
+        field_bytes(1, field_bytes(1, token.encode()) + field_float(2, score) + field_int(3, kind))
+        for token, score, kind in zip(tokens, scores or [], types, strict=True)
+    )
+    trainer = field_int(3, 2) + field_int(4, len(tokens)) + field_int(35, int(BYTE in types))
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else -1
+    ids = [unknown, *(token_id(values, name, len(tokens)) for name in ("bos", "eos", "padding"))]
+    trainer += b"".join(field_int(40 + place, index) for place, index in enumerate(ids))
+    trainer += b"".join(field_bytes(45 + place, tokens[index].encode()) for place, index in enumerate(ids) if index >= 0)
+    prefix = int(bool(values.get("add_space_prefix", True)))
+    normalizer = field_bytes(1, b"identity") + field_int(3, prefix) + field_int(4, 0) + field_int(5, 1)
+    return pieces + field_bytes(2, trainer) + field_bytes(3, normalizer)
+
+
+def varint(value: int) -> bytes:
+    """Return a protocol buffer's variable-length integer; negative ones take ten bytes."""
+    value &= 2**64 - 1
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def field_int(number: int, value: int) -> bytes:
+    """Return an integer field."""
+    return varint(number << 3) + varint(value)
+
+
+def field_float(number: int, value: float) -> bytes:
+    """Return a float32 field."""
+    return varint(number << 3 | 5) + struct.pack("<f", value)
+
+
+def field_bytes(number: int, value: bytes) -> bytes:
+    """Return a field of bytes: a string or a message."""
+    return varint(number << 3 | 2) + varint(len(value)) + value

@@ -1,0 +1,118 @@
+"""Losses as pure functions of tensors, each with its source; every one returns a sum, never a mean.
+
+The loop divides once, by the global count of labels. Knows nothing of models, batches or ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that is not predicted, as in torch's cross_entropy."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an objective returns: a sum over labels, how many there were, and parts worth reporting.
+
+    `sum` is differentiable; `count` and `parts` are plain float64 scalars that add up over micro-batches and ranks.
+    """
+
+    sum: Tensor
+    count: Tensor
+    parts: dict[str, Tensor]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T + bias`, with the gradient made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor]:
+        needs = any(ctx.needs_input_grad[:3])
+        grad_hidden_ND = torch.empty_like(hidden_ND) if needs else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs and bias_V is not None else None
+        total = hidden_ND.new_zeros((), dtype=torch.float64)
+        n_correct = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        for start in range(0, hidden_ND.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            labels_C = labels_N[rows]
+            logits_CV = (hidden_ND[rows] @ weight_VD.T).float()
+            if bias_V is not None:
+                logits_CV += bias_V.float()
+            picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
+            n_correct += (picked_C >= logits_CV.amax(dim=1)).sum()
+            normaliser_C = logits_CV.logsumexp(dim=1)
+            total += (normaliser_C - picked_C).sum(dtype=torch.float64)
+            if grad_hidden_ND is None or grad_weight_VD is None:
+                continue
+            error_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
+            error_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+            if grad_bias_V is not None:
+                grad_bias_V += error_CV.sum(dim=0)
+            error_CV = error_CV.to(hidden_ND.dtype)
+            torch.mm(error_CV, weight_VD, out=grad_hidden_ND[rows])
+            if weight_VD.dtype == torch.float32:
+                grad_weight_VD.addmm_(error_CV.T, hidden_ND[rows])
+            else:
+                grad_weight_VD += error_CV.T @ hidden_ND[rows]
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.mark_non_differentiable(n_correct)
+        return total, n_correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias = ctx.saved_tensors
+        scale = grad_total.to(torch.float32)
+        grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in (hidden, weight, bias)]
+        return (*grads, None, None)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    chunk_tokens: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    """Return the summed negative log-likelihood of the labels, in nats, and how many were the likeliest.
+
+    Never holds more than `chunk_tokens` rows of logits. Under autocast the products run in its precision; softmax
+    and sums are float32 and float64. The gradient is right for one backward call per forward.
+
+    Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> two scalars (float64).
+    Source: the textbook loss; made in chunks with the gradient in the forward pass after Liger, arXiv:2410.10989.
+    """
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+    elif hidden_ND.dtype != weight_VD.dtype:
+        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    with torch.autocast(device, enabled=False):
+        result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens)
+    return result
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """A loss with the place it comes from."""
+
+    function: Callable[..., Any]
+    source: str
+
+
+LOSSES: dict[str, LossRow] = {
+    "cross_entropy": LossRow(linear_cross_entropy, "negative log-likelihood; chunked after arXiv:2410.10989"),
+}

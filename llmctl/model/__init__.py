@@ -1,0 +1,1 @@
+"""The model core: pure torch; no files, no devices, no ranks."""

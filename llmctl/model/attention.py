@@ -1,0 +1,148 @@
+"""Multi-head attention, once for every family: grouped queries, rotary or biased scores, cached or not.
+
+Knows nothing of layers, norms around it, or where text comes from.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmctl.config import ModelConfig
+from llmctl.model.cache import KVCache
+from llmctl.model.positions import apply_rope
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Who may look at whom: a tensor for scaled_dot_product_attention, or nothing but causality.
+
+    tensor: None, bool (True may look), or float (added to the scores); broadcastable to (B, N, T, S).
+    """
+
+    tensor: Tensor | None = None
+    is_causal: bool = False
+
+
+def build_mask(
+    n_queries: int,
+    n_keys: int,
+    *,
+    causal: bool,
+    window: int = 0,
+    query_documents_BT: Tensor | None = None,
+    key_documents_BS: Tensor | None = None,
+    bias_NTS: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Mask:
+    """Combine causality, a band, document isolation and a position bias into one mask.
+
+    The queries are the last `n_queries` of the keys' positions where causal or banded. A query of document 0
+    (padding) may look at everything, so that its softmax has a denominator; nobody reads its result.
+    """
+    if not causal and window == 0 and query_documents_BT is None:
+        return Mask(bias_NTS)
+    if window == 0 and query_documents_BT is None and bias_NTS is None:
+        if n_queries == 1:
+            return Mask()
+        if n_queries == n_keys:
+            return Mask(is_causal=True)
+    allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
+    if causal or window:
+        behind_TS = offsets(n_queries, n_keys, device).neg()
+        allowed = behind_TS >= 0 if causal else behind_TS > -window
+        allowed = allowed & (behind_TS < window) if window else allowed
+    if query_documents_BT is not None and key_documents_BS is not None:
+        same = query_documents_BT[:, None, :, None] == key_documents_BS[:, None, None, :]
+        allowed = allowed & (same | (query_documents_BT == 0)[:, None, :, None])
+    if bias_NTS is None:
+        return Mask(allowed)
+    return Mask(bias_NTS.masked_fill(~allowed, float("-inf")))
+
+
+def offsets(n_queries: int, n_keys: int, device: torch.device | None = None) -> Tensor:
+    """Return key position minus query position, int64 (T, S), the queries being the last of the keys."""
+    queries = torch.arange(n_keys - n_queries, n_keys, device=device)
+    return torch.arange(n_keys, device=device)[None, :] - queries[:, None]
+
+
+class Attention(nn.Module):
+    """Scaled dot-product attention with an output projection.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245;
+    normalised queries and keys: Henry et al. 2020, arXiv:2010.04245, as in Qwen3.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.scale = config.attention_scale
+        width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.d_model, bias=config.attention_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        *,
+        memory_BSD: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        cross: bool = False,
+    ) -> Tensor:
+        """Attend from `x` to itself and the cache, or to `memory` where given.
+
+        With `cross`, keys and values of the memory are taken from the cache if they are there.
+        """
+        q_BNTH = self._heads(self.q_proj(x_BTD), self.n_heads)
+        if self.qk_norm:
+            q_BNTH = self.q_norm(q_BNTH)
+        if rope is not None:
+            q_BNTH = apply_rope(q_BNTH, *rope)
+        if cross and cache is not None:
+            pair = cache.cross[layer]
+            if pair is None:
+                pair = cache.cross[layer] = self._keys_values(x_BTD if memory_BSD is None else memory_BSD, None)
+            k_BKSH, v_BKSH = pair
+        else:
+            k_BKSH, v_BKSH = self._keys_values(x_BTD if memory_BSD is None else memory_BSD, rope)
+            if cache is not None:
+                k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
+        return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale))
+
+    def _keys_values(self, source_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        k_BKSH = self._heads(self.k_proj(source_BSD), self.n_kv_heads)
+        if self.qk_norm:
+            k_BKSH = self.k_norm(k_BKSH)
+        if rope is not None:
+            k_BKSH = apply_rope(k_BKSH, *rope)
+        return k_BKSH, self._heads(self.v_proj(source_BSD), self.n_kv_heads)
+
+    def _heads(self, x_BTW: Tensor, n_heads: int) -> Tensor:
+        return x_BTW.unflatten(-1, (n_heads, self.head_dim)).transpose(1, 2)
+
+
+def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Return softmax(q k^T scale + mask) v with the heads joined: (B, T, N*H)."""
+    tensor = mask.tensor
+    if tensor is not None and tensor.is_floating_point():
+        tensor = tensor.to(q_BNTH.dtype)
+    y_BNTH = F.scaled_dot_product_attention(
+        q_BNTH,
+        k_BKSH,
+        v_BKSH,
+        attn_mask=tensor,
+        is_causal=mask.is_causal,
+        scale=scale,
+        enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
+    )
+    return y_BNTH.transpose(1, 2).flatten(2)

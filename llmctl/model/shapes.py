@@ -1,0 +1,70 @@
+"""Numbers that follow from a ModelConfig: the zeros filled in, layer counts, widths."""
+
+from dataclasses import replace
+
+from llmctl.config import ModelConfig
+from llmctl.errors import UsageError
+
+
+def complete(config: ModelConfig) -> ModelConfig:
+    """Return the config with every 0 that means "derive it" replaced, and refuse shapes that cannot be built.
+
+    Raises: UsageError listing every contradiction at once.
+    """
+    d_ff = config.d_ff or (64 * max(1, round(8 * config.d_model / 3 / 64)) if config.gated else 4 * config.d_model)
+    head_dim = config.head_dim or config.d_model // max(config.n_heads, 1)
+    full = replace(
+        config,
+        n_decoder_layers=(config.n_decoder_layers or config.n_layers) if config.family == "encoder_decoder" else 0,
+        n_kv_heads=config.n_kv_heads or config.n_heads,
+        head_dim=head_dim,
+        d_ff=d_ff,
+        attention_scale=config.attention_scale or head_dim**-0.5 if head_dim else 0.0,
+    )
+    problems = contradictions(config, full)
+    if problems:
+        raise UsageError("the model cannot be built: " + "; ".join(problems), "llmctl presets lists shapes that work")
+    return full
+
+
+def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
+    """Return one sentence per pair of settings that exclude each other."""
+    sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions")
+    checks = [(getattr(full, name) < 1, f"`model.{name}` is {getattr(full, name)}, it must be at least 1") for name in sizes]
+    checks += [
+        (
+            not config.head_dim and config.n_heads > 0 and config.d_model % config.n_heads != 0,
+            f"`model.d_model` {config.d_model} is not divisible by `model.n_heads` {config.n_heads}",
+        ),
+        (
+            full.n_kv_heads > 0 and full.n_heads % full.n_kv_heads != 0,
+            f"`model.n_heads` {full.n_heads} is not divisible by `model.n_kv_heads` {full.n_kv_heads}",
+        ),
+        (
+            full.positions == "rope" and full.head_dim % 2 != 0,
+            f"`model.head_dim` {full.head_dim} is odd, rotary positions need an even one",
+        ),
+        (full.query_layer and full.family != "decoder", "`model.query_layer` needs `model.family` decoder"),
+        (any(window < 0 for window in full.attention_windows), f"`model.attention_windows` {full.attention_windows} has a negative width"),
+        (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
+    ]
+    return [sentence for wrong, sentence in checks if wrong]
+
+
+def kv_width(config: ModelConfig) -> tuple[int, int]:
+    """Return key/value heads and head width."""
+    heads = config.n_kv_heads or config.n_heads
+    return heads, config.head_dim or config.d_model // config.n_heads
+
+
+def cached_layers(config: ModelConfig) -> int:
+    """Return how many layers keep keys and values while decoding."""
+    n_layers = config.n_layers
+    if config.family == "encoder_decoder":
+        n_layers = config.n_decoder_layers or config.n_layers
+    return n_layers + int(config.query_layer)
+
+
+def window_of(config: ModelConfig, layer: int) -> int:
+    """Return the attention width of a layer in tokens; 0 is full."""
+    return config.attention_windows[layer % len(config.attention_windows)] if config.attention_windows else 0

@@ -1,0 +1,395 @@
+"""One block, three families: decoder, encoder and encoder-decoder from the same attention and feed-forward code.
+
+Parameter names are `LlamaForCausalLM`'s where it has the part, so that the default decoder and encoder are written
+to disk as they are. `hidden()` and `head()` are separate: a loss works through the vocabulary in chunks and never
+holds a (tokens x vocabulary) float32 tensor. No files, no devices, no ranks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmctl.config import ModelConfig
+from llmctl.model.attention import Attention, Mask, build_mask, offsets
+from llmctl.model.cache import KVCache
+from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
+from llmctl.model.shapes import complete, window_of
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm that the whole model uses."""
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 2; gated: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.gated:
+            self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.activation = config.activation
+        self.gated = config.gated
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each position on its own."""
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            return self.down_proj(act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(act(self.up_proj(x_BTD)))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of a stack share in one forward pass."""
+
+    masks: dict[int, Mask]
+    rope: tuple[Tensor, Tensor] | None = None
+    memory_BSD: Tensor | None = None
+    memory_mask: Mask | None = None
+    cache: KVCache | None = None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory, feed-forward; each with its residual and norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.layer, self.window, self.cross = layer, window_of(config, layer), cross
+        self.pre = config.norm_position == "pre"
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config)
+        if cross:
+            self.cross_attention_layernorm = make_norm(config)
+            self.cross_attn = Attention(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, shared: Pass, query_BTD: Tensor | None = None) -> Tensor:
+        """Run one layer; `query` replaces the queries' input (PanGu-Alpha's query layer)."""
+        h_BTD = self.input_layernorm(x_BTD) if self.pre else x_BTD
+        mask = shared.masks[self.window]
+        options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer}
+        if query_BTD is None:
+            y_BTD = self.self_attn(h_BTD, mask, **options)
+        else:
+            y_BTD = self.self_attn(query_BTD, mask, memory_BSD=h_BTD, **options)
+        x_BTD = self._join(x_BTD, y_BTD, self.input_layernorm)
+        if self.cross and shared.memory_mask is not None:
+            h_BTD = self.cross_attention_layernorm(x_BTD) if self.pre else x_BTD
+            y_BTD = self.cross_attn(
+                h_BTD,
+                shared.memory_mask,
+                memory_BSD=shared.memory_BSD,
+                cache=shared.cache,
+                layer=self.layer,
+                cross=True,
+            )
+            x_BTD = self._join(x_BTD, y_BTD, self.cross_attention_layernorm)
+        h_BTD = self.post_attention_layernorm(x_BTD) if self.pre else x_BTD
+        return self._join(x_BTD, self.mlp(h_BTD), self.post_attention_layernorm)
+
+    def _join(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
+        x_BTD = x_BTD + self.dropout(y_BTD)
+        return x_BTD if self.pre else norm(x_BTD)
+
+
+class Stack(nn.Module):
+    """Blocks with the position information they share and, in pre-norm models, the final norm."""
+
+    def __init__(self, config: ModelConfig, n_layers: int, *, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.config, self.causal = config, causal
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
+        elif config.positions == "sinusoidal":
+            table = sinusoidal_table(config.max_positions, config.d_model)
+            self.register_buffer("sinusoids", table, persistent=False)
+        elif config.positions == "relative":
+            self.relative_bias = nn.Embedding(config.n_relative_buckets, config.n_heads)
+        if config.n_token_types:
+            self.embed_token_types = nn.Embedding(config.n_token_types, config.d_model)
+        if config.embedding_norm:
+            self.embedding_norm = make_norm(config)
+        self.layers = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(n_layers))
+        if config.query_layer:
+            self.query_embeddings = nn.Embedding(config.max_positions, config.d_model)
+            self.query_layer = Block(config, n_layers)
+        if config.norm_position == "pre":
+            self.norm = make_norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        documents_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        token_types_BT: Tensor | None = None,
+        memory_BSD: Tensor | None = None,
+        memory_documents_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the last hidden states (B, T, D); `collect` receives the states before and after every block."""
+        T = x_BTD.shape[1]
+        if positions_BT is None:
+            positions_BT = self._positions(x_BTD, documents_BT, cache)
+        x_BTD = self._embed(x_BTD, positions_BT, token_types_BT)
+        shared = self._share(x_BTD, documents_BT, positions_BT, memory_BSD, memory_documents_BS, cache)
+        for block in self.layers:
+            if collect is not None:
+                collect.append(x_BTD)
+            x_BTD = block(x_BTD, shared)
+        if collect is not None:
+            collect.append(x_BTD)
+        if self.config.norm_position == "pre":
+            x_BTD = self.norm(x_BTD)
+        if self.config.query_layer:
+            x_BTD = self.query_layer(x_BTD, shared, self.query_embeddings(positions_BT).expand_as(x_BTD))
+        if cache is not None:
+            cache.advance(T)
+        return x_BTD
+
+    def _positions(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: KVCache | None) -> Tensor:
+        past = cache.length if cache is not None else 0
+        if documents_BT is not None and past == 0:
+            return positions_within(documents_BT)
+        return torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None, :]
+
+    def _embed(self, x_BTD: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None) -> Tensor:
+        config = self.config
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.embed_positions(positions_BT + config.position_offset)
+        elif config.positions == "sinusoidal":
+            x_BTD = x_BTD + self.sinusoids[positions_BT].to(x_BTD.dtype)
+        if config.n_token_types:
+            types = torch.zeros_like(positions_BT) if token_types_BT is None else token_types_BT
+            x_BTD = x_BTD + self.embed_token_types(types)
+        if config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        return self.dropout(x_BTD)
+
+    def _share(
+        self,
+        x_BTD: Tensor,
+        documents_BT: Tensor | None,
+        positions_BT: Tensor,
+        memory_BSD: Tensor | None,
+        memory_documents_BS: Tensor | None,
+        cache: KVCache | None,
+    ) -> Pass:
+        config, T = self.config, x_BTD.shape[1]
+        S = T + (cache.length if cache is not None else 0)
+        key_documents_BS = documents_BT
+        if cache is not None and documents_BT is not None:
+            cache.mark(documents_BT)
+        if cache is not None and cache.ragged:
+            key_documents_BS = cache.documents_BS[:, :S]
+            documents_BT = key_documents_BS[:, -T:]
+        bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
+        windows = {block.window for block in self.layers} | ({0} if config.query_layer else set())
+        masks = {
+            window: build_mask(
+                T,
+                S,
+                causal=self.causal,
+                window=window,
+                query_documents_BT=documents_BT if key_documents_BS is not None else None,
+                key_documents_BS=key_documents_BS,
+                bias_NTS=bias_NTS,
+                device=x_BTD.device,
+            )
+            for window in windows
+        }
+        rope = None
+        if config.positions == "rope":
+            rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+        memory_mask = self._memory_mask(T, documents_BT, memory_documents_BS, memory_BSD, cache, x_BTD.device)
+        return Pass(masks, rope, memory_BSD, memory_mask, cache)
+
+    def _memory_mask(
+        self,
+        T: int,
+        documents_BT: Tensor | None,
+        memory_documents_BS: Tensor | None,
+        memory_BSD: Tensor | None,
+        cache: KVCache | None,
+        device: torch.device,
+    ) -> Mask | None:
+        if memory_BSD is None and (cache is None or cache.cross[0] is None):
+            return None
+        if memory_documents_BS is None:
+            return Mask()
+        if documents_BT is None:
+            documents_BT = torch.ones(memory_documents_BS.shape[0], T, dtype=torch.long, device=device)
+        return build_mask(
+            T,
+            memory_documents_BS.shape[1],
+            causal=False,
+            query_documents_BT=documents_BT,
+            key_documents_BS=memory_documents_BS,
+            device=device,
+        )
+
+    def _bias(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+        buckets_TS = relative_buckets(
+            offsets(n_queries, n_keys, device),
+            causal=self.causal,
+            n_buckets=self.config.n_relative_buckets,
+            max_distance=self.config.max_relative_distance,
+        )
+        return self.relative_bias(buckets_TS).permute(2, 0, 1)
+
+
+class LanguageModel(nn.Module):
+    """Any model of the family tree: embeddings, one or two stacks, and a head over the vocabulary.
+
+    Raises: UsageError at construction when the config contradicts itself.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config = complete(config)
+        if config.family == "encoder_decoder":
+            self.model = nn.Module()
+            self.model.encoder = Stack(config, config.n_layers, causal=False)
+            self.model.decoder = Stack(config, config.n_decoder_layers, causal=True, cross=True)
+        else:
+            self.model = Stack(config, config.n_layers, causal=config.family == "decoder")
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        if config.head_transform:
+            self.head_dense = nn.Linear(config.d_model, config.d_model)
+            self.head_norm = make_norm(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.logits_bias)
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head use the embedding's weight, where the config says so."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def hidden(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        documents_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        token_types_BT: Tensor | None = None,
+        decoder_input_ids_BT: Tensor | None = None,
+        decoder_documents_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the hidden states under the head (B, T, D): of the decoder in an encoder-decoder.
+
+        `documents` numbers the documents of a packed row from 1; 0 is padding. None means that each row is one
+        document without padding. A document never attends to another.
+        """
+        if self.config.family == "encoder_decoder":
+            memory_BSD = self.encode(input_ids_BT, documents_BS=documents_BT)
+            return self.decode(
+                decoder_input_ids_BT,
+                memory_BSD,
+                memory_documents_BS=documents_BT,
+                documents_BT=decoder_documents_BT,
+                cache=cache,
+                collect=collect,
+            )
+        return self.model(
+            self._embed(input_ids_BT),
+            documents_BT=documents_BT,
+            positions_BT=positions_BT,
+            token_types_BT=token_types_BT,
+            cache=cache,
+            collect=collect,
+        )
+
+    def encode(self, input_ids_BS: Tensor, *, documents_BS: Tensor | None = None) -> Tensor:
+        """Return the encoder's hidden states (B, S, D) of an encoder-decoder."""
+        return self.model.encoder(self._embed(input_ids_BS), documents_BT=documents_BS)
+
+    def decode(
+        self,
+        decoder_input_ids_BT: Tensor,
+        memory_BSD: Tensor | None,
+        *,
+        memory_documents_BS: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        collect: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the decoder's hidden states (B, T, D) over an encoder's output, or over the cache of it."""
+        return self.model.decoder(
+            self._embed(decoder_input_ids_BT),
+            documents_BT=documents_BT,
+            memory_BSD=memory_BSD,
+            memory_documents_BS=memory_documents_BS,
+            cache=cache,
+            collect=collect,
+        )
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """Return what the head's matrix multiplies: the transformed, scaled hidden states (..., D)."""
+        if self.config.head_transform:
+            hidden = self.head_norm(ACTIVATIONS[self.config.activation](self.head_dense(hidden)))
+        return hidden if self.config.logits_scale == 1.0 else hidden * self.config.logits_scale
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return logits (..., V) of hidden states (..., D)."""
+        return self.lm_head(self.head_input(hidden))
+
+    def forward(self, input_ids_BT: Tensor, **inputs: Tensor) -> Tensor:
+        """Return logits (B, T, V); see `hidden` for the inputs."""
+        return self.head(self.hidden(input_ids_BT, **inputs))
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        x_BTD = self.model.embed_tokens(ids_BT)
+        return x_BTD if self.config.embedding_scale == 1.0 else x_BTD * self.config.embedding_scale
+
+
+def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state dict in which a tied head stands once, under the embedding's name."""
+    state = dict(tensors)
+    if model.config.tie_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    model.load_state_dict(state)
+
+
+def initialise(model: LanguageModel, seed: int) -> None:
+    """Draw the initial weights, reproducibly, whatever was drawn before.
+
+    Normal with `init_std`; the projections back into the residual stream of a pre-norm model are divided by
+    sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3). Where the scores are not scaled (T5), the queries take
+    the scale over, as in Raffel et al. 2020.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    n_layers = max(config.n_layers, config.n_decoder_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+            continue
+        std = config.init_std
+        if config.norm_position == "pre" and name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * n_layers) ** 0.5
+        if name.endswith("q_proj.weight") and config.attention_scale == 1.0:
+            std *= config.head_dim**-0.5
+        nn.init.normal_(parameter, std=std, generator=generator)

@@ -1,0 +1,261 @@
+"""From defaults, a YAML recipe, the environment and flags to one frozen config; strict keys, typed values, no guessing.
+
+Precedence: defaults < recipe < `LLMCTL_SECTION_KEY` < flags and `--set`. All problems are reported together.
+Knows the config classes it is given, nothing of what they configure.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_origin, get_type_hints
+
+from llmctl.config import ModelChoice, ModelConfig
+from llmctl.errors import NotFoundError, UsageError
+
+Config = TypeVar("Config")
+RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_DEBUG"}
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Config]):
+    """A config and, for every key that is not a default, where its value came from."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its type, default, and line of meaning."""
+
+    kind: Any
+    default: Any
+    meaning: str
+
+
+def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
+    """Return every dotted key of a config class, sections opened; a ModelChoice also takes ModelConfig's fields."""
+    hints = get_type_hints(config_class)
+    keys: dict[str, Key] = {}
+    for item in dataclasses.fields(config_class):
+        name, kind = prefix + item.name, hints[item.name]
+        if kind is ModelChoice:
+            preset = {field.name: field for field in dataclasses.fields(ModelChoice)}["preset"]
+            keys[f"{name}.preset"] = Key(str, preset.default, preset.metadata["help"])
+            keys |= keys_of(ModelConfig, f"{name}.")
+        elif dataclasses.is_dataclass(kind):
+            keys |= keys_of(kind, f"{name}.")  # type: ignore[arg-type]
+        else:
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            keys[name] = Key(kind, default, item.metadata["help"])
+    return keys
+
+
+def load(
+    config_class: type[Config],
+    *,
+    recipe: str | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Resolved[Config]:
+    """Resolve a config.
+
+    recipe: a YAML file, or `-` for standard input; settings: `section.key=value` strings; flags: dotted key -> value,
+    None meaning "not given".
+    Raises: UsageError naming every unknown key and every value of the wrong type; NotFoundError for a missing file.
+    """
+    keys = keys_of(config_class)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+
+    def take(pairs: Iterator[tuple[str, Any, str]]) -> None:
+        for key, value, origin in pairs:
+            if key in keys:
+                values[key], origins[key] = value, origin
+            else:
+                problems.append(unknown_key(key, keys, origin))
+
+    if recipe is not None:
+        take((key, value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe), keys))
+    take(from_environment(keys, os.environ if environment is None else environment))
+    take(from_settings(settings, problems))
+    take((key, value, "flag") for key, value in (flags or {}).items() if value is not None)
+    config = None if problems else build(config_class, values, keys, origins, problems)
+    if problems or config is None:
+        raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
+    return Resolved(config, origins)
+
+
+def unknown_key(key: str, keys: Mapping[str, Key], origin: str) -> str:
+    """Return the sentence for a key that does not exist, with the likeliest one that does."""
+    last = key.rsplit(".", 1)[-1]
+    same_name = [known for known in keys if known.rsplit(".", 1)[-1] == last]
+    close = same_name or get_close_matches(key, keys, n=1, cutoff=0.6)
+    suffix = f", did you mean `{close[0]}`?" if close else ""
+    return f"`{key}` ({origin}) is not a setting{suffix}"
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read a YAML mapping from a file or from standard input (`-`)."""
+    import yaml
+
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"there is no recipe `{path}`", "-r takes the path of a YAML file") from None
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe `{path}` is not a text file: {error}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"recipe `{path}` is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"recipe `{path}` holds a {type(content).__name__}, not a mapping of settings")
+    return content
+
+
+def flatten(tree: Mapping[Any, Any], keys: Mapping[str, Key], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys of a nested mapping; a section given as a plain word means its preset (`model: tiny`)."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in keys:
+            yield from flatten(value, keys, f"{key}.")
+        elif f"{key}.preset" in keys and key not in keys:
+            yield f"{key}.preset", value
+        else:
+            yield key, value
+
+
+def from_environment(keys: Mapping[str, Key], environment: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield the keys that `LLMCTL_...` variables set."""
+    for key in keys:
+        variable = "LLMCTL_" + key.replace(".", "_").upper()
+        if variable in environment and variable not in RESERVED_VARIABLES:
+            yield key, parse(environment[variable]), f"environment {variable}"
+
+
+def from_settings(settings: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield the keys of `--set key=value`; a malformed one is a problem."""
+    for item in settings:
+        key, equals, text = item.partition("=")
+        if not equals:
+            problems.append(f"--set `{item}` has no `=`, write --set section.key=value")
+            continue
+        yield key.strip(), parse(text), "--set"
+
+
+def parse(text: str) -> Any:
+    """Read a value as YAML does, and leave what is not YAML a string."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def build(
+    config_class: type[Config],
+    values: Mapping[str, Any],
+    keys: Mapping[str, Key],
+    origins: Mapping[str, str],
+    problems: list[str],
+    prefix: str = "",
+) -> Config | None:
+    """Build the nested dataclasses, coercing each value to its field's type; complaints go to `problems`."""
+    fields: dict[str, Any] = {}
+    for name, kind in get_type_hints(config_class).items():
+        key = prefix + name
+        if kind is ModelChoice:
+            typed = {k: coerce(k, values[k], keys[k], origins, problems) for k in values if k.startswith(f"{key}.")}
+            preset = typed.pop(f"{key}.preset", "auto")
+            fields[name] = ModelChoice(preset, {k.removeprefix(f"{key}."): v for k, v in typed.items()})
+        elif dataclasses.is_dataclass(kind):
+            fields[name] = build(kind, values, keys, origins, problems, f"{key}.")  # type: ignore[type-var]
+        elif key in values:
+            fields[name] = coerce(key, values[key], keys[key], origins, problems)
+    return None if problems else config_class(**fields)
+
+
+def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems: list[str]) -> Any:
+    """Return the value as the field's type, or note what is wrong with it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if get_origin(info.kind) is tuple and isinstance(value, (str, int)):
+        value = (value,)
+    if info.kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if info.kind is int and isinstance(value, str):
+        value = whole_number(value)
+    try:
+        return TypeAdapter(info.kind).validate_python(value)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        problems.append(f"`{key}` is `{value}` ({origins.get(key, 'default')}): {reason[0].lower()}{reason[1:]}")
+        return None
+
+
+def whole_number(text: str) -> Any:
+    """Return `1e6` as the integer it is (YAML 1.1 reads it as text); anything else unchanged."""
+    try:
+        return int(float(text)) if float(text).is_integer() else text
+    except ValueError:
+        return text
+
+
+def nested(config: Any) -> dict[str, Any]:
+    """Return a config as the nested mapping a recipe holds (tuples as lists, a ModelChoice as one section)."""
+    tree: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, ModelChoice):
+            tree[item.name] = {"preset": value.preset, **{k: plain(v) for k, v in value.overrides.items()}}
+        elif dataclasses.is_dataclass(value):
+            tree[item.name] = nested(value)
+        else:
+            tree[item.name] = plain(value)
+    return tree
+
+
+def plain(value: Any) -> Any:
+    """Return a value as YAML and JSON know it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def dump(resolved: Resolved[Any]) -> str:
+    """Return the whole config as YAML, each key with its meaning and where its value came from.
+
+    `load(recipe=...)` of this text gives the same config.
+    """
+    keys = keys_of(type(resolved.config))
+    lines: list[str] = []
+
+    def walk(tree: Mapping[str, Any], prefix: str, indent: str) -> None:
+        for name, value in tree.items():
+            key = prefix + name
+            if isinstance(value, Mapping):
+                lines.append(f"{indent}{name}:")
+                walk(value, f"{key}.", indent + "  ")
+                continue
+            origin = f" [{resolved.origins[key]}]" if key in resolved.origins else ""
+            text = f"{indent}{name}: {scalar(value)}"
+            lines.append(f"{text:<36}  # {keys[key].meaning}{origin}")
+
+    walk(nested(resolved.config), "", "")
+    return "\n".join(lines) + "\n"
+
+
+def scalar(value: Any) -> str:
+    """Return one value in YAML's flow style on one line."""
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,75 @@
+"""The chunked loss equals the textbook one: value, gradients, in any chunk size, with and without a bias."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from llmctl.losses import LOSSES, linear_cross_entropy
+
+
+def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 16, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(53, 16, generator=generator, dtype=dtype).requires_grad_()
+    bias = torch.randn(53, generator=generator, dtype=dtype).requires_grad_()
+    labels = torch.randint(0, 53, (37,), generator=generator)
+    return hidden, weight, bias, labels
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 10, 37, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_chunked_equals_unchunked(chunk_tokens: int, with_bias: bool):
+    hidden, weight, bias, labels = problem()
+    used = [hidden, weight, bias] if with_bias else [hidden, weight]
+    total, correct = linear_cross_entropy(
+        hidden, weight, labels, bias_V=bias if with_bias else None, chunk_tokens=chunk_tokens
+    )
+    got = torch.autograd.grad(total * 0.3, used)
+    logits = hidden @ weight.T + (bias if with_bias else 0)
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    wanted = torch.autograd.grad(expected * 0.3, used)
+    assert math.isclose(total.item(), expected.item(), rel_tol=1e-6)
+    assert correct.item() == (logits.argmax(1) == labels).sum().item()
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_equals_a_float64_loop():
+    hidden, weight, bias, labels = problem()
+    total, _ = linear_cross_entropy(hidden, weight, labels, bias_V=bias)
+    nats = 0.0
+    for row, label in zip(hidden.double().tolist(), labels.tolist(), strict=True):
+        scores = [sum(map(float.__mul__, row, w)) + b for w, b in zip(weight.tolist(), bias.tolist(), strict=True)]
+        nats += math.log(sum(map(math.exp, scores))) - scores[label]
+    assert math.isclose(total.item(), nats, rel_tol=1e-6)
+
+
+def test_sums_add_up_over_parts():
+    hidden, weight, _, labels = problem()
+    whole, _ = linear_cross_entropy(hidden, weight, labels)
+    parts = [linear_cross_entropy(hidden[rows], weight, labels[rows])[0] for rows in (slice(0, 20), slice(20, None))]
+    assert math.isclose(whole.item(), sum(parts).item(), rel_tol=1e-6)
+
+
+def test_autocast_computes_in_its_precision_and_returns_gradients_in_the_parameters():
+    hidden, weight, _, labels = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = linear_cross_entropy(hidden, weight, labels)
+    total.backward()
+    exact = F.cross_entropy(hidden.detach() @ weight.detach().T, labels, reduction="sum")
+    assert math.isclose(total.item(), exact.item(), rel_tol=1e-2)
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_no_labels_cost_nothing():
+    hidden, weight, _, labels = problem()
+    total, correct = linear_cross_entropy(hidden[:0], weight, labels[:0])
+    total.backward()
+    assert total.item() == correct.item() == 0
+
+
+def test_every_loss_names_its_source():
+    assert all(row.source for row in LOSSES.values())

@@ -254,7 +254,9 @@ def refuse_extras(header: GgufHeader) -> None:
         if value not in allowed:
             raise ArtifactError(f"`{header.path}` has `{key}` {str(value)[:60]!r}, which llmctl does not read")
     if "rope_freqs.weight" in header.tensors:
-        raise ArtifactError(f"`{header.path}` scales its rotary frequencies (rope_freqs.weight), which llmctl does not read")
+        raise ArtifactError(
+            f"`{header.path}` scales its rotary frequencies (rope_freqs.weight), which llmctl does not read"
+        )
 
 
 def hf_values(header: GgufHeader) -> dict[str, Any]:
@@ -281,7 +283,9 @@ def hf_values(header: GgufHeader) -> dict[str, Any]:
     }
     rotated = data.get("rope.dimension_count", values["head_dim"])
     if rotated != values["head_dim"]:
-        raise ArtifactError(f"`{header.path}` rotates {rotated} of {values['head_dim']} channels, which llmctl does not read")
+        raise ArtifactError(
+            f"`{header.path}` rotates {rotated} of {values['head_dim']} channels, which llmctl does not read"
+        )
     return values
 
 

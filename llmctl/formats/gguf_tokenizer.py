@@ -8,10 +8,12 @@ one the ids would be wrong without anybody noticing.
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from llmctl.errors import ArtifactError
 from llmctl.formats.atomic import json_text
+
+T = TypeVar("T")
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
@@ -51,7 +53,7 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
     return files | {"tokenizer_config.json": json_text(config).encode()}
 
 
-def is_list(value: Any, kind: type) -> bool:
+def is_list(value: Any, kind: type[T]) -> TypeGuard[list[T]]:
     """Say whether this is a list of things of one type."""
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
@@ -102,7 +104,7 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
         raise ArtifactError(f"the GGUF file has the pre-tokenizer `{str(pre)[:60]}`, which llmctl does not read", known)
     if not is_list(merges, str):
         raise ArtifactError("the GGUF file has no `tokenizer.ggml.merges`")
-    pairs = [merge.split(" ") for merge in merges or []]
+    pairs = [merge.split(" ") for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
         raise ArtifactError("`tokenizer.ggml.merges` of the GGUF file has an entry that is not two tokens")
     added = [
@@ -169,17 +171,19 @@ def sentencepiece_model(values: Mapping[str, Any], tokens: list[str], types: lis
     Raises: ArtifactError when the scores do not fit the tokens.
     """
     scores = values.get("scores")
-    if not is_list(scores, float) or len(scores or []) != len(tokens):
+    if not is_list(scores, float) or len(scores) != len(tokens):
         raise ArtifactError("`tokenizer.ggml.scores` of the GGUF file does not fit its tokens")
     pieces = b"".join(
         field_bytes(1, field_bytes(1, token.encode()) + field_float(2, score) + field_int(3, kind))
-        for token, score, kind in zip(tokens, scores or [], types, strict=True)
+        for token, score, kind in zip(tokens, scores, types, strict=True)
     )
     trainer = field_int(3, 2) + field_int(4, len(tokens)) + field_int(35, int(BYTE in types))
     unknown = types.index(UNKNOWN) if UNKNOWN in types else -1
     ids = [unknown, *(token_id(values, name, len(tokens)) for name in ("bos", "eos", "padding"))]
     trainer += b"".join(field_int(40 + place, index) for place, index in enumerate(ids))
-    trainer += b"".join(field_bytes(45 + place, tokens[index].encode()) for place, index in enumerate(ids) if index >= 0)
+    trainer += b"".join(
+        field_bytes(45 + place, tokens[index].encode()) for place, index in enumerate(ids) if index >= 0
+    )
     prefix = int(bool(values.get("add_space_prefix", True)))
     normalizer = field_bytes(1, b"identity") + field_int(3, prefix) + field_int(4, 0) + field_int(5, 1)
     return pieces + field_bytes(2, trainer) + field_bytes(3, normalizer)

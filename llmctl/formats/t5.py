@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.formats.family import ACTIVATIONS, FamilyFormat, Published, has, is_common, close, token_ids
+from llmctl.formats.family import ACTIVATIONS, FamilyFormat, Published, close, has, is_common, token_ids
 from llmctl.formats.parameters import Stored, plain
 
 NAME = "T5ForConditionalGeneration"

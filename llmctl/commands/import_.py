@@ -1,0 +1,40 @@
+"""`llmctl import`: a published model -> a model folder or file of ours -> its path on stdout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmctl.commands.common import command_app, note, result, result_json
+
+app = command_app()
+
+
+@app.command()
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder, X.gguf or X.safetensors.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")] = "",
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the path only.")] = False,
+) -> None:
+    """Bring a published model in; prints where it is.
+
+    Examples:
+
+      llmctl import stories260K-q8_0.gguf -o models/stories
+
+      llmctl import ./bert-base-uncased -o bert.safetensors --dtype bfloat16
+    """  # noqa: D412 - the help joins lines that no blank line parts
+    from llmctl.engine.convert import import_model
+    from llmctl.formats.describe import describe
+
+    path = import_model(source, out, dtype=dtype, force=force)
+    record = describe(path)
+    note(f"{record['architecture']}, {record['parameters']:,} parameters; next: llmctl inspect {path}", quiet=quiet)
+    if json:
+        keys = ("path", "architecture", "parameters", "bytes", "dtypes", "context", "vocabulary", "tokenizer")
+        result_json({key: record[key] for key in keys})
+    else:
+        result(str(path))

@@ -1,0 +1,57 @@
+"""`llmctl inspect`: a model file -> what its header says -> stdout, without loading torch."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmctl.commands.common import command_app, result, result_json
+
+app = command_app()
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, X.safetensors or X.gguf.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its dtype and shape.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a model file holds, without loading it.
+
+    Examples:
+
+      llmctl inspect runs/latest
+
+      llmctl inspect teacher.safetensors --tensors
+    """  # noqa: D412 - the help joins lines that no blank line parts
+    from llmctl.formats.describe import describe
+
+    record = describe(model)
+    listed = record.pop("tensors")
+    if json:
+        result_json(record | ({"tensors": listed} if tensors else {}))
+        return
+    for line in lines(record):
+        result(line)
+    if tensors:
+        for name, (dtype, shape) in listed.items():
+            result(f"  {name}  {dtype} {shape}")
+
+
+def lines(record: dict[str, Any]) -> list[str]:
+    """Return one line per fact, the long ones last."""
+    long = ("config", "provenance", "metadata", "files", "dtypes")
+    shown = {key: value for key, value in record.items() if key not in long}
+    shown["parameters"], shown["bytes"] = f"{record['parameters']:,}", f"{record['bytes']:,}"
+    shown["dtypes"] = ", ".join(f"{count} {dtype}" for dtype, count in record["dtypes"].items())
+    shown["files"] = ", ".join(record.get("files", [])) or None
+    rows = [f"{key:<13} {value}" for key, value in shown.items() if value is not None]
+    for part in ("provenance", "metadata"):
+        rows += [f"{part + ':':<13} {key} = {one_line(value)}" for key, value in record.get(part, {}).items()]
+    return rows
+
+
+def one_line(value: Any) -> str:
+    """Return a value on one line, cut where it gets long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:199] + "…"

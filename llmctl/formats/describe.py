@@ -1,0 +1,134 @@
+"""What a model file holds, told from its header alone: no tensor is read and torch is not loaded.
+
+Knows safetensors files, folders of them, and GGUF. A file that is sound but not one of our models (an adapter, another
+architecture) is described as far as it goes; a damaged one is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import ArtifactError
+from llmctl.formats.artifact import CONFIG, check_kind, parse_object, read_artifact, read_headers
+from llmctl.formats.safetensors import Header
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return architecture, sizes, tokenizer, provenance, metadata and tensors of a model file or folder.
+
+    Raises: NotFoundError; ArtifactError when a file is damaged or its tensors do not fit its configuration.
+    """
+    if path.suffix == ".gguf" and path.is_file():
+        return describe_gguf(path)
+    check_kind(path)
+    headers = read_headers(path)
+    record = describe_tensors(path, headers)
+    metadata = next(iter(headers.values())).metadata if len(headers) == 1 else {}
+    folder = path if path.is_dir() else path.parent
+    if "llmctl.config" not in metadata and not (folder / CONFIG).is_file():
+        return record | {"architecture": None, "metadata": plain_metadata(metadata)}
+    try:
+        artifact = read_artifact(path)
+    except ArtifactError as error:
+        named = named_architecture(metadata, folder)
+        if "does not read" not in str(error):
+            raise
+        return record | {"architecture": named, "unread": str(error), "metadata": plain_metadata(metadata)}
+    return record | {
+        "architecture": artifact.architecture,
+        "family": artifact.config.family,
+        "context": artifact.config.max_positions,
+        "vocabulary": artifact.config.vocab_size,
+        "tokenizer": tokenizer_kind(artifact.files),
+        "files": sorted(artifact.files),
+        "config": artifact.hf,
+        "provenance": artifact.provenance,
+        "metadata": plain_metadata(metadata),
+    }
+
+
+def named_architecture(metadata: Mapping[str, str], folder: Path) -> str:
+    """Return the architecture that a configuration names, whether it is read or not."""
+    text = metadata.get("llmctl.config") or (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
+    values = parse_object(text, str(folder / CONFIG))
+    names = values.get("architectures") or [values.get("model_type")]
+    return str(names[0] if isinstance(names, list) else names)[:80]
+
+
+def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, Any]:
+    """Return counts and sizes over all weight files."""
+    tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
+    dtypes: dict[str, int] = {}
+    n_parameters = 0
+    for entry in tensors.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
+        n_parameters += product(entry.shape)
+    return {
+        "path": str(path),
+        "format": "safetensors",
+        "parameters": n_parameters,
+        "bytes": sum(file.stat().st_size for file in headers),
+        "dtypes": dtypes,
+        "tensors": {name: [entry.dtype, list(entry.shape)] for name, entry in tensors.items()},
+    }
+
+
+def describe_gguf(path: Path) -> dict[str, Any]:
+    """Return the same of a GGUF file, of any architecture."""
+    from llmctl.formats.gguf import read_gguf_header
+
+    header = read_gguf_header(path)
+    data = header.metadata
+    architecture = str(data.get("general.architecture"))
+    dtypes: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        dtypes[tensor.block.name] = dtypes.get(tensor.block.name, 0) + 1
+    tokens = data.get("tokenizer.ggml.tokens")
+    return {
+        "path": str(path),
+        "format": f"gguf {header.version}",
+        "parameters": sum(product(tensor.shape) for tensor in header.tensors.values()),
+        "bytes": path.stat().st_size,
+        "dtypes": dtypes,
+        "tensors": {name: [tensor.block.name, list(tensor.shape)] for name, tensor in header.tensors.items()},
+        "architecture": architecture,
+        "context": data.get(f"{architecture}.context_length"),
+        "vocabulary": len(tokens) if isinstance(tokens, list) else None,
+        "tokenizer": data.get("tokenizer.ggml.model"),
+        "metadata": {key: shortened(value) for key, value in data.items()},
+    }
+
+
+def shortened(value: Any) -> Any:
+    """Return a metadata value, a long list as its length."""
+    return f"{len(value)} values" if isinstance(value, list) and len(value) > 16 else value
+
+
+def product(shape: tuple[int, ...] | list[int]) -> int:
+    """Return the number of elements of a shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the header's metadata without the parts that are shown on their own."""
+    shown = ("llmctl.config", "llmctl.files", "llmctl.provenance")
+    return {key: value for key, value in metadata.items() if key not in shown}
+
+
+def tokenizer_kind(files: Mapping[str, bytes]) -> str | None:
+    """Return what kind of tokenizer the files are, or None."""
+    if any(name in files for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm")):
+        return "sentencepiece"
+    if "tokenizer.json" in files:
+        try:
+            kind = json.loads(files["tokenizer.json"])["model"]["type"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            kind = "unreadable"
+        return f"tokenizer.json ({kind})"
+    if "vocab.txt" in files:
+        return "WordPiece (vocab.txt)"
+    return "byte-level BPE (vocab.json, merges.txt)" if "merges.txt" in files else None

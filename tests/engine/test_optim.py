@@ -1,0 +1,87 @@
+"""Schedules are what they say, groups hold what they should, and optimizer state survives a round trip by name."""
+
+import pytest
+import torch
+
+from llmctl.config import ModelConfig, OptimConfig
+from llmctl.engine import optim
+from llmctl.model.transformer import LanguageModel, initialise
+
+
+def tiny() -> LanguageModel:
+    model = LanguageModel(ModelConfig(vocab_size=20, d_model=16, n_layers=1, n_heads=2, max_positions=16))
+    initialise(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 10, 1000])
+def test_schedules_warm_up_stay_within_and_come_down(name: str, total: int):
+    config = OptimConfig(schedule=name, min_lr_frac=0.1, warmup_frac=0.1)
+    shares = [optim.schedule(step, total, config) for step in range(total)]
+    assert max(shares) == pytest.approx(1.0)
+    assert min(shares) > 0
+    peak = shares.index(max(shares))
+    assert shares[: peak + 1] == sorted(shares[: peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
+    if name != "constant" and total == 1000:
+        assert shares[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_wsd_is_flat_until_it_decays_linearly():
+    config = OptimConfig(schedule="wsd", warmup_frac=0.01, decay_frac=0.2, min_lr_frac=0.0)
+    shares = [optim.schedule(step, 1000, config) for step in range(1000)]
+    assert set(shares[20:800]) == {1.0}
+    assert shares[900] == pytest.approx(0.5)
+
+
+def test_muon_gets_the_hidden_matrices_and_every_parameter_is_trained_once():
+    model = tiny()
+    optimizers = optim.make_optimizers(model, OptimConfig(name="muon"))
+    held = {name: [id(p) for g in o.param_groups for p in g["params"]] for name, o in optimizers.items()}
+    everything = [*held["muon"], *held["adamw"]]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[i].split(".")[-2] for i in held["muon"]} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+
+
+def test_norms_and_biases_do_not_decay():
+    optimizers = optim.make_optimizers(tiny(), OptimConfig(name="adamw", weight_decay=0.5))
+    for group in optimizers["adamw"].param_groups:
+        assert all((p.dim() >= 2) == (group["weight_decay"] == 0.5) for p in group["params"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_put_back_by_name_goes_on_bit_for_bit(name: str):
+    def step(model: LanguageModel, optimizers: dict[str, torch.optim.Optimizer], seed: int) -> None:
+        ids = torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(seed))
+        model(ids).logsumexp(-1).mean().backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    config = OptimConfig(name=name)
+    straight, stopped = tiny(), tiny()
+    through, first = optim.make_optimizers(straight, config), optim.make_optimizers(stopped, config)
+    for seed in range(3):
+        step(straight, through, seed)
+        step(stopped, first, seed)
+    saved = {key: tensor.clone() for key, tensor in optim.named_state(stopped, first)}
+    weights = {key: tensor.clone() for key, tensor in stopped.state_dict().items()}
+    resumed = tiny()
+    resumed.load_state_dict(weights)
+    second = optim.make_optimizers(resumed, config)
+    optim.load_state(resumed, second, saved)
+    for seed in range(3, 6):
+        step(straight, through, seed)
+        step(resumed, second, seed)
+    for name_, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name_]), name_

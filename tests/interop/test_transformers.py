@@ -54,11 +54,19 @@ THEIRS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
     "llama-biases": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"attention_bias": True, "mlp_bias": True}),
-    "llama-wide-heads": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"head_dim": 12, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama-wide-heads": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA | {"head_dim": 12, "hidden_act": "gelu_pytorch_tanh"},
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | {"sliding_window": None}),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", LLAMA | {"head_dim": 8, "attention_bias": True}),
     "eurobert": ("EuroBertForMaskedLM", "EuroBertConfig", LLAMA | {"mask_token_id": 3}),
-    "eurobert-biases": ("EuroBertForMaskedLM", "EuroBertConfig", LLAMA | {"mlp_bias": True, "tie_word_embeddings": True}),
+    "eurobert-biases": (
+        "EuroBertForMaskedLM",
+        "EuroBertConfig",
+        LLAMA | {"mlp_bias": True, "tie_word_embeddings": True},
+    ),
     "t5-original": ("T5ForConditionalGeneration", "T5Config", T5 | {"feed_forward_proj": "relu"}),
     "t5-v1.1": (
         "T5ForConditionalGeneration",
@@ -103,7 +111,9 @@ OURS = [
     ),
     (
         "MarianMTModel",
-        POST | PAIR | {"positions": "sinusoidal", "embedding_scale": 32**0.5, "logits_bias": True, "activation": "relu"},
+        POST
+        | PAIR
+        | {"positions": "sinusoidal", "embedding_scale": 32**0.5, "logits_bias": True, "activation": "relu"},
     ),
     ("MarianMTModel", POST | PAIR | {"positions": "sinusoidal", "activation": "silu"}),
 ]
@@ -145,7 +155,9 @@ def theirs(model, ids: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor |
     return output.logits if "logits" in output else output.last_hidden_state
 
 
-def ours(model: LanguageModel, ids: torch.Tensor, targets: torch.Tensor, mask=None, *, head: bool = True) -> torch.Tensor:
+def ours(
+    model: LanguageModel, ids: torch.Tensor, targets: torch.Tensor, mask=None, *, head: bool = True
+) -> torch.Tensor:
     """Return our logits or hidden states; where there is padding, as document 0."""
     inputs = {} if mask is None else {"documents_BT": mask}
     if model.config.family == "encoder_decoder":

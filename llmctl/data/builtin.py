@@ -1,0 +1,183 @@
+"""The embedded default corpus: English reference prose read from the user's own Python installation.
+
+The language reference of `pydoc_data.topics` and the standard library's docstrings, near-duplicates removed: about
+2 MB. Nothing is redistributed; its digest and the Python version say what it was. Built once, then cached.
+"""
+
+import ast
+import gzip
+import hashlib
+import inspect
+import json
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import NotFoundError
+
+MIN_CHARACTERS = 80
+"""Shorter docstrings say little ("See base class.")."""
+
+SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages", "__pycache__"}
+SHINGLE_WORDS = 8
+"""Documents that share most of their runs of eight words are near-duplicates."""
+
+CACHE_VERSION = 1
+
+
+def builtin_documents() -> list[str]:
+    """Return the documents: topics of the language reference, then docstrings in the order of their modules."""
+    return [str(text) for text in corpus()["documents"]]
+
+
+def builtin_pairs() -> list[tuple[str, str]]:
+    """Return (qualified name and signature, first sentence of the docstring) of the standard library's functions."""
+    return [(str(source), str(target)) for source, target in corpus()["pairs"]]
+
+
+def builtin_provenance() -> dict[str, Any]:
+    """Return where the text came from: kind, Python version, sha256 and counts."""
+    content = corpus()
+    digest = hashlib.sha256(json.dumps([content["documents"], content["pairs"]]).encode()).hexdigest()
+    documents = content["documents"]
+    return {
+        "kind": "builtin",
+        "description": "pydoc_data.topics and the docstrings of Python's standard library",
+        "python": platform.python_version(),
+        "sha256": digest,
+        "n_documents": len(documents),
+        "n_pairs": len(content["pairs"]),
+        "n_bytes": sum(len(text.encode()) for text in documents),
+    }
+
+
+def corpus() -> dict[str, Any]:
+    """Return documents and pairs, from the cache if it is whole and of this Python."""
+    cached = cache_path()
+    try:
+        with gzip.open(cached, "rt", encoding="utf-8") as file:
+            content = json.load(file)
+        if isinstance(content, dict) and {"documents", "pairs"} <= content.keys():
+            return content
+    except (OSError, EOFError, ValueError):  # none yet, damaged, or not readable: built again
+        pass
+    content = build()
+    store(cached, content)
+    return content
+
+
+def cache_path() -> Path:
+    """Return the cache file for this Python."""
+    base = os.environ.get("LLMCTL_CACHE")
+    folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmctl"
+    return folder / f"builtin-{CACHE_VERSION}-{platform.python_implementation()}-{platform.python_version()}.json.gz"
+
+
+def store(path: Path, content: dict[str, Any]) -> None:
+    """Keep the corpus for the next run; a folder that cannot be written costs the next run some seconds, no more."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def build() -> dict[str, Any]:
+    """Read the installation.
+
+    Raises: NotFoundError where there is neither topic nor docstring (a stripped Python).
+    """
+    documents = topics()
+    pairs: list[tuple[str, str]] = []
+    for module, path in library_files():
+        for name, signature, text in docstrings(module, path):
+            if len(text) >= MIN_CHARACTERS:
+                documents.append(text)
+            sentence = first_sentence(text)
+            if signature and len(sentence) >= 15:
+                pairs.append((name + signature, sentence))
+    if not documents:
+        raise NotFoundError("this Python has neither `pydoc_data` nor docstrings to train on", "name files: llmctl pretrain book.txt")
+    unique = {source: target for source, target in reversed(pairs)}
+    return {"documents": without_near_duplicates(documents), "pairs": sorted(unique.items())}
+
+
+def topics() -> list[str]:
+    """Return the language reference's topics, with the markup of the manual's source taken out."""
+    try:
+        from pydoc_data.topics import topics as content
+    except ImportError:  # some distributions pack it separately
+        return []
+    return [text.strip() for _, text in sorted(content.items())]
+
+
+def library_files() -> Iterator[tuple[str, Path]]:
+    """Yield (module name, file) of the standard library's own sources, in a fixed order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if not SKIPPED & set(parts) and not parts[0].startswith(("config-", "lib-dynload")):
+            yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def docstrings(module: str, path: Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (qualified name, signature or nothing, docstring) of a file's module, classes and functions."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return
+    if '"""' not in source and "'''" not in source:  # no docstring worth the parsing
+        return
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    stack: list[tuple[str, ast.AST]] = [(module, tree)]
+    while stack:
+        name, node = stack.pop()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = raw_docstring(node)
+            is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            if text:
+                yield name, f"({ast.unparse(node.args)})" if is_function else "", text  # type: ignore[union-attr]
+            inner = [child for child in node.body if hasattr(child, "name")]
+            stack += [(f"{name}.{child.name}", child) for child in reversed(inner)]  # type: ignore[attr-defined]
+
+
+def raw_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """Return a node's docstring, cleaned of indentation."""
+    if node.body and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
+        value = node.body[0].value.value
+        if isinstance(value, str):
+            return inspect.cleandoc(value).strip().encode("utf-8", "ignore").decode()
+    return ""
+
+
+def first_sentence(text: str) -> str:
+    """Return a docstring's first sentence on one line."""
+    paragraph = " ".join(text.split("\n\n", 1)[0].split())
+    return re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0]
+
+
+def without_near_duplicates(documents: list[str]) -> list[str]:
+    """Drop every document most of whose word runs stood in earlier ones, so that none is on both sides of a split."""
+    seen: set[int] = set()
+    kept = []
+    for text in documents:
+        words = re.findall(r"\w+", text.lower())
+        runs = {hash_of(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))}
+        if len(runs & seen) <= len(runs) // 2:
+            kept.append(text)
+        seen |= runs
+    return kept
+
+
+def hash_of(words: list[str]) -> int:
+    """Return a hash that is the same in every process."""
+    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")

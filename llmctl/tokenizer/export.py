@@ -1,0 +1,90 @@
+"""`tokenizer.json` and `tokenizer_config.json` for our own tokenizers, written without the libraries that read them.
+
+Spaces stand in the vocabulary as they are (not as U+2581, which then falls back to bytes as ours does), so that ids
+agree for every text but one: a special token written out, which those libraries take for the token itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SPACE = "\u2581"
+
+
+def tokenizer_json(
+    scored: Sequence[tuple[str, float]], specials: Mapping[str, int], is_unigram: bool
+) -> dict[str, Any]:
+    """Return the content of `tokenizer.json` for pieces in the order of their ids."""
+    pieces = [piece if piece in specials else piece.replace(SPACE, " ") for piece, _ in scored]
+    unk = next(piece for piece in specials if "unk" in piece)
+    if is_unigram:
+        model: dict[str, Any] = {
+            "type": "Unigram",
+            "unk_id": specials[unk],
+            "vocab": [[piece, score] for piece, (_, score) in zip(pieces, scored, strict=True)],
+            "byte_fallback": True,
+        }
+    else:
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unk,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece: index for index, piece in enumerate(pieces)},
+            "merges": merges(pieces, [score for _, score in scored], specials),
+        }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [added_token(piece) | {"id": index} for piece, index in sorted(specials.items(), key=lambda x: x[1])],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": model,
+    }
+
+
+def merges(pieces: Sequence[str], scores: Sequence[float], specials: Mapping[str, int]) -> list[list[str]]:
+    """Return the pairs that join to a piece, best piece first: sentencepiece joins whatever pair gives the best one.
+
+    Source: Kudo and Richardson 2018, arXiv:1808.06226, section 3.1; the pairs of one piece are ordered by their parts'
+    ids, as there is no order among them in sentencepiece.
+    """
+    rank = {piece: index for index, piece in enumerate(pieces) if piece not in specials and not is_byte(piece)}
+    found: list[tuple[float, int, int, list[str]]] = []
+    for piece, index in rank.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in rank and right in rank:
+                found.append((-scores[index], rank[left], rank[right], [left, right]))
+    found.sort(key=lambda entry: entry[:3])
+    return [pair for *_, pair in found]
+
+
+def is_byte(piece: str) -> bool:
+    """Tell whether a piece is one of the 256 byte pieces."""
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def added_token(piece: str) -> dict[str, Any]:
+    """Return how Hugging Face describes a special token."""
+    return {"content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def tokenizer_config(tokens: Mapping[str, str], specials: Mapping[str, int]) -> dict[str, Any]:
+    """Return the content of `tokenizer_config.json`; `tokens` maps pad, unk, bos, eos, mask to their pieces."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{role}_token": piece for role, piece in tokens.items()},
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000_000,
+        "added_tokens_decoder": {str(index): added_token(piece) for piece, index in sorted(specials.items(), key=lambda x: x[1])},
+    }

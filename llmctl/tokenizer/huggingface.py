@@ -1,0 +1,164 @@
+"""Tokenizers that published models bring for Hugging Face's `tokenizers` library (extra `hub`).
+
+`tokenizer.json` of any kind; BERT's `vocab.txt` (WordPiece) and GPT-2's vocabulary and merges are turned into one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from llmctl.errors import ArtifactError, MissingExtraError
+from llmctl.tokenizer.base import Tokenizer, digest
+
+ROLES = {
+    "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
+    "unk": ("<unk>", "[UNK]"),
+    "bos": ("<s>", "[CLS]", "<|im_start|>", "<|endoftext|>"),
+    "eos": ("</s>", "[SEP]", "<|im_end|>", "<|endoftext|>"),
+    "mask": ("<mask>", "[MASK]"),
+}
+"""Where no config says which token plays a role, the first of these that exists does."""
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` with its config.
+
+    Raises: MissingExtraError without the `tokenizers` package; ArtifactError for a file it cannot read.
+    """
+
+    def __init__(self, content: bytes, files: Mapping[str, bytes]) -> None:
+        tokenizers = tokenizers_module()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+            self._json: dict[str, Any] = json.loads(content)
+            config = json.loads(files.get("tokenizer_config.json", b"{}"))
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(f"`tokenizer.json` cannot be read: {error}", "fetch it again") from None
+        self._tokenizer.encode_special_tokens = True  # what looks like a special token in a text is text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._files = dict(files)
+        self.sha256 = digest({"tokenizer.json": content})
+        added = {entry["content"]: entry["id"] for entry in self._json.get("added_tokens", [])}
+        self._special = {e["content"]: e["id"] for e in self._json.get("added_tokens", []) if e.get("special")}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True) | added
+        self._pieces = {index: piece for piece, index in vocabulary.items()}
+        self.vocab_size = max(self._pieces, default=-1) + 1
+        for role, names in ROLES.items():
+            setattr(self, f"{role}_id", role_id(role, names, config, vocabulary, self._special))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of every text, without special tokens."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special tokens are left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def piece(self, index: int) -> str:
+        """Return the piece of an id as the vocabulary writes it."""
+        return self._pieces.get(index, "")
+
+    def piece_bytes(self, index: int) -> bytes:
+        """Return the UTF-8 bytes an id stands for; none for a special token."""
+        piece = self.piece(index)
+        if piece in self._special or not piece:
+            return b""
+        if self._kind == "bytes":
+            return bytes(self._byte_of[c] for c in piece) if all(c in self._byte_of for c in piece) else piece.encode()
+        if self._kind == "words":
+            return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
+        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def special_id(self, text: str) -> int | None:
+        """Return the id of a special token, None if there is none of this name."""
+        return self._special.get(text)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files it was made from."""
+        return dict(self._files)
+
+    @cached_property
+    def _kind(self) -> str:
+        if self._json["model"].get("type") == "WordPiece":
+            return "words"
+        return "bytes" if '"ByteLevel"' in json.dumps([self._json.get("decoder"), self._json.get("pre_tokenizer")]) else "spaces"
+
+    @cached_property
+    def _byte_of(self) -> dict[str, int]:
+        return {character: byte for byte, character in byte_characters().items()}
+
+
+def tokenizers_module() -> Any:
+    """Return the `tokenizers` library.
+
+    Raises: MissingExtraError naming the extra.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise MissingExtraError("reading `tokenizer.json`, `vocab.txt` or `merges.txt`", "tokenizers", "hub") from None
+    return tokenizers
+
+
+def role_id(
+    role: str, names: Sequence[str], config: Mapping[str, Any], vocabulary: Mapping[str, int], special: Mapping[str, int]
+) -> int | None:
+    """Return the id that plays a role: the config's token, else the first usual name that is special."""
+    token = config.get(f"{role}_token")
+    token = token.get("content") if isinstance(token, Mapping) else token
+    if isinstance(token, str) and token in vocabulary:
+        return vocabulary[token]
+    return next((special[name] for name in names if name in special), None)
+
+
+def byte_characters() -> dict[int, str]:
+    """Return GPT-2's printable character for every byte: itself where printable, else one from U+0100 on.
+
+    Source: Radford et al. 2019, section 2.2.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        table.setdefault(byte, chr(0x100 + len(table) - len(printable)))
+    return table
+
+
+def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
+    """Make BERT's tokenizer out of `vocab.txt`; lower case unless the config says otherwise.
+
+    Source: Devlin et al. 2019, arXiv:1810.04805.
+    """
+    tokenizers = tokenizers_module()
+    # Only LF ends a line: some pieces are themselves characters that splitlines() would cut at (U+2028).
+    lines = vocabulary.decode().removesuffix("\n").split("\n")
+    pieces = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
+    lowercase = bool(json.loads(files.get("tokenizer_config.json", b"{}")).get("do_lower_case", True))
+    model = tokenizers.models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100)  # noqa: S106
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in pieces])
+    content = tokenizer.to_str().encode()
+    return HuggingFaceTokenizer(content, {**files, "tokenizer.json": content})
+
+
+def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
+    """Make GPT-2's tokenizer out of its vocabulary and merges.
+
+    Source: Radford et al. 2019.
+    """
+    tokenizers = tokenizers_module()
+    lines = [line for line in merges.decode().split("\n") if line and not line.startswith("#version")]
+    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocabulary), pairs))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    content = tokenizer.to_str().encode()
+    return HuggingFaceTokenizer(content, {**files, "tokenizer.json": content})

@@ -1,0 +1,108 @@
+"""Find the tokenizer in a file, a folder, or the files that a model carries."""
+
+import base64
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+
+KNOWN_FILES = (
+    MODEL_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "encoder.json",
+    "vocab.json",
+    "vocab.bpe",
+    "merges.txt",
+    "chat_template.jinja",
+)
+MAX_HEADER_BYTES = 100_000_000
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer of a folder, of a tokenizer file of any known kind, or of a single-file model.
+
+    Raises: NotFoundError, UsageError for a file of no known kind, ArtifactError for a damaged one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"there is no tokenizer at `{path}`", "llmctl tokenize train makes one")
+    if path.is_dir():
+        files = {name: (path / name).read_bytes() for name in KNOWN_FILES if (path / name).is_file()}
+        if not files and (path / "tokenizer").is_dir():
+            return load_tokenizer(path / "tokenizer")
+    elif path.suffix == ".safetensors":
+        files = files_in_header(path)
+    else:
+        kind = {".model": MODEL_FILE, ".txt": "vocab.txt"}.get(path.suffix, path.name)
+        beside = path.parent / "tokenizer_config.json"
+        files = {kind: path.read_bytes()}
+        if beside.is_file() and kind != MODEL_FILE:
+            files["tokenizer_config.json"] = beside.read_bytes()
+    tokenizer = tokenizer_from_files(files)
+    if tokenizer is None:
+        raise UsageError(
+            f"`{path}` holds no tokenizer of a known kind", "known are tokenizer.model, tokenizer.json, vocab.txt, merges.txt"
+        )
+    return tokenizer
+
+
+def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
+    """Return the tokenizer that files make up, None if they hold none."""
+    if MODEL_FILE in files:
+        extra = {name: data for name, data in files.items() if name in KNOWN_FILES and name != MODEL_FILE}
+        return SentencePieceTokenizer(files[MODEL_FILE], extra)
+    own = {name: data for name, data in files.items() if name in KNOWN_FILES}
+    if "tokenizer.json" in files:
+        from llmctl.tokenizer.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(files["tokenizer.json"], own)
+    if "vocab.txt" in files:
+        from llmctl.tokenizer.huggingface import from_word_pieces
+
+        return from_word_pieces(files["vocab.txt"], own)
+    vocabulary = files.get("vocab.json") or files.get("encoder.json")
+    merges = files.get("merges.txt") or files.get("vocab.bpe")
+    if vocabulary and merges:
+        from llmctl.tokenizer.huggingface import from_merges
+
+        return from_merges(vocabulary, merges, own)
+    return None
+
+
+def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
+    """Return the tokenizer that files make up.
+
+    Raises: UsageError if they hold none.
+    """
+    tokenizer = find_tokenizer(files)
+    if tokenizer is None:
+        raise UsageError(
+            f"no tokenizer among {', '.join(f'`{name}`' for name in files) or 'no files'}",
+            "known are tokenizer.model, tokenizer.json, vocab.txt, vocab.json with merges.txt",
+        )
+    return tokenizer
+
+
+def files_in_header(path: Path) -> dict[str, bytes]:
+    """Return the files that a single-file model carries in its header (`llmctl.files`), without loading tensors.
+
+    Raises: ArtifactError if the header is not one.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size):
+                raise ArtifactError(f"`{path}` has a header of {length} bytes, which cannot be", "fetch it again")
+            header = json.loads(file.read(length))
+        content = json.loads(header["__metadata__"]["llmctl.files"])
+        return {str(name): base64.b64decode(data) for name, data in content.items()}
+    except KeyError:
+        raise UsageError(f"`{path}` carries no tokenizer in its header", "give its folder, or a tokenizer file") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"`{path}` has a damaged header: {error}", "fetch it again") from None

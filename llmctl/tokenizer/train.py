@@ -1,0 +1,97 @@
+"""Train a tokenizer on a stream of texts: lossless for every text, reproducible byte for byte, in bounded memory."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+
+from llmctl.config import TokenizerConfig
+from llmctl.errors import UsageError
+from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
+
+MAX_SENTENCE_CHARACTERS = 4000
+"""The trainer's work grows with the length of a sentence; longer lines are handed over in pieces."""
+
+
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
+    """Train a sentencepiece model with byte fallback that changes nothing: no normalisation, no prefix, every space.
+
+    Special tokens <pad> <unk> <s> </s> <mask>, then `n_sentinels` of <extra_id_i>, are control pieces: text never
+    encodes to them. Where the corpus has fewer pieces than `vocab_size`, the vocabulary is smaller than asked.
+    Raises: UsageError if the corpus is empty or the vocabulary too small for its characters.
+    Source: BPE, Sennrich et al. 2016, arXiv:1508.07909; unigram, Kudo 2018, arXiv:1804.10959; sentencepiece,
+    arXiv:1808.06226.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    controls = ["<mask>", *(f"<extra_id_{index}>" for index in range(config.n_sentinels))]
+    is_char = config.model_type == "char"
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=sentences(sampled(texts, config.max_train_bytes)),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=1_000_000 if is_char else config.vocab_size,
+            character_coverage=1.0 if is_char else config.character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            hard_vocab_limit=False,
+            max_sentence_length=1 << 30,
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece="<pad>",
+            control_symbols=controls,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise explain(error, config) from None
+    return SentencePieceTokenizer(model.getvalue())
+
+
+def explain(error: RuntimeError, config: TokenizerConfig) -> UsageError:
+    """Turn the trainer's complaint into one that names our setting."""
+    text = str(error)
+    needed = re.search(r"required_chars\. \d+ vs (\d+)", text)
+    if needed:
+        return UsageError(
+            f"`tokenizer.vocab_size` {config.vocab_size} is too small: bytes, special tokens and the corpus's "
+            f"characters need {needed[1]}",
+            f"--set tokenizer.vocab_size={max(512, 2 * int(needed[1]))}, or a lower tokenizer.character_coverage",
+        )
+    if "sentences_.empty" in text:
+        return UsageError("the corpus holds no text to train a tokenizer on", "name files with text")
+    return UsageError(f"the tokenizer cannot be trained: {text}", "try another --vocab-size or model type")
+
+
+def sampled(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Return the texts, or every second, fourth, ... of them if they are more than `max_bytes`.
+
+    The sample is spread evenly over the whole stream, however long, and never more than `max_bytes` are held.
+    """
+    kept: list[str] = []
+    size, stride = 0, 1
+    for number, text in enumerate(texts):
+        if number % stride:
+            continue
+        kept.append(text[:max_bytes])
+        size += len(kept[-1].encode())
+        while size > max_bytes and len(kept) > 1:
+            stride *= 2
+            kept = kept[::2]
+            size = sum(len(each.encode()) for each in kept)
+    return iter(kept)
+
+
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Cut texts into lines, and long lines into pieces, for the trainer."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):
+                yield line[start : start + MAX_SENTENCE_CHARACTERS].replace("\0", " ")

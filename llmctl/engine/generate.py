@@ -1,0 +1,284 @@
+"""Text out of decoders and encoder-decoders: batched, cached, streamed; sampling or beam search.
+
+A prompt's result does not depend on what else is in its batch: rows are padded on the left and masked, and every
+prompt draws from its own random numbers, seeded by (seed, number of the prompt).
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmctl.config import GenerateConfig
+from llmctl.engine import sampling
+from llmctl.engine.beam import beam_search
+from llmctl.engine.models import Loaded
+from llmctl.engine.session import Session
+from llmctl.errors import UsageError
+from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
+
+WINDOW_BATCHES = 8
+"""Batches of prompts that are sorted by length together; results come out in the order of the prompts."""
+
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A numbered prompt as token ids, special tokens included."""
+
+    index: int
+    ids: list[int]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt: new ids (the end token left out), their text, and why it ended.
+
+    finish: `eos`, `stop` (a stop string), `length` (max_tokens), or `context` (the model's longest sequence).
+    """
+
+    index: int
+    prompt: str
+    ids: list[int]
+    text: str
+    finish: str
+
+
+def encode_prompt(loaded: Loaded, text: str) -> list[int]:
+    """Return a prompt's ids as the model was trained to see the beginning of a text.
+
+    Raises: UsageError for a model without a tokenizer.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "--ids takes and gives token ids")
+    if loaded.model.config.family == "encoder_decoder":
+        return tokenizer.encode(text, eos=True)
+    ids = tokenizer.encode(text, bos=begins_with_bos(tokenizer, loaded.artifact.files))
+    if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs something to go on from
+        return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+    return ids
+
+
+def begins_with_bos(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bool:
+    """Tell whether texts of this model begin with a begin-of-text token.
+
+    Ours always do. Of published ones `tokenizer_config.json` says so; sentencepiece's do unless it denies it.
+    """
+    is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_lossless:
+        return True
+    try:
+        said = json.loads(files.get("tokenizer_config.json", b"{}")).get("add_bos_token")
+    except ValueError:
+        said = None
+    return bool(said) if said is not None else is_sentencepiece
+
+
+def end_ids(loaded: Loaded) -> set[int]:
+    """Return the ids that end a text: the config's, and those of `generation_config.json`."""
+    ids = {loaded.model.config.eos_id}
+    try:
+        more = json.loads(loaded.artifact.files.get("generation_config.json", b"{}")).get("eos_token_id")
+    except ValueError:
+        more = None
+    ids |= set(more) if isinstance(more, list) else {more} if isinstance(more, int) else set()
+    return {index for index in ids if isinstance(index, int) and index >= 0}
+
+
+def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig) -> None:
+    """Refuse settings and prompts that cannot work, before anything runs.
+
+    Raises: UsageError naming the prompt, its length and the limit.
+    """
+    sampling.check(config)
+    limit, n_vocabulary = loaded.model.config.max_positions, loaded.model.config.vocab_size
+    is_decoder = loaded.model.config.family == "decoder"
+    for prompt in prompts:
+        if not prompt.ids:
+            raise UsageError(f"prompt {prompt.index + 1} is empty, and the model has no token to begin with")
+        if len(prompt.ids) > limit - int(is_decoder):
+            raise UsageError(
+                f"prompt {prompt.index + 1} has {len(prompt.ids)} tokens, the model's context is {limit}",
+                "shorten it, or use a model with a longer context",
+            )
+        wrong = [index for index in prompt.ids if not 0 <= index < n_vocabulary]
+        if wrong:
+            raise UsageError(f"prompt {prompt.index + 1} has the token id {wrong[0]}, the vocabulary ends at {n_vocabulary - 1}")
+
+
+def generate(
+    loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig, on_text: OnText | None = None
+) -> Iterator[Completion]:
+    """Yield the completions of prompts in their order; `on_text` gets (index, new text) as it comes.
+
+    Raises: UsageError as `check_prompts`.
+    """
+    check_prompts(loaded, prompts, config)
+    step = config.batch_size * WINDOW_BATCHES
+    for start in range(0, len(prompts), step):
+        window = sorted(prompts[start : start + step], key=lambda prompt: len(prompt.ids))
+        done: dict[int, Completion] = {}
+        for first in range(0, len(window), config.batch_size):
+            for completion in run_batch(loaded, window[first : first + config.batch_size], config, on_text):
+                done[completion.index] = completion
+        yield from (done[prompt.index] for prompt in prompts[start : start + step])
+
+
+@torch.inference_mode()
+def run_batch(
+    loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig, on_text: OnText | None
+) -> list[Completion]:
+    """Complete prompts together."""
+    ends = end_ids(loaded)
+    session = Session(loaded.model, [prompt.ids for prompt in prompts], config.max_tokens, copies=config.beams)
+    if config.beams > 1:
+        results = beam_search(session, len(prompts), config, ends)
+        return [finish_beam(loaded, prompt, ids, config) for prompt, ids in zip(prompts, results, strict=True)]
+    rows = [Row(prompt, TextStream(loaded.tokenizer, config.stop)) for prompt in prompts]
+    return sample(session, rows, config, ends, on_text)
+
+
+@dataclass
+class Row:
+    """A prompt that is being completed."""
+
+    prompt: Prompt
+    stream: "TextStream"
+    ids: list[int] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def completion(self, finish: str) -> Completion:
+        return Completion(self.prompt.index, self.prompt.text, self.ids, self.stream.text, finish)
+
+
+def sample(
+    session: Session, rows: list[Row], config: GenerateConfig, ends: set[int], on_text: OnText | None
+) -> list[Completion]:
+    """Draw token after token; rows that end leave the batch."""
+    done = []
+    for row in rows:
+        # Two numbers side by side: neighbouring prompts must not share a stream.
+        row.generator.manual_seed((config.seed * 1_000_003 + row.prompt.index) % (1 << 63))
+    logits_BV = session.begin()
+    seen_BV = mark_seen(rows, logits_BV.shape[1]) if config.repetition_penalty != 1.0 else None
+    while rows:
+        tokens_B = sampling.choose(logits_BV, seen_BV, config, [row.generator for row in rows])
+        staying = []
+        for position, token in enumerate(tokens_B.tolist()):
+            row = rows[position]
+            finish = advance(row, token, config, ends, session.limit(row.prompt.ids), on_text)
+            if finish:
+                done.append(row.completion(finish))
+            else:
+                staying.append(position)
+        if len(staying) < len(rows):
+            rows = [rows[position] for position in staying]
+            kept = torch.tensor(staying, dtype=torch.long, device=tokens_B.device)
+            tokens_B = tokens_B[kept]
+            seen_BV = None if seen_BV is None else seen_BV[kept]
+            if rows:
+                session.select(kept)
+        if rows:
+            if seen_BV is not None:
+                seen_BV.scatter_(1, tokens_B[:, None], True)
+            logits_BV = session.step(tokens_B)
+    return done
+
+
+def advance(
+    row: Row, token: int, config: GenerateConfig, ends: set[int], limit: int, on_text: OnText | None
+) -> str:
+    """Take a token into a row and return why it ends, or an empty string."""
+    finish = ""
+    if token in ends:
+        finish = "eos"
+    else:
+        row.ids.append(token)
+        new = row.stream.feed(token)
+        if row.stream.is_stopped:
+            finish = "stop"
+        elif len(row.ids) >= config.max_tokens:
+            finish = "length"
+        elif len(row.ids) >= limit:
+            finish = "context"
+        if on_text is not None and new:
+            on_text(row.prompt.index, new)
+    if finish:
+        rest = row.stream.close()
+        if on_text is not None and rest:
+            on_text(row.prompt.index, rest)
+    return finish
+
+
+def mark_seen(rows: Sequence[Row], n_vocabulary: int) -> Tensor:
+    """Return which tokens each prompt holds, bool (B, V)."""
+    seen_BV = torch.zeros(len(rows), n_vocabulary, dtype=torch.bool)
+    for position, row in enumerate(rows):
+        seen_BV[position, row.prompt.ids] = True
+    return seen_BV
+
+
+def finish_beam(loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig) -> Completion:
+    """Turn the best beam into a completion."""
+    ended = bool(ids) and ids[-1] in end_ids(loaded)
+    ids = ids[:-1] if ended else ids
+    stream = TextStream(loaded.tokenizer, config.stop)
+    for position, token in enumerate(ids):
+        stream.feed(token)
+        if stream.is_stopped:
+            return Completion(prompt.index, prompt.text, ids[: position + 1], stream.text, "stop")
+    stream.close()
+    return Completion(prompt.index, prompt.text, ids, stream.text, "eos" if ended else "length")
+
+
+class TextStream:
+    """Turns tokens into text as they come: no broken characters, stop strings cut off even across tokens.
+
+    `text` is everything given out so far. Without a tokenizer there is no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
+        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.held = "", ""
+        self.is_stopped = False
+
+    def feed(self, token: int) -> str:
+        """Take a token and return the text that is certain to stay."""
+        if self.tokenizer is None or self.is_stopped:
+            return ""
+        return self._give(self.held + self.decoder.decode(self.tokenizer.decode_bytes([token])))
+
+    def close(self) -> str:
+        """Return what was held back; an incomplete character becomes U+FFFD."""
+        if self.is_stopped:
+            return ""
+        rest = self._give(self.held + self.decoder.decode(b"", final=True))
+        if self.is_stopped:
+            return rest
+        tail, self.held = self.held, ""
+        self.text += tail
+        return rest + tail
+
+    def _give(self, pending: str) -> str:
+        places = [place for place in (pending.find(stop) for stop in self.stop) if place >= 0]
+        if places:
+            self.is_stopped, self.held = True, ""
+            new = pending[: min(places)]
+        else:
+            n_held = max((overlap(pending, stop) for stop in self.stop), default=0)
+            new, self.held = pending[: len(pending) - n_held], pending[len(pending) - n_held :]
+        self.text += new
+        return new
+
+
+def overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` could be the beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -1,0 +1,231 @@
+"""Find the model a command means, and load it.
+
+Finding reads small JSON files only; torch is imported when weights are.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmctl.errors import ArtifactError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from llmctl.formats.artifact import Artifact
+    from llmctl.model.transformer import LanguageModel
+    from llmctl.tokenizer.base import Tokenizer
+
+Ability = Literal["generate", "fill", "any"]
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "generate": ("decoder", "encoder_decoder"),
+    "fill": ("encoder",),
+    "any": ("decoder", "encoder", "encoder_decoder"),
+}
+MAKE_ONE = {
+    "generate": "make one in a minute: llmctl pretrain",
+    "fill": "make one in a minute: llmctl pretrain --objective mlm",
+    "any": "make one in a minute: llmctl pretrain",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model's place and why it was chosen."""
+
+    path: Path
+    why: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for use, its tokenizer if it has one, and the artifact it came from."""
+
+    model: "LanguageModel"
+    tokenizer: "Tokenizer | None"
+    artifact: "Artifact"
+
+
+def runs_folder() -> Path:
+    """Return where runs live: `LLMCTL_RUNS`, else `runs/` of the nearest parent that has one, else `./runs`."""
+    named = os.environ.get("LLMCTL_RUNS")
+    if named:
+        return Path(named)
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "runs").is_dir():
+            return Path(os.path.relpath(folder / "runs"))
+    return Path("runs")
+
+
+def default_file() -> Path:
+    """Return the file in which `llmctl use` keeps its choice."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "llmctl" / "default"
+
+
+def resolve_model(name: str | None, *, able: Ability) -> Found:
+    """Find the model to use: `name` > LLMCTL_MODEL > this directory > the newest finished run > `llmctl use`.
+
+    A name is a file, a folder, a run's number or prefix, or `latest`. Only models able to do what is asked are
+    taken from runs; one that was named is taken as it is.
+    Raises: NotFoundError saying what was looked for and how to make one.
+    """
+    if name:
+        return Found(find_named(name, able), "named")
+    variable = os.environ.get("LLMCTL_MODEL")
+    if variable:
+        return Found(find_named(variable, able), "LLMCTL_MODEL")
+    if Path("model.safetensors").is_file():
+        return Found(Path(), "in this directory")
+    newest = newest_run(able)
+    if newest is not None:
+        return Found(newest, f"newest run able to {able}" if able != "any" else "newest run")
+    chosen = default_file()
+    if chosen.is_file():
+        return Found(find_named(chosen.read_text(encoding="utf-8").strip(), able), "set by `llmctl use`")
+    raise nothing_found(able)
+
+
+def find_named(name: str, able: Ability) -> Path:
+    """Return the model that a name means.
+
+    Raises: NotFoundError with the likeliest run.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    folder = runs_folder()
+    if name == "latest":
+        newest = newest_run(able)
+        if newest is None:
+            raise nothing_found(able)
+        return newest
+    matches = sorted(run for run in folder.glob(f"{name}*") if (run / "model.safetensors").is_file())
+    if len(matches) == 1 or (matches and matches[0].name == name):
+        return matches[0]
+    if matches:
+        names = ", ".join(f"`{run.name}`" for run in matches[:5])
+        raise UsageError(f"`{name}` means more than one run: {names}", "write more of the name")
+    raise NotFoundError(f"there is no model `{name}`", "name a model folder, a .safetensors file, or a run in runs/")
+
+
+def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
+    """Return the finished runs with their records, newest first."""
+    runs = []
+    for path in runs_folder().glob("[0-9][0-9][0-9][0-9]-*"):
+        try:
+            record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if record.get("status") == "finished" and (path / "model.safetensors").is_file():
+            runs.append((path, record))
+    return sorted(runs, key=lambda run: (str(run[1].get("finished", "")), run[0].name), reverse=True)
+
+
+def newest_run(able: Ability) -> Path | None:
+    """Return the newest finished run whose family can do what is asked."""
+    return next((path for path, record in finished_runs() if record.get("family") in FAMILIES[able]), None)
+
+
+def nothing_found(able: Ability) -> NotFoundError:
+    """Return the error for no model at all, or none of the kind that is needed."""
+    runs = finished_runs()
+    if runs:
+        path, record = runs[0]
+        other = "llmctl fill" if able == "generate" else "llmctl generate"
+        family = str(record.get("family", "unknown")).replace("_", "-")
+        return NotFoundError(
+            f"no run can {able}: the newest, `{path}`, is an {family} model",
+            f"`{other}` uses it; or {MAKE_ONE[able]}",
+        )
+    return NotFoundError("no model yet", MAKE_ONE[able])
+
+
+def announce(found: Found) -> str:
+    """Return the one line that says which model is used and why."""
+    age = ""
+    record = found.path / "run.json"
+    if record.is_file():
+        age = f", {ago(time.time() - record.stat().st_mtime)}"
+    shown = found.path.resolve() if found.path == Path() else found.path
+    return f"model: {shown} ({found.why}{age})"
+
+
+def ago(seconds: float) -> str:
+    """Return an age as a person says it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return "just now"
+
+
+def require_family(loaded_family: str, able: Ability, path: Path) -> None:
+    """Refuse a model that cannot do what is asked.
+
+    Raises: UsageError naming the command that can use it.
+    """
+    if loaded_family not in FAMILIES[able]:
+        kind = loaded_family.replace("_", "-")
+        other = "llmctl fill" if able == "generate" else "llmctl generate"
+        raise UsageError(f"`{path}` is an {kind} model, which cannot {able}", f"`{other}` uses it; or {MAKE_ONE[able]}")
+
+
+def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """Load a model folder or file for use: on the device, in the dtype, in evaluation mode.
+
+    dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
+    Raises: NotFoundError, ArtifactError (damaged, or a tokenizer that does not fit), UsageError for a device or dtype
+    that is not there.
+    """
+    import torch
+
+    from llmctl.formats.artifact import read_artifact
+    from llmctl.model.transformer import LanguageModel, load_tensors
+    from llmctl.tokenizer.load import find_tokenizer
+
+    artifact = read_artifact(path)
+    place = choose_device(device)
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    names["auto"] = torch.float32 if place == "cpu" else torch.bfloat16
+    if dtype not in names:
+        raise UsageError(f"`--dtype {dtype}` is not known", "float32, bfloat16, float16 or auto")
+    tokenizer = find_tokenizer(artifact.files)
+    if tokenizer is not None and tokenizer.vocab_size > artifact.config.vocab_size:
+        raise ArtifactError(
+            f"the tokenizer of `{path}` has {tokenizer.vocab_size:,} tokens, its model {artifact.config.vocab_size:,}",
+            "the two do not belong together; import the model again",
+        )
+    with torch.device("meta"):
+        model = LanguageModel(artifact.config)
+    model.to_empty(device=place)
+    materialise_buffers(model)
+    model.tie()
+    model.to(names[dtype])
+    load_tensors(model, artifact.state(names[dtype]))
+    return Loaded(model.eval(), tokenizer, artifact)
+
+
+def materialise_buffers(model: "LanguageModel") -> None:
+    """Fill the tables that are computed, not stored; building on the meta device left them empty."""
+    from llmctl.model.positions import sinusoidal_table
+
+    for module in model.modules():
+        if "sinusoids" in dict(module.named_buffers(recurse=False)):
+            table = sinusoidal_table(model.config.max_positions, model.config.d_model)
+            module.sinusoids.copy_(table)  # type: ignore[operator, union-attr]
+
+
+def choose_device(name: str) -> str:
+    """Return `cpu` or `cuda`.
+
+    Raises: UsageError for a device that is not there.
+    """
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"`--device {name}` is not known", "auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("`--device cuda` is asked for, but no CUDA device is visible", "--device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,0 +1,91 @@
+"""Which token comes next: pure functions on logits (B, V), applied in the order of the table below.
+
+Excluded tokens have a logit of minus infinity; every filter keeps at least the likeliest token.
+"""
+
+import torch
+from torch import Tensor
+
+from llmctl.config import GenerateConfig
+from llmctl.errors import UsageError
+
+
+def check(config: GenerateConfig) -> None:
+    """Refuse settings outside their range.
+
+    Raises: UsageError listing all of them.
+    """
+    checks = [
+        (config.max_tokens < 1, f"--max-tokens is {config.max_tokens}, it must be at least 1"),
+        (config.temperature < 0, f"--temperature is {config.temperature}, it must not be negative"),
+        (config.top_k < 0, f"--top-k is {config.top_k}, it must not be negative"),
+        (not 0 < config.top_p <= 1, f"--top-p is {config.top_p}, it must be in (0, 1]"),
+        (not 0 <= config.min_p <= 1, f"--min-p is {config.min_p}, it must be in [0, 1]"),
+        (config.repetition_penalty <= 0, f"--repetition-penalty is {config.repetition_penalty}, it must be positive"),
+        (config.beams < 1, f"--beams is {config.beams}, it must be at least 1"),
+        (config.batch_size < 1, f"--batch-size is {config.batch_size}, it must be at least 1"),
+    ]
+    problems = [sentence for wrong, sentence in checks if wrong]
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Divide the positive and multiply the negative logits of tokens that were seen.
+
+    Shapes: logits (B, V), seen (B, V) bool. Source: CTRL, Keskar et al. 2019, arXiv:1909.05858, section 4.1.
+    """
+    if penalty == 1.0:
+        return logits_BV
+    changed_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV, changed_BV, logits_BV)
+
+
+def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
+    """Exclude all but the k likeliest tokens (and those as likely as the k-th). Source: arXiv:1805.04833."""
+    if k <= 0 or k >= logits_BV.shape[1]:
+        return logits_BV
+    threshold_B1 = logits_BV.topk(k, dim=1).values[:, -1:]
+    return logits_BV.masked_fill(logits_BV < threshold_B1, float("-inf"))
+
+
+def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Exclude all but the smallest set of tokens whose probability reaches p. Source: arXiv:1904.09751, eq. 2."""
+    if p >= 1.0:
+        return logits_BV
+    ordered_BV, order_BV = logits_BV.sort(dim=1, descending=True, stable=True)
+    probabilities_BV = ordered_BV.softmax(dim=1)
+    before_BV = probabilities_BV.cumsum(dim=1) - probabilities_BV
+    excluded_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= p)
+    return logits_BV.masked_fill(excluded_BV, float("-inf"))
+
+
+def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
+    """Exclude tokens less likely than min_p times the likeliest one. Source: arXiv:2407.01082."""
+    if min_p <= 0.0:
+        return logits_BV
+    log_probabilities_BV = logits_BV.log_softmax(dim=1)
+    threshold_B1 = log_probabilities_BV.amax(dim=1, keepdim=True) + torch.tensor(min_p).log()
+    return logits_BV.masked_fill(log_probabilities_BV < threshold_B1, float("-inf"))
+
+
+def choose(logits_BV: Tensor, seen_BV: Tensor | None, config: GenerateConfig, generators: list[torch.Generator]) -> Tensor:
+    """Choose the next token of every row, each with its own random numbers: (B,).
+
+    Temperature comes before top-k, top-p and min-p, as in the Hugging Face library.
+    """
+    logits_BV = logits_BV.float()
+    if seen_BV is not None:
+        logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
+    if config.temperature == 0:
+        return logits_BV.argmax(dim=1)
+    logits_BV = keep_top_k(logits_BV / config.temperature, config.top_k)
+    logits_BV = keep_min_p(keep_top_p(logits_BV, config.top_p), config.min_p)
+    probabilities_BV = logits_BV.softmax(dim=1).cpu()
+    # One draw per row and inversion of the cumulative sum: the same token whatever else is in the batch.
+    draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
+    cumulative_BV = probabilities_BV.double().cumsum(dim=1)
+    targets_B1 = torch.stack(draws)[:, None] * cumulative_BV[:, -1:]
+    chosen_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(1)
+    last_B = probabilities_BV.shape[1] - 1 - (probabilities_BV.flip(1) > 0).int().argmax(dim=1)
+    return torch.minimum(chosen_B, last_B).to(logits_BV.device)

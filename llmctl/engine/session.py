@@ -1,0 +1,104 @@
+"""A batch of prompts being decoded: the first pass over them, then one token per row at a time.
+
+Hides from sampling and beam search whether the model is a decoder or an encoder-decoder, and how rows are padded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmctl.model.cache import KVCache
+from llmctl.model.transformer import LanguageModel
+
+PREFILL_TOKENS = 512
+"""Positions of a prompt that are processed at a time, which bounds the memory of the attention scores."""
+
+
+class Session:
+    """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
+
+    Shapes: logits (B * copies, V), the copies of a prompt side by side.
+    """
+
+    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int, *, copies: int = 1) -> None:
+        self.model, self.prompts, self.copies = model, prompts, copies
+        self.is_decoder = model.config.family == "decoder"
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
+        # A row may go on until it alone fills the context, whatever the others' lengths.
+        self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
+        n_positions = max(lengths) + self.n_new
+        self.cache = KVCache(model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
+        self.memory_documents_BS: Tensor | None = None
+        self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
+
+    def limit(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens can follow a prompt before the model's context is full."""
+        return self.model.config.max_positions - (len(prompt) if self.is_decoder else 0)
+
+    def begin(self) -> Tensor:
+        """Process the prompts and return the logits of what follows each."""
+        logits_BV = self._begin_decoder() if self.is_decoder else self._begin_encoder_decoder()
+        if self.copies > 1:
+            rows = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.copies)
+            self.select(rows)
+            logits_BV = logits_BV[rows]
+        return logits_BV
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Append one token per row and return the logits of what follows."""
+        ids_B1 = tokens_B[:, None]
+        if self.is_decoder:
+            self.positions_B1 = self.positions_B1 + 1
+            hidden = self.model.hidden(ids_B1, positions_BT=self.positions_B1, cache=self.cache)
+        else:
+            hidden = self.model.decode(ids_B1, None, memory_documents_BS=self.memory_documents_BS, cache=self.cache)
+        return self.model.head(hidden[:, -1])
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep these rows, in this order, a row perhaps more than once."""
+        self.cache.select(rows_B)
+        self.positions_B1 = self.positions_B1[rows_B]
+        if self.memory_documents_BS is not None:
+            self.memory_documents_BS = self.memory_documents_BS[rows_B]
+
+    def _begin_decoder(self) -> Tensor:
+        longest = max(map(len, self.prompts))
+        ids_BT = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+        documents_BT = torch.zeros_like(ids_BT)
+        for row, prompt in enumerate(self.prompts):
+            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+            documents_BT[row, longest - len(prompt) :] = 1
+        positions_BT = (documents_BT.cumsum(dim=1) - 1).clamp(min=0).to(self.device)
+        is_ragged = bool((documents_BT == 0).any())
+        ids_BT, documents_BT = ids_BT.to(self.device), documents_BT.to(self.device)
+        hidden = None
+        for start in range(0, longest, PREFILL_TOKENS):
+            part = slice(start, start + PREFILL_TOKENS)
+            hidden = self.model.hidden(
+                ids_BT[:, part],
+                documents_BT=documents_BT[:, part] if is_ragged else None,
+                positions_BT=positions_BT[:, part],
+                cache=self.cache,
+            )
+        assert hidden is not None
+        self.positions_B1 = positions_BT[:, -1:]
+        return self.model.head(hidden[:, -1])
+
+    def _begin_encoder_decoder(self) -> Tensor:
+        longest = max(map(len, self.prompts))
+        ids_BS = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+        documents_BS = torch.zeros_like(ids_BS)
+        for row, prompt in enumerate(self.prompts):
+            ids_BS[row, : len(prompt)] = torch.tensor(prompt)
+            documents_BS[row, : len(prompt)] = 1
+        documents_BS = documents_BS.to(self.device)
+        is_ragged = bool((documents_BS == 0).any())
+        self.memory_documents_BS = documents_BS if is_ragged else None
+        memory_BSD = self.model.encode(ids_BS.to(self.device), documents_BS=self.memory_documents_BS)
+        start = max(self.model.config.decoder_start_id, 0)
+        ids_B1 = torch.full((len(self.prompts), 1), start, dtype=torch.long, device=self.device)
+        hidden = self.model.decode(ids_B1, memory_BSD, memory_documents_BS=self.memory_documents_BS, cache=self.cache)
+        return self.model.head(hidden[:, -1])

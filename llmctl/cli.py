@@ -111,8 +111,18 @@ def report(error: Exception) -> int:
         return 141
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return show(f"out of memory: {error}", "a smaller --batch-size or --seq-len needs less", 5)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
-        return show(f"cannot write `{error.filename or 'output'}`: {error.strerror}", "free some space or choose another place with -o", 8)
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EDQUOT,
+    ):
+        return show(
+            f"cannot write `{error.filename or 'output'}`: {error.strerror}",
+            "free some space or choose another place with -o",
+            8,
+        )
     if isinstance(error, OSError) and error.filename:
         return show(f"`{error.filename}`: {error.strerror}", "", 3 if isinstance(error, FileNotFoundError) else 1)
     return show(f"unexpected {type(error).__name__}: {error}", "this is a defect; `llmctl --debug ...` shows where", 1)

@@ -57,7 +57,9 @@ class ModelConfig:
     mlp_bias: bool = setting(False, "bias in the feed-forward projections")
     qk_norm: bool = setting(False, "RMSNorm of queries and keys per head (Qwen3)")
     attention_scale: float = setting(0.0, "factor on the attention scores; 0 means head_dim ** -0.5 (T5: 1)")
-    attention_windows: tuple[int, ...] = setting((), "per-layer attention width in tokens, repeated over the layers; 0 is full")
+    attention_windows: tuple[int, ...] = setting(
+        (), "per-layer attention width in tokens, repeated over the layers; 0 is full"
+    )
     query_layer: bool = setting(False, "extra top layer whose queries are position embeddings (PanGu-Alpha)")
     n_token_types: int = setting(0, "rows of the token-type embedding (BERT: 2); 0 is none")
     embedding_scale: float = setting(1.0, "factor on the token embeddings (2017 Transformer: sqrt(d_model))")
@@ -102,7 +104,9 @@ class DataConfig:
     text_key: str = setting("text", "field of jsonl, csv and parquet rows that holds the text")
     source_key: str = setting("source", "field that holds the input of a pair (seq2seq)")
     target_key: str = setting("target", "field that holds the output of a pair (seq2seq)")
-    split: Literal["file", "line", "blank"] = setting("file", "what one document of a .txt is: the file, a line, or a paragraph")
+    split: Literal["file", "line", "blank"] = setting(
+        "file", "what one document of a .txt is: the file, a line, or a paragraph"
+    )
     val_frac: float = setting(0.05, "share of the documents held out for evaluation")
     val_tail: bool = setting(False, "hold out the last part of the text instead of drawn documents")
     isolate: bool = setting(True, "a document never attends into its neighbour in a packed row")
@@ -124,7 +128,9 @@ class OptimConfig:
     beta2: float = setting(0.95, "adamw's second moment decay")
     eps: float = setting(1e-8, "adamw's epsilon")
     momentum: float = setting(0.95, "muon's momentum")
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting("wsd", "shape of the learning rate over the steps")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
+        "wsd", "shape of the learning rate over the steps"
+    )
     warmup_frac: float = setting(0.02, "share of the steps that warm up linearly")
     decay_frac: float = setting(0.5, "share of the steps that decay (wsd)")
     min_lr_frac: float = setting(0.0, "final learning rate as a share of the peak")
@@ -138,11 +144,13 @@ class TrainConfig:
     steps: int = setting(0, "optimizer steps; 0 takes the other budgets")
     tokens: int = setting(0, "budget in trained tokens; 0 is none")
     minutes: float = setting(0.0, "budget in minutes of wall time; 0 is none")
-    batch_size: int = setting(16, "rows per optimizer step, over all processes")
+    batch_size: int = setting(8, "rows per optimizer step, over all processes")
     micro_batch_size: int = setting(0, "rows per forward pass; 0 means batch_size (no accumulation)")
     seq_len: int = setting(256, "tokens per row")
     seed: int = setting(0, "seed of weights, data order and masking")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "precision of the products; auto is bfloat16 where it is fast")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "precision of the products; auto is bfloat16 where it is fast"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
     compile: bool = setting(False, "compile the model with torch.compile")
     loss_chunk_tokens: int = setting(2048, "tokens whose logits exist at the same time")
@@ -151,7 +159,9 @@ class TrainConfig:
     save_every: int = setting(0, "steps between checkpoints; 0 means at every evaluation")
     keep_checkpoints: int = setting(2, "newest checkpoints kept beside the best")
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
-    sample_prompts: tuple[str, ...] = setting((), "prompts continued at every evaluation; empty takes the objective's own")
+    sample_prompts: tuple[str, ...] = setting(
+        (), "prompts continued at every evaluation; empty takes the objective's own"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,9 @@ class GenerateConfig:
     top_k: int = setting(0, "keep the k most probable tokens; 0 is off")
     top_p: float = setting(1.0, "keep the smallest set with this probability; 1 is off")
     min_p: float = setting(0.0, "drop tokens below this share of the best one's probability; 0 is off")
-    repetition_penalty: float = setting(1.0, "divide the logits of tokens seen before (CTRL, arXiv:1909.05858); 1 is off")
+    repetition_penalty: float = setting(
+        1.0, "divide the logits of tokens seen before (CTRL, arXiv:1909.05858); 1 is off"
+    )
     stop: tuple[str, ...] = setting((), "strings that end the text; they are cut off")
     seed: int = setting(0, "seed of the draws; each prompt has its own stream")
     beams: int = setting(1, "beam width of an encoder_decoder; 1 is off")

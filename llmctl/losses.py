@@ -71,7 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, n_correct
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         scale = grad_total.to(torch.float32)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in (hidden, weight, bias)]
@@ -101,7 +101,9 @@ def linear_cross_entropy(
     elif hidden_ND.dtype != weight_VD.dtype:
         hidden_ND = hidden_ND.to(weight_VD.dtype)
     with torch.autocast(device, enabled=False):
-        result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens)
+        result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens
+        )
     return result
 
 

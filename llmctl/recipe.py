@@ -47,10 +47,12 @@ def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
             preset = {field.name: field for field in dataclasses.fields(ModelChoice)}["preset"]
             keys[f"{name}.preset"] = Key(str, preset.default, preset.metadata["help"])
             keys |= keys_of(ModelConfig, f"{name}.")
-        elif dataclasses.is_dataclass(kind):
-            keys |= keys_of(kind, f"{name}.")  # type: ignore[arg-type]
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            keys |= keys_of(kind, f"{name}.")
         else:
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            default = item.default
+            if item.default_factory is not dataclasses.MISSING:
+                default = item.default_factory()
             keys[name] = Key(kind, default, item.metadata["help"])
     return keys
 
@@ -178,8 +180,8 @@ def build(
             typed = {k: coerce(k, values[k], keys[k], origins, problems) for k in values if k.startswith(f"{key}.")}
             preset = typed.pop(f"{key}.preset", "auto")
             fields[name] = ModelChoice(preset, {k.removeprefix(f"{key}."): v for k, v in typed.items()})
-        elif dataclasses.is_dataclass(kind):
-            fields[name] = build(kind, values, keys, origins, problems, f"{key}.")  # type: ignore[type-var]
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            fields[name] = build(kind, values, keys, origins, problems, f"{key}.")
         elif key in values:
             fields[name] = coerce(key, values[key], keys[key], origins, problems)
     return None if problems else config_class(**fields)

@@ -25,7 +25,7 @@ def export(
       llmctl export runs/latest --to single -o teacher.safetensors
 
       llmctl export teacher.safetensors --to hf -o teacher
-    """  # noqa: D412 - the help joins lines that no blank line parts
+    """
     from llmctl.engine.convert import export_model
 
     path = export_model(model, out, to=to, force=force)

@@ -26,7 +26,7 @@ def import_(
       llmctl import stories260K-q8_0.gguf -o models/stories
 
       llmctl import ./bert-base-uncased -o bert.safetensors --dtype bfloat16
-    """  # noqa: D412 - the help joins lines that no blank line parts
+    """
     from llmctl.engine.convert import import_model
     from llmctl.formats.describe import describe
 

@@ -23,7 +23,7 @@ def inspect(
       llmctl inspect runs/latest
 
       llmctl inspect teacher.safetensors --tensors
-    """  # noqa: D412 - the help joins lines that no blank line parts
+    """
     from llmctl.formats.describe import describe
 
     record = describe(model)

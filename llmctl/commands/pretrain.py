@@ -14,12 +14,20 @@ app = command_app()
 
 @app.command()
 def pretrain(
-    data: Annotated[list[str] | None, typer.Argument(help="Text: files, folders, globs or `-`. None is the embedded corpus.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(help="Text: files, folders, globs or `-`. None is the embedded corpus.")
+    ] = None,
     objective: Annotated[str | None, typer.Option(help="clm, mlm, span or seq2seq.")] = None,
-    model: Annotated[str | None, typer.Option("-m", "--model", help="A preset (`llmctl presets`), or a model to go on from.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="A tokenizer, or `char` or `unigram` to train one of that kind.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A preset (`llmctl presets`), or a model to go on from.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A tokenizer, or `char` or `unigram` to train one of that kind.")
+    ] = None,
     recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="A YAML recipe, `-` for standard input.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Budget in tokens, such as 1e9.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,

@@ -98,9 +98,7 @@ class SpanBatches:
             tokens = tokens[~self.ids.special[tokens]]
             if len(tokens):
                 pairs.append(
-                    remove_spans(
-                        tokens, rng, sentinels=self.ids.sentinels, frac=self.frac, mean_span_tokens=self.mean
-                    )
+                    remove_spans(tokens, rng, sentinels=self.ids.sentinels, frac=self.frac, mean_span_tokens=self.mean)
                 )
         return pairs
 

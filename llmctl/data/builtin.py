@@ -147,7 +147,7 @@ def docstrings(module: str, path: Path) -> Iterator[tuple[str, str, str]]:
             if text:
                 yield name, f"({ast.unparse(node.args)})" if is_function else "", text  # type: ignore[union-attr]
             inner = [child for child in node.body if hasattr(child, "name")]
-            stack += [(f"{name}.{child.name}", child) for child in reversed(inner)]  # type: ignore[attr-defined]
+            stack += [(f"{name}.{child.name}", child) for child in reversed(inner)]
 
 
 def raw_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:

@@ -1,58 +1,85 @@
-"""Pairs of texts: two columns of a table, two fields of JSON lines, or two files line by line.
+"""Sources of text pairs for sequence-to-sequence training: tables with two fields, or two files of parallel lines.
 
-Knows no tokens and no tasks: a pair is (source, target).
+Knows which part of a row is the input and which the output. Refuses to know tokenizers and models.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from llmctl.data.sources import field_of, kind_of, list_files, read_lines, read_rows
+from llmctl.data import sources
 from llmctl.errors import UsageError
 
 
-def read_pairs(paths: Sequence[str], *, source_key: str = "source", target_key: str = "target") -> Iterator[tuple[str, str]]:
-    """Yield (source, target) of every row.
+def read_pairs(
+    paths: Sequence[str], *, source_key: str = "source", target_key: str = "target"
+) -> Iterator[tuple[str, str]]:
+    """Yield (source, target) of every pair, in order; pairs with an empty side are left out.
 
-    `.tsv` and `.txt` are lines of two tab-separated columns (more are ignored); `.jsonl`, `.json`, `.csv` and
-    `.parquet` rows are read by field; `a.en:a.de` are two files with matching lines.
-    Raises: UsageError naming file and line where a column is missing or the two files differ in length.
+    A .tsv or plain text line is `source<TAB>target` (further columns are ignored; a first line that names both keys
+    is a header); jsonl, json, csv and parquet rows are read by their keys; `a.en:a.de` joins two files line by line.
+
+    Raises: NotFoundError and UsageError naming the path (and line) of what does not exist or is no pair.
     """
-    for text in paths:
-        first, colon, second = text.partition(":")
-        if colon and not Path(text).exists() and Path(first).exists():
-            yield from parallel_lines(Path(first), Path(second))
-            continue
-        for path in list_files([text]):
-            if kind_of(path) in (".tsv", ".txt", ""):
-                yield from columns(path)
-            else:
-                for number, row in read_rows(path):
-                    yield field_of(row, source_key, path, number), field_of(row, target_key, path, number)
+    found = False
+    for path in paths:
+        for source, target in _read_path(path, source_key, target_key):
+            if source and target:
+                found = True
+                yield source, target
+    if not found:
+        raise UsageError(f"there are no pairs in {', '.join(f'`{p}`' for p in paths)}", "a line is source<TAB>target")
 
 
-def columns(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the first two tab-separated columns of every line that is not blank."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
+def _read_path(path: str, source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
+    left, colon, right = path.partition(":")
+    if colon and not Path(path).exists():
+        yield from _parallel_lines(left, right)
+        return
+    for name in sources.expand([path]):
+        if name != sources.STDIN and sources.is_table(name):
+            for where, row in sources.read_rows(name, (source_key, target_key)):
+                yield _sides(row, source_key, target_key, where)
+        else:
+            yield from _tab_lines(name, source_key, target_key)
+
+
+def _tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
+    shown = "stdin" if name == sources.STDIN else name
+    for number, line in sources.numbered_lines(name):
+        text = line.rstrip("\r\n")
+        cells = text.split("\t")
+        if not text.strip() or (number == 1 and cells[:2] == [source_key, target_key]):
             continue
-        cells = line.rstrip("\r\n").split("\t")
         if len(cells) < 2:
-            raise UsageError(f"`{path}` line {number} has no tab: `{line.strip()[:60]}`", "a pair is a line `source<TAB>target`")
+            raise UsageError(f"`{shown}` line {number} has no tab: `{text[:60]}`", "a line is source<TAB>target")
         yield cells[0], cells[1]
 
 
-def parallel_lines(first: Path, second: Path) -> Iterator[tuple[str, str]]:
-    """Yield the matching lines of two files."""
-    list_files([str(second)])  # raises where it is missing
-    ends = object()
-    sources, targets = read_lines(first), read_lines(second)
-    number = 0
-    while True:
-        source, target = next(sources, ends), next(targets, ends)
-        if source is ends and target is ends:
-            return
-        number += 1
-        if not isinstance(source, str) or not isinstance(target, str):
-            short = first if source is ends else second
-            raise UsageError(f"`{short}` ends before its line {number}, `{second if short is first else first}` goes on")
-        yield source.rstrip("\r\n"), target.rstrip("\r\n")
+def _parallel_lines(left: str, right: str) -> Iterator[tuple[str, str]]:
+    for name in (left, right):
+        sources.expand([name])  # a missing file is named before anything is read
+    for number, (a, b) in enumerate(zip_longest(_texts(left), _texts(right)), start=1):
+        if a is None or b is None:
+            short = left if a is None else right
+            raise UsageError(f"`{left}` and `{right}` are not parallel: `{short}` ends before line {number}")
+        yield a, b
+
+
+def _texts(name: str) -> Iterator[str]:
+    for _, line in sources.numbered_lines(name):
+        yield line.rstrip("\r\n")
+
+
+def _sides(row: Any, source_key: str, target_key: str, where: str) -> tuple[str, str]:
+    if isinstance(row, list) and len(row) >= 2:  # a JSON array [source, target]
+        row = {source_key: row[0], target_key: row[1]}
+    if not isinstance(row, dict):
+        raise UsageError(f"{where} is {type(row).__name__}, not a pair", f"rows need `{source_key}` and `{target_key}`")
+    if isinstance(row.get("translation"), dict):  # the layout of the WMT sets: {"translation": {"de": ..., "en": ...}}
+        row = row["translation"]
+    return (
+        sources.row_text(row, source_key, where, "data.source_key"),
+        sources.row_text(row, target_key, where, "data.target_key"),
+    )

@@ -156,7 +156,7 @@ def write_shards(
     identity: Mapping[str, Any],
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
-    part: Part = Part(),  # noqa: B008 - frozen
+    part: Part = Part(),
     say: Callable[[str], None] = lambda _: None,
 ) -> ShardSet | None:
     """Encode documents into shards, resuming after the shards that are finished, and return the folder opened.

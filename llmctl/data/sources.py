@@ -1,6 +1,7 @@
-"""Documents out of files: text, JSON lines, JSON, CSV, TSV, parquet, compressed or not, as a stream.
+"""Text sources: files, folders, globs and stdin become a stream of documents in bounded memory.
 
-Bounded memory whatever the corpus. Knows no tokens: a document is a string, a row is a mapping.
+Knows file formats and where a document ends. Refuses to know tokenizers, models and what the text is for.
+A document is never changed: line ends, tabs and spaces stay as they are; only a leading byte-order mark is dropped.
 """
 
 import csv
@@ -13,250 +14,464 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from llmctl.errors import MissingExtraError, NotFoundError, UsageError
 
-COMPRESSIONS = {".gz", ".zst"}
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text", ""}
-ROW_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"}
-MAX_DOCUMENT_BYTES = 4 << 20
-"""A text file larger than this becomes several documents, cut at line ends."""
+Split = Literal["file", "line", "blank"]
 
-Row = Mapping[str, Any]
+STDIN = "-"
+BLOCK_BYTES = 1 << 20
+MAX_DOCUMENT_CHARS = 4 << 20  # a longer text file is cut at line ends into documents of about this size
+COMPRESSIONS = (".gz", ".zst")
 
 
-def list_files(paths: Sequence[str]) -> list[Path]:
-    """Return the data files that files, folders and globs name, each once, folders in sorted order.
+class TextBlock(NamedTuple):
+    """Some whole lines of one file, decoded."""
 
-    Raises: NotFoundError for a path that names nothing.
+    text: str
+    offset: int
+    """Byte offset of the block in the (decompressed) file."""
+
+
+def read_documents(paths: Sequence[str], *, text_key: str = "text", split: Split = "file") -> Iterator[str]:
+    """Yield the documents of files, folders, globs and `-` (stdin), in the order given; folders sorted by name.
+
+    `text_key` names the field of jsonl, json, csv, tsv and parquet rows; `split` says what one document of plain text
+    is: the file (very long ones are cut at line ends), a line, or a paragraph. Empty documents are left out.
+
+    Raises: NotFoundError for a path that does not exist; UsageError for invalid UTF-8, binary content, rows without
+        the field, or when there is no text at all; MissingExtraError for .zst and .parquet without their packages.
     """
-    files: dict[Path, None] = {}
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and is_data(p))
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(Path(name) for name in glob.glob(text, recursive=True) if Path(name).is_file())
-        if not found:
-            raise NotFoundError(f"there is no data at `{text}`", suggest(path))
-        files.update(dict.fromkeys(found))
-    return list(files)
-
-
-def suggest(path: Path) -> str:
-    """Return a hint with the likeliest name beside a missing one."""
-    folder = path.parent
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    close = get_close_matches(path.name, names, n=1)
-    return f"did you mean `{folder / close[0]}`?" if close else "name a file, a folder or a quoted glob, or - for a pipe"
-
-
-def is_data(path: Path) -> bool:
-    """Tell whether a file in a folder is meant to be read: a known kind, and not hidden."""
-    return not path.name.startswith(".") and kind_of(path) in (TEXT_SUFFIXES | ROW_SUFFIXES) - {""}
-
-
-def kind_of(path: Path) -> str:
-    """Return the suffix that says what is in a file, the compression's left out."""
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    return inner.suffix.lower()
-
-
-def open_bytes(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed.
-
-    Raises: MissingExtraError for .zst without its package.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast("BinaryIO", gzip.open(path, "rb"))
-    if suffix == ".zst":
-        return cast("BinaryIO", zstd_module().open(path, "rb"))
-    return path.open("rb")
-
-
-def zstd_module() -> Any:
-    """Return the zstd module: the standard library's from Python 3.14, else the extra's."""
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError:
-        raise MissingExtraError("reading `.zst` files", "backports.zstd", "data") from None
-    return zstd
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file with their ends, any of LF and CR LF kept.
-
-    Raises: UsageError naming the file and the offset of the first byte that is not UTF-8 text.
-    """
-    offset = 0
-    try:
-        with open_bytes(path) as file:
-            for line in file:
-                yield decode(line, path, offset)
-                offset += len(line)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UsageError(f"`{path}` is not a whole gzip file: {error}", "fetch it again") from None
-
-
-def decode(data: bytes, path: Path | str, offset: int) -> str:
-    """Decode UTF-8, or say where it is not."""
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = offset + error.start
-        kind = "it looks like a binary file" if b"\0" in data else "it is not UTF-8 text"
-        raise UsageError(
-            f"`{path}` has an invalid byte 0x{data[error.start]:02x} at byte {at}: {kind}",
-            f"convert it: iconv -f GB18030 -t UTF-8 {path}" if b"\0" not in data else "name text files only",
-        ) from None
-
-
-def read_documents(paths: Sequence[str], *, text_key: str = "text", split: str = "file") -> Iterator[str]:
-    """Yield the documents of all files in order; empty ones are left out.
-
-    split: what a document of a text file is: `file`, `line`, or `blank` (a paragraph). A row of a table or of JSON
-    lines is one document, its `text_key`.
-    Raises: NotFoundError, UsageError naming file and line.
-    """
-    for path in list_files(paths):
-        for document in documents_of(path, text_key, split):
-            if document:
-                yield document
-
-
-def documents_of(path: Path, text_key: str, split: str) -> Iterator[str]:
-    """Yield the documents of one file."""
-    if kind_of(path) in ROW_SUFFIXES:
-        for number, row in read_rows(path):
-            yield field_of(row, text_key, path, number)
-        return
-    lines = read_lines(path)
-    if split == "line":
-        yield from (line.rstrip("\r\n") for line in lines)
-    else:
-        yield from blocks(lines, at_blank=split == "blank")
-
-
-def blocks(lines: Iterator[str], *, at_blank: bool) -> Iterator[str]:
-    """Join lines to paragraphs (without the blank lines between), or to documents of bounded size."""
-    held: list[str] = []
-    size = 0
-    for line in lines:
-        if at_blank and not line.strip():
-            yield "".join(held).rstrip("\r\n")
-            held, size = [], 0
-            continue
-        held.append(line)
-        size += len(line)
-        if size >= MAX_DOCUMENT_BYTES:
-            yield "".join(held)
-            held, size = [], 0
-    text = "".join(held)
-    yield text.rstrip("\r\n") if at_blank else text
-
-
-def field_of(row: Any, key: str, path: Path, number: int) -> str:
-    """Return a row's text; a row that is a plain string is its own text.
-
-    Raises: UsageError naming file, line and the keys there are.
-    """
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, Mapping) or key not in row:
-        known = ", ".join(f"`{name}`" for name in row) if isinstance(row, Mapping) else type(row).__name__
-        raise UsageError(f"`{path}` row {number} has no field `{key}`; it has {known}", "--set data.text_key=... names the field")
-    value = row[key]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
-    if value is None:
-        return ""
-    if not isinstance(value, (str, int, float)):
-        raise UsageError(f"`{path}` row {number}: the field `{key}` is a {type(value).__name__}, not text")
-    return str(value)
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (number from 1, row) of a JSON, JSON-lines, CSV, TSV or parquet file."""
-    kind = kind_of(path)
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-        ".json": json_rows,
-        ".csv": table_rows,
-        ".tsv": table_rows,
-        ".parquet": parquet_rows,
-    }
-    return readers.get(kind, json_lines)(path)
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the values of JSON lines; blank lines are passed over."""
-    for number, line in enumerate(read_lines(path), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"`{path}` line {number} is not valid JSON: {error.msg} at column {error.colno}") from None
-
-
-def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the items of a JSON file that holds a list."""
-    text = "".join(read_lines(path))
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"`{path}` line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(content, list):
-        raise UsageError(f"`{path}` holds a JSON {type(content).__name__}, not a list of rows")
-    yield from enumerate(content, start=1)
-
-
-def table_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a CSV or TSV file by the names in its first line."""
-    delimiter = "\t" if kind_of(path) == ".tsv" else ","
-    csv.field_size_limit(1 << 30)
-    reader = csv.DictReader(read_lines(path), delimiter=delimiter)
-    try:
-        for row in reader:
-            yield reader.line_num, {str(name): value for name, value in row.items() if name is not None}
-    except csv.Error as error:
-        raise UsageError(f"`{path}` line {reader.line_num} is not a table row: {error}") from None
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield the rows of a parquet file."""
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise MissingExtraError("reading `.parquet` files", "pyarrow", "data") from None
-    try:
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except ArrowInvalid as error:
-        raise UsageError(f"`{path}` is not a parquet file: {error}") from None
+    found = False
+    for name in expand(paths):
+        for text in read_file(name, text_key=text_key, split=split):
+            if text:
+                found = True
+                yield text
+    if not found:
+        raise UsageError(f"there is no text in {_listed(paths)}", "name a file with at least one line of text")
 
 
 def source_sha256(paths: Sequence[str]) -> str:
-    """Return one digest of the content of all files, in order, as they lie on disk."""
-    digest = hashlib.sha256()
-    for path in list_files(paths):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """Return the identity of a corpus: the digest of its files' digests in reading order; stdin has none: ""."""
+    names = expand(paths)
+    if STDIN in names:
+        return ""
+    return hashlib.sha256("".join(file_sha256(name) for name in names).encode()).hexdigest()
 
 
-def read_stdin() -> str:
-    """Return piped text.
+def file_sha256(name: str) -> str:
+    """Return the sha256 of one file's bytes as they lie on disk."""
+    with _opened(Path(name)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
-    Raises: UsageError at the first byte that is not UTF-8.
+
+def expand(paths: Sequence[str]) -> list[str]:
+    """Return the files that paths, folders and globs stand for; `-` stays.
+
+    Raises: NotFoundError for what does not exist or a folder without text files.
     """
-    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else io.BytesIO(sys.stdin.read().encode()).read()
-    return decode(data, "standard input", 0)
+    names: list[str] = []
+    for path in paths:
+        if path == STDIN:
+            names.append(path)
+        elif Path(path).is_dir():
+            names += _folder_files(Path(path))
+        elif Path(path).exists():
+            names.append(path)
+        else:
+            names += _glob_files(path)
+    return names
+
+
+def _folder_files(folder: Path) -> list[str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) in READERS and not _hidden(p, folder))
+    if not files:
+        raise NotFoundError(f"the folder `{folder}` holds no text files", f"known endings: {' '.join(READERS)}")
+    return [str(file) for file in files]
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _glob_files(pattern: str) -> list[str]:
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (pathlib's glob takes no absolute patterns)
+    matches = sorted(match for match in found if Path(match).is_file())
+    if matches:
+        return matches
+    if glob.has_magic(pattern):
+        raise NotFoundError(f"no file matches `{pattern}`", "quote the pattern, or name the files")
+    path = Path(pattern)
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, siblings, n=1)
+    hint = f"did you mean `{path.parent / close[0]}`?" if close else "check the path"
+    raise NotFoundError(f"there is no file or folder `{pattern}`", hint)
+
+
+def is_table(name: str) -> bool:
+    """Say whether the file has rows with fields; .tsv and plain text are lines."""
+    return _kind(Path(name)) in ROW_READERS and _kind(Path(name)) != ".tsv"
+
+
+def _kind(path: Path) -> str:
+    """Return the ending that says the format, compression aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_file(name: str, *, text_key: str, split: Split) -> Iterator[str]:
+    """Yield the documents of one file or stdin; an unknown ending is read as plain text."""
+    kind = "" if name == STDIN else _kind(Path(name))
+    if kind in ROW_READERS:
+        for where, row in read_rows(name):
+            yield row_text(row, text_key, where)
+    else:
+        yield from SPLITTERS[split](text_blocks(name))
+
+
+def read_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (where, row) of a table file: a dict per line or row, or the bare JSON value; `columns` narrows parquet."""
+    kind = _kind(Path(name))
+    if kind == ".parquet":
+        yield from _parquet_rows(name, columns)
+    else:
+        yield from ROW_READERS[kind](name)
+
+
+# --- plain text ------------------------------------------------------------------------------------------------------
+
+
+def open_binary(name: str) -> BinaryIO:
+    """Open a file or stdin for reading its bytes, decompressed by its ending.
+
+    Raises: MissingExtraError for .zst without its package; NotFoundError and UsageError for what cannot be opened.
+    """
+    if name == STDIN:
+        return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)) if _has_fileno() else sys.stdin.buffer
+    suffix = Path(name).suffix.lower()
+    if suffix == ".gz":
+        return cast("BinaryIO", gzip.GzipFile(fileobj=_opened(Path(name)), mode="rb"))
+    if suffix == ".zst":
+        return _open_zstd(Path(name))
+    return _opened(Path(name))
+
+
+def _has_fileno() -> bool:
+    try:
+        sys.stdin.fileno()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file `{path}`", "check the path") from error
+    except OSError as error:
+        raise UsageError(f"cannot read `{path}`: {error.strerror}", "check the file's permissions") from error
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError as error:
+            raise MissingExtraError(f"reading `{path}`", "backports.zstd", "data") from error
+    file: BinaryIO = zstd.ZstdFile(_opened(path), mode="r")
+    return file
+
+
+def text_blocks(name: str, *, whole_lines: bool = False) -> Iterator[TextBlock]:
+    """Yield a file's text in blocks of about a megabyte that end at line ends.
+
+    A line longer than a document may be is cut between characters, unless `whole_lines`.
+
+    Raises: UsageError naming file and byte offset for invalid UTF-8, NUL bytes or a damaged archive.
+    """
+    shown = "stdin" if name == STDIN else name
+    offset = 0
+    with open_binary(name) as file:
+        for data in _line_blocks(file, shown, None if whole_lines else MAX_DOCUMENT_CHARS):
+            text = decode_utf8(data, shown, offset)
+            start = 1 if offset == 0 and text.startswith("\ufeff") else 0
+            if text[start:]:
+                yield TextBlock(text[start:], offset)
+            offset += len(data)
+
+
+def _line_blocks(file: BinaryIO, shown: str, limit_bytes: int | None) -> Iterator[bytes]:
+    """Cut a byte stream at line ends, a block's worth at a time; a line over the limit is cut elsewhere."""
+    parts: list[bytes] = []
+    size = 0
+    while data := _read_block(file, shown):
+        end = data.rfind(b"\n") + 1
+        size += len(data)
+        if end:
+            yield b"".join([*parts, data[:end]])
+            parts, size = [data[end:]], len(data) - end
+        elif limit_bytes is not None and size > limit_bytes:
+            whole = b"".join([*parts, data])
+            end = _whole_characters(whole)
+            yield whole[:end]
+            parts, size = [whole[end:]], len(whole) - end
+        else:
+            parts.append(data)
+    if rest := b"".join(parts):
+        yield rest
+
+
+def _read_block(file: BinaryIO, shown: str) -> bytes:
+    try:
+        return file.read(BLOCK_BYTES)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UsageError(f"`{shown}` is damaged: {error}", "fetch or compress the file again") from error
+    except OSError as error:
+        raise UsageError(f"cannot read `{shown}`: {error.strerror or error}", "check the file") from error
+    except Exception as error:
+        if type(error).__name__ in ("ZstdError", "error"):  # zlib.error and zstd's own, by name: no import for it
+            raise UsageError(f"`{shown}` is damaged: {error}", "fetch or compress the file again") from error
+        raise
+
+
+def _whole_characters(data: bytes) -> int:
+    """Return the length of the longest start of `data` that does not end inside a UTF-8 character."""
+    for back in range(1, min(4, len(data)) + 1):
+        if data[-back] & 0xC0 != 0x80:  # the last byte that starts a character
+            return len(data) - back if data[-back] >= 0xC0 else len(data)
+    return len(data)
+
+
+def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
+    """Decode a part of a file that starts at byte `offset`.
+
+    Raises: UsageError naming file and byte offset where it is not UTF-8, or holds a NUL and so is no text.
+    """
+    nul = data.find(0)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") and offset == 0:
+            hint = f"it looks like UTF-16: iconv -f UTF-16 -t UTF-8 {shown}"
+        else:
+            hint = "convert it to UTF-8 first, e.g. iconv -f LATIN1 -t UTF-8"
+        if 0 <= nul < error.start:
+            raise _binary(shown, offset + nul) from error
+        position = offset + error.start
+        raise UsageError(f"`{shown}` is not UTF-8 at byte {position} (0x{data[error.start]:02x})", hint) from error
+    if nul >= 0:
+        raise _binary(shown, offset + nul)
+    return text
+
+
+def _binary(shown: str, position: int) -> UsageError:
+    return UsageError(f"`{shown}` is binary, not text: NUL at byte {position}", "name a text file")
+
+
+def split_files(blocks: Iterator[TextBlock]) -> Iterator[str]:
+    """Make one document of a file, or several of bounded size cut at line ends."""
+    parts: list[str] = []
+    size = 0
+    for block in blocks:
+        if size and size + len(block.text) > MAX_DOCUMENT_CHARS:
+            yield "".join(parts)
+            parts, size = [], 0
+        parts.append(block.text)
+        size += len(block.text)
+    if parts:
+        yield "".join(parts)
+
+
+def split_lines(blocks: Iterator[TextBlock]) -> Iterator[str]:
+    r"""Make a document of every line that is not blank; its end (\n or \r\n) is dropped."""
+    for block in blocks:
+        for line in block.text.split("\n"):
+            text = line.removesuffix("\r")
+            if text.strip():
+                yield text
+
+
+def split_paragraphs(blocks: Iterator[TextBlock]) -> Iterator[str]:
+    """Make a document of every run of lines between blank lines; lines inside keep their ends."""
+    lines: list[str] = []
+    size = 0
+    for block in blocks:
+        for line in _lines(block.text):
+            if line.strip() and size <= MAX_DOCUMENT_CHARS:
+                lines.append(line)
+                size += len(line)
+                continue
+            if lines:
+                yield "".join(lines).rstrip("\r\n")
+            lines, size = ([line], len(line)) if line.strip() else ([], 0)
+    if lines:
+        yield "".join(lines).rstrip("\r\n")
+
+
+def _lines(text: str) -> list[str]:
+    """Cut at newlines only (splitlines also cuts at form feeds and other signs), keeping the ends."""
+    lines = [line + "\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    return [line for line in lines if line]
+
+
+SPLITTERS: Mapping[Split, Callable[[Iterator[TextBlock]], Iterator[str]]] = {
+    "file": split_files,
+    "line": split_lines,
+    "blank": split_paragraphs,
+}
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def row_text(row: Any, key: str, where: str, setting: str = "data.text_key") -> str:
+    """Return a row's text: a string, or a list of strings joined by newlines; `setting` is what chooses the key.
+
+    Raises: UsageError naming the place when the field is missing or no text.
+    """
+    value = row
+    if isinstance(row, dict):
+        if key not in row:
+            close = get_close_matches(key, [str(k) for k in row], n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"name the field with --set {setting}=NAME"
+            raise UsageError(f"{where} has no field `{key}`; it has {', '.join(f'`{k}`' for k in row)}", hint)
+        value = row[key]
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        value = "\n".join(value)
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: `{key}` is {type(value).__name__}, not text", "name another field")
+    return whole_characters(value)
+
+
+def whole_characters(text: str) -> str:
+    """Replace lone surrogates, which JSON can spell but UTF-8 cannot hold, with U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def numbered_lines(name: str) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its end) of a text file; only a newline ends a line."""
+    number = 0
+    for block in text_blocks(name, whole_lines=True):
+        for line in _lines(block.text):
+            number += 1
+            yield number, line
+
+
+def _jsonl_rows(name: str) -> Iterator[tuple[str, Any]]:
+    for number, line in numbered_lines(name):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"`{name}` line {number} is not JSON: {error}", "one JSON value per line") from error
+        yield f"`{name}` line {number}", row
+
+
+def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
+    """Read a JSON array value by value, whatever its size, or one value, or values in a row."""
+    decoder = json.JSONDecoder()
+    blocks = text_blocks(name)
+    buffer, position, index, wanted, ended = "", 0, 0, BLOCK_BYTES // 2, False
+    while True:
+        while not ended and len(buffer) - position < wanted:
+            block = next(blocks, None)
+            buffer, position, ended = buffer[position:] + (block.text if block else ""), 0, block is None
+        position = _skip(buffer, position, " \t\r\n[" if index == 0 else " \t\r\n,")
+        if position == len(buffer) or buffer[position] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(buffer, position)
+        except ValueError as error:
+            if ended:
+                raise UsageError(f"`{name}` item {index} is not JSON: {error}", "check the file") from error
+            wanted = 2 * (len(buffer) - position)  # the value may be longer than what was read
+            continue
+        yield f"`{name}` item {index}", row
+        index, wanted = index + 1, BLOCK_BYTES // 2
+
+
+def _skip(text: str, position: int, signs: str) -> int:
+    """Return the place of the next value, past blanks and one bracket or comma."""
+    blanks, mark = signs[:-1], signs[-1]
+    while position < len(text) and text[position] in blanks:
+        position += 1
+    if position < len(text) and text[position] == mark:
+        position += 1
+        while position < len(text) and text[position] in blanks:
+            position += 1
+    return position
+
+
+def _csv_rows(name: str) -> Iterator[tuple[str, Any]]:
+    yield from _delimited(name, csv.reader(_csv_lines(name), strict=True))
+
+
+def _tsv_rows(name: str) -> Iterator[tuple[str, Any]]:
+    yield from _delimited(name, csv.reader(_csv_lines(name), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _csv_lines(name: str) -> Iterator[str]:
+    csv.field_size_limit(1 << 30)  # the default of 128 KB is a limit for spreadsheets, not for documents
+    return (line for _, line in numbered_lines(name))
+
+
+def _delimited(name: str, reader: Any) -> Iterator[tuple[str, Any]]:
+    header: list[str] | None = None
+    try:
+        for cells in reader:
+            if header is None:
+                header = cells
+            elif cells:
+                yield f"`{name}` line {reader.line_num}", dict(zip(header, cells, strict=False))
+    except csv.Error as error:
+        raise UsageError(f"`{name}` line {reader.line_num}: {error}", "check the quotes of that line") from error
+
+
+def _parquet_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise MissingExtraError(f"reading `{name}`", "pyarrow", "data") from error
+    try:
+        file = parquet.ParquetFile(name)
+    except (ArrowInvalid, OSError) as error:
+        raise UsageError(f"`{name}` is not a parquet file: {error}", "check the file") from error
+    known = [column for column in columns if column in file.schema_arrow.names]
+    number = 0
+    for batch in file.iter_batches(batch_size=1024, columns=known or None):
+        for row in batch.to_pylist():
+            yield f"`{name}` row {number}", row
+            number += 1
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(f"`{path}`" for path in paths[:3])
+    return (shown + (" ..." if len(paths) > 3 else "")) or "an empty list of files"
+
+
+ROW_READERS: Mapping[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".parquet": _parquet_rows,
+}
+READERS = (".txt", ".md", *ROW_READERS)

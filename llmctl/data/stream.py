@@ -101,7 +101,14 @@ class PairRows:
     """
 
     def __init__(
-        self, sources: Documents, targets: Documents, selection: Ints, *, seed: int, batch_size: int, shuffle: bool = True
+        self,
+        sources: Documents,
+        targets: Documents,
+        selection: Ints,
+        *,
+        seed: int,
+        batch_size: int,
+        shuffle: bool = True,
     ) -> None:
         self.sources, self.targets = sources, targets
         self.selection, self.seed, self.shuffle = np.asarray(selection, dtype=np.int64), seed, shuffle
@@ -122,10 +129,12 @@ class PairRows:
         order = rng.permutation(self.selection)
         cost = self.sources.lengths[order] + self.targets.lengths[order]
         bucket = 64 * self.batch_size
-        order = np.concatenate([
-            order[start : start + bucket][np.argsort(cost[start : start + bucket], kind="stable")]
-            for start in range(0, len(order), bucket)
-        ])
+        order = np.concatenate(
+            [
+                order[start : start + bucket][np.argsort(cost[start : start + bucket], kind="stable")]
+                for start in range(0, len(order), bucket)
+            ]
+        )
         n_whole = len(order) // self.batch_size * self.batch_size
         batches = order[:n_whole].reshape(-1, self.batch_size)
         return np.concatenate([rng.permutation(batches, axis=0).reshape(-1), order[n_whole:]])

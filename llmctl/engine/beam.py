@@ -47,7 +47,16 @@ def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: 
         best, places = totals.topk(min(2 * K, K * V), dim=1)
         rows, tokens, new_scores, staying = [], [], [], []
         for position, prompt in enumerate(active):
-            kept = branch(found[prompt], beams[prompt], best[position].tolist(), places[position].tolist(), V, config, ends, length)
+            kept = branch(
+                found[prompt],
+                beams[prompt],
+                best[position].tolist(),
+                places[position].tolist(),
+                V,
+                config,
+                ends,
+                length,
+            )
             beams[prompt] = [ids for _, _, ids in kept]
             if found[prompt].is_done(kept[0][0] / length**config.length_penalty) or length == session.n_new:
                 for score, _, ids in kept if length == session.n_new else []:

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 PIPELINES = {"decoder": "text-generation", "encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
-LOADERS = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "encoder_decoder": "AutoModelForSeq2SeqLM"}
+LOADERS = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder": "AutoModelForMaskedLM",
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+}
 USE = {
     "decoder": 'llmctl generate -m {path} "The function returns"',
     "encoder": 'llmctl fill -m {path} "a <mask> of strings"',

@@ -96,7 +96,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint, list[str]]:
 
     Raises: NotFoundError if there is none.
     """
-    skipped = []
+    skipped: list[str] = []
     for path in published(folder):
         problem = defect(path)
         if not problem:

@@ -3,6 +3,7 @@
 Text is read as a stream, twice or three times, and never held whole; only the held-out part is small enough to keep.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,9 @@ from llmctl.tokenizer.train import train_tokenizer
 
 Ints = NDArray[np.int64]
 Say = Callable[[str], None]
+
+MANY_CHARACTERS = 50_000_000
+"""Text larger than this is worth starting a process per core for."""
 
 FEW_DOCUMENTS = 20
 """With fewer documents than this, the tail of the text is held out instead of whole documents."""
@@ -94,7 +98,9 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     else:
         pairs, provenance = builtin_pairs(), builtin_provenance() | {"kind": "pairs"}
     if len(pairs) < 2:
-        raise UsageError(f"the data has {len(pairs)} pairs, at least 2 are needed", "a pair is a line `source<TAB>target`")
+        raise UsageError(
+            f"the data has {len(pairs)} pairs, at least 2 are needed", "a pair is a line `source<TAB>target`"
+        )
     held_out = split_groups([source for source, _ in pairs], data.val_frac, config.train.seed)
     train = np.setdiff1d(np.arange(len(pairs)), held_out)
     if tokenizer is None:
@@ -123,13 +129,17 @@ def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | Non
         )
     n_documents = shards.n_documents
     if n_documents < 2:
-        raise UsageError(f"the shards in `{folder}` hold {n_documents} document, at least 2 are needed", "encode with --split line")
+        raise UsageError(
+            f"the shards in `{folder}` hold {n_documents} document, at least 2 are needed", "encode with --split line"
+        )
     if config.data.val_tail:
         held_out = np.arange(n_documents - max(1, round(config.data.val_frac * n_documents)), n_documents)
     else:
         held_out = draw(n_documents, config.data.val_frac, config.train.seed)
     train = np.setdiff1d(np.arange(n_documents), held_out)
-    return Corpus(tokenizer, shards, None, train, held_out, {"shards": str(folder), "sha256": shards.manifest["source_sha256"]})
+    return Corpus(
+        tokenizer, shards, None, train, held_out, {"shards": str(folder), "sha256": shards.manifest["source_sha256"]}
+    )
 
 
 def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any]]:
@@ -149,7 +159,9 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         n_documents += 1
         n_characters += len(document)
     if n_characters < 2:
-        raise UsageError(f"the data `{' '.join(data.paths)}` holds no text", "name files with text, or none for the embedded corpus")
+        raise UsageError(
+            f"the data `{' '.join(data.paths)}` holds no text", "name files with text, or none for the embedded corpus"
+        )
     provenance = {"paths": list(data.paths), "sha256": source_sha256(paths), "n_characters": n_characters}
     if data.val_tail or n_documents < FEW_DOCUMENTS:
         boundary = n_characters - max(1, round(data.val_frac * n_characters))
@@ -220,7 +232,8 @@ def encode(
     ends: bool,
 ) -> ShardSet:
     """Write the documents as shards, with begin and end tokens around each where asked."""
-    return write_shards(
+    is_large = int(provenance.get("n_characters", 0)) > MANY_CHARACTERS
+    shards = write_shards(
         folder,
         documents,
         tokenizer.encode_batch,
@@ -228,8 +241,10 @@ def encode(
         eos=tokenizer.eos_id if ends else None,
         vocab_size=tokenizer.vocab_size,
         identity={"tokenizer_sha256": tokenizer.sha256, "source_sha256": str(provenance.get("sha256"))},
-        workers=data.workers or 1,
+        workers=data.workers or ((os.cpu_count() or 1) if is_large else 1),
     )
+    assert shards is not None, "the whole corpus is one part"
+    return shards
 
 
 def report_sizes(documents: ShardSet, train: Ints, held_out: Ints, say: Say) -> None:

@@ -42,7 +42,9 @@ def encode_masked(loaded: Loaded, text: str) -> tuple[list[int], list[int]]:
     """
     tokenizer, limit = loaded.tokenizer, loaded.model.config.max_positions
     if tokenizer is None or tokenizer.mask_id is None:
-        raise UsageError(f"`{loaded.artifact.path}` has no mask token", "llmctl pretrain --objective mlm makes a model that has")
+        raise UsageError(
+            f"`{loaded.artifact.path}` has no mask token", "llmctl pretrain --objective mlm makes a model that has"
+        )
     parts = split_at_masks(tokenizer, text)
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     places = []
@@ -89,7 +91,10 @@ def fill(loaded: Loaded, texts: Sequence[str], *, top_k: int = 5) -> list[Filled
         probabilities_MV[:, : len(is_special)][:, is_special] = 0.0
         best = probabilities_MV.topk(min(top_k, len(is_special)), dim=1)
         masks = [
-            [(tokenizer.decode_bytes([int(i)]).decode("utf-8", "replace"), float(p)) for p, i in zip(ps, ids, strict=True)]
+            [
+                (tokenizer.decode_bytes([int(i)]).decode("utf-8", "replace"), float(p))
+                for p, i in zip(ps, ids, strict=True)
+            ]
             for ps, ids in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         results.append(Filled(text, put_in(tokenizer, text, [mask[0][0] for mask in masks]), masks))

@@ -110,7 +110,9 @@ def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateCon
             )
         wrong = [index for index in prompt.ids if not 0 <= index < n_vocabulary]
         if wrong:
-            raise UsageError(f"prompt {prompt.index + 1} has the token id {wrong[0]}, the vocabulary ends at {n_vocabulary - 1}")
+            raise UsageError(
+                f"prompt {prompt.index + 1} has the token id {wrong[0]}, the vocabulary ends at {n_vocabulary - 1}"
+            )
 
 
 def generate(
@@ -155,6 +157,7 @@ class Row:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def completion(self, finish: str) -> Completion:
+        """Return what the row has become."""
         return Completion(self.prompt.index, self.prompt.text, self.ids, self.stream.text, finish)
 
 
@@ -192,9 +195,7 @@ def sample(
     return done
 
 
-def advance(
-    row: Row, token: int, config: GenerateConfig, ends: set[int], limit: int, on_text: OnText | None
-) -> str:
+def advance(row: Row, token: int, config: GenerateConfig, ends: set[int], limit: int, on_text: OnText | None) -> str:
     """Take a token into a row and return why it ends, or an empty string."""
     finish = ""
     if token in ends:
@@ -261,9 +262,7 @@ class TextStream:
         if self.is_stopped:
             return ""
         rest = self._give(self.held + self.decoder.decode(b"", final=True))
-        if self.is_stopped:
-            return rest
-        tail, self.held = self.held, ""
+        tail, self.held = self.held, ""  # nothing is held once a stop string was found
         self.text += tail
         return rest + tail
 
@@ -282,3 +281,16 @@ class TextStream:
 def overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of `text` could be the beginning of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+def parse_ids(text: str, index: int) -> list[int]:
+    """Return the token ids that a prompt of `--ids` holds.
+
+    Raises: UsageError naming what is not a number.
+    """
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError as error:
+        raise UsageError(
+            f"prompt {index + 1} is not token ids: {error}", "--ids takes numbers separated by spaces"
+        ) from None

@@ -60,7 +60,9 @@ class MetricsFile:
         """Drop the lines of steps after `step`, which a resumed run will take again."""
         if self.path.exists():
             kept = [line for line in self.read() if line["step"] <= step]
-            self.path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+            self.path.write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
+            )
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete lines."""

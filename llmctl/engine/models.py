@@ -214,7 +214,7 @@ def materialise_buffers(model: "LanguageModel") -> None:
     for module in model.modules():
         if "sinusoids" in dict(module.named_buffers(recurse=False)):
             table = sinusoidal_table(model.config.max_positions, model.config.d_model)
-            module.sinusoids.copy_(table)  # type: ignore[operator, union-attr]
+            module.sinusoids.copy_(table)  # type: ignore[operator]
 
 
 def choose_device(name: str) -> str:

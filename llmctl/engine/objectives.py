@@ -27,7 +27,9 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     "clm": ObjectiveRow(("decoder",), "predict the next token", "GPT, Radford et al. 2018"),
     "mlm": ObjectiveRow(("encoder",), "predict masked tokens", "BERT, arXiv:1810.04805"),
     "span": ObjectiveRow(("encoder_decoder",), "write out the spans cut out of a text", "T5, arXiv:1910.10683"),
-    "seq2seq": ObjectiveRow(("encoder_decoder",), "map a source text to a target text", "Vaswani et al., arXiv:1706.03762"),
+    "seq2seq": ObjectiveRow(
+        ("encoder_decoder",), "map a source text to a target text", "Vaswani et al., arXiv:1706.03762"
+    ),
 }
 
 

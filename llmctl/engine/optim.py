@@ -85,9 +85,7 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: OptimConfig,
                 group["lr"] = rate * share
 
 
-def named_state(
-    model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]
-) -> Iterable[tuple[str, torch.Tensor]]:
+def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> Iterable[tuple[str, torch.Tensor]]:
     """Yield every tensor of the optimizers' state under `optimizer/parameter name/key`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for optimizer_name, optimizer in optimizers.items():

@@ -79,7 +79,9 @@ def open_run(path: Path, *, command: str | None = None) -> Run:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        raise BusyError(f"run `{path}` is in use by another process", "wait for it, or start a run of its own") from None
+        raise BusyError(
+            f"run `{path}` is in use by another process", "wait for it, or start a run of its own"
+        ) from None
     run = Run(path, read_record(path), lock)
     if command is not None:
         run.update(status="running", command=command, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))

@@ -70,7 +70,9 @@ def start(config: TrainConfig) -> Runtime:
 
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
-        raise UsageError("`train.device` is `cuda`, but no CUDA device is visible", "--device cpu trains on the processor")
+        raise UsageError(
+            "`train.device` is `cuda`, but no CUDA device is visible", "--device cpu trains on the processor"
+        )
     on_cpu = config.device == "cpu" or not has_cuda
     dtype = choose_dtype(config.dtype, on_cpu=on_cpu)
     # Accelerate would otherwise take its precision from a global config file or the environment.

@@ -31,7 +31,10 @@ def make_sampler(config: PretrainConfig, corpus: Corpus, model: LanguageModel, f
         model.eval()
         try:
             with torch.inference_mode():
-                return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, answers(loaded, config, prompts), strict=True)]
+                return [
+                    {"prompt": prompt, "text": text}
+                    for prompt, text in zip(prompts, answers(loaded, config, prompts), strict=True)
+                ]
         finally:
             model.train()
 
@@ -53,7 +56,9 @@ def own_prompts(config: PretrainConfig, corpus: Corpus) -> tuple[str, ...]:
 def answers(loaded: Loaded, config: PretrainConfig, prompts: tuple[str, ...]) -> list[str]:
     """Return the model's answers: continuations, filled masks, spans or targets."""
     if config.objective == "mlm":
-        return [filled.filled for filled in fill(loaded, [p if "<mask>" in p else p + "<mask>" for p in prompts], top_k=1)]
+        return [
+            filled.filled for filled in fill(loaded, [p if "<mask>" in p else p + "<mask>" for p in prompts], top_k=1)
+        ]
     settings = GenerateConfig(max_tokens=SAMPLE_TOKENS, temperature=0.0)
     limit = loaded.model.config.max_positions - 1
     encoded = [Prompt(n, encode(loaded, config, text)[:limit], text) for n, text in enumerate(prompts)]

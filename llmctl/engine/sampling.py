@@ -69,7 +69,9 @@ def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
     return logits_BV.masked_fill(log_probabilities_BV < threshold_B1, float("-inf"))
 
 
-def choose(logits_BV: Tensor, seen_BV: Tensor | None, config: GenerateConfig, generators: list[torch.Generator]) -> Tensor:
+def choose(
+    logits_BV: Tensor, seen_BV: Tensor | None, config: GenerateConfig, generators: list[torch.Generator]
+) -> Tensor:
     """Choose the next token of every row, each with its own random numbers: (B,).
 
     Temperature comes before top-k, top-p and min-p, as in the Hugging Face library.

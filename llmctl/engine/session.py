@@ -21,7 +21,9 @@ class Session:
     Shapes: logits (B * copies, V), the copies of a prompt side by side.
     """
 
-    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int, *, copies: int = 1) -> None:
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int, *, copies: int = 1
+    ) -> None:
         self.model, self.prompts, self.copies = model, prompts, copies
         self.is_decoder = model.config.family == "decoder"
         weight = model.model.embed_tokens.weight

@@ -96,7 +96,13 @@ def resume(name: str, *, command: str, quiet: bool) -> Trained:
         out = run.record.get("out")
         command = str(run.record.get("invocation", command))
         return train_in(
-            run, config, progress, command=command, started=time.monotonic(), out=Path(out) if out else None, saved=saved
+            run,
+            config,
+            progress,
+            command=command,
+            started=time.monotonic(),
+            out=Path(out) if out else None,
+            saved=saved,
         )
     finally:
         progress.close()
@@ -162,8 +168,14 @@ def check(config: PretrainConfig) -> None:
     checks = [
         (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
         (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
-        (min(train.steps, train.tokens, train.minutes) < 0, "a budget (`train.steps`, `tokens`, `minutes`) is negative"),
-        (not fits_micro, f"`train.batch_size` {train.batch_size} is not divisible by `train.micro_batch_size` {train.micro_batch_size}"),
+        (
+            min(train.steps, train.tokens, train.minutes) < 0,
+            "a budget (`train.steps`, `tokens`, `minutes`) is negative",
+        ),
+        (
+            not fits_micro,
+            f"`train.batch_size` {train.batch_size} is not divisible by `train.micro_batch_size` {train.micro_batch_size}",
+        ),
         (not 0 < data.val_frac < 1, f"`data.val_frac` is {data.val_frac}, it must be between 0 and 1"),
         (not 0 < data.mask_frac < 1, f"`data.mask_frac` is {data.mask_frac}, it must be between 0 and 1"),
         (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
@@ -183,9 +195,13 @@ def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
     """
     n_tokens = int(corpus.documents.lengths[corpus.train].sum())
     if len(corpus.train) == 0 or n_tokens < 2:
-        raise UsageError(f"the training part of the data has {n_tokens} tokens", "give more text, or a smaller --set data.val_frac")
+        raise UsageError(
+            f"the training part of the data has {n_tokens} tokens", "give more text, or a smaller --set data.val_frac"
+        )
     if config.objective == "mlm" and corpus.tokenizer.mask_id is None:
-        raise UsageError("the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one")
+        raise UsageError(
+            "the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one"
+        )
     if config.objective == "span" and not corpus.tokenizer.sentinel_ids():
         raise UsageError(
             "the tokenizer has no <extra_id_0>, ... tokens, which `--objective span` needs",
@@ -384,7 +400,7 @@ def finish(
         **text,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_pictures(run, config, model, corpus, summary, command)
+    write_pictures(run, model, corpus, summary, command)
     shutil.rmtree(run.path / "data", ignore_errors=True)
     run.finish(
         family=model.config.family, seconds=summary["seconds"], summary=summary, environment=describe_environment()
@@ -395,7 +411,6 @@ def finish(
 
 def write_pictures(
     run: Run,
-    config: PretrainConfig,
     model: LanguageModel,
     corpus: Corpus,
     summary: Mapping[str, Any],

@@ -336,7 +336,7 @@ def write_artifact(
 def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callable[[Path], None]) -> None:
     """Write the small files, then the weights."""
     for name, data in texts.items():
-        assert is_name(name), name  # noqa: S101 - a caller's slip, not a user's
+        assert is_name(name), name
         write_bytes(folder / name, data)
     write_weights(folder / WEIGHTS)
 

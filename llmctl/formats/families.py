@@ -19,7 +19,7 @@ FAMILIES: dict[str, FamilyFormat] = {row.architecture: row for row in ROWS}
 
 def family_for(config: ModelConfig) -> FamilyFormat:
     """Return the first family that expresses a complete config; the native one takes the rest."""
-    assert config.head_dim, "give the complete config that a LanguageModel carries"  # noqa: S101 - a caller's slip
+    assert config.head_dim, "give the complete config that a LanguageModel carries"
     return next(row for row in ROWS if row.matches(config))
 
 

@@ -43,10 +43,18 @@ class KVCache:
         self.values[layer][:, :, start:stop] = values_BKTH
         return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
 
-    def mark(self, documents_BT: Tensor) -> None:
-        """Say which of the next T positions are padding (0), before they are appended."""
-        self.documents_BS[:, self.length : self.length + documents_BT.shape[1]] = documents_BT
-        self.ragged = self.ragged or bool((documents_BT == 0).any())
+    def mark(self, n_positions: int, documents_BT: Tensor | None) -> Tensor | None:
+        """Note the documents of the next positions, before they are appended; padding is 0.
+
+        What comes later belongs to the last document named. Returns the documents of all positions so far, the next
+        ones included (B, S), or None while all of them are one document without padding.
+        """
+        stop = self.length + n_positions
+        if documents_BT is not None:
+            self.documents_BS[:, self.length : stop] = documents_BT
+            self.documents_BS[:, stop:] = documents_BT[:, -1:].clamp(min=1)
+            self.ragged = self.ragged or bool((documents_BT != 1).any())
+        return self.documents_BS[:, :stop] if self.ragged else None
 
     def advance(self, n_positions: int) -> None:
         """Move the write position on, after every layer has appended."""

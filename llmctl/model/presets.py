@@ -148,11 +148,11 @@ _ROWS: dict[str, Preset] = {
     # Our own sizes. Vocabularies are nominal: a run that trains its tokenizer takes the tokenizer's size. Widths are
     # multiples of 64, and of 256 from `small` on, so that block-wise quantization never meets a remainder.
     "tiny": _size(
-        "about 1 M, learns in a minute on two cores",
+        "about 1 M parameters, for a minute on a CPU",
         **_shape(128, 4, 4, d_ff=320, vocab_size=2048, max_positions=512),
     ),
-    "mini": _size("a few minutes on a laptop", **_shape(256, 6, 4, d_ff=704, vocab_size=4096)),
-    "small": _size("an hour or so on one GPU", **_shape(512, 8, 8, d_ff=1536, vocab_size=8192)),
+    "mini": _size("about 6 M parameters, for a CPU", **_shape(256, 6, 4, d_ff=704, vocab_size=4096)),
+    "small": _size("about 31 M parameters, for one GPU", **_shape(512, 8, 8, d_ff=1536, vocab_size=8192)),
     "base": _size(
         "the size of BERT-base and GPT-2",
         **_shape(768, 12, 12, d_ff=2048, n_kv_heads=4, vocab_size=32_768, max_positions=2048),

@@ -30,7 +30,8 @@ def complete(config: ModelConfig) -> ModelConfig:
 def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
     """Return one sentence per pair of settings that exclude each other."""
     sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions")
-    checks = [(getattr(full, name) < 1, f"`model.{name}` is {getattr(full, name)}, it must be at least 1") for name in sizes]
+    values = {name: getattr(full, name) for name in sizes}
+    checks = [(value < 1, f"`model.{name}` is {value}, it must be at least 1") for name, value in values.items()]
     checks += [
         (
             not config.head_dim and config.n_heads > 0 and config.d_model % config.n_heads != 0,
@@ -44,8 +45,19 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
             full.positions == "rope" and full.head_dim % 2 != 0,
             f"`model.head_dim` {full.head_dim} is odd, rotary positions need an even one",
         ),
+        (
+            full.positions == "relative" and full.n_relative_buckets < 4,
+            f"`model.n_relative_buckets` {full.n_relative_buckets} is too small, relative positions need at least 4",
+        ),
+        (
+            full.positions == "relative" and full.max_relative_distance <= full.n_relative_buckets // 2,
+            f"`model.max_relative_distance` {full.max_relative_distance} is not above half of the buckets",
+        ),
         (full.query_layer and full.family != "decoder", "`model.query_layer` needs `model.family` decoder"),
-        (any(window < 0 for window in full.attention_windows), f"`model.attention_windows` {full.attention_windows} has a negative width"),
+        (
+            any(window < 0 for window in full.attention_windows),
+            f"`model.attention_windows` {full.attention_windows} has a negative width",
+        ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]
     return [sentence for wrong, sentence in checks if wrong]

@@ -5,8 +5,9 @@ to disk as they are. `hidden()` and `head()` are separate: a loss works through 
 holds a (tokens x vocabulary) float32 tensor. No files, no devices, no ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from llmctl.model.cache import KVCache
 from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
 from llmctl.model.shapes import complete, window_of
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -114,6 +115,9 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Blocks with the position information they share and, in pre-norm models, the final norm."""
 
+    layers: Any
+    sinusoids: Tensor
+
     def __init__(self, config: ModelConfig, n_layers: int, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
         self.config, self.causal = config, causal
@@ -150,10 +154,11 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Return the last hidden states (B, T, D); `collect` receives the states before and after every block."""
         T = x_BTD.shape[1]
+        documents_BS = documents_BT if cache is None else cache.mark(T, documents_BT)
         if positions_BT is None:
-            positions_BT = self._positions(x_BTD, documents_BT, cache)
+            positions_BT = self._positions(x_BTD, documents_BS, cache)
         x_BTD = self._embed(x_BTD, positions_BT, token_types_BT)
-        shared = self._share(x_BTD, documents_BT, positions_BT, memory_BSD, memory_documents_BS, cache)
+        shared = self._share(x_BTD, documents_BS, positions_BT, memory_BSD, memory_documents_BS, cache)
         for block in self.layers:
             if collect is not None:
                 collect.append(x_BTD)
@@ -168,11 +173,12 @@ class Stack(nn.Module):
             cache.advance(T)
         return x_BTD
 
-    def _positions(self, x_BTD: Tensor, documents_BT: Tensor | None, cache: KVCache | None) -> Tensor:
+    def _positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
+        T = x_BTD.shape[1]
+        if documents_BS is not None:
+            return positions_within(documents_BS)[:, -T:]
         past = cache.length if cache is not None else 0
-        if documents_BT is not None and past == 0:
-            return positions_within(documents_BT)
-        return torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None, :]
+        return torch.arange(past, past + T, device=x_BTD.device)[None, :]
 
     def _embed(self, x_BTD: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None) -> Tensor:
         config = self.config
@@ -190,7 +196,7 @@ class Stack(nn.Module):
     def _share(
         self,
         x_BTD: Tensor,
-        documents_BT: Tensor | None,
+        documents_BS: Tensor | None,
         positions_BT: Tensor,
         memory_BSD: Tensor | None,
         memory_documents_BS: Tensor | None,
@@ -198,22 +204,19 @@ class Stack(nn.Module):
     ) -> Pass:
         config, T = self.config, x_BTD.shape[1]
         S = T + (cache.length if cache is not None else 0)
-        key_documents_BS = documents_BT
-        if cache is not None and documents_BT is not None:
-            cache.mark(documents_BT)
-        if cache is not None and cache.ragged:
-            key_documents_BS = cache.documents_BS[:, :S]
-            documents_BT = key_documents_BS[:, -T:]
+        documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
         bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
-        windows = {block.window for block in self.layers} | ({0} if config.query_layer else set())
+        windows = {block.window for block in self.layers}
+        if config.query_layer:
+            windows.add(self.query_layer.window)
         masks = {
             window: build_mask(
                 T,
                 S,
                 causal=self.causal,
                 window=window,
-                query_documents_BT=documents_BT if key_documents_BS is not None else None,
-                key_documents_BS=key_documents_BS,
+                query_documents_BT=documents_BT,
+                key_documents_BS=documents_BS,
                 bias_NTS=bias_NTS,
                 device=x_BTD.device,
             )
@@ -265,6 +268,9 @@ class LanguageModel(nn.Module):
     Raises: UsageError at construction when the config contradicts itself.
     """
 
+    model: Any  # a Stack, or a module holding two; torch types attributes of modules as tensors
+    lm_head: nn.Linear
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config = complete(config)
@@ -304,6 +310,7 @@ class LanguageModel(nn.Module):
         document without padding. A document never attends to another.
         """
         if self.config.family == "encoder_decoder":
+            assert decoder_input_ids_BT is not None, "an encoder-decoder needs decoder_input_ids_BT"
             memory_BSD = self.encode(input_ids_BT, documents_BS=documents_BT)
             return self.decode(
                 decoder_input_ids_BT,
@@ -356,7 +363,7 @@ class LanguageModel(nn.Module):
         """Return logits (..., V) of hidden states (..., D)."""
         return self.lm_head(self.head_input(hidden))
 
-    def forward(self, input_ids_BT: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Return logits (B, T, V); see `hidden` for the inputs."""
         return self.head(self.hidden(input_ids_BT, **inputs))
 

@@ -63,14 +63,15 @@ class Tokenizer(ABC):
         return np.array([len(data) for data in self._bytes], dtype=np.int32)
 
     def word_starts(self) -> NDArray[np.bool_]:
-        """Return which ids begin a word, bool (V,): those whose text begins with white space or is a character of
-        a script without spaces.
+        """Return which ids begin a word, bool (V,).
+
+        A word begins with white space, or is a character of a script without spaces.
         """
         return np.array([starts_word(data.decode("utf-8", "replace")) for data in self._bytes], dtype=bool)
 
     def sentinel_ids(self) -> list[int]:
         """Return the ids of `<extra_id_0>`, `<extra_id_1>`, ... in order."""
-        ids = []
+        ids: list[int] = []
         while (index := self.special_id(f"<extra_id_{len(ids)}>")) is not None:
             ids.append(index)
         return ids

@@ -33,7 +33,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
             self._json: dict[str, Any] = json.loads(content)
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
             raise ArtifactError(f"`tokenizer.json` cannot be read: {error}", "fetch it again") from None
         self._tokenizer.encode_special_tokens = True  # what looks like a special token in a text is text
         self._tokenizer.no_truncation()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_a_sparkline_rises_and_falls_and_has_an_ascii_form():
 
 def test_the_loss_picture_is_well_formed_whatever_the_series():
     for train, held_out in ([], []), ([(1, 2.0)], []), ([(1, 2.0), (9, 1.0)], [(0, 3.0), (9, 1.5)]):
-        root = ElementTree.fromstring(loss_svg(train, held_out))
+        root = ET.fromstring(loss_svg(train, held_out))
         assert root.tag.endswith("svg")
         circles = [element for element in root.iter() if element.tag.endswith("circle")]
         assert len(circles) == len(held_out)

@@ -1,0 +1,172 @@
+"""`llmctl generate`: prompts from an argument or a pipe -> completions on stdout, one per prompt, in order."""
+
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmctl.commands.common import command_app, note, result_json
+from llmctl.config import GenerateConfig
+from llmctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmctl.engine.generate import Completion
+    from llmctl.engine.models import Loaded
+
+app = command_app()
+DEFAULT = GenerateConfig()
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; `-` reads one per line.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="New tokens at most.")
+    ] = DEFAULT.max_tokens,
+    temperature: Annotated[
+        float, typer.Option("-t", "--temperature", "--temp", help="0 is greedy.")
+    ] = DEFAULT.temperature,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = DEFAULT.top_p,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = DEFAULT.min_p,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = DEFAULT.repetition_penalty,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULT.seed,
+    beams: Annotated[int, typer.Option(help="Beam search of this width instead of sampling.")] = DEFAULT.beams,
+    length_penalty: Annotated[float, typer.Option(help="Above 1 favours longer beams.")] = DEFAULT.length_penalty,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = DEFAULT.batch_size,
+    whole: Annotated[bool, typer.Option("--whole", help="All of standard input is one prompt.")] = False,
+    null: Annotated[
+        bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")
+    ] = False,
+    ids: Annotated[bool, typer.Option("--ids", help="Token ids in and out, separated by spaces.")] = False,
+    stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
+) -> None:
+    """Continue a prompt, or every line of a pipe; prints the new text only.
+
+    Examples:
+
+      llmctl generate "The function returns"
+
+      llmctl generate -t 0 -n 20 - < prompts.txt > answers.txt
+
+      cat article.txt | llmctl generate --whole -m runs/0003 --json
+    """
+    config = GenerateConfig(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        beams=beams,
+        length_penalty=length_penalty,
+        batch_size=batch_size,
+    )
+    is_piped = prompt in (None, "-")
+    if is_piped and prompt is None and sys.stdin.isatty():
+        raise UsageError("no prompt", 'llmctl generate "The function returns", or - to read prompts from a pipe')
+    from llmctl.engine.models import announce, require_family, resolve_model
+
+    found = resolve_model(model, able="generate")
+    note(announce(found), quiet=quiet)
+    from llmctl.engine.models import load_model
+
+    loaded = load_model(found.path, device=device, dtype=dtype)
+    require_family(loaded.artifact.config.family, "generate", found.path)
+    texts = read_prompts(whole=whole, null=null) if is_piped else iter([str(prompt)])
+    is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
+    is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
+    write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_piped and not whole)
+
+
+def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
+    """Yield the prompts of standard input, decoded strictly."""
+    from llmctl.data.sources import decode_utf8
+
+    stdin = sys.stdin.buffer
+    if whole:
+        yield decode_utf8(stdin.read(), "standard input")
+        return
+    offset, end = 0, b"\0" if null else b"\n"
+    for raw in split_stream(stdin, end):
+        yield decode_utf8(raw.removesuffix(end), "standard input", offset)
+        offset += len(raw)
+
+
+def split_stream(stdin: Any, end: bytes) -> Iterator[bytes]:
+    """Yield the records of a binary stream, their ends kept."""
+    if end == b"\n":
+        yield from stdin
+        return
+    rest = b""
+    while block := stdin.read1(1 << 16):
+        *records, rest = (rest + block).split(end)
+        yield from (record + end for record in records)
+    if rest:
+        yield rest
+
+
+def write(
+    loaded: "Loaded",
+    texts: Iterator[str],
+    config: GenerateConfig,
+    *,
+    json: bool,
+    null: bool,
+    ids: bool,
+    stream: bool,
+    is_record: bool,
+) -> None:
+    """Complete the prompts window by window, so that a long pipe is answered from the start."""
+    from llmctl.engine.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
+
+    prompts = (
+        Prompt(n, parse_ids(text, n) if ids else encode_prompt(loaded, text), text) for n, text in enumerate(texts)
+    )
+    while window := list(islice(prompts, config.batch_size * WINDOW_BATCHES)):
+        for completion in generate(loaded, window, config, show if stream else None):
+            if stream:
+                show(completion.index, "\n")
+            elif json:
+                result_json(as_record(completion))
+            else:
+                text = " ".join(map(str, completion.ids)) if ids else completion.text
+                is_line = is_record and not null
+                show(completion.index, (one_line(text) if is_line else text) + ("\0" if null else "\n"))
+
+
+def show(_: int, text: str) -> None:
+    """Write text as it is and at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def one_line(text: str) -> str:
+    """Escape what would break a line, so that N prompts are N lines."""
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") if set(text) & set("\n\r\\") else text
+
+
+def as_record(completion: "Completion") -> dict[str, object]:
+    """Return a completion as `--json` shows it."""
+    return {
+        "i": completion.index,
+        "prompt": completion.prompt,
+        "text": completion.text,
+        "ids": completion.ids,
+        "n_tokens": len(completion.ids),
+        "finish": completion.finish,
+    }

@@ -1,0 +1,82 @@
+"""`llmctl presets`: the table of named models, without loading torch."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from llmctl.commands.common import command_app, result, result_json
+
+app = command_app()
+
+COLUMNS = ("name", "family", "parameters", "layers", "width", "heads", "vocabulary", "source")
+RIGHT = frozenset({"parameters", "layers", "width", "heads", "vocabulary"})
+
+
+@app.command()
+def presets(
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON record per preset")] = False,
+) -> None:
+    """List the model presets with their sizes and sources.
+
+    \b
+    llmctl presets
+    llmctl presets --json | head -3
+    """  # noqa: D301 - \b is what keeps Click from joining the lines
+    from llmctl.model.presets import PRESETS
+
+    rows = [describe(name) for name in PRESETS]
+    if as_json:
+        for row in rows:
+            result_json(row)
+        return
+    for line in table([{**row, "parameters": short(row["parameters"])} for row in rows]):
+        result(line)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Return one preset as a flat record; a size that fits every family is counted as a decoder."""
+    from llmctl.model.presets import count_parameters, get_preset, preset_config
+    from llmctl.model.shapes import complete
+
+    preset = get_preset(name)
+    config = complete(preset_config(name))
+    parameters = count_parameters(config)
+    return {
+        "name": name,
+        "summary": preset.summary,
+        "family": "any" if preset.dims_only else config.family,
+        "parameters": parameters.total,
+        "non_embedding": parameters.non_embedding,
+        "published_parameters": preset.n_parameters,
+        "published_tokens": preset.tokens or None,
+        "layers": config.n_layers + config.n_decoder_layers + config.query_layer,
+        "width": config.d_model,
+        "heads": config.n_heads,
+        "feed_forward": config.d_ff,
+        "context": config.max_positions,
+        "vocabulary": config.vocab_size,
+        "source": preset.source,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return aligned lines with a header; numbers stand on the right."""
+    cells = [COLUMNS, *[tuple(str(row[column]) for column in COLUMNS) for row in rows]]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(COLUMNS))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in RIGHT else cell.ljust(width)
+            for cell, width, column in zip(line, widths, COLUMNS, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def short(n_parameters: int) -> str:
+    """Return a count in three figures: 1.02M, 124M, 175B."""
+    for unit, size in (("B", 1_000_000_000), ("M", 1_000_000), ("K", 1000)):
+        if n_parameters >= size:
+            value = n_parameters / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}{unit}"
+    return str(n_parameters)

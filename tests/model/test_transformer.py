@@ -1,0 +1,363 @@
+"""Equalities of the core that hold for every family, position scheme and block: nothing here is a golden value."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llmctl.config import ModelConfig
+from llmctl.model.attention import build_mask
+from llmctl.model.cache import KVCache
+from llmctl.model.presets import FAMILIES
+from llmctl.model.shapes import complete
+from llmctl.model.transformer import Block, LanguageModel, Pass, initialise
+
+POST = {"norm": "layernorm", "norm_position": "post", "attention_bias": True, "mlp_bias": True, "gated": False}
+VARIANTS = {
+    "llama": {},
+    "qwen3": {"qk_norm": True, "n_kv_heads": 2, "head_dim": 6},
+    "multi-query": {"n_kv_heads": 1},
+    "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu_tanh", "gated": False, "mlp_bias": True},
+    "banded": {"attention_windows": (0, 3), "positions": "learned"},
+    "all banded": {"attention_windows": (2,)},
+    "relative": {"positions": "relative", "n_relative_buckets": 8, "max_relative_distance": 10},
+    "relative banded": {"positions": "relative", "n_relative_buckets": 4, "max_relative_distance": 6}
+    | {"attention_windows": (4, 0)},
+    "2017": POST | {"positions": "sinusoidal", "activation": "relu", "embedding_scale": 4.0},
+    "bert": POST | {"positions": "learned", "embedding_norm": True, "head_transform": True, "logits_bias": True},
+    "bart": POST | {"positions": "learned", "position_offset": 2, "embedding_norm": True, "logits_bias": True},
+    "no positions": {"positions": "none"},
+}
+QUERY = {
+    "query layer": {"query_layer": True, "positions": "learned"},
+    "query layer banded": {"query_layer": True, "attention_windows": (0, 0, 3), "n_layers": 2},
+}
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return VARIANTS[request.param]
+
+
+@pytest.fixture(params=VARIANTS | QUERY)
+def decoder(request, build):
+    return build(**(VARIANTS | QUERY)[request.param])
+
+
+@pytest.fixture
+def encoder(variant, build):
+    return build(family="encoder", **variant)
+
+
+@pytest.fixture
+def pair(variant, build):
+    return build(family="encoder_decoder", n_decoder_layers=3, **variant)
+
+
+def cached(model, tokens, cuts, **inputs):
+    """Return hidden states computed piece by piece over one cache."""
+    cache = KVCache(model.config, tokens.shape[0], 40, dtype=torch.float64)
+    pieces = []
+    for start, stop in zip([0, *cuts], [*cuts, tokens.shape[1]], strict=True):
+        now = {name: tensor[:, start:stop] for name, tensor in inputs.items() if tensor is not None}
+        pieces.append(model.hidden(tokens[:, start:stop], cache=cache, **now))
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("cuts", [list(range(1, 11)), [4, 5, 6, 7, 8, 9, 10], [3, 7]])
+def test_cached_decoding_equals_the_full_pass(decoder, ids, cuts):
+    tokens = ids(2, 11)
+    close(cached(decoder, tokens, cuts), decoder.hidden(tokens))
+
+
+@pytest.mark.parametrize("cuts", [[7, 8, 9, 10], [2, 6, 9], [1, 3]])
+def test_left_padded_rows_decode_like_single_rows(decoder, ids, cuts):
+    tokens, documents = ids(3, 11), torch.ones(3, 11, dtype=torch.long)
+    documents[1, :4] = 0
+    documents[2, :1] = 0
+    hidden = cached(decoder, tokens, cuts, documents_BT=documents)
+    for row, n_padding in enumerate([0, 4, 1]):
+        close(hidden[row, n_padding:], decoder.hidden(tokens[row : row + 1, n_padding:])[0])
+
+
+def test_padding_is_remembered_by_the_cache(decoder, ids):
+    tokens, documents = ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    documents[1, :4] = 0
+    cache = KVCache(decoder.config, 2, 40, dtype=torch.float64)
+    decoder.hidden(tokens[:, :6], cache=cache, documents_BT=documents[:, :6])
+    rest = torch.cat([decoder.hidden(tokens[:, t : t + 1], cache=cache) for t in range(6, 11)], dim=1)
+    close(rest[0], decoder.hidden(tokens[:1])[0, 6:])
+    close(rest[1], decoder.hidden(tokens[1:, 4:])[0, 2:])
+
+
+def test_selected_rows_go_on_as_themselves(decoder, ids):
+    tokens, documents = ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    documents[1, :3] = 0
+    cache = KVCache(decoder.config, 2, 40, dtype=torch.float64)
+    decoder.hidden(tokens[:, :8], cache=cache, documents_BT=documents[:, :8])
+    rows = torch.tensor([1, 1, 0])
+    cache.select(rows)
+    got = decoder.hidden(tokens[rows, 8:], cache=cache)[:, 0]
+    alone = [decoder.hidden(tokens[:1])[0, -1], decoder.hidden(tokens[1:, 3:])[0, -1]]
+    close(got, torch.stack([alone[1], alone[1], alone[0]]))
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder"])
+def test_packed_documents_equal_each_document_alone(family, variant, build, ids):
+    model, tokens = build(family=family, **variant), ids(2, 12)
+    documents = torch.tensor([[1] * 5 + [2] * 4 + [3] * 3, [1] * 2 + [2] * 9 + [0]])
+    hidden = model.hidden(tokens, documents_BT=documents)
+    for row in range(2):
+        for document in range(1, int(documents[row].max()) + 1):
+            inside = documents[row] == document
+            close(hidden[row, inside], model.hidden(tokens[row : row + 1, inside])[0])
+
+
+def test_packed_pairs_equal_each_pair_alone(pair, ids):
+    source, target = ids(1, 10), ids(1, 8, seed=2)
+    source_documents = torch.tensor([[1] * 4 + [2] * 5 + [0]])
+    target_documents = torch.tensor([[1] * 3 + [2] * 4 + [0]])
+    hidden = pair.hidden(
+        source, documents_BT=source_documents, decoder_input_ids_BT=target, decoder_documents_BT=target_documents
+    )
+    for document in (1, 2):
+        inside = target_documents[0] == document
+        alone = pair.hidden(source[:, source_documents[0] == document], decoder_input_ids_BT=target[:, inside])
+        close(hidden[:, inside], alone)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_encoder_padding_changes_nothing(encoder, ids, left):
+    tokens, documents = ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    for row, n_padding in enumerate([0, 2, 5]):
+        documents[row, slice(0, n_padding) if left else slice(9 - n_padding, 9)] = 0
+    batched = encoder(tokens, documents_BT=documents)
+    noisy = encoder(torch.where(documents == 0, 28 - tokens, tokens), documents_BT=documents)
+    assert torch.isfinite(batched).all()
+    for row in range(3):
+        real = documents[row] == 1
+        single = encoder(tokens[row : row + 1, real])[0]
+        close(batched[row, real], single)
+        close(noisy[row, real], single)
+
+
+def test_padded_pairs_equal_single_pairs(pair, ids):
+    source, target = ids(2, 9), ids(2, 7, seed=2)
+    source_documents, target_documents = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)
+    source_documents[1, 5:] = 0
+    target_documents[1, 4:] = 0
+    hidden = pair.hidden(
+        source, documents_BT=source_documents, decoder_input_ids_BT=target, decoder_documents_BT=target_documents
+    )
+    assert torch.isfinite(hidden).all()
+    close(hidden[:1], pair.hidden(source[:1], decoder_input_ids_BT=target[:1]))
+    close(hidden[1:, :4], pair.hidden(source[1:, :5], decoder_input_ids_BT=target[1:, :4]))
+
+
+@pytest.mark.parametrize("cuts", [list(range(1, 7)), [3, 4, 6]])
+def test_cached_pair_equals_the_full_pass(pair, ids, cuts):
+    source, target = ids(2, 9), ids(2, 7, seed=2)
+    documents = torch.ones(2, 9, dtype=torch.long)
+    documents[0, 6:] = 0
+    wanted = pair.hidden(source, documents_BT=documents, decoder_input_ids_BT=target)
+    memory, cache = pair.encode(source, documents_BS=documents), KVCache(pair.config, 2, 10, dtype=torch.float64)
+    pieces = []
+    for start, stop in zip([0, *cuts], [*cuts, 7], strict=True):
+        # After the first piece the memory itself is no longer needed: its keys and values are in the cache.
+        pieces.append(
+            pair.decode(
+                target[:, start:stop], memory if start == 0 else None, memory_documents_BS=documents, cache=cache
+            )
+        )
+    close(torch.cat(pieces, dim=1), wanted)
+
+
+def test_decoder_sees_no_future_and_encoder_does(variant, build, ids):
+    tokens = ids(1, 9)
+    changed = tokens.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 29
+    causal, bidirectional = build(**variant), build(family="encoder", **variant)
+    bidirectional.load_state_dict(causal.state_dict())
+    close(causal(tokens)[:, :6], causal(changed)[:, :6])
+    assert not torch.allclose(causal(tokens)[:, 6:], causal(changed)[:, 6:])
+    assert not torch.allclose(bidirectional(tokens)[:, :6], bidirectional(changed)[:, :6])
+
+
+def test_encoder_is_the_decoder_without_causality(build, ids):
+    causal, bidirectional = build(), build(family="encoder")
+    assert causal.state_dict().keys() == bidirectional.state_dict().keys()
+    tokens = ids(2, 1)
+    close(causal(tokens), bidirectional(tokens))  # of one token there is no future
+    causal.model.causal = False
+    close(causal(ids(2, 9)), bidirectional(ids(2, 9)))
+
+
+def test_default_names_are_llama_names(build):
+    names = set(build().state_dict())
+    assert {name for name in names if ".layers." not in name} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+    assert {name.removeprefix("model.layers.0.") for name in names if ".layers.0." in name} == {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        *(f"self_attn.{part}_proj.weight" for part in "qkvo"),
+        *(f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+    }
+
+
+def test_head_of_hidden_is_the_forward_pass(decoder, ids):
+    tokens = ids(2, 5)
+    close(decoder.head(decoder.hidden(tokens)), decoder(tokens))
+    close(
+        F.linear(decoder.head_input(decoder.hidden(tokens)), decoder.lm_head.weight, decoder.lm_head.bias),
+        decoder(tokens),
+    )
+
+
+def test_scaled_embeddings_and_logits(build, ids):
+    plain, scaled = build(), build(embedding_scale=3.0, logits_scale=0.5)
+    scaled.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        plain.model.embed_tokens.weight.mul_(3.0)
+        plain.lm_head.weight = nn.Parameter(plain.lm_head.weight / 3.0 * 0.5)
+    close(scaled(ids(2, 5)), plain(ids(2, 5)))
+
+
+def test_token_types_are_added(build, ids):
+    model = build(family="encoder", n_token_types=2, positions="learned")
+    plain = build(family="encoder", positions="learned")
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "token_types" not in k})
+    with torch.no_grad():
+        plain.model.embed_positions.weight += model.model.embed_token_types.weight[1]
+    tokens = ids(2, 6)
+    close(model(tokens, token_types_BT=torch.ones(2, 6, dtype=torch.long)), plain(tokens))
+    close(model(tokens), model(tokens, token_types_BT=torch.zeros(2, 6, dtype=torch.long)))
+
+
+def test_collect_holds_the_states_around_every_block(decoder, ids):
+    states: list[torch.Tensor] = []
+    decoder.hidden(ids(2, 5), collect=states)
+    assert len(states) == decoder.config.n_layers + 1
+    assert all(state.shape == (2, 5, 16) for state in states)
+
+
+def one_block(**fields):
+    config = complete(ModelConfig(vocab_size=2, d_model=12, n_heads=2, d_ff=20, positions="none", **fields))
+    block = Block(config, 0, cross=fields.get("family") == "encoder_decoder").double()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    x = torch.randn(2, 5, 12, dtype=torch.float64, generator=generator)
+    return block, x, build_mask(5, 5, causal=True)
+
+
+def layer_norm(x, norm):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+
+
+def rms_norm(x, norm):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+
+
+def test_post_norm_block_by_hand():
+    block, x, mask = one_block(**POST, activation="relu")
+    y = layer_norm(x + block.self_attn(x, mask), block.input_layernorm)
+    inner = torch.relu(y @ block.mlp.up_proj.weight.T + block.mlp.up_proj.bias)
+    z = y + inner @ block.mlp.down_proj.weight.T + block.mlp.down_proj.bias
+    close(block(x, Pass({0: mask})), layer_norm(z, block.post_attention_layernorm))
+
+
+def test_pre_norm_block_by_hand():
+    block, x, mask = one_block()
+    y = x + block.self_attn(rms_norm(x, block.input_layernorm), mask)
+    h = rms_norm(y, block.post_attention_layernorm)
+    gate = h @ block.mlp.gate_proj.weight.T
+    inner = gate / (1 + torch.exp(-gate)) * (h @ block.mlp.up_proj.weight.T)
+    close(block(x, Pass({0: mask})), y + inner @ block.mlp.down_proj.weight.T)
+
+
+def test_cross_attention_by_hand():
+    block, x, mask = one_block(family="encoder_decoder")
+    memory = torch.randn(2, 4, 12, dtype=torch.float64)
+    got = block(x, Pass({0: mask}, memory_BSD=memory, memory_mask=build_mask(5, 4, causal=False)))
+    y = x + block.self_attn(rms_norm(x, block.input_layernorm), mask)
+    h, cross = rms_norm(y, block.cross_attention_layernorm), block.cross_attn
+    heads = lambda z: z.view(2, -1, 2, 6).transpose(1, 2)
+    weights = (heads(cross.q_proj(h)) @ heads(cross.k_proj(memory)).transpose(-1, -2) / math.sqrt(6)).softmax(-1)
+    y = y + cross.o_proj((weights @ heads(cross.v_proj(memory))).transpose(1, 2).flatten(2))
+    close(got, y + block.mlp(rms_norm(y, block.post_attention_layernorm)))
+
+
+def test_query_layer_by_its_formula(build, ids):
+    model, tokens = build(query_layer=True, positions="learned"), ids(2, 6)
+    states: list[torch.Tensor] = []
+    got = model.hidden(tokens, collect=states)
+    # PanGu-Alpha: the final norm, then a layer whose queries are embeddings of the positions.
+    x, block = rms_norm(states[-1], model.model.norm), model.model.query_layer
+    h, attention = rms_norm(x, block.input_layernorm), block.self_attn
+    heads = lambda z: z.view(2, 6, 4, 4).transpose(1, 2)
+    query = heads(attention.q_proj(model.model.query_embeddings.weight[:6].expand(2, 6, 16)))
+    scores = query @ heads(attention.k_proj(h)).transpose(-1, -2) / 2
+    weights = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf")).softmax(-1)
+    x = x + attention.o_proj((weights @ heads(attention.v_proj(h))).transpose(1, 2).flatten(2))
+    close(got, x + block.mlp(rms_norm(x, block.post_attention_layernorm)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"qk_norm": True, "n_kv_heads": 1}, {**POST, "activation": "gelu"}])
+def test_gradients_of_a_block_equal_finite_differences(fields):
+    block, x, mask = one_block(**fields)
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(x, *parameters):
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, Pass({0: mask})))
+
+    inputs = (x[:1, :3].clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in block.parameters()))
+    mask = build_mask(3, 3, causal=True)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_dropout_acts_in_training_only(build, ids):
+    model, tokens = build(dropout=0.3), ids(1, 6)
+    close(model(tokens), model(tokens))
+    model.train()
+    assert not torch.allclose(model(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_weights_depend_on_the_seed_alone(family):
+    config = ModelConfig(vocab_size=50, d_model=32, n_layers=2, **FAMILIES[family])
+
+    def weights(seed, noise):
+        torch.manual_seed(noise)
+        model = LanguageModel(config)
+        torch.rand(noise)
+        before = torch.get_rng_state()
+        initialise(model, seed)
+        assert torch.equal(before, torch.get_rng_state()), "the global generator was touched"
+        return model.state_dict()
+
+    first, again, other = weights(5, 1), weights(5, 2), weights(6, 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_initial_spread_of_weights():
+    model = LanguageModel(ModelConfig(vocab_size=500, d_model=128, n_layers=8, attention_bias=True, norm="layernorm"))
+    initialise(model, 0)
+    named = dict(model.named_parameters())
+    assert named["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert named["model.layers.3.self_attn.q_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert named["model.layers.3.mlp.down_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert named["model.layers.3.self_attn.o_proj.weight"].std().item() == pytest.approx(0.02 / 4, rel=0.05)
+    assert (named["model.layers.3.self_attn.q_proj.bias"] == 0).all()
+    assert (named["model.norm.weight"] == 1).all()
+    assert (named["model.norm.bias"] == 0).all()

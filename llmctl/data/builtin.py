@@ -22,7 +22,17 @@ from llmctl.errors import NotFoundError
 MIN_CHARACTERS = 80
 """Shorter docstrings say little ("See base class.")."""
 
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 SHINGLE_WORDS = 8
 """Documents that share most of their runs of eight words are near-duplicates."""
 
@@ -103,7 +113,9 @@ def build() -> dict[str, Any]:
             if signature and len(sentence) >= 15:
                 pairs.append((name + signature, sentence))
     if not documents:
-        raise NotFoundError("this Python has neither `pydoc_data` nor docstrings to train on", "name files: llmctl pretrain book.txt")
+        raise NotFoundError(
+            "this Python has neither `pydoc_data` nor docstrings to train on", "name files: llmctl pretrain book.txt"
+        )
     unique = {source: target for source, target in reversed(pairs)}
     return {"documents": without_near_duplicates(documents), "pairs": sorted(unique.items())}
 

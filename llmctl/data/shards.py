@@ -73,7 +73,9 @@ class ShardSet:
         self._offsets: Ints = np.concatenate([*offsets, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         for shard, tokens, each in zip(shards, self._tokens, lengths, strict=True):
             if len(tokens) != int(each.sum()):
-                raise ArtifactError(f"`{folder / shard['tokens']}` has {len(tokens)} tokens, its documents {int(each.sum())}")
+                raise ArtifactError(
+                    f"`{folder / shard['tokens']}` has {len(tokens)} tokens, its documents {int(each.sum())}"
+                )
 
     @classmethod
     def open(cls, folder: str | Path) -> "ShardSet":
@@ -95,7 +97,9 @@ class ShardSet:
         for manifest in manifests:
             for key in ("tokenizer_sha256", "dtype", "vocab_size", "part_count"):
                 if manifest.get(key) != manifests[0].get(key):
-                    raise ArtifactError(f"the parts in `{folder}` differ in `{key}`", "encode them again into a new folder")
+                    raise ArtifactError(
+                        f"the parts in `{folder}` differ in `{key}`", "encode them again into a new folder"
+                    )
         return cls(folder, manifests)
 
     def document(self, index: int) -> NDArray[np.integer[Any]]:
@@ -178,7 +182,9 @@ def write_shards(
             writer.add([*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])])
         writer.finish()
     except OSError as error:
-        raise OutputError(f"cannot write shards to `{folder}`: {error.strerror}", "free some space, then run it again: it resumes") from error
+        raise OutputError(
+            f"cannot write shards to `{folder}`: {error.strerror}", "free some space, then run it again: it resumes"
+        ) from error
     say(f"{writer.n_documents:,} documents, {writer.n_tokens:,} tokens in {folder}")
     if part.count > 1 and len(list(folder.glob("part-*-of-*.json"))) < part.count:
         return None

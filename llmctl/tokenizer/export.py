@@ -40,7 +40,9 @@ def tokenizer_json(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [added_token(piece) | {"id": index} for piece, index in sorted(specials.items(), key=lambda x: x[1])],
+        "added_tokens": [
+            added_token(piece) | {"id": index} for piece, index in sorted(specials.items(), key=lambda x: x[1])
+        ],
         "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": None,
@@ -73,7 +75,14 @@ def is_byte(piece: str) -> bool:
 
 def added_token(piece: str) -> dict[str, Any]:
     """Return how Hugging Face describes a special token."""
-    return {"content": piece, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "content": piece,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
 
 
 def tokenizer_config(tokens: Mapping[str, str], specials: Mapping[str, int]) -> dict[str, Any]:
@@ -86,5 +95,7 @@ def tokenizer_config(tokens: Mapping[str, str], specials: Mapping[str, int]) -> 
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000_000,
-        "added_tokens_decoder": {str(index): added_token(piece) for piece, index in sorted(specials.items(), key=lambda x: x[1])},
+        "added_tokens_decoder": {
+            str(index): added_token(piece) for piece, index in sorted(specials.items(), key=lambda x: x[1])
+        },
     }

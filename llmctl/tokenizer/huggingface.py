@@ -39,6 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._files = dict(files)
+        self._content = content
         self.sha256 = digest({"tokenizer.json": content})
         added = {entry["content"]: entry["id"] for entry in self._json.get("added_tokens", [])}
         self._special = {e["content"]: e["id"] for e in self._json.get("added_tokens", []) if e.get("special")}
@@ -47,6 +48,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._pieces, default=-1) + 1
         for role, names in ROLES.items():
             setattr(self, f"{role}_id", role_id(role, names, config, vocabulary, self._special))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a worker process make its own copy out of the files."""
+        return HuggingFaceTokenizer, (self._content, self._files)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
@@ -86,7 +91,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def _kind(self) -> str:
         if self._json["model"].get("type") == "WordPiece":
             return "words"
-        return "bytes" if '"ByteLevel"' in json.dumps([self._json.get("decoder"), self._json.get("pre_tokenizer")]) else "spaces"
+        return (
+            "bytes"
+            if '"ByteLevel"' in json.dumps([self._json.get("decoder"), self._json.get("pre_tokenizer")])
+            else "spaces"
+        )
 
     @cached_property
     def _byte_of(self) -> dict[str, int]:
@@ -106,7 +115,11 @@ def tokenizers_module() -> Any:
 
 
 def role_id(
-    role: str, names: Sequence[str], config: Mapping[str, Any], vocabulary: Mapping[str, int], special: Mapping[str, int]
+    role: str,
+    names: Sequence[str],
+    config: Mapping[str, Any],
+    vocabulary: Mapping[str, int],
+    special: Mapping[str, int],
 ) -> int | None:
     """Return the id that plays a role: the config's token, else the first usual name that is special."""
     token = config.get(f"{role}_token")

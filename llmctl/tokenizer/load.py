@@ -47,7 +47,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer = tokenizer_from_files(files)
     if tokenizer is None:
         raise UsageError(
-            f"`{path}` holds no tokenizer of a known kind", "known are tokenizer.model, tokenizer.json, vocab.txt, merges.txt"
+            f"`{path}` holds no tokenizer of a known kind",
+            "known are tokenizer.model, tokenizer.json, vocab.txt, merges.txt",
         )
     return tokenizer
 
@@ -103,6 +104,8 @@ def files_in_header(path: Path) -> dict[str, bytes]:
         content = json.loads(header["__metadata__"]["llmctl.files"])
         return {str(name): base64.b64decode(data) for name, data in content.items()}
     except KeyError:
-        raise UsageError(f"`{path}` carries no tokenizer in its header", "give its folder, or a tokenizer file") from None
+        raise UsageError(
+            f"`{path}` carries no tokenizer in its header", "give its folder, or a tokenizer file"
+        ) from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"`{path}` has a damaged header: {error}", "fetch it again") from None

@@ -46,6 +46,10 @@ class SentencePieceTokenizer(Tokenizer):
         probe = "  a\tb \n"
         self.is_lossless = self._has_bytes and processor.decode(processor.encode(probe)) == probe
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a worker process make its own copy out of the files."""
+        return SentencePieceTokenizer, (self._proto, self._extra)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
         batch = [text if isinstance(text, str) else str(text) for text in texts]
@@ -106,7 +110,13 @@ class SentencePieceTokenizer(Tokenizer):
         if self.is_lossless and "tokenizer.json" not in files:
             files["tokenizer.json"] = as_json(tokenizer_json(self.scored_pieces(), self.specials(), self._is_unigram()))
         if self.is_lossless and "tokenizer_config.json" not in files:
-            names = {"pad": self.pad_id, "unk": self.unk_id, "bos": self.bos_id, "eos": self.eos_id, "mask": self.mask_id}
+            names = {
+                "pad": self.pad_id,
+                "unk": self.unk_id,
+                "bos": self.bos_id,
+                "eos": self.eos_id,
+                "mask": self.mask_id,
+            }
             tokens = {role: self.piece(index) for role, index in names.items() if index is not None}
             files["tokenizer_config.json"] = as_json(tokenizer_config(tokens, self.specials()))
         return files

@@ -1,0 +1,152 @@
+"""`llmctl tokenize`: a filter from text to ids and back, and the subcommands `train` and `encode`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.errors import UsageError
+
+app = command_app()
+
+
+@app.callback(invoke_without_command=True)
+def tokenize(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A tokenizer or a model; none is the newest run's.")
+    ] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Ids to text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Report how the tokenizer treats the text.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per line, or for the report.")] = False,
+) -> None:
+    """Turn lines of text into lines of token ids; `--decode` reverses.
+
+    `llmctl tokenize train` makes a tokenizer, `llmctl tokenize encode` shards of a corpus.
+
+    Examples:
+
+      llmctl tokenize -m runs/latest < text.txt > ids.txt
+
+      llmctl tokenize --stats < text.txt
+
+      llmctl tokenize train book.txt -o tok --vocab-size 8000
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if sys.stdin.isatty():
+        raise UsageError("no text on standard input", "llmctl tokenize < text.txt")
+    from llmctl.engine.models import announce, resolve_model
+    from llmctl.tokenizer.load import load_tokenizer
+
+    found = resolve_model(model, able="any")
+    if model is None:
+        note(announce(found))
+    tokenizer = load_tokenizer(found.path)
+    from llmctl.commands.generate import read_prompts
+    from llmctl.engine.tokenize import decode_lines, encode_lines, measure
+
+    lines = read_prompts(whole=False, null=False)
+    if stats:
+        report = measure(tokenizer, lines).to_dict()
+        if json:
+            result_json(report)
+        else:
+            result("\n".join(f"{name:<16} {value:,}" for name, value in report.items()))
+    elif decode:
+        for text in decode_lines(tokenizer, lines):
+            result_json({"text": text}) if json else write_line(text)
+    else:
+        for ids in encode_lines(tokenizer, lines):
+            result_json({"ids": ids}) if json else write_line(" ".join(map(str, ids)))
+    sys.stdout.flush()
+
+
+def write_line(text: str) -> None:
+    """Write a line; a terminal or reader gets it when the buffer is full or the input ends."""
+    sys.stdout.write(text + "\n")
+
+
+@app.command()
+def train(
+    corpus: Annotated[
+        list[str] | None, typer.Argument(help="Text: files, folders, globs. None is the embedded corpus.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")] = Path("tokenizer"),
+    vocab_size: Annotated[int | None, typer.Option(help="Pieces, bytes and special tokens included.")] = None,
+    model_type: Annotated[str | None, typer.Option(help="bpe, unigram or char.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: tokenizer.n_sentinels=32.")] = None,
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train a tokenizer that gives every text back exactly; prints its folder.
+
+    Examples:
+
+      llmctl tokenize train book.txt -o tok --vocab-size 8000
+
+      llmctl tokenize train 'poems/*.jsonl.gz' -o tok --model-type unigram
+    """
+    from llmctl.config import PretrainConfig
+    from llmctl.engine.tokenize import train as make
+    from llmctl.recipe import load
+
+    flags = {"tokenizer.vocab_size": vocab_size, "tokenizer.model_type": model_type}
+    config = load(PretrainConfig, settings=set_ or [], flags=flags).config
+    tokenizer = make(corpus or [], config.tokenizer, config.data, out, force=force)
+    if tokenizer.vocab_size < config.tokenizer.vocab_size and config.tokenizer.model_type != "char":
+        note(
+            f"the corpus gives {tokenizer.vocab_size:,} pieces, fewer than the {config.tokenizer.vocab_size:,} asked for"
+        )
+    record = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
+    result_json(record) if json else result(str(out))
+
+
+@app.command()
+def encode(
+    corpus: Annotated[
+        list[str] | None, typer.Argument(help="Text: files, folders, globs. None is the embedded corpus.")
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="A tokenizer or a model.")] = "tokenizer",
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the shards.")] = Path("shards"),
+    shard: Annotated[str, typer.Option(help="Encode part i of n only, as i/n: one job of an array.")] = "0/1",
+    workers: Annotated[int, typer.Option(help="Processes; 0 is one per core.")] = 0,
+    split: Annotated[str | None, typer.Option(help="A document of a .txt: file, line or blank.")] = None,
+    text_key: Annotated[str | None, typer.Option(help="The field of rows that holds the text.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No summary on stderr.")] = False,
+) -> None:
+    """Encode a corpus into memory-mapped shards for `llmctl pretrain`; prints their folder.
+
+    Run again after an interruption, it goes on where it stopped.
+
+    Examples:
+
+      llmctl tokenize encode corpus/ --tokenizer tok -o shards
+
+      llmctl tokenize encode corpus/ --tokenizer tok -o shards --shard 3/16
+    """
+    import os
+
+    from llmctl.config import PretrainConfig
+    from llmctl.data.shards import parse_part
+    from llmctl.engine.tokenize import encode_corpus
+    from llmctl.recipe import load
+
+    data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data
+    shards = encode_corpus(
+        corpus or [],
+        tokenizer,
+        data,
+        out,
+        part=parse_part(shard),
+        workers=workers or os.cpu_count() or 1,
+        say=lambda text: note(text, quiet=quiet),
+    )
+    if json:
+        whole = {} if shards is None else {"documents": shards.n_documents, "tokens": shards.n_tokens}
+        result_json({"shards": str(out), "part": shard, "complete": shards is not None, **whole})
+    else:
+        result(str(out))

@@ -1,0 +1,165 @@
+"""Tokenizers as work to be done: train one, encode a corpus into shards, turn lines into ids and back.
+
+Nothing here imports torch.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.config import DataConfig, TokenizerConfig
+from llmctl.data.builtin import builtin_documents, builtin_provenance
+from llmctl.data.shards import Part, ShardSet, write_shards
+from llmctl.data.sources import read_documents, source_sha256
+from llmctl.errors import OutputError, UsageError
+from llmctl.formats.atomic import atomic_path
+from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.load import load_tokenizer
+from llmctl.tokenizer.train import train_tokenizer
+
+BATCH_LINES = 256
+
+
+def train(paths: Sequence[str], config: TokenizerConfig, data: DataConfig, out: Path, *, force: bool) -> Tokenizer:
+    """Train a tokenizer on a corpus and write its files into a folder, all at once.
+
+    Raises: OutputError if the folder exists and `force` is not given; UsageError as the trainer.
+    """
+    if out.exists() and not force:
+        raise OutputError(f"`{out}` exists already", "-f replaces it, -o names another place")
+    texts: Iterable[str] = (
+        read_documents(paths, text_key=data.text_key, split=data.split) if paths else builtin_documents()
+    )
+    tokenizer = train_tokenizer(texts, config)
+    write_tokenizer(out, tokenizer)
+    return tokenizer
+
+
+def write_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
+    """Write a tokenizer's files into a folder; other files that lie there stay."""
+    for name, content in tokenizer.files().items():
+        with atomic_path(out / name) as temporary:
+            temporary.write_bytes(content)
+
+
+def encode_corpus(
+    paths: Sequence[str],
+    tokenizer_path: str,
+    data: DataConfig,
+    out: Path,
+    *,
+    part: Part,
+    workers: int,
+    say: Callable[[str], None],
+) -> ShardSet | None:
+    """Encode a corpus into shards, each document between its begin and end tokens; resumes what was begun.
+
+    Returns None while other parts of the corpus are missing.
+    Raises: ArtifactError if the folder holds another corpus or tokenizer.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    if paths:
+        documents: Iterable[str] = read_documents(paths, text_key=data.text_key, split=data.split)
+        identity = source_sha256(paths)
+    else:
+        documents, identity = builtin_documents(), str(builtin_provenance()["sha256"])
+    shards = write_shards(
+        out,
+        documents,
+        tokenizer.encode_batch,
+        bos=tokenizer.bos_id,
+        eos=tokenizer.eos_id,
+        vocab_size=tokenizer.vocab_size,
+        identity={"tokenizer_sha256": tokenizer.sha256, "source_sha256": identity, "split": data.split},
+        workers=workers,
+        part=part,
+        say=say,
+    )
+    write_tokenizer(out, tokenizer)
+    return shards
+
+
+def batched(lines: Iterable[str], size: int = BATCH_LINES) -> Iterator[list[str]]:
+    """Group lines; the first groups are small, so that a pipe's first answer does not wait."""
+    batch: list[str] = []
+    limit = 1
+    for line in lines:
+        batch.append(line)
+        if len(batch) >= limit:
+            yield batch
+            batch, limit = [], min(size, limit * 2)
+    if batch:
+        yield batch
+
+
+def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the ids of every line."""
+    for batch in batched(lines):
+        yield from tokenizer.encode_batch(batch)
+
+
+def decode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[str]:
+    """Yield the text of every line of ids.
+
+    Raises: UsageError naming the line and the word that is no id of this vocabulary.
+    """
+    for number, line in enumerate(lines, start=1):
+        ids = []
+        for word in line.split():
+            if not word.isascii() or not word.isdigit() or int(word) >= tokenizer.vocab_size:
+                raise UsageError(
+                    f"line {number} has `{word[:40]}`, which is not an id from 0 to {tokenizer.vocab_size - 1}",
+                    "--decode reads numbers separated by spaces",
+                )
+            ids.append(int(word))
+        yield tokenizer.decode(ids)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How a tokenizer treats a text."""
+
+    n_lines: int
+    n_bytes: int
+    n_words: int
+    n_tokens: int
+    n_unknown: int
+    n_byte_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return counts and rates; fertility is tokens per word (a Chinese character counts as one)."""
+        tokens = max(self.n_tokens, 1)
+        return {
+            "lines": self.n_lines,
+            "bytes": self.n_bytes,
+            "words": self.n_words,
+            "tokens": self.n_tokens,
+            "bytes_per_token": round(self.n_bytes / tokens, 4),
+            "fertility": round(self.n_tokens / max(self.n_words, 1), 4),
+            "unknown_rate": round(self.n_unknown / tokens, 6),
+            "byte_rate": round(self.n_byte_tokens / tokens, 6),
+        }
+
+
+WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7a3]|[^\W\u2e80-\u9fff\uac00-\ud7a3]+|[^\w\s]")
+
+
+def measure(tokenizer: Tokenizer, lines: Iterable[str]) -> Statistics:
+    """Count a text's tokens, and those that are unknown or single bytes of a character without a piece."""
+    is_byte = np.array(
+        [bool(re.fullmatch(r"<0x[0-9A-F]{2}>", tokenizer.piece(i))) for i in range(tokenizer.vocab_size)]
+    )
+    newline = [index for index in np.flatnonzero(is_byte) if tokenizer.piece_bytes(int(index)) == b"\n"]
+    is_byte[newline] = False  # a line end is one byte and one token: nothing fell back
+    totals = np.zeros(6, dtype=np.int64)
+    for batch in batched(lines):
+        for line, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
+            array = np.array(ids, dtype=np.int64)
+            unknown = 0 if tokenizer.unk_id is None else int((array == tokenizer.unk_id).sum())
+            n_words = len(WORD.findall(line))
+            totals += [1, len(line.encode()), n_words, len(ids), unknown, int(is_byte[array].sum()) if len(ids) else 0]
+    return Statistics(*totals.tolist())

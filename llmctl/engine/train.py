@@ -22,6 +22,7 @@ from llmctl.data.masking import Masking
 from llmctl.data.stream import PackedRows, PairRows
 from llmctl.engine import checkpoint
 from llmctl.engine.card import model_card
+from llmctl.engine.estimate import Shape, flops_per_token
 from llmctl.engine.corpus import Corpus, prepare_corpus
 from llmctl.engine.loop import Fitted, State, Training, fit
 from llmctl.engine.metrics import MetricsFile, loss_svg, rounded
@@ -29,13 +30,13 @@ from llmctl.engine.models import load_model
 from llmctl.engine.objectives import OBJECTIVES, LabelPrediction
 from llmctl.engine.progress import Progress, make_progress
 from llmctl.engine.runs import Run, create_run, find_run, open_run
-from llmctl.engine.runtime import Runtime, describe_environment, start
+from llmctl.engine.runtime import Runtime, describe_environment, product_rate, start
 from llmctl.engine.samples import make_sampler
 from llmctl.errors import InterruptedRunError, LlmctlError, UsageError
 from llmctl.formats.artifact import Artifact, write_artifact
 from llmctl.formats.atomic import write_bytes
 from llmctl.formats.families import family_for
-from llmctl.model.presets import PRESETS, get_preset, preset_config
+from llmctl.model.presets import ALIASES, PRESETS, get_preset, preset_config
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.recipe import Resolved, dump, load, nested
 from llmctl.tokenizer.base import Tokenizer
@@ -212,7 +213,7 @@ def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
 def load_base(config: PretrainConfig) -> Any:
     """Load the model that `model.preset` names if it is a path, else return None."""
     name = config.model.preset
-    if name in PRESETS or name == "auto":
+    if name == "auto" or name.lower() in PRESETS or name.lower() in ALIASES:
         return None
     if not Path(name).exists():
         get_preset(name)  # raises, with the closest name
@@ -226,12 +227,9 @@ def load_base(config: PretrainConfig) -> Any:
 def model_config(config: PretrainConfig) -> ModelConfig:
     """Return the shape to train: the preset in the objective's family, with the overrides, not yet a vocabulary."""
     name = "tiny" if config.model.preset == "auto" else config.model.preset
-    families = OBJECTIVES[config.objective].families
-    family = config.model.overrides.get("family", families[0])
-    shape = preset_config(name, family)
-    shape = replace(shape, **config.model.overrides)
-    check_family(config, shape.family, name)
-    return shape
+    family = config.model.overrides.get("family", OBJECTIVES[config.objective].families[0])
+    shape = preset_config(name, family if get_preset(name).dims_only else None)
+    return replace(shape, **config.model.overrides)
 
 
 def check_family(config: PretrainConfig, family: Family, name: str) -> None:
@@ -251,6 +249,7 @@ def check_family(config: PretrainConfig, family: Family, name: str) -> None:
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """Build and initialise the model for a tokenizer: its vocabulary and ids, and a context of at least a row."""
     shape = model_config(config)
+    check_family(config, shape.family, config.model.preset)
     wanted = config.model.overrides.get("vocab_size", 0)
     if wanted and wanted < tokenizer.vocab_size:
         raise UsageError(
@@ -297,6 +296,7 @@ def assemble(
     token_bytes[: len(known)] = known
     objective = LabelPrediction(model, torch.from_numpy(token_bytes), config.train.loss_chunk_tokens)
     minutes = config.train.minutes
+    flops = label_flops(config, model.config)
     return Training(
         objective=objective,
         model=model,
@@ -308,10 +308,22 @@ def assemble(
         folder=run.path,
         progress=progress,
         resume_command=f"llmctl pretrain --resume {run.path}",
+        flops_per_token=flops,
+        peak_flops=product_rate(runtime.dtype, runtime.device.type) if flops else 0.0,
         deadline=started + minutes * 60 if minutes else None,
         sample=make_sampler(config, corpus, model, Artifact(run.path, "", model.config, {}, {})),
         state=State(),
     )
+
+
+def label_flops(config: PretrainConfig, model: ModelConfig) -> float:
+    """Return the model's FLOPs per position of a row; 0 for an encoder-decoder, whose two sides differ in length."""
+    if model.family == "encoder_decoder":
+        return 0.0
+    per_token = flops_per_token(model, config.train.seq_len)
+    # The head works where labels are, and nowhere else.
+    unlabelled = 1 - config.data.mask_frac if config.objective == "mlm" else 0.0
+    return per_token - 6 * Shape.of(model).head * unlabelled
 
 
 def make_batches(config: PretrainConfig, corpus: Corpus, model: ModelConfig, *, shuffle: bool) -> Batches:

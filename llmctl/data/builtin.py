@@ -14,6 +14,7 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def store(path: Path, content: dict[str, Any]) -> None:
         temporary.write_bytes(gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def build() -> dict[str, Any]:
@@ -116,7 +118,7 @@ def build() -> dict[str, Any]:
         raise NotFoundError(
             "this Python has neither `pydoc_data` nor docstrings to train on", "name files: llmctl pretrain book.txt"
         )
-    unique = {source: target for source, target in reversed(pairs)}
+    unique = dict(reversed(pairs))  # of equal sources the first one stays
     return {"documents": without_near_duplicates(documents), "pairs": sorted(unique.items())}
 
 

@@ -63,7 +63,7 @@ def source_sha256(paths: Sequence[str]) -> str:
 
 def file_sha256(name: str) -> str:
     """Return the sha256 of one file's bytes as they lie on disk."""
-    with _opened(Path(name)) as file:
+    with Path(name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -154,7 +154,8 @@ def open_binary(name: str) -> BinaryIO:
         return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)) if _has_fileno() else sys.stdin.buffer
     suffix = Path(name).suffix.lower()
     if suffix == ".gz":
-        return cast("BinaryIO", gzip.GzipFile(fileobj=_opened(Path(name)), mode="rb"))
+        _opened(Path(name)).close()  # says what is wrong with the path; gzip's own handle is closed with the stream
+        return cast("BinaryIO", gzip.open(name, "rb"))
     if suffix == ".zst":
         return _open_zstd(Path(name))
     return _opened(Path(name))

@@ -1,0 +1,55 @@
+"""The embedded corpus is the same every time, holds no near-duplicates, and survives a bad cache."""
+
+import pytest
+
+from llmctl.data import builtin
+
+
+@pytest.fixture(scope="module")
+def content() -> dict:
+    return builtin.build()
+
+
+def test_building_is_reproducible(content):
+    assert builtin.build() == content
+
+
+def test_it_is_prose_of_a_useful_size(content):
+    n_bytes = sum(len(text.encode()) for text in content["documents"])
+    assert 500_000 < n_bytes < 8_000_000
+    assert len(content["pairs"]) > 1000
+    assert all(source and target for source, target in content["pairs"])
+    sources = [source for source, _ in content["pairs"]]
+    assert len(set(sources)) == len(sources)
+
+
+def test_near_duplicates_are_gone():
+    base = " ".join(f"word{n}" for n in range(60))
+    documents = [base, base + " and a little more", "something else entirely " * 5, base.upper()]
+    assert builtin.without_near_duplicates(documents) == [documents[0], documents[2]]
+
+
+def test_a_damaged_or_unwritable_cache_costs_nothing_but_time(content, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
+    assert builtin.corpus() == content
+    path = builtin.cache_path()
+    assert path.is_file()
+    path.write_bytes(path.read_bytes()[:100])
+    assert builtin.corpus() == content
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "file"))
+    assert builtin.builtin_documents() == content["documents"]
+    assert builtin.builtin_provenance()["n_documents"] == len(content["documents"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Return x. More.", "Return x."),
+        ("Return\n  x!\n\nRest", "Return x!"),
+        ("No end", "No end"),
+        ("e.g.this stays. Next", "e.g.this stays."),
+    ],
+)
+def test_first_sentences(text: str, sentence: str):
+    assert builtin.first_sentence(text) == sentence

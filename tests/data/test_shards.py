@@ -1,0 +1,157 @@
+"""Shards hold exactly the documents, whatever was interrupted, split over hosts or spread over processes."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmctl.config import TokenizerConfig
+from llmctl.data import shards as module
+from llmctl.data.shards import Part, ShardSet, encode_all, parse_part, write_shards
+from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.tokenizer.train import train_tokenizer
+
+TEXTS = [f"text {n} " + "x" * (n % 7) for n in range(50)] + ["", "中文"]
+IDENTITY = {"tokenizer_sha256": "t", "source_sha256": "s"}
+
+
+def encode(batch: list[str]) -> list[list[int]]:
+    return [[byte + 3 for byte in text.encode()] for text in batch]
+
+
+def write(folder: Path, texts=TEXTS, **options) -> ShardSet | None:
+    settings = {"bos": 1, "eos": 2, "vocab_size": 300, "identity": IDENTITY, "shard_tokens": 100} | options
+    return write_shards(folder, texts, encode, **settings)
+
+
+def expected(text: str) -> list[int]:
+    return [1, *encode([text])[0], 2]
+
+
+def test_documents_come_back_one_by_one_and_joined(tmp_path):
+    shards = write(tmp_path)
+    assert shards is not None
+    assert shards.n_documents == len(TEXTS)
+    assert [shards.document(i).tolist() for i in range(len(TEXTS))] == [expected(text) for text in TEXTS]
+    joined = list(itertools.chain.from_iterable(map(expected, TEXTS)))
+    assert shards.read(0, shards.n_tokens).tolist() == joined
+    assert shards.read(95, 210).tolist() == joined[95:210]
+    assert len(shards.manifest["shards"]) > 3
+    again = ShardSet.open(tmp_path)
+    assert again.lengths.tolist() == shards.lengths.tolist()
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "<u2"), (65537, "<u4")])
+def test_ids_take_the_smallest_type_that_holds_them(tmp_path, vocab_size: int, dtype: str):
+    shards = write_shards(
+        tmp_path,
+        ["a"],
+        lambda batch: [[vocab_size - 1] for _ in batch],
+        bos=None,
+        eos=None,
+        vocab_size=vocab_size,
+        identity=IDENTITY,
+    )
+    assert shards is not None
+    assert shards.manifest["dtype"] == dtype
+    assert shards.document(0).tolist() == [vocab_size - 1]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def breaking(texts: list[str], after: int):
+    for number, text in enumerate(texts):
+        if number == after:
+            raise Interrupted
+        yield text
+
+
+def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 40)
+    write(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        write(tmp_path / "stopped", breaking(TEXTS, 30))
+    with pytest.raises(NotFoundError):
+        ShardSet.open(tmp_path / "stopped")
+    done = {path.name: path.stat().st_ino for path in (tmp_path / "stopped").glob("*.tokens.bin")}
+    assert done
+    write(tmp_path / "stopped")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
+    assert all((tmp_path / "stopped" / name).stat().st_ino == inode for name, inode in done.items())
+
+
+def test_parts_are_merged_by_listing(tmp_path):
+    for index in (2, 0):
+        assert write(tmp_path, part=Part(index, 3)) is None
+        with pytest.raises(ArtifactError, match="lacks"):
+            ShardSet.open(tmp_path)
+    shards = write(tmp_path, part=Part(1, 3))
+    assert shards is not None
+    got = [shards.document(i).tolist() for i in range(shards.n_documents)]
+    assert got == [expected(text) for index in range(3) for text in TEXTS[index::3]]
+
+
+def test_another_tokenizer_or_source_is_refused(tmp_path):
+    write(tmp_path)
+    for key in IDENTITY:
+        with pytest.raises(ArtifactError, match=key):
+            write(tmp_path, identity=IDENTITY | {key: "other"})
+    with pytest.raises(ArtifactError, match="split"):
+        write(tmp_path, part=Part(0, 2))
+
+
+@pytest.mark.parametrize("harm", ["cut", "delete", "manifest", "version"])
+def test_damage_is_named(tmp_path, harm: str):
+    write(tmp_path)
+    tokens = next(iter(sorted(tmp_path.glob("*.tokens.bin"))))
+    manifest = next(iter(tmp_path.glob("part-*-of-*.json")))
+    if harm == "cut":
+        tokens.write_bytes(tokens.read_bytes()[:-2])
+    elif harm == "delete":
+        tokens.unlink()
+    elif harm == "manifest":
+        manifest.write_text("{")
+    else:
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
+    with pytest.raises(ArtifactError):
+        ShardSet.open(tmp_path)
+
+
+def test_processes_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 200)
+    tokenizer = train_tokenizer(TEXTS * 5, TokenizerConfig(vocab_size=330))
+    one = list(encode_all(TEXTS, tokenizer.encode_batch, 1))
+    two = list(encode_all(TEXTS, tokenizer.encode_batch, 2))
+    assert one == two == tokenizer.encode_batch(TEXTS)
+
+
+def test_no_more_than_a_shard_is_held(tmp_path):
+    alive = 0
+    most = 0
+
+    def endless():
+        nonlocal alive, most
+        for number in range(5000):
+            alive += 1
+            most = max(most, alive)
+            yield f"{number:05d}"
+
+    def count(batch: list[str]) -> list[list[int]]:
+        nonlocal alive
+        alive -= len(batch)
+        return encode(batch)
+
+    write_shards(tmp_path, endless(), count, bos=None, eos=None, vocab_size=300, identity=IDENTITY, shard_tokens=50)
+    assert most * 5 <= module.BATCH_CHARACTERS + 5
+    assert max(int(n) for n in np.diff([0, *[s["n_tokens"] for s in ShardSet.open(tmp_path).manifest["shards"]]])) <= 55
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/2", "0/0", "1/2/3"])
+def test_a_part_that_cannot_be_is_refused(text: str):
+    with pytest.raises(UsageError, match="--shard"):
+        parse_part(text)

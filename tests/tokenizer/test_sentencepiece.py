@@ -1,0 +1,171 @@
+"""Our tokenizers give every text back, count its bytes, never let text become control, and agree with their JSON."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmctl.config import TokenizerConfig
+from llmctl.errors import ArtifactError, UsageError
+from llmctl.tokenizer.load import tokenizer_from_files
+from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
+from llmctl.tokenizer.train import sampled, train_tokenizer
+
+CORPUS = [
+    "The function returns a list of strings.\n\n    def f(x):\n        return x  # 123\n",
+    "白日依山盡，黃河入海流。欲窮千里目，更上一層樓。",
+    "床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。",
+    "A class is a description of objects; an object is a value with behaviour.\r\n",
+] * 30
+EDGE = [
+    "",
+    " ",
+    "  leading",
+    "trailing  ",
+    "\0",
+    "a\0b",
+    "\r\n\r\n",
+    "\t\t  \n ",
+    "a\u2581b",
+    "\u2581",
+    "\ufeffx",
+    "e\u0301",
+    "👩‍👩‍👧‍👦🀄",
+    "\U0010ffff",
+    "中文 and English，混合。",
+    "ＡＢＣ",
+    "1234567890",
+    "x" * 300,
+    "\ud7ff\ue000",
+]
+LITERAL = ["<s>", "</s><mask>", "<pad> <unk>", "<extra_id_0>", "<0x41>"]
+KINDS = ("bpe", "unigram", "char")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request) -> SentencePieceTokenizer:
+    config = TokenizerConfig(model_type=request.param, vocab_size=420, n_sentinels=3, character_coverage=1.0)
+    return train_tokenizer(CORPUS, config)
+
+
+@given(text=st.text(st.characters(exclude_categories=("Cs",))))
+@settings(max_examples=300, deadline=None)
+def test_decoding_gives_the_text_back(tokenizer: SentencePieceTokenizer, text: str):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert int(tokenizer.token_bytes()[ids].sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize("text", EDGE + LITERAL)
+def test_edges_come_back_and_are_never_control(tokenizer: SentencePieceTokenizer, text: str):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & {tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id}
+    assert tokenizer.encode_batch([text, text])[1] == ids
+
+
+def test_special_tokens_have_the_usual_places(tokenizer: SentencePieceTokenizer):
+    ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id)
+    assert ids == (0, 1, 2, 3, 4)
+    assert tokenizer.sentinel_ids() == [5, 6, 7]
+    assert tokenizer.encode("a", bos=True, eos=True)[0] == 2
+    assert tokenizer.encode("a", bos=True, eos=True)[-1] == 3
+    assert tokenizer.token_bytes()[:8].sum() == 0
+    assert tokenizer.special_id("<nothing>") is None
+
+
+def samples(n: int) -> list[str]:
+    rng = random.Random(0)
+    whole = "".join(CORPUS)
+    cuts = [whole[(at := rng.randrange(len(whole))) : at + rng.randrange(60)] for _ in range(n)]
+    wild = ["".join(chr(rng.choice((32, 10, 0x4E00, 0x1F600, 97, 0x2581)) + rng.randrange(20)) for _ in range(12)) for _ in range(80)]
+    return EDGE + cuts + wild
+
+
+def test_tokenizer_json_gives_the_same_ids_and_texts(tokenizer: SentencePieceTokenizer):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+    reader = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
+    texts = samples(300)
+    different = [text for text in texts if reader.encode(text, add_special_tokens=False).ids != tokenizer.encode(text)]
+    assert different == []
+    assert all(reader.decode(tokenizer.encode(text)) == text for text in texts)
+
+
+@pytest.mark.interop
+def test_transformers_gives_the_same_ids(tokenizer: SentencePieceTokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    assert [theirs.encode(text, add_special_tokens=False) for text in samples(50)] == tokenizer.encode_batch(samples(50))
+    assert theirs.mask_token_id == tokenizer.mask_id
+
+
+def test_training_is_reproducible_byte_for_byte():
+    config = TokenizerConfig(vocab_size=400)
+    assert train_tokenizer(CORPUS, config).files() == train_tokenizer(iter(CORPUS), config).files()
+
+
+def test_files_make_the_same_tokenizer(tokenizer: SentencePieceTokenizer):
+    again = tokenizer_from_files(tokenizer.files())
+    assert again.sha256 == tokenizer.sha256
+    assert again.encode_batch(samples(20)) == tokenizer.encode_batch(samples(20))
+    config = json.loads(tokenizer.files()["tokenizer_config.json"])
+    assert config["mask_token"] == "<mask>"
+
+
+def test_words_start_at_spaces_and_at_chinese_characters(tokenizer: SentencePieceTokenizer):
+    starts = tokenizer.word_starts()
+    for index in range(tokenizer.vocab_size):
+        text = tokenizer.piece_bytes(index).decode("utf-8", "replace")
+        assert starts[index] == bool(text and (text[0].isspace() or "\u4e00" <= text[0] <= "\u9fff"))
+
+
+def test_a_small_vocabulary_names_what_is_needed():
+    with pytest.raises(UsageError, match=r"`tokenizer.vocab_size` 50 is too small") as caught:
+        train_tokenizer(CORPUS, TokenizerConfig(vocab_size=50))
+    assert "--set tokenizer.vocab_size=" in caught.value.hint
+
+
+def test_no_text_is_one_clear_error():
+    with pytest.raises(UsageError, match="no text"):
+        train_tokenizer([], TokenizerConfig(vocab_size=400))
+
+
+def test_a_vocabulary_larger_than_the_corpus_is_smaller_than_asked():
+    assert train_tokenizer(["ab abc"], TokenizerConfig(vocab_size=5000)).vocab_size < 300
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", b"\x0a\x05hello", bytes(range(256)) * 4])
+def test_a_damaged_model_is_refused(content: bytes):
+    with pytest.raises(ArtifactError, match=r"tokenizer\.model"):
+        SentencePieceTokenizer(content)
+
+
+def test_the_sample_is_even_and_bounded():
+    texts = [f"{index:04d}" for index in range(1000)]
+    kept = list(sampled(texts, 400))
+    assert sum(map(len, kept)) <= 400
+    gaps = {int(b) - int(a) for a, b in zip(kept, kept[1:], strict=False)}
+    assert len(gaps) == 1
+    assert list(sampled(texts, 10**6)) == texts
+
+
+def test_every_character_of_shakespeare_is_one_token(shared_data):
+    text = (shared_data / "tinyshakespeare" / "input.txt").read_text()
+    tokenizer = train_tokenizer([text], TokenizerConfig(model_type="char"))
+    assert len(set(text)) == 65
+    assert all(len(tokenizer.encode(character)) == 1 for character in set(text))
+    assert len(tokenizer.encode(text)) == len(text)
+
+
+def test_tang_poems_come_back(shared_data):
+    from llmctl.data.sources import read_documents
+
+    path = str(shared_data / "chinese-poetry-tang" / "quantangshi.jsonl.gz")
+    poems = [text for text, _ in zip(read_documents([path], text_key="paragraphs"), range(3000), strict=False)]
+    tokenizer = train_tokenizer(poems, TokenizerConfig(vocab_size=6000))
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(poems)] == poems

@@ -221,6 +221,7 @@ def estimate(
 
 def size(n_bytes: float) -> str:
     """Return bytes as a person reads them."""
+    n_bytes = float(n_bytes)
     for unit in ("B", "KB", "MB", "GB"):
         if n_bytes < 1000:
             return f"{n_bytes:.3g} {unit}"

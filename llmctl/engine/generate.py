@@ -139,10 +139,12 @@ def run_batch(
 ) -> list[Completion]:
     """Complete prompts together."""
     ends = end_ids(loaded)
-    session = Session(loaded.model, [prompt.ids for prompt in prompts], config.max_tokens, copies=config.beams)
+    n_known = loaded.tokenizer.vocab_size if loaded.tokenizer else None
+    ids = [prompt.ids for prompt in prompts]
+    session = Session(loaded.model, ids, config.max_tokens, copies=config.beams, n_known=n_known)
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)
-        return [finish_beam(loaded, prompt, ids, config) for prompt, ids in zip(prompts, results, strict=True)]
+        return [finish_beam(loaded, prompt, found, config) for prompt, found in zip(prompts, results, strict=True)]
     rows = [Row(prompt, TextStream(loaded.tokenizer, config.stop)) for prompt in prompts]
     return sample(session, rows, config, ends, on_text)
 

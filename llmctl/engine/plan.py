@@ -14,6 +14,8 @@ def dry_run(config: PretrainConfig) -> Estimate:
     A published system brings its own vocabulary, context and number of tokens where the config does not say.
     Raises: UsageError for settings that cannot be.
     """
+    import torch
+
     from llmctl.engine.runtime import choose_dtype, product_rate
 
     check(config)
@@ -27,6 +29,6 @@ def dry_run(config: PretrainConfig) -> Estimate:
     tokens = train.tokens or train.steps * train.batch_size * train.seq_len or preset.tokens
     tokens = tokens or DEFAULT_STEPS[config.objective] * train.batch_size * train.seq_len
     dtype = choose_dtype(train.dtype, on_cpu=True)
-    train = replace(train, dtype=str(dtype).removeprefix("torch."))
+    train = replace(train, dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
     rate = product_rate(dtype)
     return estimate(name, shape, train, tokens=tokens, optimizer=config.optim.name, cpu_flops=rate)

@@ -18,12 +18,21 @@ PREFILL_TOKENS = 512
 class Session:
     """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
 
+    Tokens from `n_known` on, which pad a vocabulary and have no text, are never likely.
+
     Shapes: logits (B * copies, V), the copies of a prompt side by side.
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int, *, copies: int = 1
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        copies: int = 1,
+        n_known: int | None = None,
     ) -> None:
+        self.n_known = n_known or model.config.vocab_size
         self.model, self.prompts, self.copies = model, prompts, copies
         self.is_decoder = model.config.family == "decoder"
         weight = model.model.embed_tokens.weight
@@ -57,7 +66,7 @@ class Session:
             hidden = self.model.hidden(ids_B1, positions_BT=self.positions_B1, cache=self.cache)
         else:
             hidden = self.model.decode(ids_B1, None, memory_documents_BS=self.memory_documents_BS, cache=self.cache)
-        return self.model.head(hidden[:, -1])
+        return self._logits(hidden)
 
     def select(self, rows_B: Tensor) -> None:
         """Keep these rows, in this order, a row perhaps more than once."""
@@ -65,6 +74,11 @@ class Session:
         self.positions_B1 = self.positions_B1[rows_B]
         if self.memory_documents_BS is not None:
             self.memory_documents_BS = self.memory_documents_BS[rows_B]
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        logits_BV = self.model.head(hidden_BTD[:, -1])
+        logits_BV[:, self.n_known :] = float("-inf")
+        return logits_BV
 
     def _begin_decoder(self) -> Tensor:
         longest = max(map(len, self.prompts))
@@ -87,7 +101,7 @@ class Session:
             )
         assert hidden is not None
         self.positions_B1 = positions_BT[:, -1:]
-        return self.model.head(hidden[:, -1])
+        return self._logits(hidden)
 
     def _begin_encoder_decoder(self) -> Tensor:
         longest = max(map(len, self.prompts))
@@ -103,4 +117,4 @@ class Session:
         start = max(self.model.config.decoder_start_id, 0)
         ids_B1 = torch.full((len(self.prompts), 1), start, dtype=torch.long, device=self.device)
         hidden = self.model.decode(ids_B1, memory_BSD, memory_documents_BS=self.memory_documents_BS, cache=self.cache)
-        return self.model.head(hidden[:, -1])
+        return self._logits(hidden)

@@ -1,0 +1,235 @@
+"""A prompt's completion is its own: whatever else is in the batch, cached or not, streamed or not."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmctl.config import GenerateConfig
+from llmctl.engine import session as session_module
+from llmctl.engine.beam import beam_search
+from llmctl.engine.generate import Prompt, TextStream, encode_prompt, generate, overlap
+from llmctl.engine.session import Session
+from llmctl.errors import UsageError
+from tests.engine.conftest import KINDS
+
+GREEDY = GenerateConfig(max_tokens=12, temperature=0.0)
+DRAWN = GenerateConfig(max_tokens=12, temperature=1.0, top_p=0.95, repetition_penalty=1.2, seed=5)
+PROMPTS = [[2, 300, 301, 302], [2], [2, 280, 281, 282, 283, 284, 285, 286], [2, 305]]
+
+
+def prompts(ids=PROMPTS) -> list[Prompt]:
+    return [Prompt(index, list(row)) for index, row in enumerate(ids)]
+
+
+def by_full_forward(loaded, ids: list[int], n: int) -> list[int]:
+    """Greedy decoding without any cache."""
+    model = loaded.model
+    out: list[int] = []
+    for _ in range(n):
+        with torch.no_grad():
+            if model.config.family == "decoder":
+                logits = model(torch.tensor([[*ids, *out]]))
+            else:
+                start = model.config.decoder_start_id
+                logits = model(torch.tensor([ids]), decoder_input_ids_BT=torch.tensor([[start, *out]]))
+        token = int(logits[0, -1].argmax())
+        if token == model.config.eos_id:
+            break
+        out.append(token)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_and_batched_equals_a_full_forward_for_each(make_loaded, kind: str):
+    loaded = make_loaded(kind)
+    got = list(generate(loaded, prompts(), GREEDY))
+    assert [completion.index for completion in got] == [0, 1, 2, 3]
+    for prompt, completion in zip(prompts(), got, strict=True):
+        assert completion.ids == by_full_forward(loaded, prompt.ids, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_draws_do_not_depend_on_the_batch(make_loaded, kind: str, batch_size: int):
+    loaded = make_loaded(kind)
+    together = list(generate(loaded, prompts(), DRAWN))
+    apart = list(generate(loaded, prompts(), dataclasses.replace(DRAWN, batch_size=batch_size)))
+    assert [completion.ids for completion in together] == [completion.ids for completion in apart]
+    other = list(generate(loaded, prompts(), dataclasses.replace(DRAWN, seed=6)))
+    assert [completion.ids for completion in together] != [completion.ids for completion in other]
+
+
+@pytest.mark.parametrize("kind", ["rope", "windows", "query-layer", "relative"])
+def test_a_long_prompt_in_parts_gives_the_same(make_loaded, monkeypatch, kind: str):
+    loaded = make_loaded(kind)
+    whole = [completion.ids for completion in generate(loaded, prompts(), GREEDY)]
+    monkeypatch.setattr(session_module, "PREFILL_TOKENS", 3)
+    assert [completion.ids for completion in generate(loaded, prompts(), GREEDY)] == whole
+
+
+def test_the_context_ends_a_text_where_it_would_alone(make_loaded):
+    loaded = make_loaded("rope", eos_id=-1)
+    config = dataclasses.replace(GREEDY, max_tokens=100)
+    got = list(generate(loaded, prompts(), config))
+    for prompt, completion in zip(prompts(), got, strict=True):
+        assert completion.finish == "context"
+        assert len(completion.ids) == 48 - len(prompt.ids)
+        assert completion.ids == next(generate(loaded, [prompt], config)).ids
+
+
+def test_reasons_to_finish(make_loaded):
+    loaded = make_loaded("rope")
+    free = next(generate(make_loaded("rope", eos_id=-1), [Prompt(0, [2, 300])], GREEDY))
+    assert free.finish == "length"
+    assert len(free.ids) == 12
+    third = free.ids[3]
+    first_time = free.ids.index(third)
+    ended = make_loaded("rope", eos_id=third)
+    got = next(generate(ended, [Prompt(0, [2, 300])], GREEDY))
+    assert (got.finish, got.ids) == ("eos", free.ids[:first_time])
+    files = {"generation_config.json": json.dumps({"eos_token_id": [1, third]}).encode()}
+    listed = dataclasses.replace(loaded, artifact=dataclasses.replace(loaded.artifact, files=files))
+    assert next(generate(listed, [Prompt(0, [2, 300])], GREEDY)).ids == free.ids[:first_time]
+
+
+def test_stop_strings_are_cut_off(make_loaded):
+    loaded = make_loaded("rope", eos_id=-1)
+    text = next(generate(loaded, [Prompt(0, [2, 300])], GREEDY)).text
+    stop = text[4:6]
+    got = next(generate(loaded, [Prompt(0, [2, 300])], dataclasses.replace(GREEDY, stop=("", stop, "never there"))))
+    assert got.finish == "stop"
+    assert got.text == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [([], "empty"), ([2] * 48, "48"), ([2, 5000], "5000"), ([-1], "-1")],
+)
+def test_prompts_that_cannot_work_are_refused_before_anything_runs(make_loaded, ids: list[int], match: str):
+    with pytest.raises(UsageError, match=match):
+        list(generate(make_loaded("rope"), [Prompt(0, [2]), Prompt(1, ids)], GREEDY))
+
+
+def test_without_a_tokenizer_ids_work_and_text_does_not(make_loaded):
+    loaded = make_loaded("t5", tokenizer=False)
+    with pytest.raises(UsageError, match="no tokenizer"):
+        encode_prompt(loaded, "a")
+    completion = next(generate(loaded, [Prompt(0, [5, 6, 7])], GREEDY))
+    assert completion.text == ""
+    assert completion.ids == by_full_forward(loaded, [5, 6, 7], 12)
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(make_loaded):
+    loaded = make_loaded("rope", vocab_size=400, eos_id=-1)
+    for config in (GREEDY, DRAWN, dataclasses.replace(GREEDY, beams=3)):
+        for completion in generate(loaded, prompts(), config):
+            assert max(completion.ids) < loaded.tokenizer.vocab_size
+
+
+# Streams of text
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40), st.data())
+@settings(deadline=None, max_examples=200)
+def test_chunks_are_whole_characters_and_join_to_the_text(text_tokenizer, text: str, data: st.DataObject):
+    stops = data.draw(st.lists(st.text(max_size=3), max_size=2))
+    if text and data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(text) - 1))
+        stops.append(text[at : at + 2])
+    stream = TextStream(text_tokenizer, stops)
+    chunks = []
+    for token in text_tokenizer.encode(text):
+        chunks.append(stream.feed(token))
+        if stream.is_stopped:
+            break
+    chunks.append(stream.close())
+    given_out = "".join(chunks)
+    assert given_out == stream.text
+    places = [text.index(stop) for stop in stops if stop and stop in text]
+    assert not any(stop and stop in given_out for stop in stops)
+    if not places:
+        assert given_out == text
+    else:
+        assert text.startswith(given_out)
+        assert len(given_out) <= max(places)
+    assert "\ufffd" not in given_out or "\ufffd" in text
+
+
+def test_an_incomplete_character_at_the_end_is_marked(text_tokenizer):
+    stream = TextStream(text_tokenizer, ())
+    ids = text_tokenizer.encode("🀄")
+    assert [stream.feed(token) for token in ids[:-1]] == ["", "", ""]
+    assert stream.close() == "\ufffd"
+
+
+@pytest.mark.parametrize(("text", "stop", "n"), [("abc", "cd", 1), ("abc", "bcd", 2), ("abc", "x", 0), ("aa", "aab", 2), ("", "a", 0)])
+def test_what_could_begin_a_stop_string_is_held(text: str, stop: str, n: int):
+    assert overlap(text, stop) == n
+
+
+# Beams
+
+
+@pytest.mark.parametrize("kind", ["rope", "t5", "marian"])
+def test_one_beam_is_greedy(make_loaded, kind: str):
+    loaded = make_loaded(kind, eos_id=-1)
+    with torch.inference_mode():
+        found = beam_search(Session(loaded.model, PROMPTS, 6, copies=1), 4, dataclasses.replace(GREEDY, max_tokens=6), set())
+    assert found == [by_full_forward(loaded, ids, 6) for ids in PROMPTS]
+
+
+def score(loaded, ids: list[int], out: list[int]) -> float:
+    """Log-probability of a continuation, token by token."""
+    model = loaded.model
+    with torch.no_grad():
+        if model.config.family == "decoder":
+            logits = model(torch.tensor([[*ids, *out]]))[0, len(ids) - 1 : -1]
+        else:
+            start = model.config.decoder_start_id
+            logits = model(torch.tensor([ids]), decoder_input_ids_BT=torch.tensor([[start, *out[:-1]]]))[0]
+    return float(logits.log_softmax(-1)[torch.arange(len(out)), out].sum())
+
+
+@pytest.mark.parametrize("kind", ["rope", "t5"])
+def test_a_beam_as_wide_as_everything_finds_the_best(make_loaded, kind: str):
+    import itertools
+
+    loaded = make_loaded(kind, tokenizer=False, vocab_size=5, eos_id=4, init_std=1.0)
+    prompt = [2, 1]
+    config = GenerateConfig(max_tokens=3, beams=64, length_penalty=1.0)
+    sequences = [seq for n in (1, 2, 3) for seq in itertools.product(range(5), repeat=n)]
+    sequences = [s for s in sequences if 4 not in s[:-1] and (len(s) == 3 or s[-1] == 4)]
+    best = max(sequences, key=lambda s: score(loaded, prompt, list(s)) / len(s))
+    completion = next(generate(loaded, [Prompt(0, prompt)], config))
+    assert completion.ids == [token for token in best if token != 4]
+
+
+@pytest.mark.parametrize("kind", ["rope", "t5", "marian"])
+def test_beams_are_at_least_as_likely_as_greedy_and_batched_equals_single(make_loaded, kind: str):
+    loaded = make_loaded(kind, eos_id=-1)
+    config = GenerateConfig(max_tokens=6, beams=8, length_penalty=0.0)
+    together = list(generate(loaded, prompts(), config))
+    for prompt, completion in zip(prompts(), together, strict=True):
+        assert completion.ids == next(generate(loaded, [prompt], config)).ids
+        greedy = by_full_forward(loaded, prompt.ids, 6)
+        assert score(loaded, prompt.ids, completion.ids) >= score(loaded, prompt.ids, greedy) - 1e-5
+
+
+@pytest.mark.parametrize("name", ["hf"])
+def test_stories_are_told_as_by_the_reference(shared_data, name: str):
+    from llmctl.engine.models import load_model
+
+    folder = shared_data / "models" / "stories260K"
+    loaded = load_model(folder / name)
+    rows = json.loads((folder / "reference.json").read_text(encoding="utf-8"))["prompts"]
+    config = GenerateConfig(max_tokens=max(len(row["greedy_new_ids"]) for row in rows), temperature=0.0)
+    encoded = [Prompt(n, encode_prompt(loaded, row["text"]), row["text"]) for n, row in enumerate(rows)]
+    assert [prompt.ids for prompt in encoded] == [row["ids"] for row in rows]
+    for row, completion in zip(rows, generate(loaded, encoded, config), strict=True):
+        n = len(row["greedy_new_ids"])
+        assert completion.ids[:n] == row["greedy_new_ids"]
+        assert (row["text"] + completion.text).strip().startswith(row["greedy_text"].strip()[:200])

@@ -1,0 +1,96 @@
+"""Every filter against its definition in plain Python, and draws that follow the probabilities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmctl.config import GenerateConfig
+from llmctl.engine import sampling
+from llmctl.errors import UsageError
+
+logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
+
+
+def softmax(values: list[float]) -> list[float]:
+    top = max(values)
+    weights = [math.exp(value - top) for value in values]
+    return [weight / sum(weights) for weight in weights]
+
+
+def kept(row: torch.Tensor) -> set[int]:
+    return {index for index, value in enumerate(row.tolist()) if value > -math.inf}
+
+
+@given(logits, st.integers(0, 15))
+def test_top_k_keeps_the_k_likeliest_and_ties(values: list[float], k: int):
+    row = sampling.keep_top_k(torch.tensor([values]), k)[0]
+    threshold = sorted(values, reverse=True)[min(k, len(values)) - 1] if k else -math.inf
+    assert kept(row) == {index for index, value in enumerate(values) if value >= threshold}
+
+
+@given(logits, st.floats(0.01, 1.0))
+@settings(deadline=None)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(values: list[float], p: float):
+    row = sampling.keep_top_p(torch.tensor([values], dtype=torch.float64), p)[0]
+    order = sorted(range(len(values)), key=lambda index: -values[index])
+    probabilities = softmax(values)
+    expected: set[int] = set()
+    total = 0.0
+    for index in order:
+        if total >= p - 1e-9 and total >= p:
+            break
+        expected.add(index)
+        total += probabilities[index]
+    got = kept(row)
+    assert got
+    # Sums that meet p to the last digit may fall on either side.
+    assert got == expected or abs(sum(probabilities[i] for i in expected - {order[len(expected) - 1]}) - p) < 1e-6
+
+
+@given(logits, st.floats(0.0, 1.0))
+@settings(deadline=None)
+def test_min_p_compares_with_the_best(values: list[float], min_p: float):
+    row = sampling.keep_min_p(torch.tensor([values], dtype=torch.float64), min_p)[0]
+    probabilities = softmax(values)
+    sure = {index for index, p in enumerate(probabilities) if p > min_p * max(probabilities) * (1 + 1e-6)}
+    possible = {index for index, p in enumerate(probabilities) if p >= min_p * max(probabilities) * (1 - 1e-6)}
+    assert sure <= kept(row) <= possible
+    assert kept(row)
+
+
+def test_repetition_makes_seen_tokens_less_likely():
+    row = sampling.penalise_repetition(
+        torch.tensor([[2.0, -2.0, 3.0]]), torch.tensor([[True, True, False]]), penalty=2.0
+    )
+    assert row.tolist() == [[1.0, -4.0, 3.0]]
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    values = torch.tensor([[1.0, 0.0, -1.0, 2.0]])
+    config = GenerateConfig(temperature=0.7)
+    n = 4000
+    generators = [torch.Generator().manual_seed(seed) for seed in range(n)]
+    drawn = sampling.choose(values.expand(n, 4), None, config, generators)
+    counts = torch.bincount(drawn, minlength=4) / n
+    expected = torch.tensor(softmax([value / 0.7 for value in values[0].tolist()]))
+    torch.testing.assert_close(counts, expected, rtol=0, atol=0.03)
+    again = sampling.choose(values, None, config, [torch.Generator().manual_seed(17)])
+    assert again.item() == drawn[17].item()
+
+
+def test_excluded_tokens_are_never_drawn():
+    values = torch.tensor([[5.0, 4.0, 3.0, 2.0]]).expand(500, 4)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(500)]
+    drawn = sampling.choose(values, None, GenerateConfig(temperature=3.0, top_k=2), generators)
+    assert set(drawn.tolist()) == {0, 1}
+
+
+def test_all_wrong_settings_are_named_together():
+    config = GenerateConfig(max_tokens=0, temperature=-1, top_k=-1, top_p=0, min_p=2, repetition_penalty=0, beams=0)
+    with pytest.raises(UsageError) as caught:
+        sampling.check(config)
+    for name in ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repetition-penalty", "beams"):
+        assert f"--{name}" in str(caught.value)

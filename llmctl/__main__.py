@@ -10,8 +10,9 @@ def main() -> None:
 
         sys.stdout.write(f"llmctl {__version__}\n")
         return
-    from llmctl.cli import run
+    from llmctl.cli import end_with_the_pipe, run
 
+    end_with_the_pipe(sys.argv[1:])
     sys.exit(run(sys.argv[1:]))
 
 

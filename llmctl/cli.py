@@ -5,10 +5,12 @@ Root help and did-you-mean come from the table below, so that no command, and no
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import pairwise
 
 from llmctl.errors import LlmctlError
 
@@ -57,6 +59,16 @@ options:
 """
 
 
+FILTERS = {"fill", "generate", "inspect", "presets", "tokenize"}
+"""Commands that end with the pipe they write to, as `cat` does; a training run must not."""
+
+
+def end_with_the_pipe(argv: Sequence[str]) -> None:
+    """Let the operating system end a filter whose reader has gone (141 in the shell), before any buffer complains."""
+    if argv[:1] and argv[0] in FILTERS and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return the exit code of the process."""
     args = list(argv)
@@ -68,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        return report(error)
+        return report(error, args)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -95,14 +107,14 @@ def dispatch(args: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def report(error: Exception) -> int:
-    """Print what went wrong in two lines and return its exit code."""
+def report(error: Exception, args: Sequence[str] = ()) -> int:
+    """Print what went wrong in two lines and return its exit code; `args` is the command line it came from."""
     if isinstance(error, LlmctlError):
         return show(str(error), error.hint, error.exit_code)
     if hasattr(error, "format_message"):  # Typer's own usage errors, whichever Click it carries
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help shows the options" if context else ""
-        return show(error.format_message().rstrip("."), hint, 2)
+        return show(error.format_message().rstrip(".") + given_value(error, args), hint, 2)
     if type(error).__name__ == "Abort":
         return 130
     if isinstance(error, BrokenPipeError):
@@ -126,6 +138,13 @@ def report(error: Exception) -> int:
     if isinstance(error, OSError) and error.filename:
         return show(f"`{error.filename}`: {error.strerror}", "", 3 if isinstance(error, FileNotFoundError) else 1)
     return show(f"unexpected {type(error).__name__}: {error}", "this is a defect; `llmctl --debug ...` shows where", 1)
+
+
+def given_value(error: Exception, args: Sequence[str]) -> str:
+    """Return what stood after the option that Typer complains about; its own message leaves it out."""
+    options = getattr(getattr(error, "param", None), "opts", [])
+    values = [value for option, value in pairwise(args) if option in options]
+    return f" (it is `{values[-1]}`)" if values else ""
 
 
 def show(message: str, hint: str, exit_code: int) -> int:

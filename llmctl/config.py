@@ -62,7 +62,7 @@ class ModelConfig:
     )
     query_layer: bool = setting(False, "extra top layer whose queries are position embeddings (PanGu-Alpha)")
     n_token_types: int = setting(0, "rows of the token-type embedding (BERT: 2); 0 is none")
-    embedding_scale: float = setting(1.0, "factor on the token embeddings (2017 Transformer: sqrt(d_model))")
+    embedding_scale: float = setting(1.0, "factor on the token embeddings; 0 means sqrt(d_model), as in 2017")
     tie_embeddings: bool = setting(True, "the head shares the embedding's weight")
     logits_scale: float = setting(1.0, "factor on the hidden states before the head (tied T5: d_model ** -0.5)")
     logits_bias: bool = setting(False, "bias on the logits (BERT, BART, Marian)")

@@ -21,4 +21,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
     for name in [name for name in os.environ if name.startswith("LLMCTL_") and name != "LLMCTL_CACHE"]:
         monkeypatch.delenv(name)
+    # What a test starts as a process of its own is this checkout too, wherever it is started.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "xdg-data"))

@@ -19,10 +19,12 @@ def presets(
 ) -> None:
     """List the model presets with their sizes and sources.
 
-    \b
-    llmctl presets
-    llmctl presets --json | head -3
-    """  # noqa: D301 - \b is what keeps Click from joining the lines
+    Examples:
+
+      llmctl presets
+
+      llmctl presets --json | head -3
+    """
     from llmctl.model.presets import PRESETS
 
     rows = [describe(name) for name in PRESETS]

@@ -22,8 +22,8 @@ from llmctl.data.masking import Masking
 from llmctl.data.stream import PackedRows, PairRows
 from llmctl.engine import checkpoint
 from llmctl.engine.card import model_card
-from llmctl.engine.estimate import Shape, flops_per_token
 from llmctl.engine.corpus import Corpus, prepare_corpus
+from llmctl.engine.estimate import Shape, flops_per_token
 from llmctl.engine.loop import Fitted, State, Training, fit
 from llmctl.engine.metrics import MetricsFile, loss_svg, rounded
 from llmctl.engine.models import load_model

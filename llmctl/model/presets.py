@@ -171,7 +171,7 @@ _ROWS: dict[str, Preset] = {
         _VASWANI,
         {
             **_TRANSFORMER,
-            **_shape(512, 6, 8, d_ff=2048, embedding_scale=512**0.5, init_std=512**-0.5, dropout=0.1),
+            **_shape(512, 6, 8, d_ff=2048, embedding_scale=0.0, init_std=512**-0.5, dropout=0.1),
         },
         65_000_000,
         5_000_000_000,
@@ -181,7 +181,7 @@ _ROWS: dict[str, Preset] = {
         _VASWANI,
         {
             **_TRANSFORMER,
-            **_shape(1024, 6, 16, d_ff=4096, embedding_scale=1024**0.5, init_std=1024**-0.5, dropout=0.3),
+            **_shape(1024, 6, 16, d_ff=4096, embedding_scale=0.0, init_std=1024**-0.5, dropout=0.3),
         },
         213_000_000,
         15_000_000_000,

@@ -19,6 +19,7 @@ def complete(config: ModelConfig) -> ModelConfig:
         n_kv_heads=config.n_kv_heads or config.n_heads,
         head_dim=head_dim,
         d_ff=d_ff,
+        embedding_scale=config.embedding_scale or float(max(config.d_model, 1)) ** 0.5,
         attention_scale=config.attention_scale or head_dim**-0.5 if head_dim else 0.0,
     )
     problems = contradictions(config, full)

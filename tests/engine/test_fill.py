@@ -14,7 +14,13 @@ from llmctl.model.transformer import LanguageModel, initialise
 @pytest.fixture
 def encoder(text_tokenizer, tmp_path) -> Loaded:
     config = ModelConfig(
-        family="encoder", vocab_size=text_tokenizer.vocab_size, d_model=32, n_layers=2, n_heads=4, max_positions=32, init_std=0.4
+        family="encoder",
+        vocab_size=text_tokenizer.vocab_size,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        max_positions=32,
+        init_std=0.4,
     )
     model = LanguageModel(config)
     initialise(model, 0)

@@ -166,7 +166,9 @@ def test_an_incomplete_character_at_the_end_is_marked(text_tokenizer):
     assert stream.close() == "\ufffd"
 
 
-@pytest.mark.parametrize(("text", "stop", "n"), [("abc", "cd", 1), ("abc", "bcd", 2), ("abc", "x", 0), ("aa", "aab", 2), ("", "a", 0)])
+@pytest.mark.parametrize(
+    ("text", "stop", "n"), [("abc", "cd", 1), ("abc", "bcd", 2), ("abc", "x", 0), ("aa", "aab", 2), ("", "a", 0)]
+)
 def test_what_could_begin_a_stop_string_is_held(text: str, stop: str, n: int):
     assert overlap(text, stop) == n
 
@@ -178,7 +180,9 @@ def test_what_could_begin_a_stop_string_is_held(text: str, stop: str, n: int):
 def test_one_beam_is_greedy(make_loaded, kind: str):
     loaded = make_loaded(kind, eos_id=-1)
     with torch.inference_mode():
-        found = beam_search(Session(loaded.model, PROMPTS, 6, copies=1), 4, dataclasses.replace(GREEDY, max_tokens=6), set())
+        found = beam_search(
+            Session(loaded.model, PROMPTS, 6, copies=1), 4, dataclasses.replace(GREEDY, max_tokens=6), set()
+        )
     assert found == [by_full_forward(loaded, ids, 6) for ids in PROMPTS]
 
 

@@ -81,7 +81,10 @@ def samples(n: int) -> list[str]:
     rng = random.Random(0)
     whole = "".join(CORPUS)
     cuts = [whole[(at := rng.randrange(len(whole))) : at + rng.randrange(60)] for _ in range(n)]
-    wild = ["".join(chr(rng.choice((32, 10, 0x4E00, 0x1F600, 97, 0x2581)) + rng.randrange(20)) for _ in range(12)) for _ in range(80)]
+    wild = [
+        "".join(chr(rng.choice((32, 10, 0x4E00, 0x1F600, 97, 0x2581)) + rng.randrange(20)) for _ in range(12))
+        for _ in range(80)
+    ]
     return EDGE + cuts + wild
 
 
@@ -100,7 +103,9 @@ def test_transformers_gives_the_same_ids(tokenizer: SentencePieceTokenizer, tmp_
     for name, content in tokenizer.files().items():
         (tmp_path / name).write_bytes(content)
     theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
-    assert [theirs.encode(text, add_special_tokens=False) for text in samples(50)] == tokenizer.encode_batch(samples(50))
+    assert [theirs.encode(text, add_special_tokens=False) for text in samples(50)] == tokenizer.encode_batch(
+        samples(50)
+    )
     assert theirs.mask_token_id == tokenizer.mask_id
 
 

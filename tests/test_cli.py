@@ -1,0 +1,315 @@
+"""The command line as a person meets it: errors with exit codes, streams that stay clean, nothing that hangs."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmctl import __version__
+from llmctl.cli import COMMANDS, report, run
+from llmctl.config import ModelConfig, TokenizerConfig
+from llmctl.formats.artifact import write_artifact
+from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.tokenizer.train import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Return a folder with a decoder, an encoder and an encoder-decoder of random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer(["a list of strings 中文，诗。"] * 20, TokenizerConfig(vocab_size=330))
+    for family in ("decoder", "encoder", "encoder_decoder"):
+        extra = {"positions": "relative", "attention_scale": 1.0, "activation": "gelu_tanh", "tie_embeddings": False}
+        shape = ModelConfig(
+            family=family,  # type: ignore[arg-type]
+            vocab_size=tokenizer.vocab_size,
+            d_model=32,
+            n_layers=1,
+            n_heads=2,
+            max_positions=40,
+            bos_id=2,
+            eos_id=3,
+            pad_id=0,
+            mask_id=4,
+            decoder_start_id=0,
+            init_std=0.3,
+            **(extra if family == "encoder_decoder" else {}),
+        )
+        model = LanguageModel(shape)
+        initialise(model, 0)
+        write_artifact(folder / family, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def call(capsys, *arguments: str, stdin: bytes | None = None, monkeypatch=None) -> tuple[int, str, str]:
+    if stdin is not None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    status = run(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def shell(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "llmctl", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, env=environment, check=False, timeout=120)
+
+
+def test_version_and_help(capsys):
+    assert __version__.encode() in shell("--version").stdout
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        status, out, err = call(capsys, *arguments)
+        assert (status, err) == (0, "")
+        assert "llmctl pretrain" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_examples(capsys, name: str):
+    status, out, err = call(capsys, name, "--help")
+    assert (status, err) == (0, "")
+    assert f"llmctl {name}" in out
+    assert "Examples" in out
+    assert call(capsys, name, "-h")[1] == out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "parts"),
+    [
+        (["pretain"], 2, ["`pretain`", "llmctl pretrain"]),
+        (["--nonsense"], 2, ["`--nonsense`"]),
+        (["generate", "--temprature", "1"], 2, ["--temprature", "--temperature"]),
+        (["generate", "x", "-n", "many"], 2, ["many"]),
+        (["generate", "x"], 3, ["no model", "llmctl pretrain"]),
+        (["generate", "x", "-m", "nowhere"], 3, ["`nowhere`"]),
+        (["fill", "<mask>"], 3, ["--objective mlm"]),
+        (["use"], 3, ["llmctl use"]),
+        (["pretrain", "--resume", "0009"], 3, ["0009"]),
+        (["pretrain", "-r", "nowhere.yaml"], 3, ["nowhere.yaml"]),
+        (["pretrain", "--set", "train.stepz=3"], 2, ["train.stepz", "train.steps"]),
+        (["pretrain", "--objective", "gpt"], 2, ["`gpt`", "clm"]),
+        (["pretrain", "nowhere.txt"], 3, ["nowhere.txt"]),
+        (["pretrain", "--model", "gpt2-extra", "--dry-run"], 2, ["gpt2-extra"]),
+        (["inspect", "nowhere"], 3, ["nowhere"]),
+        (["tokenize", "train", "nowhere.txt"], 3, ["nowhere.txt"]),
+        (["tokenize", "encode", "--tokenizer", "nowhere"], 3, ["nowhere"]),
+        (["tokenize", "encode", "--shard", "5/3"], 2, ["5/3"]),
+    ],
+)
+def test_mistakes_are_answered(capsys, arguments: list[str], status: int, parts: list[str]):
+    got, out, err = call(capsys, *arguments)
+    assert got == status, err
+    assert out == ""
+    assert err.startswith("error: ") or "\nerror: " in err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["generate", "x", "-m", "encoder"], ["encoder", "llmctl fill"]),
+        (["fill", "<mask>", "-m", "decoder"], ["decoder", "llmctl generate"]),
+        (["fill", "no mask", "-m", "encoder"], ["no mask"]),
+        (["generate", "a " * 60, "-m", "decoder"], ["40"]),
+        (
+            ["generate", "x", "-m", "decoder", "-n", "0", "-t", "-1", "--top-p", "0"],
+            ["--max-tokens", "--temperature", "--top-p"],
+        ),
+        (["generate", "1 x", "--ids", "-m", "decoder"], ["x"]),
+        (["generate", "99999", "--ids", "-m", "decoder"], ["99999"]),
+    ],
+)
+def test_models_that_cannot_are_named(capsys, monkeypatch, models: Path, arguments: list[str], parts: list[str]):
+    monkeypatch.chdir(models)
+    status, out, err = call(capsys, *arguments)
+    assert (status, out) == (2, "")
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize("harm", ["cut", "header", "pickle", "empty"])
+def test_damaged_models_are_refused(capsys, models: Path, tmp_path, harm: str):
+    data = (models / "decoder" / "model.safetensors").read_bytes()
+    path = tmp_path / ("m.bin" if harm == "pickle" else "m.safetensors")
+    path.write_bytes(
+        {"cut": data[:-100], "header": b"\xff" * 8 + data[8:], "pickle": b"\x80\x04K\x01.", "empty": b""}[harm]
+    )
+    for command in (["generate", "x", "-m"], ["inspect"]):
+        status, out, err = call(capsys, *command, str(path))
+        assert (status, out) == (4, ""), err
+        assert path.name in err
+
+
+def test_lines_in_are_lines_out(capsys, monkeypatch, models: Path):
+    lines = ["a list", "", "中文", "strings of"]
+    stdin = "\n".join(lines).encode()
+    options = ["-m", str(models / "decoder"), "-n", "8", "-q", "-t", "0"]
+    status, out, err = call(capsys, "generate", "-", *options, stdin=stdin, monkeypatch=monkeypatch)
+    assert (status, err) == (0, "")
+    assert out.count("\n") == 4
+    _, records, _ = call(capsys, "generate", "-", "--json", *options, stdin=stdin, monkeypatch=monkeypatch)
+    parsed = [json.loads(line) for line in records.split("\n")[:-1]]
+    assert [record["prompt"] for record in parsed] == lines
+    assert {"i", "prompt", "text", "n_tokens", "finish"} <= parsed[0].keys()
+    _, nul, _ = call(capsys, "generate", "-", "-0", *options, stdin="\0".join(lines).encode(), monkeypatch=monkeypatch)
+    assert nul.split("\0")[:-1] == [record["text"] for record in parsed]
+    single = [call(capsys, "generate", line, *options)[1].removesuffix("\n") for line in lines]
+    assert single == [record["text"] for record in parsed]
+    _, whole, _ = call(capsys, "generate", "--whole", *options, stdin=b"a\nlist", monkeypatch=monkeypatch)
+    assert whole == call(capsys, "generate", "a\nlist", *options)[1]
+
+
+def test_an_encoder_decoder_answers_too(capsys, models: Path):
+    status, out, err = call(
+        capsys, "generate", "a list", "-m", str(models / "encoder_decoder"), "--beams", "3", "-n", "5"
+    )
+    assert status == 0
+    assert out.endswith("\n")
+    assert err.startswith("model: ")
+
+
+def test_fill_gives_candidates_or_lines(capsys, monkeypatch, models: Path):
+    options = ["-m", str(models / "encoder"), "-q"]
+    status, out, _ = call(capsys, "fill", "a <mask> of", "-k", "3", *options)
+    assert status == 0
+    assert len(out.split("\t")) == 4
+    _, out, _ = call(capsys, "fill", "-", *options, stdin=b"a <mask> of\n<mask>\n", monkeypatch=monkeypatch)
+    assert out.count("\n") >= 2
+    _, out, _ = call(capsys, "fill", "a <mask> of", "--json", *options)
+    assert len(json.loads(out)["masks"][0]) == 5
+
+
+def test_tokenize_is_a_filter(capsys, monkeypatch, models: Path):
+    text = "a list of\n\n中文，诗。 x\r\n\ttabs\n"
+    options = ["tokenize", "-m", str(models / "decoder")]
+    status, ids, _ = call(capsys, *options, stdin=text.encode(), monkeypatch=monkeypatch)
+    assert status == 0
+    assert len(ids.splitlines()) == 4
+    back = shell(*options, "--decode", stdin=ids.encode())
+    assert back.stdout.decode() == text
+    _, out, _ = call(capsys, *options, "--stats", "--json", stdin=text.encode(), monkeypatch=monkeypatch)
+    report_ = json.loads(out)
+    assert report_["bytes"] == len(text.replace("\n", "").encode())
+    status, _, err = call(capsys, *options, "--decode", stdin=b"1 2\n3 x\n", monkeypatch=monkeypatch)
+    assert status == 2
+    assert "line 2" in err
+
+
+@pytest.mark.parametrize("command", [["generate", "-"], ["tokenize"]])
+def test_bytes_that_are_no_text_are_named(capsys, monkeypatch, models: Path, command: list[str]):
+    options = ["-m", str(models / "decoder")]
+    status, _, err = call(capsys, *command, *options, stdin=b"good\nbad\xff\n", monkeypatch=monkeypatch)
+    assert status == 2
+    assert "byte 8" in err
+
+
+def test_use_is_remembered(capsys, monkeypatch, models: Path, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    assert call(capsys, "use", str(models / "decoder"))[:2] == (0, f"{models / 'decoder'}\n")
+    assert call(capsys, "use")[1] == f"{models / 'decoder'}\n"
+    status, out, err = call(capsys, "generate", "a", "-n", "3")
+    assert status == 0
+    assert "set by `llmctl use`" in err
+    assert call(capsys, "use", "nowhere")[0] == 3
+
+
+def test_an_idle_open_stdin_does_not_hang(models: Path):
+    command = [sys.executable, "-P", "-m", "llmctl", "generate", "a", "-n", "2", "-m", str(models / "decoder")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.wait(timeout=120) == 0
+
+
+def test_a_closed_pipe_ends_quietly(models: Path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "llmctl", "tokenize", "-m", str(models / "decoder")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(b"a list of strings\n" * 200_000)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=120) == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize("command", [["tokenize"], ["tokenize", "--stats"], ["inspect"], ["presets"]])
+def test_light_commands_never_load_torch(models: Path, command: list[str]):
+    code = "import sys; from llmctl.cli import run; status = run(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(status)"
+    arguments = {
+        "tokenize": ["-m", str(models / "decoder")],
+        "inspect": [str(models / "decoder")],
+    }.get(command[0], [])
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, *arguments], input=b"a\n", capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_outputs_are_not_overwritten_unasked(capsys, tmp_path):
+    (tmp_path / "kept.safetensors").write_bytes(b"precious")
+    for command in (["pretrain", "-o", "kept.safetensors"], ["tokenize", "train", "-o", "kept.safetensors"]):
+        status, _, err = call(capsys, *command)
+        assert status == 8
+        assert "kept.safetensors" in err
+    assert (tmp_path / "kept.safetensors").read_bytes() == b"precious"
+
+
+def test_places_that_cannot_be_written_are_named(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("LLMCTL_RUNS", str(tmp_path / "file" / "runs"))
+    status, out, err = call(capsys, "pretrain", "--steps", "1", "-q")
+    assert (status, out) == (8, "")
+    assert "file/runs" in err
+
+
+def test_a_run_in_use_is_busy(capsys, tmp_path):
+    from llmctl.engine.runs import create_run
+
+    held = create_run("pretrain", "x")
+    (held.path / "recipe.yaml").write_text("train: {steps: 1}\n")
+    status, _, err = call(capsys, "pretrain", "--resume", str(held.path))
+    assert status == 9
+    assert str(held.path) in err
+    held.close()
+
+
+def test_print_config_reads_back(capsys, tmp_path):
+    _, out, _ = call(capsys, "pretrain", "--print-config", "--steps", "7", "--model", "mini", "--set", "optim.lr=1e-3")
+    (tmp_path / "r.yaml").write_text(out)
+    _, again, _ = call(capsys, "pretrain", "-r", "r.yaml", "--print-config")
+    strip = [line.split("#")[0].rstrip() for line in again.splitlines()]
+    assert strip == [line.split("#")[0].rstrip() for line in out.splitlines()]
+    assert "steps: 7" in out
+
+
+def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, monkeypatch):
+    assert report(ValueError("boom")) == 1
+    err = capsys.readouterr().err
+    assert "boom" in err
+    assert "--debug" in err
+    assert report(MemoryError()) == 5
+    monkeypatch.setattr("llmctl.cli.dispatch", lambda _: (_ for _ in ()).throw(ValueError("boom")))
+    with pytest.raises(ValueError, match="boom"):
+        run(["--debug", "presets"])

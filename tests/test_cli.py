@@ -221,7 +221,7 @@ def test_use_is_remembered(capsys, monkeypatch, models: Path, tmp_path):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     assert call(capsys, "use", str(models / "decoder"))[:2] == (0, f"{models / 'decoder'}\n")
     assert call(capsys, "use")[1] == f"{models / 'decoder'}\n"
-    status, out, err = call(capsys, "generate", "a", "-n", "3")
+    status, _, err = call(capsys, "generate", "a", "-n", "3")
     assert status == 0
     assert "set by `llmctl use`" in err
     assert call(capsys, "use", "nowhere")[0] == 3

@@ -46,15 +46,15 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     layer = 6 * (shape.attention + shape.feed_forward)
 
     def scores(layer_number: int, *, causal: bool) -> float:
-        window = window_of(config, layer_number) or seq_len
-        return 12.0 * shape.width * min(window, seq_len * (0.5 if causal else 1.0))
+        seen = seq_len * (0.5 if causal else 1.0)
+        return 12.0 * shape.width * min(float(window_of(config, layer_number) or seq_len), seen)
 
     if config.family != "encoder_decoder":
         causal = config.family == "decoder"
         n_layers = config.n_layers + int(config.query_layer)
         return n_layers * layer + sum(scores(n, causal=causal) for n in range(n_layers)) + 6 * shape.head
     encoder = config.n_layers * layer + sum(scores(n, causal=False) for n in range(config.n_layers))
-    decoder = config.n_decoder_layers * (layer + 6 * shape.attention)
+    decoder = float(config.n_decoder_layers * (layer + 6 * shape.attention))
     decoder += sum(scores(n, causal=True) + scores(n, causal=False) for n in range(config.n_decoder_layers))
     return (encoder + decoder + 6 * shape.head) / 2
 

@@ -59,21 +59,21 @@ def test_ids_take_the_smallest_type_that_holds_them(tmp_path, vocab_size: int, d
     assert shards.document(0).tolist() == [vocab_size - 1]
 
 
-class Interrupted(Exception):
+class StopHereError(Exception):
     pass
 
 
 def breaking(texts: list[str], after: int):
     for number, text in enumerate(texts):
         if number == after:
-            raise Interrupted
+            raise StopHereError
         yield text
 
 
 def test_an_interrupted_encoding_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 40)
     write(tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         write(tmp_path / "stopped", breaking(TEXTS, 30))
     with pytest.raises(NotFoundError):
         ShardSet.open(tmp_path / "stopped")

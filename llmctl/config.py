@@ -90,7 +90,7 @@ class TokenizerConfig:
 
     path: str = setting("", "an existing tokenizer (file or folder); empty trains one on the corpus")
     model_type: Literal["bpe", "unigram", "char"] = setting("bpe", "bpe, unigram, or char (one token per character)")
-    vocab_size: int = setting(2048, "pieces, specials and bytes included")
+    vocab_size: int = setting(0, "pieces, specials and bytes included; 0 fits it to the text: 2,048 up to 32,768")
     n_sentinels: int = setting(0, "sentinel tokens <extra_id_i> for span corruption")
     character_coverage: float = setting(0.9995, "share of the corpus's characters that get a piece; the rest is bytes")
     max_train_bytes: int = setting(50_000_000, "text the trainer samples at most, in bytes; more is sampled evenly")

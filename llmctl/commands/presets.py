@@ -1,5 +1,6 @@
 """`llmctl presets`: the table of named models, without loading torch."""
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -9,8 +10,8 @@ from llmctl.commands.common import command_app, result, result_json
 
 app = command_app()
 
-COLUMNS = ("name", "family", "parameters", "layers", "width", "heads", "vocabulary", "source")
-RIGHT = frozenset({"parameters", "layers", "width", "heads", "vocabulary"})
+COLUMNS = ("name", "family", "parameters", "layers", "width", "heads", "source")
+RIGHT = frozenset({"parameters", "layers", "width", "heads"})
 
 
 @app.command()
@@ -32,7 +33,7 @@ def presets(
         for row in rows:
             result_json(row)
         return
-    for line in table([{**row, "parameters": short(row["parameters"])} for row in rows]):
+    for line in table([for_people(row) for row in rows]):
         result(line)
 
 
@@ -60,6 +61,18 @@ def describe(name: str) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "source": preset.source,
     }
+
+
+def for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """Shorten a record's long values, so that the table fits a terminal of 80 columns."""
+    family = str(row["family"]).replace("encoder_decoder", "enc-dec")
+    return {**row, "family": family, "parameters": short(row["parameters"]), "source": short_source(row["source"])}
+
+
+def short_source(source: str) -> str:
+    """Return the first arXiv id of a source, or who wrote it and when."""
+    found = re.search(r"arXiv:\d+\.\d+", source)
+    return found.group() if found else source.split(",", maxsplit=1)[0]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -26,7 +26,7 @@ def use(
     """
     from llmctl.engine.models import default_file, find_named
     from llmctl.errors import NotFoundError
-    from llmctl.formats.atomic import write_text
+    from llmctl.files import write_text
 
     place = default_file()
     if model is None:

@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmctl.errors import NotFoundError
+from llmctl.errors import NotFoundError, OutputError
+from llmctl.files import write_bytes
 
 MIN_CHARACTERS = 80
 """Shorter docstrings say little ("See base class.")."""
@@ -37,7 +38,7 @@ SKIPPED = {
 SHINGLE_WORDS = 8
 """Documents that share most of their runs of eight words are near-duplicates."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 def builtin_documents() -> list[str]:
@@ -90,14 +91,8 @@ def cache_path() -> Path:
 
 def store(path: Path, content: dict[str, Any]) -> None:
     """Keep the corpus for the next run; a folder that cannot be written costs the next run some seconds, no more."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with suppress(OutputError):
+        write_bytes(path, gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
 
 
 def build() -> dict[str, Any]:
@@ -180,16 +175,19 @@ def first_sentence(text: str) -> str:
 
 
 def without_near_duplicates(documents: list[str]) -> list[str]:
-    """Drop every document most of whose word runs stood in earlier ones, so that none is on both sides of a split."""
+    """Drop every document most of whose word runs stand in a longer kept one, so that none is on both sides of a split.
+
+    The longest are looked at first: a short text inside a long one would not make the long one a duplicate.
+    """
     seen: set[int] = set()
-    kept = []
-    for text in documents:
-        words = re.findall(r"\w+", text.lower())
+    kept: set[int] = set()
+    for number in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
+        words = re.findall(r"\w+", documents[number].lower())
         runs = {hash_of(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))}
         if len(runs & seen) <= len(runs) // 2:
-            kept.append(text)
-        seen |= runs
-    return kept
+            kept.add(number)
+            seen |= runs
+    return [text for number, text in enumerate(documents) if number in kept]
 
 
 def hash_of(words: list[str]) -> int:

@@ -7,7 +7,6 @@ manifest that names them. A finished shard is never made again. Knows no tokeniz
 import hashlib
 import json
 import multiprocessing
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
+from llmctl.files import write_bytes
 
 VERSION = 1
 SHARD_TOKENS = 1 << 25
@@ -257,8 +257,8 @@ class _Writer:
                 "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
             }
         )
-        replace_bytes(self.folder / f"{stem}.tokens.bin", tokens.tobytes())
-        replace_bytes(self.folder / f"{stem}.lengths.bin", np.asarray(self.lengths, dtype="<i8").tobytes())
+        write_bytes(self.folder / f"{stem}.tokens.bin", tokens.tobytes())
+        write_bytes(self.folder / f"{stem}.lengths.bin", np.asarray(self.lengths, dtype="<i8").tobytes())
         self.write(f".{self.part.stem}.progress.json")
         self.pieces, self.lengths, self.size = [], [], 0
 
@@ -278,20 +278,7 @@ class _Writer:
             "n_tokens": self.n_tokens,
             "shards": self.shards,
         }
-        replace_bytes(self.folder / name, (json.dumps(manifest, indent=1) + "\n").encode())
-
-
-def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all (this floor may not use the formats' helper)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_bytes(self.folder / name, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int) -> Iterator[list[int]]:

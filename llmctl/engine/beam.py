@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llmctl.config import GenerateConfig
+from llmctl.engine.sampling import require_finite
 from llmctl.engine.session import Session
 
 
@@ -31,8 +32,12 @@ class Hypotheses:
 
 
 def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: set[int]) -> list[list[int]]:
-    """Return the best continuation of every prompt, its end token included if it has one."""
+    """Return the best continuation of every prompt, its end token included if it has one.
+
+    Raises: ArtifactError when the logits are not numbers.
+    """
     K = config.beams
+    limits = [min(session.n_new, session.limit(prompt)) for prompt in session.prompts]
     found = [Hypotheses(K) for _ in range(n_prompts)]
     beams: list[list[list[int]]] = [[[] for _ in range(K)] for _ in range(n_prompts)]
     logits_RV = session.begin()
@@ -45,6 +50,7 @@ def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: 
         V = log_probabilities.shape[1]
         totals = (scores_PK.reshape(-1, 1) + log_probabilities).reshape(len(active), K * V)
         best, places = totals.topk(min(2 * K, K * V), dim=1)
+        require_finite(best[:, 0])
         rows, tokens, new_scores, staying = [], [], [], []
         for position, prompt in enumerate(active):
             kept = branch(
@@ -58,8 +64,9 @@ def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: 
                 length,
             )
             beams[prompt] = [ids for _, _, ids in kept]
-            if found[prompt].is_done(kept[0][0] / length**config.length_penalty) or length == session.n_new:
-                for score, _, ids in kept if length == session.n_new else []:
+            is_full = length == limits[prompt]
+            if found[prompt].is_done(kept[0][0] / length**config.length_penalty) or is_full:
+                for score, _, ids in kept if is_full else []:
                     found[prompt].add(score / length**config.length_penalty, ids)
                 continue
             staying.append(prompt)

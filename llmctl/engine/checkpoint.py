@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from llmctl.errors import ArtifactError, NotFoundError
-from llmctl.formats.atomic import atomic_path, write_json
+from llmctl.files import atomic_path, write_json
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 
 MANIFEST = "manifest.json"

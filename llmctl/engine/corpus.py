@@ -81,8 +81,8 @@ def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | 
         return open_shards(config, Path(config.data.paths[0]), tokenizer)
     text, provenance = open_text(config, folder)
     if tokenizer is None:
-        say(f"training a {config.tokenizer.model_type} tokenizer with {config.tokenizer.vocab_size:,} pieces")
         tokenizer = train_tokenizer(text.training(), sentinels_for(config))
+        say(f"trained a {config.tokenizer.model_type} tokenizer with {tokenizer.vocab_size:,} pieces")
     documents = encode(folder / "text", text.read(), tokenizer, config.data, provenance, ends=True)
     train = np.setdiff1d(np.arange(text.n_documents), text.held_out)
     report_sizes(documents, train, text.held_out, say)
@@ -104,8 +104,8 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     held_out = split_groups([source for source, _ in pairs], data.val_frac, config.train.seed)
     train = np.setdiff1d(np.arange(len(pairs)), held_out)
     if tokenizer is None:
-        say(f"training a {config.tokenizer.model_type} tokenizer with {config.tokenizer.vocab_size:,} pieces")
         tokenizer = train_tokenizer((side for index in train for side in pairs[index]), config.tokenizer)
+        say(f"trained a {config.tokenizer.model_type} tokenizer with {tokenizer.vocab_size:,} pieces")
     sources = encode(folder / "source", (source for source, _ in pairs), tokenizer, data, provenance, ends=False)
     targets = encode(folder / "target", (target for _, target in pairs), tokenizer, data, provenance, ends=False)
     limit = config.train.seq_len - 1

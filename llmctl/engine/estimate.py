@@ -1,10 +1,13 @@
-"""What a training run will take, before it is begun: parameters, memory by part, FLOPs, time. Allocates no model."""
+"""What a training run will take, before it is begun: parameters, memory by part, FLOPs, time.
+
+Works from sizes alone: allocates no model, reads no data, and knows nothing of recipes or commands.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmctl.config import ModelConfig, TrainConfig
+from llmctl.config import ModelConfig
 from llmctl.model.presets import Parameters, count_parameters
 from llmctl.model.shapes import complete, window_of
 
@@ -33,92 +36,231 @@ class Shape:
         return cls(2 * D * N * H + 2 * D * K * H, (3 if config.gated else 2) * D * config.d_ff, head, N * H)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the FLOPs of a forward and backward pass per token.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of an optimizer step.
 
-    Six per weight (two forward, four backward) plus the attention scores: 12 x heads' width x keys seen per layer,
-    half of them where causal, at most the window where banded. An encoder-decoder is counted with as many target as
-    source tokens, per token of either.
+    source: tokens per row that the only stack, or the encoder, reads; target: those of the decoder beside an encoder,
+    else 0. label_frac: share of the positions that are predicted. packed: documents of a row are kept apart by masks.
+    """
+
+    batch_size: int
+    source: int
+    target: int = 0
+    label_frac: float = 1.0
+    packed: bool = False
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens per row, those of both sides."""
+        return self.source + self.target
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Return the FLOPs of a forward and backward pass per token of rows of `seq_len` tokens, all of them predicted.
+
+    An encoder-decoder is counted with as many target as source tokens, per token of either.
+    """
+    target = seq_len if config.family == "encoder_decoder" else 0
+    return row_flops(config, seq_len, target) / (seq_len + target)
+
+
+def row_flops(config: ModelConfig, source: int, target: int = 0, label_frac: float = 1.0) -> float:
+    """Return the FLOPs of a forward and backward pass over one row.
+
+    Six per weight and token (two forward, four backward) plus the attention scores: 12 x heads' width per layer and
+    pair of query and key that may look at each other, so half of all pairs where causal, a band where banded. The
+    head works on predicted positions only.
     Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B.
     """
     config = complete(config)
     shape = Shape.of(config)
-    layer = 6 * (shape.attention + shape.feed_forward)
+    block = shape.attention + shape.feed_forward
 
-    def scores(layer_number: int, *, causal: bool) -> float:
-        seen = seq_len * (0.5 if causal else 1.0)
-        return 12.0 * shape.width * min(float(window_of(config, layer_number) or seq_len), seen)
+    def scores(tokens: int, n_layers: int, *, causal: bool) -> float:
+        pairs = sum(keys_seen(tokens, window_of(config, layer), causal=causal) for layer in range(n_layers))
+        return 12.0 * shape.width * tokens * pairs
 
     if config.family != "encoder_decoder":
-        causal = config.family == "decoder"
         n_layers = config.n_layers + int(config.query_layer)
-        return n_layers * layer + sum(scores(n, causal=causal) for n in range(n_layers)) + 6 * shape.head
-    encoder = config.n_layers * layer + sum(scores(n, causal=False) for n in range(config.n_layers))
-    decoder = float(config.n_decoder_layers * (layer + 6 * shape.attention))
-    decoder += sum(scores(n, causal=True) + scores(n, causal=False) for n in range(config.n_decoder_layers))
-    return (encoder + decoder + 6 * shape.head) / 2
+        stack = 6.0 * n_layers * block * source + scores(source, n_layers, causal=config.family == "decoder")
+        return stack + 6 * shape.head * source * label_frac
+    # Queries and outputs of cross-attention are made from the target, keys and values from the source.
+    crossing = 6 * config.d_model * shape.width * 2 * target + 12 * shape.width * source * target
+    crossing += 6 * (shape.attention - 2 * config.d_model * shape.width) * source
+    encoder = 6.0 * config.n_layers * block * source + scores(source, config.n_layers, causal=False)
+    decoder = 6.0 * config.n_decoder_layers * block * target + scores(target, config.n_decoder_layers, causal=True)
+    return encoder + decoder + config.n_decoder_layers * crossing + 6 * shape.head * target * label_frac
 
 
-def activation_elements(config: ModelConfig) -> int:
-    """Return the numbers kept for the backward pass per token, all layers together.
+def keys_seen(tokens: int, window: int, *, causal: bool) -> float:
+    """Return how many keys a query sees, averaged over a row; a window of 0 is the whole row."""
+    reach = min(window or tokens, tokens)
+    behind = reach - reach * (reach - 1) / (2 * tokens)
+    return behind if causal else 2 * behind - 1
 
-    Counted from the operations of our block: the norms keep their input and give the projections theirs, attention
-    keeps queries, keys, values and its output (twice: before and after the heads are joined) but no scores, and the
-    feed-forward keeps every factor. An encoder-decoder's token is one source and one target token together.
+
+def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes: int) -> int:
+    """Return what a forward pass over `n_rows` rows keeps for the backward pass, below the head.
+
+    Counted from the operations of our block, as torch keeps their tensors on a CPU (see `Kept`).
     Source: the method of Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
     """
     config = complete(config)
-    D, F = config.d_model, config.d_ff
-    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    normed = (q + kv) * (1 if config.qk_norm else 0)
-    attention = 2 * D + 3 * q + 2 * kv + normed
-    feed_forward = 2 * D + (4 if config.gated else 2) * F
-    dropped = 2 * D if config.dropout else 0
-    layer = attention + feed_forward + dropped
-    if config.family == "encoder_decoder":
-        cross = 2 * D + 3 * q + 2 * kv + (D if config.dropout else 0)
-        return config.n_layers * layer + config.n_decoder_layers * (layer + cross) + 3 * D
-    return (config.n_layers + int(config.query_layer)) * layer + 2 * D
+    kept = Kept(config, product_bytes, rows.packed)
+    if config.family != "encoder_decoder":
+        per_token = (config.n_layers + int(config.query_layer)) * kept.block(rows.source) + kept.around()
+        # The query layer multiplies embeddings of positions beside the states.
+        per_token += config.query_layer * config.d_model * product_bytes
+        return n_rows * rows.source * per_token
+    encoder = config.n_layers * kept.block(rows.source) + kept.around()
+    encoder += FLOAT_BYTES * config.d_model  # the memory itself
+    encoder += config.n_decoder_layers * kept.remembered()
+    decoder = config.n_decoder_layers * (kept.block(rows.target) + kept.crossing(rows.source)) + kept.around()
+    return n_rows * (rows.source * encoder + rows.target * decoder)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes per token that the parts of a block keep for the backward pass.
+
+    `product_bytes` is the width of a number in matrix products; the residual stream and the norms are float32. Where
+    the two differ, every product keeps a converted copy of its input; where they do not, products share it.
+    """
+
+    config: ModelConfig
+    product_bytes: int
+    packed: bool
+
+    def norm(self, n_products: int) -> int:
+        """Count a norm's input, the normalised input (RMSNorm's gradient needs it), and the inputs of products."""
+        D = self.config.d_model
+        own = FLOAT_BYTES * D * (2 if self.config.norm == "rmsnorm" else 1)
+        if self.product_bytes == FLOAT_BYTES:
+            return own + FLOAT_BYTES * D * min(n_products, 1)
+        return own + self.product_bytes * D * n_products
+
+    def attention(self, keys: int) -> int:
+        """Count queries, keys, values and output; no scores, unless a learned bias on them wants a gradient."""
+        config = self.config
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        normed = FLOAT_BYTES * 2 * (q + kv) if config.qk_norm else 0
+        joined = self.product_bytes * q
+        if config.positions == "relative":
+            # The fused kernel has no gradient of the bias; the plain one keeps all in float32, and scores.
+            return FLOAT_BYTES * (3 * q + config.n_heads * keys) + joined + normed
+        own = self.product_bytes * (2 * q + 2 * kv) + FLOAT_BYTES * config.n_heads
+        return own + (normed + joined if config.qk_norm else 0) + self.mask(keys)
+
+    def mask(self, keys: int) -> int:
+        """Count a mask, which every layer turns into numbers of its own."""
+        return self.product_bytes * keys if self.packed else 0
+
+    def feed_forward(self) -> int:
+        """Count the factors; ReLU's gradient needs its output only, which the next product keeps anyway."""
+        n_factors = (4 if self.config.gated else 2) - (self.config.activation == "relu")
+        return self.product_bytes * self.config.d_ff * n_factors
+
+    def dropped(self) -> int:
+        """Count a dropout's mask."""
+        return self.product_bytes * self.config.d_model if self.config.dropout else 0
+
+    def block(self, keys: int) -> int:
+        """Count one layer, cross-attention left out."""
+        norms = self.norm(3) + self.norm(2 if self.config.gated else 1)
+        return norms + self.attention(keys) + self.feed_forward() + 2 * self.dropped()
+
+    def crossing(self, keys: int) -> int:
+        """Count a layer's cross-attention, per token of the target."""
+        q = self.config.n_heads * self.config.head_dim
+        normed = FLOAT_BYTES * 2 * q + self.product_bytes * q if self.config.qk_norm else 0
+        own = self.product_bytes * 2 * q + FLOAT_BYTES * self.config.n_heads + normed
+        return self.norm(1) + own + self.mask(keys) + self.dropped()
+
+    def remembered(self) -> int:
+        """Count a layer's cross-attention, per token of the source: keys, values, and the copies they are made of."""
+        kv = self.config.n_kv_heads * self.config.head_dim
+        copies = 0 if self.product_bytes == FLOAT_BYTES else 2 * self.config.d_model
+        return self.product_bytes * (2 * kv + copies) + (FLOAT_BYTES * 2 * kv if self.config.qk_norm else 0)
+
+    def around(self) -> int:
+        """Count what stands before the first and after the last layer of a stack."""
+        n_norms = self.config.embedding_norm + (self.config.norm_position == "pre")
+        dropped = FLOAT_BYTES * self.config.d_model if self.config.dropout else 0
+        return n_norms * self.norm(0) + dropped
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, by part."""
+    """Bytes on one device, by part.
+
+    copies: weights in the precision of the products; on several devices those gathered for two neighbouring blocks
+    and the head. logits: those of one chunk, the gradient of the hidden states, and the head's own gradient.
+    accumulates: gradients stay from one micro-batch to the next.
+    """
 
     weights: int
     gradients: int
     optimizer: int
+    copies: int
     activations: int
     logits: int
+    accumulates: bool
 
     @property
-    def total(self) -> int:
-        """All parts together."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+    def parts(self) -> dict[str, int]:
+        """The bytes by name."""
+        return {name: value for name, value in asdict(self).items() if name != "accumulates"}
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once: gradients replace activations, except where they are there from before."""
+        forward = self.activations + self.logits
+        held = self.weights + self.optimizer + self.copies
+        return held + (forward + self.gradients if self.accumulates else max(forward, self.gradients))
 
 
-def memory(config: ModelConfig, train: TrainConfig, parameters: Parameters, optimizer: str, n_devices: int) -> Memory:
+def memory(
+    config: ModelConfig,
+    rows: Rows,
+    *,
+    micro_batch_size: int,
+    chunk_tokens: int,
+    optimizer: str,
+    product_bytes: int,
+    n_devices: int,
+) -> Memory:
     """Return the memory of a step on one of `n_devices` that share weights, gradients and optimizer state evenly.
 
-    Weights, gradients and optimizer state are float32 (adamw keeps two numbers per weight, muon one for the hidden
-    matrices); activations are those of one micro-batch per device, in the precision of the products.
+    Those are float32; adamw keeps two numbers per weight, muon one for the hidden matrices. Activations are those of
+    one micro-batch of the device's rows.
     """
     config = complete(config)
-    n_matrices = parameters.matrices if optimizer == "muon" else 0
-    states = 2 * (parameters.total - n_matrices) + n_matrices
-    rows = max(1, -(-(train.micro_batch_size or train.batch_size) // n_devices))
-    tokens = rows * train.seq_len
-    activation_bytes = 2 if train.dtype == "bfloat16" else FLOAT_BYTES
-    # The chunk's logits, the copy that becomes their gradient, and the head's own gradient while it is summed.
-    chunk = min(train.loss_chunk_tokens, tokens)
-    logits = FLOAT_BYTES * (2 * chunk * config.vocab_size + parameters.head)
+    parameters = count_parameters(config)
+    n_muon = parameters.matrices if optimizer == "muon" else 0
+    own_rows = -(-rows.batch_size // n_devices)
+    n_rows = min(micro_batch_size or own_rows, own_rows)
+    n_labels = max(1, round(n_rows * (rows.target or rows.source) * rows.label_frac))
+    chunk = 2 * FLOAT_BYTES * min(chunk_tokens, n_labels) * config.vocab_size  # the logits, and a copy for the softmax
+    hidden = product_bytes * n_labels * config.d_model
+    copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices
+    if n_devices > 1:
+        copies = product_bytes * (2 * block_matrices(config) + parameters.head)
     return Memory(
-        FLOAT_BYTES * parameters.total // n_devices,
-        FLOAT_BYTES * parameters.total // n_devices,
-        FLOAT_BYTES * states // n_devices,
-        tokens * activation_elements(config) * activation_bytes,
-        logits,
+        weights=-(-FLOAT_BYTES * parameters.total // n_devices),
+        gradients=-(-FLOAT_BYTES * parameters.total // n_devices),
+        optimizer=-(-FLOAT_BYTES * (2 * parameters.total - n_muon) // n_devices),
+        copies=copies,
+        activations=activation_bytes(config, rows, n_rows, product_bytes),
+        logits=chunk + hidden + FLOAT_BYTES * parameters.head,
+        accumulates=n_rows < own_rows,
     )
+
+
+def block_matrices(config: ModelConfig) -> int:
+    """Return the weights in the matrices of the largest block."""
+    shape = Shape.of(config)
+    return shape.attention * (2 if config.family == "encoder_decoder" else 1) + shape.feed_forward
 
 
 @dataclass(frozen=True)
@@ -128,15 +270,27 @@ class Estimate:
     name: str
     config: ModelConfig
     parameters: Parameters
-    tokens: int
-    flops_per_token: float
+    rows: Rows
+    steps: int
+    dtype: str
     memory: dict[int, Memory]
     rates: dict[str, float]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run, those of both sides of an encoder-decoder."""
+        return self.steps * self.rows.batch_size * self.rows.n_tokens
 
     @property
     def flops(self) -> float:
         """FLOPs of the whole run."""
         return self.tokens * self.flops_per_token
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of a forward and backward pass per token of either side."""
+        rows = self.rows
+        return row_flops(self.config, rows.source, rows.target, rows.label_frac) / rows.n_tokens
 
     def seconds(self) -> dict[str, float]:
         """Return the time of the run on one device of each kind."""
@@ -149,84 +303,91 @@ class Estimate:
             "family": self.config.family,
             "parameters": self.parameters.total,
             "non_embedding_parameters": self.parameters.non_embedding,
+            "batch_size": self.rows.batch_size,
+            "source_tokens_per_row": self.rows.source,
+            "target_tokens_per_row": self.rows.target,
+            "steps": self.steps,
             "tokens": self.tokens,
             "flops_per_token": self.flops_per_token,
             "flops": self.flops,
-            "memory_bytes": {
-                str(n): {
-                    "weights": part.weights,
-                    "gradients": part.gradients,
-                    "optimizer": part.optimizer,
-                    "activations": part.activations,
-                    "logits": part.logits,
-                    "total": part.total,
-                }
-                for n, part in self.memory.items()
-            },
+            "dtype": self.dtype,
+            "memory_bytes": {str(n): {**part.parts, "peak": part.peak} for n, part in self.memory.items()},
             "assumed_gpu_utilisation": ASSUMED_UTILISATION,
             "seconds_on_one_device": self.seconds(),
         }
 
     def render(self) -> str:
         """Return the estimate as a table for people."""
-        config = self.config
-        depth = f"{config.n_layers} layers"
+        config, rows = self.config, self.rows
+        depth = f"{config.n_layers + int(config.query_layer)} layers"
+        row = f"{rows.source:,} tokens"
         if config.family == "encoder_decoder":
             depth = f"{config.n_layers} + {config.n_decoder_layers} layers"
-        heads = f"{config.n_heads} heads"
+            row = f"{rows.source:,} + {rows.target:,} tokens"
         lines = [
-            f"model        {self.name}: {config.family.replace('_', '-')}, {depth}, width {config.d_model:,}, {heads}",
+            f"model        {self.name}: {config.family.replace('_', '-')}, {depth}, width {config.d_model:,}, {config.n_heads} heads",
             f"parameters   {self.parameters.total:,} ({self.parameters.non_embedding:,} without embeddings)",
-            f"tokens       {self.tokens:,}",
+            f"tokens       {self.tokens:,} in {self.steps:,} step{'s' * (self.steps != 1)} of {rows.batch_size:,} x {row}",
             f"FLOPs        {self.flops_per_token:.3g} per token, {self.flops:.3g} in all",
             "",
-            f"{'memory per device':<19}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'logits':>9}{'total':>10}",
+            f"memory per device, everything sharded evenly, products in {self.dtype}:",
+            *self._memory_table(),
+            "",
+            "time on one device:",
+            *(f"  {name:<45}{duration(seconds):>16}" for name, seconds in self.seconds().items()),
         ]
-        for n, part in self.memory.items():
-            cells = (part.weights, part.gradients, part.optimizer, part.activations, part.logits, part.total)
-            widths = (10, 11, 11, 13, 9, 10)
-            row = "".join(f"{size(cell):>{width}}" for cell, width in zip(cells, widths, strict=True))
-            lines.append(f"{f'{n:,} device' + ('s' if n > 1 else ''):<19}{row}")
-        lines += ["", "time on one device:"]
-        lines += [f"  {name:<34}{duration(seconds):>16}" for name, seconds in self.seconds().items()]
         return "\n".join(lines)
+
+    def _memory_table(self) -> list[str]:
+        header = ("devices", "weights", "gradients", "optimizer", "copies", "activations", "logits", "peak")
+        table: list[tuple[str, ...]] = [header]
+        for n, part in self.memory.items():
+            table.append((f"{n:,}", *(size(value) for value in (*part.parts.values(), part.peak))))
+        widths = [len(header[0]), *(max(len(name) + 1, 9) for name in header[1:])]
+        return ["".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in table]
 
 
 def estimate(
     name: str,
     config: ModelConfig,
-    train: TrainConfig,
+    rows: Rows,
     *,
-    tokens: int,
+    steps: int,
+    micro_batch_size: int,
+    chunk_tokens: int,
     optimizer: str,
+    dtype: str,
     cpu_flops: float,
     n_devices: Sequence[int] = DEVICES,
 ) -> Estimate:
-    """Estimate a run of `tokens` tokens; `cpu_flops` is this machine's measured rate of products, in FLOP/s."""
+    """Estimate a run; `cpu_flops` is this machine's measured rate of products in `dtype`, in FLOP/s."""
     config = complete(config)
-    parameters = count_parameters(config)
-    rates = {"this machine's measured products": cpu_flops}
+    rates = {"this CPU, products alone at their measured rate": cpu_flops}
     for gpu, rate in GPU_FLOPS.items():
-        rates[f"{gpu}, assumed {ASSUMED_UTILISATION:.0%} of peak"] = rate * ASSUMED_UTILISATION
-    return Estimate(
-        name,
-        config,
-        parameters,
-        tokens,
-        flops_per_token(config, train.seq_len),
-        {n: memory(config, train, parameters, optimizer, n) for n in n_devices},
-        rates,
-    )
+        rates[f"{gpu}, assumed {ASSUMED_UTILISATION:.0%} of {rate / 1e12:.0f} TFLOP/s"] = rate * ASSUMED_UTILISATION
+    parts = {
+        n: memory(
+            config,
+            rows,
+            micro_batch_size=micro_batch_size,
+            chunk_tokens=chunk_tokens,
+            optimizer=optimizer,
+            product_bytes=2 if dtype == "bfloat16" else FLOAT_BYTES,
+            n_devices=n,
+        )
+        for n in n_devices
+    }
+    return Estimate(name, config, count_parameters(config), rows, steps, dtype, parts, rates)
 
 
 def size(n_bytes: float) -> str:
     """Return bytes as a person reads them."""
-    n_bytes = float(n_bytes)
+    value = float(n_bytes)
     for unit in ("B", "KB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.0f} TB" if n_bytes >= 1000 else f"{n_bytes:.3g} TB"
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.0f} TB" if value >= 999.5 else f"{value:.3g} TB"
 
 
 def duration(seconds: float) -> str:
@@ -234,4 +395,4 @@ def duration(seconds: float) -> str:
     for unit, length in (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    return f"{seconds:.3g} seconds"

@@ -1,7 +1,7 @@
 """Fill the masks of a text with an encoder: the likeliest tokens for every mask, seen with all the others masked."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,29 @@ class Filled:
     text: str
     filled: str
     masks: list[list[tuple[str, float]]]
+
+
+def encode_around(tokenizer: Tokenizer, text: str, specials: Mapping[str, int]) -> list[int]:
+    """Return a text's ids with the given words as their special tokens; all else is literal.
+
+    A space before such a word belongs to what it stands for, where words carry their space.
+    """
+    if not specials:
+        return tokenizer.encode(text)
+    ids: list[int] = []
+    carry = words_carry_spaces(tokenizer)
+    words = sorted(specials, key=len, reverse=True)  # `<extra_id_10>` before `<extra_id_1>`
+    for part in re.split(f"({'|'.join(re.escape(word) for word in words)})", text):
+        if part in specials:
+            ids.append(specials[part])
+        else:
+            ids += tokenizer.encode(part)
+    return ids
+
+
+def words_carry_spaces(tokenizer: Tokenizer) -> bool:
+    """Tell whether there are tokens such as ` word`; characters and Chinese have none."""
+    return any(len(data) > 1 and data[:1] == b" " and data.strip() for data in map(tokenizer.piece_bytes, range(tokenizer.vocab_size)))
 
 
 def split_at_masks(tokenizer: Tokenizer, text: str) -> list[str]:

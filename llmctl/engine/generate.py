@@ -15,6 +15,7 @@ from torch import Tensor
 from llmctl.config import GenerateConfig
 from llmctl.engine import sampling
 from llmctl.engine.beam import beam_search
+from llmctl.engine.fill import encode_around
 from llmctl.engine.models import Loaded
 from llmctl.engine.session import Session
 from llmctl.errors import UsageError
@@ -51,15 +52,17 @@ class Completion:
 
 
 def encode_prompt(loaded: Loaded, text: str) -> list[int]:
-    """Return a prompt's ids as the model was trained to see the beginning of a text.
+    """Return a prompt's ids as the model was trained to see the beginning of a text, or a whole source.
 
+    In a source `<extra_id_0>`, `<extra_id_1>`, ... are the gaps to fill of a model trained on spans.
     Raises: UsageError for a model without a tokenizer.
     """
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "--ids takes and gives token ids")
     if loaded.model.config.family == "encoder_decoder":
-        return tokenizer.encode(text, eos=True)
+        sentinels = {f"<extra_id_{n}>": index for n, index in enumerate(tokenizer.sentinel_ids())}
+        return [*encode_around(tokenizer, text, sentinels), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
     ids = tokenizer.encode(text, bos=begins_with_bos(tokenizer, loaded.artifact.files))
     if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs something to go on from
         return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
@@ -144,8 +147,11 @@ def run_batch(
     session = Session(loaded.model, ids, config.max_tokens, copies=config.beams, n_known=n_known)
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)
-        return [finish_beam(loaded, prompt, found, config) for prompt, found in zip(prompts, results, strict=True)]
-    rows = [Row(prompt, TextStream(loaded.tokenizer, config.stop)) for prompt in prompts]
+        return [
+            finish_beam(loaded, prompt, found, config, session.limit(prompt.ids))
+            for prompt, found in zip(prompts, results, strict=True)
+        ]
+    rows = [Row(prompt, make_stream(loaded, prompt, config)) for prompt in prompts]
     return sample(session, rows, config, ends, on_text)
 
 
@@ -172,7 +178,7 @@ def sample(
         # Two numbers side by side: neighbouring prompts must not share a stream.
         row.generator.manual_seed((config.seed * 1_000_003 + row.prompt.index) % (1 << 63))
     logits_BV = session.begin()
-    seen_BV = mark_seen(rows, logits_BV.shape[1]) if config.repetition_penalty != 1.0 else None
+    seen_BV = mark_seen(rows, logits_BV) if config.repetition_penalty != 1.0 else None
     while rows:
         tokens_B = sampling.choose(logits_BV, seen_BV, config, [row.generator for row in rows])
         staying = []
@@ -220,35 +226,46 @@ def advance(row: Row, token: int, config: GenerateConfig, ends: set[int], limit:
     return finish
 
 
-def mark_seen(rows: Sequence[Row], n_vocabulary: int) -> Tensor:
-    """Return which tokens each prompt holds, bool (B, V)."""
-    seen_BV = torch.zeros(len(rows), n_vocabulary, dtype=torch.bool)
+def mark_seen(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
+    """Return which tokens each prompt holds, bool, of the logits' shape and on their device (B, V)."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
     for position, row in enumerate(rows):
         seen_BV[position, row.prompt.ids] = True
     return seen_BV
 
 
-def finish_beam(loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig) -> Completion:
-    """Turn the best beam into a completion."""
+def finish_beam(loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig, limit: int) -> Completion:
+    """Turn the best beam into a completion; `limit` is how many tokens the context had room for."""
     ended = bool(ids) and ids[-1] in end_ids(loaded)
     ids = ids[:-1] if ended else ids
-    stream = TextStream(loaded.tokenizer, config.stop)
+    stream = make_stream(loaded, prompt, config)
     for position, token in enumerate(ids):
         stream.feed(token)
         if stream.is_stopped:
             return Completion(prompt.index, prompt.text, ids[: position + 1], stream.text, "stop")
     stream.close()
-    return Completion(prompt.index, prompt.text, ids, stream.text, "eos" if ended else "length")
+    full = "length" if len(ids) >= config.max_tokens or len(ids) < limit else "context"
+    return Completion(prompt.index, prompt.text, ids, stream.text, "eos" if ended else full)
+
+
+def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "TextStream":
+    """Return the stream of a prompt's completion, which begins a text of its own unless it goes on from the prompt's."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        return TextStream(None, config.stop)
+    begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(prompt.ids)
+    return TextStream(tokenizer, config.stop, begins=begins)
 
 
 class TextStream:
     """Turns tokens into text as they come: no broken characters, stop strings cut off even across tokens.
 
-    `text` is everything given out so far. Without a tokenizer there is no text.
+    `text` is everything given out so far. Without a tokenizer there is no text. With `begins`, the space that a
+    tokenizer itself puts before the first word of a text is left out again.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
-        self.tokenizer, self.stop = tokenizer, [text for text in stop if text]
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], *, begins: bool = False) -> None:
+        self.tokenizer, self.stop, self.begins = tokenizer, [text for text in stop if text], begins
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.text, self.held = "", ""
         self.is_stopped = False
@@ -257,7 +274,11 @@ class TextStream:
         """Take a token and return the text that is certain to stay."""
         if self.tokenizer is None or self.is_stopped:
             return ""
-        return self._give(self.held + self.decoder.decode(self.tokenizer.decode_bytes([token])))
+        data = self.tokenizer.decode_bytes([token])
+        if self.begins and data:
+            self.begins = False
+            data = data.removeprefix(b"" if self.tokenizer.decode([token]).startswith(" ") else b" ")
+        return self._give(self.held + self.decoder.decode(data))
 
     def close(self) -> str:
         """Return what was held back; an incomplete character becomes U+FFFD."""

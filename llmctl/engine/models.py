@@ -4,13 +4,14 @@ Finding reads small JSON files only; torch is imported when weights are.
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.formats.artifact import Artifact
@@ -23,6 +24,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "fill": ("encoder",),
     "any": ("decoder", "encoder", "encoder_decoder"),
 }
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""The files of which a model folder has one."""
 MAKE_ONE = {
     "generate": "make one in a minute: llmctl pretrain",
     "fill": "make one in a minute: llmctl pretrain --objective mlm",
@@ -70,29 +73,34 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
 
     A name is a file, a folder, a run's number or prefix, or `latest`. Only models able to do what is asked are
     taken from runs; one that was named is taken as it is.
-    Raises: NotFoundError saying what was looked for and how to make one.
+    Raises: NotFoundError saying what was looked for and how to make one; UsageError for an empty name.
     """
-    if name:
+    if name is not None:
         return Found(find_named(name, able), "named")
     variable = os.environ.get("LLMCTL_MODEL")
     if variable:
         return Found(find_named(variable, able), "LLMCTL_MODEL")
-    if Path("model.safetensors").is_file():
+    if any(Path(weights).is_file() for weights in WEIGHTS):
         return Found(Path(), "in this directory")
     newest = newest_run(able)
     if newest is not None:
         return Found(newest, f"newest run able to {able}" if able != "any" else "newest run")
     chosen = default_file()
     if chosen.is_file():
-        return Found(find_named(chosen.read_text(encoding="utf-8").strip(), able), "set by `llmctl use`")
+        default = Path(chosen.read_text(encoding="utf-8").strip())
+        if not default.exists():
+            raise NotFoundError(f"the default model `{default}` is gone", "llmctl use MODEL chooses another")
+        return Found(default, "set by `llmctl use`")
     raise nothing_found(able)
 
 
 def find_named(name: str, able: Ability) -> Path:
     """Return the model that a name means.
 
-    Raises: NotFoundError with the likeliest run.
+    Raises: NotFoundError; UsageError for an empty name (a command substitution that failed) or an ambiguous one.
     """
+    if not name:
+        raise UsageError("the model's name is empty", "name a model folder, a .safetensors file, or a run in runs/")
     path = Path(name)
     if path.exists():
         return path
@@ -102,13 +110,19 @@ def find_named(name: str, able: Ability) -> Path:
         if newest is None:
             raise nothing_found(able)
         return newest
-    matches = sorted(run for run in folder.glob(f"{name}*") if (run / "model.safetensors").is_file())
-    if len(matches) == 1 or (matches and matches[0].name == name):
+    is_run = folder.is_dir() and path.parent in (Path(), folder)
+    matches = sorted(run for run in folder.iterdir() if run.name.startswith(path.name) and is_model(run)) if is_run else []
+    if len(matches) == 1 or (matches and matches[0].name == path.name):
         return matches[0]
     if matches:
         names = ", ".join(f"`{run.name}`" for run in matches[:5])
         raise UsageError(f"`{name}` means more than one run: {names}", "write more of the name")
     raise NotFoundError(f"there is no model `{name}`", "name a model folder, a .safetensors file, or a run in runs/")
+
+
+def is_model(folder: Path) -> bool:
+    """Tell whether a folder holds weights; the link `latest` is not counted beside the run it means."""
+    return not folder.is_symlink() and any((folder / weights).is_file() for weights in WEIGHTS)
 
 
 def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
@@ -119,7 +133,7 @@ def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
             record = json.loads((path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if record.get("status") == "finished" and (path / "model.safetensors").is_file():
+        if isinstance(record, dict) and record.get("status") == "finished" and is_model(path):
             runs.append((path, record))
     return sorted(runs, key=lambda run: (str(run[1].get("finished", "")), run[0].name), reverse=True)
 
@@ -135,22 +149,37 @@ def nothing_found(able: Ability) -> NotFoundError:
     if runs:
         path, record = runs[0]
         other = "llmctl fill" if able == "generate" else "llmctl generate"
-        family = str(record.get("family", "unknown")).replace("_", "-")
         return NotFoundError(
-            f"no run can {able}: the newest, `{path}`, is an {family} model",
+            f"no run can {able}: the newest, `{path}`, is {a_model(str(record.get('family', 'unknown')))}",
             f"`{other}` uses it; or {MAKE_ONE[able]}",
         )
     return NotFoundError("no model yet", MAKE_ONE[able])
 
 
 def announce(found: Found) -> str:
-    """Return the one line that says which model is used and why."""
-    age = ""
+    """Return the one line that says which model is used, why, and how large and old it is."""
+    facts = [found.why, parameters_in(found.path)]
     record = found.path / "run.json"
     if record.is_file():
-        age = f", {ago(time.time() - record.stat().st_mtime)}"
+        facts.append(ago(time.time() - record.stat().st_mtime))
     shown = found.path.resolve() if found.path == Path() else found.path
-    return f"model: {shown} ({found.why}{age})"
+    return f"model: {shown} ({', '.join(fact for fact in facts if fact)})"
+
+
+def parameters_in(path: Path) -> str:
+    """Return how many numbers a model's weights have, as a person says it; nothing where loading will complain."""
+    from llmctl.formats.artifact import check_kind, read_headers
+
+    try:
+        check_kind(path)
+        headers = read_headers(path)
+    except (LlmctlError, OSError):
+        return ""
+    count = sum(math.prod(entry.shape) for header in headers.values() for entry in header.tensors.values())
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit} parameters"
+    return f"{count} parameters"
 
 
 def ago(seconds: float) -> str:
@@ -161,23 +190,30 @@ def ago(seconds: float) -> str:
     return "just now"
 
 
-def require_family(loaded_family: str, able: Ability, path: Path) -> None:
+def a_model(family: str) -> str:
+    """Return `a decoder model`, `an encoder model`."""
+    kind = family.replace("_", "-")
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind} model"
+
+
+def require_family(family: str, able: Ability, path: Path) -> None:
     """Refuse a model that cannot do what is asked.
 
     Raises: UsageError naming the command that can use it.
     """
-    if loaded_family not in FAMILIES[able]:
-        kind = loaded_family.replace("_", "-")
+    if family not in FAMILIES[able]:
         other = "llmctl fill" if able == "generate" else "llmctl generate"
-        raise UsageError(f"`{path}` is an {kind} model, which cannot {able}", f"`{other}` uses it; or {MAKE_ONE[able]}")
+        raise UsageError(
+            f"`{path}` is {a_model(family)}, which cannot {able}", f"`{other}` uses it; or {MAKE_ONE[able]}"
+        )
 
 
-def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Loaded:
+def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any") -> Loaded:
     """Load a model folder or file for use: on the device, in the dtype, in evaluation mode.
 
     dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
     Raises: NotFoundError, ArtifactError (damaged, or a tokenizer that does not fit), UsageError for a device or dtype
-    that is not there.
+    that is not there, or a model that is not `able`; the latter before weights are read.
     """
     import torch
 
@@ -186,6 +222,7 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto") -> Load
     from llmctl.tokenizer.load import find_tokenizer
 
     artifact = read_artifact(path)
+    require_family(artifact.config.family, able, path)
     place = choose_device(device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     names["auto"] = torch.float32 if place == "cpu" else torch.bfloat16

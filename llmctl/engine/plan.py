@@ -1,11 +1,13 @@
 """`--dry-run`: the estimate of a pretraining run from its config alone; no data is read, nothing is built."""
 
+import math
 from dataclasses import replace
 
-from llmctl.config import PretrainConfig, TrainConfig
-from llmctl.engine.estimate import Estimate, estimate
+from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
+from llmctl.engine.estimate import Estimate, Rows, estimate, row_flops
 from llmctl.engine.train import DEFAULT_STEPS, check, model_config
-from llmctl.model.presets import get_preset
+from llmctl.model.presets import Preset, get_preset
+from llmctl.tokenizer.train import VOCAB_SIZES
 
 
 def dry_run(config: PretrainConfig) -> Estimate:
@@ -14,21 +16,63 @@ def dry_run(config: PretrainConfig) -> Estimate:
     A published system brings its own vocabulary, context and number of tokens where the config does not say.
     Raises: UsageError for settings that cannot be.
     """
-    import torch
-
     from llmctl.engine.runtime import choose_dtype, product_rate
 
     check(config)
     name = "tiny" if config.model.preset == "auto" else config.model.preset
     preset = get_preset(name)
     shape = model_config(config)
-    shape = replace(shape, vocab_size=shape.vocab_size or config.tokenizer.vocab_size)
+    shape = replace(shape, vocab_size=shape.vocab_size or config.tokenizer.vocab_size or VOCAB_SIZES[0])
     train = config.train
     if not preset.dims_only and train.seq_len == TrainConfig().seq_len:
         train = replace(train, seq_len=shape.max_positions)
-    tokens = train.tokens or train.steps * train.batch_size * train.seq_len or preset.tokens
-    tokens = tokens or DEFAULT_STEPS[config.objective] * train.batch_size * train.seq_len
+    if "max_positions" not in config.model.overrides:  # training widens the context to its rows
+        shape = replace(shape, max_positions=max(shape.max_positions, train.seq_len))
+    config = replace(config, train=train)
     dtype = choose_dtype(train.dtype, on_cpu=True)
-    train = replace(train, dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
     rate = product_rate(dtype)
-    return estimate(name, shape, train, tokens=tokens, optimizer=config.optim.name, cpu_flops=rate)
+    rows = rows_of(config, shape)
+    return estimate(
+        name,
+        shape,
+        rows,
+        steps=n_steps(config, preset, shape, rows, rate),
+        micro_batch_size=train.micro_batch_size,
+        chunk_tokens=train.loss_chunk_tokens,
+        optimizer=config.optim.name,
+        dtype=str(dtype).removeprefix("torch."),
+        cpu_flops=rate,
+    )
+
+
+def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
+    """Return the rows of a step; those of pairs are taken as full on both sides, which real ones are at most."""
+    train, data = config.train, config.data
+    if shape.family != "encoder_decoder":
+        is_encoder = shape.family == "encoder"
+        label_frac = data.mask_frac if is_encoder else 1.0
+        return Rows(train.batch_size, train.seq_len, label_frac=label_frac, packed=is_encoder or data.isolate)
+    source = target = train.seq_len
+    if config.objective == "span":
+        n_noise = max(1, round(train.seq_len * data.mask_frac))
+        n_spans = max(1, round(n_noise / data.mean_span_tokens))
+        # Either side has a sentinel per span and ends with its end-of-text token.
+        source, target = train.seq_len - n_noise + n_spans + 1, n_noise + n_spans + 1
+    return Rows(train.batch_size, source, target, packed=True)
+
+
+def n_steps(config: PretrainConfig, preset: Preset, shape: ModelConfig, rows: Rows, rate: float) -> int:
+    """Return the steps of the budget that is named, else of the published tokens, else the default.
+
+    Minutes become the steps that products alone would allow on this machine.
+    """
+    train = config.train
+    limits = [train.steps] if train.steps else []
+    if train.tokens and not train.steps:
+        limits.append(math.ceil(train.tokens / (train.batch_size * train.seq_len)))
+    if train.minutes:
+        step_flops = rows.batch_size * row_flops(shape, rows.source, rows.target, rows.label_frac)
+        limits.append(max(1, int(train.minutes * 60 * rate / step_flops)))
+    if not limits and preset.tokens:
+        limits.append(math.ceil(preset.tokens / (rows.batch_size * rows.n_tokens)))
+    return min(limits, default=DEFAULT_STEPS[config.objective])

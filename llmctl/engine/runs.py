@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from llmctl.engine.models import runs_folder
 from llmctl.errors import BusyError, NotFoundError
-from llmctl.formats.atomic import write_json, writing
+from llmctl.files import write_json, writing
 
 
 @dataclass

@@ -3,11 +3,16 @@
 Excluded tokens have a logit of minus infinity; every filter keeps at least the likeliest token.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from llmctl.config import GenerateConfig
-from llmctl.errors import UsageError
+from llmctl.errors import ArtifactError, UsageError
+
+LARGEST_BATCH = 65536
+"""More prompts side by side than any machine decodes; a typing error beyond that would only exhaust its memory."""
 
 
 def check(config: GenerateConfig) -> None:
@@ -17,13 +22,20 @@ def check(config: GenerateConfig) -> None:
     """
     checks = [
         (config.max_tokens < 1, f"--max-tokens is {config.max_tokens}, it must be at least 1"),
-        (config.temperature < 0, f"--temperature is {config.temperature}, it must not be negative"),
+        (not 0 <= config.temperature < math.inf, f"--temperature is {config.temperature}, it must be 0 or more"),
         (config.top_k < 0, f"--top-k is {config.top_k}, it must not be negative"),
         (not 0 < config.top_p <= 1, f"--top-p is {config.top_p}, it must be in (0, 1]"),
         (not 0 <= config.min_p <= 1, f"--min-p is {config.min_p}, it must be in [0, 1]"),
-        (config.repetition_penalty <= 0, f"--repetition-penalty is {config.repetition_penalty}, it must be positive"),
+        (
+            not 0 < config.repetition_penalty < math.inf,
+            f"--repetition-penalty is {config.repetition_penalty}, it must be more than 0",
+        ),
+        (not math.isfinite(config.length_penalty), f"--length-penalty is {config.length_penalty}, not a number"),
         (config.beams < 1, f"--beams is {config.beams}, it must be at least 1"),
-        (config.batch_size < 1, f"--batch-size is {config.batch_size}, it must be at least 1"),
+        (
+            not 1 <= config.batch_size <= LARGEST_BATCH,
+            f"--batch-size is {config.batch_size}, it must be from 1 to {LARGEST_BATCH}",
+        ),
     ]
     problems = [sentence for wrong, sentence in checks if wrong]
     if problems:
@@ -69,19 +81,35 @@ def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
     return logits_BV.masked_fill(log_probabilities_BV < threshold_B1, float("-inf"))
 
 
+def require_finite(best: Tensor) -> None:
+    """Refuse to go on from logits that are not numbers; the best of each row tells, as NaN wins every comparison.
+
+    Raises: ArtifactError.
+    """
+    if not best.isfinite().all():
+        raise ArtifactError(
+            "the model's logits are not finite numbers", "its weights are damaged, or --dtype is too narrow for them"
+        )
+
+
 def choose(
     logits_BV: Tensor, seen_BV: Tensor | None, config: GenerateConfig, generators: list[torch.Generator]
 ) -> Tensor:
     """Choose the next token of every row, each with its own random numbers: (B,).
 
     Temperature comes before top-k, top-p and min-p, as in the Hugging Face library.
+    Raises: ArtifactError when a row's logits are not numbers.
     """
     logits_BV = logits_BV.float()
     if seen_BV is not None:
         logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
+    best_B, likeliest_B = logits_BV.max(dim=1)
+    require_finite(best_B)
     if config.temperature == 0:
-        return logits_BV.argmax(dim=1)
-    logits_BV = keep_top_k(logits_BV / config.temperature, config.top_k)
+        return likeliest_B
+    # The likeliest token keeps 0, and the divisor stays a float32, so that tiny temperatures turn greedy, not NaN.
+    coldness = max(config.temperature, torch.finfo(torch.float32).tiny)
+    logits_BV = keep_top_k((logits_BV - best_B[:, None]) / coldness, config.top_k)
     logits_BV = keep_min_p(keep_top_p(logits_BV, config.top_p), config.min_p)
     probabilities_BV = logits_BV.softmax(dim=1).cpu()
     # One draw per row and inversion of the cumulative sum: the same token whatever else is in the batch.

@@ -16,7 +16,7 @@ from llmctl.data.builtin import builtin_documents, builtin_provenance
 from llmctl.data.shards import Part, ShardSet, write_shards
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import OutputError, UsageError
-from llmctl.formats.atomic import atomic_path
+from llmctl.files import atomic_path
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.train import train_tokenizer

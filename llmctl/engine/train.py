@@ -33,8 +33,8 @@ from llmctl.engine.runs import Run, create_run, find_run, open_run
 from llmctl.engine.runtime import Runtime, describe_environment, product_rate, start
 from llmctl.engine.samples import make_sampler
 from llmctl.errors import InterruptedRunError, LlmctlError, UsageError
+from llmctl.files import atomic_path, ensure_writable, write_bytes
 from llmctl.formats.artifact import Artifact, write_artifact
-from llmctl.formats.atomic import write_bytes
 from llmctl.formats.families import family_for
 from llmctl.model.presets import ALIASES, PRESETS, get_preset, preset_config
 from llmctl.model.transformer import LanguageModel, initialise
@@ -67,6 +67,9 @@ def pretrain(resolved: Resolved[PretrainConfig], *, command: str, out: Path | No
     progress = make_progress(quiet=quiet)
     run = create_run("pretrain", f"{config.objective}-{label(config)}", out=None if out and is_file(out) else out)
     try:
+        clear(run.path)
+        if out is not None:
+            ensure_writable(out.parent)
         write_bytes(run.path / "recipe.yaml", dump(Resolved(config, resolved.origins)).encode())
         run.update(invocation=command, objective=config.objective)
         return train_in(run, config, progress, command=command, started=started, out=out)
@@ -144,6 +147,14 @@ def train_in(
         else:
             run.update(status="failed", error=str(error) or type(error).__name__)
         raise
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in a folder that is used again (`-o` with `-f`)."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "data"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def is_file(out: Path) -> bool:
@@ -397,7 +408,8 @@ def finish(
         force=True,
     )
     if out is not None and is_file(out):
-        write_bytes(out, (written / "model.safetensors").read_bytes())
+        with atomic_path(out) as temporary:
+            shutil.copyfile(written / "model.safetensors", temporary)
         written = out
     summary: dict[str, Any] = {
         "model": str(written),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl import __version__
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError, OutputError
-from llmctl.formats.atomic import atomic_path, json_text, write_bytes, writing
+from llmctl.files import atomic_path, json_text, write_bytes, writing
 from llmctl.formats.families import family_for, family_of
 from llmctl.formats.family import FamilyFormat, token_ids
 from llmctl.formats.parameters import parameter_shapes, stored_shape

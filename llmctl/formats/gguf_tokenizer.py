@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard, TypeVar
 
 from llmctl.errors import ArtifactError
-from llmctl.formats.atomic import json_text
+from llmctl.files import json_text
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from llmctl.errors import ArtifactError, NotFoundError, OutputError
-from llmctl.formats.atomic import atomic_path
+from llmctl.files import atomic_path
 
 if TYPE_CHECKING:
     import torch

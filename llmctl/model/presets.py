@@ -142,7 +142,7 @@ _RADFORD = "Radford et al. 2019, GPT-2 report, table 2; count of the released we
 _BROWN = "Brown et al. 2020, arXiv:2005.14165, table 2.1"
 _ZENG = "Zeng et al. 2021, arXiv:2104.12369, table 1"
 _LIEBER = "Lieber et al. 2021, Jurassic-1 whitepaper, AI21 Labs"
-_T5_SOURCE = "Shazeer 2020, arXiv:2002.05202; Raffel et al. 2020, arXiv:1910.10683; released T5 v1.1"
+_T5_SOURCE = "Raffel et al. 2020, arXiv:1910.10683; gated: Shazeer 2020, arXiv:2002.05202; released T5 v1.1"
 
 _ROWS: dict[str, Preset] = {
     # Our own sizes. Vocabularies are nominal: a run that trains its tokenizer takes the tokenizer's size. Widths are
@@ -208,8 +208,8 @@ _ROWS: dict[str, Preset] = {
         "GPT-3 13B", _BROWN, {**_GPT3, **_shape(5140, 40, 40, head_dim=128)}, 13_000_000_000, 300_000_000_000
     ),
     "gpt3-175b": Preset("GPT-3", _BROWN, {**_GPT3, **_shape(12_288, 96, 96)}, 175_000_000_000, 300_000_000_000),
-    # The published layer counts include the query layer, as in the released MindSpore code (num_layers - 1 blocks,
-    # the final norm, then the query layer).
+    # The layers of the released MindSpore code (32, 40 and 64) include the query layer: num_layers - 1 blocks, the final
+    # norm, then the query layer.
     "pangu-alpha-2.6b": Preset("PanGu-Alpha 2.6B", _ZENG, {**_PANGU, **_shape(2560, 31, 32)}, 2_600_000_000),
     "pangu-alpha-13b": Preset("PanGu-Alpha 13B", _ZENG, {**_PANGU, **_shape(5120, 39, 40)}, 13_100_000_000),
     "pangu-alpha-200b": Preset("PanGu-Alpha 200B", _ZENG, {**_PANGU, **_shape(16_384, 63, 128)}, 207_000_000_000),

@@ -1,7 +1,8 @@
 """`tokenizer.json` and `tokenizer_config.json` for our own tokenizers, written without the libraries that read them.
 
 Spaces stand in the vocabulary as they are (not as U+2581, which then falls back to bytes as ours does), so that ids
-agree for every text but one: a special token written out, which those libraries take for the token itself.
+agree for every text but one: a special token written out, which those libraries take for the token itself. (Of a
+unigram model, where two segmentations are equally likely, either may be taken.)
 """
 
 from collections.abc import Mapping, Sequence

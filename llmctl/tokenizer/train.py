@@ -2,14 +2,25 @@
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from llmctl.config import TokenizerConfig
 from llmctl.errors import UsageError
 from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
 
+VOCAB_SIZES = (2048, 4096, 8192, 16_384, 32_768)
+SIZE_STEPS = ((8_000_000, 2048), (40_000_000, 8192))
+"""Bytes of text up to which a vocabulary is enough; a full sample takes the largest one."""
+
+N_BYTE_PIECES = 256
+
 MAX_SENTENCE_CHARACTERS = 4000
 """The trainer's work grows with the length of a sentence; longer lines are handed over in pieces."""
+
+LINES = re.compile(r"[^\n]*\n|[^\n]+")
+RESERVED = re.compile("[\0\u2581\u2585]")
+"""sentencepiece drops a training sentence with NUL, its mark for spaces, or its mark for unknown characters."""
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
@@ -26,12 +37,14 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
     model = io.BytesIO()
     controls = ["<mask>", *(f"<extra_id_{index}>" for index in range(config.n_sentinels))]
     is_char = config.model_type == "char"
+    sample = list(sampled(texts, config.max_train_bytes))
+    vocab_size = config.vocab_size or fitting_vocab_size(sample, config)
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=sentences(sampled(texts, config.max_train_bytes)),
+            sentence_iterator=sentences(sample),
             model_writer=model,
             model_type=config.model_type,
-            vocab_size=1_000_000 if is_char else config.vocab_size,
+            vocab_size=1_000_000 if is_char else vocab_size,
             character_coverage=1.0 if is_char else config.character_coverage,
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -53,6 +66,26 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
     except RuntimeError as error:
         raise explain(error, config) from None
     return SentencePieceTokenizer(model.getvalue())
+
+
+def fitting_vocab_size(sample: Sequence[str], config: TokenizerConfig) -> int:
+    """Return the vocabulary that a text asks for: larger for more text, and for scripts with many characters.
+
+    The characters that get a piece of their own, with bytes and special tokens, take at most two thirds of it.
+    """
+    counts = Counter[str]()
+    for text in sample:
+        counts.update(text)
+    total, covered, n_characters = sum(counts.values()), 0, 0
+    for _, count in counts.most_common():
+        if covered >= config.character_coverage * total:
+            break
+        covered += count
+        n_characters += 1
+    n_bytes = sum(len(text.encode()) for text in sample)
+    by_size = next((size for limit, size in SIZE_STEPS if n_bytes <= limit), VOCAB_SIZES[-1])
+    needed = 1.5 * (n_characters + N_BYTE_PIECES + 5 + config.n_sentinels)
+    return max(by_size, next((size for size in VOCAB_SIZES if size >= needed), VOCAB_SIZES[-1]))
 
 
 def explain(error: RuntimeError, config: TokenizerConfig) -> UsageError:
@@ -90,8 +123,19 @@ def sampled(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Cut texts into lines, and long lines into pieces, for the trainer."""
+    """Cut texts into runs of whole lines for the trainer, so that line ends are learned like any other character.
+
+    A line longer than a run is cut; signs that the trainer keeps for itself would cost it the whole run and are left out.
+    """
     for text in texts:
-        for line in text.split("\n"):
+        run: list[str] = []
+        size = 0
+        for line in LINES.findall(RESERVED.sub(" ", text)):
             for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):
-                yield line[start : start + MAX_SENTENCE_CHARACTERS].replace("\0", " ")
+                run.append(line[start : start + MAX_SENTENCE_CHARACTERS])
+                size += len(run[-1])
+                if size >= MAX_SENTENCE_CHARACTERS:
+                    yield "".join(run)
+                    run, size = [], 0
+        if run:
+            yield "".join(run)

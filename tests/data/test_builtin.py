@@ -26,7 +26,12 @@ def test_it_is_prose_of_a_useful_size(content):
 def test_near_duplicates_are_gone():
     base = " ".join(f"word{n}" for n in range(60))
     documents = [base, base + " and a little more", "something else entirely " * 5, base.upper()]
-    assert builtin.without_near_duplicates(documents) == [documents[0], documents[2]]
+    assert builtin.without_near_duplicates(documents) == [documents[1], documents[2]]
+
+
+def test_a_short_text_inside_a_longer_later_one_is_a_duplicate():
+    short = " ".join(f"a{n}" for n in range(60))
+    assert short not in builtin.without_near_duplicates([short, f"{short} {' '.join(f'c{n}' for n in range(200))}"])
 
 
 def test_a_damaged_or_unwritable_cache_costs_nothing_but_time(content, monkeypatch, tmp_path):

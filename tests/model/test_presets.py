@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
+from llmctl.formats.families import family_for
 from llmctl.model.presets import ALIASES, FAMILIES, PRESETS, Parameters, count_parameters, get_preset, preset_config
+from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel
 
 SIZES = [name for name, row in PRESETS.items() if row.dims_only]
@@ -34,6 +37,33 @@ ROUNDED = {
     "jurassic-1-large": 0.001,
     "jurassic-1-jumbo": 0.001,
 }
+# The published architecture that each system is written to disk as; the others are written natively, because
+# alternating windows and a query layer have no published name.
+SIZE_WRITTEN_AS = {
+    "decoder": "LlamaForCausalLM",
+    "encoder": "EuroBertForMaskedLM",
+    "encoder_decoder": "T5ForConditionalGeneration",
+}
+WRITTEN_AS = {
+    "transformer-base": "MarianMTModel",
+    "transformer-big": "MarianMTModel",
+    "bert-base": "BertForMaskedLM",
+    "bert-large": "BertForMaskedLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt2-medium": "GPT2LMHeadModel",
+    "gpt2-large": "GPT2LMHeadModel",
+    "gpt2-xl": "GPT2LMHeadModel",
+    "jurassic-1-large": "GPT2LMHeadModel",
+    "jurassic-1-jumbo": "GPT2LMHeadModel",
+    "t5-v1_1-small": "T5ForConditionalGeneration",
+    "t5-v1_1-base": "T5ForConditionalGeneration",
+    "bart-base": "BartForConditionalGeneration",
+    "smollm2-135m": "LlamaForCausalLM",
+    "qwen3-0.6b": "Qwen3ForCausalLM",
+    "tinyllama-1.1b": "LlamaForCausalLM",
+    "llama2-7b": "LlamaForCausalLM",
+}
+NATIVE = "LlmctlForLanguageModel"
 # The released BART keeps its logits bias as a buffer of zeros, which is not counted; ours is a parameter.
 MORE = {"bart-base": 50_265}
 
@@ -68,6 +98,24 @@ def test_size_is_built_in_every_family(name, family):
     config = preset_config(name, family)
     assert config.family == family
     assert count_parameters(config) == built_on_meta(config)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_system_is_written_as_its_published_architecture(name):
+    config = complete(preset_config(name))
+    if config.family == "encoder_decoder":  # training takes the decoder's first token from the tokenizer
+        config = replace(config, decoder_start_id=0)
+    assert family_for(config).architecture == WRITTEN_AS.get(name, NATIVE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", SIZES)
+def test_size_is_written_without_conversion(name, family):
+    assert family_for(complete(preset_config(name, family))).architecture == SIZE_WRITTEN_AS[family]
+
+
+def test_2017_transformer_without_a_first_token_is_native():
+    assert family_for(complete(preset_config("transformer-base"))).architecture == NATIVE
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -1,9 +1,12 @@
 """Equalities of the core that hold for every family, position scheme and block: nothing here is a golden value."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +15,7 @@ from llmctl.model.attention import build_mask
 from llmctl.model.cache import KVCache
 from llmctl.model.presets import FAMILIES
 from llmctl.model.shapes import complete
-from llmctl.model.transformer import Block, LanguageModel, Pass, initialise
+from llmctl.model.transformer import Block, LanguageModel, Pass, initialise, load_tensors
 
 POST = {"norm": "layernorm", "norm_position": "post", "attention_bias": True, "mlp_bias": True, "gated": False}
 VARIANTS = {
@@ -198,6 +201,62 @@ def test_encoder_is_the_decoder_without_causality(build, ids):
     close(causal(ids(2, 9)), bidirectional(ids(2, 9)))
 
 
+@st.composite
+def any_config(draw):
+    """Draw a shape that nobody has named: parts of all systems, mixed."""
+    fields = {
+        "family": draw(st.sampled_from(["decoder", "encoder_decoder"])),
+        "n_kv_heads": draw(st.sampled_from([0, 1, 2])),
+        "head_dim": draw(st.sampled_from([0, 6])),
+        "norm": draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        "norm_position": draw(st.sampled_from(["pre", "post"])),
+        "positions": draw(st.sampled_from(["rope", "learned", "sinusoidal", "relative", "none"])),
+        "n_relative_buckets": 6,
+        "max_relative_distance": 9,
+        "activation": draw(st.sampled_from(["silu", "gelu", "gelu_tanh", "relu"])),
+        "gated": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()),
+        "attention_scale": draw(st.sampled_from([0.0, 1.0])),
+        "attention_windows": draw(st.sampled_from([(), (3,), (0, 2), (1, 4, 0)])),
+        "embedding_norm": draw(st.booleans()),
+        "logits_scale": draw(st.sampled_from([1.0, 0.25])),
+        "n_layers": 3,
+    }
+    return fields | {"query_layer": fields["family"] == "decoder" and draw(st.booleans())}
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(fields=any_config(), cuts=st.sets(st.integers(1, 8)), n_padding=st.integers(0, 4))
+def test_any_mixture_decodes_padded_and_cached_like_alone(build, ids, fields, cuts, n_padding):
+    model, tokens, source = build(**fields), ids(2, 9), ids(2, 5, seed=2)
+    documents, source_documents = torch.ones(2, 9, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    documents[1, :n_padding] = 0
+    source_documents[0, 3:] = 0
+    cache, pieces = KVCache(model.config, 2, 12, dtype=torch.float64), []
+    pair = fields["family"] == "encoder_decoder"
+    memory = model.encode(source, documents_BS=source_documents) if pair else None
+    for start, stop in itertools.pairwise([0, *sorted(cuts), 9]):
+        now = {"documents_BT": documents[:, start:stop], "cache": cache}
+        if pair:
+            pieces.append(model.decode(tokens[:, start:stop], memory, memory_documents_BS=source_documents, **now))
+        else:
+            pieces.append(model.hidden(tokens[:, start:stop], **now))
+    hidden = torch.cat(pieces, dim=1)
+    for row, (first, n_source) in enumerate([(0, 3), (n_padding, 5)]):
+        alone = tokens[row : row + 1, first:]
+        inputs = {"input_ids_BT": alone}
+        if pair:
+            inputs = {"input_ids_BT": source[row : row + 1, :n_source], "decoder_input_ids_BT": alone}
+        close(hidden[row : row + 1, first:], model.hidden(**inputs))
+
+
 def test_default_names_are_llama_names(build):
     names = set(build().state_dict())
     assert {name for name in names if ".layers." not in name} == {
@@ -323,6 +382,49 @@ def test_gradients_of_a_block_equal_finite_differences(fields):
     inputs = (x[:1, :3].clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in block.parameters()))
     mask = build_mask(3, 3, causal=True)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def stored_once(model):
+    """Return the tensors as a file holds them: a tied head stands under the embedding's name only."""
+    tied = model.config.tie_embeddings
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if not (tied and "lm_head.w" in name)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [True, False])
+def test_loaded_tensors_make_the_same_model(build, ids, family, tied):
+    model = build(family=family, tie_embeddings=tied)
+    other = build(family=family, tie_embeddings=tied, seed=1)
+    load_tensors(other, stored_once(model))
+    inputs = {"decoder_input_ids_BT": ids(2, 4, seed=2)} if family == "encoder_decoder" else {}
+    close(other(ids(2, 6), **inputs), model(ids(2, 6), **inputs))
+    assert (other.lm_head.weight is other.model.embed_tokens.weight) == tied
+
+
+def test_tied_head_learns_from_both_of_its_uses(build, ids):
+    tied, untied = build(), build(tie_embeddings=False)
+    load_tensors(untied, stored_once(tied) | {"lm_head.weight": tied.lm_head.weight.detach().clone()})
+    for model in (tied, untied):
+        model(ids(2, 6)).logsumexp(-1).sum().backward()
+    close(tied.lm_head.weight.grad, untied.lm_head.weight.grad + untied.model.embed_tokens.weight.grad)
+
+
+@pytest.mark.parametrize("left_out", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_missing_and_unknown_tensors_are_not_overlooked(build, left_out):
+    model = build()
+    tensors = stored_once(model)
+    kept = tensors.pop(left_out)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_tensors(model, tensors)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        load_tensors(model, {**tensors, left_out: kept, "model.layers.2.mlp.up_proj.weight": kept})
+
+
+def test_memory_of_padding_only_is_finite(build, ids):
+    model = build(family="encoder_decoder")
+    documents = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    logits = model(ids(2, 3), documents_BT=documents, decoder_input_ids_BT=ids(2, 4, seed=2))
+    assert torch.isfinite(logits).all()
 
 
 def test_dropout_acts_in_training_only(build, ids):

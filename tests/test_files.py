@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import OutputError
-from llmctl.formats.atomic import atomic_path, ensure_writable, write_bytes, write_json
+from llmctl.files import atomic_path, ensure_writable, write_bytes, write_json
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
@@ -61,7 +61,7 @@ def test_a_disk_that_takes_no_more_keeps_the_old_file(tmp_path):
 import resource, sys
 from pathlib import Path
 from llmctl.errors import OutputError
-from llmctl.formats.atomic import write_bytes
+from llmctl.files import write_bytes
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     write_bytes(Path(sys.argv[1]), bytes(5000))

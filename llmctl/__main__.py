@@ -1,6 +1,7 @@
 """`python -m llmctl` and the console script: answers `--version` at once, hands the rest to the Typer app."""
 
 import sys
+from io import TextIOWrapper
 
 
 def main() -> None:
@@ -13,6 +14,10 @@ def main() -> None:
     from llmctl.cli import end_with_the_pipe, run
 
     end_with_the_pipe(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        # Text is UTF-8 whatever the locale says; what a terminal cannot show must not end a run.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -16,7 +16,7 @@ BATCH_TEXTS = 16
 @app.command()
 def fill(
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="A text with <mask>; `-` reads one per line.")
+        str | None, typer.Argument(metavar="TEXT", help="A text with <mask>; `-` reads one per line.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
@@ -27,10 +27,10 @@ def fill(
     json: Annotated[bool, typer.Option("--json", help="One JSON object per text, with all candidates.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
 ) -> None:
-    """Fill the masks of a text with an encoder.
+    r"""Fill the masks of a text with an encoder.
 
     One text with one mask gives a line `probability<TAB>filled text` per candidate; with several masks, or from a
-    pipe, every text gives one line with the likeliest token in each mask.
+    pipe, every text gives one line with the likeliest token in each mask. A newline inside a line is written \n.
 
     Examples:
 
@@ -41,33 +41,32 @@ def fill(
     is_piped = text in (None, "-")
     if is_piped and text is None and sys.stdin.isatty():
         raise UsageError("no text", 'llmctl fill "a <mask> of strings", or - to read texts from a pipe')
-    from llmctl.engine.models import announce, require_family, resolve_model
+    from llmctl.commands.generate import argument, one_line, read_prompts
+    from llmctl.engine.models import announce, resolve_model
 
+    texts = read_prompts(whole=False, null=False) if is_piped else iter([argument(text)])
     found = resolve_model(model, able="fill")
     note(announce(found), quiet=quiet)
     from llmctl.engine.fill import Filled, put_in
     from llmctl.engine.fill import fill as fill_in
     from llmctl.engine.models import load_model
 
-    loaded = load_model(found.path, device=device, dtype=dtype)
-    require_family(loaded.artifact.config.family, "fill", found.path)
+    loaded = load_model(found.path, device=device, dtype=dtype, able="fill")
 
     def show(filled: Filled) -> None:
         if json:
             masks = [[{"token": token, "p": round(p, 6)} for token, p in mask] for mask in filled.masks]
             result_json({"text": filled.text, "filled": filled.filled, "masks": masks})
-        elif is_piped or len(filled.masks) > 1:
+        elif is_piped:
+            result(one_line(filled.filled))
+        elif len(filled.masks) > 1:
             result(filled.filled)
         elif loaded.tokenizer is not None:
             for token, p in filled.masks[0]:
-                result(f"{p:.3f}\t{put_in(loaded.tokenizer, filled.text, [token])}")
+                result(f"{p:.3f}\t{one_line(put_in(loaded.tokenizer, filled.text, [token]))}")
 
-    if not is_piped:
-        show(fill_in(loaded, [str(text)], top_k=top_k)[0])
-        return
-    from llmctl.commands.generate import read_prompts
-
-    texts = read_prompts(whole=False, null=False)
+    first = 1
     while window := list(islice(texts, BATCH_TEXTS)):
-        for filled in fill_in(loaded, window, top_k=top_k):
+        for filled in fill_in(loaded, window, top_k=top_k, first=first):
             show(filled)
+        first += len(window)

@@ -1,5 +1,6 @@
 """`llmctl generate`: prompts from an argument or a pipe -> completions on stdout, one per prompt, in order."""
 
+import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -21,9 +22,7 @@ DEFAULT = GenerateConfig()
 
 @app.command()
 def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt; `-` reads one per line.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads one per line.")] = None,
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
     ] = None,
@@ -53,7 +52,9 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
 ) -> None:
-    """Continue a prompt, or every line of a pipe; prints the new text only.
+    r"""Continue a prompt, or every line of a pipe; prints the new text only.
+
+    From a pipe N lines give N lines: a newline inside a completion is written \n, a backslash \\.
 
     Examples:
 
@@ -79,18 +80,29 @@ def generate(
     is_piped = prompt in (None, "-")
     if is_piped and prompt is None and sys.stdin.isatty():
         raise UsageError("no prompt", 'llmctl generate "The function returns", or - to read prompts from a pipe')
-    from llmctl.engine.models import announce, require_family, resolve_model
+    texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
+    from llmctl.engine.models import announce, resolve_model
 
     found = resolve_model(model, able="generate")
     note(announce(found), quiet=quiet)
     from llmctl.engine.models import load_model
+    from llmctl.engine.sampling import check
 
-    loaded = load_model(found.path, device=device, dtype=dtype)
-    require_family(loaded.artifact.config.family, "generate", found.path)
-    texts = read_prompts(whole=whole, null=null) if is_piped else iter([str(prompt)])
+    check(config)
+    loaded = load_model(found.path, device=device, dtype=dtype, able="generate")
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_piped and not whole)
+
+
+def argument(text: str | None) -> str:
+    """Return an argument of the command line.
+
+    Raises: UsageError naming the first byte that is not UTF-8.
+    """
+    from llmctl.data.sources import decode_utf8
+
+    return decode_utf8(os.fsencode(text or ""), "argument")
 
 
 def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
@@ -134,22 +146,38 @@ def write(
     """Complete the prompts window by window, so that a long pipe is answered from the start."""
     from llmctl.engine.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
 
+    end = "\0" if null else "\n"
     prompts = (
         Prompt(n, parse_ids(text, n) if ids else encode_prompt(loaded, text), text) for n, text in enumerate(texts)
     )
+    # Of one text what is there can be shown when it is interrupted; half a record would pass for a whole one.
+    is_one = not (is_record or json or ids)
+    unseen: list[str] = []
+
+    def on_text(_: int, text: str) -> None:
+        if stream:
+            write_text(text)
+        else:
+            unseen.append(text)
+
     while window := list(islice(prompts, config.batch_size * WINDOW_BATCHES)):
-        for completion in generate(loaded, window, config, show if stream else None):
+        try:
+            completions = list(generate(loaded, window, config, on_text if is_one else None))
+        except KeyboardInterrupt:
+            if stream or unseen:
+                write_text("".join(unseen) + end)
+            raise
+        for completion in completions:
             if stream:
-                show(completion.index, "\n")
+                write_text(end)
             elif json:
                 result_json(as_record(completion))
             else:
                 text = " ".join(map(str, completion.ids)) if ids else completion.text
-                is_line = is_record and not null
-                show(completion.index, (one_line(text) if is_line else text) + ("\0" if null else "\n"))
+                write_text((one_line(text) if is_record and not null else text) + end)
 
 
-def show(_: int, text: str) -> None:
+def write_text(text: str) -> None:
     """Write text as it is and at once."""
     sys.stdout.write(text)
     sys.stdout.flush()

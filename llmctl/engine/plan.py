@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
 from llmctl.engine.estimate import Estimate, Rows, estimate, row_flops
 from llmctl.engine.train import DEFAULT_STEPS, check, model_config
-from llmctl.model.presets import Preset, get_preset
+from llmctl.formats.artifact import read_artifact
+from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
 from llmctl.tokenizer.train import VOCAB_SIZES
 
 
@@ -20,11 +22,10 @@ def dry_run(config: PretrainConfig) -> Estimate:
 
     check(config)
     name = "tiny" if config.model.preset == "auto" else config.model.preset
-    preset = get_preset(name)
-    shape = model_config(config)
+    preset, shape = shape_of(config, name)
     shape = replace(shape, vocab_size=shape.vocab_size or config.tokenizer.vocab_size or VOCAB_SIZES[0])
     train = config.train
-    if not preset.dims_only and train.seq_len == TrainConfig().seq_len:
+    if preset is not None and not preset.dims_only and train.seq_len == TrainConfig().seq_len:
         train = replace(train, seq_len=shape.max_positions)
     if "max_positions" not in config.model.overrides:  # training widens the context to its rows
         shape = replace(shape, max_positions=max(shape.max_positions, train.seq_len))
@@ -45,6 +46,13 @@ def dry_run(config: PretrainConfig) -> Estimate:
     )
 
 
+def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelConfig]:
+    """Return the preset's row and shape, or the shape of a model on disk, whose weights stay there."""
+    if Path(name).exists() and name.lower() not in {*PRESETS, *ALIASES}:
+        return None, read_artifact(Path(name)).config
+    return get_preset(name), model_config(config)
+
+
 def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
     """Return the rows of a step; those of pairs are taken as full on both sides, which real ones are at most."""
     train, data = config.train, config.data
@@ -61,7 +69,7 @@ def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
     return Rows(train.batch_size, source, target, packed=True)
 
 
-def n_steps(config: PretrainConfig, preset: Preset, shape: ModelConfig, rows: Rows, rate: float) -> int:
+def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, rows: Rows, rate: float) -> int:
     """Return the steps of the budget that is named, else of the published tokens, else the default.
 
     Minutes become the steps that products alone would allow on this machine.
@@ -73,6 +81,6 @@ def n_steps(config: PretrainConfig, preset: Preset, shape: ModelConfig, rows: Ro
     if train.minutes:
         step_flops = rows.batch_size * row_flops(shape, rows.source, rows.target, rows.label_frac)
         limits.append(max(1, int(train.minutes * 60 * rate / step_flops)))
-    if not limits and preset.tokens:
+    if not limits and preset is not None and preset.tokens:
         limits.append(math.ceil(preset.tokens / (rows.batch_size * rows.n_tokens)))
     return min(limits, default=DEFAULT_STEPS[config.objective])

@@ -61,14 +61,5 @@ def answers(loaded: Loaded, config: PretrainConfig, prompts: tuple[str, ...]) ->
         ]
     settings = GenerateConfig(max_tokens=SAMPLE_TOKENS, temperature=0.0)
     limit = loaded.model.config.max_positions - 1
-    encoded = [Prompt(n, encode(loaded, config, text)[:limit], text) for n, text in enumerate(prompts)]
+    encoded = [Prompt(n, encode_prompt(loaded, text)[:limit], text) for n, text in enumerate(prompts)]
     return [completion.text for completion in generate(loaded, encoded, settings)]
-
-
-def encode(loaded: Loaded, config: PretrainConfig, text: str) -> list[int]:
-    """Return a prompt's ids; in span corruption `<extra_id_0>` marks what is to be written."""
-    if config.objective != "span" or loaded.tokenizer is None:
-        return encode_prompt(loaded, text)
-    before, _, after = text.partition("<extra_id_0>")
-    tokenizer = loaded.tokenizer
-    return [*tokenizer.encode(before), *tokenizer.sentinel_ids()[:1], *tokenizer.encode(after, eos=True)]

@@ -41,7 +41,7 @@ from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.recipe import Resolved, dump, load, nested
 from llmctl.tokenizer.base import Tokenizer
 
-DEFAULT_STEPS = {"clm": 350, "mlm": 400, "span": 240, "seq2seq": 450}
+DEFAULT_STEPS = {"clm": 300, "mlm": 350, "span": 200, "seq2seq": 400}
 """Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
 
 XZ_LIMIT_BYTES = 20_000_000

@@ -105,7 +105,7 @@ class Attention(nn.Module):
         """
         q_BNTH = self._heads(self.q_proj(x_BTD), self.n_heads)
         if self.qk_norm:
-            q_BNTH = self.q_norm(q_BNTH)
+            q_BNTH = self._normed(self.q_norm, q_BNTH)
         if rope is not None:
             q_BNTH = apply_rope(q_BNTH, *rope)
         if cross and cache is not None:
@@ -122,10 +122,15 @@ class Attention(nn.Module):
     def _keys_values(self, source_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         k_BKSH = self._heads(self.k_proj(source_BSD), self.n_kv_heads)
         if self.qk_norm:
-            k_BKSH = self.k_norm(k_BKSH)
+            k_BKSH = self._normed(self.k_norm, k_BKSH)
         if rope is not None:
             k_BKSH = apply_rope(k_BKSH, *rope)
         return k_BKSH, self._heads(self.v_proj(source_BSD), self.n_kv_heads)
+
+    @staticmethod
+    def _normed(norm: nn.RMSNorm, x_BNTH: Tensor) -> Tensor:
+        # Under autocast the projections are bfloat16 and the norm's weight is not: torch warns and leaves its fast path.
+        return norm(x_BNTH.to(norm.weight.dtype))
 
     def _heads(self, x_BTW: Tensor, n_heads: int) -> Tensor:
         return x_BTW.unflatten(-1, (n_heads, self.head_dim)).transpose(1, 2)

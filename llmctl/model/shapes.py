@@ -61,6 +61,10 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
         ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]
+    for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std"):
+        checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, it must not be negative"))
+    for name in ("norm_eps", "rope_theta"):
+        checks.append((not getattr(full, name) > 0, f"`model.{name}` is {getattr(full, name)}, it must be positive"))
     return [sentence for wrong, sentence in checks if wrong]
 
 

@@ -93,7 +93,10 @@ class Block(nn.Module):
         else:
             y_BTD = self.self_attn(query_BTD, mask, memory_BSD=h_BTD, **options)
         x_BTD = self._join(x_BTD, y_BTD, self.input_layernorm)
-        if self.cross and shared.memory_mask is not None:
+        if self.cross:
+            assert shared.memory_mask is not None, (
+                "a decoder over an encoder needs its output, or a cache that holds it"
+            )
             h_BTD = self.cross_attention_layernorm(x_BTD) if self.pre else x_BTD
             y_BTD = self.cross_attn(
                 h_BTD,

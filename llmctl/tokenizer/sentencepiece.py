@@ -42,9 +42,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.mask_id = self.special_id("<mask>")
         self._space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._has_bytes = all(processor.is_byte(index) for index in self._space_bytes)
-        self._prefix = self._processor.decode(self._processor.encode(" a")) != " a"
+        first = processor.encode("a")
+        self._prefix = bool(first) and self.piece(first[0]).startswith(SPACE)
         probe = "  a\tb \n"
-        self.is_lossless = self._has_bytes and processor.decode(processor.encode(probe)) == probe
+        self.is_lossless = self._has_bytes and not self._prefix and processor.decode(processor.encode(probe)) == probe
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let a worker process make its own copy out of the files."""

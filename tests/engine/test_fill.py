@@ -1,14 +1,17 @@
 """Masks are filled with what a full forward pass finds likeliest; padding and spelling change nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from llmctl.config import ModelConfig
-from llmctl.engine.fill import encode_masked, fill
+from llmctl.config import ModelConfig, TokenizerConfig
+from llmctl.engine.fill import encode_around, encode_masked, fill, put_in
 from llmctl.engine.models import Loaded
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.tokenizer.train import train_tokenizer
 
 
 @pytest.fixture
@@ -63,3 +66,40 @@ def test_texts_that_cannot_be_filled(encoder, text: str, match: str):
 def test_no_candidates_are_refused(encoder):
     with pytest.raises(UsageError, match="--top-k"):
         fill(encoder, ["<mask>"], top_k=0)
+
+
+def test_more_candidates_than_tokens_are_all_the_tokens_once(encoder, text_tokenizer):
+    wide = LanguageModel(dataclasses.replace(encoder.model.config, vocab_size=text_tokenizer.vocab_size + 30))
+    initialise(wide, 0)
+    loaded = dataclasses.replace(encoder, model=wide.eval())
+    (mask,) = fill(loaded, ["a <mask> of"], top_k=10**6)[0].masks
+    assert len(mask) == int((text_tokenizer.token_bytes() > 0).sum())
+    assert sum(p for _, p in mask) <= 1.0 + 1e-5
+    assert min(p for _, p in mask) >= 0.0
+
+
+def test_a_character_is_masked_as_it_stands_and_a_word_with_its_space(encoder, text_tokenizer):
+    characters = train_tokenizer(["a list of 中文，诗。"] * 20, TokenizerConfig(model_type="char", vocab_size=330))
+    mask = characters.mask_id
+    assert encode_around(characters, "a <mask>i", {"<mask>": mask}) == [
+        *characters.encode("a "),
+        mask,
+        *characters.encode("i"),
+    ]
+    mask = text_tokenizer.mask_id
+    expected = [*text_tokenizer.encode("a"), mask, *text_tokenizer.encode(" of ")]
+    assert encode_around(text_tokenizer, "a <mask> of ", {"<mask>": mask}) == expected
+    assert put_in(characters, "a <mask>i", [" "]) == "a  i"
+    assert put_in(text_tokenizer, "a <mask> of", [" list"]) == "a list of"
+
+
+def test_the_longest_special_word_is_meant(text_tokenizer):
+    specials = {"<extra_id_1>": 7, "<extra_id_10>": 8}
+    assert encode_around(text_tokenizer, "<extra_id_10><extra_id_1>", specials) == [8, 7]
+
+
+def test_errors_number_the_text(encoder):
+    with pytest.raises(UsageError, match="text 18, `none`"):
+        fill(encoder, ["<mask>", "none"], first=17)
+    with pytest.raises(UsageError, match="text 3 has"):
+        fill(encoder, ["<mask>", "<mask> " * 40], first=2)

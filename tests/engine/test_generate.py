@@ -13,7 +13,9 @@ from llmctl.engine import session as session_module
 from llmctl.engine.beam import beam_search
 from llmctl.engine.generate import Prompt, TextStream, encode_prompt, generate, overlap
 from llmctl.engine.session import Session
-from llmctl.errors import UsageError
+from llmctl.errors import ArtifactError, UsageError
+from llmctl.formats.artifact import write_artifact
+from llmctl.tokenizer.load import load_tokenizer
 from tests.engine.conftest import KINDS
 
 GREEDY = GenerateConfig(max_tokens=12, temperature=0.0)
@@ -237,3 +239,67 @@ def test_stories_are_told_as_by_the_reference(shared_data, name: str):
         n = len(row["greedy_new_ids"])
         assert completion.ids[:n] == row["greedy_new_ids"]
         assert (row["text"] + completion.text).strip().startswith(row["greedy_text"].strip()[:200])
+
+
+@pytest.mark.parametrize("kind", ["learned", "rope", "t5"])
+def test_beams_end_where_the_context_of_each_ends(make_loaded, kind: str):
+    loaded = make_loaded(kind, eos_id=-1)
+    config = GenerateConfig(max_tokens=100, beams=2)
+    ragged = prompts([[2], [2] + [300] * 29])
+    together = list(generate(loaded, ragged, config))
+    assert together == [next(generate(loaded, [prompt], config)) for prompt in ragged]
+    room = [47, 18] if kind != "t5" else [48, 48]
+    assert [len(completion.ids) for completion in together] == room
+    assert {completion.finish for completion in together} == {"context"}
+    short = next(generate(loaded, ragged[:1], dataclasses.replace(config, max_tokens=5)))
+    assert short.finish == "length"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_weights_that_are_no_numbers_are_refused(make_loaded, beams: int):
+    loaded = make_loaded("rope")
+    loaded.model.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(ArtifactError, match="not finite"):
+        list(generate(loaded, prompts(), dataclasses.replace(GREEDY, beams=beams)))
+
+
+def test_gaps_of_a_source_are_its_sentinels(make_loaded, text_tokenizer):
+    first, second = text_tokenizer.sentinel_ids()[:2]
+    ids = encode_prompt(make_loaded("t5"), "a <extra_id_0> of<extra_id_1>")
+    encode = text_tokenizer.encode
+    assert ids == [*encode("a"), first, *encode(" of"), second, text_tokenizer.eos_id]
+    assert first not in encode_prompt(make_loaded("rope"), "a <extra_id_0> of")
+
+
+def test_a_text_of_its_own_has_no_space_before_it(shared_data):
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "sentencepiece-unigram-en" / "test_model.model")
+    for text in ("Once upon a time", "I", ""):
+        ids = tokenizer.encode(text)
+        begun, going_on = TextStream(tokenizer, ["never"], begins=True), TextStream(tokenizer, ["never"])
+        assert "".join(map(begun.feed, ids)) + begun.close() == tokenizer.decode(ids) == text
+        assert "".join(map(going_on.feed, ids)) + going_on.close() == tokenizer.decode_bytes(ids).decode()
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_beams_are_those_of_transformers(make_loaded, tmp_path, length_penalty: float):
+    transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+    loaded = make_loaded("t5", tokenizer=False, vocab_size=40, activation="gelu_tanh", norm_eps=1e-6, init_std=0.6)
+    write_artifact(tmp_path / "m", loaded.model.config, loaded.model.state_dict(), files={}, provenance={})
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "m").eval()
+    sources = [[5, 6, 7, 8], [9, 10, 11, 12], [30, 31, 32, 3], [20, 21, 22, 3]]
+    expected = theirs.generate(
+        input_ids=torch.tensor(sources),
+        attention_mask=torch.ones(4, 4, dtype=torch.long),
+        num_beams=4,
+        do_sample=False,
+        max_new_tokens=8,
+        length_penalty=length_penalty,
+        early_stopping=False,
+    )
+    config = GenerateConfig(max_tokens=8, beams=4, length_penalty=length_penalty)
+    got = list(generate(loaded, prompts(sources), config))
+    for completion, row in zip(got, expected.tolist(), strict=True):
+        ended = [3] if completion.finish == "eos" else []
+        assert [0, *completion.ids, *ended] == row[: len(completion.ids) + len(ended) + 1]
+        assert set(row[len(completion.ids) + len(ended) + 1 :]) <= {0}

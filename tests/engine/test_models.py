@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.engine.models import announce, default_file, load_model, resolve_model, runs_folder
+from llmctl.engine.models import announce, default_file, load_model, nothing_found, resolve_model, runs_folder
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
@@ -117,3 +117,67 @@ def test_unknown_places_and_precisions_are_refused(home, option: str, value: str
     path = write(home / "m", model())
     with pytest.raises(UsageError, match=value):
         load_model(path, **{option: value})
+
+
+@pytest.mark.parametrize("name", ["/nowhere/at/all", "nowhere/0001", "**", "[a", "../0001"])
+def test_names_of_nothing_are_not_found_whatever_they_look_like(home, name: str):
+    add_run("0001-a", "decoder")
+    with pytest.raises(NotFoundError) as caught:
+        resolve_model(name, able="generate")
+    assert f"`{name}`" in str(caught.value)
+
+
+def test_an_empty_name_never_means_another_model(home, monkeypatch):
+    add_run("0001-a", "decoder")
+    with pytest.raises(UsageError, match="empty"):
+        resolve_model("", able="generate")
+    monkeypatch.setenv("LLMCTL_MODEL", "")
+    assert resolve_model(None, able="generate").path.name == "0001-a"
+
+
+def test_a_run_is_named_with_or_without_its_folder(home):
+    run, longer = add_run("0001-a", "decoder"), add_run("0001-a-b", "decoder")
+    (Path("runs") / "latest").symlink_to("0001-a-b")
+    for name in ("runs/0001-a", "0001-a"):
+        assert resolve_model(name, able="generate").path == run
+    assert resolve_model("runs/0001-a-", able="generate").path == longer
+    assert resolve_model("runs/latest", able="generate").path.resolve() == longer.resolve()
+
+
+def test_a_default_that_is_gone_says_so(home):
+    default_file().parent.mkdir(parents=True)
+    default_file().write_text("/gone/away\n")
+    with pytest.raises(NotFoundError, match="/gone/away") as caught:
+        resolve_model(None, able="generate")
+    assert "llmctl use" in caught.value.hint
+
+
+def test_weights_in_parts_in_this_directory_count(home):
+    (home / "model.safetensors.index.json").write_text("{}")
+    assert resolve_model(None, able="any").path == Path()
+
+
+def test_a_record_that_is_no_object_is_passed_over(home):
+    run = add_run("0001-a", "decoder")
+    (add_run("0002-b", "decoder") / "run.json").write_text("[1]")
+    assert resolve_model(None, able="generate").path == run
+
+
+def test_the_announcement_counts_parameters(home):
+    made = model()
+    path = write(home / "m", made)
+    count = sum(parameter.numel() for parameter in made.parameters())
+    assert f"named, {count / 1000:.3g}k parameters" in announce(resolve_model(str(path), able="any"))
+    (path / "model.safetensors").write_bytes(b"damaged")
+    assert announce(resolve_model(str(path), able="any")) == f"model: {path} (named)"
+
+
+@pytest.mark.parametrize(
+    ("family", "able", "said"), [("encoder", "generate", "an encoder"), ("decoder", "fill", "a decoder")]
+)
+def test_models_that_cannot_are_refused_before_their_weights_are_read(home, family: str, able: str, said: str):
+    path = write(home / "m", model(family))
+    with pytest.raises(UsageError, match=f"{said} model, which cannot {able}"):
+        load_model(path, able=able)  # type: ignore[arg-type]
+    add_run("0001-a", family)
+    assert f"is {said} model" in str(nothing_found(able))  # type: ignore[arg-type]

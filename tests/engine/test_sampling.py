@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmctl.config import GenerateConfig
 from llmctl.engine import sampling
-from llmctl.errors import UsageError
+from llmctl.errors import ArtifactError, UsageError
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
 
@@ -94,3 +94,26 @@ def test_all_wrong_settings_are_named_together():
         sampling.check(config)
     for name in ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repetition-penalty", "beams"):
         assert f"--{name}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"])
+def test_settings_that_are_no_numbers_are_refused(name: str, value: float):
+    with pytest.raises(UsageError, match=name.replace("_", "-")):
+        sampling.check(GenerateConfig(**{name: value}))
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-45, 1e-30, 1e-3])
+def test_cold_draws_are_greedy(temperature: float):
+    values = torch.tensor([[1.0, 3.0, -math.inf, 2.0], [-5.0, -9.0, -4.0, -math.inf]])
+    config = GenerateConfig(temperature=temperature, top_k=3, top_p=0.9, min_p=0.1)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    assert sampling.choose(values, None, config, generators).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature: float):
+    values = torch.tensor([[1.0, 2.0], [1.0, math.nan]])
+    generators = [torch.Generator(), torch.Generator()]
+    with pytest.raises(ArtifactError, match="not finite"):
+        sampling.choose(values, None, GenerateConfig(temperature=temperature), generators)

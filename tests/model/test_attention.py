@@ -75,6 +75,20 @@ def test_padding_queries_are_finite_and_padding_keys_unseen(qkv):
         assert torch.isfinite(attend(*qkv, mask, SCALE)).all()
 
 
+def test_padding_of_a_target_sees_all_of_its_source():
+    target, source = torch.tensor([[1, 1, 0]]), torch.tensor([[1, 1, 2, 2]])
+    mask = build_mask(3, 4, causal=False, query_documents_BT=target, key_documents_BS=source)
+    assert mask.tensor.int().tolist() == [[[[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]]]
+
+
+@pytest.mark.parametrize("n_queries", [1, 4])
+def test_no_mask_is_made_where_none_is_needed(n_queries):
+    assert build_mask(n_queries, n_queries, causal=True).tensor is None
+    assert build_mask(1, 9, causal=True).tensor is None
+    assert build_mask(n_queries, 9, causal=False).tensor is None
+    assert build_mask(4, 4, causal=True).is_causal
+
+
 def layer(**fields):
     config = complete(ModelConfig(vocab_size=2, d_model=24, n_heads=4, **fields))
     torch.manual_seed(0)
@@ -94,8 +108,9 @@ def test_grouped_queries_equal_repeated_heads():
     torch.testing.assert_close(grouped(x, mask), full(x, mask), rtol=0, atol=1e-12)
 
 
-def test_queries_and_keys_are_normalised_per_head():
-    attention = layer(qk_norm=True)
+@pytest.mark.parametrize("eps", [1e-5, 0.7])
+def test_queries_and_keys_are_normalised_per_head(eps):
+    attention = layer(qk_norm=True, norm_eps=eps)
     torch.nn.init.normal_(attention.q_norm.weight)
     torch.nn.init.normal_(attention.k_norm.weight)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
@@ -103,7 +118,7 @@ def test_queries_and_keys_are_normalised_per_head():
     def heads(projection, norm):
         y = projection(x).view(2, 5, 4, 6)
         if norm is not None:
-            y = y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+            y = y / (y.pow(2).mean(-1, keepdim=True) + eps).sqrt() * norm.weight
         return y.transpose(1, 2)
 
     q, k = heads(attention.q_proj, attention.q_norm), heads(attention.k_proj, attention.k_norm)

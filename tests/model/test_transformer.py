@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from llmctl.config import ModelConfig
 from llmctl.model.attention import build_mask
 from llmctl.model.cache import KVCache
+from llmctl.model.positions import relative_buckets
 from llmctl.model.presets import FAMILIES
 from llmctl.model.shapes import complete
 from llmctl.model.transformer import Block, LanguageModel, Pass, initialise, load_tensors
@@ -109,6 +110,24 @@ def test_selected_rows_go_on_as_themselves(decoder, ids):
     got = decoder.hidden(tokens[rows, 8:], cache=cache)[:, 0]
     alone = [decoder.hidden(tokens[:1])[0, -1], decoder.hidden(tokens[1:, 3:])[0, -1]]
     close(got, torch.stack([alone[1], alone[1], alone[0]]))
+
+
+def test_what_follows_belongs_to_the_last_document(decoder, ids):
+    tokens = ids(1, 11)
+    cache = KVCache(decoder.config, 1, 40, dtype=torch.float64)
+    decoder.hidden(tokens[:, :6], cache=cache, documents_BT=torch.tensor([[1, 1, 1, 2, 2, 2]]))
+    rest = decoder.hidden(tokens[:, 6:], cache=cache)
+    close(rest, decoder.hidden(tokens[:, 3:])[:, 3:])
+
+
+def test_selected_pairs_keep_their_sources(pair, ids):
+    source, target = ids(2, 6), ids(2, 5, seed=2)
+    cache = KVCache(pair.config, 2, 10, dtype=torch.float64)
+    pair.decode(target[:, :4], pair.encode(source), cache=cache)
+    rows = torch.tensor([1, 0, 1])
+    cache.select(rows)
+    got = pair.decode(target[rows, 4:], None, cache=cache)[:, 0]
+    close(got, pair.hidden(source, decoder_input_ids_BT=target)[rows, -1])
 
 
 @pytest.mark.parametrize("family", ["decoder", "encoder"])
@@ -301,6 +320,49 @@ def test_token_types_are_added(build, ids):
     close(model(tokens), model(tokens, token_types_BT=torch.zeros(2, 6, dtype=torch.long)))
 
 
+def test_rows_before_the_position_offset_are_not_used(build, ids):
+    plain, shifted = build(positions="learned", max_positions=12), build(positions="learned", position_offset=2)
+    state = plain.state_dict()
+    table = torch.cat([torch.full((2, 16), 1e3), state["model.embed_positions.weight"], torch.zeros(28, 16)])
+    shifted.load_state_dict(state | {"model.embed_positions.weight": table})
+    close(shifted(ids(2, 12)), plain(ids(2, 12)))
+
+
+def test_embedding_norm_stands_before_the_first_block(build, ids):
+    model = build(**POST, positions="learned", embedding_norm=True, embedding_scale=3.0)
+    states: list[torch.Tensor] = []
+    model.hidden(ids(2, 5), collect=states)
+    embedded = 3.0 * model.model.embed_tokens.weight[ids(2, 5)] + model.model.embed_positions.weight[:5]
+    close(states[0], layer_norm(embedded, model.model.embedding_norm))
+
+
+def test_windows_and_layers_are_those_of_the_config(build):
+    model = build(n_layers=5, attention_windows=(0, 3, 8), query_layer=True)
+    assert [block.window for block in model.model.layers] == [0, 3, 8, 0, 3]
+    assert model.model.query_layer.window == 8
+    pair = build(family="encoder_decoder", n_layers=2, n_decoder_layers=3)
+    assert (len(pair.model.encoder.layers), len(pair.model.decoder.layers)) == (2, 3)
+    assert (pair.model.encoder.causal, pair.model.decoder.causal) == (False, True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relative_bias_is_looked_up_by_bucket(build, causal):
+    kind = {"n_relative_buckets": 8, "max_relative_distance": 10}
+    stack = build(family="decoder" if causal else "encoder", positions="relative", **kind).model
+    bias = stack._bias(3, 20, torch.device("cpu"))
+    for t, s in itertools.product(range(3), range(20)):
+        offset = torch.tensor([s - (17 + t)])
+        bucket = relative_buckets(offset, causal=causal, n_buckets=8, max_distance=10)
+        close(bias[:, t, s], stack.relative_bias.weight[bucket[0]])
+
+
+def test_rotation_is_as_slow_as_theta_says(build, ids):
+    fast, slow = build(rope_theta=100.0), build(rope_theta=1e6)
+    slow.load_state_dict(fast.state_dict())
+    close(fast(ids(2, 1)), slow(ids(2, 1)))
+    assert not torch.allclose(fast(ids(2, 9)), slow(ids(2, 9)))
+
+
 def test_collect_holds_the_states_around_every_block(decoder, ids):
     states: list[torch.Tensor] = []
     decoder.hidden(ids(2, 5), collect=states)
@@ -323,8 +385,8 @@ def layer_norm(x, norm):
     return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
-def rms_norm(x, norm):
-    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+def rms_norm(x, norm, eps=1e-5):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * norm.weight
 
 
 def test_post_norm_block_by_hand():
@@ -335,10 +397,11 @@ def test_post_norm_block_by_hand():
     close(block(x, Pass({0: mask})), layer_norm(z, block.post_attention_layernorm))
 
 
-def test_pre_norm_block_by_hand():
-    block, x, mask = one_block()
-    y = x + block.self_attn(rms_norm(x, block.input_layernorm), mask)
-    h = rms_norm(y, block.post_attention_layernorm)
+@pytest.mark.parametrize("eps", [1e-5, 0.7])
+def test_pre_norm_block_by_hand(eps):
+    block, x, mask = one_block(norm_eps=eps)
+    y = x + block.self_attn(rms_norm(x, block.input_layernorm, eps), mask)
+    h = rms_norm(y, block.post_attention_layernorm, eps)
     gate = h @ block.mlp.gate_proj.weight.T
     inner = gate / (1 + torch.exp(-gate)) * (h @ block.mlp.up_proj.weight.T)
     close(block(x, Pass({0: mask})), y + inner @ block.mlp.down_proj.weight.T)
@@ -434,6 +497,26 @@ def test_dropout_acts_in_training_only(build, ids):
     assert not torch.allclose(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize(("family", "n_places"), [("decoder", 1 + 2 * 2), ("encoder_decoder", 1 + 2 * 2 + 1 + 2 * 3)])
+def test_dropout_follows_embeddings_attention_and_feed_forward(build, ids, family, n_places):
+    model, places = build(family=family, dropout=0.3), []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda *_: places.append(1))
+    inputs = {"decoder_input_ids_BT": ids(1, 4)} if family == "encoder_decoder" else {}
+    model(ids(1, 6), **inputs)
+    assert len(places) == n_places
+
+
+def test_dropout_is_scaled_and_leaves_the_residual_alone():
+    block, x, mask = one_block(dropout=0.5)
+    block.train()
+    torch.manual_seed(0)
+    draws = torch.stack([block(x, Pass({0: mask})) - x for _ in range(400)])
+    dropped = (draws == 0).double().mean()
+    assert dropped.item() == pytest.approx(0.25, abs=0.03), "both of a layer's additions vanish at once"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initial_weights_depend_on_the_seed_alone(family):
     config = ModelConfig(vocab_size=50, d_model=32, n_layers=2, **FAMILIES[family])
@@ -463,3 +546,12 @@ def test_initial_spread_of_weights():
     assert (named["model.layers.3.self_attn.q_proj.bias"] == 0).all()
     assert (named["model.norm.weight"] == 1).all()
     assert (named["model.norm.bias"] == 0).all()
+
+
+def test_initial_queries_carry_the_scale_that_scores_lack():
+    model = LanguageModel(ModelConfig(vocab_size=50, d_model=256, n_heads=4, **FAMILIES["encoder_decoder"]))
+    initialise(model, 0)
+    named = dict(model.named_parameters())
+    for side in ("encoder.layers.1.self_attn", "decoder.layers.1.cross_attn"):
+        assert named[f"model.{side}.q_proj.weight"].std().item() == pytest.approx(0.02 / 8, rel=0.05)
+        assert named[f"model.{side}.k_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)

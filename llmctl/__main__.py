@@ -1,5 +1,6 @@
 """`python -m llmctl` and the console script: answers `--version` at once, hands the rest to the Typer app."""
 
+import os
 import sys
 from io import TextIOWrapper
 
@@ -11,6 +12,10 @@ def main() -> None:
 
         sys.stdout.write(f"llmctl {__version__}\n")
         return
+    # Threads of a matrix product wait for each other by spinning, by default so long that one other busy process on
+    # the machine makes training 20 times slower. A short spin costs nothing on an idle machine.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from llmctl.cli import end_with_the_pipe, run
 
     end_with_the_pipe(sys.argv[1:])

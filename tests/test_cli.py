@@ -97,6 +97,7 @@ def test_every_command_has_help_with_examples(capsys, name: str):
         (["fill", "<mask>"], 3, ["--objective mlm"]),
         (["use"], 3, ["llmctl use"]),
         (["pretrain", "--resume", "0009"], 3, ["0009"]),
+        (["pretrain", "--resume", "0009", "--steps", "5"], 2, ["train.steps"]),
         (["pretrain", "-r", "nowhere.yaml"], 3, ["nowhere.yaml"]),
         (["pretrain", "--set", "train.stepz=3"], 2, ["train.stepz", "train.steps"]),
         (["pretrain", "--objective", "gpt"], 2, ["`gpt`", "clm"]),

@@ -40,7 +40,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULT.seed,
     beams: Annotated[int, typer.Option(help="Beam search of this width instead of sampling.")] = DEFAULT.beams,
     length_penalty: Annotated[float, typer.Option(help="Above 1 favours longer beams.")] = DEFAULT.length_penalty,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = DEFAULT.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together; 1 answers line by line.")] = DEFAULT.batch_size,
     whole: Annotated[bool, typer.Option("--whole", help="All of standard input is one prompt.")] = False,
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")
@@ -160,7 +160,12 @@ def write(
         else:
             unseen.append(text)
 
-    while window := list(islice(prompts, config.batch_size * WINDOW_BATCHES)):
+    # Prompts of like length share a batch, so more are read at once; the first batch does not wait for them. One at a
+    # time means that each line is answered before the next is asked for.
+    largest = config.batch_size * WINDOW_BATCHES if config.batch_size > 1 else 1
+    size = config.batch_size
+    while window := list(islice(prompts, size)):
+        size = min(2 * size, largest)
         try:
             completions = list(generate(loaded, window, config, on_text if is_one else None))
         except KeyboardInterrupt:

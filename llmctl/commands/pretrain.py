@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,7 @@ def pretrain(
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line per step.")] = False,
 ) -> None:
     """Train a model from raw text; prints the model folder.
 
@@ -85,17 +87,32 @@ def pretrain(
         estimate = plan(resolved.config)
         result_json(estimate.to_dict()) if json else result(estimate.render())
         return
+    if resume is not None:
+        refuse_changes(resolved.origins)
+    else:
+        refuse_existing(out, force=force)
     command = shlex.join(["llmctl", "pretrain", *sys.argv[2:]])
+    note("loading torch", quiet=quiet)  # the first second and a half; say something at once
     from llmctl.engine.train import pretrain as train
     from llmctl.engine.train import resume as go_on
 
     if resume is not None:
-        trained = go_on(resume, command=command, quiet=quiet)
+        trained = go_on(resume, command=command, quiet=quiet, verbose=verbose)
     else:
-        refuse_existing(out, force=force)
-        note("loading torch", quiet=True)
-        trained = train(resolved, command=command, out=out, quiet=quiet)
+        trained = train(resolved, command=command, out=out, quiet=quiet, verbose=verbose)
     result_json(trained.summary) if json else result(str(trained.path))
+
+
+def refuse_changes(origins: Mapping[str, str]) -> None:
+    """Keep settings beside --resume from being passed over in silence: the run's own recipe decides."""
+    from llmctl.errors import UsageError
+
+    given = [key for key, origin in origins.items() if origin in ("flag", "--set") or origin.startswith("recipe")]
+    if given:
+        raise UsageError(
+            f"--resume goes on with the run's own recipe; `{given[0]}` cannot be changed",
+            "leave everything but --resume away, or start a new run",
+        )
 
 
 def refuse_existing(out: Path | None, *, force: bool) -> None:

@@ -178,7 +178,11 @@ def sample(
         # Two numbers side by side: neighbouring prompts must not share a stream.
         row.generator.manual_seed((config.seed * 1_000_003 + row.prompt.index) % (1 << 63))
     logits_BV = session.begin()
-    seen_BV = mark_seen(rows, logits_BV) if config.repetition_penalty != 1.0 else None
+    seen_BV = None
+    if config.repetition_penalty != 1.0:
+        # A word of the source is no repetition in its translation.
+        texts = [row.prompt.ids if session.is_decoder else [] for row in rows]
+        seen_BV = mark_seen(texts, logits_BV)
     while rows:
         tokens_B = sampling.choose(logits_BV, seen_BV, config, [row.generator for row in rows])
         staying = []
@@ -226,11 +230,11 @@ def advance(row: Row, token: int, config: GenerateConfig, ends: set[int], limit:
     return finish
 
 
-def mark_seen(rows: Sequence[Row], logits_BV: Tensor) -> Tensor:
-    """Return which tokens each prompt holds, bool, of the logits' shape and on their device (B, V)."""
+def mark_seen(texts: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
+    """Return which tokens each text holds, bool, of the logits' shape and on their device (B, V)."""
     seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
-    for position, row in enumerate(rows):
-        seen_BV[position, row.prompt.ids] = True
+    for row, ids in enumerate(texts):
+        seen_BV[row, list(ids)] = True
     return seen_BV
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from llmctl.config import ModelConfig
     from llmctl.formats.artifact import Artifact
     from llmctl.model.transformer import LanguageModel
     from llmctl.tokenizer.base import Tokenizer
@@ -220,7 +221,7 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: A
     import torch
 
     from llmctl.formats.artifact import read_artifact
-    from llmctl.model.transformer import LanguageModel, load_tensors
+    from llmctl.model.transformer import load_tensors
     from llmctl.tokenizer.load import find_tokenizer
 
     artifact = read_artifact(path)
@@ -236,14 +237,33 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: A
             f"the tokenizer of `{path}` has {tokenizer.vocab_size:,} tokens, its model {artifact.config.vocab_size:,}",
             "the two do not belong together; import the model again",
         )
-    with torch.device("meta"):
-        model = LanguageModel(artifact.config)
+    model = without_weights(artifact.config)
     model.to_empty(device=place)
     materialise_buffers(model)
     model.tie()
     model.to(names[dtype])
     load_tensors(model, artifact.state(names[dtype]))
     return Loaded(model.eval(), tokenizer, artifact)
+
+
+def without_weights(config: "ModelConfig") -> "LanguageModel":
+    """Return a model on the meta device; its weights have shapes and no numbers.
+
+    Drawing them is left out: on that device torch answers a draw by importing its compiler, most of a second.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    from llmctl.model.transformer import LanguageModel
+
+    class Undrawn(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__module__", None) == "torch.nn.init":
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), Undrawn():
+        return LanguageModel(config)
 
 
 def materialise_buffers(model: "LanguageModel") -> None:

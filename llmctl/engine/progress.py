@@ -24,10 +24,12 @@ class Progress(Protocol):
         """Leave the terminal as it was."""
 
 
-def make_progress(*, quiet: bool) -> Progress:
-    """Return the progress display that fits stderr."""
+def make_progress(*, quiet: bool, verbose: bool = False) -> Progress:
+    """Return the progress display that fits stderr; `verbose` is a line per step, wherever it goes."""
     if quiet:
         return Silent()
+    if verbose:
+        return Plain(every_step=True)
     return Live() if sys.stderr.isatty() else Plain()
 
 
@@ -47,7 +49,8 @@ class Silent:
 class Plain:
     """One line every ten seconds or every fiftieth of the steps, whichever is rarer: fit for logs."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, every_step: bool = False) -> None:
+        self.every_step = every_step
         self.last_time = 0.0
         self.last_step = 0
         self.started = False
@@ -56,7 +59,7 @@ class Plain:
         """Write a line if enough has happened since the last one."""
         step, now = int(record["step"]), time.monotonic()
         is_due = now - self.last_time >= 10 and step - self.last_step >= total_steps / 50
-        if is_due or not self.started or step == total_steps:
+        if self.every_step or is_due or not self.started or step == total_steps:
             self.started, self.last_time, self.last_step = True, now, step
             self.say(describe(record, total_steps, eta_seconds))
 

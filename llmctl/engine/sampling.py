@@ -37,6 +37,16 @@ def check(config: GenerateConfig) -> None:
             f"--batch-size is {config.batch_size}, it must be from 1 to {LARGEST_BATCH}",
         ),
     ]
+    drawing = {
+        "--top-k": config.top_k != 0,
+        "--top-p": config.top_p != 1,
+        "--min-p": config.min_p != 0,
+        "--repetition-penalty": config.repetition_penalty != 1,
+    }
+    checks += [
+        (config.beams > 1 and used, f"{name} has no part in a search with --beams {config.beams}")
+        for name, used in drawing.items()
+    ]
     problems = [sentence for wrong, sentence in checks if wrong]
     if problems:
         raise UsageError("; ".join(problems))
@@ -115,7 +125,7 @@ def choose(
     # One draw per row and inversion of the cumulative sum: the same token whatever else is in the batch.
     draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
     cumulative_BV = probabilities_BV.double().cumsum(dim=1)
-    targets_B1 = torch.stack(draws)[:, None] * cumulative_BV[:, -1:]
-    chosen_B = torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(1)
-    last_B = probabilities_BV.shape[1] - 1 - (probabilities_BV.flip(1) > 0).int().argmax(dim=1)
-    return torch.minimum(chosen_B, last_B).to(logits_BV.device)
+    totals_B1 = cumulative_BV[:, -1:]
+    # A draw just below 1 must not round up to the total: the sum first exceeds it nowhere.
+    targets_B1 = torch.minimum(torch.stack(draws)[:, None] * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1)))
+    return torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(1).to(logits_BV.device)

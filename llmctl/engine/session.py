@@ -77,7 +77,8 @@ class Session:
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
         logits_BV = self.model.head(hidden_BTD[:, -1])
-        logits_BV[:, self.n_known :] = float("-inf")
+        if self.n_known < logits_BV.shape[1]:
+            logits_BV[:, self.n_known :] = float("-inf")
         return logits_BV
 
     def _begin_decoder(self) -> Tensor:

@@ -56,7 +56,9 @@ class Trained:
     summary: dict[str, Any]
 
 
-def pretrain(resolved: Resolved[PretrainConfig], *, command: str, out: Path | None, quiet: bool) -> Trained:
+def pretrain(
+    resolved: Resolved[PretrainConfig], *, command: str, out: Path | None, quiet: bool, verbose: bool = False
+) -> Trained:
     """Train a model from raw text and leave it as a run folder, or as the single file `out`.
 
     Raises: LlmctlError of every kind; what is on disk by then stays valid and resumable.
@@ -64,7 +66,7 @@ def pretrain(resolved: Resolved[PretrainConfig], *, command: str, out: Path | No
     config = with_budget(resolved.config)
     check(config)
     started = time.monotonic()
-    progress = make_progress(quiet=quiet)
+    progress = make_progress(quiet=quiet, verbose=verbose)
     run = create_run("pretrain", f"{config.objective}-{label(config)}", out=None if out and is_file(out) else out)
     try:
         clear(run.path)
@@ -78,14 +80,14 @@ def pretrain(resolved: Resolved[PretrainConfig], *, command: str, out: Path | No
         run.close()
 
 
-def resume(name: str, *, command: str, quiet: bool) -> Trained:
+def resume(name: str, *, command: str, quiet: bool, verbose: bool = False) -> Trained:
     """Go on with a run from its newest valid checkpoint, as if it had never stopped.
 
     Raises: NotFoundError for a run or checkpoint that is not there, BusyError if it is still running.
     """
     path = find_run(name)
     config = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}).config
-    progress = make_progress(quiet=quiet)
+    progress = make_progress(quiet=quiet, verbose=verbose)
     run = open_run(path)
     try:
         if run.record.get("status") == "finished":

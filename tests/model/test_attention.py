@@ -89,6 +89,13 @@ def test_no_mask_is_made_where_none_is_needed(n_queries):
     assert build_mask(4, 4, causal=True).is_causal
 
 
+def test_padding_query_over_a_memory_without_padding_is_finite(qkv):
+    queries, keys = torch.tensor([[1, 1, 0, 0, 0, 0, 0]] * B), torch.ones(B, T, dtype=torch.long)
+    mask = build_mask(T, T, causal=False, query_documents_BT=queries, key_documents_BS=keys)
+    assert mask.tensor.all()
+    assert torch.isfinite(attend(*qkv, mask, SCALE)).all()
+
+
 def layer(**fields):
     config = complete(ModelConfig(vocab_size=2, d_model=24, n_heads=4, **fields))
     torch.manual_seed(0)

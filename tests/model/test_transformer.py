@@ -200,6 +200,35 @@ def test_cached_pair_equals_the_full_pass(pair, ids, cuts):
     close(torch.cat(pieces, dim=1), wanted)
 
 
+def test_selected_pairs_keep_their_memory(pair, ids):
+    source, target = ids(2, 9), ids(2, 5, seed=2)
+    documents = torch.ones(2, 9, dtype=torch.long)
+    documents[0, 6:] = 0
+    wanted = pair.hidden(source, documents_BT=documents, decoder_input_ids_BT=target)[:, -1]
+    memory, cache = pair.encode(source, documents_BS=documents), KVCache(pair.config, 2, 10, dtype=torch.float64)
+    pair.decode(target[:, :4], memory, memory_documents_BS=documents, cache=cache)
+    rows = torch.tensor([1, 0, 1])
+    cache.select(rows)
+    got = pair.decode(target[rows, 4:], None, memory_documents_BS=documents[rows], cache=cache)[:, 0]
+    close(got, wanted[rows])
+
+
+def test_cache_goes_on_with_the_last_document():
+    cache = KVCache(ModelConfig(vocab_size=5, d_model=8, n_heads=2), 3, 6)
+    assert cache.mark(2, None) is None
+    seen = cache.mark(3, torch.tensor([[0, 1, 1], [1, 1, 2], [0, 0, 0]]))
+    assert seen.tolist() == [[0, 1, 1], [1, 1, 2], [0, 0, 0]]
+    cache.advance(3)
+    assert cache.mark(1, None)[:, -1].tolist() == [1, 2, 1]  # whatever follows mere padding is text
+
+
+def test_position_offset_skips_rows_of_the_table(build, ids):
+    model, plain = build(positions="learned", position_offset=2), build(positions="learned")
+    state = model.state_dict()
+    plain.load_state_dict({**state, "model.embed_positions.weight": state["model.embed_positions.weight"][2:]})
+    close(model(ids(2, 9)), plain(ids(2, 9)))
+
+
 def test_decoder_sees_no_future_and_encoder_does(variant, build, ids):
     tokens = ids(1, 9)
     changed = tokens.clone()

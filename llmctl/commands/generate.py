@@ -40,7 +40,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULT.seed,
     beams: Annotated[int, typer.Option(help="Beam search of this width instead of sampling.")] = DEFAULT.beams,
     length_penalty: Annotated[float, typer.Option(help="Above 1 favours longer beams.")] = DEFAULT.length_penalty,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together; 1 answers line by line.")] = DEFAULT.batch_size,
+    batch_size: Annotated[
+        int, typer.Option(help="Prompts decoded together; 1 answers line by line.")
+    ] = DEFAULT.batch_size,
     whole: Annotated[bool, typer.Option("--whole", help="All of standard input is one prompt.")] = False,
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")

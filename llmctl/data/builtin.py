@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -73,13 +74,24 @@ def corpus() -> dict[str, Any]:
     try:
         with gzip.open(cached, "rt", encoding="utf-8") as file:
             content = json.load(file)
-        if isinstance(content, dict) and {"documents", "pairs"} <= content.keys():
-            return content
-    except (OSError, EOFError, ValueError):  # none yet, damaged, or not readable: built again
+        if is_corpus(content):
+            return dict(content)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error):  # none yet, damaged, or not readable
         pass
     content = build()
     store(cached, content)
     return content
+
+
+def is_corpus(content: Any) -> bool:
+    """Tell whether the cache holds what was put there."""
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("documents"), list)
+        and isinstance(content.get("pairs"), list)
+        and all(isinstance(text, str) for text in content["documents"])
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in content["pairs"])
+    )
 
 
 def cache_path() -> Path:

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -54,11 +55,16 @@ def read_documents(paths: Sequence[str], *, text_key: str = "text", split: Split
 
 
 def source_sha256(paths: Sequence[str]) -> str:
-    """Return the identity of a corpus: the digest of its files' digests in reading order; stdin has none: ""."""
+    """Return the identity of a corpus: the digest of its files' digests in reading order; a pipe has none: ""."""
     names = expand(paths)
-    if STDIN in names:
+    if any(map(is_pipe, names)):
         return ""
     return hashlib.sha256("".join(file_sha256(name) for name in names).encode()).hexdigest()
+
+
+def is_pipe(name: str) -> bool:
+    """Say whether what is read is gone afterwards: stdin, a named pipe, a shell's `<(...)`."""
+    return name == STDIN or not Path(name).is_file()
 
 
 def file_sha256(name: str) -> str:
@@ -74,11 +80,13 @@ def expand(paths: Sequence[str]) -> list[str]:
     """
     names: list[str] = []
     for path in paths:
+        if not path:  # "" would be the current folder: most likely a shell variable that is not set
+            raise NotFoundError("the path of the text is empty", "name files, folders or globs")
         if path == STDIN:
             names.append(path)
-        elif Path(path).is_dir():
+        elif os.path.isdir(path):  # noqa: PTH112 - of a name that cannot be, os says no where pathlib raises
             names += _folder_files(Path(path))
-        elif Path(path).exists():
+        elif os.path.exists(path):  # noqa: PTH110
             names.append(path)
         else:
             names += _glob_files(path)
@@ -380,7 +388,7 @@ def _jsonl_rows(name: str) -> Iterator[tuple[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"`{name}` line {number} is not JSON: {error}", "one JSON value per line") from error
         yield f"`{name}` line {number}", row
 
@@ -404,6 +412,8 @@ def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
                 raise UsageError(f"`{name}` item {index} is not JSON: {error}", "check the file") from error
             wanted = 2 * (len(buffer) - position)  # the value may be longer than what was read
             continue
+        except RecursionError as error:
+            raise UsageError(f"`{name}` item {index} is not JSON we can read: {error}", "check the file") from error
         yield f"`{name}` item {index}", row
         index, wanted = index + 1, BLOCK_BYTES // 2
 

@@ -76,7 +76,8 @@ def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: 
         active = staying
         if not active:
             break
-        session.select(torch.tensor(rows, device=logits_RV.device))
+        if rows != list(range(len(logits_RV))):
+            session.select(torch.tensor(rows, device=logits_RV.device))
         logits_RV = session.step(torch.tensor(tokens, device=logits_RV.device))
         scores_PK = torch.tensor(new_scores, dtype=torch.float64)
     return [hypotheses.finished[0][1] for hypotheses in found]

@@ -5,8 +5,7 @@ prompt draws from its own random numbers, seeded by (seed, number of the prompt)
 """
 
 import codecs
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +19,6 @@ from llmctl.engine.models import Loaded
 from llmctl.engine.session import Session
 from llmctl.errors import UsageError
 from llmctl.tokenizer.base import Tokenizer
-from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
 
 WINDOW_BATCHES = 8
 """Batches of prompts that are sorted by length together; results come out in the order of the prompts."""
@@ -63,35 +61,16 @@ def encode_prompt(loaded: Loaded, text: str) -> list[int]:
     if loaded.model.config.family == "encoder_decoder":
         sentinels = {f"<extra_id_{n}>": index for n, index in enumerate(tokenizer.sentinel_ids())}
         return [*encode_around(tokenizer, text, sentinels), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-    ids = tokenizer.encode(text, bos=begins_with_bos(tokenizer, loaded.artifact.files))
+    ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
     if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs something to go on from
         return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     return ids
 
 
-def begins_with_bos(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> bool:
-    """Tell whether texts of this model begin with a begin-of-text token.
-
-    Ours always do. Of published ones `tokenizer_config.json` says so; sentencepiece's do unless it denies it.
-    """
-    is_sentencepiece = isinstance(tokenizer, SentencePieceTokenizer)
-    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.is_lossless:
-        return True
-    try:
-        said = json.loads(files.get("tokenizer_config.json", b"{}")).get("add_bos_token")
-    except ValueError:
-        said = None
-    return bool(said) if said is not None else is_sentencepiece
-
-
 def end_ids(loaded: Loaded) -> set[int]:
     """Return the ids that end a text: the config's, and those of `generation_config.json`."""
-    ids = {loaded.model.config.eos_id}
-    try:
-        more = json.loads(loaded.artifact.files.get("generation_config.json", b"{}")).get("eos_token_id")
-    except ValueError:
-        more = None
-    ids |= set(more) if isinstance(more, list) else {more} if isinstance(more, int) else set()
+    more = loaded.json_file("generation_config.json").get("eos_token_id")
+    ids = [loaded.model.config.eos_id, *(more if isinstance(more, list) else [more])]
     return {index for index in ids if isinstance(index, int) and index >= 0}
 
 
@@ -101,6 +80,8 @@ def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateCon
     Raises: UsageError naming the prompt, its length and the limit.
     """
     sampling.check(config)
+    if config.stop and loaded.tokenizer is None:
+        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer, so that no --stop can be seen in its ids")
     limit, n_vocabulary = loaded.model.config.max_positions, loaded.model.config.vocab_size
     is_decoder = loaded.model.config.family == "decoder"
     for prompt in prompts:
@@ -142,9 +123,8 @@ def run_batch(
 ) -> list[Completion]:
     """Complete prompts together."""
     ends = end_ids(loaded)
-    n_known = loaded.tokenizer.vocab_size if loaded.tokenizer else None
     ids = [prompt.ids for prompt in prompts]
-    session = Session(loaded.model, ids, config.max_tokens, copies=config.beams, n_known=n_known)
+    session = Session(loaded.model, ids, config.max_tokens, copies=config.beams, excluded=without_text(loaded, ends))
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)
         return [
@@ -153,6 +133,13 @@ def run_batch(
         ]
     rows = [Row(prompt, make_stream(loaded, prompt, config)) for prompt in prompts]
     return sample(session, rows, config, ends, on_text)
+
+
+def without_text(loaded: Loaded, ends: Collection[int]) -> list[int]:
+    """Return the ids beyond the tokenizer's, which only pad a vocabulary; an end token that was added there stays."""
+    if loaded.tokenizer is None:
+        return []
+    return [index for index in range(loaded.tokenizer.vocab_size, loaded.model.config.vocab_size) if index not in ends]
 
 
 @dataclass
@@ -257,7 +244,8 @@ def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "Text
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         return TextStream(None, config.stop)
-    begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(prompt.ids)
+    known = [index for index in prompt.ids if index < tokenizer.vocab_size]
+    begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(known)
     return TextStream(tokenizer, config.stop, begins=begins)
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -49,6 +50,41 @@ class Loaded:
     model: "LanguageModel"
     tokenizer: "Tokenizer | None"
     artifact: "Artifact"
+
+    @cached_property
+    def begins_with_bos(self) -> bool:
+        """Whether a text of this model begins with a begin-of-text token.
+
+        Ours always do. Of published ones `tokenizer_config.json` says so, or the template in `tokenizer.json`;
+        sentencepiece's do unless it is denied.
+        """
+        from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
+
+        is_sentencepiece = isinstance(self.tokenizer, SentencePieceTokenizer)
+        if isinstance(self.tokenizer, SentencePieceTokenizer) and self.tokenizer.is_lossless:
+            return True
+        said = self.json_file("tokenizer_config.json").get("add_bos_token")
+        if said is not None:
+            return bool(said)
+        return is_sentencepiece or begins_with_special(self.json_file("tokenizer.json").get("post_processor"))
+
+    def json_file(self, name: str) -> dict[str, Any]:
+        """Return what a JSON file beside the weights holds; nothing where it is missing or no JSON object."""
+        try:
+            content = json.loads(self.artifact.files.get(name, b"{}"))
+        except ValueError:
+            return {}
+        return content if isinstance(content, dict) else {}
+
+
+def begins_with_special(post_processor: Any) -> bool:
+    """Tell whether a `tokenizer.json` puts a special token before every text (Llama 3 says it only there)."""
+    if not isinstance(post_processor, dict):
+        return False
+    if post_processor.get("type") == "Sequence":
+        return any(map(begins_with_special, post_processor.get("processors") or []))
+    single = post_processor.get("single")
+    return isinstance(single, list) and bool(single) and isinstance(single[0], dict) and "SpecialToken" in single[0]
 
 
 def runs_folder() -> Path:

@@ -127,5 +127,7 @@ def choose(
     cumulative_BV = probabilities_BV.double().cumsum(dim=1)
     totals_B1 = cumulative_BV[:, -1:]
     # A draw just below 1 must not round up to the total: the sum first exceeds it nowhere.
-    targets_B1 = torch.minimum(torch.stack(draws)[:, None] * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1)))
+    targets_B1 = torch.minimum(
+        torch.stack(draws)[:, None] * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1))
+    )
     return torch.searchsorted(cumulative_BV, targets_B1, right=True).squeeze(1).to(logits_BV.device)

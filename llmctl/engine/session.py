@@ -18,7 +18,7 @@ PREFILL_TOKENS = 512
 class Session:
     """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
 
-    Tokens from `n_known` on, which pad a vocabulary and have no text, are never likely.
+    Tokens in `excluded`, such as those that only pad a vocabulary, are never likely.
 
     Shapes: logits (B * copies, V), the copies of a prompt side by side.
     """
@@ -30,13 +30,13 @@ class Session:
         max_tokens: int,
         *,
         copies: int = 1,
-        n_known: int | None = None,
+        excluded: Sequence[int] = (),
     ) -> None:
-        self.n_known = n_known or model.config.vocab_size
         self.model, self.prompts, self.copies = model, prompts, copies
         self.is_decoder = model.config.family == "decoder"
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
         # A row may go on until it alone fills the context, whatever the others' lengths.
         self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
@@ -77,8 +77,8 @@ class Session:
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
         logits_BV = self.model.head(hidden_BTD[:, -1])
-        if self.n_known < logits_BV.shape[1]:
-            logits_BV[:, self.n_known :] = float("-inf")
+        if self.excluded is not None:
+            logits_BV.index_fill_(1, self.excluded, float("-inf"))
         return logits_BV
 
     def _begin_decoder(self) -> Tensor:

@@ -21,6 +21,10 @@ ROLES = {
 """Where no config says which token plays a role, the first of these that exists does."""
 
 
+MAX_VOCAB_SIZE = 1 << 24
+"""No vocabulary is near this; a larger id in a file is damage, and would cost memory for every id below it."""
+
+
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` with its config.
 
@@ -32,9 +36,9 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
             self._json: dict[str, Any] = json.loads(content)
-            config = json.loads(files.get("tokenizer_config.json", b"{}"))
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
             raise ArtifactError(f"`tokenizer.json` cannot be read: {error}", "fetch it again") from None
+        config = json_object(files, "tokenizer_config.json")
         self._tokenizer.encode_special_tokens = True  # what looks like a special token in a text is text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -46,6 +50,10 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True) | added
         self._pieces = {index: piece for piece, index in vocabulary.items()}
         self.vocab_size = max(self._pieces, default=-1) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ArtifactError(
+                f"`tokenizer.json` has the id {self.vocab_size - 1}, which cannot be", "fetch the tokenizer again"
+            )
         for role, names in ROLES.items():
             setattr(self, f"{role}_id", role_id(role, names, config, vocabulary, self._special))
 
@@ -102,6 +110,32 @@ class HuggingFaceTokenizer(Tokenizer):
         return {character: byte for byte, character in byte_characters().items()}
 
 
+def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Return what one of the files says; nothing where it is missing.
+
+    Raises: ArtifactError naming the file if it is no JSON object.
+    """
+    try:
+        content = json.loads(files.get(name, b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"`{name}` cannot be read: {error}", "fetch it again") from None
+    if not isinstance(content, dict):
+        raise ArtifactError(f"`{name}` is a {type(content).__name__}, not a JSON object", "fetch it again")
+    return content
+
+
+def text_lines(data: bytes, name: str) -> list[str]:
+    """Return the lines of one of the files.
+
+    Only LF ends a line: some pieces are themselves characters that splitlines() would cut at (U+2028).
+    Raises: ArtifactError naming the file and the byte that is not UTF-8.
+    """
+    try:
+        return data.decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"`{name}` is not UTF-8 at byte {error.start}", "fetch it again") from None
+
+
 def tokenizers_module() -> Any:
     """Return the `tokenizers` library.
 
@@ -144,13 +178,15 @@ def byte_characters() -> dict[int, str]:
 def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
     """Make BERT's tokenizer out of `vocab.txt`; lower case unless the config says otherwise.
 
+    Raises: ArtifactError for a list of lines that is no such vocabulary.
     Source: Devlin et al. 2019, arXiv:1810.04805.
     """
     tokenizers = tokenizers_module()
-    # Only LF ends a line: some pieces are themselves characters that splitlines() would cut at (U+2028).
-    lines = vocabulary.decode().removesuffix("\n").split("\n")
+    lines = text_lines(vocabulary, "vocab.txt")
     pieces = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
-    lowercase = bool(json.loads(files.get("tokenizer_config.json", b"{}")).get("do_lower_case", True))
+    if "[UNK]" not in pieces:
+        raise ArtifactError("`vocab.txt` is no WordPiece vocabulary: it has no `[UNK]`", "fetch it again")
+    lowercase = bool(json_object(files, "tokenizer_config.json").get("do_lower_case", True))
     model = tokenizers.models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100)  # noqa: S106
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
@@ -164,12 +200,21 @@ def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFa
 def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
     """Make GPT-2's tokenizer out of its vocabulary and merges.
 
+    Raises: ArtifactError if the two are damaged or do not belong together.
     Source: Radford et al. 2019.
     """
     tokenizers = tokenizers_module()
-    lines = [line for line in merges.decode().split("\n") if line and not line.startswith("#version")]
-    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(vocabulary), pairs))
+    lines = [line.removesuffix("\r") for line in text_lines(merges, "merges.txt")]
+    pairs = [
+        (left, right)
+        for left, _, right in (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+    ]
+    pieces = json_object({"vocab.json": vocabulary}, "vocab.json")
+    try:
+        model = tokenizers.models.BPE(pieces, pairs)
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        raise ArtifactError(f"`vocab.json` and `merges.txt` do not make a tokenizer: {error}", "fetch both") from None
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])

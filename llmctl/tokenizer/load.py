@@ -21,7 +21,12 @@ KNOWN_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+KNOWN_KINDS = "known are tokenizer.model, tokenizer.json, vocab.txt, vocab.json with merges.txt"
 MAX_HEADER_BYTES = 100_000_000
+
+MERGES_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe", "tokenizer_config.json")
+NEEDED_BESIDE: dict[str, tuple[str, ...]] = {MODEL_FILE: ()} | dict.fromkeys(MERGES_FILES[:4], MERGES_FILES)
+"""What lies beside a tokenizer file and is part of it; of most kinds only the config."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -39,18 +44,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     elif path.suffix == ".safetensors":
         files = files_in_header(path)
     else:
-        kind = {".model": MODEL_FILE, ".txt": "vocab.txt"}.get(path.suffix, path.name)
-        beside = path.parent / "tokenizer_config.json"
-        files = {kind: path.read_bytes()}
-        if beside.is_file() and kind != MODEL_FILE:
-            files["tokenizer_config.json"] = beside.read_bytes()
-    tokenizer = tokenizer_from_files(files)
+        files = files_of(path)
+    try:
+        tokenizer = find_tokenizer(files)
+    except ArtifactError as error:
+        raise ArtifactError(f"the tokenizer in `{path}` is damaged: {error}", error.hint) from error
     if tokenizer is None:
-        raise UsageError(
-            f"`{path}` holds no tokenizer of a known kind",
-            "known are tokenizer.model, tokenizer.json, vocab.txt, merges.txt",
-        )
+        raise UsageError(f"`{path}` holds no tokenizer of a known kind", KNOWN_KINDS)
     return tokenizer
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    """Return the file of a tokenizer under the name it is known by, with those beside it that it needs."""
+    if path.name in KNOWN_FILES:
+        kind = path.name
+    else:
+        kind = {".model": MODEL_FILE, ".txt": "vocab.txt", ".json": "tokenizer.json"}.get(path.suffix, path.name)
+    beside = NEEDED_BESIDE.get(kind, ("tokenizer_config.json",))
+    found = {name: path.parent / name for name in beside if (path.parent / name).is_file()}
+    return {name: place.read_bytes() for name, place in found.items()} | {kind: path.read_bytes()}
 
 
 def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
@@ -84,8 +96,7 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     tokenizer = find_tokenizer(files)
     if tokenizer is None:
         raise UsageError(
-            f"no tokenizer among {', '.join(f'`{name}`' for name in files) or 'no files'}",
-            "known are tokenizer.model, tokenizer.json, vocab.txt, vocab.json with merges.txt",
+            f"no tokenizer among {', '.join(f'`{name}`' for name in files) or 'no files'}", KNOWN_KINDS
         )
     return tokenizer
 
@@ -102,10 +113,10 @@ def files_in_header(path: Path) -> dict[str, bytes]:
                 raise ArtifactError(f"`{path}` has a header of {length} bytes, which cannot be", "fetch it again")
             header = json.loads(file.read(length))
         content = json.loads(header["__metadata__"]["llmctl.files"])
-        return {str(name): base64.b64decode(data) for name, data in content.items()}
+        return {str(name): base64.b64decode(data, validate=True) for name, data in content.items()}
     except KeyError:
         raise UsageError(
             f"`{path}` carries no tokenizer in its header", "give its folder, or a tokenizer file"
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"`{path}` has a damaged header: {error}", "fetch it again") from None

@@ -1,6 +1,7 @@
 """Tokenizers of the sentencepiece kind: ours, and the `.model` files that published models bring."""
 
 import json
+import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, proto: bytes, extra_files: dict[str, bytes] | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        if not proto:  # the library takes it for a model that comes later, and says so on stderr
+            raise ArtifactError(f"`{MODEL_FILE}` is empty", "fetch it again")
         try:
             self._processor = SentencePieceProcessor(model_proto=proto)
             self.vocab_size = self._processor.get_piece_size()
@@ -54,7 +57,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
         batch = [text if isinstance(text, str) else str(text) for text in texts]
-        ids: list[list[int]] = self._processor.encode(batch, num_threads=min(len(batch), os.cpu_count() or 1) or 1)
+        ids: list[list[int]] = self._processor.encode(batch, num_threads=n_threads(len(batch)))
         if self.is_lossless:
             for index, text in enumerate(batch):
                 if SPACE in text:
@@ -126,6 +129,12 @@ class SentencePieceTokenizer(Tokenizer):
         # A BPE model's scores are minus the rank of the merge, a unigram's are log-probabilities.
         scores = [score for piece, score in self.scored_pieces() if len(piece) > 1 and score < 0]
         return any(score != int(score) for score in scores)
+
+
+def n_threads(n_texts: int) -> int:
+    """Return how many threads encode so many texts; a worker process has its core and no more."""
+    n_cores = 1 if multiprocessing.parent_process() else os.cpu_count() or 1
+    return max(1, min(n_texts, n_cores))
 
 
 def as_json(content: Any) -> bytes:

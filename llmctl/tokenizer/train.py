@@ -14,6 +14,8 @@ SIZE_STEPS = ((8_000_000, 2048), (40_000_000, 8192))
 """Bytes of text up to which a vocabulary is enough; a full sample takes the largest one."""
 
 N_BYTE_PIECES = 256
+N_SPECIALS = 5
+MAX_VOCAB_SIZE = (1 << 31) - 1  # sentencepiece counts pieces in an int32
 
 MAX_SENTENCE_CHARACTERS = 4000
 """The trainer's work grows with the length of a sentence; longer lines are handed over in pieces."""
@@ -28,12 +30,13 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
 
     Special tokens <pad> <unk> <s> </s> <mask>, then `n_sentinels` of <extra_id_i>, are control pieces: text never
     encodes to them. Where the corpus has fewer pieces than `vocab_size`, the vocabulary is smaller than asked.
-    Raises: UsageError if the corpus is empty or the vocabulary too small for its characters.
+    Raises: UsageError if a setting cannot be, the corpus is empty, or the vocabulary too small for its characters.
     Source: BPE, Sennrich et al. 2016, arXiv:1508.07909; unigram, Kudo 2018, arXiv:1804.10959; sentencepiece,
     arXiv:1808.06226.
     """
     from sentencepiece import SentencePieceTrainer
 
+    check(config)
     model = io.BytesIO()
     controls = ["<mask>", *(f"<extra_id_{index}>" for index in range(config.n_sentinels))]
     is_char = config.model_type == "char"
@@ -68,6 +71,33 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
     return SentencePieceTokenizer(model.getvalue())
 
 
+def check(config: TokenizerConfig) -> None:
+    """Refuse settings that the trainer would complain of in its own words, or not at all.
+
+    Raises: UsageError naming the setting and its value.
+    """
+    if config.n_sentinels < 0:
+        raise UsageError(f"`tokenizer.n_sentinels` is {config.n_sentinels}", "0 is none; span corruption wants 100")
+    if not 0.98 <= config.character_coverage <= 1:  # the range that sentencepiece accepts
+        raise UsageError(
+            f"`tokenizer.character_coverage` is {config.character_coverage}, not between 0.98 and 1",
+            "0.9995 suits Chinese, 1 keeps every character",
+        )
+    if config.max_train_bytes < 1:
+        raise UsageError(f"`tokenizer.max_train_bytes` is {config.max_train_bytes}", "give it a million or more")
+    floor = N_BYTE_PIECES + N_SPECIALS + config.n_sentinels
+    if config.vocab_size and config.model_type != "char" and config.vocab_size <= floor:
+        raise UsageError(
+            f"`tokenizer.vocab_size` {config.vocab_size} is too small: bytes and special tokens alone need {floor}",
+            f"--set tokenizer.vocab_size={2 * floor}, or 0 to fit it to the text",
+        )
+    if config.vocab_size > MAX_VOCAB_SIZE:
+        raise UsageError(
+            f"`tokenizer.vocab_size` {config.vocab_size} is too large: at most {MAX_VOCAB_SIZE}",
+            "0 fits it to the text",
+        )
+
+
 def fitting_vocab_size(sample: Sequence[str], config: TokenizerConfig) -> int:
     """Return the vocabulary that a text asks for: larger for more text, and for scripts with many characters.
 
@@ -84,7 +114,7 @@ def fitting_vocab_size(sample: Sequence[str], config: TokenizerConfig) -> int:
         n_characters += 1
     n_bytes = sum(len(text.encode()) for text in sample)
     by_size = next((size for limit, size in SIZE_STEPS if n_bytes <= limit), VOCAB_SIZES[-1])
-    needed = 1.5 * (n_characters + N_BYTE_PIECES + 5 + config.n_sentinels)
+    needed = 1.5 * (n_characters + N_BYTE_PIECES + N_SPECIALS + config.n_sentinels)
     return max(by_size, next((size for size in VOCAB_SIZES if size >= needed), VOCAB_SIZES[-1]))
 
 

@@ -211,6 +211,74 @@ def test_a_reader_that_leaves_ends_it_quietly(models):
         assert process.stderr.read() == b""
 
 
+def test_a_line_is_answered_while_the_pipe_stays_open(models):
+    options = ["-", "-m", str(models / "plain"), "-n", "3", "-q", "--batch-size", "1"]
+    with start(*options, stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in (b"a list\n", b"of strings\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert process.stdout.readline().endswith(b"\n")
+        process.stdin.close()
+        assert process.stdout.read() == b""
+        assert process.wait(timeout=120) == 0
+
+
+def test_the_first_answers_of_a_long_pipe_do_not_wait_for_its_end(models, capsys):
+    loaded = load_model(models / "plain")
+    n_read = itertools.count()
+    asked: list[int] = []
+
+    def lines():
+        while (n := next(n_read)) < 60:
+            if capsys.readouterr().out:
+                asked.append(n)
+            yield "a list"
+
+    shape = {"json": False, "null": False, "ids": False, "stream": False, "is_record": True}
+    write(loaded, lines(), GenerateConfig(max_tokens=2, batch_size=4), **shape)
+    assert asked == [4, 12, 28]
+
+
+def test_a_terminal_is_not_read(models, monkeypatch, capsys):
+    primary, secondary = os.openpty()
+    try:
+        with os.fdopen(secondary, closefd=False) as terminal:
+            monkeypatch.setattr("sys.stdin", terminal)
+            assert run(["generate", "-m", str(models / "plain")]) == 2
+    finally:
+        os.close(primary)
+        os.close(secondary)
+    err = capsys.readouterr().err
+    assert "no prompt" in err
+    assert "hint: " in err
+
+
+def test_the_model_is_named_before_torch_is_loaded(models):
+    code = "import sys; sys.modules['torch'] = None; from llmctl.cli import run; sys.exit(run(sys.argv[1:]))"
+    for quiet in ([], ["-q"]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code, "generate", "a", "-m", str(models / "plain"), *quiet],
+            capture_output=True,
+            check=False,
+        )
+        assert done.stderr.startswith(b"model: ") == (not quiet)
+        assert b"torch" in done.stderr
+
+
+@pytest.mark.parametrize("option", [["--top-k", "4"], ["--repetition-penalty", "1.2"]])
+def test_what_a_search_would_ignore_is_refused(call, models, option: list[str]):
+    status, out, err = call("a", "-m", str(models / "plain"), "-q", "--beams", "3", *option)
+    assert (status, out) == (2, "")
+    assert f"{option[0]} has no part" in err
+
+
+def test_the_names_of_other_tools_are_understood(call, models):
+    options = ["a list", "-m", str(models / "plain"), "-q"]
+    assert call(*options, "--temp", "0", "--max-new-tokens", "5") == call(*options, "-t", "0", "-n", "5")
+
+
 def test_the_stories_are_those_of_the_reference(call, shared_data):
     folder = shared_data / "models" / "stories260K"
     for row in json.loads((folder / "reference.json").read_text(encoding="utf-8"))["prompts"]:

@@ -50,3 +50,10 @@ def test_a_choice_that_is_no_model_changes_nothing(home, model, capsys, name: st
 def test_no_choice_says_how_to_make_one(home, capsys):
     assert run(["use"]) == 3
     assert "llmctl use" in capsys.readouterr().err
+
+
+def test_no_folder_to_write_to_is_an_error_of_its_own(home, model, capsys, monkeypatch):
+    (home / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "file" / "data"))
+    assert run(["use", "m"]) == 8
+    assert "file/data" in capsys.readouterr().err

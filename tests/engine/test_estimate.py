@@ -76,13 +76,13 @@ def saved_bytes(model: LanguageModel, inputs: dict[str, torch.Tensor], *, bfloat
     return sum(kept.values())
 
 
-def random_inputs(config: ModelConfig, rows: Rows) -> dict[str, torch.Tensor]:
+def random_inputs(config: ModelConfig, rows: Rows, n_rows: int = N_ROWS) -> dict[str, torch.Tensor]:
     """Return ids of both sides, and two documents per row if packed."""
     sides = {"": rows.source} | ({"decoder_": rows.target} if rows.target else {})
-    inputs = {f"{side}input_ids_BT": torch.randint(0, config.vocab_size, (N_ROWS, n)) for side, n in sides.items()}
+    inputs = {f"{side}input_ids_BT": torch.randint(0, config.vocab_size, (n_rows, n)) for side, n in sides.items()}
     if rows.packed:
         for side, n in sides.items():
-            inputs[f"{side}documents_BT"] = 1 + (torch.arange(n) > n // 2).long().expand(N_ROWS, n)
+            inputs[f"{side}documents_BT"] = 1 + (torch.arange(n) > n // 2).long().expand(n_rows, n)
     return inputs
 
 
@@ -109,7 +109,7 @@ def peak_bytes(config: ModelConfig, rows: Rows, micro: int, optimizer: str) -> i
         optimizers = make_optimizers(model, OptimConfig(name=optimizer)).values()  # type: ignore[arg-type]
         for _ in range(2):
             for _ in range(rows.batch_size // micro):
-                inputs = {name: ids[:micro] for name, ids in random_inputs(config, rows).items()}
+                inputs = random_inputs(config, rows, micro)
                 labels = inputs.get("decoder_input_ids_BT", inputs["input_ids_BT"])
                 objective({**inputs, "labels": labels}).sum.backward()
             for each in optimizers:
@@ -132,15 +132,16 @@ def highest(profiler: profile) -> int:
 
 
 @pytest.mark.parametrize(
-    ("family", "rows", "micro", "optimizer"),
+    ("preset", "family", "rows", "micro", "optimizer"),
     [
-        ("decoder", Rows(3, 192), 3, "muon"),
-        ("encoder", Rows(3, 192), 1, "adamw"),
-        ("encoder_decoder", Rows(2, 96, 64), 1, "muon"),
+        ("mini", "decoder", Rows(3, 192), 3, "muon"),
+        ("mini", "encoder", Rows(3, 192), 1, "adamw"),
+        ("mini", "encoder_decoder", Rows(2, 96, 64), 1, "muon"),
+        ("tiny", "decoder", Rows(8, 256), 8, "muon"),
     ],
 )
-def test_memory_is_what_a_real_step_holds(family: str, rows: Rows, micro: int, optimizer: str):
-    config = ModelConfig(**(vars(preset_config("mini", family)) | {"vocab_size": 2048}))  # type: ignore[arg-type]
+def test_memory_is_what_a_real_step_holds(preset: str, family: str, rows: Rows, micro: int, optimizer: str):
+    config = ModelConfig(**(vars(preset_config(preset, family)) | {"vocab_size": 2048}))  # type: ignore[arg-type]
     kind = {"chunk_tokens": 2048, "optimizer": optimizer, "product_bytes": 4, "n_devices": 1}
     part = memory(config, rows, micro_batch_size=micro, **kind)
     assert part.peak == pytest.approx(peak_bytes(config, rows, micro, optimizer), rel=0.1)

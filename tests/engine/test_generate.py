@@ -125,11 +125,36 @@ def test_without_a_tokenizer_ids_work_and_text_does_not(make_loaded):
     assert completion.ids == by_full_forward(loaded, [5, 6, 7], 12)
 
 
-def test_ids_beyond_the_tokenizer_are_never_chosen(make_loaded):
-    loaded = make_loaded("rope", vocab_size=400, eos_id=-1)
-    for config in (GREEDY, DRAWN, dataclasses.replace(GREEDY, beams=3)):
-        for completion in generate(loaded, prompts(), config):
-            assert max(completion.ids) < loaded.tokenizer.vocab_size
+def test_ids_beyond_the_tokenizer_are_read_but_never_written_unless_one_ends_the_text(make_loaded):
+    loaded = make_loaded("rope", vocab_size=400, eos_id=-1, logits_bias=True)
+    last = loaded.tokenizer.vocab_size
+    loaded.model.lm_head.bias.data[last] = 1e4
+    configs = (GREEDY, DRAWN, dataclasses.replace(GREEDY, beams=3))
+    for config in configs:
+        for completion in generate(loaded, prompts([*PROMPTS, [2, last, 399]]), config):
+            assert len(completion.ids) == 12
+            assert max(completion.ids) < last
+    files = {"generation_config.json": json.dumps({"eos_token_id": [7, last]}).encode()}
+    ending = dataclasses.replace(loaded, artifact=dataclasses.replace(loaded.artifact, files=files))
+    for config in configs:
+        assert {(c.finish, len(c.ids)) for c in generate(ending, prompts(), config)} == {("eos", 0)}
+
+
+@pytest.mark.parametrize(
+    "said", [b"[]", b"{broken", b'{"eos_token_id": "x"}', b'{"eos_token_id": [[3], null]}', b"null"]
+)
+def test_a_strange_generation_config_ends_nothing(make_loaded, said: bytes):
+    loaded = make_loaded("rope", eos_id=-1)
+    strange = dataclasses.replace(
+        loaded, artifact=dataclasses.replace(loaded.artifact, files={"generation_config.json": said})
+    )
+    assert list(generate(strange, prompts(), GREEDY)) == list(generate(loaded, prompts(), GREEDY))
+
+
+def test_a_stop_string_without_text_is_refused(make_loaded):
+    loaded = make_loaded("rope", tokenizer=False)
+    with pytest.raises(UsageError, match="--stop"):
+        list(generate(loaded, prompts(), dataclasses.replace(GREEDY, stop=("a",))))
 
 
 # Streams of text
@@ -159,6 +184,51 @@ def test_chunks_are_whole_characters_and_join_to_the_text(text_tokenizer, text: 
         assert text.startswith(given_out)
         assert len(given_out) <= max(places)
     assert "\ufffd" not in given_out or "\ufffd" in text
+
+
+@given(st.lists(st.integers(0, 329), max_size=30), st.data())
+@settings(deadline=None, max_examples=200)
+def test_whatever_the_tokens_the_text_ends_before_the_first_stop_string(text_tokenizer, ids, data: st.DataObject):
+    # Single bytes, halves of characters, specials: any split of any text, valid or not.
+    ids = [index % text_tokenizer.vocab_size for index in ids]
+    whole = text_tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+    stops = [text for text in data.draw(st.lists(st.text("a st中\ufffd", max_size=3), max_size=2)) if text]
+    if whole:
+        at = data.draw(st.integers(0, len(whole) - 1))
+        stops.append(whole[at : at + data.draw(st.integers(1, 4))])
+    stream = TextStream(text_tokenizer, stops)
+    chunks = [stream.feed(token) for token in ids] + [stream.close()]
+    given_out = "".join(chunks)
+    assert given_out == stream.text
+    assert whole.startswith(given_out)
+    assert not any(stop in given_out for stop in stops)
+    # What was found first, as the text came, is what cut it.
+    ends = [whole.index(stop) for stop in stops if stop in whole]
+    assert len(given_out) in ends if ends else given_out == whole
+    assert stream.is_stopped == bool(ends)
+
+
+def test_streamed_pieces_join_to_the_completions(make_loaded):
+    loaded = make_loaded("rope")
+    got: dict[int, str] = dict.fromkeys(range(4), "")
+
+    def on_text(index: int, text: str) -> None:
+        got[index] += text
+
+    config = dataclasses.replace(DRAWN, max_tokens=30, stop=("a", "中"))
+    completions = list(generate(loaded, prompts(), config, on_text))
+    assert {completion.index: completion.text for completion in completions} == got
+    assert any(got.values())
+
+
+@pytest.mark.parametrize("kind", ["rope", "t5"])
+def test_what_was_written_is_not_written_again_and_a_source_is_not_written(make_loaded, kind: str):
+    loaded = make_loaded(kind, tokenizer=False, eos_id=-1, logits_bias=True)
+    loaded.model.lm_head.bias.data[301] = 1e4  # nothing else is likely, until it is forbidden
+    config = dataclasses.replace(GREEDY, max_tokens=30, repetition_penalty=1e9)
+    ids = next(generate(loaded, [Prompt(0, [300, 301])], config)).ids
+    assert len(set(ids)) == 30
+    assert (301 in ids) == (kind == "t5")
 
 
 def test_an_incomplete_character_at_the_end_is_marked(text_tokenizer):
@@ -281,25 +351,33 @@ def test_a_text_of_its_own_has_no_space_before_it(shared_data):
 
 
 @pytest.mark.interop
+@pytest.mark.parametrize("kind", ["t5", "gqa"])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_beams_are_those_of_transformers(make_loaded, tmp_path, length_penalty: float):
+def test_beams_are_those_of_transformers(make_loaded, tmp_path, kind: str, length_penalty: float):
     transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
-    loaded = make_loaded("t5", tokenizer=False, vocab_size=40, activation="gelu_tanh", norm_eps=1e-6, init_std=0.6)
+    fields = {"activation": "gelu_tanh", "norm_eps": 1e-6} if kind == "t5" else {"n_kv_heads": 2}
+    loaded = make_loaded(
+        "t5" if kind == "t5" else "rope", tokenizer=False, vocab_size=40, init_std=0.6, seed=1, **fields
+    )
     write_artifact(tmp_path / "m", loaded.model.config, loaded.model.state_dict(), files={}, provenance={})
-    theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "m").eval()
-    sources = [[5, 6, 7, 8], [9, 10, 11, 12], [30, 31, 32, 3], [20, 21, 22, 3]]
+    name = "T5ForConditionalGeneration" if kind == "t5" else "LlamaForCausalLM"
+    theirs = getattr(transformers, name).from_pretrained(tmp_path / "m").eval()
+    # Padded on the side on which each kind of model needs it.
+    sources = [[5, 6, 7, 8], [9, 10, 11], [30], [20, 21, 22, 33]]
+    padded = [row + [0] * (4 - len(row)) if kind == "t5" else [0] * (4 - len(row)) + row for row in sources]
     expected = theirs.generate(
-        input_ids=torch.tensor(sources),
-        attention_mask=torch.ones(4, 4, dtype=torch.long),
+        input_ids=torch.tensor(padded),
+        attention_mask=(torch.tensor(padded) != 0).long(),
         num_beams=4,
         do_sample=False,
         max_new_tokens=8,
         length_penalty=length_penalty,
         early_stopping=False,
     )
+    expected = expected[:, 1 if kind == "t5" else 4 :].tolist()
     config = GenerateConfig(max_tokens=8, beams=4, length_penalty=length_penalty)
     got = list(generate(loaded, prompts(sources), config))
-    for completion, row in zip(got, expected.tolist(), strict=True):
-        ended = [3] if completion.finish == "eos" else []
-        assert [0, *completion.ids, *ended] == row[: len(completion.ids) + len(ended) + 1]
-        assert set(row[len(completion.ids) + len(ended) + 1 :]) <= {0}
+    for completion, row in zip(got, expected, strict=True):
+        ids = [*completion.ids, *([3] if completion.finish == "eos" else [])]
+        assert ids == row[: len(ids)]
+        assert set(row[len(ids) :]) <= {0, 3}  # it fills up with either

@@ -1,15 +1,26 @@
 """Which model a command means: the order, the names, and the errors that say how to get one."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.engine.models import announce, default_file, load_model, nothing_found, resolve_model, runs_folder
+from llmctl.engine.models import (
+    Loaded,
+    announce,
+    default_file,
+    load_model,
+    nothing_found,
+    resolve_model,
+    runs_folder,
+    without_weights,
+)
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact import Artifact, write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 
 
@@ -105,6 +116,23 @@ def test_loading_gives_the_same_logits(home, positions: str):
     assert not loaded.model.training
 
 
+@pytest.mark.parametrize("family", ["decoder", "encoder_decoder"])
+def test_loading_does_not_import_torchs_compiler(home, family: str):
+    path = write(home / "m", model(family, positions="relative", attention_scale=1.0, tie_embeddings=False))
+    code = (
+        "import sys; from pathlib import Path; from llmctl.engine.models import load_model; "
+        "load_model(Path(sys.argv[1])); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code, str(path)], check=False).returncode == 0
+
+
+def test_a_model_without_weights_has_their_shapes(home):
+    made = model(n_token_types=2, positions="learned", query_layer=True)
+    empty = without_weights(made.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
+
+
 def test_a_tokenizer_that_does_not_fit_is_refused(home, text_tokenizer):
     small = LanguageModel(ModelConfig(vocab_size=100, d_model=16, n_layers=1, n_heads=2))
     path = write(home / "m", small, text_tokenizer.files())
@@ -181,3 +209,30 @@ def test_models_that_cannot_are_refused_before_their_weights_are_read(home, fami
         load_model(path, able=able)  # type: ignore[arg-type]
     add_run("0001-a", family)
     assert f"is {said} model" in str(nothing_found(able))  # type: ignore[arg-type]
+
+
+TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+
+
+@pytest.mark.parametrize(
+    ("files", "begins"),
+    [
+        ({}, False),
+        ({"tokenizer_config.json": {"add_bos_token": True}}, True),
+        ({"tokenizer.json": {"post_processor": TEMPLATE}}, True),
+        ({"tokenizer.json": {"post_processor": {"type": "Sequence", "processors": [{}, TEMPLATE]}}}, True),
+        ({"tokenizer.json": {"post_processor": TEMPLATE | {"single": TEMPLATE["single"][1:]}}}, False),
+        ({"tokenizer.json": {"post_processor": TEMPLATE}, "tokenizer_config.json": {"add_bos_token": False}}, False),
+        ({"tokenizer.json": {"post_processor": {"single": [3]}}, "tokenizer_config.json": []}, False),
+    ],
+)
+def test_published_models_say_how_their_texts_begin(tmp_path, files: dict, begins: bool):
+    written = {name: json.dumps(content).encode() for name, content in files.items()}
+    made = model()
+    assert Loaded(made, None, Artifact(tmp_path, "", made.config, written, {})).begins_with_bos == begins
+
+
+def test_ours_begin_with_bos_whatever_is_said(tmp_path, text_tokenizer):
+    made = model()
+    files = {"tokenizer_config.json": b'{"add_bos_token": false}'}
+    assert Loaded(made, text_tokenizer, Artifact(tmp_path, "", made.config, files, {})).begins_with_bos

@@ -81,6 +81,60 @@ def test_draws_follow_the_probabilities_and_the_seed():
     assert again.item() == drawn[17].item()
 
 
+def reference(values: list[float], seen: list[bool], config: GenerateConfig) -> list[float]:
+    """The distribution of the next token, filter after filter in float64; ties are kept whole by top-k."""
+    penalised = [
+        (v / config.repetition_penalty if v > 0 else v * config.repetition_penalty) if s else v
+        for v, s in zip(values, seen, strict=True)
+    ]
+    p = softmax([value / config.temperature for value in penalised])
+
+    def only(indexes: set[int]) -> list[float]:
+        total = sum(p[i] for i in indexes)
+        return [p[i] / total if i in indexes else 0.0 for i in range(len(p))]
+
+    if config.top_k:
+        threshold = sorted(p, reverse=True)[min(config.top_k, len(p)) - 1]
+        p = only({i for i, value in enumerate(p) if value >= threshold})
+    if config.top_p < 1:
+        order = sorted(range(len(p)), key=lambda i: -p[i])
+        sums = [sum(p[i] for i in order[:n]) for n in range(len(p))]
+        p = only({i for i, before in zip(order, sums, strict=True) if before < config.top_p})
+    if config.min_p:
+        p = only({i for i, value in enumerate(p) if value >= config.min_p * max(p)})
+    return p
+
+
+def test_all_filters_together_draw_as_their_definitions_say():
+    values, seen = [2.0, 1.7, 1.5, 0.1, -0.4, -1.0, 2.4], [False, False, True, False, True, False, True]
+    config = GenerateConfig(temperature=1.3, top_k=5, top_p=0.85, min_p=0.1, repetition_penalty=1.4)
+    n = 4000
+    generators = [torch.Generator().manual_seed(seed) for seed in range(n)]
+    drawn = sampling.choose(torch.tensor([values]).expand(n, 7), torch.tensor([seen]).expand(n, 7), config, generators)
+    expected = reference(values, seen, config)
+    assert 0.0 in expected
+    counts = torch.bincount(drawn, minlength=7) / n
+    torch.testing.assert_close(counts, torch.tensor(expected), rtol=0, atol=0.03)
+    assert not counts[[i for i, p in enumerate(expected) if p == 0]].any()
+
+
+@given(
+    st.lists(st.floats(-80, 80, width=32), min_size=1, max_size=12),
+    st.floats(0.01, 3.0),
+    st.integers(0, 12),
+    st.floats(0.01, 1.0),
+    st.floats(0.0, 1.0),
+    st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_whatever_is_asked_a_token_with_some_probability_is_drawn(values, temperature, top_k, top_p, min_p, seed):
+    config = GenerateConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    padded = torch.tensor([[*values, -math.inf, -math.inf]])
+    (index,) = sampling.choose(padded, None, config, [torch.Generator().manual_seed(seed)]).tolist()
+    assert index < len(values)
+    assert values[index] == max(values) or temperature >= (max(values) - values[index]) / 110
+
+
 def test_excluded_tokens_are_never_drawn():
     values = torch.tensor([[5.0, 4.0, 3.0, 2.0]]).expand(500, 4)
     generators = [torch.Generator().manual_seed(seed) for seed in range(500)]
@@ -94,6 +148,15 @@ def test_all_wrong_settings_are_named_together():
         sampling.check(config)
     for name in ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repetition-penalty", "beams"):
         assert f"--{name}" in str(caught.value)
+
+
+def test_a_search_and_settings_of_draws_exclude_each_other():
+    config = GenerateConfig(beams=4, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    with pytest.raises(UsageError) as caught:
+        sampling.check(config)
+    for name in ("top-k", "top-p", "min-p", "repetition-penalty"):
+        assert f"--{name} has no part" in str(caught.value)
+    sampling.check(GenerateConfig(beams=4))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

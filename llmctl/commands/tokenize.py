@@ -24,6 +24,9 @@ def tokenize(
 ) -> None:
     """Turn lines of text into lines of token ids; `--decode` reverses.
 
+    A line end is not part of a line's ids. One among the ids given to `--decode` is written as it is; with `--json`
+    every record is one line all the same.
+
     `llmctl tokenize train` makes a tokenizer, `llmctl tokenize encode` shards of a corpus.
 
     Examples:
@@ -36,6 +39,8 @@ def tokenize(
     """
     if context.invoked_subcommand is not None:
         return
+    if decode and stats:
+        raise UsageError("`--decode` and `--stats` exclude each other", "--stats reads text")
     if sys.stdin.isatty():
         raise UsageError("no text on standard input", "llmctl tokenize < text.txt")
     from llmctl.engine.models import announce, resolve_model
@@ -112,7 +117,7 @@ def encode(
     tokenizer: Annotated[str, typer.Option(help="A tokenizer or a model.")] = "tokenizer",
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the shards.")] = Path("shards"),
     shard: Annotated[str, typer.Option(help="Encode part i of n only, as i/n: one job of an array.")] = "0/1",
-    workers: Annotated[int, typer.Option(help="Processes; 0 is one per core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
     split: Annotated[str | None, typer.Option(help="A document of a .txt: file, line or blank.")] = None,
     text_key: Annotated[str | None, typer.Option(help="The field of rows that holds the text.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -128,8 +133,6 @@ def encode(
 
       llmctl tokenize encode corpus/ --tokenizer tok -o shards --shard 3/16
     """
-    import os
-
     from llmctl.config import PretrainConfig
     from llmctl.data.shards import parse_part
     from llmctl.engine.tokenize import encode_corpus
@@ -142,7 +145,7 @@ def encode(
         data,
         out,
         part=parse_part(shard),
-        workers=workers or os.cpu_count() or 1,
+        workers=workers,
         say=lambda text: note(text, quiet=quiet),
     )
     if json:

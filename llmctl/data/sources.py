@@ -76,12 +76,12 @@ def file_sha256(name: str) -> str:
 def expand(paths: Sequence[str]) -> list[str]:
     """Return the files that paths, folders and globs stand for; `-` stays.
 
-    Raises: NotFoundError for what does not exist or a folder without text files.
+    Raises: NotFoundError for what does not exist or a folder without text files; UsageError for an empty name.
     """
     names: list[str] = []
     for path in paths:
         if not path:  # "" would be the current folder: most likely a shell variable that is not set
-            raise NotFoundError("the path of the text is empty", "name files, folders or globs")
+            raise UsageError("the path of the text is empty", "name files, folders or globs")
         if path == STDIN:
             names.append(path)
         elif os.path.isdir(path):  # noqa: PTH112 - of a name that cannot be, os says no where pathlib raises
@@ -194,7 +194,8 @@ def _open_zstd(path: Path) -> BinaryIO:
             from backports import zstd
         except ImportError as error:
             raise MissingExtraError(f"reading `{path}`", "backports.zstd", "data") from error
-    file: BinaryIO = zstd.ZstdFile(_opened(path), mode="r")
+    _opened(path).close()  # as with gzip
+    file: BinaryIO = zstd.ZstdFile(path, mode="r")
     return file
 
 

@@ -3,6 +3,7 @@
 Nothing here imports torch.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ import numpy as np
 
 from llmctl.config import DataConfig, TokenizerConfig
 from llmctl.data.builtin import builtin_documents, builtin_provenance
-from llmctl.data.shards import Part, ShardSet, write_shards
+from llmctl.data.shards import Part, ShardSet, is_begun, write_shards
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import OutputError, UsageError
-from llmctl.files import atomic_path
+from llmctl.files import atomic_path, ensure_writable, write_bytes
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.train import train_tokenizer
@@ -31,6 +32,9 @@ def train(paths: Sequence[str], config: TokenizerConfig, data: DataConfig, out: 
     """
     if out.exists() and not force:
         raise OutputError(f"`{out}` exists already", "-f replaces it, -o names another place")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"`{out}` is a file, and a tokenizer is a folder", "-o names another place")
+    ensure_writable(out if out.is_dir() else out.parent)
     texts: Iterable[str] = (
         read_documents(paths, text_key=data.text_key, split=data.split) if paths else builtin_documents()
     )
@@ -40,10 +44,14 @@ def train(paths: Sequence[str], config: TokenizerConfig, data: DataConfig, out: 
 
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer's files into a folder; other files that lie there stay."""
-    for name, content in tokenizer.files().items():
-        with atomic_path(out / name) as temporary:
-            temporary.write_bytes(content)
+    """Write a tokenizer's files: a new folder at once; into one that is there file by file, and other files stay."""
+    if out.exists():
+        for name, content in tokenizer.files().items():
+            write_bytes(out / name, content)
+        return
+    with atomic_path(out) as folder:
+        for name, content in tokenizer.files().items():
+            write_bytes(folder / name, content)
 
 
 def encode_corpus(
@@ -53,13 +61,14 @@ def encode_corpus(
     out: Path,
     *,
     part: Part,
-    workers: int,
-    say: Callable[[str], None],
+    workers: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> ShardSet | None:
     """Encode a corpus into shards, each document between its begin and end tokens; resumes what was begun.
 
-    Returns None while other parts of the corpus are missing.
-    Raises: ArtifactError if the folder holds another corpus or tokenizer.
+    `workers` are processes, 0 is one per core. Returns None while other parts of the corpus are missing.
+    Raises: ArtifactError if the folder holds another corpus or tokenizer; OutputError if it holds shards and the
+    text comes through a pipe, which cannot be compared with the one they are of.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     if paths:
@@ -67,6 +76,11 @@ def encode_corpus(
         identity = source_sha256(paths)
     else:
         documents, identity = builtin_documents(), str(builtin_provenance()["sha256"])
+    if not identity and is_begun(out, part):
+        raise OutputError(
+            f"`{out}` holds shards already, and text from a pipe cannot be compared with theirs",
+            "choose a new folder with -o, or encode a file",
+        )
     shards = write_shards(
         out,
         documents,
@@ -74,8 +88,13 @@ def encode_corpus(
         bos=tokenizer.bos_id,
         eos=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,
-        identity={"tokenizer_sha256": tokenizer.sha256, "source_sha256": identity, "split": data.split},
-        workers=workers,
+        identity={
+            "tokenizer_sha256": tokenizer.sha256,
+            "source_sha256": identity,
+            "split": data.split,
+            "text_key": data.text_key,
+        },
+        workers=workers or n_cores(),
         part=part,
         say=say,
     )
@@ -84,7 +103,7 @@ def encode_corpus(
 
 
 def batched(lines: Iterable[str], size: int = BATCH_LINES) -> Iterator[list[str]]:
-    """Group lines; the first groups are small, so that a pipe's first answer does not wait."""
+    """Group lines; the first groups are small, so that `head -1` costs little."""
     batch: list[str] = []
     limit = 1
     for line in lines:
@@ -110,13 +129,23 @@ def decode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         ids = []
         for word in line.split():
-            if not word.isascii() or not word.isdigit() or int(word) >= tokenizer.vocab_size:
+            if not is_number(word) or int(word) >= tokenizer.vocab_size:
                 raise UsageError(
                     f"line {number} has `{word[:40]}`, which is not an id from 0 to {tokenizer.vocab_size - 1}",
                     "--decode reads numbers separated by spaces",
                 )
             ids.append(int(word))
         yield tokenizer.decode(ids)
+
+
+def is_number(word: str) -> bool:
+    """Tell whether a word is an id written in digits; `int` refuses thousands of them."""
+    return len(word) < 20 and word.isascii() and word.isdigit()
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use, which a scheduler may have cut down."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
 """
 
 import json
+import multiprocessing
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -33,6 +35,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, content: bytes, files: Mapping[str, bytes]) -> None:
         tokenizers = tokenizers_module()
+        if multiprocessing.parent_process():  # a worker process has its core and no more
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
             self._json: dict[str, Any] = json.loads(content)

@@ -95,9 +95,7 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
     """
     tokenizer = find_tokenizer(files)
     if tokenizer is None:
-        raise UsageError(
-            f"no tokenizer among {', '.join(f'`{name}`' for name in files) or 'no files'}", KNOWN_KINDS
-        )
+        raise UsageError(f"no tokenizer among {', '.join(f'`{name}`' for name in files) or 'no files'}", KNOWN_KINDS)
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from llmctl.config import TokenizerConfig
 from llmctl.data import shards as module
 from llmctl.data.shards import Part, ShardSet, encode_all, parse_part, write_shards
-from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.errors import ArtifactError, MemoryLimitError, NotFoundError, OutputError, UsageError
 from llmctl.tokenizer.train import train_tokenizer
 
 TEXTS = [f"text {n} " + "x" * (n % 7) for n in range(50)] + ["", "中文"]
@@ -155,3 +156,69 @@ def test_no_more_than_a_shard_is_held(tmp_path):
 def test_a_part_that_cannot_be_is_refused(text: str):
     with pytest.raises(UsageError, match="--shard"):
         parse_part(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shards", None),
+        ("shards", [{"tokens": "../../etc/passwd", "lengths": "x", "n_documents": 1, "n_tokens": 1}]),
+        ("shards", [{"tokens": 3}]),
+        ("dtype", "object"),
+        ("vocab_size", "many"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(tmp_path, key: str, value):
+    write(tmp_path)
+    path = next(iter(tmp_path.glob("part-*.json")))
+    manifest = json.loads(path.read_text())
+    for changed in (manifest | {key: value}, {name: manifest[name] for name in manifest if name != key}, [], None):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ArtifactError, match="manifest"):
+            ShardSet.open(tmp_path)
+
+
+@pytest.mark.parametrize("harm", ["cut", "delete", "longer"])
+def test_damaged_lengths_are_named(tmp_path, harm: str):
+    write(tmp_path)
+    path = next(iter(sorted(tmp_path.glob("*.lengths.bin"))))
+    if harm == "delete":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if harm == "cut" else path.read_bytes() + bytes([1] + [0] * 7))
+    with pytest.raises(ArtifactError, match="part-00000-of-00001-00000"):
+        ShardSet.open(tmp_path)
+
+
+def test_parts_of_different_corpora_are_not_merged(tmp_path):
+    write(tmp_path, part=Part(0, 2))
+    with pytest.raises(ArtifactError, match="source_sha256"):
+        write(tmp_path, part=Part(1, 2), identity=IDENTITY | {"source_sha256": "other"})
+    write(tmp_path / "other", part=Part(1, 2), identity=IDENTITY | {"source_sha256": "other"})
+    write(tmp_path / "other", part=Part(0, 2), identity=IDENTITY | {"source_sha256": "other"})
+    for path in (tmp_path / "other").glob("part-00001-*"):
+        path.rename(tmp_path / path.name)
+    with pytest.raises(ArtifactError, match="source_sha256"):
+        ShardSet.open(tmp_path)
+
+
+def die(batch: list[str]) -> list[list[int]]:
+    os._exit(9)
+
+
+def test_a_killed_process_is_an_error_and_no_endless_wait(monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 10)
+    with pytest.raises(MemoryLimitError, match="killed"):
+        list(encode_all(TEXTS, die, 2))
+
+
+def test_an_id_that_does_not_fit_is_never_written(tmp_path):
+    with pytest.raises(OverflowError):
+        write_shards(tmp_path, ["a"], lambda _: [[70_000]], bos=None, eos=None, vocab_size=300, identity=IDENTITY)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="file/shards"):
+        write(tmp_path / "file" / "shards")

@@ -88,3 +88,65 @@ def test_without_the_extra_the_error_names_it(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], input=b"a\n", capture_output=True, check=False)
     assert done.returncode == 7
     assert b"llmctl[hub]" in done.stderr
+
+
+HARM = {
+    "vocab.txt is not UTF-8": {"vocab.txt": b"[UNK]\n\xff\n"},
+    "vocab.txt is any text": {"vocab.txt": b"hello\nworld\n"},
+    "vocab.txt is empty": {"vocab.txt": b""},
+    "its config is cut": {"vocab.txt": b"[UNK]\na\n", "tokenizer_config.json": b"{"},
+    "its config is a list": {"vocab.txt": b"[UNK]\na\n", "tokenizer_config.json": b"[]"},
+    "vocab.json is cut": {"vocab.json": b'{"a"', "merges.txt": b"a b\n"},
+    "vocab.json is a list": {"vocab.json": b"[1]", "merges.txt": b"a b\n"},
+    "vocab.json is too deep": {"vocab.json": b"[" * 100_000, "merges.txt": b"a b\n"},
+    "merges.txt is of another": {"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"},
+    "merges.txt is not UTF-8": {"vocab.json": b'{"a": 0}', "merges.txt": b"\xff b\n"},
+    "an id is absurd": {
+        "tokenizer.json": b'{"version": "1.0", "added_tokens": [], "model": '
+        b'{"type": "WordLevel", "unk_token": "a", "vocab": {"a": 4000000000}}}'
+    },
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_damage_of_every_kind_is_one_clear_error(tmp_path, harm: str):
+    pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+    for name, content in HARM[harm].items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ArtifactError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert caught.value.hint
+
+
+def header(content: bytes) -> bytes:
+    return len(content).to_bytes(8, "little") + content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"__metadata__": 3}',
+        b'{"__metadata__": {"llmctl.files": "[]"}}',
+        b'{"__metadata__": {"llmctl.files": "{\\"tokenizer.model\\": 3}"}}',
+        b'{"__metadata__": {"llmctl.files": "{\\"tokenizer.model\\": \\"!!\\"}"}}',
+        b'{"__metadata__": {"llmctl.files": "{\\"tokenizer.model\\": \\"\\"}"}}',
+    ],
+)
+def test_a_header_that_does_not_hold_what_it_says_is_refused(tmp_path, content: bytes):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header(content))
+    with pytest.raises(ArtifactError, match="model"):
+        load_tokenizer(path)
+
+
+def test_a_file_is_known_by_its_ending_and_brings_what_lies_beside_it(tmp_path, shared_data):
+    folder = shared_data / "tokenizers" / "gpt2"
+    whole = load_tokenizer(folder)
+    assert {load_tokenizer(path).sha256 for path in folder.iterdir()} == {whole.sha256}
+    (tmp_path / "other.json").write_bytes(whole.files()["tokenizer.json"])
+    assert load_tokenizer(tmp_path / "other.json").encode("a list") == whole.encode("a list")
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    with pytest.raises(UsageError, match=r"vocab\.json"):
+        load_tokenizer(tmp_path / "vocab.json")

@@ -42,8 +42,12 @@ def folder(tokenizer, tmp_path_factory) -> str:
     return str(place)
 
 
-def encode(corpus: Path | str, folder: str, out: Path, *, part: Part = Part(), workers: int = 1, **data) -> ShardSet:
-    shards = encode_corpus([str(corpus)], folder, DataConfig(**data), out, part=part, workers=workers, say=str)
+def encode(
+    corpus: Path | str, folder: str, out: Path, *, part: Part | None = None, workers: int = 1, **data
+) -> ShardSet:
+    shards = encode_corpus(
+        [str(corpus)], folder, DataConfig(**data), out, part=part or Part(), workers=workers, say=str
+    )
     assert shards is not None
     return shards
 

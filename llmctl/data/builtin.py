@@ -70,17 +70,22 @@ def builtin_provenance() -> dict[str, Any]:
 
 def corpus() -> dict[str, Any]:
     """Return documents and pairs, from the cache if it is whole and of this Python."""
-    cached = cache_path()
-    try:
-        with gzip.open(cached, "rt", encoding="utf-8") as file:
-            content = json.load(file)
-        if is_corpus(content):
-            return dict(content)
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error):  # none yet, damaged, or not readable
-        pass
-    content = build()
-    store(cached, content)
+    path = cache_path()
+    content = read_cache(path)
+    if content is None:
+        content = build()
+        store(path, content)
     return content
+
+
+def read_cache(path: Path) -> dict[str, Any] | None:
+    """Return what the cache holds, None if there is none yet, or it is damaged or cannot be read."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error):
+        return None
+    return dict(content) if is_corpus(content) else None
 
 
 def is_corpus(content: Any) -> bool:

@@ -45,11 +45,22 @@ def tokenizer_json(
             added_token(piece) | {"id": index} for piece, index in sorted(specials.items(), key=lambda x: x[1])
         ],
         "normalizer": None,
-        "pre_tokenizer": None,
+        "pre_tokenizer": digit_split(pieces, specials) if is_unigram else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": model,
     }
+
+
+def digit_split(pieces: Sequence[str], specials: Mapping[str, int]) -> dict[str, Any] | None:
+    """Return the rule that keeps digits apart, as a vocabulary trained with split digits does; None for others.
+
+    Without it a unigram reader takes a `<0x41>` in a text for the byte piece of that name.
+    """
+    texts = (piece for piece in pieces if len(piece) > 1 and piece not in specials and not is_byte(piece))
+    if any(set(piece) & set("0123456789") for piece in texts):
+        return None
+    return {"type": "Split", "pattern": {"Regex": "[0-9]"}, "behavior": "Isolated", "invert": False}
 
 
 def merges(pieces: Sequence[str], scores: Sequence[float], specials: Mapping[str, int]) -> list[list[str]]:

@@ -57,7 +57,13 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
         batch = [text if isinstance(text, str) else str(text) for text in texts]
-        ids: list[list[int]] = self._processor.encode(batch, num_threads=n_threads(len(batch)))
+        processor = self._processor
+        # Of one text nothing is shared out: starting a thread costs more than a line.
+        ids: list[list[int]] = (
+            [processor.encode(batch[0])]
+            if len(batch) == 1
+            else processor.encode(batch, num_threads=n_threads(len(batch)))
+        )
         if self.is_lossless:
             for index, text in enumerate(batch):
                 if SPACE in text:

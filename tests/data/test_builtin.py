@@ -1,5 +1,8 @@
 """The embedded corpus is the same every time, holds no near-duplicates, and survives a bad cache."""
 
+import gzip
+import json
+
 import pytest
 
 from llmctl.data import builtin
@@ -58,3 +61,33 @@ def test_a_damaged_or_unwritable_cache_costs_nothing_but_time(content, monkeypat
 )
 def test_first_sentences(text: str, sentence: str):
     assert builtin.first_sentence(text) == sentence
+
+
+def test_a_cache_that_is_damaged_anywhere_is_not_read(content, tmp_path):
+    path = tmp_path / "cache.json.gz"
+    assert builtin.read_cache(path) is None
+    builtin.store(path, content)
+    assert builtin.read_cache(path) == json.loads(json.dumps(content))
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    harms = [
+        b"",
+        b"nonsense",
+        whole[:10] + b"\xff" * 100,
+        whole[:middle],
+        whole[:middle] + b"\0" * 500 + whole[middle + 500 :],
+    ]
+    shapes = [[], {"documents": 3, "pairs": []}, {"documents": [3], "pairs": []}, {"documents": [], "pairs": [["a"]]}]
+    harms += [gzip.compress(json.dumps(shape).encode()) for shape in shapes] + [gzip.compress(b"[" * 100_000)]
+    for harm in harms:
+        path.write_bytes(harm)
+        assert builtin.read_cache(path) is None
+
+
+def test_a_cache_and_a_fresh_build_have_the_same_provenance(monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
+    fresh = builtin.builtin_provenance()
+    written = builtin.cache_path().stat()
+    assert builtin.builtin_provenance() == fresh
+    now = builtin.cache_path().stat()
+    assert (now.st_ino, now.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)

@@ -110,8 +110,12 @@ def test_text_of_a_pipe_is_encoded_once(folder, tmp_path):
     with subprocess.Popen([sys.executable, "-c", feed]):
         shards = encode(pipe, folder, tmp_path / "out")
     assert load_tokenizer(folder).decode(shards.document(0).tolist()) == TEXT
-    with pytest.raises(OutputError, match="pipe"):
-        encode(pipe, folder, tmp_path / "out")
+    with subprocess.Popen([sys.executable, "-c", feed]) as writer:
+        try:
+            with pytest.raises(OutputError, match="pipe"):
+                encode(pipe, folder, tmp_path / "out")
+        finally:
+            writer.kill()  # nobody reads what it has
 
 
 def test_parts_and_processes_make_the_same_documents(corpus, folder, tmp_path, monkeypatch):

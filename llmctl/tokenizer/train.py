@@ -50,6 +50,8 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
             vocab_size=1_000_000 if is_char else vocab_size,
             character_coverage=1.0 if is_char else config.character_coverage,
             byte_fallback=True,
+            # A text without spaces (Chinese) must not leave the space to the bytes of the mark that stands for it.
+            required_chars="\u2581",
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

@@ -159,6 +159,15 @@ def test_training_is_reproducible_byte_for_byte():
     assert train_tokenizer(CORPUS, config).files() == train_tokenizer(iter(CORPUS), config).files()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_without_spaces_still_gives_them_back(kind: str):
+    tokenizer = train_tokenizer(["床前明月光，疑是地上霜。"] * 20, TokenizerConfig(model_type=kind, vocab_size=290))
+    assert tokenizer.is_lossless
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} <= tokenizer.files().keys()
+    for text in [*EDGE, "a b  c\u2581 d"]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 def test_line_ends_are_learned():
     tokenizer = train_tokenizer(CORPUS, TokenizerConfig(vocab_size=420, character_coverage=1.0))
     assert [tokenizer.piece(index) for index in tokenizer.encode("\n")] == ["\n"]

@@ -2,9 +2,13 @@
 
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from llmctl.engine.models import Ability
 
 
 def command_app(**settings: Any) -> typer.Typer:
@@ -26,6 +30,15 @@ def result(text: str) -> None:
 def result_json(record: Any) -> None:
     """Write one JSON record as one line to stdout; Chinese stays readable."""
     print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def find_model(name: str | None, able: "Ability", *, quiet: bool) -> Path:
+    """Find the model that a command means and say which on stderr, before torch makes anybody wait."""
+    from llmctl.engine.models import announce, resolve_model
+
+    found = resolve_model(name, able=able)
+    note(announce(found), quiet=quiet)
+    return found.path
 
 
 def note(text: str, *, quiet: bool = False) -> None:

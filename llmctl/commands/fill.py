@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.commands.common import command_app, find_model, result, result_json
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -42,16 +42,14 @@ def fill(
     if is_piped and text is None and sys.stdin.isatty():
         raise UsageError("no text", 'llmctl fill "a <mask> of strings", or - to read texts from a pipe')
     from llmctl.commands.generate import argument, one_line, read_prompts
-    from llmctl.engine.models import announce, resolve_model
 
     texts = read_prompts(whole=False, null=False) if is_piped else iter([argument(text)])
-    found = resolve_model(model, able="fill")
-    note(announce(found), quiet=quiet)
+    path = find_model(model, "fill", quiet=quiet)
     from llmctl.engine.fill import Filled, put_in
     from llmctl.engine.fill import fill as fill_in
     from llmctl.engine.models import load_model
 
-    loaded = load_model(found.path, device=device, dtype=dtype, able="fill")
+    loaded = load_model(path, device=device, dtype=dtype, able="fill")
 
     def show(filled: Filled) -> None:
         if json:

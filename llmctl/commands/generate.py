@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, note, result_json
+from llmctl.commands.common import command_app, find_model, result_json
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
@@ -83,15 +83,12 @@ def generate(
     if is_piped and prompt is None and sys.stdin.isatty():
         raise UsageError("no prompt", 'llmctl generate "The function returns", or - to read prompts from a pipe')
     texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
-    from llmctl.engine.models import announce, resolve_model
-
-    found = resolve_model(model, able="generate")
-    note(announce(found), quiet=quiet)
+    path = find_model(model, "generate", quiet=quiet)
     from llmctl.engine.models import load_model
     from llmctl.engine.sampling import check
 
     check(config)
-    loaded = load_model(found.path, device=device, dtype=dtype, able="generate")
+    loaded = load_model(path, device=device, dtype=dtype, able="generate")
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_piped and not whole)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.commands.common import command_app, find_model, note, result, result_json
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -43,13 +43,10 @@ def tokenize(
         raise UsageError("`--decode` and `--stats` exclude each other", "--stats reads text")
     if sys.stdin.isatty():
         raise UsageError("no text on standard input", "llmctl tokenize < text.txt")
-    from llmctl.engine.models import announce, resolve_model
     from llmctl.tokenizer.load import load_tokenizer
 
-    found = resolve_model(model, able="any")
-    if model is None:
-        note(announce(found))
-    tokenizer = load_tokenizer(found.path)
+    path = find_model(model, "any", quiet=model is not None)
+    tokenizer = load_tokenizer(path)
     from llmctl.commands.generate import read_prompts
     from llmctl.engine.tokenize import decode_lines, encode_lines, measure
 

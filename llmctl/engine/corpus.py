@@ -4,6 +4,7 @@ Text is read as a stream, twice or three times, and never held whole; only the h
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from llmctl.data.pairs import read_pairs
 from llmctl.data.shards import ShardSet, is_shard_folder, write_shards
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import UsageError
+from llmctl.files import atomic_path
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.train import train_tokenizer
@@ -46,6 +48,11 @@ class Corpus:
     train: Ints
     held_out: Ints
     provenance: dict[str, Any]
+
+    def held_out_bytes(self) -> int:
+        """Return how long the held-out text is, without making it."""
+        shards, token_bytes = self.targets or self.documents, self.tokenizer.token_bytes()
+        return sum(int(token_bytes[shards.document(int(index))].sum()) for index in self.held_out)
 
     def held_out_text(self) -> str:
         """Return the held-out documents as one text, for compressors to compare with."""
@@ -149,7 +156,7 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         documents = builtin_documents()
         held_out = draw(len(documents), data.val_frac, config.train.seed)
         return Text(lambda: iter(documents), held_out, len(documents)), builtin_provenance()
-    paths = [str(spool_stdin(folder)) if path == "-" else path for path in data.paths]
+    paths = [str(spool(path, folder / f"pipe-{n}.txt")) if is_once(path) else path for n, path in enumerate(data.paths)]
 
     def read() -> Iterator[str]:
         return read_documents(paths, text_key=data.text_key, split=data.split)
@@ -202,14 +209,20 @@ def split_groups(keys: Sequence[str], frac: float, seed: int) -> Ints:
     return np.flatnonzero(np.isin(groups, draw(len(numbers), frac, seed)))
 
 
-def spool_stdin(folder: Path) -> Path:
+def is_once(path: str) -> bool:
+    """Tell whether what is read is gone afterwards: standard input, or a pipe such as a shell's `<(...)`."""
+    return path == "-" or Path(path).is_fifo()
+
+
+def spool(source: str, path: Path) -> Path:
     """Keep piped text in the run folder, so that it can be read more than once and after a restart."""
-    path = folder / "stdin.txt"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            while block := sys.stdin.buffer.read(1 << 20):
-                file.write(block)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            if source == "-":
+                shutil.copyfileobj(sys.stdin.buffer, file)
+            else:
+                with Path(source).open("rb") as pipe:
+                    shutil.copyfileobj(pipe, file)
     return path
 
 

@@ -3,13 +3,9 @@
 Other training commands stand beside this one: they differ in data, objective and which parameters train.
 """
 
-import hashlib
-import json
-import lzma
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +17,27 @@ from llmctl.data.batches import Batches, CausalBatches, Ids, MaskedBatches, Pair
 from llmctl.data.masking import Masking
 from llmctl.data.stream import PackedRows, PairRows
 from llmctl.engine import checkpoint
-from llmctl.engine.card import model_card
 from llmctl.engine.corpus import Corpus, prepare_corpus
 from llmctl.engine.estimate import Shape, flops_per_token
-from llmctl.engine.loop import Fitted, State, Training, fit
-from llmctl.engine.metrics import MetricsFile, loss_svg, rounded
+from llmctl.engine.loop import State, Training, fit
 from llmctl.engine.models import load_model
 from llmctl.engine.objectives import OBJECTIVES, LabelPrediction
+from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
 from llmctl.engine.progress import Progress, make_progress
 from llmctl.engine.runs import Run, create_run, find_run, open_run
-from llmctl.engine.runtime import Runtime, describe_environment, product_rate, start
+from llmctl.engine.runtime import Runtime, product_rate, start
 from llmctl.engine.samples import make_sampler
 from llmctl.errors import InterruptedRunError, LlmctlError, UsageError
-from llmctl.files import atomic_path, ensure_writable, write_bytes
-from llmctl.formats.artifact import Artifact, write_artifact
+from llmctl.files import ensure_writable, write_bytes
+from llmctl.formats.artifact import Artifact
 from llmctl.formats.families import family_for
 from llmctl.model.presets import ALIASES, PRESETS, get_preset, preset_config
 from llmctl.model.transformer import LanguageModel, initialise
-from llmctl.recipe import Resolved, dump, load, nested
+from llmctl.recipe import Resolved, dump, load
 from llmctl.tokenizer.base import Tokenizer
 
 DEFAULT_STEPS = {"clm": 300, "mlm": 350, "span": 200, "seq2seq": 400}
 """Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
-
-XZ_LIMIT_BYTES = 20_000_000
-"""Held-out text larger than this is not compressed for comparison."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training command reports."""
-
-    path: Path
-    summary: dict[str, Any]
 
 
 def pretrain(
@@ -157,11 +141,6 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "data"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def is_file(out: Path) -> bool:
-    """Tell whether `-o` names a single file."""
-    return out.suffix == ".safetensors"
 
 
 def with_budget(config: PretrainConfig) -> PretrainConfig:
@@ -375,126 +354,6 @@ def make_batches(config: PretrainConfig, corpus: Corpus, model: ModelConfig, *, 
         return SpanBatches(packed, ids, frac=data.mask_frac, mean_span_tokens=data.mean_span_tokens, seed=seed)
     word_starts = tokenizer.word_starts() if data.whole_word else None
     return MaskedBatches(packed, ids, Masking(max(model.mask_id, 0), data.mask_frac, special, word_starts), seed)
-
-
-def finish(
-    run: Run,
-    config: PretrainConfig,
-    training: Training,
-    corpus: Corpus,
-    fitted: Fitted,
-    *,
-    command: str,
-    out: Path | None,
-    started: float,
-) -> Trained:
-    """Write the model, its card and its picture, mark the run as finished, and tidy up."""
-    model = training.model
-    text = xz_comparison(corpus)
-    recipe_sha256 = hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
-    # Only what the recipe and the seed determine: the file is the same, byte for byte, when made again.
-    provenance = {
-        "objective": config.objective,
-        "recipe_sha256": recipe_sha256,
-        "data": corpus.provenance,
-        "tokenizer_sha256": corpus.tokenizer.sha256,
-        "steps": fitted.kept_step,
-        "held_out": rounded(fitted.after),
-    }
-    written = write_artifact(
-        run.path,
-        model.config,
-        {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
-        files=corpus.tokenizer.files(),
-        provenance=provenance,
-        force=True,
-    )
-    if out is not None and is_file(out):
-        with atomic_path(out) as temporary:
-            shutil.copyfile(written / "model.safetensors", temporary)
-        written = out
-    summary: dict[str, Any] = {
-        "model": str(written),
-        "objective": config.objective,
-        "architecture": family_for(model.config).architecture,
-        "n_parameters": parameter_count(model),
-        "steps": fitted.state.step,
-        "tokens": fitted.state.tokens,
-        "kept_step": fitted.kept_step,
-        "before": rounded(fitted.before),
-        "after": rounded(fitted.after),
-        **text,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    write_pictures(run, model, corpus, summary, command)
-    shutil.rmtree(run.path / "data", ignore_errors=True)
-    run.finish(
-        family=model.config.family, seconds=summary["seconds"], summary=summary, environment=describe_environment()
-    )
-    training.progress.say(closing_line(summary, fitted))
-    return Trained(written, summary)
-
-
-def write_pictures(
-    run: Run,
-    model: LanguageModel,
-    corpus: Corpus,
-    summary: Mapping[str, Any],
-    command: str,
-) -> None:
-    """Write `loss.svg` and the model card."""
-    lines = MetricsFile(run.path / "metrics.jsonl").read()
-    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
-    for line in lines:
-        if line["loss"] is not None:
-            curves[line["kind"]].append((line["step"], line["loss"]))
-    write_bytes(run.path / "loss.svg", loss_svg(curves["train"], curves["eval"]).encode())
-    note = ""
-    if "xz_bits_per_byte" in summary:
-        note = f"`xz -9` needs {summary['xz_bits_per_byte']:.3f} bits per byte for the same held-out text."
-    facts = {
-        **summary,
-        "name": run.path.name,
-        "family": model.config.family,
-        "data": corpus.provenance,
-        "note": note,
-        "command": command,
-    }
-    write_bytes(run.path / "README.md", model_card(facts).encode())
-
-
-def xz_comparison(corpus: Corpus) -> dict[str, float]:
-    """Return what `xz -9` makes of the held-out text, in bits per byte, as a yardstick anybody has."""
-    n_bytes = int(corpus.tokenizer.token_bytes()[np.concatenate([[0], _held_out_ids(corpus)])].sum())
-    if n_bytes > XZ_LIMIT_BYTES:
-        return {}
-    text = corpus.held_out_text().encode()
-    if not text:
-        return {}
-    return {"xz_bits_per_byte": round(8 * len(lzma.compress(text, preset=9)) / len(text), 4)}
-
-
-def _held_out_ids(corpus: Corpus) -> np.ndarray:
-    shards = corpus.targets or corpus.documents
-    return np.concatenate([shards.document(int(index)) for index in corpus.held_out])
-
-
-def closing_line(summary: Mapping[str, Any], fitted: Fitted) -> str:
-    """Return the one line that says what was made and what to try next."""
-    xz = f" (xz -9: {summary['xz_bits_per_byte']:.3f})" if "xz_bits_per_byte" in summary else ""
-    next_command = {
-        "mlm": f'llmctl fill -m {summary["model"]} "a <mask> of strings"',
-    }.get(summary["objective"], f'llmctl generate -m {summary["model"]} "The function returns"')
-    return (
-        f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps in {summary['seconds']:.0f} s: "
-        f"{fitted.before['bits_per_byte']:.3f} -> {fitted.after['bits_per_byte']:.3f} bits/byte on held-out text{xz}\n"
-        f"next: {next_command}"
-    )
-
-
-def parameter_count(model: LanguageModel) -> int:
-    """Return the number of parameters, a tied weight counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def label(config: PretrainConfig) -> str:

@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmctl.config import PretrainConfig
 from llmctl.engine.generate import Prompt, encode_prompt, generate
 from llmctl.engine.models import load_model
-from llmctl.engine.train import Trained, pretrain
+from llmctl.engine.outcome import Trained
+from llmctl.engine.train import pretrain
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.recipe import load
@@ -160,6 +162,20 @@ def test_characters_and_the_tail_of_one_file(tmp_path, monkeypatch):
     # the held-out tail and the end token, each predicted once; the first character has nothing before it but <s>
     assert trained.summary["after"]["n_bytes"] == round(0.1 * len(text))
     assert trained.summary["after"]["n_labels"] == round(0.1 * len(text)) + 1
+
+
+def test_a_pipe_is_read_once_and_trains_like_its_file(corpus, tmp_path):
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir()))
+    (tmp_path / "all.txt").write_text(text, encoding="utf-8")
+    settings = " ".join(f"--set '{setting}'" for setting in SMALL)
+    command = f"'{sys.executable}' -P -m llmctl pretrain -q {settings}"
+    paths = []
+    for source in ("all.txt", "<(cat all.txt)", "- < all.txt"):
+        done = subprocess.run(["bash", "-c", f"{command} {source}"], capture_output=True, text=True, check=True)
+        paths.append(Path(done.stdout.strip()))
+    weights = [read_artifact(path).state() for path in paths]
+    for other in weights[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

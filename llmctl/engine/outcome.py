@@ -1,0 +1,155 @@
+"""What a finished run leaves: the model, its card and its picture, the summary, and the closing words.
+
+Knows nothing of how the model was trained; every training command ends here.
+"""
+
+import hashlib
+import json
+import lzma
+import shlex
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.config import PretrainConfig
+from llmctl.engine.card import model_card
+from llmctl.engine.corpus import Corpus
+from llmctl.engine.loop import Fitted, Training
+from llmctl.engine.metrics import MetricsFile, loss_svg, rounded
+from llmctl.engine.runs import Run
+from llmctl.engine.runtime import describe_environment
+from llmctl.engine.samples import own_prompts
+from llmctl.files import atomic_path, write_bytes
+from llmctl.formats.artifact import write_artifact
+from llmctl.formats.families import family_for
+from llmctl.model.transformer import LanguageModel
+from llmctl.recipe import nested
+
+XZ_LIMIT_BYTES = 20_000_000
+"""Held-out text larger than this is not compressed for comparison."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training command reports."""
+
+    path: Path
+    summary: dict[str, Any]
+
+
+def is_file(out: Path) -> bool:
+    """Tell whether `-o` names a single file."""
+    return out.suffix == ".safetensors"
+
+
+def finish(
+    run: Run,
+    config: PretrainConfig,
+    training: Training,
+    corpus: Corpus,
+    fitted: Fitted,
+    *,
+    command: str,
+    out: Path | None,
+    started: float,
+) -> Trained:
+    """Write the model, its card and its picture, mark the run as finished, and tidy up."""
+    model = training.model
+    text = xz_comparison(corpus)
+    recipe_sha256 = hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
+    # Only what the recipe and the seed determine: the file is the same, byte for byte, when made again.
+    provenance = {
+        "objective": config.objective,
+        "recipe_sha256": recipe_sha256,
+        "data": corpus.provenance,
+        "tokenizer_sha256": corpus.tokenizer.sha256,
+        "steps": fitted.kept_step,
+        "held_out": rounded(fitted.after),
+    }
+    written = write_artifact(
+        run.path,
+        model.config,
+        {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
+        files=corpus.tokenizer.files(),
+        provenance=provenance,
+        force=True,
+    )
+    if out is not None and is_file(out):
+        with atomic_path(out) as temporary:
+            shutil.copyfile(written / "model.safetensors", temporary)
+        written = out
+    summary: dict[str, Any] = {
+        "model": str(written),
+        "objective": config.objective,
+        "architecture": family_for(model.config).architecture,
+        "n_parameters": parameter_count(model),
+        "steps": fitted.state.step,
+        "tokens": fitted.state.tokens,
+        "kept_step": fitted.kept_step,
+        "before": rounded(fitted.before),
+        "after": rounded(fitted.after),
+        **text,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_pictures(run, model, corpus, summary, command)
+    shutil.rmtree(run.path / "data", ignore_errors=True)
+    run.finish(
+        family=model.config.family, seconds=summary["seconds"], summary=summary, environment=describe_environment()
+    )
+    training.progress.say(closing_lines(summary, fitted, own_prompts(config, corpus)[0]))
+    return Trained(written, summary)
+
+
+def write_pictures(
+    run: Run,
+    model: LanguageModel,
+    corpus: Corpus,
+    summary: Mapping[str, Any],
+    command: str,
+) -> None:
+    """Write `loss.svg` and the model card."""
+    lines = MetricsFile(run.path / "metrics.jsonl").read()
+    curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
+    for line in lines:
+        if line["loss"] is not None:
+            curves[line["kind"]].append((line["step"], line["loss"]))
+    write_bytes(run.path / "loss.svg", loss_svg(curves["train"], curves["eval"]).encode())
+    note = ""
+    if "xz_bits_per_byte" in summary:
+        note = f"`xz -9` needs {summary['xz_bits_per_byte']:.3f} bits per byte for the same held-out text."
+    facts = {
+        **summary,
+        "name": run.path.name,
+        "family": model.config.family,
+        "data": corpus.provenance,
+        "note": note,
+        "command": command,
+    }
+    write_bytes(run.path / "README.md", model_card(facts).encode())
+
+
+def xz_comparison(corpus: Corpus) -> dict[str, float]:
+    """Return what `xz -9` makes of the held-out text, in bits per byte, as a yardstick anybody has."""
+    if not 0 < corpus.held_out_bytes() <= XZ_LIMIT_BYTES:
+        return {}
+    text = corpus.held_out_text().encode()
+    return {"xz_bits_per_byte": round(8 * len(lzma.compress(text, preset=9)) / len(text), 4)}
+
+
+def closing_lines(summary: Mapping[str, Any], fitted: Fitted, prompt: str) -> str:
+    """Return what was made with its key number, and the next command to try on a prompt of its kind."""
+    xz = f" (xz -9: {summary['xz_bits_per_byte']:.3f})" if "xz_bits_per_byte" in summary else ""
+    verb = "fill" if summary["objective"] == "mlm" else "generate"
+    return (
+        f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps in {summary['seconds']:.0f} s: "
+        f"{fitted.before['bits_per_byte']:.3f} -> {fitted.after['bits_per_byte']:.3f} bits/byte on held-out text{xz}\n"
+        f"next: llmctl {verb} -m {shlex.quote(summary['model'])} {shlex.quote(prompt)}"
+    )
+
+
+def parameter_count(model: LanguageModel) -> int:
+    """Return the number of parameters, a tied weight counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

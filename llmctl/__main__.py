@@ -23,7 +23,13 @@ def main() -> None:
         # Text is UTF-8 whatever the locale says; what a terminal cannot show must not end a run.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        from llmctl.engine.runtime import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ def run(argv: Sequence[str]) -> int:
         if debug:
             raise
         return report(error, args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")
-        return 130
+        return 128 + int(getattr(error, "number", signal.SIGINT))
 
 
 def dispatch(args: list[str]) -> int:

@@ -139,29 +139,59 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop: budget, batch, precision, intervals."""
+    """The loop: budget, batch, precision, intervals, and what happens when something goes wrong."""
 
     steps: int = setting(0, "optimizer steps; 0 takes the other budgets")
     tokens: int = setting(0, "budget in trained tokens; 0 is none")
     minutes: float = setting(0.0, "budget in minutes of wall time; 0 is none")
+    limit_minutes: float = setting(
+        0.0,
+        "save and end with exit code 75 before this many minutes, as a batch job must; 0 is Slurm's own limit or none",
+    )
     batch_size: int = setting(8, "rows per optimizer step, over all processes")
-    micro_batch_size: int = setting(0, "rows per forward pass; 0 means batch_size (no accumulation)")
+    micro_batch_size: int = setting(0, "rows per forward pass; 0 means no accumulation, -1 what fits into the memory")
     seq_len: int = setting(256, "tokens per row")
     seed: int = setting(0, "seed of weights, data order and masking")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "precision of the products; auto is bfloat16 where it is fast"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
+    threads: int = setting(0, "processor threads per process; 0 shares the cores among the processes of a machine")
     compile: bool = setting(False, "compile the model with torch.compile")
     loss_chunk_tokens: int = setting(2048, "tokens whose logits exist at the same time")
     eval_every: int = setting(0, "steps between evaluations; 0 means a tenth of the steps")
     eval_tokens: int = setting(65536, "held-out tokens per evaluation during training; the final one uses all")
     save_every: int = setting(0, "steps between checkpoints; 0 means at every evaluation")
+    save_minutes: float = setting(15.0, "minutes after which a checkpoint is saved in any case; 0 is never")
     keep_checkpoints: int = setting(2, "newest checkpoints kept beside the best")
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
+    track: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, trackio, wandb, ...")
+    max_bad_steps: int = setting(20, "steps in a row without a finite loss and gradient after which training diverged")
+    on_divergence: Literal["stop", "rollback"] = setting(
+        "stop", "stop with exit code 6, or go back to the last checkpoint with a smaller learning rate and other data"
+    )
+    rollback_lr_frac: float = setting(0.5, "factor on the learning rate after a rollback")
+    max_rollbacks: int = setting(3, "rollbacks after which a run stops all the same")
+    skip_spikes: bool = setting(False, "take no step whose loss or gradient stands out by 6 deviations")
     sample_prompts: tuple[str, ...] = setting(
         (), "prompts continued at every evaluation; empty takes the objective's own"
     )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How several processes train one model; one process needs none of it."""
+
+    strategy: Literal["ddp", "fsdp"] = setting(
+        "ddp", "ddp: every process holds the model; fsdp: weights, gradients and optimizer state are shared out"
+    )
+    deterministic: bool = setting(
+        False, "the same weights, bit for bit, on any number of processes that divides gradient_chunks"
+    )
+    gradient_chunks: int = setting(4, "parts of a batch whose gradients are summed as a binary tree (deterministic)")
+    timeout_seconds: int = setting(600, "longest wait for another process")
+    activation_checkpointing: bool = setting(False, "compute activations again in the backward pass to save memory")
+    cpu_offload: bool = setting(False, "keep sharded weights and optimizer state in main memory (fsdp)")
 
 
 @dataclass(frozen=True)
@@ -174,6 +204,7 @@ class PretrainConfig:
     data: DataConfig = section(DataConfig, "the text")
     optim: OptimConfig = section(OptimConfig, "the optimizer")
     train: TrainConfig = section(TrainConfig, "the loop")
+    parallel: ParallelConfig = section(ParallelConfig, "several processes")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class Loss:
     parts: dict[str, Tensor]
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is if it is float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T + bias`, with the gradient made in the forward pass, chunk by chunk."""
 
@@ -39,17 +44,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
         needs = any(ctx.needs_input_grad[:3])
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if needs and bias_V is not None else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         total = hidden_ND.new_zeros((), dtype=torch.float64)
         n_correct = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             labels_C = labels_N[rows]
-            logits_CV = (hidden_ND[rows] @ weight_VD.T).float()
+            logits_CV = at_least_float32(hidden_ND[rows] @ weight_VD.T)
             if bias_V is not None:
-                logits_CV += bias_V.float()
+                logits_CV += at_least_float32(bias_V)
             picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
             n_correct += (picked_C >= logits_CV.amax(dim=1)).sum()
             normaliser_C = logits_CV.logsumexp(dim=1)
@@ -62,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias_V += error_CV.sum(dim=0)
             error_CV = error_CV.to(hidden_ND.dtype)
             torch.mm(error_CV, weight_VD, out=grad_hidden_ND[rows])
-            if weight_VD.dtype == torch.float32:
+            if weight_VD.dtype == wide:
                 grad_weight_VD.addmm_(error_CV.T, hidden_ND[rows])
             else:
                 grad_weight_VD += error_CV.T @ hidden_ND[rows]
@@ -73,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
-        scale = grad_total.to(torch.float32)
+        scale = grad_total.to(torch.float64)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in (hidden, weight, bias)]
         return (*grads, None, None)
 

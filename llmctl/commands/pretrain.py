@@ -1,14 +1,26 @@
 """`llmctl pretrain`: flags -> PretrainConfig -> one training run -> the model's path on stdout."""
 
+import os
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.commands.common import (
+    AllowChange,
+    Master,
+    MaxRestarts,
+    Nnodes,
+    NodeRank,
+    Nproc,
+    Parallel,
+    command_app,
+    note,
+    result,
+    result_json,
+)
 
 app = command_app()
 
@@ -32,21 +44,42 @@ def pretrain(
     steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Budget in tokens, such as 1e9.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per step.")] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-size", "--batch", help="Rows per step; `auto` keeps it and fits micro-batches to the memory."
+        ),
+    ] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per row.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and masks.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     compile_: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None,
-    resume: Annotated[str | None, typer.Option(help="Go on with a run: its folder or number, or `latest`.")] = None,
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
+    max_restarts: MaxRestarts = 0,
+    parallel: Parallel = None,
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="The same weights, bit for bit, on 1, 2 or 4 processes.")
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, trackio, wandb, ...: send figures there.")
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on with a run: its folder or number, `latest`, or `auto`: the one in -o if it is begun."),
+    ] = None,
+    allow_change: AllowChange = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and end.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, memory, FLOPs and time, and end.")] = False,
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line per step.")] = False,
-) -> None:
+) -> int:
     """Train a model from raw text; prints the model folder.
 
     Examples:
@@ -55,10 +88,14 @@ def pretrain(
 
       llmctl pretrain --objective mlm book.txt -o encoder.safetensors
 
+      llmctl pretrain --nproc 2 --minutes 1
+
       llmctl pretrain --model gpt3-175b --dry-run
     """
     from llmctl.config import PretrainConfig
-    from llmctl.recipe import dump, load
+    from llmctl.engine.launch import Layout, relaunch
+    from llmctl.engine.ranks import is_guest
+    from llmctl.recipe import dump, given_values, load
 
     known_kinds = {"char", "unigram", "bpe"}
     flags: dict[str, Any] = {
@@ -70,49 +107,61 @@ def pretrain(
         "train.steps": steps,
         "train.tokens": tokens,
         "train.minutes": minutes,
-        "train.batch_size": batch_size,
+        "train.batch_size": None if batch_size == "auto" else batch_size,
+        "train.micro_batch_size": -1 if batch_size == "auto" else None,
         "train.seq_len": seq_len,
         "train.seed": seed,
         "train.device": device,
         "train.dtype": dtype,
         "train.compile": compile_,
+        "train.track": track or None,
+        "parallel.strategy": parallel,
+        "parallel.deterministic": deterministic,
     }
     resolved = load(PretrainConfig, recipe=recipe, settings=set_ or [], flags=flags)
     if print_config:
         result(dump(resolved).rstrip("\n"))
-        return
+        return 0
+    layout = Layout(nproc, nnodes, node_rank, master, max_restarts)
     if dry_run:
         from llmctl.engine.plan import dry_run as plan
 
-        estimate = plan(resolved.config)
+        estimate = plan(resolved.config, n_processes=nproc * nnodes)
         result_json(estimate.to_dict()) if json else result(estimate.render())
-        return
-    if resume is not None:
-        refuse_changes(resolved.origins)
-    else:
-        refuse_existing(out, force=force)
+        return 0
+    run = begun_run(resume, out)
+    if run is None:
+        refuse_existing(out, force=force or resume == "auto")
+    if layout.is_parent(os.environ):
+        note(f"starting {nproc} processes", quiet=quiet)
+        return relaunch(layout, sys.argv[1:])
     command = shlex.join(["llmctl", "pretrain", *sys.argv[2:]])
-    note("loading torch", quiet=quiet)  # the first second and a half; say something at once
+    note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
     from llmctl.engine.train import pretrain as train
     from llmctl.engine.train import resume as go_on
 
-    if resume is not None:
-        trained = go_on(resume, command=command, quiet=quiet, verbose=verbose)
+    if run is not None:
+        given = given_values(resolved)
+        trained = go_on(run, command=command, quiet=quiet, verbose=verbose, given=given, allowed=allow_change or ())
     else:
         trained = train(resolved, command=command, out=out, quiet=quiet, verbose=verbose)
-    result_json(trained.summary) if json else result(str(trained.path))
+    if trained is not None:  # the first of several processes speaks
+        result_json(trained.summary) if json else result(str(trained.path))
+    return 0
 
 
-def refuse_changes(origins: Mapping[str, str]) -> None:
-    """Keep settings beside --resume from being passed over in silence: the run's own recipe decides."""
+def begun_run(resume: str | None, out: Path | None) -> str | None:
+    """Return the run that `--resume` means; `auto` is the one in `-o` if it was begun, so that one command line does.
+
+    Raises: UsageError for `auto` without a folder.
+    """
     from llmctl.errors import UsageError
 
-    given = [key for key, origin in origins.items() if origin in ("flag", "--set") or origin.startswith("recipe")]
-    if given:
-        raise UsageError(
-            f"--resume goes on with the run's own recipe; `{given[0]}` cannot be changed",
-            "leave everything but --resume away, or start a new run",
-        )
+    if resume != "auto":
+        return resume
+    if out is None or out.suffix == ".safetensors":
+        raise UsageError("`--resume auto` needs the run's folder", "name it with -o FOLDER")
+    return str(out) if (out / "recipe.yaml").is_file() else None
 
 
 def refuse_existing(out: Path | None, *, force: bool) -> None:

@@ -3,6 +3,8 @@
 Text is read as a stream, twice or three times, and never held whole; only the held-out part is small enough to keep.
 """
 
+import io
+import json
 import os
 import shutil
 import sys
@@ -19,10 +21,10 @@ from llmctl.data.builtin import builtin_documents, builtin_pairs, builtin_proven
 from llmctl.data.pairs import read_pairs
 from llmctl.data.shards import ShardSet, is_shard_folder, write_shards
 from llmctl.data.sources import read_documents, source_sha256
-from llmctl.errors import UsageError
-from llmctl.files import atomic_path
+from llmctl.errors import ArtifactError, UsageError
+from llmctl.files import atomic_path, write_bytes, write_json
 from llmctl.tokenizer.base import Tokenizer
-from llmctl.tokenizer.load import load_tokenizer
+from llmctl.tokenizer.load import load_tokenizer, tokenizer_from_files
 from llmctl.tokenizer.train import train_tokenizer
 
 Ints = NDArray[np.int64]
@@ -30,6 +32,9 @@ Say = Callable[[str], None]
 
 MANY_CHARACTERS = 50_000_000
 """Text larger than this is worth starting a process per core for."""
+
+CORPUS = "corpus.json"
+"""The file in which a prepared corpus is noted."""
 
 FEW_DOCUMENTS = 20
 """With fewer documents than this, the tail of the text is held out instead of whole documents."""
@@ -72,6 +77,41 @@ class Text:
         """Yield the documents that are trained on."""
         skipped = set(self.held_out.tolist())
         return (text for index, text in enumerate(self.read()) if index not in skipped)
+
+
+def keep_corpus(corpus: Corpus, folder: Path) -> None:
+    """Note in `folder` what makes up a corpus, for other processes and for a restart: `open_corpus` gives it back."""
+    for name, data in corpus.tokenizer.files().items():
+        write_bytes(folder / "tokenizer" / name, data)
+    held_out = io.BytesIO()
+    np.save(held_out, corpus.held_out)
+    write_bytes(folder / "held_out.npy", held_out.getvalue())
+    shards = {"documents": corpus.documents, "targets": corpus.targets}
+    places = {name: place(part.folder, folder) for name, part in shards.items() if part is not None}
+    # Last, so that what it names is there.
+    write_json(folder / CORPUS, {"shards": places, "provenance": corpus.provenance})
+
+
+def place(path: Path, folder: Path) -> str:
+    """Return where shards lie, from the corpus's own folder if inside it."""
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path.resolve())
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """Open a corpus that `keep_corpus` has noted.
+
+    Raises: ArtifactError if a part of it is damaged or gone.
+    """
+    try:
+        noted = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
+        files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
+        held_out = np.load(folder / "held_out.npy")
+        shards = {name: ShardSet.open(folder / path) for name, path in noted["shards"].items()}
+        documents = shards["documents"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"the encoded data in `{folder}` is damaged: {error}", "start the run again") from error
+    train = np.setdiff1d(np.arange(documents.n_documents), held_out)
+    return Corpus(tokenizer_from_files(files), documents, shards.get("targets"), train, held_out, noted["provenance"])
 
 
 def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:

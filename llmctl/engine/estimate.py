@@ -229,11 +229,15 @@ def memory(
     optimizer: str,
     product_bytes: int,
     n_devices: int,
+    sharded: bool = True,
+    n_chunks: int = 0,
+    recompute: bool = False,
 ) -> Memory:
-    """Return the memory of a step on one of `n_devices` that share weights, gradients and optimizer state evenly.
+    """Return the memory of a step on one of `n_devices`; `sharded` if they share weights and state evenly (fsdp).
 
     Those are float32; adamw keeps two numbers per weight, muon one for the hidden matrices. Activations are those of
-    one micro-batch of the device's rows.
+    one micro-batch of the device's rows; with `recompute` the inputs of the blocks, and one block's. `n_chunks` is
+    the number of gradients that are summed as a tree (deterministic), of which a logarithm is held at once.
     """
     config = complete(config)
     parameters = count_parameters(config)
@@ -244,14 +248,27 @@ def memory(
     chunk = 2 * FLOAT_BYTES * min(chunk_tokens, n_labels) * config.vocab_size  # the logits, and a copy for the softmax
     hidden = product_bytes * n_labels * config.d_model
     copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices
-    if n_devices > 1:
+    if n_devices > 1 and sharded:
         copies = product_bytes * (2 * block_matrices(config) + parameters.head)
+    n_shares = n_devices if sharded else 1
+    # Subtrees waiting for their sibling, and one flat copy for the exchange with other processes.
+    n_gradients = 1 + (max(0, n_chunks // n_devices).bit_length() if n_chunks else 0) + (n_chunks > 0 and n_devices > 1)
+    activations = activation_bytes(config, rows, n_rows, product_bytes)
+    if recompute:
+        n_blocks = config.n_layers + config.n_decoder_layers * (config.family == "encoder_decoder")
+        inputs = (
+            FLOAT_BYTES
+            * n_rows
+            * config.d_model
+            * (config.n_layers * rows.source + (config.n_decoder_layers * rows.target if rows.target else 0))
+        )
+        activations = inputs + activations // max(1, n_blocks)
     return Memory(
-        weights=-(-FLOAT_BYTES * parameters.total // n_devices),
-        gradients=-(-FLOAT_BYTES * parameters.total // n_devices),
-        optimizer=-(-FLOAT_BYTES * (2 * parameters.total - n_muon) // n_devices),
+        weights=-(-FLOAT_BYTES * parameters.total // n_shares),
+        gradients=-(-FLOAT_BYTES * parameters.total * n_gradients // n_shares),
+        optimizer=-(-FLOAT_BYTES * (2 * parameters.total - n_muon) // n_shares),
         copies=copies,
-        activations=activation_bytes(config, rows, n_rows, product_bytes),
+        activations=activations,
         logits=chunk + hidden + FLOAT_BYTES * parameters.head,
         accumulates=n_rows < own_rows,
     )
@@ -275,6 +292,8 @@ class Estimate:
     dtype: str
     memory: dict[int, Memory]
     rates: dict[str, float]
+    layout: str = "everything sharded evenly"
+    fitting_rows: int = 0
 
     @property
     def tokens(self) -> int:
@@ -311,6 +330,8 @@ class Estimate:
             "flops_per_token": self.flops_per_token,
             "flops": self.flops,
             "dtype": self.dtype,
+            "layout": self.layout,
+            "fitting_rows": self.fitting_rows,
             "memory_bytes": {str(n): {**part.parts, "peak": part.peak} for n, part in self.memory.items()},
             "assumed_gpu_utilisation": ASSUMED_UTILISATION,
             "seconds_on_one_device": self.seconds(),
@@ -330,8 +351,13 @@ class Estimate:
             f"tokens       {self.tokens:,} in {self.steps:,} step{'s' * (self.steps != 1)} of {rows.batch_size:,} x {row}",
             f"FLOPs        {self.flops_per_token:.3g} per token, {self.flops:.3g} in all",
             "",
-            f"memory per device, everything sharded evenly, products in {self.dtype}:",
+            f"memory per device, {self.layout}, products in {self.dtype}:",
             *self._memory_table(),
+            *(
+                [f"micro-batches of {self.fitting_rows} rows fit this machine's free memory"]
+                if self.fitting_rows
+                else []
+            ),
             "",
             "time on one device:",
             *(f"  {name:<45}{duration(seconds):>16}" for name, seconds in self.seconds().items()),
@@ -359,8 +385,14 @@ def estimate(
     dtype: str,
     cpu_flops: float,
     n_devices: Sequence[int] = DEVICES,
+    layout: str = "everything sharded evenly",
+    fitting_rows: int = 0,
+    **options: Any,
 ) -> Estimate:
-    """Estimate a run; `cpu_flops` is this machine's measured rate of products in `dtype`, in FLOP/s."""
+    """Estimate a run; `cpu_flops` is this machine's measured rate of products in `dtype`, in FLOP/s.
+
+    `options` are those of `memory` that say how devices share the work.
+    """
     config = complete(config)
     rates = {"this CPU, products alone at their measured rate": cpu_flops}
     for gpu, rate in GPU_FLOPS.items():
@@ -374,10 +406,22 @@ def estimate(
             optimizer=optimizer,
             product_bytes=2 if dtype == "bfloat16" else FLOAT_BYTES,
             n_devices=n,
+            **options,
         )
         for n in n_devices
     }
-    return Estimate(name, config, count_parameters(config), rows, steps, dtype, parts, rates)
+    return Estimate(
+        name,
+        config,
+        count_parameters(config),
+        rows,
+        steps,
+        dtype,
+        parts,
+        rates,
+        layout=layout,
+        fitting_rows=fitting_rows,
+    )
 
 
 def size(n_bytes: float) -> str:

@@ -1,21 +1,22 @@
 """fit(): the one training loop.
 
 It sums losses over micro-batches and processes, divides once by the global number of labels, clips, steps, logs,
-evaluates and saves. The learning rate and the data of a step are functions of (seed, step), so a run that was
-stopped goes on as if it had not been. It never hears of corpora, teachers or quantizers.
+evaluates and saves. The learning rate, the data and the random numbers of a step are functions of (seed, step), so a
+run that was stopped goes on as if it had not been. What depends on a clock or a signal is agreed on before a step, so
+that all processes do the same. It never hears of corpora, teachers or quantizers.
 """
 
 import hashlib
+import math
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,14 +25,20 @@ from torch import Tensor, nn
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.engine import checkpoint, optim
 from llmctl.engine.metrics import MetricsFile, Sums
+from llmctl.engine.parallel import check_layout, fill, is_sharded, lay_out, make_gradients, own_parts, whole_tensor
+from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
-from llmctl.engine.runtime import Runtime
-from llmctl.errors import DivergedError, InterruptedRunError
+from llmctl.engine.runtime import Runtime, describe_environment, differences
+from llmctl.engine.signals import Caught, watch_signals
+from llmctl.engine.state import State
+from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, OutputError, StoppedError
 from llmctl.losses import IGNORE, Loss
-from llmctl.model.transformer import LanguageModel, load_tensors
+from llmctl.model.transformer import LanguageModel
 
-MAX_BAD_STEPS = 20
-"""Steps in a row with a non-finite loss or gradient after which a run is given up."""
+Batch = dict[str, np.ndarray]
+
+EVAL_ROWS = 16
+"""Rows of held-out text measured together where no micro-batch says otherwise."""
 
 
 class BatchSource(Protocol):
@@ -41,23 +48,15 @@ class BatchSource(Protocol):
     def n_rows(self) -> int:
         """Rows of one epoch."""
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+    def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the arrays of these rows; `labels` among them."""
 
 
-@dataclass
-class State:
-    """What changes while training, besides weights and optimizer; saved with every checkpoint."""
+class Tracker(Protocol):
+    """Where figures go besides metrics.jsonl."""
 
-    step: int = 0
-    total_steps: int = 0
-    labels: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int = -1
-    bad_steps: int = 0
-    skipped_steps: int = 0
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Send the figures of a step."""
 
 
 @dataclass
@@ -77,35 +76,58 @@ class Training:
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     deadline: float | None = None
+    limit: float | None = None
     sample: Callable[[], list[dict[str, str]]] | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    trackers: Sequence[Tracker] = ()
     state: State = field(default_factory=State)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came out: figures before and after, the course, and which step's weights are in the model."""
+    """What came out: figures before and after, the course, which step's weights are in the model, and the weights."""
 
     before: dict[str, float]
     after: dict[str, float]
     state: State
     kept_step: int
+    weights: dict[str, Tensor]
+
+
+class Agreed(NamedTuple):
+    """What all processes know before a step: sums over them, and the first one's clock and plan."""
+
+    labels: int
+    positions: int
+    number: int
+    wants_save: bool
+    at_limit: bool
+    total_steps: int
+
+
+class _StopEvaluationError(Exception):
+    """A signal came in the middle of an evaluation; it is made again when the run goes on."""
 
 
 def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fitted:
     """Train until the budget is used up, and leave the best weights in the model.
 
-    Raises: InterruptedRunError after a signal (saved), DivergedError after
-    MAX_BAD_STEPS non-finite steps in a row.
+    Raises: InterruptedRunError after a signal (saved), StoppedError at a limit (saved), DivergedError after too many
+    non-finite steps in a row.
     """
+    check_layout(training.config, training.runtime.parallel, training.runtime.world_size)
+    for stack in training.model.stacks():
+        stack.recompute = training.runtime.parallel.activation_checkpointing
     module = training.runtime.prepare(training.objective)
     if training.config.compile:
         module = torch.compile(module)  # type: ignore[assignment]
-    optimizers = optim.make_optimizers(training.model, training.optim)
+    optimizers = optim.make_optimizers(training.model, training.optim, training.runtime.dtype)
     loop = _Loop(training, module, optimizers)
     if restored is not None:
         loop.restore(restored)
-    with watch_signals() as caught:
-        return loop.run(caught)
+    with watch_signals() as caught, loop.loader:
+        loop.caught = caught
+        return loop.run()
 
 
 class _Loop:
@@ -113,185 +135,376 @@ class _Loop:
 
     def __init__(self, training: Training, module: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
         self.t, self.module, self.optimizers = training, module, optimizers
-        self.state = training.state
+        self.config, self.runtime, self.state = training.config, training.runtime, training.state
         self.metrics = MetricsFile(training.folder / "metrics.jsonl")
-        self.before: dict[str, float] = {}
+        self.store = checkpoint.Store(training.folder / "checkpoints", training.runtime)
         self.parameters = [p for p in training.model.parameters() if p.requires_grad]
-        self.started = time.monotonic()
-        self.planner = Planner(training)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.t.folder / "checkpoints"
+        self.gradients = make_gradients(training.runtime, module, self.parameters)
+        self.planner = Planner(training.config, training.deadline)
+        self.started = self.saved_at = time.monotonic()
+        self.caught = Caught()
+        layout = lay_out(
+            self.config.batch_size, self.config.micro_batch_size, training.runtime.parallel, self.runtime.world_size
+        )
+        self.own_rows = layout[self.runtime.rank]
+        self.first_part = sum(len(parts) for parts in layout[: self.runtime.rank])
+        self.n_parts = sum(len(parts) for parts in layout)
+        # Sharded weights are gathered in every forward pass: all processes must make as many.
+        is_fsdp = self.runtime.world_size > 1 and any(is_sharded(p) for p in self.parameters)
+        self.n_idle = max(len(parts) for parts in layout) - len(self.own_rows) if is_fsdp else 0
+        self.is_fsdp = is_fsdp
+        self.loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.ahead: tuple[int, Future[list[Batch]]] | None = None
+        self.is_over = False
+        if self.runtime.is_main:
+            self.store.sweep()
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over weights, optimizer state and numbers of a checkpoint."""
-        load_tensors(self.t.model, saved.model)
-        optim.load_state(self.t.model, self.optimizers, saved.optimizer)
-        values = dict(saved.state)
-        self.before = values.pop("before")
-        for name, value in values.items():
-            setattr(self.state, name, value)
-        self.metrics.cut_after(self.state.step)
+        """Take over weights, optimizer state and numbers of a checkpoint; say what keeps the bits from being equal."""
+        self.load(saved)
+        self.state.take(saved.state)
+        changed = differences(
+            saved.state.get("environment", {}),
+            describe_environment(self.runtime),
+            deterministic=self.runtime.parallel.deterministic,
+        )
+        if changed:
+            self.t.progress.say(f"the resumed run is not the same bit for bit: {', '.join(changed)}")
+        if budget(saved.state.get("recipe")) != budget(self.t.recipe):
+            self.state.total_steps = 0
+        if self.runtime.is_main:
+            self.metrics.cut_after(self.state.step, self.state.checked_step)
         self.started = time.monotonic() - self.state.seconds
+        self.store.verified.add(saved.path.name)
 
-    def run(self, caught: "Caught") -> Fitted:
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Take over weights and optimizer state."""
+        self.load_weights(saved)
+        optim.load_state(self.t.model, self.optimizers, saved)
+
+    def load_weights(self, saved: checkpoint.Checkpoint) -> None:
+        """Take over the weights.
+
+        Raises: ArtifactError if they are of another model.
+        """
+        named = own_tensors(self.t.model)
+        if set(named) != set(saved.names("model")):
+            odd = sorted(set(named) ^ set(saved.names("model")))
+            raise ArtifactError(f"checkpoint `{saved.path}` is of another model: `{odd[0]}`", "resume with its recipe")
+        for name, tensor in named.items():
+            fill(tensor, lambda *rows, name=name: saved.read("model", name, *rows))
+
+    def run(self) -> Fitted:
         """Take all steps, then measure on all held-out text."""
-        if not self.before:
-            self.before = self.evaluate(None).figures()
-            self.log("eval", {"step": 0, **self.before, "full": True})
-            self.t.progress.say(f"before training: {brief(self.before)}")
-            if self.t.deadline is None:
-                self.started = time.monotonic()
-        self.planner.begin(self.state)
-        while self.state.step < self.state.total_steps:
-            self.train_step()
-            self.state.seconds = time.monotonic() - self.started
-            self.planner.revise(self.state)
-            is_last = self.state.step >= self.state.total_steps
-            if is_last or self.state.step % self.planner.eval_every(self.state) == 0:
-                self.check()
-            elif self.state.step % self.planner.save_every(self.state) == 0:
+        state = self.state
+        try:
+            if not state.before:
+                state.before = self.evaluate(None).figures()
+                self.log("eval", {"step": 0, **state.before, "full": True})
+                self.t.progress.say(f"before training: {brief(state.before)}")
+                if self.t.deadline is None:
+                    self.started = time.monotonic()
+            self.planner.begin(state)
+            if self.config.on_divergence == "rollback" and state.step == 0:
                 self.save()
-            if caught.number and not is_last:
-                self.stop(caught.number)
-        return self.finish()
+            while True:
+                if self.planner.is_check_due(state):
+                    self.check()
+                elif self.planner.is_save_due(state):
+                    self.save()
+                loading_seconds, batches = self.load_batches()
+                agreed = self.agree(batches)
+                state.total_steps = agreed.total_steps
+                if state.step >= state.total_steps:
+                    if not self.planner.is_check_due(state):
+                        break
+                    continue  # the plan has just become shorter: this was the last step
+                self.obey(agreed)
+                self.train_step(batches, agreed, loading_seconds)
+                state.seconds = time.monotonic() - self.started
+                if self.runtime.is_main:
+                    self.planner.revise(state)
+            return self.finish()
+        except _StopEvaluationError:
+            self.stop(self.caught.number)
+            raise
 
-    def train_step(self) -> None:
-        """Take one optimizer step: accumulate, reduce the counts once, clip, step, log."""
-        config, state = self.t.config, self.state
+    def agree(self, batches: Sequence[Batch]) -> Agreed:
+        """Exchange, in one sum, the counts of a step, signals that any process got, and the first one's clock."""
+        numbers = [0.0] * 9
+        numbers[0] = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+        numbers[1] = sum(batch["labels"].size for batch in batches)
+        endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        for place, ending in enumerate(endings):
+            numbers[2 + place] = float(self.caught.number == ending)
+        numbers[5] = float(self.caught.wants_save)
+        self.caught.wants_save = False
+        if self.runtime.is_main:
+            now = time.monotonic()
+            numbers[6] = float(self.t.limit is not None and now >= self.t.limit)
+            numbers[7] = self.state.total_steps
+            minutes = self.config.save_minutes
+            numbers[8] = float(minutes > 0 and now - self.saved_at >= 60 * minutes)
+        summed = self.runtime.sum(torch.tensor(numbers, dtype=torch.float64, device=self.runtime.device)).tolist()
+        number = next((int(end) for place, end in enumerate(endings) if summed[2 + place]), 0)
+        wants_save = bool(summed[5] or summed[8])
+        return Agreed(int(summed[0]), int(summed[1]), number, wants_save, bool(summed[6]), int(summed[7]))
+
+    def obey(self, agreed: Agreed) -> None:
+        """End or save where a signal, the limit or the clock asks for it."""
+        if agreed.number:
+            self.stop(agreed.number)
+        if agreed.at_limit:
+            self.save(is_needed=True)
+            raise StoppedError(
+                f"stopped at the time limit, at step {self.state.step} of {self.state.total_steps}, checkpoint saved",
+                f"go on with: {self.t.resume_command}",
+            )
+        if agreed.wants_save:
+            self.save()
+
+    def load_batches(self) -> tuple[float, list[Batch]]:
+        """Return the seconds waited for a step's batches, and them; the next step's are made meanwhile."""
         begun = time.perf_counter()
-        share = optim.schedule(state.step, state.total_steps, self.t.optim)
+        size = self.config.batch_size
+        first = (self.state.step + self.state.skipped_batches) * size
+        ahead, self.ahead = self.ahead, None
+        batches = ahead[1].result() if ahead is not None and ahead[0] == first else self.make_batches(first)
+        seconds = time.perf_counter() - begun
+        self.ahead = (first + size, self.loader.submit(self.make_batches, first + size))
+        return seconds, batches
+
+    def make_batches(self, first: int) -> list[Batch]:
+        """Return this process's micro-batches of the step whose rows begin at `first`."""
+        return [self.t.train.batch(range(first + rows.start, first + rows.stop)) for rows in self.own_rows]
+
+    def train_step(self, batches: list[Batch], agreed: Agreed, loading_seconds: float) -> None:
+        """Take one optimizer step: accumulate, divide by the global count, clip, step, log."""
+        state = self.state
+        begun = time.perf_counter()
+        share = optim.schedule(state.step, state.total_steps, self.t.optim) * state.lr_scale
         optim.set_rates(self.optimizers, self.t.optim, share)
-        micro_batches = list(self.micro_batches(state.step))
-        loading_seconds = time.perf_counter() - begun
-        own = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
-        count = max(1, int(self.t.runtime.sum(torch.tensor(own, device=self.t.runtime.device))))
-        total = torch.zeros((), dtype=torch.float64, device=self.t.runtime.device)
-        for index, batch in enumerate(micro_batches):
+        scale = self.gradients.scale(max(1, agreed.labels))
+        losses = torch.zeros(self.n_parts, dtype=torch.float64, device=self.runtime.device)
+        for place, batch in enumerate([*batches, *[idle(batches[0])] * self.n_idle]):
+            index = self.first_part + place
             self.seed_dropout(state.step, index)
-            loss: Loss = self.module(self.to_device(batch))
-            # Distributed wrappers average gradients over processes; times their number makes it the sum we want.
-            self.t.runtime.backward(loss.sum * (self.t.runtime.world_size / count))
-            total += loss.sum.detach()
-        loss_value = float(self.t.runtime.sum(total)) / count
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.t.optim.clip_norm or float("inf")))
+            with self.gradients.part(is_last=place == len(batches) - 1):
+                loss: Loss = self.module(self.to_device(batch))
+                self.runtime.backward(loss.sum * scale)
+            self.gradients.collect()
+            if place < len(batches):
+                losses[index] = loss.sum.detach()
+        self.gradients.finish()
+        loss_value = math.fsum(self.runtime.sum(losses).tolist()) / max(1, agreed.labels)
+        limit = self.t.optim.clip_norm or float("inf")
+        norm = float(whole_tensor(nn.utils.clip_grad_norm_(self.parameters, limit)))
         self.apply(loss_value, norm)
         state.step += 1
-        state.labels += count
-        seen = sum(batch["labels"].size for batch in micro_batches) * self.t.runtime.world_size
-        state.tokens += seen
-        seconds = time.perf_counter() - begun
+        state.labels += agreed.labels
+        state.tokens += agreed.positions
+        seconds = time.perf_counter() - begun + loading_seconds
         record = {
             "step": state.step,
             "loss": loss_value,
             "lr": self.t.optim.lr * share,
             "grad_norm": norm,
             "tokens": state.tokens,
-            "tokens_per_second": seen / seconds,
-            "memory_bytes": peak_memory_bytes(self.t.runtime.device),
+            "tokens_per_second": agreed.positions / seconds,
+            "memory_bytes": peak_memory_bytes(self.runtime.device),
             "loader_share": loading_seconds / seconds,
-            "utilisation": self.utilisation(seen / seconds),
+            "utilisation": self.utilisation(agreed.positions / seconds),
         }
-        if state.step % config.log_every == 0 or state.step in (1, state.total_steps):
+        if state.step % self.config.log_every == 0 or state.step in (1, state.total_steps):
             self.log("train", record)
         left = (state.total_steps - state.step) * (state.seconds / max(1, state.step))
         self.t.progress.step(record, state.total_steps, left)
+        if state.bad_steps >= self.config.max_bad_steps:
+            self.diverge()
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         """Return the share of the measured product rate that the model's own FLOPs use."""
         if not self.t.peak_flops:
             return None
-        return tokens_per_second * self.t.flops_per_token / self.t.peak_flops / self.t.runtime.world_size
+        return tokens_per_second * self.t.flops_per_token / self.t.peak_flops / self.runtime.world_size
 
     def apply(self, loss: float, norm: float) -> None:
-        """Step the optimizers, unless loss or gradient are not finite: then skip the step and count it."""
+        """Step the optimizers, unless loss or gradient are not finite: then skip the step and count it.
+
+        Both numbers are the same in all processes, so all skip together.
+        """
         state = self.state
-        if np.isfinite(loss) and np.isfinite(norm):
+        spike = ""
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        if is_finite:
+            spike = state.spike(loss, norm)
+        if spike:
+            self.event("spike", f"step {state.step + 1} stands out: {spike}")
+        if is_finite and not (spike and self.config.skip_spikes):
             state.bad_steps = 0
             for optimizer in self.optimizers.values():
                 optimizer.step()
         else:
-            state.bad_steps += 1
             state.skipped_steps += 1
-            self.t.progress.say(f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}")
+            if not is_finite:
+                state.bad_steps += 1
+                self.event("not finite", f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}")
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        if state.bad_steps >= MAX_BAD_STEPS:
-            raise DivergedError(
-                f"training diverged: {state.bad_steps} steps in a row without a finite loss (step {state.step + 1})",
-                f"lower optim.lr, then {self.t.resume_command} or start again",
-            )
 
-    def micro_batches(self, step: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yield this process's micro-batches of a step."""
-        config, runtime = self.t.config, self.t.runtime
-        first = step * config.batch_size
-        rows = range(first, first + config.batch_size)[runtime.rank :: runtime.world_size]
-        size = config.micro_batch_size or len(rows)
-        for start in range(0, len(rows), size):
-            yield self.t.train.batch(rows[start : start + size])
+    def diverge(self) -> None:
+        """Go back to the last checkpoint with a smaller learning rate and other data, or give up.
+
+        Raises: DivergedError.
+        """
+        state, config = self.state, self.config
+        what = f"training diverged: {state.bad_steps} steps in a row without a finite loss (step {state.step})"
+        if config.on_divergence == "stop" or state.rollbacks >= config.max_rollbacks:
+            raise DivergedError(
+                what,
+                f"lower optim.lr, or --set train.on_divergence=rollback; the last checkpoint stands: {self.store.folder}",
+            )
+        saved = self.open_newest()
+        kept = State(
+            **{name: getattr(state, name) for name in ("skipped_steps", "rollbacks", "lr_scale", "skipped_batches")}
+        )
+        failed = state.step
+        self.load(saved)
+        state.take(saved.state)
+        state.skipped_steps = kept.skipped_steps
+        state.rollbacks = kept.rollbacks + 1
+        state.lr_scale = kept.lr_scale * config.rollback_lr_frac
+        # The rows that led here do not come again: the step numbers go back, the data does not.
+        state.skipped_batches = kept.skipped_batches + failed - state.step
+        self.event("rollback", f"{what}; back to step {state.step} with {state.lr_scale:g} of the learning rate")
+
+    def open_newest(self) -> checkpoint.Checkpoint:
+        """Open the newest valid checkpoint, the same one in every process."""
+        name = None
+        if self.runtime.is_main:
+            saved, skipped = self.store.load_newest()
+            for line in skipped:
+                self.t.progress.say(line)
+            name = saved.path.name
+        return checkpoint.open_checkpoint(self.store.folder / self.runtime.first(name))
 
     def seed_dropout(self, step: int, index: int) -> None:
         """Make the random numbers of a forward pass a function of where it is, so that none need saving."""
-        key = f"{self.t.config.seed}/{step}/{index}/{self.t.runtime.rank}".encode()
+        key = f"{self.config.seed}/{step}/{index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
     def to_device(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         """Return the arrays as tensors where the model is."""
-        return {name: torch.from_numpy(array).to(self.t.runtime.device) for name, array in batch.items()}
+        return {name: torch.from_numpy(array).to(self.runtime.device) for name, array in batch.items()}
 
     def evaluate(self, max_tokens: int | None) -> Sums:
-        """Measure on held-out rows, all of them or evenly spread ones; dropout off, sums exact over processes."""
-        config, runtime, source = self.t.config, self.t.runtime, self.t.held_out
+        """Measure on held-out rows, all of them or evenly spread ones; dropout off.
+
+        The batches are the same on any number of processes, and their figures are added exactly.
+        Raises: _StopEvaluationError in all processes if one got a signal.
+        """
+        config, runtime, source = self.config, self.runtime, self.t.held_out
         n_rows = source.n_rows
         wanted = n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // config.seq_len))
-        rows = [index * n_rows // wanted for index in range(wanted)][runtime.rank :: runtime.world_size]
-        size = config.micro_batch_size or config.batch_size
-        sums = torch.zeros(4, dtype=torch.float64, device=runtime.device)
+        rows = [index * n_rows // wanted for index in range(wanted)]
+        size = config.micro_batch_size if config.micro_batch_size > 0 else min(config.batch_size, EVAL_ROWS)
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        sums = torch.zeros(len(batches), 4, dtype=torch.float64, device=runtime.device)
         self.module.eval()
-        with torch.inference_mode():
-            for start in range(0, len(rows), size):
-                loss: Loss = self.module(self.to_device(source.batch(rows[start : start + size])))
-                sums += torch.stack([loss.sum, loss.count, loss.parts["bytes"], loss.parts["correct"]])
-        self.module.train()
-        return Sums(*runtime.sum(sums).tolist())
+        try:
+            # Gathered weights must not be inference tensors: training uses them again.
+            with torch.no_grad() if self.is_fsdp else torch.inference_mode():
+                for start in range(0, len(batches), runtime.world_size):
+                    self.give_way()
+                    index = start + runtime.rank
+                    if index < len(batches):
+                        loss: Loss = self.module(self.to_device(source.batch(batches[index])))
+                        parts = (loss.sum, loss.count, loss.parts["bytes"], loss.parts["correct"])
+                        sums[index] = torch.stack([part.double() for part in parts])
+                    elif self.is_fsdp:
+                        self.module(self.to_device(idle(source.batch(batches[0]))))
+        finally:
+            self.module.train()
+            self.reshard()
+        columns = runtime.sum(sums).T.tolist()
+        return Sums(*[math.fsum(column) for column in columns])
+
+    def reshard(self) -> None:
+        """Let go of weights that a forward pass has gathered, so that what is read or loaded next is the shards."""
+        for part in self.module.modules() if self.is_fsdp else ():
+            if hasattr(part, "reshard"):
+                part.reshard()  # type: ignore[operator]
+
+    def give_way(self) -> None:
+        """Let a signal end a long evaluation, in all processes at once."""
+        number = torch.tensor(float(self.caught.number), device=self.runtime.device)
+        if float(self.runtime.sum(number)):
+            raise _StopEvaluationError
 
     def check(self) -> None:
         """Evaluate, show samples, save, and remember the best step."""
         state = self.state
-        figures = self.evaluate(self.t.config.eval_tokens).figures()
+        figures = self.evaluate(self.config.eval_tokens).figures()
         self.log("eval", {"step": state.step, **figures})
         self.t.progress.say(f"step {state.step}: held out {brief(figures)}")
         if state.best_loss is None or figures["loss"] <= state.best_loss:
             state.best_loss, state.best_step = figures["loss"], state.step
+        state.checked_step = state.step
         self.show_samples()
         self.save()
 
     def show_samples(self) -> None:
         """Let the model write, so that a person sees it learn."""
-        if self.t.sample is None or not self.t.runtime.is_main:
+        if self.t.sample is None or not self.runtime.is_main or self.is_fsdp:
             return
         samples = self.t.sample()
         MetricsFile(self.t.folder / "samples.jsonl").append({"step": self.state.step, "samples": samples})
         for sample in samples[:1]:
             self.t.progress.say(f"  {sample['prompt']}|{sample['text']}".replace("\n", " "))
 
-    def save(self) -> None:
-        """Publish a checkpoint, then delete what rotation allows."""
-        if not self.t.runtime.is_main:
-            return
-        state = asdict(self.state) | {"before": self.before}
+    def save(self, *, is_needed: bool = False) -> None:
+        """Publish a checkpoint, then delete what rotation allows.
+
+        A save that fails on the way is a warning, the next one may succeed; one that is needed raises.
+        Raises: OutputError, DivergedError if weights are not finite.
+        """
         weights = own_tensors(self.t.model)
+        finite = torch.tensor(float(all(bool(torch.isfinite(local(w)).all()) for w in weights.values())))
+        if float(self.runtime.sum(finite.to(self.runtime.device))) < self.runtime.world_size:
+            raise DivergedError(
+                f"training diverged: weights are not finite at step {self.state.step}; no checkpoint was made of them",
+                f"lower optim.lr, then {self.t.resume_command}",
+            )
+        rank = self.runtime.rank
         optimizer = dict(optim.named_state(self.t.model, self.optimizers))
-        checkpoint.save(self.checkpoints, self.state.step, weights, optimizer, state)
-        best = self.checkpoints / f"step-{self.state.best_step:08d}"
-        checkpoint.rotate(self.checkpoints, self.t.config.keep_checkpoints, best)
+        extra = {"environment": describe_environment(self.runtime), "recipe": dict(self.t.recipe)}
+        self.saved_at = time.monotonic()
+        try:
+            self.store.save(
+                self.state.step, own_parts(weights, rank), own_parts(optimizer, rank), self.state.to_dict() | extra
+            )
+        except OutputError as error:
+            if is_needed:
+                raise
+            self.event("not saved", f"step {self.state.step} was not saved: {error} (hint: {error.hint})")
+            return
+        best = self.store.folder / checkpoint.name_of(self.state.best_step)
+        self.store.rotate(self.config.keep_checkpoints, best)
 
     def stop(self, number: int) -> None:
-        """Save and end because a signal came."""
-        self.save()
+        """Save and end because a signal came.
+
+        Raises: InterruptedRunError.
+        """
+        # A signal in the middle of an evaluation may have reached another process only.
+        number = max(self.runtime.gather(number))
         name = signal.Signals(number).name
+        if not self.state.before:
+            raise InterruptedRunError(
+                f"stopped by {name} before the first step", f"go on with: {self.t.resume_command}", number
+            )
+        if not self.is_over:
+            self.save(is_needed=True)
         raise InterruptedRunError(
             f"stopped by {name} at step {self.state.step} of {self.state.total_steps}, checkpoint saved",
             f"go on with: {self.t.resume_command}",
@@ -300,95 +513,51 @@ class _Loop:
 
     def finish(self) -> Fitted:
         """Take the best weights back if the last ones are not, and measure on all held-out text."""
+        self.is_over = True  # the weights may be those of another step from here on
         kept = self.state.step
-        best = self.checkpoints / f"step-{self.state.best_step:08d}"
-        if self.state.best_step not in (-1, self.state.step) and best.is_dir():
-            load_tensors(self.t.model, checkpoint.load(best).model)
+        best = self.store.folder / checkpoint.name_of(self.state.best_step)
+        has_best = self.runtime.first(self.state.best_step not in (-1, self.state.step) and best.is_dir())
+        if has_best:
+            self.load_weights(checkpoint.load(best))
             kept = self.state.best_step
             self.t.progress.say(f"the weights of step {kept} were better on held-out text and are kept")
         after = self.evaluate(None).figures()
         self.log("eval", {"step": self.state.step, **after, "full": True})
-        return Fitted(self.before, after, self.state, kept)
+        weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.t.model).items()}
+        return Fitted(self.state.before, after, self.state, kept, weights)
+
+    def event(self, kind: str, text: str) -> None:
+        """Say and log something out of the ordinary."""
+        self.t.progress.say(text)
+        self.log("event", {"step": self.state.step, "event": kind, "text": text})
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
-        if self.t.runtime.is_main:
-            self.metrics.append({"kind": kind, "seconds": time.monotonic() - self.started, **record})
-
-
-class Planner:
-    """Turns a budget into a number of steps, which the learning rate needs to know before the end.
-
-    Steps and tokens give it at once. A budget of minutes is divided by the measured time of a step: first at step 4,
-    then at doubling steps until half the time is used; after that the plan only shrinks, if the machine gets slower.
-    """
-
-    RESERVE_FRAC = 0.06
-    """Share of the time left for the last evaluation and for writing the model."""
-
-    def __init__(self, training: Training) -> None:
-        self.config = training.config
-        self.deadline = training.deadline
-        self.next_revision = 4
-        self.begun: tuple[int, float] = (0, 0.0)
-
-    def begin(self, state: State) -> None:
-        """Set the total where it is not known from a checkpoint."""
-        self.begun = (state.step, time.monotonic())
-        self.next_revision = max(4, state.step + 4)
-        if state.total_steps:
+        """Add a line to metrics.jsonl, and its figures to the trackers."""
+        if not self.runtime.is_main:
             return
-        config = self.config
-        by_tokens = -(-config.tokens // (config.batch_size * config.seq_len)) if config.tokens else 0
-        state.total_steps = config.steps or by_tokens or 10**9
-
-    def revise(self, state: State) -> None:
-        """Divide the time that is left by the time that a step takes."""
-        if self.deadline is None or state.step < self.next_revision:
-            return
-        now = time.monotonic()
-        n_steps, seconds = state.step - self.begun[0], now - self.begun[1]
-        left = (self.deadline - now) - self.RESERVE_FRAC * self.config.minutes * 60
-        planned = state.step + max(0, int(left / (seconds / n_steps)))
-        is_early = seconds < left
-        if is_early or planned < state.total_steps or state.total_steps == 10**9:
-            limit = self.config.steps or 10**9
-            state.total_steps = max(state.step, min(planned, limit))
-        self.next_revision = state.step * 2 if is_early else state.step + max(1, state.step // 20)
-
-    def eval_every(self, state: State) -> int:
-        """Return the steps between evaluations."""
-        return self.config.eval_every or max(1, -(-state.total_steps // 10))
-
-    def save_every(self, state: State) -> int:
-        """Return the steps between checkpoints that no evaluation makes."""
-        return self.config.save_every or self.eval_every(state)
+        problem = self.metrics.append({"kind": kind, "seconds": time.monotonic() - self.started, **record})
+        if problem:
+            self.t.progress.say(f"a line of metrics is lost: {problem}")
+        prefix = "" if kind == "train" else f"{kind}/"
+        figures = {prefix + name: value for name, value in record.items() if isinstance(value, float)}
+        for tracker in self.t.trackers if kind != "event" else ():
+            tracker.log(figures, int(record["step"]))
 
 
-@dataclass
-class Caught:
-    """The first signal that came, 0 if none."""
+def budget(recipe: Any) -> Any:
+    """Return what of a recipe decides the number of steps."""
+    train = (recipe or {}).get("train", {})
+    return [train.get(name) for name in ("steps", "tokens", "minutes")]
 
-    number: int = 0
+
+def idle(batch: Batch) -> Batch:
+    """Return a batch without a label: a pass over it takes part in the exchanges and adds nothing."""
+    return batch | {"labels": np.full_like(batch["labels"], IGNORE)}
 
 
-@contextmanager
-def watch_signals() -> Iterator[Caught]:
-    """Note SIGINT and SIGTERM for the loop to end at the next step; a second one ends at once."""
-    caught = Caught()
-
-    def note(number: int, _: FrameType | None) -> None:
-        if caught.number:
-            raise KeyboardInterrupt
-        caught.number = number
-        sys.stderr.write("\nfinishing this step and saving; once more stops at once\n")
-
-    old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+def local(tensor: Any) -> Tensor:
+    """Return the rows of a tensor that this process holds."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

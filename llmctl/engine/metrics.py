@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmctl.files import write_text
+
 
 @dataclass(frozen=True)
 class Sums:
@@ -51,18 +53,22 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
+    def append(self, record: Mapping[str, Any]) -> str:
+        """Add one line; return why it could not be written, or an empty string: training must not end for it."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
+        except OSError as error:
+            return str(error)
+        return ""
 
-    def cut_after(self, step: int) -> None:
-        """Drop the lines of steps after `step`, which a resumed run will take again."""
+    def cut_after(self, step: int, checked_step: int) -> None:
+        """Drop the lines of steps and evaluations that a resumed run will take again."""
         if self.path.exists():
-            kept = [line for line in self.read() if line["step"] <= step]
-            self.path.write_text(
-                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
-            )
+            kept = [
+                line for line in self.read() if line["step"] <= (checked_step if line.get("kind") == "eval" else step)
+            ]
+            write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete lines."""

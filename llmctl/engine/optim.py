@@ -8,16 +8,21 @@ import torch
 from torch import nn
 
 from llmctl.config import OptimConfig
+from llmctl.engine.checkpoint import Checkpoint
+from llmctl.engine.muon import Muon
+from llmctl.engine.parallel import own_rows
+from llmctl.errors import ArtifactError
 
 NOT_FOR_MUON = ("embed", "lm_head", "relative_bias")
 """Parts of parameter names: tables and the head are not maps between spaces that Muon's geometry is made for."""
 
 
-def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers by name: `adamw`, and `muon` for the hidden matrices if configured.
 
-    Weight decay falls on matrices only. Source: AdamW, arXiv:1711.05101; Muon, Jordan et al. 2024, with the update
-    scaled to AdamW's root mean square, arXiv:2502.16982, eq. 4.
+    Weight decay falls on matrices only. `dtype` is that of muon's products. Source: AdamW, arXiv:1711.05101.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     muon = [p for name, p in named if config.name == "muon" and is_for_muon(name, p)]
@@ -25,12 +30,8 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> dict[str, torch.op
     rest = [p for _, p in named if id(p) not in chosen]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if muon:
-        optimizers["muon"] = torch.optim.Muon(
-            muon,
-            lr=config.muon_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            adjust_lr_fn="original",
+        optimizers["muon"] = Muon(
+            muon, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum, dtype=dtype
         )
     if rest:
         groups = [
@@ -94,17 +95,26 @@ def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) 
                 yield f"{optimizer_name}/{names[id(parameter)]}/{key}", torch.as_tensor(value)
 
 
-def load_state(
-    model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put back what `named_state` gave; keys are matched by parameter name."""
+def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], saved: Checkpoint) -> None:
+    """Put back what `named_state` gave; keys are matched by parameter name, and a process takes its own rows.
+
+    Raises: ArtifactError if the checkpoint is of other optimizers or parameters.
+    """
     parameters = dict(model.named_parameters())
     states: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, tensor in tensors.items():
+    for key in saved.names("optimizer"):
         optimizer_name, parameter_name, entry = key.split("/")
-        states.setdefault((optimizer_name, parameter_name), {})[entry] = tensor
-    for (optimizer_name, parameter_name), state in states.items():
+        if optimizer_name not in optimizers or parameter_name not in parameters:
+            raise ArtifactError(
+                f"checkpoint `{saved.path}` holds state of `{key}`, which this run does not have",
+                "resume with the recipe that the run was begun with",
+            )
         parameter = parameters[parameter_name]
-        optimizers[optimizer_name].state[parameter] = {
-            entry: tensor.clone() if entry == "step" else tensor.to(parameter.device) for entry, tensor in state.items()
-        }
+        shape = saved.shape("optimizer", key)
+        states.setdefault((optimizer_name, parameter_name), {})[entry] = (
+            own_rows(parameter, lambda *rows, key=key: saved.read("optimizer", key, *rows))
+            if shape == tuple(parameter.shape)
+            else saved.read("optimizer", key)
+        )
+    for (optimizer_name, parameter_name), state in states.items():
+        optimizers[optimizer_name].state[parameters[parameter_name]] = state

@@ -25,7 +25,7 @@ from llmctl.engine.samples import own_prompts
 from llmctl.files import atomic_path, write_bytes
 from llmctl.formats.artifact import write_artifact
 from llmctl.formats.families import family_for
-from llmctl.model.transformer import LanguageModel
+from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.recipe import nested
 
 XZ_LIMIT_BYTES = 20_000_000
@@ -38,6 +38,11 @@ class Trained:
 
     path: Path
     summary: dict[str, Any]
+
+
+def recipe_sha256(config: PretrainConfig) -> str:
+    """Return the sha256 of a resolved recipe."""
+    return hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
 
 
 def is_file(out: Path) -> bool:
@@ -53,17 +58,15 @@ def finish(
     fitted: Fitted,
     *,
     command: str,
-    out: Path | None,
     started: float,
 ) -> Trained:
     """Write the model, its card and its picture, mark the run as finished, and tidy up."""
     model = training.model
     text = xz_comparison(corpus)
-    recipe_sha256 = hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
     # Only what the recipe and the seed determine: the file is the same, byte for byte, when made again.
     provenance = {
         "objective": config.objective,
-        "recipe_sha256": recipe_sha256,
+        "recipe_sha256": recipe_sha256(config),
         "data": corpus.provenance,
         "tokenizer_sha256": corpus.tokenizer.sha256,
         "steps": fitted.kept_step,
@@ -72,12 +75,13 @@ def finish(
     written = write_artifact(
         run.path,
         model.config,
-        {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
+        {name: tensor.float().cpu() for name, tensor in with_tied(model.config, fitted.weights).items()},
         files=corpus.tokenizer.files(),
         provenance=provenance,
         force=True,
     )
-    if out is not None and is_file(out):
+    out = Path(run.record["out"]) if run.record.get("out") else None
+    if out is not None:
         with atomic_path(out) as temporary:
             shutil.copyfile(written / "model.safetensors", temporary)
         written = out
@@ -97,7 +101,10 @@ def finish(
     write_pictures(run, model, corpus, summary, command)
     shutil.rmtree(run.path / "data", ignore_errors=True)
     run.finish(
-        family=model.config.family, seconds=summary["seconds"], summary=summary, environment=describe_environment()
+        family=model.config.family,
+        seconds=summary["seconds"],
+        summary=summary,
+        environment=describe_environment(training.runtime),
     )
     training.progress.say(closing_lines(summary, fitted, own_prompts(config, corpus)[0]))
     return Trained(written, summary)
@@ -114,7 +121,7 @@ def write_pictures(
     lines = MetricsFile(run.path / "metrics.jsonl").read()
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
     for line in lines:
-        if line["loss"] is not None:
+        if line["kind"] in curves and line["loss"] is not None:
             curves[line["kind"]].append((line["step"], line["loss"]))
     write_bytes(run.path / "loss.svg", loss_svg(curves["train"], curves["eval"]).encode())
     note = ""

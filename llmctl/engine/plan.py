@@ -3,23 +3,26 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
-from llmctl.engine.estimate import Estimate, Rows, estimate, row_flops
-from llmctl.engine.train import DEFAULT_STEPS, check, model_config
+from llmctl.engine.checks import DEFAULT_STEPS, check, model_config
+from llmctl.engine.estimate import Estimate, Rows, estimate, memory, row_flops
+from llmctl.engine.runtime import Runtime, available_memory, choose_dtype, product_rate
+from llmctl.errors import MemoryLimitError
 from llmctl.formats.artifact import read_artifact
 from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
 from llmctl.tokenizer.train import VOCAB_SIZES
 
 
-def dry_run(config: PretrainConfig) -> Estimate:
+def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
     """Return the estimate of a run.
 
     A published system brings its own vocabulary, context and number of tokens where the config does not say.
     Raises: UsageError for settings that cannot be.
     """
-    from llmctl.engine.runtime import choose_dtype, product_rate
-
     check(config)
     name = "tiny" if config.model.preset == "auto" else config.model.preset
     preset, shape = shape_of(config, name)
@@ -33,6 +36,11 @@ def dry_run(config: PretrainConfig) -> Estimate:
     dtype = choose_dtype(train.dtype, on_cpu=True)
     rate = product_rate(dtype)
     rows = rows_of(config, shape)
+    sharing = sharing_of(config, n_processes)
+    described: dict[str, Any] = {}
+    if n_processes > 1:
+        described = {"n_devices": (n_processes,), "layout": layout_of(config, n_processes)}
+    free = available_memory(torch.device("cpu"), n_processes)
     return estimate(
         name,
         shape,
@@ -43,7 +51,27 @@ def dry_run(config: PretrainConfig) -> Estimate:
         optimizer=config.optim.name,
         dtype=str(dtype).removeprefix("torch."),
         cpu_flops=rate,
+        fitting_rows=most_rows(config, shape, n_processes, dtype.itemsize, free)[0],
+        **described,
+        **sharing,
     )
+
+
+def sharing_of(config: PretrainConfig, n_processes: int) -> dict[str, Any]:
+    """Return how devices share the work, as `estimate.memory` wants it; one device shares with none."""
+    parallel = config.parallel
+    return {
+        "sharded": n_processes == 1 or parallel.strategy == "fsdp",
+        "n_chunks": parallel.gradient_chunks if parallel.deterministic else 0,
+        "recompute": parallel.activation_checkpointing,
+    }
+
+
+def layout_of(config: PretrainConfig, n_processes: int) -> str:
+    """Return the layout in words."""
+    extra = ", deterministic" if config.parallel.deterministic else ""
+    recompute = ", activations computed again" if config.parallel.activation_checkpointing else ""
+    return f"{n_processes} processes, {config.parallel.strategy}{extra}{recompute}"
 
 
 def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelConfig]:
@@ -84,3 +112,48 @@ def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, r
     if not limits and preset is not None and preset.tokens:
         limits.append(math.ceil(preset.tokens / (rows.batch_size * rows.n_tokens)))
     return min(limits, default=DEFAULT_STEPS[config.objective])
+
+
+MEMORY_FRAC = 0.85
+"""Share of the free memory that a micro-batch is chosen for."""
+
+
+def most_rows(
+    config: PretrainConfig, shape: ModelConfig, n_processes: int, product_bytes: int, free_bytes: float
+) -> tuple[int, int]:
+    """Return the most rows per micro-batch that fit, and the bytes they need; 0 rows with what one row needs if none.
+
+    They divide this process's share of the batch, so that all micro-batches are of one size.
+    """
+    own_rows = max(1, -(-config.train.batch_size // n_processes))
+    rows = rows_of(config, shape)
+    needed = 0
+    for n_rows in sorted((n for n in range(1, own_rows + 1) if own_rows % n == 0), reverse=True):
+        needed = memory(
+            shape,
+            rows,
+            micro_batch_size=n_rows,
+            chunk_tokens=config.train.loss_chunk_tokens,
+            optimizer=config.optim.name,
+            product_bytes=product_bytes,
+            n_devices=n_processes,
+            **sharing_of(config, n_processes),
+        ).peak
+        if needed <= MEMORY_FRAC * free_bytes:
+            return n_rows, needed
+    return 0, needed
+
+
+def fitting_rows(config: PretrainConfig, shape: ModelConfig, runtime: Runtime) -> int:
+    """Return the most rows per micro-batch whose step fits into the free memory.
+
+    Raises: MemoryLimitError if not even one row does.
+    """
+    free = available_memory(runtime.device, runtime.ranks.local_world_size)
+    n_rows, needed = most_rows(config, shape, runtime.world_size, runtime.dtype.itemsize, free)
+    if n_rows:
+        return n_rows
+    raise MemoryLimitError(
+        f"one row of {config.train.seq_len} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+        "lower train.seq_len or the model's size, or share it out with --parallel fsdp on more processes",
+    )

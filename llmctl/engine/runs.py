@@ -27,14 +27,15 @@ class Run:
     lock: TextIO | None = None
 
     def update(self, **entries: Any) -> None:
-        """Merge entries into `run.json`, atomically."""
+        """Merge entries into `run.json`, atomically; only the holder of the lock writes."""
         self.record.update(entries)
-        write_json(self.path / "run.json", self.record)
+        if self.lock is not None:
+            write_json(self.path / "run.json", self.record)
 
     def finish(self, **entries: Any) -> None:
         """Mark the run as finished and let `runs/latest` follow it."""
         self.update(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entries)
-        if self.path.parent.resolve() == runs_folder().resolve():
+        if self.lock is not None and self.path.parent.resolve() == runs_folder().resolve():
             point_latest(self.path)
 
     def close(self) -> None:

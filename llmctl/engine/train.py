@@ -3,8 +3,11 @@
 Other training commands stand beside this one: they differ in data, objective and which parameters train.
 """
 
+import os
+import shlex
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,127 +15,214 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmctl.config import Family, ModelConfig, PretrainConfig
+from llmctl.config import ModelConfig, PretrainConfig
 from llmctl.data.batches import Batches, CausalBatches, Ids, MaskedBatches, PairBatches, SpanBatches
 from llmctl.data.masking import Masking
 from llmctl.data.stream import PackedRows, PairRows
 from llmctl.engine import checkpoint
-from llmctl.engine.corpus import Corpus, prepare_corpus
+from llmctl.engine.checks import check, check_corpus, check_family, model_config, refuse_changes, with_budget
+from llmctl.engine.corpus import CORPUS, Corpus, keep_corpus, open_corpus, prepare_corpus
 from llmctl.engine.estimate import Shape, flops_per_token
-from llmctl.engine.loop import State, Training, fit
+from llmctl.engine.loop import Training, fit
 from llmctl.engine.models import load_model
-from llmctl.engine.objectives import OBJECTIVES, LabelPrediction
+from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
+from llmctl.engine.plan import fitting_rows
 from llmctl.engine.progress import Progress, make_progress
 from llmctl.engine.runs import Run, create_run, find_run, open_run
-from llmctl.engine.runtime import Runtime, product_rate, start
+from llmctl.engine.runtime import Runtime, is_lost_peer, product_rate, start
 from llmctl.engine.samples import make_sampler
-from llmctl.errors import InterruptedRunError, LlmctlError, UsageError
+from llmctl.engine.together import begun_before, compare_processes, note_begun, open_together
+from llmctl.errors import InterruptedRunError, LlmctlError, StoppedError, UsageError
 from llmctl.files import ensure_writable, write_bytes
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.families import family_for
-from llmctl.model.presets import ALIASES, PRESETS, get_preset, preset_config
+from llmctl.model.presets import ALIASES, PRESETS, get_preset
 from llmctl.model.transformer import LanguageModel, initialise
-from llmctl.recipe import Resolved, dump, load
+from llmctl.recipe import Resolved, changed_keys, dump, load, nested
 from llmctl.tokenizer.base import Tokenizer
-
-DEFAULT_STEPS = {"clm": 300, "mlm": 350, "span": 200, "seq2seq": 400}
-"""Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
 
 
 def pretrain(
     resolved: Resolved[PretrainConfig], *, command: str, out: Path | None, quiet: bool, verbose: bool = False
-) -> Trained:
+) -> Trained | None:
     """Train a model from raw text and leave it as a run folder, or as the single file `out`.
 
+    Returns None in all processes but the first.
     Raises: LlmctlError of every kind; what is on disk by then stays valid and resumable.
     """
     config = with_budget(resolved.config)
     check(config)
     started = time.monotonic()
-    progress = make_progress(quiet=quiet, verbose=verbose)
-    run = create_run("pretrain", f"{config.objective}-{label(config)}", out=None if out and is_file(out) else out)
-    try:
-        clear(run.path)
+    runtime = start(config.train, config.parallel)
+    begun = runtime.first(begun_before())
+    if begun:  # the launcher has started all processes again
+        return resume(begun, command=command, quiet=quiet, verbose=verbose, runtime=runtime)
+
+    def create() -> Run:
         if out is not None:
             ensure_writable(out.parent)
+        run = create_run("pretrain", f"{config.objective}-{label(config)}", out=None if out and is_file(out) else out)
+        clear(run.path)
         write_bytes(run.path / "recipe.yaml", dump(Resolved(config, resolved.origins)).encode())
-        run.update(invocation=command, objective=config.objective)
-        return train_in(run, config, progress, command=command, started=started, out=out)
+        run.update(invocation=command, objective=config.objective, out=str(out) if out and is_file(out) else None)
+        note_begun(run.path)
+        return run
+
+    run = open_together(runtime, create)
+    progress = make_progress(quiet=quiet or not runtime.is_main, verbose=verbose)
+    try:
+        return train_in(run, config, progress, runtime, command=command, started=started)
     finally:
         progress.close()
         run.close()
 
 
-def resume(name: str, *, command: str, quiet: bool, verbose: bool = False) -> Trained:
+def resume(
+    name: str,
+    *,
+    command: str,
+    quiet: bool,
+    verbose: bool = False,
+    given: Mapping[str, Any] | None = None,
+    allowed: Sequence[str] = (),
+    runtime: Runtime | None = None,
+) -> Trained | None:
     """Go on with a run from its newest valid checkpoint, as if it had never stopped.
 
-    Raises: NotFoundError for a run or checkpoint that is not there, BusyError if it is still running.
+    `given` are settings beside it, which must be the run's own unless `allowed` names them. Returns None in all
+    processes but the first.
+    Raises: NotFoundError for a run or checkpoint that is not there, BusyError if it is still running, UsageError for
+    a changed recipe, ArtifactError if all its checkpoints are damaged.
     """
     path = find_run(name)
-    config = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}).config
-    progress = make_progress(quiet=quiet, verbose=verbose)
-    run = open_run(path)
-    try:
+    saved_recipe = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}).config
+    config = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}, flags=given or {}).config
+    changes = changed_keys(saved_recipe, config)
+    refuse_changes(path, changes, allowed)
+    check(config)
+    started = time.monotonic()
+    runtime = runtime or start(config.train, config.parallel)
+
+    def open_unfinished() -> Run:
+        run = open_run(path)
         if run.record.get("status") == "finished":
+            run.close()
             raise UsageError(f"run `{path}` is finished", "start a new run with -r and more steps")
-        saved = None
-        if checkpoint.published(path / "checkpoints"):
-            saved, skipped = checkpoint.load_newest(path / "checkpoints")
-            for line in skipped:
-                progress.say(line)
-            progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        if changes:
+            write_bytes(path / "recipe.yaml", dump(Resolved(config, {})).encode())
         run.update(status="running")
-        out = run.record.get("out")
+        note_begun(path)
+        return run
+
+    run = open_together(runtime, open_unfinished)
+    progress = make_progress(quiet=quiet or not runtime.is_main, verbose=verbose)
+    try:
+        for key, (old, new) in changes.items():
+            progress.say(f"changed: {key} {old} -> {new}")
+        saved = newest_checkpoint(run, runtime, progress)
         command = str(run.record.get("invocation", command))
-        return train_in(
-            run,
-            config,
-            progress,
-            command=command,
-            started=time.monotonic(),
-            out=Path(out) if out else None,
-            saved=saved,
-        )
+        return train_in(run, config, progress, runtime, command=command, started=started, saved=saved)
     finally:
         progress.close()
         run.close()
+
+
+def newest_checkpoint(run: Run, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
+    """Return the checkpoint that the first process has found to be the newest valid one, None if there is none yet.
+
+    Raises: ArtifactError if there are some and all are damaged.
+    """
+    folder, problem, name = run.path / "checkpoints", None, None
+    if runtime.is_main and checkpoint.published(folder):
+        try:
+            saved, skipped = checkpoint.Store(folder).load_newest()
+            name = saved.path.name
+            for line in skipped:
+                progress.say(line)
+            progress.say(f"resuming {run.path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        except LlmctlError as error:
+            problem = error
+    runtime.wait_for_first(problem)
+    name = runtime.first(name)
+    return checkpoint.open_checkpoint(folder / name) if name else None
 
 
 def train_in(
     run: Run,
     config: PretrainConfig,
     progress: Progress,
+    runtime: Runtime,
     *,
     command: str,
     started: float,
-    out: Path | None,
     saved: checkpoint.Checkpoint | None = None,
-) -> Trained:
+) -> Trained | None:
     """Do the training of an open run, and record how it ended."""
-    run.update(out=str(out) if out and is_file(out) else None)
     try:
-        runtime = start(config.train)
         base = load_base(config)
-        corpus = prepare_corpus(config, run.path / "data", base.tokenizer if base else None, progress.say)
+        corpus = prepare_together(config, run, runtime, base.tokenizer if base else None, progress)
         check_corpus(config, corpus)
         model = base.model if base else build_model(config, corpus.tokenizer)
-        training = assemble(run, config, runtime, model, corpus, progress, started)
+        config = with_micro_batch(config, model, runtime, run, progress)
+        compare_processes(runtime, config, corpus, progress)
+        training = assemble(run, config, runtime, model, corpus, progress, started, saved)
         progress.say(
             f"{family_for(model.config).architecture}: {parameter_count(model):,} parameters, "
             f"{config.objective} in {str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}"
         )
         fitted = fit(training, saved)
-        return finish(run, config, training, corpus, fitted, command=command, out=out, started=started)
-    except InterruptedRunError:
+        trained = None
+        if runtime.is_main:
+            trained = finish(run, config, training, corpus, fitted, command=command, started=started)
+        runtime.wait_for_first()
+    except (InterruptedRunError, StoppedError):
         run.update(status="interrupted")
         raise
+    except RuntimeError as error:
+        if runtime.world_size == 1 or not is_lost_peer(error):
+            run.update(status="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        run.update(status="interrupted")
+        raise StoppedError(
+            f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
+            f"go on from the last checkpoint with: llmctl pretrain --resume {run.path}",
+        ) from error
     except BaseException as error:
         if not isinstance(error, LlmctlError) and not isinstance(error, KeyboardInterrupt):
             run.update(status="failed", error=f"{type(error).__name__}: {error}")
         else:
             run.update(status="failed", error=str(error) or type(error).__name__)
         raise
+    return trained
+
+
+def prepare_together(
+    config: PretrainConfig, run: Run, runtime: Runtime, tokenizer: Tokenizer | None, progress: Progress
+) -> Corpus:
+    """Open the run's encoded text; the first process has made it, now or before a restart."""
+    folder, problem = run.path / "data", None
+    if runtime.is_main and not (folder / CORPUS).is_file():
+        try:
+            keep_corpus(prepare_corpus(config, folder, tokenizer, progress.say), folder)
+        except LlmctlError as error:
+            problem = error
+    runtime.wait_for_first(problem)
+    return open_corpus(folder)
+
+
+def with_micro_batch(
+    config: PretrainConfig, model: LanguageModel, runtime: Runtime, run: Run, progress: Progress
+) -> PretrainConfig:
+    """Replace a micro-batch of -1 by the largest that the memory holds; the global batch stays."""
+    if config.train.micro_batch_size >= 0:
+        return config
+    size = min(runtime.gather(fitting_rows(config, model.config, runtime)))
+    config = replace(config, train=replace(config.train, micro_batch_size=size))
+    if run.lock is not None:  # a resumed run takes the same
+        write_bytes(run.path / "recipe.yaml", dump(Resolved(config, {})).encode())
+    progress.say(f"micro-batches of {size} of the {config.train.batch_size} rows of a step")
+    return config
 
 
 def clear(folder: Path) -> None:
@@ -141,65 +231,6 @@ def clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in ("checkpoints", "data"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def with_budget(config: PretrainConfig) -> PretrainConfig:
-    """Give a run without a budget the default number of steps."""
-    train = config.train
-    if train.steps or train.tokens or train.minutes:
-        return config
-    return replace(config, train=replace(train, steps=DEFAULT_STEPS[config.objective]))
-
-
-def check(config: PretrainConfig) -> None:
-    """Refuse settings that exclude each other before anything is read.
-
-    Raises: UsageError listing all of them.
-    """
-    train, data = config.train, config.data
-    fits_micro = train.micro_batch_size == 0 or train.batch_size % train.micro_batch_size == 0
-    checks = [
-        (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
-        (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
-        (
-            min(train.steps, train.tokens, train.minutes) < 0,
-            "a budget (`train.steps`, `tokens`, `minutes`) is negative",
-        ),
-        (
-            not fits_micro,
-            f"`train.batch_size` {train.batch_size} is not divisible by `train.micro_batch_size` {train.micro_batch_size}",
-        ),
-        (not 0 < data.val_frac < 1, f"`data.val_frac` is {data.val_frac}, it must be between 0 and 1"),
-        (not 0 < data.mask_frac < 1, f"`data.mask_frac` is {data.mask_frac}, it must be between 0 and 1"),
-        (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
-        (train.log_every < 1, f"`train.log_every` is {train.log_every}, it must be at least 1"),
-        (train.loss_chunk_tokens < 1, f"`train.loss_chunk_tokens` is {train.loss_chunk_tokens}, it must be at least 1"),
-        (config.optim.lr <= 0, f"`optim.lr` is {config.optim.lr}, it must be positive"),
-    ]
-    problems = [sentence for wrong, sentence in checks if wrong]
-    if problems:
-        raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
-
-
-def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
-    """Refuse text that is too short to learn from.
-
-    Raises: UsageError with the numbers.
-    """
-    n_tokens = int(corpus.documents.lengths[corpus.train].sum())
-    if len(corpus.train) == 0 or n_tokens < 2:
-        raise UsageError(
-            f"the training part of the data has {n_tokens} tokens", "give more text, or a smaller --set data.val_frac"
-        )
-    if config.objective == "mlm" and corpus.tokenizer.mask_id is None:
-        raise UsageError(
-            "the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one"
-        )
-    if config.objective == "span" and not corpus.tokenizer.sentinel_ids():
-        raise UsageError(
-            "the tokenizer has no <extra_id_0>, ... tokens, which `--objective span` needs",
-            "llmctl tokenize train --set n_sentinels=32 makes one, or leave --tokenizer away",
-        )
 
 
 def load_base(config: PretrainConfig) -> Any:
@@ -214,28 +245,6 @@ def load_base(config: PretrainConfig) -> Any:
     if base.tokenizer is None:
         raise UsageError(f"`{name}` has no tokenizer, so its training cannot go on", "give it one with --tokenizer")
     return base
-
-
-def model_config(config: PretrainConfig) -> ModelConfig:
-    """Return the shape to train: the preset in the objective's family, with the overrides, not yet a vocabulary."""
-    name = "tiny" if config.model.preset == "auto" else config.model.preset
-    family = config.model.overrides.get("family", OBJECTIVES[config.objective].families[0])
-    shape = preset_config(name, family if get_preset(name).dims_only else None)
-    return replace(shape, **config.model.overrides)
-
-
-def check_family(config: PretrainConfig, family: Family, name: str) -> None:
-    """Refuse a model that the objective cannot train.
-
-    Raises: UsageError naming both.
-    """
-    allowed = OBJECTIVES[config.objective].families
-    if family not in allowed:
-        fitting = [row for row, entry in OBJECTIVES.items() if family in entry.families]
-        raise UsageError(
-            f"`{name}` is of the family {family}, but `--objective {config.objective}` trains {' or '.join(allowed)}",
-            f"--objective {' or '.join(fitting)} trains it",
-        )
 
 
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
@@ -281,14 +290,16 @@ def assemble(
     corpus: Corpus,
     progress: Progress,
     started: float,
+    saved: checkpoint.Checkpoint | None,
 ) -> Training:
     """Put together what the loop works with."""
     token_bytes = np.zeros(model.config.vocab_size, dtype=np.int32)
     known = corpus.tokenizer.token_bytes()
     token_bytes[: len(known)] = known
     objective = LabelPrediction(model, torch.from_numpy(token_bytes), config.train.loss_chunk_tokens)
-    minutes = config.train.minutes
     flops = label_flops(config, model.config)
+    used_seconds = saved.state["seconds"] if saved else 0.0
+    recipe = nested(config)
     return Training(
         objective=objective,
         model=model,
@@ -299,13 +310,23 @@ def assemble(
         runtime=runtime,
         folder=run.path,
         progress=progress,
-        resume_command=f"llmctl pretrain --resume {run.path}",
+        resume_command=f"llmctl pretrain --resume {shlex.quote(str(run.path))}",
         flops_per_token=flops,
         peak_flops=product_rate(runtime.dtype, runtime.device.type) if flops else 0.0,
-        deadline=started + minutes * 60 if minutes else None,
+        deadline=started + config.train.minutes * 60 - used_seconds if config.train.minutes else None,
+        limit=time_limit(config.train.limit_minutes, started),
         sample=make_sampler(config, corpus, model, Artifact(run.path, "", model.config, {}, {})),
-        state=State(),
+        recipe=recipe,
+        trackers=runtime.make_trackers(config.train.track, run.path, recipe) if runtime.is_main else (),
     )
+
+
+def time_limit(minutes: float, started: float) -> float | None:
+    """Return the moment by which this process must have ended, on the clock of `started`: the user's or Slurm's."""
+    if minutes:
+        return started + 60 * minutes
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return time.monotonic() + int(end) - time.time() if end.isdigit() else None
 
 
 def label_flops(config: PretrainConfig, model: ModelConfig) -> float:

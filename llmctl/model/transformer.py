@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, build_mask, offsets
@@ -124,6 +125,7 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig, n_layers: int, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
         self.config, self.causal = config, causal
+        self.recompute = False  # activations inside blocks are computed again in the backward pass
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
         elif config.positions == "sinusoidal":
@@ -165,7 +167,8 @@ class Stack(nn.Module):
         for block in self.layers:
             if collect is not None:
                 collect.append(x_BTD)
-            x_BTD = block(x_BTD, shared)
+            again = self.recompute and self.training
+            x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if again else block(x_BTD, shared)
         if collect is not None:
             collect.append(x_BTD)
         if self.config.norm_position == "pre":
@@ -290,6 +293,11 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.logits_bias)
         self.tie()
 
+    def stacks(self) -> list[Stack]:
+        """Return the stacks: one, or an encoder and a decoder."""
+        is_pair = self.config.family == "encoder_decoder"
+        return [self.model.encoder, self.model.decoder] if is_pair else [self.model]
+
     def tie(self) -> None:
         """Let the head use the embedding's weight, where the config says so."""
         if self.config.tie_embeddings:
@@ -375,12 +383,17 @@ class LanguageModel(nn.Module):
         return x_BTD if self.config.embedding_scale == 1.0 else x_BTD * self.config.embedding_scale
 
 
-def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state dict in which a tied head stands once, under the embedding's name."""
+def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a whole state dict from one in which a tied head stands once, under the embedding's name."""
     state = dict(tensors)
-    if model.config.tie_embeddings:
+    if config.tie_embeddings:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    model.load_state_dict(state)
+    return state
+
+
+def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state dict, tied weights once or twice."""
+    model.load_state_dict(with_tied(model.config, tensors))
 
 
 def initialise(model: LanguageModel, seed: int) -> None:

@@ -12,17 +12,19 @@ from llmctl.errors import ArtifactError, NotFoundError
 
 def save(folder, step: int) -> None:
     model = {"a": torch.full((3,), float(step)), "b": torch.arange(4, dtype=torch.bfloat16)}
-    checkpoint.save(folder, step, model, {"adamw/a/exp_avg": torch.ones(3) * step}, {"step": step, "before": {}})
+    optimizer = {"adamw/a/exp_avg": torch.ones(3) * step, "adamw/a/step": torch.tensor(float(step))}
+    state = {"step": step, "before": {}}
+    checkpoint.Store(folder).save(step, checkpoint.whole(model), checkpoint.whole(optimizer), state)
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
     save(tmp_path, 7)
-    loaded, skipped = checkpoint.load_newest(tmp_path)
+    loaded, skipped = checkpoint.Store(tmp_path).load_newest()
     assert skipped == []
     assert loaded.state == {"step": 7, "before": {}}
-    assert torch.equal(loaded.model["a"], torch.full((3,), 7.0))
-    assert loaded.model["b"].dtype == torch.bfloat16
-    assert torch.equal(loaded.optimizer["adamw/a/exp_avg"], torch.full((3,), 7.0))
+    assert torch.equal(loaded.read("model", "a"), torch.full((3,), 7.0))
+    assert loaded.read("model", "b").dtype == torch.bfloat16
+    assert torch.equal(loaded.read("optimizer", "adamw/a/exp_avg"), torch.full((3,), 7.0))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
@@ -39,7 +41,7 @@ def test_the_newest_valid_one_wins_whatever_happened_to_a_newer_one(tmp_path, na
     else:
         data[len(data) // 2] ^= 1
         victim.write_bytes(data)
-    loaded, skipped = checkpoint.load_newest(tmp_path)
+    loaded, skipped = checkpoint.Store(tmp_path).load_newest()
     assert loaded.state["step"] == 1
     assert len(skipped) == 1
     assert "step-00000002" in skipped[0]
@@ -50,18 +52,18 @@ def test_the_newest_valid_one_wins_whatever_happened_to_a_newer_one(tmp_path, na
 def test_a_folder_that_was_being_written_is_never_taken(tmp_path):
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".step-00000002.abcd.tmp")
-    assert checkpoint.load_newest(tmp_path)[0].state["step"] == 1
+    assert checkpoint.Store(tmp_path).load_newest()[0].state["step"] == 1
 
 
 def test_no_checkpoint_is_not_found(tmp_path):
     with pytest.raises(NotFoundError):
-        checkpoint.load_newest(tmp_path / "none")
+        checkpoint.Store(tmp_path / "none").load_newest()
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in range(1, 7):
         save(tmp_path, step)
-    checkpoint.rotate(tmp_path, 2, tmp_path / "step-00000002")
+    checkpoint.Store(tmp_path).rotate(2, tmp_path / "step-00000002")
     assert [path.name for path in checkpoint.published(tmp_path)] == [
         "step-00000006",
         "step-00000005",

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmctl.cli import run
 from llmctl.config import ModelChoice, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
+from llmctl.engine.checks import DEFAULT_STEPS
 from llmctl.engine.estimate import (
     Memory,
     Rows,
@@ -28,7 +29,6 @@ from llmctl.engine.estimate import (
 from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.optim import make_optimizers, named_state
 from llmctl.engine.plan import dry_run
-from llmctl.engine.train import DEFAULT_STEPS
 from llmctl.errors import UsageError
 from llmctl.model.presets import count_parameters, preset_config
 from llmctl.model.transformer import LanguageModel, initialise

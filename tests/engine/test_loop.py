@@ -4,20 +4,24 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from llmctl.config import ModelConfig, OptimConfig, TrainConfig
+from llmctl.config import ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from llmctl.data.batches import CausalBatches, Ids
 from llmctl.data.stream import PackedRows
 from llmctl.engine import checkpoint, runtime
-from llmctl.engine.loop import MAX_BAD_STEPS, Planner, State, Training, fit
+from llmctl.engine.loop import Training, fit
 from llmctl.engine.objectives import LabelPrediction
+from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Silent
+from llmctl.engine.state import State
 from llmctl.errors import DivergedError, InterruptedRunError
+from llmctl.losses import IGNORE
 from llmctl.model.transformer import LanguageModel, initialise
 from tests.data.test_stream import Memory
 
@@ -30,7 +34,28 @@ def source() -> Memory:
     return Memory([np.cumsum(rng.integers(1, 3, rng.integers(4, 30))) % (V - 4) + 4 for _ in range(60)])
 
 
-def training(folder: Path, *, dropout: float = 0.1, optim: OptimConfig | None = None, **train: object) -> Training:
+class Masked:
+    """Batches of which some rows have no label and others few: processes get unequal shares of what is predicted."""
+
+    def __init__(self, batches: CausalBatches) -> None:
+        self.batches, self.n_rows = batches, batches.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        arrays = self.batches.batch(numbers)
+        for row, number in enumerate(numbers):
+            arrays["labels"][row, : (16, 3, 11, 0)[number % 4]] = IGNORE
+        return arrays
+
+
+def training(
+    folder: Path,
+    *,
+    dropout: float = 0.1,
+    optim: OptimConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    masked: bool = False,
+    **train: object,
+) -> Training:
     torch.manual_seed(12345 + int(train.get("steps", 0)))  # type: ignore[call-overload]
     settings = {"steps": 12, "batch_size": 8, "seq_len": 16, "dtype": "float32", "device": "cpu", "eval_every": 4}
     config = TrainConfig(**(settings | train))  # type: ignore[arg-type]
@@ -40,11 +65,11 @@ def training(folder: Path, *, dropout: float = 0.1, optim: OptimConfig | None = 
     ids = Ids(0, 2, 0, np.zeros(V, dtype=bool))
     memory = source()
 
-    def batches(documents: range, *, shuffle: bool) -> CausalBatches:
+    def batches(documents: range, *, shuffle: bool) -> CausalBatches | Masked:
         rows = PackedRows(
             memory, np.array(documents), seq_len=config.seq_len, overlap=1, seed=config.seed, shuffle=shuffle
         )
-        return CausalBatches(rows, ids)
+        return Masked(CausalBatches(rows, ids)) if masked else CausalBatches(rows, ids)
 
     return Training(
         objective=LabelPrediction(model, torch.ones(V, dtype=torch.int32), config.loss_chunk_tokens),
@@ -53,7 +78,7 @@ def training(folder: Path, *, dropout: float = 0.1, optim: OptimConfig | None = 
         held_out=batches(range(50, 60), shuffle=False),
         config=config,
         optim=optim or OptimConfig(),
-        runtime=runtime.start(config),
+        runtime=runtime.start(config, parallel),
         folder=folder,
         progress=Silent(),
         resume_command="llmctl pretrain --resume x",
@@ -121,7 +146,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, nam
     assert caught.value.exit_code == 143
     assert "--resume" in caught.value.hint
     resumed = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4)
-    saved, _ = checkpoint.load_newest(tmp_path / "b" / "checkpoints")
+    saved, _ = checkpoint.Store(tmp_path / "b" / "checkpoints").load_newest()
     assert saved.state["step"] == after_step
     got = fit(resumed, saved)
     assert_same(weights(straight), weights(resumed))
@@ -167,7 +192,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path
     with pytest.raises(DivergedError) as caught:
         fit(job)
     assert caught.value.exit_code == 6
-    assert job.state.skipped_steps == MAX_BAD_STEPS
+    assert job.state.skipped_steps == job.config.max_bad_steps
     for name, tensor in weights(job).items():
         assert torch.equal(tensor.nan_to_num(0), before[name].nan_to_num(0)), name
 
@@ -182,7 +207,7 @@ def test_a_budget_of_minutes_divides_the_time_by_the_measured_step(tmp_path):
 
     job = training(tmp_path, steps=0, minutes=1.0)
     job.deadline = time.monotonic() + 60
-    planner, state = Planner(job), State()
+    planner, state = Planner(job.config, job.deadline), State()
     planner.begin(state)
     planner.begun = (0, time.monotonic() - 4.0)
     state.step = 4

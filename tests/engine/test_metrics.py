@@ -34,7 +34,7 @@ def test_a_half_written_last_line_is_passed_over(tmp_path):
     with file.path.open("a") as raw:
         raw.write('{"step": 4, "lo')
     assert [line["step"] for line in file.read()] == [1, 2, 3]
-    file.cut_after(2)
+    file.cut_after(2, 2)
     assert [line["step"] for line in file.read()] == [1, 2]
 
 

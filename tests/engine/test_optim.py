@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig, OptimConfig
-from llmctl.engine import optim
+from llmctl.engine import checkpoint, optim
 from llmctl.model.transformer import LanguageModel, initialise
 
 
@@ -60,7 +60,7 @@ def test_norms_and_biases_do_not_decay():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_put_back_by_name_goes_on_bit_for_bit(name: str):
+def test_state_put_back_by_name_goes_on_bit_for_bit(tmp_path, name: str):
     def step(model: LanguageModel, optimizers: dict[str, torch.optim.Optimizer], seed: int) -> None:
         ids = torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(seed))
         model(ids).logsumexp(-1).mean().backward()
@@ -74,7 +74,8 @@ def test_state_put_back_by_name_goes_on_bit_for_bit(name: str):
     for seed in range(3):
         step(straight, through, seed)
         step(stopped, first, seed)
-    saved = {key: tensor.clone() for key, tensor in optim.named_state(stopped, first)}
+    state = checkpoint.whole(dict(optim.named_state(stopped, first)))
+    saved = checkpoint.load(checkpoint.Store(tmp_path).save(3, {}, state, {}))
     weights = {key: tensor.clone() for key, tensor in stopped.state_dict().items()}
     resumed = tiny()
     resumed.load_state_dict(weights)

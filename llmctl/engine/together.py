@@ -1,0 +1,91 @@
+"""What the processes of one run do together before the first step: open its folder, and make sure that all agree."""
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llmctl import __version__
+from llmctl.config import PretrainConfig
+from llmctl.engine.corpus import Corpus
+from llmctl.engine.outcome import recipe_sha256
+from llmctl.engine.progress import Progress
+from llmctl.engine.ranks import LAUNCHED
+from llmctl.engine.runs import Run, read_record
+from llmctl.engine.runtime import Runtime
+from llmctl.errors import LlmctlError, UsageError
+
+
+def begun_before() -> str:
+    """Return the run that processes of the same launch have begun before they were started again, or nothing."""
+    path = os.environ.get(LAUNCHED)
+    return Path(path).read_text(encoding="utf-8").strip() if path and Path(path).is_file() else ""
+
+
+def note_begun(path: Path) -> None:
+    """Note a run for processes that are started again."""
+    if os.environ.get(LAUNCHED):
+        Path(os.environ[LAUNCHED]).write_text(str(path.resolve()), encoding="utf-8")
+
+
+def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
+    """Let the first process make or open a run, which the others then see.
+
+    Raises: whatever the first one raises, in all of them; UsageError if the folder is not shared.
+    """
+    run, problem = None, None
+    if runtime.is_main:
+        try:
+            run = action()
+        except LlmctlError as error:
+            problem = error
+    runtime.wait_for_first(problem)
+    path = Path(runtime.first(str(run.path) if run else None))
+    blind = [rank for rank, sees in enumerate(runtime.gather((path / "run.json").is_file())) if not sees]
+    if blind:
+        raise UsageError(
+            f"the run folder `{path}` is not there for rank {', '.join(map(str, blind))}",
+            "all hosts must share it: name a folder on a shared file system with -o, and start everywhere in the same place",
+        )
+    return run or Run(path, read_record(path))
+
+
+def compare_processes(runtime: Runtime, config: PretrainConfig, corpus: Corpus, progress: Progress) -> None:
+    """Make sure that all processes are about to do the same.
+
+    Raises: UsageError with what differs.
+    """
+    if runtime.world_size == 1:
+        return
+    own = {
+        "llmctl": __version__,
+        "code": code_sha256(),
+        "torch": torch.__version__,
+        "recipe": recipe_sha256(config),
+        "data": str(corpus.provenance.get("sha256")),
+        "tokenizer": corpus.tokenizer.sha256,
+    }
+    rows = runtime.gather(own | {"host": socket.gethostname()})
+    odd = [name for name in own if len({row[name] for row in rows}) > 1]
+    if odd:
+        table = "; ".join(
+            f"{name}: " + ", ".join(f"rank {rank} {row[name][:12]}" for rank, row in enumerate(rows)) for name in odd
+        )
+        raise UsageError(f"the processes do not agree: {table}", "start all of them with the same command and install")
+    milliseconds = runtime.probe()
+    hosts = len({row["host"] for row in rows})
+    progress.say(
+        f"{runtime.world_size} processes on {hosts} host{'s' * (hosts > 1)}, {runtime.parallel.strategy}, "
+        f"{torch.get_num_threads()} threads each, 4 MiB summed in {milliseconds:.0f} ms"
+    )
+
+
+def code_sha256() -> str:
+    """Return the sha256 over the package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

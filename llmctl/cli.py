@@ -22,6 +22,7 @@ COMMANDS: dict[str, str] = {
     "import": "Bring a published model (Hugging Face folder, GGUF) into a model folder.",
     "export": "Write a model as one file or as a Hugging Face folder.",
     "inspect": "Show what a model file holds, without loading it.",
+    "runs": "List, show, compare and remove training runs.",
     "use": "Choose the model that commands take when none is named.",
     "presets": "List the model presets with their sizes and sources.",
 }
@@ -59,7 +60,7 @@ options:
 """
 
 
-FILTERS = {"fill", "generate", "inspect", "presets", "tokenize"}
+FILTERS = {"fill", "generate", "inspect", "presets", "runs", "tokenize"}
 """Commands that end with the pipe they write to, as `cat` does; a training run must not."""
 
 

@@ -1,5 +1,7 @@
 """Fixtures shared by all tests: where the real data lies, and an environment that no user's setting leaks into."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,64 @@ def shared_data() -> Path:
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep LLMCTL_* settings of the person running the tests out, and their runs and defaults untouched."""
-    import os
-
     for name in [name for name in os.environ if name.startswith("LLMCTL_") and name != "LLMCTL_CACHE"]:
         monkeypatch.delenv(name)
     # What a test starts as a process of its own is this checkout too, wherever it is started.
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.getbasetemp() / "xdg-data"))
+
+
+@pytest.fixture(scope="session")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder whose `runs/` holds two finished runs, 0001 and 0002, and 0003, which was killed at its work."""
+    import signal
+    import subprocess
+    import sys
+
+    from llmctl.cli import run
+
+    root = tmp_path_factory.mktemp("trained")
+    (root / "texts").mkdir()
+    for number in range(40):
+        (root / "texts" / f"{number:02d}.txt").write_text(
+            f"the cat {number} sat on the mat. 猫。\n" * 3, encoding="utf-8"
+        )
+    small = {
+        "model.d_model": 32,
+        "model.n_layers": 2,
+        "model.n_heads": 2,
+        "train.seq_len": 32,
+        "train.eval_every": 6,
+        "train.dtype": "float32",
+        "train.device": "cpu",
+        "tokenizer.vocab_size": 340,
+    }
+    command = ["pretrain", "texts", *(part for key, value in small.items() for part in ("--set", f"{key}={value}"))]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("LLMCTL_") and name != "LLMCTL_CACHE"]:
+            patch.delenv(name)
+        patch.chdir(root)
+        assert run([*command, "--steps", "12", "-q"]) == 0
+        assert run([*command, "--steps", "18", "-q", "--objective", "mlm", "--set", "optim.lr=0.01"]) == 0
+        endless = {"train.steps": 100_000, "train.eval_every": 100_000, "train.save_every": 2, "train.log_every": 1}
+        command += ["-v", *(part for key, value in endless.items() for part in ("--set", f"{key}={value}"))]
+        source = str(Path(__file__).resolve().parents[1])
+        with subprocess.Popen(
+            [sys.executable, "-c", "import sys; from llmctl.cli import run; run(sys.argv[1:])", *command],
+            env=os.environ | {"PYTHONPATH": source},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            assert any(line.startswith("step 5/") for line in process.stderr), "the run ended early"
+            process.send_signal(signal.SIGKILL)
+    return root
+
+
+@pytest.fixture
+def runs(trained_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of those runs that a test may harm, beside which it stands."""
+    shutil.copytree(trained_runs / "runs", tmp_path / "runs", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,6 +40,19 @@ def result(text: str) -> None:
 def result_json(record: Any) -> None:
     """Write one JSON record as one line to stdout; Chinese stays readable."""
     print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, right: Collection[str]) -> list[str]:
+    """Return aligned lines with a header; the columns in `right` (numbers) stand on the right."""
+    cells = [tuple(columns), *[tuple(str(row[column]) for column in columns) for row in rows]]
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in cells
+    ]
 
 
 def find_model(name: str | None, able: "Ability", *, quiet: bool) -> Path:

@@ -1,12 +1,11 @@
 """`llmctl presets`: the table of named models, without loading torch."""
 
 import re
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, result, result_json
+from llmctl.commands.common import command_app, result, result_json, table
 
 app = command_app()
 
@@ -33,7 +32,7 @@ def presets(
         for row in rows:
             result_json(row)
         return
-    for line in table([for_people(row) for row in rows]):
+    for line in table(COLUMNS, [for_people(row) for row in rows], right=RIGHT):
         result(line)
 
 
@@ -73,19 +72,6 @@ def short_source(source: str) -> str:
     """Return the first arXiv id of a source, or who wrote it and when."""
     found = re.search(r"arXiv:\d+\.\d+", source)
     return found.group() if found else source.split(",", maxsplit=1)[0]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return aligned lines with a header; numbers stand on the right."""
-    cells = [COLUMNS, *[tuple(str(row[column]) for column in COLUMNS) for row in rows]]
-    widths = [max(len(line[index]) for line in cells) for index in range(len(COLUMNS))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column in RIGHT else cell.ljust(width)
-            for cell, width, column in zip(line, widths, COLUMNS, strict=True)
-        ).rstrip()
-        for line in cells
-    ]
 
 
 def short(n_parameters: int) -> str:

@@ -72,9 +72,10 @@ class MetricsFile:
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete lines."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # A killed run may leave half a character; its line is half a line, which is passed over below.
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         records = []
-        for line in lines:
+        for line in text.split("\n"):
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:  # the last line of a killed run

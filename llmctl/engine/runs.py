@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmctl.engine.models import runs_folder
-from llmctl.errors import BusyError, NotFoundError
+from llmctl.errors import BusyError, NotFoundError, UsageError
 from llmctl.files import write_json, writing
 
 
@@ -98,22 +98,60 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def find_run(name: str) -> Path:
-    """Return the folder that `--resume NAME` means: a path, a run's number or prefix, or `latest` (newest unfinished).
+def is_held(path: Path) -> bool:
+    """Tell whether a live process holds a run's lock; asking takes it, shared, for a moment."""
+    try:
+        with (path / ".lock").open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held; or it cannot be asked, and then the run is better left alone
+        return True
+    return False
 
-    Raises: NotFoundError if nothing fits.
+
+def find_run(name: str, *, holding: str = "recipe.yaml", finished: bool = False) -> Path:
+    """Return the folder of the run that a name means: a path, a run's number or beginning, or `latest`.
+
+    holding: the file that makes a folder a run to the caller; finished: whether `latest`, the newest run of all, may be
+    one that is finished. Without either it is what `--resume NAME` means.
+    Raises: NotFoundError if nothing fits; UsageError if the name is empty or several runs begin with it.
     """
+    if not name:
+        raise UsageError("the run's name is empty", "llmctl runs lists the runs")
     folder = runs_folder()
-    if name != "latest":
-        matches = [path for path in (Path(name), folder / name) if (path / "recipe.yaml").is_file()]
-        matches += sorted(path for path in folder.glob(f"{name}*") if (path / "recipe.yaml").is_file())
+    if name == "latest":
+        return find_latest(folder, holding=holding, finished=finished)
+    exact = [path for path in (Path(name), folder / name) if (path / holding).is_file()]
+    if exact:
+        return exact[0]
+    inside = folder.is_dir() and Path(name).parent in (Path(), folder)
+    runs = [path for path in sorted(folder.iterdir()) if (path / holding).is_file()] if inside else []
+    runs = [path for path in runs if not path.is_symlink()]
+    number = f"{int(name):04d}-" if name.isdecimal() else Path(name).name
+    for beginning in (number, Path(name).name):
+        matches = [path for path in runs if path.name.startswith(beginning)]
+        if len(matches) > 1:
+            names = ", ".join(f"`{path.name}`" for path in matches[:5])
+            raise UsageError(f"`{name}` means more than one run: {names}", "write more of the name")
         if matches:
             return matches[0]
-        raise NotFoundError(f"there is no run `{name}` in `{folder}`", "--resume takes a run's folder, or latest")
-    unfinished = [path for path in sorted(folder.glob("[0-9]*-*"), reverse=True) if is_unfinished(read_record(path))]
-    if not unfinished:
-        raise NotFoundError(f"there is no unfinished run in `{folder}`", "name the run: --resume runs/NNNN-...")
-    return unfinished[0]
+    if Path(name).is_dir() or (folder / name).is_dir():
+        raise NotFoundError(f"`{name}` is no run: it holds no {holding}", "llmctl runs lists the runs")
+    raise NotFoundError(f"there is no run `{name}` in `{folder}`", "llmctl runs lists the runs")
+
+
+def find_latest(folder: Path, *, holding: str, finished: bool) -> Path:
+    """Return the newest run, or the newest unfinished one.
+
+    Raises: NotFoundError if there is none.
+    """
+    for path in sorted(folder.glob("[0-9]*-*"), reverse=True):
+        if (path / holding).is_file() if finished else is_unfinished(read_record(path)):
+            return path
+    if finished:
+        raise NotFoundError(f"there is no run in `{folder}`", "llmctl pretrain makes one")
+    raise NotFoundError(f"there is no unfinished run in `{folder}`", "name the run: --resume runs/NNNN-...")
 
 
 def is_unfinished(record: Mapping[str, Any]) -> bool:

@@ -1,0 +1,352 @@
+"""`llmctl runs`: the runs folder -> what its runs are, as tables or JSON; and their removal."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from llmctl.commands.common import command_app, note, result, result_json, table
+from llmctl.errors import UsageError
+
+app = command_app()
+
+COLUMNS = ("run", "status", "objective", "parameters", "steps", "bits/byte", "begun", "time", "size")
+RIGHT = frozenset({"parameters", "steps", "bits/byte", "time", "size", "step", "loss", "accuracy"})
+DROPPED_FIRST = ("begun", "size", "parameters", "objective", "time", "run", "steps", "bits/byte", "status")
+"""What a narrow terminal goes without, the first first; a run's name gives way to its number."""
+MANY = 24
+"""Lines of one kind that `show` prints; --json has all."""
+
+
+@app.callback(invoke_without_command=True)
+def runs(
+    context: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False
+) -> None:
+    """List the training runs of the runs folder; `show`, `diff` and `rm` look at them, compare and remove them.
+
+    Examples:
+
+      llmctl runs
+
+      llmctl runs show latest
+
+      llmctl runs diff 0001 0002
+
+      llmctl runs rm 0001 --checkpoints -y
+    """
+    if context.invoked_subcommand is None:
+        ls(json=json)
+    elif json:
+        raise UsageError(
+            "`--json` stands before the subcommand", f"llmctl runs {context.invoked_subcommand} ... --json"
+        )
+
+
+@app.command()
+def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False) -> None:
+    """List the runs, newest last, with their state and their best figure on held-out text.
+
+    `stopped` is a run whose process has gone without finishing it; `llmctl runs show` says how to go on.
+
+    Examples:
+
+      llmctl runs ls
+
+      llmctl runs ls --json
+    """
+    from llmctl.engine.history import list_runs
+    from llmctl.engine.models import runs_folder
+
+    found, others = list_runs()
+    rows = [run.row() for run in found]
+    if json:
+        result_json(rows)
+        return
+    if rows:
+        for line in fitted([for_people(row) for row in rows], shutil.get_terminal_size((10_000, 24)).columns):
+            result(line)
+    else:
+        note(f"no runs in `{runs_folder()}`; `llmctl pretrain` makes one")
+    for row in rows:
+        if row["problem"]:
+            note(f"{row['run']}: {row['problem']}")
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        note(f"not runs: {', '.join(others[:5])}{more}")
+
+
+def fitted(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Return the table with as many columns as fit into `width`; what cannot fit is left whole all the same."""
+    columns = list(COLUMNS)
+    lines = table(columns, rows, right=RIGHT)
+    for dropped in DROPPED_FIRST:
+        if max(map(len, lines)) <= width:
+            break
+        columns.remove(dropped)
+        if dropped == "run":
+            columns.insert(0, "#")
+        lines = table(columns, rows, right=RIGHT)
+    return lines
+
+
+def for_people(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run's record as cells."""
+    from llmctl.commands.presets import short
+
+    name = str(row["run"]).rpartition("/")[2]
+    steps = "-" if row["step"] is None else f"{row['step']}/{row['total_steps'] or '?'}"
+    return {
+        "run": name,
+        "#": row["number"],
+        "status": row["status"],
+        "objective": row["objective"] or "-",
+        "parameters": "-" if row["n_parameters"] is None else short(row["n_parameters"]),
+        "steps": steps,
+        "bits/byte": figure(row["bits_per_byte"]),
+        "begun": moment(row["begun"]),
+        "time": time_taken(row["seconds"]),
+        "size": size_of(row["size_bytes"]),
+    }
+
+
+@app.command()
+def show(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's folder, number or beginning, or `latest`.")
+    ] = "latest",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show one run: what it is, its course, its events and checkpoints, and how to go on with it.
+
+    Examples:
+
+      llmctl runs show latest
+
+      llmctl runs show 0001 --json
+    """
+    from llmctl.engine.history import find, in_full
+
+    record = in_full(find(run))
+    if json:
+        result_json(record)
+        return
+    for line in report(record):
+        result(line)
+
+
+def report(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of one run."""
+    yield record["run"]
+    cells = for_people(record)
+    facts = {name: cells[name] for name in ("status", "objective", "parameters", "steps", "bits/byte")}
+    facts |= {"begun": cells["begun"], "time": cells["time"], "size": cells["size"]}
+    facts |= {name: record[name] for name in ("command", "model", "error", "problem") if record[name]}
+    facts |= {"missing": ", ".join(record["missing"])} if record["missing"] else {}
+    yield from pairs(facts)
+    for title in ("recipe", "environment"):
+        if record[title]:
+            yield from ("", f"{title}{' (what differs from the defaults)' if title == 'recipe' else ''}")
+            yield from pairs(record[title])
+    yield from course(record)
+    if record["events"]:
+        yield from ("", "events")
+        yield from few([event_line(event) for event in record["events"]])
+    if record["checkpoints"]:
+        yield from ("", "checkpoints")
+    for saved in record["checkpoints"]:
+        name = saved["checkpoint"].rpartition("/")[2]
+        yield f"  {name}  {size_of(saved['size_bytes'])}  {saved['defect'] or 'valid'}"
+    if record["resume"]:
+        yield from ("", f"go on with: {record['resume']}")
+
+
+def course(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the evaluations as a table, and the training loss as a line of bars."""
+    from llmctl.engine.history import spread
+    from llmctl.engine.metrics import sparkline
+
+    if record["evaluations"]:
+        rows = [evaluation_cells(line) for line in record["evaluations"]]
+        yield from ("", "held-out text")
+        yield from few([f"  {line}" for line in table(tuple(rows[0]), rows, right=RIGHT)])
+    losses = record["losses"]
+    if losses:
+        ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
+        bars = sparkline(spread(losses, 24), 24, ascii_only=ascii_only)
+        yield from ("", f"loss  {bars}  {figure(losses[0])} -> {figure(losses[-1])}")
+    if not losses and not record["evaluations"]:
+        yield from ("", "nothing was measured yet")
+
+
+def evaluation_cells(line: Mapping[str, Any]) -> dict[str, str]:
+    """Return one evaluation as cells; `all` marks those on the whole held-out text."""
+    return {
+        "step": str(line.get("step", "-")),
+        "loss": figure(line.get("loss")),
+        "bits/byte": figure(line.get("bits_per_byte")),
+        "accuracy": figure(line.get("accuracy")),
+        "text": "all" if line.get("full") else "sample",
+    }
+
+
+def few(lines: Sequence[str]) -> list[str]:
+    """Return the lines, of a great many the first two and the last ones."""
+    if len(lines) <= MANY:
+        return list(lines)
+    return [*lines[:2], f"  ... {len(lines) - MANY} more, --json has all", *lines[len(lines) - MANY + 2 :]]
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """Return an event as one line, whatever fields it has."""
+    rest = {key: value for key, value in event.items() if key not in ("kind", "step", "seconds")}
+    return f"  step {event.get('step', '-')}: " + ", ".join(f"{key} {value}" for key, value in rest.items())
+
+
+def pairs(facts: Mapping[str, Any]) -> list[str]:
+    """Return one aligned line per fact."""
+    width = max(map(len, facts))
+    return [f"  {name:<{width}}  {value_of(value)}" for name, value in facts.items()]
+
+
+def value_of(value: Any) -> str:
+    """Return a value of a recipe or an environment on one line."""
+    if value is None:
+        return "-"
+    return " ".join(str(value).split()) if value != "" else '""'
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A run, as `runs show` takes it.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The run to compare with it.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare two runs: recipe, environment and final figures.
+
+    Examples:
+
+      llmctl runs diff 0001 0002
+
+      llmctl runs diff 0001 latest --json
+    """
+    from llmctl.engine.history import compare, find
+
+    record = compare(find(a), find(b))
+    if json:
+        result_json(record)
+        return
+    for line in comparison(record):
+        result(line)
+    if record["held_out_differs"]:
+        keys = ", ".join(f"`{key}`" for key in record["held_out_differs"])
+        note(f"the figures are of different held-out text or tasks: {keys}")
+
+
+def comparison(record: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of a comparison."""
+    yield from (f"A  {record['a']}", f"B  {record['b']}")
+    for title in ("recipe", "environment"):
+        yield from ("", title)
+        if record[title] is None:
+            yield "  not recorded for both"
+        elif not record[title]:
+            yield "  the same"
+        else:
+            both = {key: f"{value_of(old)} -> {value_of(new)}" for key, (old, new) in record[title].items()}
+            yield from pairs(both)
+    rows = [
+        {"figure": name, **{side: exact(value) for side, value in values.items()}}
+        for name, values in record["figures"].items()
+    ]
+    renamed = [{"figure": row["figure"], "A": row["a"], "B": row["b"], "B - A": row["difference"]} for row in rows]
+    yield from ("", *table(("figure", "A", "B", "B - A"), renamed, right=("A", "B", "B - A")))
+
+
+@app.command()
+def rm(
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs, as `runs show` takes them.")],
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Only the checkpoints, and none of an unfinished run.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """Remove runs, or only their checkpoints; prints what was removed.
+
+    Examples:
+
+      llmctl runs rm 0001 0002
+
+      llmctl runs rm 0003 --checkpoints -y
+    """
+    from llmctl.engine.removal import choose, remove
+
+    chosen = choose(names, checkpoints=checkpoints)
+    going = [removal for removal in chosen if not removal.kept]
+    if going and not (yes or agreed([f"{removal.path}  {size_of(removal.size_bytes)}" for removal in going])):
+        note("nothing was removed")
+        chosen = []
+    records = []
+    for removal in remove(chosen):
+        records.append(
+            {
+                "run": str(removal.run),
+                "removed": None if removal.kept else str(removal.path),
+                "size_bytes": removal.size_bytes,
+                "kept": removal.kept or None,
+            }
+        )
+        if removal.kept:
+            note(f"kept the checkpoints of {removal.run}: {removal.kept}")
+        elif not json:
+            result(str(removal.path))
+    if json:
+        result_json(records)
+
+
+def agreed(lines: Sequence[str]) -> bool:
+    """Ask on the terminal.
+
+    Raises: UsageError if there is none.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("removing needs a yes, and there is no terminal to ask on", "-y says it beforehand")
+    for line in lines:
+        note(line)
+    # Click's own question puts a blank on stdout, which carries the result only.
+    sys.stderr.write("remove for good? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def figure(value: Any) -> str:
+    """Return a loss or a share in three decimals."""
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
+
+
+def exact(value: float | None) -> str:
+    """Return a count whole and a figure in four decimals."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+
+
+def moment(begun: str | None) -> str:
+    """Return a time as day and minute."""
+    return begun[:16].replace("T", " ") if begun else "-"
+
+
+def time_taken(seconds: float | None) -> str:
+    """Return seconds as m:ss."""
+    from llmctl.engine.progress import clock
+
+    return "-" if seconds is None else clock(seconds)
+
+
+def size_of(n_bytes: int) -> str:
+    """Return bytes as a person reads them."""
+    from llmctl.engine.estimate import size
+
+    return size(n_bytes)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.engine import checkpoint, optim
 from llmctl.engine.metrics import MetricsFile, Sums
-from llmctl.engine.parallel import check_layout, fill, is_sharded, lay_out, make_gradients, own_parts, whole_tensor
+from llmctl.engine.parallel import fill, is_sharded, lay_out, make_gradients, own_parts, whole_tensor
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
 from llmctl.engine.runtime import Runtime, describe_environment, differences
@@ -55,8 +55,11 @@ class BatchSource(Protocol):
 class Tracker(Protocol):
     """Where figures go besides metrics.jsonl."""
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
+    def log(self, figures: dict[str, float], step: int) -> None:
         """Send the figures of a step."""
+
+    def finish(self) -> None:
+        """Send what is left."""
 
 
 @dataclass
@@ -79,7 +82,7 @@ class Training:
     limit: float | None = None
     sample: Callable[[], list[dict[str, str]]] | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    trackers: Sequence[Tracker] = ()
+    trackers: Mapping[str, Tracker] = field(default_factory=dict)
     state: State = field(default_factory=State)
 
 
@@ -115,7 +118,6 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
     Raises: InterruptedRunError after a signal (saved), StoppedError at a limit (saved), DivergedError after too many
     non-finite steps in a row.
     """
-    check_layout(training.config, training.runtime.parallel, training.runtime.world_size)
     for stack in training.model.stacks():
         stack.recompute = training.runtime.parallel.activation_checkpointing
     module = training.runtime.prepare(training.objective)
@@ -127,7 +129,11 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
         loop.restore(restored)
     with watch_signals() as caught, loop.loader:
         loop.caught = caught
-        return loop.run()
+        try:
+            return loop.run()
+        finally:
+            for tracker in training.trackers.values():
+                tracker.finish()
 
 
 class _Loop:
@@ -211,7 +217,7 @@ class _Loop:
                 if self.planner.is_check_due(state):
                     self.check()
                 elif self.planner.is_save_due(state):
-                    self.save()
+                    self.save_if_good()
                 loading_seconds, batches = self.load_batches()
                 agreed = self.agree(batches)
                 state.total_steps = agreed.total_steps
@@ -364,7 +370,7 @@ class _Loop:
                 what,
                 f"lower optim.lr, or --set train.on_divergence=rollback; the last checkpoint stands: {self.store.folder}",
             )
-        saved = self.open_newest()
+        saved = self.open_newest_good()
         kept = State(
             **{name: getattr(state, name) for name in ("skipped_steps", "rollbacks", "lr_scale", "skipped_batches")}
         )
@@ -378,15 +384,19 @@ class _Loop:
         state.skipped_batches = kept.skipped_batches + failed - state.step
         self.event("rollback", f"{what}; back to step {state.step} with {state.lr_scale:g} of the learning rate")
 
-    def open_newest(self) -> checkpoint.Checkpoint:
-        """Open the newest valid checkpoint, the same one in every process."""
+    def open_newest_good(self) -> checkpoint.Checkpoint:
+        """Open the newest valid checkpoint from before the steps that were not finite, the same in every process.
+
+        Raises: DivergedError if there is none.
+        """
         name = None
-        if self.runtime.is_main:
-            saved, skipped = self.store.load_newest()
-            for line in skipped:
-                self.t.progress.say(line)
-            name = saved.path.name
-        return checkpoint.open_checkpoint(self.store.folder / self.runtime.first(name))
+        for path in self.store.published() if self.runtime.is_main else ():
+            if name is None and self.store.is_valid(path) and not checkpoint.open_checkpoint(path).state["bad_steps"]:
+                name = path.name
+        name = self.runtime.first(name)
+        if name is None:
+            raise DivergedError("training diverged, and there is no checkpoint to go back to", "lower optim.lr")
+        return checkpoint.open_checkpoint(self.store.folder / name)
 
     def seed_dropout(self, step: int, index: int) -> None:
         """Make the random numbers of a forward pass a function of where it is, so that none need saving."""
@@ -451,7 +461,12 @@ class _Loop:
             state.best_loss, state.best_step = figures["loss"], state.step
         state.checked_step = state.step
         self.show_samples()
-        self.save()
+        self.save_if_good()
+
+    def save_if_good(self) -> None:
+        """Save, unless the last steps were not finite: what they started from may be what is wrong."""
+        if not self.state.bad_steps:
+            self.save()
 
     def show_samples(self) -> None:
         """Let the model write, so that a person sees it learn."""
@@ -477,6 +492,9 @@ class _Loop:
             )
         rank = self.runtime.rank
         optimizer = dict(optim.named_state(self.t.model, self.optimizers))
+        self.state.trackers = {
+            name: str(getattr(getattr(tracker, "tracker", None), "id", "")) for name, tracker in self.t.trackers.items()
+        }
         extra = {"environment": describe_environment(self.runtime), "recipe": dict(self.t.recipe)}
         self.saved_at = time.monotonic()
         try:
@@ -540,7 +558,7 @@ class _Loop:
             self.t.progress.say(f"a line of metrics is lost: {problem}")
         prefix = "" if kind == "train" else f"{kind}/"
         figures = {prefix + name: value for name, value in record.items() if isinstance(value, float)}
-        for tracker in self.t.trackers if kind != "event" else ():
+        for tracker in self.t.trackers.values() if kind != "event" else ():
             tracker.log(figures, int(record["step"]))
 
 

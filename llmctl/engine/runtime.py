@@ -177,27 +177,34 @@ class Runtime:
             raise LlmctlError(f"the processes' sum is {found}, it should be {expected}", "check the network's driver")
         return 1000 * seconds
 
-    def make_trackers(self, names: Sequence[str], folder: Path, recipe: Mapping[str, Any]) -> list["GeneralTracker"]:
+    def make_trackers(
+        self, names: Sequence[str], folder: Path, recipe: Mapping[str, Any], ids: Mapping[str, str]
+    ) -> dict[str, "GeneralTracker"]:
         """Start the trackers of these names, through Accelerate; they write into the run folder or to their service.
 
+        `ids` are those that a run which goes on has had at the services.
         Raises: MissingExtraError if a tracker's package is not installed, UsageError for an unknown name.
         """
-        if not names:
-            return []
+        if not names or not self.is_main:
+            return {}
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
         known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
         there = {str(name) for name in get_available_trackers()}
-        trackers = []
+        trackers = {}
         for name in names:
             if name not in known:
                 raise UsageError(f"there is no tracker `{name}`", f"known are {', '.join(sorted(known))}")
             if name not in there:
                 raise MissingExtraError(f"`--track {name}`", name, name)
             kind = known[name]
-            tracker = kind(folder.name, logging_dir=folder) if kind.requires_logging_directory else kind(folder.name)
+            again = {"id": ids[name], "resume": "allow"} if name == "wandb" and ids.get(name) else {}
+            places = {"logging_dir": folder} if kind.requires_logging_directory else {}
+            tracker = kind(folder.name, **places, **again)
+            if hasattr(tracker, "start"):  # newer versions of Accelerate begin later than they are made
+                tracker.start()
             tracker.store_init_configuration(flat(recipe))
-            trackers.append(tracker)
+            trackers[name] = tracker
         return trackers
 
 

@@ -27,6 +27,7 @@ from llmctl.engine.loop import Training, fit
 from llmctl.engine.models import load_model
 from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
+from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
 from llmctl.engine.progress import Progress, make_progress
 from llmctl.engine.runs import Run, create_run, find_run, open_run
@@ -55,6 +56,7 @@ def pretrain(
     check(config)
     started = time.monotonic()
     runtime = start(config.train, config.parallel)
+    check_layout(config.train, config.parallel, runtime.world_size)
     begun = runtime.first(begun_before())
     if begun:  # the launcher has started all processes again
         return resume(begun, command=command, quiet=quiet, verbose=verbose, runtime=runtime)
@@ -103,6 +105,7 @@ def resume(
     check(config)
     started = time.monotonic()
     runtime = runtime or start(config.train, config.parallel)
+    check_layout(config.train, config.parallel, runtime.world_size)
 
     def open_unfinished() -> Run:
         run = open_run(path)
@@ -317,7 +320,9 @@ def assemble(
         limit=time_limit(config.train.limit_minutes, started),
         sample=make_sampler(config, corpus, model, Artifact(run.path, "", model.config, {}, {})),
         recipe=recipe,
-        trackers=runtime.make_trackers(config.train.track, run.path, recipe) if runtime.is_main else (),
+        trackers=runtime.make_trackers(
+            config.train.track, run.path, recipe, saved.state.get("trackers", {}) if saved else {}
+        ),
     )
 
 

@@ -20,8 +20,8 @@ from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Silent
 from llmctl.engine.state import State
-from llmctl.errors import DivergedError, InterruptedRunError
-from llmctl.losses import IGNORE
+from llmctl.errors import DivergedError, InterruptedRunError, StoppedError
+from llmctl.losses import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel, initialise
 from tests.data.test_stream import Memory
 
@@ -227,3 +227,174 @@ def test_the_second_signal_stops_at_once(tmp_path):
     job.progress = Twice(1, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         fit(job)
+
+
+class Poisoned:
+    """Batches of which those with certain rows carry a mark."""
+
+    def __init__(self, batches: CausalBatches, rows: range) -> None:
+        self.batches, self.n_rows, self.rows = batches, batches.n_rows, rows
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        mark = np.array([any(number in self.rows for number in numbers)])
+        return self.batches.batch(numbers) | {"poison": mark}
+
+
+class PoisonedObjective(torch.nn.Module):
+    """Turns the loss of marked batches into something else, as broken data or hardware would."""
+
+    def __init__(self, objective: LabelPrediction, factor: float) -> None:
+        super().__init__()
+        self.objective, self.factor = objective, factor
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> Loss:
+        is_poisoned = bool(batch.get("poison", torch.zeros(1)).any())
+        loss = self.objective({name: tensor for name, tensor in batch.items() if name != "poison"})
+        return Loss(loss.sum * self.factor, loss.count, loss.parts) if is_poisoned else loss
+
+
+def poisoned(folder: Path, rows: range, *, factor: float = math.nan, **settings: object) -> Training:
+    folder.mkdir(exist_ok=True)
+    job = training(folder, log_every=1, **settings)  # type: ignore[arg-type]
+    job.train = Poisoned(job.train, rows)  # type: ignore[arg-type]
+    job.objective = PoisonedObjective(job.objective, factor)  # type: ignore[arg-type]
+    return job
+
+
+def events(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "event"]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_noted(tmp_path):
+    job = poisoned(tmp_path, range(16, 24))  # the third step
+    fitted = fit(job)
+    assert (job.state.skipped_steps, job.state.bad_steps) == (1, 0)
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("not finite", 2)]
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in fitted.weights.values())
+
+
+def test_a_rollback_goes_on_with_other_data_and_a_smaller_rate(tmp_path):
+    # Steps 7 to 9 (from 1) are poisoned; the last checkpoint before them is that of step 4.
+    settings = {"max_bad_steps": 3, "on_divergence": "rollback", "optim": OptimConfig(schedule="constant", lr=1e-3)}
+    job = poisoned(tmp_path, range(48, 72), **settings)
+    fit(job)
+    state = job.state
+    assert (state.rollbacks, state.lr_scale, state.skipped_steps) == (1, 0.5, 3)
+    assert state.skipped_batches == 9 - 4
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines if line["kind"] == "train"]
+    assert rates == [1e-3] * 9 + [5e-4] * 8
+    assert state.step == 12
+
+
+def test_rollbacks_end_too(tmp_path):
+    job = poisoned(tmp_path, range(48, 10**6), max_bad_steps=2, on_divergence="rollback", max_rollbacks=2)
+    with pytest.raises(DivergedError):
+        fit(job)
+    assert job.state.rollbacks == 2
+
+
+def test_a_run_that_was_rolled_back_resumes_bit_for_bit(tmp_path):
+    settings = {"max_bad_steps": 2, "on_divergence": "rollback"}
+    straight = poisoned(tmp_path / "a", range(40, 56), **settings)
+    fit(straight)
+    stopped = poisoned(tmp_path / "b", range(40, 56), **settings)
+    # Step 9 is reached once, after the rollback from step 7 to step 4.
+    stopped.progress = Stopping(9, signal.SIGTERM)
+    with pytest.raises(InterruptedRunError):
+        fit(stopped)
+    saved, _ = checkpoint.Store(tmp_path / "b" / "checkpoints").load_newest()
+    assert (saved.state["step"], saved.state["rollbacks"]) == (9, 1)
+    resumed = poisoned(tmp_path / "b", range(40, 56), **settings)
+    fit(resumed, saved)
+    assert_same(weights(straight), weights(resumed))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_spike_is_noted_and_skipped_if_asked(tmp_path, skip: bool):
+    job = poisoned(tmp_path, range(40 * 8, 41 * 8), factor=50.0, steps=42, eval_every=50, skip_spikes=skip)
+    fit(job)
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("spike", 40)]
+    assert job.state.skipped_steps == int(skip)
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path):
+    job = training(tmp_path, eval_every=100, keep_checkpoints=0)
+    job.progress = Stopping(5, signal.SIGUSR1)
+    fitted = fit(job)
+    assert fitted.state.step == 12
+    assert [checkpoint.step_of(path) for path in checkpoint.published(tmp_path / "checkpoints")] == [12, 5]
+
+
+def test_the_time_limit_saves_and_ends_resumable(tmp_path):
+    import time
+
+    job = training(tmp_path, steps=10**6)
+    job.limit = time.monotonic()
+    with pytest.raises(StoppedError) as caught:
+        fit(job)
+    assert caught.value.exit_code == 75
+    assert checkpoint.Store(tmp_path / "checkpoints").load_newest()[0].state["step"] == 0
+
+
+def test_a_signal_in_an_evaluation_ends_it_and_it_is_made_again(tmp_path):
+    class Signalling:
+        """Held-out rows that ask for the end when they are read for the second time."""
+
+        def __init__(self, source: CausalBatches, after: int) -> None:
+            self.source, self.n_rows, self.left = source, source.n_rows, after
+
+        def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.source.batch(numbers)
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    straight = training(tmp_path / "a", log_every=1, batch_size=2)
+    fit(straight)
+    stopped = training(tmp_path / "b", log_every=1, batch_size=2)
+    n_batches = -(-stopped.held_out.n_rows // 2)
+    stopped.held_out = Signalling(stopped.held_out, n_batches + 2)  # type: ignore[arg-type]
+    with pytest.raises(InterruptedRunError):
+        fit(stopped)
+    saved, _ = checkpoint.Store(tmp_path / "b" / "checkpoints").load_newest()
+    assert (saved.state["step"], saved.state["checked_step"]) == (4, 0)
+    resumed = training(tmp_path / "b", log_every=1, batch_size=2)
+    fit(resumed, saved)
+    assert_same(weights(straight), weights(resumed))
+    courses = [
+        [{**json.loads(line), "seconds": 0} for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in "ab"
+    ]
+    kept = ("kind", "step", "loss", "lr", "grad_norm", "tokens")
+    assert [[line.get(key) for key in kept] for line in courses[0]] == [
+        [line.get(key) for key in kept] for line in courses[1]
+    ]
+
+
+def test_another_environment_is_said_in_one_line(tmp_path):
+    (tmp_path / "b").mkdir()
+    stopped = training(tmp_path / "b")
+    stopped.progress = Stopping(3, signal.SIGTERM)
+    with pytest.raises(InterruptedRunError):
+        fit(stopped)
+    saved, _ = checkpoint.Store(tmp_path / "b" / "checkpoints").load_newest()
+    saved.state["environment"] |= {"threads": 77, "torch": "1.0"}
+
+    class Listening(Silent):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def say(self, text: str) -> None:
+            self.said.append(text)
+
+    resumed = training(tmp_path / "b")
+    resumed.progress = listening = Listening()
+    fit(resumed, saved)
+    lines = [line for line in listening.said if "bit for bit" in line]
+    assert len(lines) == 1
+    assert "threads 77 -> " in lines[0]
+    assert "torch 1.0 -> " in lines[0]

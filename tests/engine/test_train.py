@@ -15,8 +15,10 @@ from llmctl.config import PretrainConfig
 from llmctl.engine.generate import Prompt, encode_prompt, generate
 from llmctl.engine.models import load_model
 from llmctl.engine.outcome import Trained
-from llmctl.engine.train import pretrain
-from llmctl.errors import LlmctlError, UsageError
+from llmctl.engine.progress import Silent
+from llmctl.engine.runs import find_run
+from llmctl.engine.train import pretrain, resume
+from llmctl.errors import ArtifactError, InterruptedRunError, LlmctlError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.recipe import load
 
@@ -57,7 +59,9 @@ def pairs(tmp_path, monkeypatch) -> Path:
 
 def run(data: Path, *settings: str, out: Path | None = None) -> Trained:
     resolved = load(PretrainConfig, settings=[*SMALL, f"data.paths=[{data}]", *settings], environment={})
-    return pretrain(resolved, command="llmctl pretrain ...", out=out, quiet=True)
+    trained = pretrain(resolved, command="llmctl pretrain ...", out=out, quiet=True)
+    assert trained is not None
+    return trained
 
 
 @pytest.mark.parametrize(
@@ -245,3 +249,94 @@ def test_too_little_text_is_said(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(UsageError):
         run(tmp_path / "a.txt")
+
+
+def stopped_run(corpus: Path, *settings: str, after_step: int = 8) -> Path:
+    """Begin a run and stop it as a scheduler would; return its folder."""
+    import llmctl.engine.train as engine
+
+    class Stopping(Silent):
+        def step(self, record, total_steps, eta_seconds) -> None:  # noqa: ARG002
+            if record["step"] == after_step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "make_progress", lambda **_: Stopping())
+        with pytest.raises(InterruptedRunError):
+            run(corpus, *settings)
+    return find_run("latest")
+
+
+def test_a_changed_recipe_is_shown_and_refused_unless_allowed(corpus):
+    folder = stopped_run(corpus)
+    for given, key in (({"optim.lr": 1e-4}, "optim.lr"), ({"train.steps": 20}, "train.steps")):
+        with pytest.raises(UsageError, match=f"`{key}`") as caught:
+            resume(str(folder), command="", quiet=True, given=given)
+        assert f"--allow-change {key}" in caught.value.hint
+    with pytest.raises(UsageError, match="another run"):
+        resume(str(folder), command="", quiet=True, given={"model.d_model": 64}, allowed=["model.d_model"])
+    with pytest.raises(UsageError, match="power of two"):
+        resume(
+            str(folder),
+            command="",
+            quiet=True,
+            given={"parallel.deterministic": True, "parallel.gradient_chunks": 3},
+            allowed=["parallel.deterministic", "parallel.gradient_chunks"],
+        )
+    trained = resume(str(folder), command="", quiet=True, given={"train.steps": 20}, allowed=["train.steps"])
+    assert trained is not None
+    assert trained.summary["steps"] == 20
+    assert load(PretrainConfig, recipe=str(folder / "recipe.yaml"), environment={}).config.train.steps == 20
+    with pytest.raises(UsageError, match="finished"):
+        resume(str(folder), command="", quiet=True)
+
+
+def test_the_same_settings_beside_resume_are_no_change(corpus):
+    folder = stopped_run(corpus)
+    trained = resume(str(folder), command="", quiet=True, given={"train.steps": 12, "train.seq_len": 32})
+    assert trained is not None
+    assert trained.summary["steps"] == 12
+
+
+def test_a_run_goes_on_without_its_text_files(corpus):
+    whole = run(corpus)
+    folder = stopped_run(corpus)
+    for path in corpus.iterdir():
+        path.unlink()
+    resume(str(folder), command="", quiet=True)
+    assert (folder / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
+
+
+def test_damaged_checkpoints_are_not_a_fresh_start(corpus):
+    folder = stopped_run(corpus)
+    for path in (folder / "checkpoints").glob("*/model.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(ArtifactError, match=r"model\.safetensors"):
+        resume(str(folder), command="", quiet=True)
+
+
+def test_micro_batches_that_fit_are_found_and_kept(corpus):
+    trained = run(corpus, "train.micro_batch_size=-1")
+    assert (
+        load(PretrainConfig, recipe=str(trained.path / "recipe.yaml"), environment={}).config.train.micro_batch_size
+        == 8
+    )
+
+
+def test_recomputed_activations_change_nothing(corpus):
+    plain, again = run(corpus), run(corpus, "parallel.activation_checkpointing=true")
+    assert again.summary["after"]["loss"] == pytest.approx(plain.summary["after"]["loss"], rel=1e-5)
+
+
+def test_figures_go_to_tensorboard(corpus):
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    trained = run(corpus, "train.track=[tensorboard]", "train.log_every=1")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = {
+        path.parent for path in trained.path.rglob("events.out.tfevents.*") if path.parent.parent == trained.path
+    }
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    assert "eval/bits_per_byte" in events.Tags()["scalars"]

@@ -95,6 +95,7 @@ def pretrain(
     from llmctl.config import PretrainConfig
     from llmctl.engine.launch import Layout, relaunch
     from llmctl.engine.ranks import is_guest
+    from llmctl.engine.runs import is_finished
     from llmctl.recipe import dump, given_values, load
 
     known_kinds = {"char", "unigram", "bpe"}
@@ -130,6 +131,11 @@ def pretrain(
         result_json(estimate.to_dict()) if json else result(estimate.render())
         return 0
     run = begun_run(resume, out)
+    if resume == "auto" and run is not None and is_finished(Path(run)):
+        if not is_guest(os.environ):
+            note(f"{run} is finished", quiet=quiet)
+            result(run)
+        return 0
     if run is None:
         refuse_existing(out, force=force or resume == "auto")
     if layout.is_parent(os.environ):

@@ -12,8 +12,9 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +37,9 @@ from llmctl.losses import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel
 
 Batch = dict[str, np.ndarray]
+
+LIMIT_RESERVE_SECONDS = 5.0
+"""Time between the end of a run and its time limit, besides what saving takes."""
 
 EVAL_ROWS = 16
 """Rows of held-out text measured together where no micro-batch says otherwise."""
@@ -148,6 +152,7 @@ class _Loop:
         self.gradients = make_gradients(training.runtime, module, self.parameters)
         self.planner = Planner(training.config, training.deadline)
         self.started = self.saved_at = time.monotonic()
+        self.longest: dict[str, float] = {}
         self.caught = Caught()
         layout = lay_out(
             self.config.batch_size, self.config.micro_batch_size, training.runtime.parallel, self.runtime.world_size
@@ -215,7 +220,8 @@ class _Loop:
                 self.save()
             while True:
                 if self.planner.is_check_due(state):
-                    self.check()
+                    with self.timing("check"):
+                        self.check()
                 elif self.planner.is_save_due(state):
                     self.save_if_good()
                 loading_seconds, batches = self.load_batches()
@@ -226,7 +232,8 @@ class _Loop:
                         break
                     continue  # the plan has just become shorter: this was the last step
                 self.obey(agreed)
-                self.train_step(batches, agreed, loading_seconds)
+                with self.timing("step"):
+                    self.train_step(batches, agreed, loading_seconds)
                 state.seconds = time.monotonic() - self.started
                 if self.runtime.is_main:
                     self.planner.revise(state)
@@ -247,7 +254,7 @@ class _Loop:
         self.caught.wants_save = False
         if self.runtime.is_main:
             now = time.monotonic()
-            numbers[6] = float(self.t.limit is not None and now >= self.t.limit)
+            numbers[6] = float(self.t.limit is not None and now + self.reserve() >= self.t.limit)
             numbers[7] = self.state.total_steps
             minutes = self.config.save_minutes
             numbers[8] = float(minutes > 0 and now - self.saved_at >= 60 * minutes)
@@ -255,6 +262,17 @@ class _Loop:
         number = next((int(end) for place, end in enumerate(endings) if summed[2 + place]), 0)
         wants_save = bool(summed[5] or summed[8])
         return Agreed(int(summed[0]), int(summed[1]), number, wants_save, bool(summed[6]), int(summed[7]))
+
+    def reserve(self) -> float:
+        """Return the seconds that a step, what may follow it, and saving have taken at most, with some to spare."""
+        return 2 * sum(self.longest.values()) + LIMIT_RESERVE_SECONDS
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Remember how long something takes at most."""
+        begun = time.monotonic()
+        yield
+        self.longest[what] = max(self.longest.get(what, 0.0), time.monotonic() - begun)
 
     def obey(self, agreed: Agreed) -> None:
         """End or save where a signal, the limit or the clock asks for it."""
@@ -498,9 +516,10 @@ class _Loop:
         extra = {"environment": describe_environment(self.runtime), "recipe": dict(self.t.recipe)}
         self.saved_at = time.monotonic()
         try:
-            self.store.save(
-                self.state.step, own_parts(weights, rank), own_parts(optimizer, rank), self.state.to_dict() | extra
-            )
+            with self.timing("save"):
+                self.store.save(
+                    self.state.step, own_parts(weights, rank), own_parts(optimizer, rank), self.state.to_dict() | extra
+                )
         except OutputError as error:
             if is_needed:
                 raise

@@ -17,22 +17,25 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 N_ITERATIONS = 5
 
+TOGETHER = 16
+"""Matrices of one shape that are made orthogonal in one call: small products alone do not fill a processor."""
 
-def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return about U V^T of a matrix U S V^T, by Newton-Schulz iterations in `dtype`.
 
-    Shapes: (O, I) -> (O, I), in `dtype`.
+def orthogonalise(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return about U V^T of matrices U S V^T, by Newton-Schulz iterations in `dtype`.
+
+    Shapes: (G, O, I) -> (G, O, I), in `dtype`.
     """
     a, b, c = COEFFICIENTS
-    x = matrix.to(dtype)
-    is_tall = x.shape[0] > x.shape[1]
+    x = matrices_GOI.to(dtype)
+    is_tall = x.shape[1] > x.shape[2]
     if is_tall:
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)  # the spectral norm is at most this one
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the spectral norm is at most this one
     for _ in range(N_ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -58,26 +61,42 @@ class Muon(torch.optim.Optimizer):
         """Take one step; parameters without a gradient stay."""
         assert closure is None, "the loss is not computed again"
         for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group)
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for parameters in shapes.values():
+                for start in range(0, len(parameters), TOGETHER):
+                    self._step(parameters[start : start + TOGETHER], group)
 
-    def _step(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        updates = torch.stack([whole(self._momentum(parameter, group["momentum"])) for parameter in parameters])
+        updates = orthogonalise(updates, self.dtype).to(updates.dtype)
+        rows, columns = parameters[0].shape
+        rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(shared_like(update, parameter), alpha=-rate)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(gradient, 1 - group["momentum"])
-        update = self._orthogonal(gradient.lerp(buffer, group["momentum"]))
-        rows, columns = parameter.shape
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        buffer: Tensor = state["momentum_buffer"]
+        buffer.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
 
-    def _orthogonal(self, matrix: Any) -> Tensor:
-        if not hasattr(matrix, "full_tensor"):
-            return orthogonalise(matrix, self.dtype).to(matrix.dtype)
-        from torch.distributed.tensor import distribute_tensor
 
-        whole = orthogonalise(matrix.full_tensor(), self.dtype).to(matrix.dtype)
-        # Every process has computed the same whole and keeps its own rows: nothing needs sending.
-        return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
+def whole(matrix: Any) -> Tensor:
+    """Return a matrix with all its rows."""
+    return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix
+
+
+def shared_like(update: Tensor, parameter: Any) -> Tensor:
+    """Return an update in the layout of its parameter: every process has computed all of it and keeps its own rows."""
+    if not hasattr(parameter, "full_tensor"):
+        return update
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -154,6 +154,11 @@ def find_latest(folder: Path, *, holding: str, finished: bool) -> Path:
     raise NotFoundError(f"there is no unfinished run in `{folder}`", "name the run: --resume runs/NNNN-...")
 
 
+def is_finished(path: Path) -> bool:
+    """Tell whether a run has ended with a model."""
+    return read_record(path).get("status") == "finished"
+
+
 def is_unfinished(record: Mapping[str, Any]) -> bool:
     """Tell whether a run was begun and not finished."""
     return bool(record) and record.get("status") != "finished"

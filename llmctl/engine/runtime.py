@@ -331,6 +331,11 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that the device's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def leave(exit_code: int) -> NoReturn:
     """End a process of a group: gloo's threads abort one in five ordinary exits (pytorch issue 179291)."""
     import torch.distributed as dist

@@ -31,10 +31,17 @@ from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
 from llmctl.engine.progress import Progress, make_progress
 from llmctl.engine.runs import Run, create_run, find_run, open_run
-from llmctl.engine.runtime import Runtime, is_lost_peer, product_rate, start
+from llmctl.engine.runtime import Runtime, is_lost_peer, is_out_of_memory, product_rate, start
 from llmctl.engine.samples import make_sampler
 from llmctl.engine.together import begun_before, compare_processes, note_begun, open_together
-from llmctl.errors import InterruptedRunError, LlmctlError, StoppedError, UsageError
+from llmctl.errors import (
+    InterruptedRunError,
+    LlmctlError,
+    MemoryLimitError,
+    OutputError,
+    StoppedError,
+    UsageError,
+)
 from llmctl.files import ensure_writable, write_bytes
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.families import family_for
@@ -131,6 +138,20 @@ def resume(
         run.close()
 
 
+def check_space(run: Run, config: PretrainConfig, model: LanguageModel) -> None:
+    """Refuse to begin where not even one checkpoint would find room.
+
+    Raises: OutputError with what is needed and what there is.
+    """
+    n_bytes = 4 * (2 if config.optim.name == "muon" else 3) * parameter_count(model)
+    free = shutil.disk_usage(run.path).free
+    if run.lock is not None and free < n_bytes:
+        raise OutputError(
+            f"a checkpoint takes {n_bytes / 1e6:,.0f} MB, `{run.path}` has {free / 1e6:,.0f} MB free",
+            "free some space there, or choose another place with -o",
+        )
+
+
 def newest_checkpoint(run: Run, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
     """Return the checkpoint that the first process has found to be the newest valid one, None if there is none yet.
 
@@ -169,6 +190,7 @@ def train_in(
         model = base.model if base else build_model(config, corpus.tokenizer)
         config = with_micro_batch(config, model, runtime, run, progress)
         compare_processes(runtime, config, corpus, progress)
+        check_space(run, config, model)
         training = assemble(run, config, runtime, model, corpus, progress, started, saved)
         progress.say(
             f"{family_for(model.config).architecture}: {parameter_count(model):,} parameters, "
@@ -183,6 +205,13 @@ def train_in(
         run.update(status="interrupted")
         raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            run.update(status="interrupted")
+            raise MemoryLimitError(
+                f"the memory of {runtime.device.type} is used up ({str(error).strip().splitlines()[0][:160]})",
+                "--batch-size auto fits micro-batches to the memory; --set parallel.activation_checkpointing=true and "
+                "--parallel fsdp need less of it",
+            ) from error
         if runtime.world_size == 1 or not is_lost_peer(error):
             run.update(status="failed", error=f"{type(error).__name__}: {error}")
             raise

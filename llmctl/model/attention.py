@@ -4,14 +4,20 @@ Knows nothing of layers, norms around it, or where text comes from.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmctl.config import ModelConfig
+from llmctl.model.blocked import Spans, blocked_attention, share_of, spans_of
 from llmctl.model.cache import KVCache
 from llmctl.model.positions import apply_rope
+
+SHORT_KEYS = 256
+LARGEST_SHARE = 0.5
+"""Where blocks pay, see `blocks_pay`."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,26 @@ class Mask:
 
     tensor: Tensor | None = None
     is_causal: bool = False
+
+    @cached_property
+    def spans(self) -> Spans | None:
+        """Which keys each block of queries may see, worked out once for all layers."""
+        return None if self.tensor is None else spans_of(self.tensor)
+
+    @cached_property
+    def _summands(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
+    def summand(self, dtype: torch.dtype) -> Tensor | None:
+        """Return what to add to scores of this dtype, four-dimensional; a bool mask is turned into it once."""
+        if self.tensor is None:
+            return None
+        if self.tensor.dtype != torch.bool:
+            return self.tensor.to(dtype)[(None,) * (4 - self.tensor.dim())]
+        if dtype not in self._summands:
+            zeros = torch.zeros(self.tensor.shape, dtype=dtype)
+            self._summands[dtype] = zeros.masked_fill_(~self.tensor, float("-inf"))[(None,) * (4 - self.tensor.dim())]
+        return self._summands[dtype]
 
 
 def build_mask(
@@ -138,6 +164,12 @@ class Attention(nn.Module):
 
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
     """Return softmax(q k^T scale + mask) v with the heads joined: (B, T, N*H)."""
+    if q_BNTH.device.type == "cpu":
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_BNTH.dtype
+        if blocks_pay(q_BNTH, k_BKSH, mask, dtype):
+            q, k, v = q_BNTH.to(dtype), k_BKSH.to(dtype), v_BKSH.to(dtype)
+            y_BTNH = blocked_attention(q, k, v, mask.summand(dtype), mask.spans, is_causal=mask.is_causal, scale=scale)
+            return y_BTNH.flatten(2)
     tensor = mask.tensor
     if tensor is not None and tensor.is_floating_point():
         tensor = tensor.to(q_BNTH.dtype)
@@ -151,3 +183,21 @@ def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: fl
         enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
     )
     return y_BNTH.transpose(1, 2).flatten(2)
+
+
+def blocks_pay(q_BNTH: Tensor, k_BKSH: Tensor, mask: Mask, dtype: torch.dtype) -> bool:
+    """Tell whether a training step on a CPU is faster in blocks than through scaled_dot_product_attention.
+
+    A function of sizes, dtype and mask, never of time: a resumed run must take the way it took before. The limits
+    are measured (forward and backward, heads of 64, AVX-512). In bfloat16 torch's kernel is slow on short rows. In
+    long ones, and in float32, it is the faster one per pair of query and key, but also multiplies what a mask
+    forbids; short rows leave too little to skip. Where the mask is learned it has no fused backward pass at all.
+    """
+    needs_grad = torch.is_grad_enabled() and (q_BNTH.requires_grad or k_BKSH.requires_grad)
+    if not needs_grad or torch.compiler.is_compiling():
+        return False
+    n_keys = k_BKSH.shape[2]
+    is_learned = mask.tensor is not None and mask.tensor.requires_grad
+    if n_keys <= SHORT_KEYS * (1 + mask.is_causal):
+        return dtype == torch.bfloat16 and not is_learned
+    return is_learned or (mask.spans is not None and share_of(mask.spans, n_keys) <= LARGEST_SHARE)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.model.attention import Attention, attend, build_mask
+from llmctl.model.attention import Attention, Mask, attend, blocks_pay, build_mask
+from llmctl.model.blocked import BLOCK, blocked_attention, share_of, spans_of
 from llmctl.model.shapes import complete
 
 B, N, K, T, H = 2, 4, 2, 7, 6
@@ -132,3 +133,123 @@ def test_queries_and_keys_are_normalised_per_head(eps):
     weights = (q @ k.transpose(-1, -2) / math.sqrt(6)).softmax(-1)
     wanted = attention.o_proj((weights @ heads(attention.v_proj, None)).transpose(1, 2).flatten(2))
     torch.testing.assert_close(attention(x, build_mask(5, 5, causal=False)), wanted, rtol=0, atol=1e-12)
+
+
+LONG = 2 * BLOCK + 5
+MASKS = {
+    "full": {"causal": False},
+    "causal": {"causal": True},
+    "window": {"causal": False, "window": 9},
+    "causal window": {"causal": True, "window": 70},
+    "documents": {"causal": False, "documents": True},
+    "causal documents": {"causal": True, "documents": True},
+    "bias": {"causal": False, "bias": True},
+    "causal bias": {"causal": True, "bias": True},
+    "causal bias and documents": {"causal": True, "bias": True, "documents": True},
+}
+
+
+def long_mask(rows, heads, n_queries, n_keys, dtype, *, causal, window=0, documents=False, bias=False):
+    """Return a mask of rows of several documents and padding, and the learned bias in it if there is one."""
+    numbers = None
+    if documents:
+        starts = torch.rand(rows, n_keys, generator=torch.Generator().manual_seed(2)) < 0.02
+        numbers = starts.long().cumsum(1) + 1
+        numbers[-1, -7:] = 0
+    draw = torch.randn(heads, n_queries, n_keys, dtype=dtype, generator=torch.Generator().manual_seed(3))
+    learned = draw.requires_grad_() if bias else None
+    mask = build_mask(
+        n_queries,
+        n_keys,
+        causal=causal,
+        window=window,
+        query_documents_BT=None if numbers is None else numbers[:, -n_queries:],
+        key_documents_BS=numbers,
+        bias_NTS=learned,
+    )
+    return mask, learned
+
+
+def both_ways(mask, learned, q, k, v):
+    """Return outputs and gradients, in blocks and through scaled_dot_product_attention."""
+    inputs = [x for x in (q, k, v, learned) if x is not None]
+    y = blocked_attention(q, k, v, mask.summand(q.dtype), mask.spans, is_causal=mask.is_causal, scale=SCALE)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.tensor, is_causal=mask.is_causal, scale=SCALE, enable_gqa=True
+    ).transpose(1, 2)
+    weights = torch.randn(wanted.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(4))
+    got, expected = (torch.autograd.grad((out * weights).sum(), inputs, retain_graph=True) for out in (y, wanted))
+    return [y, *got], [wanted, *expected]
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(LONG, LONG), (BLOCK, BLOCK), (9, 9), (9, LONG)])
+def test_blocks_equal_the_fused_kernel(name, dtype, tolerance, heads, n_queries, n_keys):
+    if name == "causal" and n_queries != n_keys:
+        pytest.skip("is_causal is for queries and keys of one length")
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(3, heads[0], n_queries, 8), (3, heads[1], n_keys, 8), (3, heads[1], n_keys, 8)]
+    q, k, v = (torch.randn(shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes)
+    mask, learned = long_mask(3, heads[0], n_queries, n_keys, dtype, **MASKS[name])
+    for ours, theirs in zip(*both_ways(mask, learned, q, k, v), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk_scores", [1, 4 * BLOCK * LONG * 2])
+def test_rows_worked_on_together_change_nothing(monkeypatch, chunk_scores):
+    monkeypatch.setattr("llmctl.model.blocked.CHUNK_SCORES", chunk_scores)
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(3, 4, LONG, 8, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3))
+    mask, learned = long_mask(3, 4, LONG, LONG, torch.float64, causal=True, documents=True)
+    for ours, theirs in zip(*both_ways(mask, learned, q, k, v), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_spans_leave_out_what_no_query_of_a_block_may_see():
+    documents = torch.tensor([[1] * BLOCK + [2] * BLOCK, [1] * (BLOCK + 10) + [2] * (BLOCK - 10)])
+    T = 2 * BLOCK
+    mask = build_mask(T, T, causal=True, query_documents_BT=documents, key_documents_BS=documents)
+    assert mask.spans == [[(0, BLOCK), (BLOCK, T)], [(0, BLOCK), (0, T)]]
+    assert share_of(mask.spans, T) == 5 / 8
+    assert spans_of(build_mask(T, T, causal=False).tensor or torch.zeros(T, T)) == [[(0, T), (0, T)]]
+    window = build_mask(T, T, causal=False, window=10)
+    assert window.spans == [[(0, BLOCK + 9), (BLOCK - 9, T)]]
+
+
+def test_choice_follows_sizes_dtype_and_mask():
+    def pays(T, mask, dtype=torch.float32):
+        x = torch.zeros(1, 1, T, 4, requires_grad=True)
+        return blocks_pay(x, x, mask, dtype)
+
+    short, long = (torch.arange(n)[None] // 32 for n in (256, 1024))
+    packed = lambda numbers: build_mask(
+        numbers.shape[1], numbers.shape[1], causal=True, query_documents_BT=numbers + 1, key_documents_BS=numbers + 1
+    )
+    assert not pays(256, packed(short))
+    assert pays(256, packed(short), torch.bfloat16)
+    assert pays(1024, packed(long))
+    assert not pays(1024, packed(torch.zeros_like(long)))
+    assert not pays(512, Mask(is_causal=True))
+    assert pays(512, Mask(is_causal=True), torch.bfloat16)
+    assert not pays(512, Mask(), torch.bfloat16)
+    assert pays(512, Mask(torch.zeros(1, 512, 512, requires_grad=True)))
+    assert not pays(256, Mask(torch.zeros(1, 256, 256, requires_grad=True)), torch.bfloat16)
+    with torch.no_grad():
+        assert not pays(1024, packed(long))
+
+
+@pytest.mark.parametrize("fields", [{}, {"n_kv_heads": 2, "qk_norm": True}])
+def test_autocast_computes_blocks_in_its_precision(fields):
+    attention = layer(**fields).float()
+    x = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(6))
+    mask = build_mask(40, 40, causal=True)
+    exact = torch.autograd.grad(attention(x, mask).pow(2).sum(), list(attention.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(x, mask)
+        grads = torch.autograd.grad(y.float().pow(2).sum(), list(attention.parameters()))
+    assert y.dtype == torch.bfloat16
+    for ours, theirs in zip(grads, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()

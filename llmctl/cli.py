@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show what a model file holds, without loading it.",
     "runs": "List, show, compare and remove training runs.",
     "use": "Choose the model that commands take when none is named.",
+    "doctor": "Check the installation, and the network between hosts that are to train together.",
     "presets": "List the model presets with their sizes and sources.",
 }
 

@@ -25,7 +25,9 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     code = run(sys.argv[1:])
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    # A launcher may have threads that wait for a host which is gone, and would wait for them.
+    if is_rank or "torch.distributed.launcher.api" in sys.modules:
         from llmctl.engine.runtime import leave
 
         leave(code)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "inspect": "Show what a model file holds, without loading it.",
     "runs": "List, show, compare and remove training runs.",
     "use": "Choose the model that commands take when none is named.",
+    "doctor": "Check the installation, and the network between hosts that are to train together.",
     "presets": "List the model presets with their sizes and sources.",
 }
 
@@ -149,6 +150,10 @@ def given_value(error: Exception, args: Sequence[str]) -> str:
 
 
 def show(message: str, hint: str, exit_code: int) -> int:
-    """Write one error in the house's form to stderr."""
-    sys.stderr.write(f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else ""))
+    """Write one error in the house's form to stderr, or leave it to the process that started this one among others."""
+    from llmctl.engine.ranks import tell_launcher
+
+    text = f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else "")
+    if not tell_launcher(text, os.environ):
+        sys.stderr.write(text)
     return exit_code

@@ -94,7 +94,7 @@ def pretrain(
     """
     from llmctl.config import PretrainConfig
     from llmctl.engine.launch import Layout, relaunch
-    from llmctl.engine.ranks import is_guest
+    from llmctl.engine.ranks import LAUNCHED, is_guest
     from llmctl.engine.runs import is_finished
     from llmctl.recipe import dump, given_values, load
 
@@ -119,11 +119,12 @@ def pretrain(
         "parallel.strategy": parallel,
         "parallel.deterministic": deterministic,
     }
+    refuse_shared_stdin(recipe, nproc * nnodes)
     resolved = load(PretrainConfig, recipe=recipe, settings=set_ or [], flags=flags)
     if print_config:
         result(dump(resolved).rstrip("\n"))
         return 0
-    layout = Layout(nproc, nnodes, node_rank, master, max_restarts)
+    layout = Layout(nproc, nnodes, node_rank, master, max_restarts, resolved.config.parallel.timeout_seconds)
     if dry_run:
         from llmctl.engine.plan import dry_run as plan
 
@@ -136,9 +137,15 @@ def pretrain(
             note(f"{run} is finished", quiet=quiet)
             result(run)
         return 0
-    if run is None:
+    if run is None and LAUNCHED not in os.environ:  # else the launcher has looked, and a restart finds its own run
         refuse_existing(out, force=force or resume == "auto")
     if layout.is_parent(os.environ):
+        if run is None:
+            from llmctl.engine.checks import check
+            from llmctl.engine.parallel import check_layout
+
+            check(resolved.config)
+            check_layout(resolved.config.train, resolved.config.parallel, nproc * nnodes)
         note(f"starting {nproc} processes", quiet=quiet)
         return relaunch(layout, sys.argv[1:])
     command = shlex.join(["llmctl", "pretrain", *sys.argv[2:]])
@@ -168,6 +175,18 @@ def begun_run(resume: str | None, out: Path | None) -> str | None:
     if out is None or out.suffix == ".safetensors":
         raise UsageError("`--resume auto` needs the run's folder", "name it with -o FOLDER")
     return str(out) if (out / "recipe.yaml").is_file() else None
+
+
+def refuse_shared_stdin(recipe: str | None, n_processes: int) -> None:
+    """Keep processes from sharing one standard input, of which the first reader leaves the others nothing.
+
+    Raises: UsageError for `-r -` beside several processes.
+    """
+    from llmctl.engine.ranks import LAUNCHED, read_ranks
+    from llmctl.errors import UsageError
+
+    if recipe == "-" and (n_processes > 1 or LAUNCHED in os.environ or read_ranks(os.environ).world_size > 1):
+        raise UsageError("`-r -` is read once, but several processes need the recipe", "write it to a file: -r FILE")
 
 
 def refuse_existing(out: Path | None, *, force: bool) -> None:

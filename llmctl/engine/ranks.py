@@ -4,12 +4,16 @@ torchrun, `accelerate launch`, Kubeflow and dstack set RANK and WORLD_SIZE; a Sl
 their own, which become the former here. A launcher that was asked for several processes and starts one is refused.
 """
 
+import ctypes
 import fcntl
 import os
+import signal
 import socket
 import struct
 import subprocess
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +35,7 @@ class Ranks:
 
 SOURCES: tuple[tuple[str, str, str, str], ...] = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
@@ -52,7 +56,7 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
                 int(environment[rank]),
                 int(environment[world]),
                 int(environment.get(local_rank, "0")),
-                int(environment.get(local_world, "1").split("(")[0]),
+                int(environment.get(local_world, "1").split(",")[0].split("(")[0]),  # Slurm writes `2(x3),1`
             )
         except (KeyError, ValueError) as error:
             raise UsageError(
@@ -76,6 +80,8 @@ def join(environment: MutableMapping[str, str], parent: Sequence[str] | None = N
     Raises: UsageError if a launcher was asked for several processes and started one; StoppedError if the master's
     name means nothing here.
     """
+    if LAUNCHED in environment:
+        end_with_parent()
     ranks = read_ranks(environment)
     if ranks.world_size == 1:
         wanted = promised_by_accelerate(parent if parent is not None else parent_command(), environment)
@@ -98,6 +104,26 @@ def join(environment: MutableMapping[str, str], parent: Sequence[str] | None = N
         if name:  # else gloo takes what the host's own name resolves to, often the loopback
             environment.setdefault(variable, name)
     return ranks
+
+
+def end_with_parent() -> None:
+    """Ask for SIGTERM, which saves, when the launcher dies without a chance to pass a signal on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+
+
+def tell_launcher(text: str, environment: Mapping[str, str]) -> bool:
+    """Leave a process's last words to the launcher, which knows whose matter; tell whether there is one.
+
+    A process that dies takes all others with it, and each of them has an error to show, one line of which is the cause.
+    """
+    if LAUNCHED not in environment:
+        return False
+    with suppress(OSError):
+        path = Path(environment[LAUNCHED]).with_name(f"error-{environment.get('LOCAL_RANK', '0')}")
+        path.write_text(text, encoding="utf-8")
+        return True
+    return False  # the launcher and its folder are gone
 
 
 def parent_command() -> list[str]:

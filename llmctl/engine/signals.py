@@ -3,13 +3,20 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from llmctl.engine.ranks import LAUNCHED
+
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run after the step at hand."""
+
+ECHO_SECONDS = 2.0
+"""Time in which a second signal is the first one again: `systemctl stop` and Slurm signal every process of a job, the
+launcher as well as those it passes the signal on to."""
 
 
 @dataclass
@@ -36,16 +43,21 @@ def watch_signals() -> Iterator[Caught]:
     are forked later inherit the handlers, but only the process that set them acts.
     """
     caught, owner = Caught(), os.getpid()
+    echoes_until = 0.0
 
     def note(number: int, _: FrameType | None) -> None:
+        nonlocal echoes_until
         if os.getpid() != owner:
             return
         if number == signal.SIGUSR1:
             caught.wants_save = True
             return
         if caught.number:
+            if time.monotonic() < echoes_until:
+                return
             raise SecondSignalError(number)
         caught.number = number
+        echoes_until = time.monotonic() + (ECHO_SECONDS if LAUNCHED in os.environ else 0.0)
         sys.stderr.write("\nfinishing this step and saving; once more stops at once\n")
 
     watched = [number for number in (*ENDING, signal.SIGUSR1) if signal.getsignal(number) != signal.SIG_IGN]

@@ -1,0 +1,81 @@
+"""`llmctl doctor`: what this machine offers, and whether several processes or hosts can train together."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from llmctl.commands.common import Master, Nnodes, NodeRank, Nproc, command_app, result, result_json
+
+app = command_app()
+
+
+@app.command()
+def doctor(
+    distributed: Annotated[bool, typer.Option("--distributed", help="Let all ranks meet and test their ways.")] = False,
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
+    timeout: Annotated[int, typer.Option(help="Seconds to wait for the master and the other ranks.")] = 60,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Check the installation, and with --distributed the network between ranks.
+
+    Examples:
+
+      llmctl doctor
+
+      llmctl doctor --distributed --nproc 2
+
+      llmctl doctor --distributed --nnodes 2 --node-rank 0 --master 10.0.0.1:29500
+    """
+    from llmctl.engine.launch import Layout
+    from llmctl.errors import UsageError
+
+    if timeout < 1:
+        raise UsageError(f"`--timeout {timeout}` must be at least 1", "--timeout 60")
+    is_parent = Layout(nproc, nnodes, node_rank, master).is_parent(os.environ)
+    if not distributed and is_parent:
+        raise UsageError("`--nproc` and `--nnodes` check several processes", "add --distributed")
+    if is_parent:
+        from llmctl.engine.doctor import Group, start_ranks
+
+        argv = ["doctor", "--distributed", "--timeout", str(timeout), *["--json"] * json]
+        return start_ranks(Group(nproc, nnodes, node_rank, master), argv)
+    return examine_ranks(timeout, json=json) if distributed else examine_here(json=json)
+
+
+def examine_here(*, json: bool) -> int:
+    """Report on this machine."""
+    from llmctl.engine.doctor import examine_machine, render_machine
+
+    found = examine_machine()
+    result_json(found) if json else result("\n".join(render_machine(found)))
+    return 0
+
+
+def examine_ranks(timeout: int, *, json: bool) -> int:
+    """Meet the other ranks and let the first one report.
+
+    Raises: UsageError in all of them if the runs folder is not shared; LlmctlError if a sum is wrong.
+    """
+    from llmctl.engine.doctor import examine_group, render_group
+    from llmctl.errors import LlmctlError, UsageError
+
+    runtime, found = examine_group(timeout)
+    if runtime.is_main:
+        result_json(found) if json else result("\n".join(render_group(found)))
+    wrong = [name for name, is_right in found["sums_are_right"].items() if not is_right]
+    problem: LlmctlError | None = None
+    if wrong:
+        problem = LlmctlError(f"sums over the processes are wrong in {', '.join(wrong)}", "check the network's driver")
+    elif found["blind_ranks"]:
+        problem = UsageError(
+            "the runs folder is not shared by all hosts", "name a folder on a shared file system with -o or LLMCTL_RUNS"
+        )
+    if problem is not None and runtime.is_main:
+        raise problem
+    sys.stdout.flush()
+    return problem.exit_code if problem else 0

@@ -325,7 +325,15 @@ def is_lost_peer(error: BaseException) -> bool:
     import torch.distributed as dist
 
     text = str(error)
-    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Timed out", "Broken pipe")
+    signs = (
+        "gloo",
+        "NCCL",
+        "Connection closed by peer",
+        "Connection reset",
+        "Timed out",
+        "Broken pipe",
+        "Failed to recv",
+    )
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in signs)
     )

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from llmctl.engine.outcome import recipe_sha256
 from llmctl.engine.progress import Progress
 from llmctl.engine.ranks import LAUNCHED
 from llmctl.engine.runs import Run, read_record
-from llmctl.engine.runtime import Runtime
-from llmctl.errors import LlmctlError, UsageError
+from llmctl.engine.runtime import Runtime, is_lost_peer
+from llmctl.errors import LlmctlError, StoppedError, UsageError
 
 
 def begun_before() -> str:
@@ -31,6 +32,38 @@ def note_begun(path: Path) -> None:
         Path(os.environ[LAUNCHED]).write_text(str(path.resolve()), encoding="utf-8")
 
 
+def agree_on_start(runtime: Runtime, action: str) -> str:
+    """Make sure that all processes are to do the same; return the run that they have begun before, or nothing.
+
+    Raises: UsageError if some begin and some go on: they would wait for each other in different places.
+    """
+    with losing_peers(runtime):
+        told = runtime.gather([action, begun_before()])
+    if len({each for each, _ in told}) > 1:
+        table = ", ".join(f"rank {rank} is to {each}" for rank, (each, _) in enumerate(told))
+        raise UsageError(f"the processes do not agree: {table}", "start the same command on all hosts")
+    return str(told[0][1])
+
+
+@contextmanager
+def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
+    """Turn the loss of another process into an error that says how to go on.
+
+    Raises: StoppedError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if runtime.world_size == 1 or not is_lost_peer(error):
+            raise
+        raise StoppedError(
+            f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
+            f"go on from the last checkpoint with: llmctl pretrain --resume {run}"
+            if run
+            else "start all of them again",
+        ) from error
+
+
 def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
     """Let the first process make or open a run, which the others then see.
 
@@ -42,15 +75,24 @@ def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
             run = action()
         except LlmctlError as error:
             problem = error
-    runtime.wait_for_first(problem)
-    path = Path(runtime.first(str(run.path) if run else None))
-    blind = [rank for rank, sees in enumerate(runtime.gather((path / "run.json").is_file())) if not sees]
+    with losing_peers(runtime):
+        runtime.wait_for_first(problem)
+        path = Path(runtime.first(str(run.path) if run else None))
+        blind = [rank for rank, sees in enumerate(runtime.gather(is_seen(path / "run.json"))) if not sees]
     if blind:
         raise UsageError(
             f"the run folder `{path}` is not there for rank {', '.join(map(str, blind))}",
             "all hosts must share it: name a folder on a shared file system with -o, and start everywhere in the same place",
         )
     return run or Run(path, read_record(path))
+
+
+def is_seen(path: Path) -> bool:
+    """Tell whether a file is there for this process; one in a folder that it may not read is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def compare_processes(runtime: Runtime, config: PretrainConfig, corpus: Corpus, progress: Progress) -> None:

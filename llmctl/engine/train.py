@@ -7,7 +7,8 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
 from llmctl.engine.progress import Progress, make_progress
 from llmctl.engine.runs import Run, create_run, find_run, open_run
-from llmctl.engine.runtime import Runtime, is_lost_peer, is_out_of_memory, product_rate, start
+from llmctl.engine.runtime import Runtime, is_out_of_memory, product_rate, start
 from llmctl.engine.samples import make_sampler
-from llmctl.engine.together import begun_before, compare_processes, note_begun, open_together
+from llmctl.engine.together import agree_on_start, compare_processes, losing_peers, note_begun, open_together
 from llmctl.errors import (
     InterruptedRunError,
     LlmctlError,
@@ -64,7 +65,7 @@ def pretrain(
     started = time.monotonic()
     runtime = start(config.train, config.parallel)
     check_layout(config.train, config.parallel, runtime.world_size)
-    begun = runtime.first(begun_before())
+    begun = agree_on_start(runtime, "begin a run")
     if begun:  # the launcher has started all processes again
         return resume(begun, command=command, quiet=quiet, verbose=verbose, runtime=runtime)
 
@@ -111,7 +112,9 @@ def resume(
     refuse_changes(path, changes, allowed)
     check(config)
     started = time.monotonic()
-    runtime = runtime or start(config.train, config.parallel)
+    if runtime is None:
+        runtime = start(config.train, config.parallel)
+        agree_on_start(runtime, f"go on with {path}")
     check_layout(config.train, config.parallel, runtime.world_size)
 
     def open_unfinished() -> Run:
@@ -130,7 +133,8 @@ def resume(
     try:
         for key, (old, new) in changes.items():
             progress.say(f"changed: {key} {old} -> {new}")
-        saved = newest_checkpoint(run, runtime, progress)
+        with losing_peers(runtime, run.path):
+            saved = newest_checkpoint(run, runtime, progress)
         command = str(run.record.get("invocation", command))
         return train_in(run, config, progress, runtime, command=command, started=started, saved=saved)
     finally:
@@ -183,50 +187,52 @@ def train_in(
     saved: checkpoint.Checkpoint | None = None,
 ) -> Trained | None:
     """Do the training of an open run, and record how it ended."""
+    trained = None
     try:
-        base = load_base(config)
-        corpus = prepare_together(config, run, runtime, base.tokenizer if base else None, progress)
-        check_corpus(config, corpus)
-        model = base.model if base else build_model(config, corpus.tokenizer)
-        config = with_micro_batch(config, model, runtime, run, progress)
-        compare_processes(runtime, config, corpus, progress)
-        check_space(run, config, model)
-        training = assemble(run, config, runtime, model, corpus, progress, started, saved)
-        progress.say(
-            f"{family_for(model.config).architecture}: {parameter_count(model):,} parameters, "
-            f"{config.objective} in {str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}"
-        )
-        fitted = fit(training, saved)
-        trained = None
-        if runtime.is_main:
-            trained = finish(run, config, training, corpus, fitted, command=command, started=started)
-        runtime.wait_for_first()
+        with losing_peers(runtime, run.path), naming_memory(runtime):
+            base = load_base(config)
+            corpus = prepare_together(config, run, runtime, base.tokenizer if base else None, progress)
+            check_corpus(config, corpus)
+            model = base.model if base else build_model(config, corpus.tokenizer)
+            config = with_micro_batch(config, model, runtime, run, progress)
+            compare_processes(runtime, config, corpus, progress)
+            check_space(run, config, model)
+            training = assemble(run, config, runtime, model, corpus, progress, started, saved)
+            progress.say(
+                f"{family_for(model.config).architecture}: {parameter_count(model):,} parameters, "
+                f"{config.objective} in {str(runtime.dtype).removeprefix('torch.')} on {runtime.device.type}"
+            )
+            fitted = fit(training, saved)
+            if runtime.is_main:
+                trained = finish(run, config, training, corpus, fitted, command=command, started=started)
+            runtime.wait_for_first()
     except (InterruptedRunError, StoppedError):
         run.update(status="interrupted")
         raise
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            run.update(status="interrupted")
-            raise MemoryLimitError(
-                f"the memory of {runtime.device.type} is used up ({str(error).strip().splitlines()[0][:160]})",
-                "--batch-size auto fits micro-batches to the memory; --set parallel.activation_checkpointing=true and "
-                "--parallel fsdp need less of it",
-            ) from error
-        if runtime.world_size == 1 or not is_lost_peer(error):
-            run.update(status="failed", error=f"{type(error).__name__}: {error}")
-            raise
-        run.update(status="interrupted")
-        raise StoppedError(
-            f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
-            f"go on from the last checkpoint with: llmctl pretrain --resume {run.path}",
-        ) from error
     except BaseException as error:
-        if not isinstance(error, LlmctlError) and not isinstance(error, KeyboardInterrupt):
-            run.update(status="failed", error=f"{type(error).__name__}: {error}")
-        else:
-            run.update(status="failed", error=str(error) or type(error).__name__)
+        is_told = isinstance(error, (LlmctlError, KeyboardInterrupt))
+        text = (str(error) or type(error).__name__) if is_told else f"{type(error).__name__}: {error}"
+        run.update(status="failed", error=text)
         raise
     return trained
+
+
+@contextmanager
+def naming_memory(runtime: Runtime) -> Iterator[None]:
+    """Turn the end of the memory into an error that says what needs less of it.
+
+    Raises: MemoryLimitError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"the memory of {runtime.device.type} is used up ({str(error).strip().splitlines()[0][:160]})",
+            "--batch-size auto fits micro-batches to the memory; --set parallel.activation_checkpointing=true and "
+            "--parallel fsdp need less of it",
+        ) from error
 
 
 def prepare_together(

@@ -9,9 +9,9 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 SLURM = {
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "1",
-    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
     "SLURM_LOCALID": "0",
-    "SLURM_NTASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
     "SLURM_JOB_ID": "45678",
 }
 OPEN_MPI = {

@@ -191,12 +191,15 @@ class Store:
     def rotate(self, keep: int, protected: Path | None) -> None:
         """Delete all but the newest `keep` valid checkpoints; `protected` (the best one) always stays; 0 keeps all.
 
-        Damaged ones do not count, and go when as many newer valid ones are there. What cannot be deleted stays.
+        Damaged ones do not count, and go when as many newer valid ones are there. What cannot be deleted stays: the
+        checkpoint that has just been saved is none the worse for it.
         """
-        if self.team.rank or not keep:
-            return
+        paths: list[Path] = []
+        if self.team.rank == 0 and keep:
+            with suppress(OSError):
+                paths = self.published()
         n_valid = 0
-        for path in self.published():
+        for path in paths:
             is_old = n_valid >= keep
             n_valid += self.is_valid(path)
             if is_old and path != protected:
@@ -285,10 +288,13 @@ def defect(path: Path) -> str:
     if STATE not in digests:
         return f"its {MANIFEST} does not name `{STATE}`"
     for name, digest in digests.items():
-        if Path(name).name != name or not (path / name).is_file():
-            return f"`{name}` is missing"
-        if file_sha256(path / name) != digest:
-            return f"`{name}` does not match its sha256"
+        try:
+            if Path(name).name != name or not (path / name).is_file():
+                return f"`{name}` is missing"
+            if file_sha256(path / name) != digest:
+                return f"`{name}` does not match its sha256"
+        except OSError as error:  # a bad sector makes this one bad, not those beside it
+            return f"`{name}` cannot be read ({error.strerror})"
     return ""
 
 

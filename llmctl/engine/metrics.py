@@ -63,11 +63,15 @@ class MetricsFile:
         return ""
 
     def cut_after(self, step: int, checked_step: int) -> None:
-        """Drop the lines of steps and evaluations that a resumed run will take again."""
+        """Drop the lines of steps and evaluations that a resumed run will take again, the closing one among them."""
+
+        def stays(line: Mapping[str, Any]) -> bool:
+            if line.get("kind") != "eval":
+                return line["step"] <= step
+            return line["step"] <= checked_step and not (line.get("full") and line["step"])
+
         if self.path.exists():
-            kept = [
-                line for line in self.read() if line["step"] <= (checked_step if line.get("kind") == "eval" else step)
-            ]
+            kept = [line for line in self.read() if stays(line)]
             write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, Any]]:

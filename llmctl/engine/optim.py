@@ -13,6 +13,9 @@ from llmctl.engine.muon import Muon
 from llmctl.engine.parallel import own_rows
 from llmctl.errors import ArtifactError
 
+STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
+"""What each optimizer keeps of every parameter."""
+
 NOT_FOR_MUON = ("embed", "lm_head", "relative_bias")
 """Parts of parameter names: tables and the head are not maps between spaces that Muon's geometry is made for."""
 
@@ -98,7 +101,8 @@ def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) 
 def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], saved: Checkpoint) -> None:
     """Put back what `named_state` gave; keys are matched by parameter name, and a process takes its own rows.
 
-    Raises: ArtifactError if the checkpoint is of other optimizers or parameters.
+    What a parameter has by now and had not then (at a rollback to before the first step) is forgotten.
+    Raises: ArtifactError if the checkpoint is of other optimizers or parameters, or lacks a part of their state.
     """
     parameters = dict(model.named_parameters())
     states: dict[tuple[str, str], dict[str, Any]] = {}
@@ -116,5 +120,13 @@ def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], s
             if shape == tuple(parameter.shape)
             else saved.read("optimizer", key)
         )
+    for optimizer in optimizers.values():
+        optimizer.state.clear()
     for (optimizer_name, parameter_name), state in states.items():
+        missing = sorted(STATE_KEYS[optimizer_name] - set(state))
+        if missing:
+            raise ArtifactError(
+                f"checkpoint `{saved.path}` has no `{optimizer_name}/{parameter_name}/{missing[0]}`",
+                "resume from an older checkpoint",
+            )
         optimizers[optimizer_name].state[parameters[parameter_name]] = state

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +79,22 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert checkpoint.defect(tmp_path / "step-00000001") == ""
     manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
     assert set(manifest["sha256"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").is_file(), reason="no file here refuses to be read")
+def test_a_file_that_the_disk_cannot_read_makes_one_checkpoint_bad_and_no_save(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    victim = tmp_path / "step-00000002" / "model.safetensors"
+    victim.unlink()
+    victim.symlink_to("/proc/self/mem")  # its first byte gives an input/output error
+    loaded, skipped = checkpoint.Store(tmp_path).load_newest()
+    assert loaded.state["step"] == 1
+    assert "`model.safetensors` cannot be read" in skipped[0]
+    save(tmp_path, 3)
+    checkpoint.Store(tmp_path).rotate(2, None)
+    assert [path.name for path in checkpoint.published(tmp_path)] == [
+        "step-00000003",
+        "step-00000002",
+        "step-00000001",
+    ]

@@ -51,3 +51,11 @@ def test_the_loss_picture_is_well_formed_whatever_the_series():
         assert root.tag.endswith("svg")
         circles = [element for element in root.iter() if element.tag.endswith("circle")]
         assert len(circles) == len(held_out)
+
+
+def test_the_closing_evaluation_of_a_run_that_ended_too_early_is_made_again(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step, full in ((0, True), (4, False), (8, False), (8, True)):
+        file.append({"kind": "eval", "step": step, "full": full})
+    file.cut_after(8, 8)
+    assert [(line["step"], line["full"]) for line in file.read()] == [(0, True), (4, False), (8, False)]

@@ -5,6 +5,7 @@ import torch
 
 from llmctl.config import ModelConfig, OptimConfig
 from llmctl.engine import checkpoint, optim
+from llmctl.errors import ArtifactError
 from llmctl.model.transformer import LanguageModel, initialise
 
 
@@ -86,3 +87,29 @@ def test_state_put_back_by_name_goes_on_bit_for_bit(tmp_path, name: str):
         step(resumed, second, seed)
     for name_, tensor in straight.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name_]), name_
+
+
+def trained() -> tuple[LanguageModel, dict[str, torch.optim.Optimizer]]:
+    model = tiny()
+    optimizers = optim.make_optimizers(model, OptimConfig(name="muon"))
+    model(torch.arange(8)[None]).logsumexp(-1).mean().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return model, optimizers
+
+
+@pytest.mark.parametrize("key", ["step", "exp_avg", "exp_avg_sq"])
+def test_state_with_a_hole_is_refused_with_its_name(tmp_path, key: str):
+    model, optimizers = trained()
+    state = dict(optim.named_state(model, optimizers))
+    del state[f"adamw/model.norm.weight/{key}"]
+    saved = checkpoint.load(checkpoint.Store(tmp_path).save(1, {}, checkpoint.whole(state), {}))
+    with pytest.raises(ArtifactError, match=f"has no `adamw/model.norm.weight/{key}`"):
+        optim.load_state(model, optimizers, saved)
+
+
+def test_going_back_to_before_the_first_step_forgets_the_state(tmp_path):
+    model, optimizers = trained()
+    saved = checkpoint.load(checkpoint.Store(tmp_path).save(0, {}, {}, {}))
+    optim.load_state(model, optimizers, saved)
+    assert dict(optim.named_state(model, optimizers)) == {}

@@ -124,6 +124,12 @@ def job(row: dict[str, Any]) -> dict[str, float]:
     return {"measured": status("VmHWM") - before, "predicted": predicted.peak, **predicted.parts}
 
 
+def is_close(row: str) -> bool:
+    """Tell whether a row's prediction is within a tenth of what is measured."""
+    figures = measure(ROWS[row])
+    return abs(figures["predicted"] / figures["measured"] - 1) < 0.1
+
+
 def measure(row: dict[str, Any]) -> dict[str, float]:
     """Run a row in processes of its own and return the first one's figures."""
     with socket.socket() as sock:

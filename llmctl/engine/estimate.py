@@ -244,6 +244,8 @@ def memory(
     n_muon = parameters.matrices if optimizer == "muon" else 0
     own_rows = -(-rows.batch_size // n_devices)
     n_rows = min(micro_batch_size or own_rows, own_rows)
+    if n_chunks:
+        n_rows = min(n_rows, -(-rows.batch_size // n_chunks))
     n_labels = max(1, round(n_rows * (rows.target or rows.source) * rows.label_frac))
     chunk = 2 * FLOAT_BYTES * min(chunk_tokens, n_labels) * config.vocab_size  # the logits, and a copy for the softmax
     hidden = product_bytes * n_labels * config.d_model
@@ -251,18 +253,16 @@ def memory(
     if n_devices > 1 and sharded:
         copies = product_bytes * (2 * block_matrices(config) + parameters.head)
     n_shares = n_devices if sharded else 1
-    # Subtrees waiting for their sibling, and one flat copy for the exchange with other processes.
-    n_gradients = 1 + (max(0, n_chunks // n_devices).bit_length() if n_chunks else 0) + (n_chunks > 0 and n_devices > 1)
+    # Subtrees that wait for their sibling while the last micro-batch runs.
+    n_gradients = max(1, (n_chunks // n_devices).bit_length() - 1)
     activations = activation_bytes(config, rows, n_rows, product_bytes)
     if recompute:
-        n_blocks = config.n_layers + config.n_decoder_layers * (config.family == "encoder_decoder")
-        inputs = (
-            FLOAT_BYTES
-            * n_rows
-            * config.d_model
-            * (config.n_layers * rows.source + (config.n_decoder_layers * rows.target if rows.target else 0))
-        )
-        activations = inputs + activations // max(1, n_blocks)
+        sides = ((config.n_layers, rows.source), (config.n_decoder_layers, rows.target))
+        n_blocks = sum(n_layers for n_layers, tokens in sides if tokens)
+        inputs = FLOAT_BYTES * config.d_model * n_rows * sum(n_layers * tokens for n_layers, tokens in sides)
+        # Gradients of a block's two widest tensors stand beside its activations, where else they take the place of others'.
+        passing = 2 * FLOAT_BYTES * config.d_ff * n_rows * max(rows.source, rows.target)
+        activations = inputs + activations // max(1, n_blocks) + passing
     return Memory(
         weights=-(-FLOAT_BYTES * parameters.total // n_shares),
         gradients=-(-FLOAT_BYTES * parameters.total * n_gradients // n_shares),

@@ -131,6 +131,7 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
     loop = _Loop(training, module, optimizers)
     if restored is not None:
         loop.restore(restored)
+    loop.cut_logs()
     with watch_signals() as caught, loop.loader:
         loop.caught = caught
         try:
@@ -183,10 +184,16 @@ class _Loop:
             self.t.progress.say(f"the resumed run is not the same bit for bit: {', '.join(changed)}")
         if budget(saved.state.get("recipe")) != budget(self.t.recipe):
             self.state.total_steps = 0
-        if self.runtime.is_main:
-            self.metrics.cut_after(self.state.step, self.state.checked_step)
         self.started = time.monotonic() - self.state.seconds
         self.store.verified.add(saved.path.name)
+
+    def cut_logs(self) -> None:
+        """Drop the lines of what is done again: all of them where there was no checkpoint yet."""
+        if self.runtime.is_main:
+            begun = bool(self.state.before)
+            step, checked_step = (self.state.step, self.state.checked_step) if begun else (-1, -1)
+            self.metrics.cut_after(step, checked_step)
+            MetricsFile(self.t.folder / "samples.jsonl").cut_after(checked_step, checked_step)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take over weights and optimizer state."""
@@ -363,7 +370,7 @@ class _Loop:
         if is_finite:
             spike = state.spike(loss, norm)
         if spike:
-            self.event("spike", f"step {state.step + 1} stands out: {spike}")
+            self.event("spike", state.step + 1, f"step {state.step + 1} stands out: {spike}")
         if is_finite and not (spike and self.config.skip_spikes):
             state.bad_steps = 0
             for optimizer in self.optimizers.values():
@@ -372,7 +379,8 @@ class _Loop:
             state.skipped_steps += 1
             if not is_finite:
                 state.bad_steps += 1
-                self.event("not finite", f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}")
+                text = f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}"
+                self.event("not finite", state.step + 1, text)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
@@ -400,7 +408,8 @@ class _Loop:
         state.lr_scale = kept.lr_scale * config.rollback_lr_frac
         # The rows that led here do not come again: the step numbers go back, the data does not.
         state.skipped_batches = kept.skipped_batches + failed - state.step
-        self.event("rollback", f"{what}; back to step {state.step} with {state.lr_scale:g} of the learning rate")
+        text = f"{what}; back to step {state.step} with {state.lr_scale:g} of the learning rate"
+        self.event("rollback", state.step, text)
 
     def open_newest_good(self) -> checkpoint.Checkpoint:
         """Open the newest valid checkpoint from before the steps that were not finite, the same in every process.
@@ -475,16 +484,17 @@ class _Loop:
         figures = self.evaluate(self.config.eval_tokens).figures()
         self.log("eval", {"step": state.step, **figures})
         self.t.progress.say(f"step {state.step}: held out {brief(figures)}")
+        best = state.best_loss, state.best_step
         if state.best_loss is None or figures["loss"] <= state.best_loss:
             state.best_loss, state.best_step = figures["loss"], state.step
         state.checked_step = state.step
         self.show_samples()
-        self.save_if_good()
+        if not self.save_if_good():  # without a checkpoint these weights cannot be taken back
+            state.best_loss, state.best_step = best
 
-    def save_if_good(self) -> None:
+    def save_if_good(self) -> bool:
         """Save, unless the last steps were not finite: what they started from may be what is wrong."""
-        if not self.state.bad_steps:
-            self.save()
+        return not self.state.bad_steps and self.save()
 
     def show_samples(self) -> None:
         """Let the model write, so that a person sees it learn."""
@@ -495,8 +505,8 @@ class _Loop:
         for sample in samples[:1]:
             self.t.progress.say(f"  {sample['prompt']}|{sample['text']}".replace("\n", " "))
 
-    def save(self, *, is_needed: bool = False) -> None:
-        """Publish a checkpoint, then delete what rotation allows.
+    def save(self, *, is_needed: bool = False) -> bool:
+        """Publish a checkpoint, then delete what rotation allows; tell whether it is there.
 
         A save that fails on the way is a warning, the next one may succeed; one that is needed raises.
         Raises: OutputError, DivergedError if weights are not finite.
@@ -523,10 +533,12 @@ class _Loop:
         except OutputError as error:
             if is_needed:
                 raise
-            self.event("not saved", f"step {self.state.step} was not saved: {error} (hint: {error.hint})")
-            return
+            text = f"step {self.state.step} was not saved: {error} (hint: {error.hint})"
+            self.event("not saved", self.state.step, text)
+            return False
         best = self.store.folder / checkpoint.name_of(self.state.best_step)
         self.store.rotate(self.config.keep_checkpoints, best)
+        return True
 
     def stop(self, number: int) -> None:
         """Save and end because a signal came.
@@ -563,10 +575,10 @@ class _Loop:
         weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.t.model).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
 
-    def event(self, kind: str, text: str) -> None:
-        """Say and log something out of the ordinary."""
+    def event(self, kind: str, step: int, text: str) -> None:
+        """Say and log something out of the ordinary that happened in a step."""
         self.t.progress.say(text)
-        self.log("event", {"step": self.state.step, "event": kind, "text": text})
+        self.log("event", {"step": step, "event": kind, "text": text})
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl, and its figures to the trackers."""

@@ -99,7 +99,6 @@ def finish(
         "seconds": round(time.monotonic() - started, 1),
     }
     write_pictures(run, model, corpus, summary, command)
-    shutil.rmtree(run.path / "data", ignore_errors=True)
     run.finish(
         family=model.config.family,
         seconds=summary["seconds"],

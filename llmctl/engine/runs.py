@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from llmctl.engine.models import runs_folder
 from llmctl.errors import BusyError, NotFoundError, UsageError
-from llmctl.files import write_json, writing
+from llmctl.files import discard, write_json, writing
 
 
 @dataclass
@@ -84,6 +84,8 @@ def open_run(path: Path, *, command: str | None = None) -> Run:
             f"run `{path}` is in use by another process", "wait for it, or start a run of its own"
         ) from None
     run = Run(path, read_record(path), lock)
+    for left in path.glob(".*.tmp"):  # of a process that was killed while it wrote; the lock is ours
+        discard(left)
     if command is not None:
         run.update(status="running", command=command, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return run

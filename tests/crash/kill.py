@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ class Tally:
     in_save: int = 0
     in_rotation: int = 0
     before_a_checkpoint: int = 0
-    begun_again: int = 0
     stuck: int = 0
     survivors: Counter[str] = field(default_factory=Counter)
 
@@ -179,19 +178,7 @@ def outcome(run: Path) -> dict[str, Any]:
 def course(run: Path) -> list[list[Any]]:
     """Return the losses in the order of the file."""
     lines = MetricsFile(run / "metrics.jsonl").read()
-    # A run that was killed before its first checkpoint begins again: what it had logged stays before the new lines.
-    first = max(place for place, line in enumerate(lines) if is_beginning(line))
-    return [[line["kind"], line["step"], line.get("loss"), line.get("full", False)] for line in lines[first:]]
-
-
-def is_beginning(line: Mapping[str, Any]) -> bool:
-    """Tell whether a line of metrics is a run's first."""
-    return line["kind"] == "eval" and line["step"] == 0
-
-
-def n_beginnings(run: Path) -> int:
-    """Return how often a run has begun before its first checkpoint."""
-    return sum(is_beginning(line) for line in MetricsFile(run / "metrics.jsonl").read())
+    return [[line["kind"], line["step"], line.get("loss"), line.get("full", False)] for line in lines]
 
 
 def main(trials: int, n_ranks: int, seed: int) -> bool:
@@ -220,7 +207,6 @@ def main(trials: int, n_ranks: int, seed: int) -> bool:
             finished = read_record(run).get("status") == "finished"
             codes = [0] * n_ranks if finished else harness.finish(run)
             found = outcome(run) if codes == [0] * n_ranks else {}
-            tally.begun_again += n_beginnings(run) > 1
             differs = [name for name, value in expected.items() if found.get(name) != value]
             if differs:
                 sys.stderr.write(f"trial {trial}: exit codes {codes}, other {differs}\n{harness.logs()}\n")
@@ -234,7 +220,6 @@ def main(trials: int, n_ranks: int, seed: int) -> bool:
         "kills": tally.kills,
         "kills_inside_a_save": tally.in_save,
         "kills_inside_a_rotation": tally.in_rotation,
-        "runs_begun_again": tally.begun_again,
         "kills_before_a_checkpoint": tally.before_a_checkpoint,
         "stuck": tally.stuck,
         "exit_codes_of_survivors": dict(tally.survivors),

@@ -60,24 +60,20 @@ def test_the_lines_of_steps_that_are_taken_again_are_there_once(tmp_path):
     assert lines(tmp_path / "killed", PLAIN, Killed(6)) == lines(tmp_path / "whole", PLAIN, None)
 
 
-@pytest.mark.xfail(reason="fit leaves the lines of a run that was killed before its first checkpoint", strict=True)
 def test_a_run_that_begins_again_has_its_first_lines_once(tmp_path):
     assert lines(tmp_path / "killed", PLAIN, Killed(2)) == lines(tmp_path / "whole", PLAIN, None)
 
 
-@pytest.mark.xfail(reason="the event of a skipped step is logged under the step before it", strict=True)
 def test_the_event_of_a_step_that_is_taken_again_is_there_once(tmp_path):
     assert lines(tmp_path / "killed", ONE_BAD, Killed(6)) == lines(tmp_path / "whole", ONE_BAD, None)
 
 
-@pytest.mark.xfail(reason="a resumed run leaves the samples of an evaluation that it makes again", strict=True)
 def test_the_samples_of_an_evaluation_that_is_made_again_are_there_once(tmp_path):
     saving = Scenario(-1, PLAIN.settings | {"save_every": 3})
     killed = lines(tmp_path / "killed", saving, Killed(at_sample=True), "samples.jsonl")
     assert killed == lines(tmp_path / "whole", PLAIN, None, "samples.jsonl")
 
 
-@pytest.mark.xfail(reason="an evaluation among bad steps names a best step that has no checkpoint", strict=True)
 def test_the_best_weights_are_those_of_a_checkpoint(tmp_path):
     # After step 6 nothing changes for two steps, and is evaluated again; then the model gets worse.
     poisoned = {6: "nan", 7: "nan"} | dict.fromkeys(range(8, 14), "ascent")

@@ -270,7 +270,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_noted(tmp_path):
     job = poisoned(tmp_path, range(16, 24))  # the third step
     fitted = fit(job)
     assert (job.state.skipped_steps, job.state.bad_steps) == (1, 0)
-    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("not finite", 2)]
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("not finite", 3)]
     assert all(bool(torch.isfinite(tensor).all()) for tensor in fitted.weights.values())
 
 
@@ -315,7 +315,7 @@ def test_a_run_that_was_rolled_back_resumes_bit_for_bit(tmp_path):
 def test_a_spike_is_noted_and_skipped_if_asked(tmp_path, skip: bool):
     job = poisoned(tmp_path, range(40 * 8, 41 * 8), factor=50.0, steps=42, eval_every=50, skip_spikes=skip)
     fit(job)
-    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("spike", 40)]
+    assert [(event["event"], event["step"]) for event in events(tmp_path)] == [("spike", 41)]
     assert job.state.skipped_steps == int(skip)
 
 

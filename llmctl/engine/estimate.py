@@ -241,7 +241,9 @@ def memory(
     own_rows = -(-rows.batch_size // n_devices)
     n_rows = min(micro_batch_size or own_rows, own_rows)
     n_labels = max(1, round(n_rows * (rows.target or rows.source) * rows.label_frac))
-    chunk = 2 * FLOAT_BYTES * min(chunk_tokens, n_labels) * config.vocab_size  # the logits, and a copy for the softmax
+    # The logits, which become the softmax in place; in lower precision also as they come and as they go on.
+    logit_bytes = FLOAT_BYTES + (0 if product_bytes == FLOAT_BYTES else 2 * product_bytes)
+    chunk = logit_bytes * min(chunk_tokens, n_labels) * config.vocab_size
     hidden = product_bytes * n_labels * config.d_model
     copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices
     if n_devices > 1:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, build_mask, offsets
 from llmctl.model.cache import KVCache
+from llmctl.model.kernels import RMSNorm
 from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
 from llmctl.model.shapes import complete, window_of
 
@@ -29,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return the norm that the whole model uses."""
-    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    kind = RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 
 

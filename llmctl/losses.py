@@ -26,11 +26,6 @@ class Loss:
     parts: dict[str, Tensor]
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32, or as it is if it is float64."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T + bias`, with the gradient made in the forward pass, chunk by chunk."""
 
@@ -42,28 +37,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_N: Tensor,
         chunk_tokens: int,
+        needs: bool,
     ) -> tuple[Tensor, Tensor]:
-        needs = any(ctx.needs_input_grad[:3])
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if needs else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         total = hidden_ND.new_zeros((), dtype=torch.float64)
         n_correct = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        # Allocated once, and worked on in place: fresh memory of this size costs as much as a pass over it.
+        buffer_CV = hidden_ND.new_empty(min(chunk_tokens, hidden_ND.shape[0]), weight_VD.shape[0], dtype=wide)
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            labels_C = labels_N[rows]
-            logits_CV = at_least_float32(hidden_ND[rows] @ weight_VD.T)
+            labels_C = labels_N[rows, None]
+            logits_CV = buffer_CV[: len(labels_C)]
+            if logits_CV.dtype == weight_VD.dtype:
+                torch.mm(hidden_ND[rows], weight_VD.T, out=logits_CV)
+            else:
+                logits_CV.copy_(hidden_ND[rows] @ weight_VD.T)
             if bias_V is not None:
-                logits_CV += at_least_float32(bias_V)
-            picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-            n_correct += (picked_C >= logits_CV.amax(dim=1)).sum()
-            normaliser_C = logits_CV.logsumexp(dim=1)
-            total += (normaliser_C - picked_C).sum(dtype=torch.float64)
+                logits_CV += bias_V
+            picked_C, best_C = logits_CV.gather(1, labels_C), logits_CV.amax(dim=1, keepdim=True)
+            n_correct += (picked_C >= best_C).sum()
+            exponentials_CV = logits_CV.sub_(best_C).exp_()
+            sums_C = exponentials_CV.sum(dim=1, keepdim=True)
+            total += (sums_C.log() + best_C - picked_C).sum(dtype=torch.float64)
             if grad_hidden_ND is None or grad_weight_VD is None:
                 continue
-            error_CV = logits_CV.sub_(normaliser_C[:, None]).exp_()
-            error_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+            error_CV = exponentials_CV.div_(sums_C)
+            error_CV.scatter_add_(1, labels_C, error_CV.new_full(labels_C.shape, -1.0))
             if grad_bias_V is not None:
                 grad_bias_V += error_CV.sum(dim=0)
             error_CV = error_CV.to(hidden_ND.dtype)
@@ -81,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         scale = grad_total.to(torch.float64)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in (hidden, weight, bias)]
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def linear_cross_entropy(
@@ -106,9 +108,13 @@ def linear_cross_entropy(
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
     elif hidden_ND.dtype != weight_VD.dtype:
         hidden_ND = hidden_ND.to(weight_VD.dtype)
+    # Asked here: in `forward` the grad mode is off, and `needs_input_grad` is true of a parameter even under no_grad.
+    needs = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)
+    )
     with torch.autocast(device, enabled=False):
         result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens
+            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, needs
         )
     return result
 

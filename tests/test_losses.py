@@ -64,6 +64,31 @@ def test_autocast_computes_in_its_precision_and_returns_gradients_in_the_paramet
     assert weight.grad.dtype == torch.float32
 
 
+def test_without_gradients_the_value_is_the_same_and_nothing_is_multiplied_back():
+    hidden, weight, bias, labels = problem()
+    kept, _ = linear_cross_entropy(hidden, weight, labels, bias_V=bias, chunk_tokens=10)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context, torch.autograd.profiler.profile() as profile:
+            total, _ = linear_cross_entropy(hidden, weight, labels, bias_V=bias, chunk_tokens=10)
+        assert total.item() == kept.item()
+        products = [event for event in profile.function_events if event.name in ("aten::mm", "aten::addmm_")]
+        assert len(products) == 4, "one product per chunk"
+
+
+def test_far_logits_neither_overflow_nor_vanish():
+    hidden = torch.eye(2).requires_grad_()
+    weight = torch.tensor([[300.0, -300.0], [-300.0, 300.0], [0.0, 0.0]]).requires_grad_()
+    labels = torch.tensor([1, 1])
+    total, correct = linear_cross_entropy(hidden, weight, labels)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    assert total.item() == expected.item() == 600
+    assert correct.item() == 1
+    for ours, theirs in zip(
+        torch.autograd.grad(total, [hidden, weight]), torch.autograd.grad(expected, [hidden, weight]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_no_labels_cost_nothing():
     hidden, weight, _, labels = problem()
     total, correct = linear_cross_entropy(hidden[:0], weight, labels[:0])

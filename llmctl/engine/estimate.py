@@ -133,9 +133,9 @@ class Kept:
     packed: bool
 
     def norm(self, n_products: int) -> int:
-        """Count a norm's input, the normalised input (RMSNorm's gradient needs it), and the inputs of products."""
+        """Count a norm's input, and the inputs of products."""
         D = self.config.d_model
-        own = FLOAT_BYTES * D * (2 if self.config.norm == "rmsnorm" else 1)
+        own = FLOAT_BYTES * D
         if self.product_bytes == FLOAT_BYTES:
             return own + FLOAT_BYTES * D * min(n_products, 1)
         return own + self.product_bytes * D * n_products
@@ -144,7 +144,7 @@ class Kept:
         """Count queries, keys, values and output; no scores, unless a learned bias on them wants a gradient."""
         config = self.config
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        normed = FLOAT_BYTES * 2 * (q + kv) if config.qk_norm else 0
+        normed = FLOAT_BYTES * (q + kv) if config.qk_norm else 0
         joined = self.product_bytes * q
         if config.positions == "relative":
             # The fused kernel has no gradient of the bias; the plain one keeps all in float32, and scores.
@@ -173,7 +173,7 @@ class Kept:
     def crossing(self, keys: int) -> int:
         """Count a layer's cross-attention, per token of the target."""
         q = self.config.n_heads * self.config.head_dim
-        normed = FLOAT_BYTES * 2 * q + self.product_bytes * q if self.config.qk_norm else 0
+        normed = FLOAT_BYTES * q + self.product_bytes * q if self.config.qk_norm else 0
         own = self.product_bytes * 2 * q + FLOAT_BYTES * self.config.n_heads + normed
         return self.norm(1) + own + self.mask(keys) + self.dropped()
 
@@ -181,7 +181,7 @@ class Kept:
         """Count a layer's cross-attention, per token of the source: keys, values, and the copies they are made of."""
         kv = self.config.n_kv_heads * self.config.head_dim
         copies = 0 if self.product_bytes == FLOAT_BYTES else 2 * self.config.d_model
-        return self.product_bytes * (2 * kv + copies) + (FLOAT_BYTES * 2 * kv if self.config.qk_norm else 0)
+        return self.product_bytes * (2 * kv + copies) + (FLOAT_BYTES * kv if self.config.qk_norm else 0)
 
     def around(self) -> int:
         """Count what stands before the first and after the last layer of a stack."""
@@ -247,7 +247,9 @@ def memory(
     if n_chunks:
         n_rows = min(n_rows, -(-rows.batch_size // n_chunks))
     n_labels = max(1, round(n_rows * (rows.target or rows.source) * rows.label_frac))
-    chunk = 2 * FLOAT_BYTES * min(chunk_tokens, n_labels) * config.vocab_size  # the logits, and a copy for the softmax
+    # The logits, which become the softmax in place; in lower precision also as they come and as they go on.
+    logit_bytes = FLOAT_BYTES + (0 if product_bytes == FLOAT_BYTES else 2 * product_bytes)
+    chunk = logit_bytes * min(chunk_tokens, n_labels) * config.vocab_size
     hidden = product_bytes * n_labels * config.d_model
     copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices
     if n_devices > 1 and sharded:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from llmctl.config import ModelConfig
 from llmctl.model.blocked import Spans, blocked_attention, share_of, spans_of
 from llmctl.model.cache import KVCache
+from llmctl.model.kernels import RMSNorm, trains_on_cpu
 from llmctl.model.positions import apply_rope
 
 SHORT_KEYS = 256
@@ -110,8 +111,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, config.d_model, bias=config.attention_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.qk_norm = config.qk_norm
 
     def forward(
@@ -164,9 +165,9 @@ class Attention(nn.Module):
 
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
     """Return softmax(q k^T scale + mask) v with the heads joined: (B, T, N*H)."""
-    if q_BNTH.device.type == "cpu":
+    if trains_on_cpu(q_BNTH, k_BKSH):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_BNTH.dtype
-        if blocks_pay(q_BNTH, k_BKSH, mask, dtype):
+        if blocks_pay(k_BKSH.shape[2], mask, dtype):
             q, k, v = q_BNTH.to(dtype), k_BKSH.to(dtype), v_BKSH.to(dtype)
             y_BTNH = blocked_attention(q, k, v, mask.summand(dtype), mask.spans, is_causal=mask.is_causal, scale=scale)
             return y_BTNH.flatten(2)
@@ -185,7 +186,7 @@ def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: fl
     return y_BNTH.transpose(1, 2).flatten(2)
 
 
-def blocks_pay(q_BNTH: Tensor, k_BKSH: Tensor, mask: Mask, dtype: torch.dtype) -> bool:
+def blocks_pay(n_keys: int, mask: Mask, dtype: torch.dtype) -> bool:
     """Tell whether a training step on a CPU is faster in blocks than through scaled_dot_product_attention.
 
     A function of sizes, dtype and mask, never of time: a resumed run must take the way it took before. The limits
@@ -193,10 +194,6 @@ def blocks_pay(q_BNTH: Tensor, k_BKSH: Tensor, mask: Mask, dtype: torch.dtype) -
     long ones, and in float32, it is the faster one per pair of query and key, but also multiplies what a mask
     forbids; short rows leave too little to skip. Where the mask is learned it has no fused backward pass at all.
     """
-    needs_grad = torch.is_grad_enabled() and (q_BNTH.requires_grad or k_BKSH.requires_grad)
-    if not needs_grad or torch.compiler.is_compiling():
-        return False
-    n_keys = k_BKSH.shape[2]
     is_learned = mask.tensor is not None and mask.tensor.requires_grad
     if n_keys <= SHORT_KEYS * (1 + mask.is_causal):
         return dtype == torch.bfloat16 and not is_learned

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from llmctl.model.kernels import rotate, trains_on_cpu
+
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines that rotate the halves of each head.
@@ -24,9 +26,11 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
 def apply_rope(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
     """Rotate queries or keys; the tables are broadcast over the heads."""
+    cos, sin = (table.unsqueeze(-3).to(x_BNTH.dtype) for table in (cos_BTH, sin_BTH))
+    if trains_on_cpu(x_BNTH):
+        return rotate(x_BNTH, cos, sin)
     first, second = x_BNTH.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x_BNTH * cos_BTH.unsqueeze(-3).to(x_BNTH.dtype) + rotated * sin_BTH.unsqueeze(-3).to(x_BNTH.dtype)
+    return x_BNTH * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def sinusoidal_table(n_positions: int, d_model: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, build_mask, offsets
 from llmctl.model.cache import KVCache
+from llmctl.model.kernels import RMSNorm
 from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
 from llmctl.model.shapes import complete, window_of
 
@@ -30,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return the norm that the whole model uses."""
-    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    kind = RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 
 

@@ -219,9 +219,8 @@ def test_spans_leave_out_what_no_query_of_a_block_may_see():
 
 
 def test_choice_follows_sizes_dtype_and_mask():
-    def pays(T, mask, dtype=torch.float32):
-        x = torch.zeros(1, 1, T, 4, requires_grad=True)
-        return blocks_pay(x, x, mask, dtype)
+    def pays(n_keys, mask, dtype=torch.float32):
+        return blocks_pay(n_keys, mask, dtype)
 
     short, long = (torch.arange(n)[None] // 32 for n in (256, 1024))
     packed = lambda numbers: build_mask(
@@ -236,8 +235,6 @@ def test_choice_follows_sizes_dtype_and_mask():
     assert not pays(512, Mask(), torch.bfloat16)
     assert pays(512, Mask(torch.zeros(1, 512, 512, requires_grad=True)))
     assert not pays(256, Mask(torch.zeros(1, 256, 256, requires_grad=True)), torch.bfloat16)
-    with torch.no_grad():
-        assert not pays(1024, packed(long))
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_kv_heads": 2, "qk_norm": True}])

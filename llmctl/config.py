@@ -155,6 +155,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "precision of the products; auto is bfloat16 where it is fast"
     )
+    master_weights: bool = setting(
+        True, "bfloat16 in one process on a CPU: weights in bfloat16 beside a float32 master that takes the updates"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
     threads: int = setting(0, "processor threads per process; 0 shares the cores among the processes of a machine")
     compile: bool = setting(False, "compile the model with torch.compile")

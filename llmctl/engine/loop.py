@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.engine import checkpoint, optim
+from llmctl.engine.masters import MasterGradients, Masters, wants_masters
 from llmctl.engine.metrics import MetricsFile, Sums
-from llmctl.engine.parallel import fill, is_sharded, lay_out, make_gradients, own_parts, whole_tensor
+from llmctl.engine.parallel import Gradients, fill, is_sharded, lay_out, make_gradients, own_parts, whole_tensor
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
 from llmctl.engine.runtime import Runtime, describe_environment, differences
@@ -127,8 +128,12 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
     module = training.runtime.prepare(training.objective)
     if training.config.compile:
         module = torch.compile(module)  # type: ignore[assignment]
-    optimizers = optim.make_optimizers(training.model, training.optim, training.runtime.dtype)
-    loop = _Loop(training, module, optimizers)
+    masters = None
+    if wants_masters(training.runtime, is_on=training.config.master_weights):
+        masters = Masters(training.model)
+    holder = masters.master if masters else training.model
+    optimizers = optim.make_optimizers(holder, training.optim, training.runtime.dtype)
+    loop = _Loop(training, module, optimizers, masters)
     if restored is not None:
         loop.restore(restored)
     loop.cut_logs()
@@ -144,13 +149,24 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
 class _Loop:
     """The state of one call of fit."""
 
-    def __init__(self, training: Training, module: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> None:
-        self.t, self.module, self.optimizers = training, module, optimizers
+    def __init__(
+        self,
+        training: Training,
+        module: nn.Module,
+        optimizers: dict[str, torch.optim.Optimizer],
+        masters: Masters | None = None,
+    ) -> None:
+        self.t, self.module, self.optimizers, self.masters = training, module, optimizers, masters
+        # What is optimized and saved: the model itself, or the float32 master of a bfloat16 one.
+        self.holder = masters.master if masters else training.model
         self.config, self.runtime, self.state = training.config, training.runtime, training.state
         self.metrics = MetricsFile(training.folder / "metrics.jsonl")
         self.store = checkpoint.Store(training.folder / "checkpoints", training.runtime)
-        self.parameters = [p for p in training.model.parameters() if p.requires_grad]
-        self.gradients = make_gradients(training.runtime, module, self.parameters)
+        self.parameters = [p for p in self.holder.parameters() if p.requires_grad]
+        if masters:
+            self.gradients: Gradients = MasterGradients(training.runtime, module, masters)
+        else:
+            self.gradients = make_gradients(training.runtime, module, self.parameters)
         self.planner = Planner(training.config, training.deadline)
         self.started = self.saved_at = time.monotonic()
         self.longest: dict[str, float] = {}
@@ -198,19 +214,21 @@ class _Loop:
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take over weights and optimizer state."""
         self.load_weights(saved)
-        optim.load_state(self.t.model, self.optimizers, saved)
+        optim.load_state(self.holder, self.optimizers, saved)
 
     def load_weights(self, saved: checkpoint.Checkpoint) -> None:
         """Take over the weights.
 
         Raises: ArtifactError if they are of another model.
         """
-        named = own_tensors(self.t.model)
+        named = own_tensors(self.holder)
         if set(named) != set(saved.names("model")):
             odd = sorted(set(named) ^ set(saved.names("model")))
             raise ArtifactError(f"checkpoint `{saved.path}` is of another model: `{odd[0]}`", "resume with its recipe")
         for name, tensor in named.items():
             fill(tensor, lambda *rows, name=name: saved.read("model", name, *rows))
+        if self.masters:
+            self.masters.push()
 
     def run(self) -> Fitted:
         """Take all steps, then measure on all held-out text."""
@@ -375,6 +393,8 @@ class _Loop:
             state.bad_steps = 0
             for optimizer in self.optimizers.values():
                 optimizer.step()
+            if self.masters:
+                self.masters.push()
         else:
             state.skipped_steps += 1
             if not is_finite:
@@ -511,7 +531,7 @@ class _Loop:
         A save that fails on the way is a warning, the next one may succeed; one that is needed raises.
         Raises: OutputError, DivergedError if weights are not finite.
         """
-        weights = own_tensors(self.t.model)
+        weights = own_tensors(self.holder)
         finite = torch.tensor(float(all(bool(torch.isfinite(local(w)).all()) for w in weights.values())))
         if float(self.runtime.sum(finite.to(self.runtime.device))) < self.runtime.world_size:
             raise DivergedError(
@@ -519,7 +539,7 @@ class _Loop:
                 f"lower optim.lr, then {self.t.resume_command}",
             )
         rank = self.runtime.rank
-        optimizer = dict(optim.named_state(self.t.model, self.optimizers))
+        optimizer = dict(optim.named_state(self.holder, self.optimizers))
         self.state.trackers = {
             name: str(getattr(getattr(tracker, "tracker", None), "id", "")) for name, tracker in self.t.trackers.items()
         }
@@ -570,9 +590,11 @@ class _Loop:
             self.load_weights(checkpoint.load(best))
             kept = self.state.best_step
             self.t.progress.say(f"the weights of step {kept} were better on held-out text and are kept")
+        if self.masters:
+            self.masters.restore()
         after = self.evaluate(None).figures()
         self.log("eval", {"step": self.state.step, **after, "full": True})
-        weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.t.model).items()}
+        weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
 
     def event(self, kind: str, step: int, text: str) -> None:

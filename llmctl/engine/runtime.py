@@ -249,7 +249,7 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
     parallel = parallel or ParallelConfig()
     ranks = join(os.environ)
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import PartialState
+    from accelerate.state import AcceleratorState, PartialState
 
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
@@ -271,6 +271,8 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
     precision = (
         "bf16" if dtype == torch.bfloat16 and not (parallel.strategy == "fsdp" and ranks.world_size > 1) else "no"
     )
+    if ranks.world_size == 1:  # a second run in this process may have another precision than the first
+        AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - there is no public way
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,

@@ -161,7 +161,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
     threads: int = setting(0, "processor threads per process; 0 shares the cores among the processes of a machine")
     compile: bool = setting(False, "compile the model with torch.compile")
-    loss_chunk_tokens: int = setting(2048, "tokens whose logits exist at the same time")
+    loss_chunk_tokens: int = setting(512, "tokens whose logits exist at the same time")
     eval_every: int = setting(0, "steps between evaluations; 0 means a tenth of the steps")
     eval_tokens: int = setting(65536, "held-out tokens per evaluation during training; the final one uses all")
     save_every: int = setting(0, "steps between checkpoints; 0 means at every evaluation")

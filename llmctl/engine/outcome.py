@@ -106,6 +106,7 @@ def finish(
         environment=describe_environment(training.runtime),
     )
     training.progress.say(closing_lines(summary, fitted, own_prompts(config, corpus)[0]))
+    shutil.rmtree(run.path / "data", ignore_errors=True)  # last: text that came from a pipe is nowhere else
     return Trained(written, summary)
 
 

@@ -160,6 +160,9 @@ class TrainConfig:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to train")
     threads: int = setting(0, "processor threads per process; 0 shares the cores among the processes of a machine")
+    return_memory: bool = setting(
+        False, "give freed memory back to the system at once: a step takes what --dry-run says, and longer (CPU)"
+    )
     compile: bool = setting(False, "compile the model with torch.compile")
     loss_chunk_tokens: int = setting(512, "tokens whose logits exist at the same time")
     eval_every: int = setting(0, "steps between evaluations; 0 means a tenth of the steps")

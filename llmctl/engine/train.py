@@ -256,7 +256,8 @@ def with_micro_batch(
     if config.train.micro_batch_size >= 0:
         return config
     size = min(runtime.gather(fitting_rows(config, model.config, runtime)))
-    config = replace(config, train=replace(config.train, micro_batch_size=size))
+    # What was chosen to fit must take what was predicted, now and when the run goes on.
+    config = replace(config, train=replace(config.train, micro_batch_size=size, return_memory=True))
     if run.lock is not None:  # a resumed run takes the same
         write_bytes(run.path / "recipe.yaml", dump(Resolved(config, {})).encode())
     progress.say(f"micro-batches of {size} of the {config.train.batch_size} rows of a step")

@@ -253,7 +253,9 @@ def memory(
     hidden = product_bytes * n_labels * config.d_model
     copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices
     if n_devices > 1 and sharded:
+        # Beside the gathered weights: a block's whole gradients, and the buffer in which they are exchanged.
         copies = product_bytes * (2 * block_matrices(config) + parameters.head)
+        copies += 2 * FLOAT_BYTES * block_matrices(config)
     n_shares = n_devices if sharded else 1
     # Subtrees that wait for their sibling while the last micro-batch runs.
     n_gradients = max(1, (n_chunks // n_devices).bit_length() - 1)

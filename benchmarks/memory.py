@@ -50,8 +50,9 @@ def job(row: dict[str, Any]) -> dict[str, float]:
     from llmctl.data.masking import Masking
     from llmctl.data.stream import PackedRows
     from llmctl.engine import runtime
-    from llmctl.engine.estimate import Rows, memory
+    from llmctl.engine.flops import Rows
     from llmctl.engine.loop import Training, fit
+    from llmctl.engine.memory import memory
     from llmctl.engine.objectives import LabelPrediction
     from llmctl.engine.progress import Silent
     from llmctl.model.transformer import LanguageModel, initialise
@@ -106,7 +107,7 @@ def job(row: dict[str, Any]) -> dict[str, float]:
                     resume_command="",
                 )
             )
-            started.wait_for_first()
+            started.lead(lambda: None)
 
     family = "encoder" if is_mlm else "decoder"
     train(ModelConfig(family=family, vocab_size=4096, d_model=64, n_layers=1, mask_id=3), 8, 32, 0)

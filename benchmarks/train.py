@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.config import ModelConfig, OptimConfig
-from llmctl.engine.estimate import GPU_FLOPS, row_flops
+from llmctl.engine.estimate import GPU_FLOPS
+from llmctl.engine.flops import row_flops
+from llmctl.engine.machine import choose_dtype, product_rate
 from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.optim import make_optimizers
-from llmctl.engine.runtime import choose_dtype, product_rate
 from llmctl.losses import IGNORE
 from llmctl.model.presets import preset_config
 from llmctl.model.shapes import complete

@@ -109,6 +109,14 @@ def ensure_writable(folder: Path) -> None:
             discard(probe)
 
 
+def is_seen(path: Path) -> bool:
+    """Tell whether a file is there for this process; one in a folder that it may not read is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def sync(path: Path) -> None:
     """Wait until the disk has what was written; a folder's own entry counts, its files were synced on their own."""
     if path.is_dir():

@@ -227,31 +227,23 @@ def nested(config: Any) -> dict[str, Any]:
     return tree
 
 
+def values_of(config: Any) -> dict[str, Any]:
+    """Return every value of a config by its dotted key."""
+    return dict(flatten(nested(config), keys_of(type(config))))
+
+
 def given_values(resolved: Resolved[Any]) -> dict[str, Any]:
     """Return the values that a recipe file, `--set` or a flag has given, by dotted key; not the environment's."""
-    tree = nested(resolved.config)
-    values: dict[str, Any] = {}
-    for key, origin in resolved.origins.items():
-        if origin in ("flag", "--set") or origin.startswith("recipe"):
-            value: Any = tree
-            for part in key.split("."):
-                value = value[part]
-            values[key] = value
-    return values
+    values = values_of(resolved.config)
+    origins = resolved.origins.items()
+    return {key: values[key] for key, origin in origins if origin in ("flag", "--set") or origin.startswith("recipe")}
 
 
 def changed_keys(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Return the dotted keys in which two configs of one class differ, with both values."""
-
-    def walk(left: Mapping[str, Any], right: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, tuple[Any, Any]]]:
-        for name in {**left, **right}:
-            one, other = left.get(name), right.get(name)
-            if isinstance(one, Mapping) and isinstance(other, Mapping):
-                yield from walk(one, other, f"{prefix}{name}.")
-            elif one != other:
-                yield prefix + name, (one, other)
-
-    return dict(walk(nested(old), nested(new), ""))
+    left, right = values_of(old), values_of(new)
+    pairs = {key: (left.get(key), right.get(key)) for key in {**left, **right}}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def plain(value: Any) -> Any:

@@ -3,8 +3,9 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +22,12 @@ from llmctl.commands.common import (
     result,
     result_json,
 )
+
+if TYPE_CHECKING:
+    from llmctl.config import PretrainConfig
+    from llmctl.engine.launch import Layout
+    from llmctl.engine.outcome import Trained
+    from llmctl.recipe import Resolved
 
 app = command_app()
 
@@ -93,10 +100,8 @@ def pretrain(
       llmctl pretrain --model gpt3-175b --dry-run
     """
     from llmctl.config import PretrainConfig
-    from llmctl.engine.launch import Layout, relaunch
-    from llmctl.engine.ranks import LAUNCHED, is_guest
-    from llmctl.engine.runs import is_finished
-    from llmctl.recipe import dump, given_values, load
+    from llmctl.engine.launch import Layout
+    from llmctl.recipe import dump, load
 
     known_kinds = {"char", "unigram", "bpe"}
     flags: dict[str, Any] = {
@@ -124,43 +129,74 @@ def pretrain(
     if print_config:
         result(dump(resolved).rstrip("\n"))
         return 0
-    layout = Layout(nproc, nnodes, node_rank, master, max_restarts, resolved.config.parallel.timeout_seconds)
     if dry_run:
         from llmctl.engine.plan import dry_run as plan
 
         estimate = plan(resolved.config, n_processes=nproc * nnodes)
         result_json(estimate.to_dict()) if json else result(estimate.render())
         return 0
+    layout = Layout(nproc, nnodes, node_rank, master, max_restarts, resolved.config.parallel.timeout_seconds)
     run = begun_run(resume, out)
-    if resume == "auto" and run is not None and is_finished(Path(run)):
-        if not is_guest(os.environ):
-            note(f"{run} is finished", quiet=quiet)
-            result(run)
+    if resume == "auto" and run is not None and is_over(run, quiet=quiet):
         return 0
-    if run is None and LAUNCHED not in os.environ:  # else the launcher has looked, and a restart finds its own run
+    if run is None:
         refuse_existing(out, force=force or resume == "auto")
     if layout.is_parent(os.environ):
-        if run is None:
-            from llmctl.engine.checks import check
-            from llmctl.engine.parallel import check_layout
-
-            check(resolved.config)
-            check_layout(resolved.config.train, resolved.config.parallel, nproc * nnodes)
-        note(f"starting {nproc} processes", quiet=quiet)
-        return relaunch(layout, sys.argv[1:])
-    command = shlex.join(["llmctl", "pretrain", *sys.argv[2:]])
-    note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
-    from llmctl.engine.train import pretrain as train
-    from llmctl.engine.train import resume as go_on
-
-    if run is not None:
-        given = given_values(resolved)
-        trained = go_on(run, command=command, quiet=quiet, verbose=verbose, given=given, allowed=allow_change or ())
-    else:
-        trained = train(resolved, command=command, out=out, quiet=quiet, verbose=verbose)
+        return start_others(layout, None if run else resolved.config, quiet=quiet)
+    trained = train(resolved, run, allow_change or (), out=out, quiet=quiet, verbose=verbose)
     if trained is not None:  # the first of several processes speaks
         result_json(trained.summary) if json else result(str(trained.path))
     return 0
+
+
+def train(
+    resolved: "Resolved[PretrainConfig]",
+    run: str | None,
+    allowed: Sequence[str],
+    *,
+    out: Path | None,
+    quiet: bool,
+    verbose: bool,
+) -> "Trained | None":
+    """Train in this process: begin a run, or go on with `run`."""
+    from llmctl.engine.ranks import is_guest
+    from llmctl.recipe import given_values
+
+    note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
+    from llmctl.engine import train as engine
+
+    command = shlex.join(["llmctl", "pretrain", *sys.argv[2:]])
+    if run is None:
+        return engine.pretrain(resolved, command=command, out=out, quiet=quiet, verbose=verbose)
+    given = given_values(resolved)
+    return engine.resume(run, command=command, quiet=quiet, verbose=verbose, given=given, allowed=allowed)
+
+
+def start_others(layout: "Layout", config: "PretrainConfig | None", *, quiet: bool) -> int:
+    """Run this command in several processes; what makes no sense in a new run's config is refused before."""
+    from llmctl.engine.launch import relaunch
+
+    if config is not None:
+        from llmctl.engine.checks import check
+        from llmctl.engine.parallel import check_layout
+
+        check(config)
+        check_layout(config.train, config.parallel, layout.nproc * layout.nnodes)
+    note(f"starting {layout.nproc} processes", quiet=quiet)
+    return relaunch(layout, sys.argv[1:])
+
+
+def is_over(run: str, *, quiet: bool) -> bool:
+    """Tell whether a run has ended with a model, and print it if so."""
+    from llmctl.engine.ranks import is_guest
+    from llmctl.engine.runs import is_finished
+
+    if not is_finished(Path(run)):
+        return False
+    if not is_guest(os.environ):
+        note(f"{run} is finished", quiet=quiet)
+        result(run)
+    return True
 
 
 def begun_run(resume: str | None, out: Path | None) -> str | None:
@@ -190,10 +226,14 @@ def refuse_shared_stdin(recipe: str | None, n_processes: int) -> None:
 
 
 def refuse_existing(out: Path | None, *, force: bool) -> None:
-    """Keep a run from writing over what is there."""
+    """Keep a run from writing over what is there.
+
+    Under our launcher that has looked already, and a restart finds its own run.
+    """
+    from llmctl.engine.ranks import LAUNCHED
     from llmctl.errors import OutputError
 
-    if out is None or force:
+    if out is None or force or LAUNCHED in os.environ:
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise OutputError(f"`{out}` exists already", "-f replaces it, -o names another place")

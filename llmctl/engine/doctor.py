@@ -25,18 +25,12 @@ import torch
 
 from llmctl import __version__
 from llmctl.config import ParallelConfig, TrainConfig
+from llmctl.engine.machine import available_cores, available_memory, choose_dtype, product_rate
 from llmctl.engine.models import runs_folder
 from llmctl.engine.ranks import Ranks, interface_towards, join
-from llmctl.engine.runtime import (
-    Runtime,
-    available_cores,
-    available_memory,
-    choose_dtype,
-    is_lost_peer,
-    product_rate,
-    start,
-)
+from llmctl.engine.runtime import Runtime, is_lost_peer, start
 from llmctl.errors import StoppedError, UsageError
+from llmctl.files import is_seen
 
 REQUIRED = ("torch", "accelerate", "numpy", "safetensors", "sentencepiece")
 OPTIONAL = {
@@ -289,14 +283,6 @@ def blind_ranks(runtime: Runtime) -> list[int]:
     if runtime.is_main:
         path.unlink(missing_ok=True)
     return [rank for rank, sees in enumerate(seen) if not sees]
-
-
-def is_seen(path: Path) -> bool:
-    """Tell whether a file is there and may be looked at."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def render_machine(found: Mapping[str, Any]) -> list[str]:

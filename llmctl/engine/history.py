@@ -23,7 +23,7 @@ from llmctl.engine.models import runs_folder
 from llmctl.engine.runs import find_run, is_held, is_unfinished, read_record
 from llmctl.errors import LlmctlError
 from llmctl.formats.safetensors import read_header
-from llmctl.recipe import flatten, keys_of, nested, read_recipe
+from llmctl.recipe import flatten, keys_of, read_recipe, values_of
 
 NUMBERED = re.compile(r"(\d{4,})-")
 NO_TOTAL_STEPS = 10**9
@@ -172,7 +172,7 @@ class History:
 
     def changed(self) -> dict[str, Any]:
         """Return the recipe's values that are not the defaults; a key that is not known here has none."""
-        default = defaults()
+        default = values_of(PretrainConfig())
         return {key: value for key, value in self.recipe.items() if key not in default or default[key] != value}
 
     def resume_command(self, defects: Sequence[str]) -> str | None:
@@ -238,7 +238,7 @@ def in_full(run: History) -> dict[str, Any]:
 
 def compare(a: History, b: History) -> dict[str, Any]:
     """Return in what two runs differ: recipe, environment, and the final figures with b - a."""
-    recipe = differing(a.recipe, b.recipe, defaults()) if a.recipe and b.recipe else None
+    recipe = differing(a.recipe, b.recipe, values_of(PretrainConfig())) if a.recipe and b.recipe else None
     here, there = mapping(a.record.get("environment")), mapping(b.record.get("environment"))
     return {
         "a": str(a.path),
@@ -277,11 +277,6 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], default: Mapping[str, 
     """Return both values of the keys that differ; what one leaves out has its default there."""
     pairs = {key: [side.get(key, default.get(key)) for side in (a, b)] for key in {**a, **b}}
     return {key: values for key, values in pairs.items() if values[0] != values[1]}
-
-
-def defaults() -> dict[str, Any]:
-    """Return the defaults of a recipe by dotted key; the model's own fields have none, their preset decides."""
-    return dict(flatten(nested(PretrainConfig()), keys_of(PretrainConfig)))
 
 
 def spread(values: Sequence[float], n: int) -> list[float]:

@@ -8,63 +8,40 @@ that all processes do the same. It never hears of corpora, teachers or quantizer
 
 import hashlib
 import math
-import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.engine import checkpoint, optim
+from llmctl.engine.agreement import Word, agree
+from llmctl.engine.batch import Batch, BatchSource, idle, to_device
+from llmctl.engine.heldout import measure
+from llmctl.engine.journal import Journal, Tracker
+from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.masters import MasterGradients, Masters, wants_masters
-from llmctl.engine.metrics import MetricsFile, Sums
-from llmctl.engine.parallel import Gradients, fill, is_sharded, lay_out, make_gradients, own_parts, whole_tensor
+from llmctl.engine.metrics import Sums
+from llmctl.engine.parallel import Gradients, lay_out, make_gradients
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
 from llmctl.engine.runtime import Runtime, describe_environment, differences
+from llmctl.engine.sharding import fill, is_sharded, local, own_parts, whole_tensor
 from llmctl.engine.signals import Caught, watch_signals
 from llmctl.engine.state import State
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, OutputError, StoppedError
 from llmctl.losses import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel
 
-Batch = dict[str, np.ndarray]
-
 LIMIT_RESERVE_SECONDS = 5.0
 """Time between the end of a run and its time limit, besides what saving takes."""
-
-EVAL_ROWS = 16
-"""Rows of held-out text measured together where no micro-batch says otherwise."""
-
-
-class BatchSource(Protocol):
-    """Batches by row number: the endless training stream, or the rows of a held-out set."""
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of one epoch."""
-
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """Return the arrays of these rows; `labels` among them."""
-
-
-class Tracker(Protocol):
-    """Where figures go besides metrics.jsonl."""
-
-    def log(self, figures: dict[str, float], step: int) -> None:
-        """Send the figures of a step."""
-
-    def finish(self) -> None:
-        """Send what is left."""
 
 
 @dataclass
@@ -102,17 +79,6 @@ class Fitted:
     weights: dict[str, Tensor]
 
 
-class Agreed(NamedTuple):
-    """What all processes know before a step: sums over them, and the first one's clock and plan."""
-
-    labels: int
-    positions: int
-    number: int
-    wants_save: bool
-    at_limit: bool
-    total_steps: int
-
-
 class _StopEvaluationError(Exception):
     """A signal came in the middle of an evaluation; it is made again when the run goes on."""
 
@@ -136,14 +102,15 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
     loop = _Loop(training, module, optimizers, masters)
     if restored is not None:
         loop.restore(restored)
-    loop.cut_logs()
+    state = training.state
+    # Where there was no checkpoint yet, everything is done again.
+    loop.journal.cut_after(*(state.step, state.checked_step) if state.before else (-1, -1))
     with watch_signals() as caught, loop.loader:
         loop.caught = caught
         try:
             return loop.run()
         finally:
-            for tracker in training.trackers.values():
-                tracker.finish()
+            loop.journal.close()
 
 
 class _Loop:
@@ -160,7 +127,7 @@ class _Loop:
         # What is optimized and saved: the model itself, or the float32 master of a bfloat16 one.
         self.holder = masters.master if masters else training.model
         self.config, self.runtime, self.state = training.config, training.runtime, training.state
-        self.metrics = MetricsFile(training.folder / "metrics.jsonl")
+        self.journal = Journal(training.folder, training.progress, training.trackers, is_open=training.runtime.is_main)
         self.store = checkpoint.Store(training.folder / "checkpoints", training.runtime)
         self.parameters = [p for p in self.holder.parameters() if p.requires_grad]
         if masters:
@@ -168,7 +135,7 @@ class _Loop:
         else:
             self.gradients = make_gradients(training.runtime, module, self.parameters)
         self.planner = Planner(training.config, training.deadline)
-        self.started = self.saved_at = time.monotonic()
+        self.saved_at = time.monotonic()
         self.longest: dict[str, float] = {}
         self.caught = Caught()
         layout = lay_out(
@@ -200,16 +167,8 @@ class _Loop:
             self.t.progress.say(f"the resumed run is not the same bit for bit: {', '.join(changed)}")
         if budget(saved.state.get("recipe")) != budget(self.t.recipe):
             self.state.total_steps = 0
-        self.started = time.monotonic() - self.state.seconds
+        self.journal.started = time.monotonic() - self.state.seconds
         self.store.verified.add(saved.path.name)
-
-    def cut_logs(self) -> None:
-        """Drop the lines of what is done again: all of them where there was no checkpoint yet."""
-        if self.runtime.is_main:
-            begun = bool(self.state.before)
-            step, checked_step = (self.state.step, self.state.checked_step) if begun else (-1, -1)
-            self.metrics.cut_after(step, checked_step)
-            MetricsFile(self.t.folder / "samples.jsonl").cut_after(checked_step, checked_step)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Take over weights and optimizer state."""
@@ -236,10 +195,10 @@ class _Loop:
         try:
             if not state.before:
                 state.before = self.evaluate(None).figures()
-                self.log("eval", {"step": 0, **state.before, "full": True})
+                self.journal.log("eval", {"step": 0, **state.before, "full": True})
                 self.t.progress.say(f"before training: {brief(state.before)}")
                 if self.t.deadline is None:
-                    self.started = time.monotonic()
+                    self.journal.started = time.monotonic()
             self.planner.begin(state)
             if self.config.on_divergence == "rollback" and state.step == 0:
                 self.save()
@@ -250,8 +209,8 @@ class _Loop:
                 elif self.planner.is_save_due(state):
                     self.save_if_good()
                 loading_seconds, batches = self.load_batches()
-                agreed = self.agree(batches)
-                state.total_steps = agreed.total_steps
+                agreed = agree(self.runtime, self.word(batches))
+                state.total_steps = int(agreed.total_steps)
                 if state.step >= state.total_steps:
                     if not self.planner.is_check_due(state):
                         break
@@ -259,7 +218,7 @@ class _Loop:
                 self.obey(agreed)
                 with self.timing("step"):
                     self.train_step(batches, agreed, loading_seconds)
-                state.seconds = time.monotonic() - self.started
+                state.seconds = self.journal.seconds
                 if self.runtime.is_main:
                     self.planner.revise(state)
             return self.finish()
@@ -267,26 +226,21 @@ class _Loop:
             self.stop(self.caught.number)
             raise
 
-    def agree(self, batches: Sequence[Batch]) -> Agreed:
-        """Exchange, in one sum, the counts of a step, signals that any process got, and the first one's clock."""
-        numbers = [0.0] * 9
-        numbers[0] = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
-        numbers[1] = sum(batch["labels"].size for batch in batches)
-        endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        for place, ending in enumerate(endings):
-            numbers[2 + place] = float(self.caught.number == ending)
-        numbers[5] = float(self.caught.wants_save)
+    def word(self, batches: Sequence[Batch]) -> Word:
+        """Return what this process has to say before a step."""
+        number, wants_save = self.caught.number, self.caught.wants_save
         self.caught.wants_save = False
-        if self.runtime.is_main:
-            now = time.monotonic()
-            numbers[6] = float(self.t.limit is not None and now + self.reserve() >= self.t.limit)
-            numbers[7] = self.state.total_steps
-            minutes = self.config.save_minutes
-            numbers[8] = float(minutes > 0 and now - self.saved_at >= 60 * minutes)
-        summed = self.runtime.sum(torch.tensor(numbers, dtype=torch.float64, device=self.runtime.device)).tolist()
-        number = next((int(end) for place, end in enumerate(endings) if summed[2 + place]), 0)
-        wants_save = bool(summed[5] or summed[8])
-        return Agreed(int(summed[0]), int(summed[1]), number, wants_save, bool(summed[6]), int(summed[7]))
+        is_main, now, minutes = self.runtime.is_main, time.monotonic(), self.config.save_minutes
+        return Word(
+            labels=sum(int((batch["labels"] != IGNORE).sum()) for batch in batches),
+            positions=sum(batch["labels"].size for batch in batches),
+            sigint=number == signal.SIGINT,
+            sigterm=number == signal.SIGTERM,
+            sighup=number == signal.SIGHUP,
+            wants_save=wants_save or (is_main and minutes > 0 and now - self.saved_at >= 60 * minutes),
+            at_limit=is_main and self.t.limit is not None and now + self.reserve() >= self.t.limit,
+            total_steps=self.state.total_steps if is_main else 0,
+        )
 
     def reserve(self) -> float:
         """Return the seconds that a step, what may follow it, and saving have taken at most, with some to spare."""
@@ -299,7 +253,7 @@ class _Loop:
         yield
         self.longest[what] = max(self.longest.get(what, 0.0), time.monotonic() - begun)
 
-    def obey(self, agreed: Agreed) -> None:
+    def obey(self, agreed: Word) -> None:
         """End or save where a signal, the limit or the clock asks for it."""
         if agreed.number:
             self.stop(agreed.number)
@@ -327,19 +281,19 @@ class _Loop:
         """Return this process's micro-batches of the step whose rows begin at `first`."""
         return [self.t.train.batch(range(first + rows.start, first + rows.stop)) for rows in self.own_rows]
 
-    def train_step(self, batches: list[Batch], agreed: Agreed, loading_seconds: float) -> None:
+    def train_step(self, batches: list[Batch], agreed: Word, loading_seconds: float) -> None:
         """Take one optimizer step: accumulate, divide by the global count, clip, step, log."""
         state = self.state
         begun = time.perf_counter()
         share = optim.schedule(state.step, state.total_steps, self.t.optim) * state.lr_scale
         optim.set_rates(self.optimizers, self.t.optim, share)
-        scale = self.gradients.scale(max(1, agreed.labels))
+        scale = self.gradients.scale(max(1, int(agreed.labels)))
         losses = torch.zeros(self.n_parts, dtype=torch.float64, device=self.runtime.device)
         for place, batch in enumerate([*batches, *[idle(batches[0])] * self.n_idle]):
             index = self.first_part + place
             self.seed_dropout(state.step, index)
             with self.gradients.part(is_last=place == len(batches) - 1):
-                loss: Loss = self.module(self.to_device(batch))
+                loss: Loss = self.module(to_device(batch, self.runtime.device))
                 self.runtime.backward(loss.sum * scale)
             self.gradients.collect()
             if place < len(batches):
@@ -350,8 +304,8 @@ class _Loop:
         norm = float(whole_tensor(nn.utils.clip_grad_norm_(self.parameters, limit)))
         self.apply(loss_value, norm)
         state.step += 1
-        state.labels += agreed.labels
-        state.tokens += agreed.positions
+        state.labels += int(agreed.labels)
+        state.tokens += int(agreed.positions)
         seconds = time.perf_counter() - begun + loading_seconds
         record = {
             "step": state.step,
@@ -365,7 +319,7 @@ class _Loop:
             "utilisation": self.utilisation(agreed.positions / seconds),
         }
         if state.step % self.config.log_every == 0 or state.step in (1, state.total_steps):
-            self.log("train", record)
+            self.journal.log("train", record)
         left = (state.total_steps - state.step) * (state.seconds / max(1, state.step))
         self.t.progress.step(record, state.total_steps, left)
         if state.bad_steps >= self.config.max_bad_steps:
@@ -388,7 +342,7 @@ class _Loop:
         if is_finite:
             spike = state.spike(loss, norm)
         if spike:
-            self.event("spike", state.step + 1, f"step {state.step + 1} stands out: {spike}")
+            self.journal.event("spike", state.step + 1, f"step {state.step + 1} stands out: {spike}")
         if is_finite and not (spike and self.config.skip_spikes):
             state.bad_steps = 0
             for optimizer in self.optimizers.values():
@@ -400,7 +354,7 @@ class _Loop:
             if not is_finite:
                 state.bad_steps += 1
                 text = f"step {state.step + 1} skipped: loss {loss}, gradient norm {norm}"
-                self.event("not finite", state.step + 1, text)
+                self.journal.event("not finite", state.step + 1, text)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
@@ -417,30 +371,28 @@ class _Loop:
                 f"lower optim.lr, or --set train.on_divergence=rollback; the last checkpoint stands: {self.store.folder}",
             )
         saved = self.open_newest_good()
-        kept = State(
-            **{name: getattr(state, name) for name in ("skipped_steps", "rollbacks", "lr_scale", "skipped_batches")}
-        )
-        failed = state.step
+        failed, skipped_steps, rollbacks = state.step, state.skipped_steps, state.rollbacks
+        lr_scale, skipped_batches = state.lr_scale, state.skipped_batches
         self.load(saved)
         state.take(saved.state)
-        state.skipped_steps = kept.skipped_steps
-        state.rollbacks = kept.rollbacks + 1
-        state.lr_scale = kept.lr_scale * config.rollback_lr_frac
+        state.skipped_steps, state.rollbacks = skipped_steps, rollbacks + 1
+        state.lr_scale = lr_scale * config.rollback_lr_frac
         # The rows that led here do not come again: the step numbers go back, the data does not.
-        state.skipped_batches = kept.skipped_batches + failed - state.step
+        state.skipped_batches = skipped_batches + failed - state.step
         text = f"{what}; back to step {state.step} with {state.lr_scale:g} of the learning rate"
-        self.event("rollback", state.step, text)
+        self.journal.event("rollback", state.step, text)
 
     def open_newest_good(self) -> checkpoint.Checkpoint:
         """Open the newest valid checkpoint from before the steps that were not finite, the same in every process.
 
         Raises: DivergedError if there is none.
         """
-        name = None
-        for path in self.store.published() if self.runtime.is_main else ():
-            if name is None and self.store.is_valid(path) and not checkpoint.open_checkpoint(path).state["bad_steps"]:
-                name = path.name
-        name = self.runtime.first(name)
+        good = (
+            path.name
+            for path in self.store.published()
+            if self.store.is_valid(path) and not checkpoint.open_checkpoint(path).state["bad_steps"]
+        )
+        name = self.runtime.lead(lambda: next(good, None))
         if name is None:
             raise DivergedError("training diverged, and there is no checkpoint to go back to", "lower optim.lr")
         return checkpoint.open_checkpoint(self.store.folder / name)
@@ -450,47 +402,14 @@ class _Loop:
         key = f"{self.config.seed}/{step}/{index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
-    def to_device(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-        """Return the arrays as tensors where the model is."""
-        return {name: torch.from_numpy(array).to(self.runtime.device) for name, array in batch.items()}
-
     def evaluate(self, max_tokens: int | None) -> Sums:
-        """Measure on held-out rows, all of them or evenly spread ones; dropout off.
+        """Measure on held-out rows, all of them or evenly spread ones.
 
-        The batches are the same on any number of processes, and their figures are added exactly.
         Raises: _StopEvaluationError in all processes if one got a signal.
         """
-        config, runtime, source = self.config, self.runtime, self.t.held_out
-        n_rows = source.n_rows
-        wanted = n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // config.seq_len))
-        rows = [index * n_rows // wanted for index in range(wanted)]
-        size = config.micro_batch_size if config.micro_batch_size > 0 else min(config.batch_size, EVAL_ROWS)
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        sums = torch.zeros(len(batches), 4, dtype=torch.float64, device=runtime.device)
-        self.module.eval()
-        try:
-            # Gathered weights must not be inference tensors: training uses them again.
-            with torch.no_grad() if self.is_fsdp else torch.inference_mode():
-                for start in range(0, len(batches), runtime.world_size):
-                    self.give_way()
-                    index = start + runtime.rank
-                    if index < len(batches):
-                        loss: Loss = self.module(self.to_device(source.batch(batches[index])))
-                        parts = (loss.sum, loss.count, loss.parts["bytes"], loss.parts["correct"])
-                        sums[index] = torch.stack([part.double() for part in parts])
-                    elif self.is_fsdp:
-                        self.module(self.to_device(idle(source.batch(batches[0]))))
-        finally:
-            self.module.train()
-            self.reshard()
-        columns = runtime.sum(sums).T.tolist()
-        return Sums(*[math.fsum(column) for column in columns])
-
-    def reshard(self) -> None:
-        """Let go of weights that a forward pass has gathered, so that what is read or loaded next is the shards."""
-        for part in self.module.modules() if self.is_fsdp else ():
-            if hasattr(part, "reshard"):
-                part.reshard()  # type: ignore[operator]
+        return measure(
+            self.module, self.t.held_out, self.config, self.runtime, max_tokens, self.give_way, sharded=self.is_fsdp
+        )
 
     def give_way(self) -> None:
         """Let a signal end a long evaluation, in all processes at once."""
@@ -502,7 +421,7 @@ class _Loop:
         """Evaluate, show samples, save, and remember the best step."""
         state = self.state
         figures = self.evaluate(self.config.eval_tokens).figures()
-        self.log("eval", {"step": state.step, **figures})
+        self.journal.log("eval", {"step": state.step, **figures})
         self.t.progress.say(f"step {state.step}: held out {brief(figures)}")
         best = state.best_loss, state.best_step
         if state.best_loss is None or figures["loss"] <= state.best_loss:
@@ -520,10 +439,7 @@ class _Loop:
         """Let the model write, so that a person sees it learn."""
         if self.t.sample is None or not self.runtime.is_main or self.is_fsdp:
             return
-        samples = self.t.sample()
-        MetricsFile(self.t.folder / "samples.jsonl").append({"step": self.state.step, "samples": samples})
-        for sample in samples[:1]:
-            self.t.progress.say(f"  {sample['prompt']}|{sample['text']}".replace("\n", " "))
+        self.journal.show(self.state.step, self.t.sample())
 
     def save(self, *, is_needed: bool = False) -> bool:
         """Publish a checkpoint, then delete what rotation allows; tell whether it is there.
@@ -540,9 +456,7 @@ class _Loop:
             )
         rank = self.runtime.rank
         optimizer = dict(optim.named_state(self.holder, self.optimizers))
-        self.state.trackers = {
-            name: str(getattr(getattr(tracker, "tracker", None), "id", "")) for name, tracker in self.t.trackers.items()
-        }
+        self.state.trackers = self.journal.tracker_ids()
         extra = {"environment": describe_environment(self.runtime), "recipe": dict(self.t.recipe)}
         self.saved_at = time.monotonic()
         try:
@@ -554,7 +468,7 @@ class _Loop:
             if is_needed:
                 raise
             text = f"step {self.state.step} was not saved: {error} (hint: {error.hint})"
-            self.event("not saved", self.state.step, text)
+            self.journal.event("not saved", self.state.step, text)
             return False
         best = self.store.folder / checkpoint.name_of(self.state.best_step)
         self.store.rotate(self.config.keep_checkpoints, best)
@@ -593,42 +507,15 @@ class _Loop:
         if self.masters:
             self.masters.restore()
         after = self.evaluate(None).figures()
-        self.log("eval", {"step": self.state.step, **after, "full": True})
+        self.journal.log("eval", {"step": self.state.step, **after, "full": True})
         weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
-
-    def event(self, kind: str, step: int, text: str) -> None:
-        """Say and log something out of the ordinary that happened in a step."""
-        self.t.progress.say(text)
-        self.log("event", {"step": step, "event": kind, "text": text})
-
-    def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl, and its figures to the trackers."""
-        if not self.runtime.is_main:
-            return
-        problem = self.metrics.append({"kind": kind, "seconds": time.monotonic() - self.started, **record})
-        if problem:
-            self.t.progress.say(f"a line of metrics is lost: {problem}")
-        prefix = "" if kind == "train" else f"{kind}/"
-        figures = {prefix + name: value for name, value in record.items() if isinstance(value, float)}
-        for tracker in self.t.trackers.values() if kind != "event" else ():
-            tracker.log(figures, int(record["step"]))
 
 
 def budget(recipe: Any) -> Any:
     """Return what of a recipe decides the number of steps."""
     train = (recipe or {}).get("train", {})
     return [train.get(name) for name in ("steps", "tokens", "minutes")]
-
-
-def idle(batch: Batch) -> Batch:
-    """Return a batch without a label: a pass over it takes part in the exchanges and adds nothing."""
-    return batch | {"labels": np.full_like(batch["labels"], IGNORE)}
-
-
-def local(tensor: Any) -> Tensor:
-    """Return the rows of a tensor that this process holds."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -640,13 +527,6 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen[id(tensor)] = name
             tensors[name] = tensor.detach()
     return tensors
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory the process has held: the GPU's allocator's, or the resident set on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def brief(figures: Mapping[str, float]) -> str:

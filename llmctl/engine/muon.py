@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmctl.engine.sharding import shared_like, whole_tensor
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration, chosen for the steepest slope at zero; singular values end between 0.7 and 1.2."""
 
@@ -70,7 +72,7 @@ class Muon(torch.optim.Optimizer):
                     self._step(parameters[start : start + TOGETHER], group)
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        updates = torch.stack([whole(self._momentum(parameter, group["momentum"])) for parameter in parameters])
+        updates = torch.stack([whole_tensor(self._momentum(parameter, group["momentum"])) for parameter in parameters])
         updates = orthogonalise(updates, self.dtype).to(updates.dtype)
         rows, columns = parameters[0].shape
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
@@ -86,17 +88,3 @@ class Muon(torch.optim.Optimizer):
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(gradient, 1 - momentum)
         return gradient.lerp(buffer, momentum)
-
-
-def whole(matrix: Any) -> Tensor:
-    """Return a matrix with all its rows."""
-    return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix
-
-
-def shared_like(update: Tensor, parameter: Any) -> Tensor:
-    """Return an update in the layout of its parameter: every process has computed all of it and keeps its own rows."""
-    if not hasattr(parameter, "full_tensor"):
-        return update
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(update, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -10,7 +10,7 @@ from torch import nn
 from llmctl.config import OptimConfig
 from llmctl.engine.checkpoint import Checkpoint
 from llmctl.engine.muon import Muon
-from llmctl.engine.parallel import own_rows
+from llmctl.engine.sharding import own_rows
 from llmctl.errors import ArtifactError
 
 STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}

@@ -4,7 +4,7 @@ A batch is cut into micro-batches of consecutive rows, which go to the processes
 process are the two of two processes, and so are their sums. Knows nothing of models or files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.config import ParallelConfig, TrainConfig
-from llmctl.engine.checkpoint import Part
 from llmctl.engine.runtime import Runtime
 from llmctl.errors import UsageError
 
@@ -158,47 +157,3 @@ def make_gradients(runtime: Runtime, module: nn.Module, parameters: Sequence[nn.
     """Return what the config asks for."""
     kind = TreeGradients if runtime.parallel.deterministic else Gradients
     return kind(runtime, module, parameters)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a process holds only some of a tensor's rows."""
-    return hasattr(tensor, "to_local")
-
-
-def local_part(tensor: Any) -> Part:
-    """Return the rows of a sharded tensor that this process holds: consecutive ones, as torch.chunk cuts them."""
-    local, mesh = tensor.to_local(), tensor.device_mesh
-    size = -(-tensor.shape[0] // mesh.size())
-    return Part(local, tuple(tensor.shape), min(mesh.get_local_rank() * size, tensor.shape[0]))
-
-
-def own_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Part]:
-    """Return what this process saves of named tensors: its rows of sharded ones, and as the first one, all others."""
-    parts = {}
-    for name, tensor in tensors.items():
-        if is_sharded(tensor):
-            parts[name] = local_part(tensor)
-        elif rank == 0:
-            parts[name] = Part(tensor, tuple(tensor.shape))
-    return parts
-
-
-def own_rows(like: Any, read: Callable[..., Tensor]) -> Tensor:
-    """Return a tensor of the same layout, device and dtype as `like`, filled with `read(start, stop)` of its rows."""
-    if not is_sharded(like):
-        return read().to(like.device, like.dtype)
-    filled: Any = torch.zeros_like(like)
-    part = local_part(filled)
-    part.tensor.copy_(read(part.start, part.start + part.tensor.shape[0]))
-    return filled
-
-
-def fill(parameter: Any, read: Callable[..., Tensor]) -> None:
-    """Overwrite a parameter, or this process's rows of it, with `read(start, stop)`."""
-    with torch.no_grad():
-        parameter.copy_(own_rows(parameter, read))
-
-
-def whole_tensor(tensor: Any) -> Tensor:
-    """Return a tensor with all its rows; every process must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -9,8 +9,11 @@ import torch
 
 from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
 from llmctl.engine.checks import DEFAULT_STEPS, check, model_config
-from llmctl.engine.estimate import Estimate, Rows, estimate, memory, row_flops
-from llmctl.engine.runtime import Runtime, available_memory, choose_dtype, product_rate
+from llmctl.engine.estimate import Estimate, estimate
+from llmctl.engine.flops import Rows, row_flops
+from llmctl.engine.machine import available_memory, choose_dtype, name_of, product_rate
+from llmctl.engine.memory import memory
+from llmctl.engine.runtime import Runtime
 from llmctl.errors import MemoryLimitError
 from llmctl.formats.artifact import read_artifact
 from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
@@ -49,7 +52,7 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
         micro_batch_size=train.micro_batch_size,
         chunk_tokens=train.loss_chunk_tokens,
         optimizer=config.optim.name,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
         cpu_flops=rate,
         fitting_rows=most_rows(config, shape, n_processes, dtype.itemsize, free)[0],
         **described,

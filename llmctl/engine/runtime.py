@@ -4,13 +4,12 @@ Knows nothing of objectives, optimizers' rules or files. What processes tell eac
 that a peer sends is ever unpickled.
 """
 
-import ctypes
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,20 +20,25 @@ import torch
 from torch import nn
 
 from llmctl.config import ParallelConfig, TrainConfig
+from llmctl.engine.machine import (
+    DTYPES,
+    available_cores,
+    choose_dtype,
+    describe_machine,
+    name_of,
+    return_large_blocks,
+    set_threads,
+)
 from llmctl.engine.ranks import Ranks, join
+from llmctl.engine.sharding import shard
 from llmctl.errors import LlmctlError, MissingExtraError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
 
-BFLOAT16_GAIN = 1.5
-"""How much faster bfloat16 products must be to pay for the conversions around them."""
-
 PATIENCE = timedelta(days=2)
 """How long processes wait while the first one prepares data, in which nobody talks."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass
@@ -77,7 +81,8 @@ class Runtime:
         if self.world_size == 1:
             return self.accelerator.prepare_model(module)
         if self.parallel.strategy == "fsdp":
-            return self.shard(module)
+            shard(module, self.device, self.dtype, self.world_size, offloads=self.parallel.cpu_offload)
+            return module
         if self.parallel.deterministic:  # gradients are summed by our own tree
             return self.accelerator.prepare_model(module, evaluation_mode=True).train()
         with warnings.catch_warnings():
@@ -86,38 +91,6 @@ class Runtime:
             module = self.accelerator.prepare_model(module)
         if not isinstance(module, nn.parallel.DistributedDataParallel):
             raise LlmctlError(f"the model was wrapped as {type(module).__name__}, not for {self.world_size} processes")
-        return module
-
-    def shard(self, module: nn.Module) -> nn.Module:
-        """Share weights, gradients and optimizer state out over the processes, block by block (FSDP2).
-
-        Accelerate's plugin silently trains with DDP on a CPU, so torch's own function is called. Gradients are
-        summed, not averaged: the loss is divided by the global count before.
-        Source: Zhao et al. 2023, arXiv:2304.11277.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import (
-            CPUOffloadPolicy,
-            FSDPModule,
-            MixedPrecisionPolicy,
-            OffloadPolicy,
-            fully_shard,
-        )
-
-        mesh = init_device_mesh(self.device.type, (self.world_size,))
-        half = self.dtype == torch.bfloat16
-        policy = (
-            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if half
-            else MixedPrecisionPolicy()
-        )
-        offload = CPUOffloadPolicy() if self.parallel.cpu_offload and self.device.type == "cuda" else OffloadPolicy()
-        blocks = [child for child in module.modules() if type(child).__name__ == "Block"]
-        for part in (*blocks, module):
-            fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=offload)
-            assert isinstance(part, FSDPModule)
-            part.set_force_sum_reduction_for_comms(True)
-            part.set_gradient_divide_factor(1.0)
         return module
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -143,26 +116,31 @@ class Runtime:
         """Return what the first process gave."""
         return self.gather(obj if self.is_main else None)[0]
 
-    def wait_for_first(self, problem: LlmctlError | None = None) -> None:
-        """Wait, for as long as it takes, until the first process has done its part.
+    def lead(self, action: Callable[[], Any]) -> Any:
+        """Let the first process do something while the others wait, for as long as it takes; return its result to all.
 
-        Raises: the first process's error, in every process.
+        The result travels as JSON. Raises: the first process's error, in every process.
         """
         if self.world_size == 1:
-            if problem is not None:
-                raise problem
-            return
+            return action()
         import torch.distributed as dist
 
+        told, problem = None, None
+        if self.is_main:
+            try:
+                told = [action(), None]
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for it
+                problem = error
+                told = [None, [str(error), getattr(error, "hint", ""), getattr(error, "exit_code", 1)]]
         if self.patient is None:
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         dist.barrier(self.patient)
+        result, failure = self.first(told)
         if problem is not None:
-            self.first([str(problem), problem.hint, problem.exit_code])
             raise problem
-        told = self.first(None)
-        if told is not None:
-            raise retold(*told)
+        if failure is not None:
+            raise retold(*failure)
+        return result
 
     def probe(self) -> float:
         """Return the milliseconds that summing 4 MiB over all processes takes.
@@ -180,7 +158,7 @@ class Runtime:
         return 1000 * seconds
 
     def make_trackers(
-        self, names: Sequence[str], folder: Path, recipe: Mapping[str, Any], ids: Mapping[str, str]
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], ids: Mapping[str, str]
     ) -> dict[str, "GeneralTracker"]:
         """Start the trackers of these names, through Accelerate; they write into the run folder or to their service.
 
@@ -205,33 +183,11 @@ class Runtime:
             tracker = kind(folder.name, **places, **again)
             if hasattr(tracker, "start"):  # newer versions of Accelerate begin later than they are made
                 tracker.start()
-            tracker.store_init_configuration(flat(recipe))
+            tracker.store_init_configuration(
+                {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+            )
             trackers[name] = tracker
         return trackers
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested recipe with dotted keys and values that every tracker takes."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return found
-
-
-def available_memory(device: torch.device, n_sharing: int = 1) -> int:
-    """Return the bytes that a process may still take: of its GPU, or its share of the machine's free memory."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-        free = min(free, int(text) - used)
-    return free // n_sharing
 
 
 def retold(message: str, hint: str, exit_code: int) -> LlmctlError:
@@ -259,7 +215,9 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
     on_cpu = config.device == "cpu" or not has_cuda
     if on_cpu and (config.return_memory or config.micro_batch_size == -1):
         return_large_blocks()
-    set_threads(config, parallel, ranks)
+    n_threads = threads_of(config, parallel, ranks)
+    if n_threads:
+        set_threads(n_threads)
     accelerate_says = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":  # an Accelerate config file that asks for it
         parallel = ParallelConfig(**{**vars(parallel), "strategy": "fsdp"})
@@ -286,7 +244,7 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
     runtime = Runtime(accelerator, dtype, ranks, parallel)
     try:
         # Every process has measured its own products; what the first one found holds.
-        runtime.dtype = DTYPES[runtime.first(str(dtype).removeprefix("torch."))]
+        runtime.dtype = DTYPES[runtime.first(name_of(dtype))]
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -313,37 +271,34 @@ def connect(state: Any, *, on_cpu: bool, timeout: timedelta, ranks: Ranks) -> No
         ) from error
 
 
-LARGE_BLOCK_BYTES = 1 << 20
+def threads_of(config: TrainConfig, parallel: ParallelConfig, ranks: Ranks) -> int:
+    """Return the threads of this process, 0 to leave torch's: the cores are shared among those of a machine.
 
-
-def return_large_blocks() -> None:
-    """Let glibc give tensors back to the system when they are freed.
-
-    By default it learns to keep blocks of up to 32 MB in its heap, where those of different sizes leave holes: a
-    step then takes up to 2.3 times the memory of its tensors (benchmarks/memory.py). Fresh pages cost time, though: a
-    sixth in a model of 20 M parameters, more in a tiny one. So this is for machines whose memory is the limit.
+    One where bits must not depend on the number of processes.
     """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD; setting it ends the learning
-        libc.mallopt(-1, 4 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
+    if config.threads or parallel.deterministic:
+        return config.threads or 1
+    return max(1, available_cores() // ranks.local_world_size) if ranks.world_size > 1 else 0
 
 
-def set_threads(config: TrainConfig, parallel: ParallelConfig, ranks: Ranks) -> None:
-    """Share the cores among the processes of this machine; one thread where bits must not depend on their number."""
-    n_threads = config.threads
-    if not n_threads and ranks.world_size > 1:
-        n_threads = max(1, available_cores() // ranks.local_world_size)
-    if parallel.deterministic:
-        n_threads = config.threads or 1
-    if n_threads:
-        torch.set_num_threads(n_threads)
-        os.environ["OMP_NUM_THREADS"] = str(n_threads)
+def describe_environment(runtime: Runtime) -> dict[str, Any]:
+    """Return what a result depends on besides its recipe: the machine, the precision, and the processes."""
+    return describe_machine() | {
+        "device": runtime.device.type,
+        "dtype": name_of(runtime.dtype),
+        "world_size": runtime.world_size,
+        "strategy": runtime.parallel.strategy if runtime.world_size > 1 else None,
+    }
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, deterministic: bool) -> list[str]:
+    """Return what of the environment has changed such that a resumed run is not the same bits, as `name a -> b`."""
+    harmless = {"python"} | ({"world_size", "strategy"} if deterministic else set())
+    return [
+        f"{name} {old[name]} -> {new[name]}"
+        for name in new
+        if name in old and name not in harmless and old[name] != new[name]
+    ]
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -365,11 +320,6 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the device's memory is used up."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def leave(exit_code: int) -> NoReturn:
     """End a process of a group: gloo's threads abort one in five ordinary exits (pytorch issue 179291)."""
     import torch.distributed as dist
@@ -381,67 +331,3 @@ def leave(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
-
-
-def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
-    """Return the precision of matrix products; auto takes bfloat16 where the hardware is faster with it."""
-    if name != "auto":
-        return DTYPES[name]
-    if on_cpu:
-        gain = product_rate(torch.bfloat16) / product_rate(torch.float32)
-        return torch.bfloat16 if gain > BFLOAT16_GAIN else torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-
-
-def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return the measured rate of a typical matrix product in FLOP/s; takes a few hundredths of a second.
-
-    Capability flags do not tell: of processors with the same bfloat16 instructions some are 4 times faster with
-    them than with float32, and some half as fast.
-    """
-    size = 4096 if device == "cuda" else 512
-    a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-
-    def wait() -> None:
-        if device == "cuda":  # a GPU's products are only begun when the call returns
-            torch.cuda.synchronize()
-
-    for _ in range(6):
-        wait()
-        begun = time.perf_counter()
-        torch.mm(a, b)
-        wait()
-        best = min(best, time.perf_counter() - begun)
-    return 4 * size**3 / best
-
-
-def describe_environment(runtime: Runtime | None = None) -> dict[str, Any]:
-    """Return what a result depends on besides its recipe."""
-    import platform
-
-    described = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    if runtime is not None:
-        described |= {
-            "device": runtime.device.type,
-            "dtype": str(runtime.dtype).removeprefix("torch."),
-            "world_size": runtime.world_size,
-            "strategy": runtime.parallel.strategy if runtime.world_size > 1 else None,
-        }
-    return described
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, deterministic: bool) -> list[str]:
-    """Return what of the environment has changed such that a resumed run is not the same bits, as `name a -> b`."""
-    harmless = {"python"} | ({"world_size", "strategy"} if deterministic else set())
-    return [
-        f"{name} {old[name]} -> {new[name]}"
-        for name in new
-        if name in old and name not in harmless and old[name] != new[name]
-    ]

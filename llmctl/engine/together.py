@@ -12,12 +12,14 @@ import torch
 from llmctl import __version__
 from llmctl.config import PretrainConfig
 from llmctl.engine.corpus import Corpus
+from llmctl.engine.machine import is_out_of_memory
 from llmctl.engine.outcome import recipe_sha256
 from llmctl.engine.progress import Progress
 from llmctl.engine.ranks import LAUNCHED
 from llmctl.engine.runs import Run, read_record
 from llmctl.engine.runtime import Runtime, is_lost_peer
-from llmctl.errors import LlmctlError, StoppedError, UsageError
+from llmctl.errors import MemoryLimitError, StoppedError, UsageError
+from llmctl.files import is_seen
 
 
 def begun_before() -> str:
@@ -64,35 +66,44 @@ def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def naming_memory(runtime: Runtime) -> Iterator[None]:
+    """Turn the end of the memory into an error that says what needs less of it.
+
+    Raises: MemoryLimitError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"the memory of {runtime.device.type} is used up ({str(error).strip().splitlines()[0][:160]})",
+            "--batch-size auto fits micro-batches to the memory; --set parallel.activation_checkpointing=true and "
+            "--parallel fsdp need less of it",
+        ) from error
+
+
 def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
     """Let the first process make or open a run, which the others then see.
 
     Raises: whatever the first one raises, in all of them; UsageError if the folder is not shared.
     """
-    run, problem = None, None
-    if runtime.is_main:
-        try:
-            run = action()
-        except LlmctlError as error:
-            problem = error
+    opened: list[Run] = []
+
+    def begin() -> str:
+        opened.append(action())
+        return str(opened[0].path)
+
     with losing_peers(runtime):
-        runtime.wait_for_first(problem)
-        path = Path(runtime.first(str(run.path) if run else None))
+        path = Path(runtime.lead(begin))
         blind = [rank for rank, sees in enumerate(runtime.gather(is_seen(path / "run.json"))) if not sees]
     if blind:
         raise UsageError(
             f"the run folder `{path}` is not there for rank {', '.join(map(str, blind))}",
             "all hosts must share it: name a folder on a shared file system with -o, and start everywhere in the same place",
         )
-    return run or Run(path, read_record(path))
-
-
-def is_seen(path: Path) -> bool:
-    """Tell whether a file is there for this process; one in a folder that it may not read is not."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
+    return opened[0] if opened else Run(path, read_record(path))
 
 
 def compare_processes(runtime: Runtime, config: PretrainConfig, corpus: Corpus, progress: Progress) -> None:

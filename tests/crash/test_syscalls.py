@@ -1,14 +1,11 @@
 """Some system calls of a save, killed or failed; `python -m tests.crash.syscalls` takes all of them."""
 
-import json
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.crash.report import report_of
 
 
 @pytest.fixture
@@ -22,13 +19,5 @@ def tracing() -> None:
 
 @pytest.mark.usefixtures("tracing")
 def test_no_call_of_a_save_can_lose_a_checkpoint():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.crash.syscalls", "--sample", "12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = report_of("syscalls", "--sample", "12")
     assert report["ok"] == report["points"] == 12

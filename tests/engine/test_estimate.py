@@ -15,17 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from llmctl.cli import run
 from llmctl.config import ModelChoice, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
 from llmctl.engine.checks import DEFAULT_STEPS
-from llmctl.engine.estimate import (
-    Memory,
-    Rows,
-    activation_bytes,
-    duration,
-    flops_per_token,
-    keys_seen,
-    memory,
-    row_flops,
-    size,
-)
+from llmctl.engine.estimate import duration, size
+from llmctl.engine.flops import Rows, flops_per_token, keys_seen, row_flops
+from llmctl.engine.memory import Memory, activation_bytes, memory
 from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.optim import make_optimizers, named_state
 from llmctl.engine.plan import dry_run

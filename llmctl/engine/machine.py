@@ -1,0 +1,118 @@
+"""One process and its machine: precision, threads, memory. Knows no other processes and no models."""
+
+import ctypes
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BFLOAT16_GAIN = 1.5
+"""How much faster bfloat16 products must be to pay for the conversions around them."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+LARGE_BLOCK_BYTES = 1 << 20
+"""Size from which `return_large_blocks` gives memory back."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name that a config has for a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
+    """Return the precision of matrix products; auto takes bfloat16 where the hardware is faster with it."""
+    if name != "auto":
+        return DTYPES[name]
+    if on_cpu:
+        gain = product_rate(torch.bfloat16) / product_rate(torch.float32)
+        return torch.bfloat16 if gain > BFLOAT16_GAIN else torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+
+
+def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Return the measured rate of a typical matrix product in FLOP/s; takes a few hundredths of a second.
+
+    Capability flags do not tell: of processors with the same bfloat16 instructions some are 4 times faster with
+    them than with float32, and some half as fast.
+    """
+    size = 4096 if device == "cuda" else 512
+    a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+
+    def wait() -> None:
+        if device == "cuda":  # a GPU's products are only begun when the call returns
+            torch.cuda.synchronize()
+
+    for _ in range(6):
+        wait()
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        wait()
+        best = min(best, time.perf_counter() - begun)
+    return 4 * size**3 / best
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(n_threads: int) -> None:
+    """Let torch, and libraries that are loaded later, use this many threads."""
+    torch.set_num_threads(n_threads)
+    os.environ["OMP_NUM_THREADS"] = str(n_threads)
+
+
+def available_memory(device: torch.device, n_sharing: int = 1) -> int:
+    """Return the bytes that a process may still take: of its GPU, or its share of the machine's free memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+        free = min(free, int(text) - used)
+    return free // n_sharing
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory the process has held: the GPU's allocator's, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def return_large_blocks() -> None:
+    """Let glibc give tensors back to the system when they are freed.
+
+    By default it learns to keep blocks of up to 32 MB in its heap, where those of different sizes leave holes: a
+    step then takes up to 2.3 times the memory of its tensors (benchmarks/memory.py). Fresh pages cost time, though: a
+    sixth in a model of 20 M parameters, more in a tiny one. So this is for machines whose memory is the limit.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD; setting it ends the learning
+        libc.mallopt(-1, 4 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that the device's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what of a machine a result depends on besides its recipe."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

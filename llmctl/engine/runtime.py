@@ -165,19 +165,11 @@ class Runtime:
         `ids` are those that a run which goes on has had at the services.
         Raises: MissingExtraError if a tracker's package is not installed, UsageError for an unknown name.
         """
-        if not names or not self.is_main:
+        kinds = tracker_kinds(names)
+        if not self.is_main:
             return {}
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-        known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
-        there = {str(name) for name in get_available_trackers()}
         trackers = {}
-        for name in names:
-            if name not in known:
-                raise UsageError(f"there is no tracker `{name}`", f"known are {', '.join(sorted(known))}")
-            if name not in there:
-                raise MissingExtraError(f"`--track {name}`", name, name)
-            kind = known[name]
+        for name, kind in kinds.items():
             again = {"id": ids[name], "resume": "allow"} if name == "wandb" and ids.get(name) else {}
             places = {"logging_dir": folder} if kind.requires_logging_directory else {}
             tracker = kind(folder.name, **places, **again)
@@ -188,6 +180,25 @@ class Runtime:
             )
             trackers[name] = tracker
         return trackers
+
+
+def tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
+    """Return Accelerate's classes for trackers of these names.
+
+    Raises: MissingExtraError if a tracker's package is not installed, UsageError for an unknown name.
+    """
+    if not names:
+        return {}
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
+    there = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no tracker `{name}`", f"known are {', '.join(sorted(known))}")
+        if name not in there:
+            raise MissingExtraError(f"`--track {name}`", name, name)
+    return {name: known[name] for name in names}
 
 
 def retold(message: str, hint: str, exit_code: int) -> LlmctlError:
@@ -241,6 +252,7 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
             f"{ranks.world_size} processes were started, but Accelerate sees {accelerator.num_processes}",
             "start with `llmctl ... --nproc N`",
         )
+    tracker_kinds(config.track)  # refused before any work, not after the text is encoded
     runtime = Runtime(accelerator, dtype, ranks, parallel)
     try:
         # Every process has measured its own products; what the first one found holds.

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 Family = Literal["decoder", "encoder", "encoder_decoder"]
 ObjectiveName = Literal["clm", "mlm", "span", "seq2seq"]
+TaskName = Literal["chat", "text", "classify", "translate", "summarize", "qa"]
+Problem = Literal["single", "multi", "regression"]
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -67,6 +69,15 @@ class ModelConfig:
     logits_scale: float = setting(1.0, "factor on the hidden states before the head (tied T5: d_model ** -0.5)")
     logits_bias: bool = setting(False, "bias on the logits (BERT, BART, Marian)")
     head_transform: bool = setting(False, "dense + activation + norm before the head (BERT)")
+    n_labels: int = setting(0, "outputs of a classification head in place of the vocabulary's; 0 is the vocabulary's")
+    problem: Problem = setting("single", "what the outputs are: one label of many, several labels, or numbers")
+    pooling: Literal["first", "mean", "last"] = setting(
+        "mean", "which hidden state is classified: the first token's, the mean, or the last token's"
+    )
+    pooled_activation: Literal["none", "tanh", "gelu"] = setting(
+        "none", "dense layer with this activation between the pooled state and the outputs, which then have a bias"
+    )
+    labels: tuple[str, ...] = setting((), "names of the outputs, in their order")
     dropout: float = setting(0.0, "dropout in embeddings, attention output and feed-forward output")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
     pad_id: int = setting(-1, "padding token; -1 is none")
@@ -211,6 +222,35 @@ class PretrainConfig:
     optim: OptimConfig = section(OptimConfig, "the optimizer")
     train: TrainConfig = section(TrainConfig, "the loop")
     parallel: ParallelConfig = section(ParallelConfig, "several processes")
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Which column of a table holds what; an empty name finds the usual ones (`text`, `sentence`, `label`, ...)."""
+
+    names: tuple[str, ...] = setting((), "column names, in order, of a table whose first line is no header")
+    text: str = setting("", "column of the text (classify, text, mask, lastword)")
+    pair: str = setting("", "column of the second text of a pair (classify, similarity)")
+    label: str = setting("", "column of the label or number (classify, similarity)")
+    source: str = setting("", "column of the input (translate, summarize)")
+    target: str = setting("", "column of the wanted output (translate, summarize)")
+    question: str = setting("", "column of the question (qa)")
+    context: str = setting("", "column of the text that answers it (qa)")
+    answer: str = setting("", "column of the answer (qa)")
+    messages: str = setting("", "column of the list of messages (chat)")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A low-rank adapter beside frozen weights (LoRA, arXiv:2106.09685; DoRA, arXiv:2402.09353)."""
+
+    rank: int = setting(16, "rank of the two factors")
+    alpha: float = setting(32.0, "scale: the product of the factors is multiplied by alpha / rank")
+    dropout: float = setting(0.0, "dropout before the first factor")
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "linear layers that get one; those that a model does not have are passed over",
+    )
 
 
 @dataclass(frozen=True)

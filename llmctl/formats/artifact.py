@@ -84,7 +84,7 @@ class Artifact:
 
         wanted = dtype or torch.float32
         state = {name: tensor.to(wanted) for name, tensor in self.stored_state().items()}
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and not self.config.n_labels:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         return state
 

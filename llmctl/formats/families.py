@@ -7,13 +7,14 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.bart import BART, MARIAN
 from llmctl.formats.bert import BERT, BERT_BARE
+from llmctl.formats.classifiers import CLASSIFIERS
 from llmctl.formats.family import FamilyFormat
 from llmctl.formats.gpt2 import GPT2
 from llmctl.formats.llama import EUROBERT, LLAMA, MISTRAL, QWEN3
 from llmctl.formats.native import NATIVE
 from llmctl.formats.t5 import T5
 
-ROWS = (LLAMA, QWEN3, EUROBERT, T5, GPT2, BERT, BERT_BARE, BART, MARIAN, MISTRAL, NATIVE)
+ROWS = (LLAMA, QWEN3, EUROBERT, T5, GPT2, BERT, BERT_BARE, BART, MARIAN, MISTRAL, *CLASSIFIERS, NATIVE)
 FAMILIES: dict[str, FamilyFormat] = {row.architecture: row for row in ROWS}
 
 

@@ -75,7 +75,7 @@ class FamilyFormat:
     def to_internal(self, state: Mapping[str, "Tensor"], config: ModelConfig) -> dict[str, "Tensor"]:
         """Turn published tensors into the state of `LanguageModel(config)`, the tied head included."""
         internal = to_parameters(self.layout(config), parameter_shapes(config), state.__getitem__)
-        if config.tie_embeddings:
+        if config.tie_embeddings and not config.n_labels:
             internal["lm_head.weight"] = internal["model.embed_tokens.weight"]
         return internal
 
@@ -216,8 +216,8 @@ def has(config: ModelConfig, **values: Any) -> bool:
 
 
 def is_common(config: ModelConfig) -> bool:
-    """Say whether the config has none of the parts that only the native format knows."""
-    return not any(config.attention_windows) and not config.query_layer
+    """Say whether the config has a head over the vocabulary and none of the parts that only the native format knows."""
+    return not any(config.attention_windows) and not config.query_layer and not config.n_labels
 
 
 def is_standard_attention(config: ModelConfig) -> bool:

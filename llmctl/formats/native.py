@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
@@ -25,8 +25,8 @@ def checked(name: str, value: Any) -> Any:
     """
     kind = get_type_hints(ModelConfig)[name]
     choices = get_args(kind)
-    if name == "attention_windows":
-        fits = isinstance(value, list) and all(type(item) is int for item in value)
+    if get_origin(kind) is tuple:
+        fits = isinstance(value, list) and all(type(item) is choices[0] for item in value)
     elif kind is float:
         fits = type(value) in (int, float)
     elif kind in (int, bool):
@@ -34,14 +34,15 @@ def checked(name: str, value: Any) -> Any:
     else:
         fits = value in choices
     if not fits:
-        allowed = f"one of {', '.join(map(str, choices))}" if choices else "a value of its type"
+        listed = get_origin(kind) is Literal
+        allowed = f"one of {', '.join(map(str, choices))}" if listed else "a value of its type"
         raise ArtifactError(f"the configuration of {NAME} has `{name}` {str(value)[:60]!r}", f"what is read: {allowed}")
-    return tuple(value) if name == "attention_windows" else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     """Write the fields of ModelConfig."""
-    return asdict(config) | {"attention_windows": list(config.attention_windows)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
 def matches(config: ModelConfig) -> bool:

@@ -43,6 +43,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= stack_shapes(config, "model.decoder.", config.n_decoder_layers, cross=True)
     else:
         shapes |= stack_shapes(config, "model.", config.n_layers, cross=False)
+    if config.n_labels:
+        has_dense = config.pooled_activation != "none"
+        if has_dense:
+            shapes |= linear("classifier_dense", D, D, bias=True)
+        return shapes | linear("classifier", config.n_labels, D, bias=has_dense)
     if config.head_transform:
         shapes |= linear("head_dense", D, D, bias=True) | norm(config, "head_norm")
     return shapes | linear("lm_head", V, D, bias=config.logits_bias)

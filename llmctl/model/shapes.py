@@ -59,9 +59,13 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
             any(window < 0 for window in full.attention_windows),
             f"`model.attention_windows` {full.attention_windows} has a negative width",
         ),
+        (
+            bool(full.labels) and len(full.labels) != full.n_labels,
+            f"`model.labels` has {len(full.labels)} names for `model.n_labels` {full.n_labels}",
+        ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]
-    for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std"):
+    for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std", "n_labels"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, it must not be negative"))
     for name in ("norm_eps", "rope_theta"):
         checks.append((not getattr(full, name) > 0, f"`model.{name}` is {getattr(full, name)}, it must be positive"))

@@ -270,13 +270,14 @@ class Stack(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Any model of the family tree: embeddings, one or two stacks, and a head over the vocabulary.
+    """Any model of the family tree: embeddings, one or two stacks, and a head over the vocabulary or over labels.
 
     Raises: UsageError at construction when the config contradicts itself.
     """
 
     model: Any  # a Stack, or a module holding two; torch types attributes of modules as tensors
     lm_head: nn.Linear
+    classifier: nn.Linear
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -288,6 +289,13 @@ class LanguageModel(nn.Module):
         else:
             self.model = Stack(config, config.n_layers, causal=config.family == "decoder")
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        if config.n_labels:
+            has_dense = config.pooled_activation != "none"
+            if has_dense:
+                self.classifier_dense = nn.Linear(config.d_model, config.d_model)
+            self.classifier = nn.Linear(config.d_model, config.n_labels, bias=has_dense)
+            self.dropout = nn.Dropout(config.dropout)
+            return
         if config.head_transform:
             self.head_dense = nn.Linear(config.d_model, config.d_model)
             self.head_norm = make_norm(config)
@@ -300,8 +308,8 @@ class LanguageModel(nn.Module):
         return [self.model.encoder, self.model.decoder] if is_pair else [self.model]
 
     def tie(self) -> None:
-        """Let the head use the embedding's weight, where the config says so."""
-        if self.config.tie_embeddings:
+        """Let the head over the vocabulary use the embedding's weight, where the config says so."""
+        if self.config.tie_embeddings and not self.config.n_labels:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def hidden(
@@ -375,6 +383,35 @@ class LanguageModel(nn.Module):
         """Return logits (..., V) of hidden states (..., D)."""
         return self.lm_head(self.head_input(hidden))
 
+    def pooled(
+        self,
+        input_ids_BT: Tensor,
+        *,
+        documents_BT: Tensor | None = None,
+        token_types_BT: Tensor | None = None,
+        pooling: str = "",
+    ) -> Tensor:
+        """Return one state per row (B, D), padding left out; `pooling` other than the config's may be asked for.
+
+        The decoder of an encoder-decoder reads the input moved right by one, as BART's classifier does (Lewis et al.
+        2020, arXiv:1910.13461, section 3.1).
+        """
+        inputs: dict[str, Any] = {"token_types_BT": token_types_BT}
+        if self.config.family == "encoder_decoder":
+            starts = input_ids_BT.new_full((len(input_ids_BT), 1), max(self.config.decoder_start_id, 0))
+            moved = torch.cat([starts, input_ids_BT[:, :-1]], dim=1)
+            inputs = {"decoder_input_ids_BT": moved, "decoder_documents_BT": documents_BT}
+        states_BTD = self.hidden(input_ids_BT, documents_BT=documents_BT, **inputs)
+        return pool(states_BTD, documents_BT, pooling or self.config.pooling)
+
+    def classify(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
+        """Return the outputs of the classification head (B, n_labels); see `pooled` for the inputs."""
+        state_BD = self.pooled(input_ids_BT, **inputs)
+        if self.config.pooled_activation != "none":
+            activation = torch.tanh if self.config.pooled_activation == "tanh" else F.gelu
+            state_BD = activation(self.classifier_dense(state_BD))
+        return self.classifier(self.dropout(state_BD))
+
     def forward(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Return logits (B, T, V); see `hidden` for the inputs."""
         return self.head(self.hidden(input_ids_BT, **inputs))
@@ -384,10 +421,25 @@ class LanguageModel(nn.Module):
         return x_BTD if self.config.embedding_scale == 1.0 else x_BTD * self.config.embedding_scale
 
 
+def pool(states_BTD: Tensor, documents_BT: Tensor | None, pooling: str) -> Tensor:
+    """Return the first, the last or the mean state of each row (B, D); positions of document 0 are padding."""
+    if pooling == "first":
+        return states_BTD[:, 0]
+    if documents_BT is None:
+        return states_BTD[:, -1] if pooling == "last" else states_BTD.mean(dim=1)
+    is_real_BT = documents_BT != 0
+    if pooling == "mean":
+        sums_BD = (states_BTD * is_real_BT[..., None]).sum(dim=1)
+        return sums_BD / is_real_BT.sum(dim=1, keepdim=True).clamp(min=1)
+    places_T = torch.arange(states_BTD.shape[1], device=states_BTD.device)
+    last_B = (is_real_BT * places_T).amax(dim=1)
+    return states_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
 def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a whole state dict from one in which a tied head stands once, under the embedding's name."""
     state = dict(tensors)
-    if config.tie_embeddings:
+    if config.tie_embeddings and not config.n_labels:
         state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     return state
 

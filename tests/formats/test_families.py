@@ -24,6 +24,7 @@ BERT = POST | {
     "n_token_types": 2,
     "activation": "gelu",
 }
+TANH = {"n_labels": 3, "pooled_activation": "tanh"}
 
 CONFIGS = {
     "LlamaForCausalLM": [
@@ -44,7 +45,30 @@ CONFIGS = {
         POST | PAIR | {"positions": "learned", "position_offset": 2, "embedding_norm": True, "logits_bias": True}
     ],
     "MarianMTModel": [POST | PAIR | {"positions": "sinusoidal", "embedding_scale": 4.0, "activation": "relu"}],
+    "LlamaForSequenceClassification": [{"n_labels": 3, "pooling": "last"}],
+    "Qwen3ForSequenceClassification": [{"n_labels": 3, "pooling": "last", "qk_norm": True, "head_dim": 8}],
+    "GPT2ForSequenceClassification": [
+        POST
+        | {"norm_position": "pre", "positions": "learned", "activation": "gelu_tanh", "n_labels": 1, "pooling": "last"}
+        | {"problem": "regression"}
+    ],
+    "BertForSequenceClassification": [
+        BERT | TANH | {"pooling": "first", "labels": ("no", "yes", "猫")},
+    ],
+    "EuroBertForSequenceClassification": [
+        {"family": "encoder", "n_labels": 3, "pooling": "mean", "pooled_activation": "gelu", "problem": "multi"},
+        {"family": "encoder", "n_labels": 3, "pooling": "first", "pooled_activation": "gelu"},
+    ],
+    "T5ForSequenceClassification": [
+        PAIR | RELATIVE | TANH | {"tie_embeddings": False, "activation": "gelu_tanh", "pooling": "last"},
+        PAIR | RELATIVE | TANH | {"logits_scale": 0.25, "gated": False, "activation": "relu", "pooling": "last"},
+    ],
+    "BartForSequenceClassification": [
+        POST | PAIR | TANH | {"positions": "learned", "position_offset": 2, "embedding_norm": True, "pooling": "last"}
+    ],
     "LlmctlForLanguageModel": [
+        {"n_labels": 2, "pooling": "mean", "labels": ("a", "b")},
+        BERT | TANH | {"pooling": "mean"},
         {"attention_windows": (0, 8)},
         {"query_layer": True, "positions": "learned"},
         {"norm": "layernorm"},

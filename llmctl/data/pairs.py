@@ -33,19 +33,25 @@ def read_pairs(
 
 
 def _read_path(path: str, source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
-    left, colon, right = path.partition(":")
-    if colon and not Path(path).exists():
-        yield from _parallel_lines(left, right)
+    if files := two_files(path):
+        yield from (pair for _, pair in parallel_lines(*files))
         return
     for name in sources.expand([path]):
         if name != sources.STDIN and sources.is_table(name):
             for where, row in sources.read_rows(name, (source_key, target_key)):
                 yield _sides(row, source_key, target_key, where)
         else:
-            yield from _tab_lines(name, source_key, target_key)
+            yield from (pair for _, pair in tab_lines(name, source_key, target_key))
 
 
-def _tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
+def two_files(path: str) -> tuple[str, str] | None:
+    """Return the two files that `a:b` names, or None for one path; a file whose own name has a colon is one."""
+    left, colon, right = path.partition(":")
+    return (left, right) if colon and not Path(path).exists() else None
+
+
+def tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield (where, pair) of the lines `source<TAB>target` of a file or stdin; a header naming both keys is none."""
     shown = "stdin" if name == sources.STDIN else name
     for number, line in sources.numbered_lines(name):
         text = line.rstrip("\r\n")
@@ -54,17 +60,21 @@ def _tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[st
             continue
         if len(cells) < 2:
             raise UsageError(f"`{shown}` line {number} has no tab: `{text[:60]}`", "a line is source<TAB>target")
-        yield cells[0], cells[1]
+        yield f"`{shown}` line {number}", (cells[0], cells[1])
 
 
-def _parallel_lines(left: str, right: str) -> Iterator[tuple[str, str]]:
+def parallel_lines(left: str, right: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield (where, pair) of two files whose lines belong together.
+
+    Raises: NotFoundError for a missing file; UsageError when one ends before the other.
+    """
     for name in (left, right):
         sources.expand([name])  # a missing file is named before anything is read
     for number, (a, b) in enumerate(zip_longest(_texts(left), _texts(right)), start=1):
         if a is None or b is None:
             short = left if a is None else right
             raise UsageError(f"`{left}` and `{right}` are not parallel: `{short}` ends before line {number}")
-        yield a, b
+        yield f"`{left}` line {number}", (a, b)
 
 
 def _texts(name: str) -> Iterator[str]:

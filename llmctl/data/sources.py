@@ -150,6 +150,34 @@ def read_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any
         yield from ROW_READERS[kind](name)
 
 
+def read_cells(name: str, names: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (where, cells by column) of a csv, or of tab-separated lines under any other ending or from stdin.
+
+    `names` are the columns of a table without a header; otherwise the first line names them.
+
+    Raises: UsageError naming the line whose cells are fewer or more than the columns.
+    """
+    shown = "stdin" if name == STDIN else name
+    reader = _csv_reader(name) if is_csv(name) else _tsv_reader(name)
+    header = list(names)
+    for number, cells in _numbered_cells(shown, reader):
+        if not header:
+            header = cells
+        elif len(cells) != len(header):
+            listed = ", ".join(f"`{column}`" for column in header)
+            raise UsageError(
+                f"`{shown}` line {number} has {len(cells)} cells, not {len(header)}: the columns are {listed}",
+                "mend that line" if not names else "name every column, or mend that line",
+            )
+        else:
+            yield f"`{shown}` line {number}", dict(zip(header, cells, strict=True))
+
+
+def is_csv(name: str) -> bool:
+    """Say whether the file's cells stand between commas."""
+    return name != STDIN and _kind(Path(name)) == ".csv"
+
+
 # --- plain text ------------------------------------------------------------------------------------------------------
 
 
@@ -432,11 +460,19 @@ def _skip(text: str, position: int, signs: str) -> int:
 
 
 def _csv_rows(name: str) -> Iterator[tuple[str, Any]]:
-    yield from _delimited(name, csv.reader(_csv_lines(name), strict=True))
+    yield from _delimited(name, _csv_reader(name))
 
 
 def _tsv_rows(name: str) -> Iterator[tuple[str, Any]]:
-    yield from _delimited(name, csv.reader(_csv_lines(name), delimiter="\t", quoting=csv.QUOTE_NONE))
+    yield from _delimited(name, _tsv_reader(name))
+
+
+def _csv_reader(name: str) -> Any:
+    return csv.reader(_csv_lines(name), strict=True)
+
+
+def _tsv_reader(name: str) -> Any:
+    return csv.reader(_csv_lines(name), delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
 def _csv_lines(name: str) -> Iterator[str]:
@@ -446,12 +482,18 @@ def _csv_lines(name: str) -> Iterator[str]:
 
 def _delimited(name: str, reader: Any) -> Iterator[tuple[str, Any]]:
     header: list[str] | None = None
+    for number, cells in _numbered_cells(name, reader):
+        if header is None:
+            header = cells
+        else:
+            yield f"`{name}` line {number}", dict(zip(header, cells, strict=False))
+
+
+def _numbered_cells(name: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
     try:
         for cells in reader:
-            if header is None:
-                header = cells
-            elif cells:
-                yield f"`{name}` line {reader.line_num}", dict(zip(header, cells, strict=False))
+            if cells:
+                yield reader.line_num, cells
     except csv.Error as error:
         raise UsageError(f"`{name}` line {reader.line_num}: {error}", "check the quotes of that line") from error
 

@@ -1,0 +1,329 @@
+"""Labelled examples: rows of tables whose columns are found by name, and the labels that they hold.
+
+Knows which columns a task reads and what they are usually called. Refuses to know tokenizers and models.
+An empty text stays an example: whether it is counted or left out is for the caller to say.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+from llmctl.config import ColumnsConfig
+from llmctl.data import pairs, sources
+from llmctl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its place for messages, its texts by role, and what is wanted."""
+
+    where: str
+    inputs: dict[str, str]
+    target: Any
+    """classify, similarity: the label as it stands; translate, summarize: text; qa: texts; choice: an index."""
+    choices: tuple[str, ...] = ()
+    column: str = ""
+    """Name of the column that the target came from."""
+
+
+class Role(NamedTuple):
+    """What a task reads from one column, and the names it usually has besides the role's, most telling first."""
+
+    names: tuple[str, ...]
+    required: bool = True
+
+
+PAIRED_COLUMNS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("text", "text_pair"),
+    ("question", "sentence"),
+    ("question", "passage"),
+)
+TEXTS = ("sentence", "review", "content", "title", *dict.fromkeys(first for first, _ in PAIRED_COLUMNS))
+SECONDS = ("sentence2", "hypothesis", "question2", "text2", "text_b", "text_pair")
+LABELS = ("labels", "class", "category", "score", "stars", "rating", "sentiment", "intent", "target")
+SOURCES = ("src", "input", "document", "article", "dialogue")
+TARGETS = ("tgt", "output", "summary", "highlights")
+QUESTIONS = ("query", "prompt")
+CHOICES = ("choices", "endings", "options")
+NUMBERED_CHOICES = (("sol1", "sol2"), ("ending0", "ending1", "ending2", "ending3"), ("choice1", "choice2"))
+ANSWERS = ("label", "answerKey", "gold", "target")
+
+TASKS: Mapping[str, Mapping[str, Role]] = {
+    "classify": {"text": Role(TEXTS), "pair": Role(SECONDS, required=False), "label": Role(LABELS)},
+    "similarity": {"text": Role(TEXTS), "pair": Role(SECONDS), "label": Role(("score", "similarity", *LABELS))},
+    "translate": {"source": Role(SOURCES), "target": Role(TARGETS)},
+    "summarize": {"source": Role(("document", "article", "dialogue", *SOURCES)), "target": Role(TARGETS)},
+    "qa": {
+        "question": Role(QUESTIONS),
+        "context": Role(("passage",), required=False),
+        "answer": Role(("answers", "target")),
+    },
+    "choice": {
+        "question": Role(("goal", *QUESTIONS), required=False),
+        "context": Role(("ctx", "passage"), required=False),
+        "answer": Role(ANSWERS, required=False),  # PIQA keeps the answers in a file of their own
+    },
+    "lastword": {"text": Role(TEXTS)},
+}
+
+
+def read_examples(paths: Sequence[str], task: str, columns: ColumnsConfig) -> Iterator[Example]:
+    """Yield the examples of a task of TASKS in order; a column set in `columns` wins over the usual names.
+
+    A table is json, jsonl, csv, tsv or parquet, or, when `columns.names` names its columns, any file of lines with
+    tabs; those names also stand for the header of a csv or tsv that has none. Besides tables, `translate` and
+    `summarize` read lines `source<TAB>target` and two files of parallel lines `a.en:a.de`; `choice` reads its
+    answers from a second file, one per line, as `data.jsonl:labels.lst`; `qa` reads SQuAD's nested JSON.
+
+    Raises: NotFoundError for a missing file; UsageError naming the file and line of a missing column, a row with too
+        few or too many cells, a row that is no table's, or when there is no example at all.
+    """
+    found = False
+    for path in paths:
+        for example in _read_path(path, task, columns):
+            found = True
+            yield example
+    if not found:
+        raise UsageError(f"there are no examples in {', '.join(f'`{path}`' for path in paths)}", "a row is one example")
+
+
+def _read_path(path: str, task: str, columns: ColumnsConfig) -> Iterator[Example]:
+    files = pairs.two_files(path)
+    if files and task in ("translate", "summarize"):
+        for where, (source, target) in pairs.parallel_lines(*files):
+            yield Example(where, {"source": source}, target)
+    elif files and task == "choice":
+        yield from _with_answers(_read_file(files[0], task, columns), *files)
+    else:
+        for name in sources.expand([path]):
+            yield from map(_answered, _read_file(name, task, columns))
+
+
+def _answered(example: Example) -> Example:
+    if example.choices and example.target is None:
+        hint = "name it with --set columns.answer=NAME, or give a file of answers after a colon: rows.jsonl:labels.lst"
+        raise UsageError(f"{example.where} has no column for the answer", hint)
+    return example
+
+
+def _read_file(name: str, task: str, columns: ColumnsConfig) -> Iterator[Example]:
+    sources.expand([name])  # says what is wrong with the path
+    if task in ("translate", "summarize") and not columns.names and _is_lines(name):
+        keys = columns.source or "source", columns.target or "target"
+        for where, (source, target) in pairs.tab_lines(name, *keys):
+            yield Example(where, {"source": source}, target)
+        return
+    maker = MAKERS.get(task, _plain)
+    finder = _Finder(name, task, columns)
+    for where, row in _rows(name, task, columns):
+        yield maker(row, finder.roles_of(row, where), where)
+
+
+def _is_lines(name: str) -> bool:
+    return name == sources.STDIN or not sources.is_table(name)
+
+
+def _rows(name: str, task: str, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, row) of a file; every row is an object with named cells."""
+    if sources.is_csv(name) or _is_delimited(name) or (columns.names and _is_lines(name)):
+        yield from sources.read_cells(name, columns.names)
+        return
+    if _is_lines(name):
+        shown = "stdin" if name == sources.STDIN else name
+        hint = f"name the columns of lines with tabs: --set columns.names={_usual(task)}"
+        raise UsageError(f"`{shown}` is plain text without named columns", hint)
+    for where, row in sources.read_rows(name):
+        for inner in _nested(row) if task == "qa" else [row]:
+            yield where, _named(inner, where, columns)
+
+
+def _is_delimited(name: str) -> bool:
+    return name != sources.STDIN and name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv")
+
+
+def _usual(task: str, n_columns: int = 0) -> str:
+    """Return the names that a table without a header would have."""
+    roles = TASKS[task]
+    required = [name for name, role in roles.items() if role.required]
+    names = list(roles) if n_columns >= len(roles) else required
+    return ",".join(names + ["_"] * (n_columns - len(names)))
+
+
+def _nested(row: Any) -> Iterator[Any]:
+    """Yield the questions of SQuAD's file, `data` > `paragraphs` > `qas`, each with its context, or the row itself."""
+    if not (isinstance(row, dict) and isinstance(row.get("data"), list)):
+        yield row
+        return
+    for article in row["data"]:
+        paragraphs = article.get("paragraphs") if isinstance(article, dict) else None
+        if not isinstance(paragraphs, list):
+            yield article
+            continue
+        for paragraph in paragraphs:
+            for question in paragraph.get("qas", []):
+                yield {"context": paragraph.get("context"), **question}
+
+
+def _named(row: Any, where: str, columns: ColumnsConfig) -> dict[str, Any]:
+    if isinstance(row, list) and columns.names:
+        if len(row) != len(columns.names):
+            raise UsageError(f"{where} has {len(row)} cells, not {len(columns.names)}", "name every column")
+        return dict(zip(columns.names, row, strict=True))
+    if not isinstance(row, dict):
+        hint = "name the columns of a list with --set columns.names=..." if isinstance(row, list) else "one object each"
+        raise UsageError(f"{where} is {type(row).__name__}, not a row with columns", hint)
+    translation = row.get("translation")  # the layout of the WMT sets: {"translation": {"de": ..., "en": ...}}
+    return translation if isinstance(translation, dict) else row
+
+
+class _Finder:
+    """Finds the column of every role, once for each set of columns that rows of one file have."""
+
+    def __init__(self, name: str, task: str, columns: ColumnsConfig) -> None:
+        self.task, self.columns = task, columns
+        self.delimited = _is_lines(name) or sources.is_csv(name)
+        self.found: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def roles_of(self, row: dict[str, Any], where: str) -> dict[str, str]:
+        """Return role -> column."""
+        key = tuple(row)
+        if key not in self.found:
+            self.found[key] = self._resolve(key, where)
+        return self.found[key]
+
+    def _resolve(self, there: tuple[str, ...], where: str) -> dict[str, str]:
+        found: dict[str, str] = {}
+        usual = _usual_pair(there) if "pair" in TASKS[self.task] and not self.columns.text else {}
+        for name, role in TASKS[self.task].items():
+            chosen = getattr(self.columns, name)
+            column = chosen or usual.get(name) or next((n for n in (name, *role.names) if n in there), "")
+            if (chosen or role.required) and column not in there:
+                raise self._missing(name, chosen, there, where)
+            if column and (chosen or column not in found.values()):
+                found[name] = column
+        return found
+
+    def _missing(self, role: str, chosen: str, there: tuple[str, ...], where: str) -> UsageError:
+        what = f"no column `{chosen}`" if chosen else f"no column for the {role}"
+        usual = (chosen,) if chosen else (role, *TASKS[self.task][role].names)
+        close = [match for name in usual for match in get_close_matches(name, there, n=1)]
+        hint = f"name it with --set columns.{role}={close[0] if close else 'NAME'}"
+        if self.delimited and not self.columns.names:
+            hint += f", or, if the first line is no header: --set columns.names={_usual(self.task, len(there))}"
+        return UsageError(f"{where} has {what}; it has {', '.join(f'`{name[:40]}`' for name in there)}", hint)
+
+
+def _usual_pair(there: tuple[str, ...]) -> dict[str, str]:
+    for first, second in PAIRED_COLUMNS:
+        if first in there and second in there:
+            return {"text": first, "pair": second}
+    return {}
+
+
+# --- rows to examples ------------------------------------------------------------------------------------------------
+
+
+def _text(row: dict[str, Any], column: str, where: str, role: str) -> str:
+    return sources.row_text(row, column, where, f"columns.{role}")
+
+
+def _texts(row: dict[str, Any], roles: dict[str, str], where: str, *names: str) -> dict[str, str]:
+    return {name: _text(row, roles[name], where, name) for name in names if name in roles}
+
+
+def _plain(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    label = roles.get("label", "")
+    return Example(where, _texts(row, roles, where, "text", "pair"), row.get(label), column=label)
+
+
+def _transduction(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    target = _text(row, roles["target"], where, "target")
+    return Example(where, _texts(row, roles, where, "source"), target, column=roles["target"])
+
+
+def _question(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    """Make an example of a question; its answers are a text, several, or SQuAD's `{"text": [...]}` or `[{"text"}]`."""
+    column = roles["answer"]
+    value = row[column]
+    if isinstance(value, dict):
+        value = value.get("text", [])
+    values: list[Any] = value if isinstance(value, list) else [value]
+    answers = [answer.get("text") if isinstance(answer, dict) else answer for answer in values]
+    wrong = next((answer for answer in answers if not isinstance(answer, (str, int, float))), "")
+    if not isinstance(wrong, (str, int, float)):
+        raise UsageError(
+            f"{where}: `{column}` holds {wrong!r}, not an answer", "an answer is a text or a list of texts"
+        )
+    return Example(
+        where, _texts(row, roles, where, "question", "context"), [str(a) for a in answers], (), column=column
+    )
+
+
+def _choice(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    options, marks = _options(row, where)
+    inputs = _texts(row, roles, where, "question", "context")
+    if not inputs:
+        raise UsageError(
+            f"{where} has no column for the question; it has {', '.join(f'`{name}`' for name in row)}",
+            "name it with --set columns.question=NAME",
+        )
+    column = roles.get("answer", "")
+    target = _index(row[column], options, marks, where, column) if column else None
+    return Example(where, inputs, target, options, column)
+
+
+def _options(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the choices of a row and the marks (A, B, ...) they go by, if it has them (the layout of ARC)."""
+    numbered = next((names for names in NUMBERED_CHOICES if all(name in row for name in names)), ())
+    column = next((name for name in CHOICES if name in row), "")
+    value: Any = [row[name] for name in numbered] if numbered else row.get(column)
+    marks: Any = ()
+    if isinstance(value, dict):
+        value, marks = value.get("text"), value.get("label", ())
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
+        there = ", ".join(f"`{name}`" for name in row)
+        raise UsageError(f"{where} has no list of choices; it has {there}", "name the list `choices`")
+    return tuple(value), tuple(map(str, marks))
+
+
+def _index(value: Any, options: tuple[str, ...], marks: tuple[str, ...], where: str, column: str) -> int:
+    """Return which choice an answer names: by its mark, its place from 0, its letter, or its own text."""
+    text = str(value).strip()
+    if text in marks:
+        return marks.index(text)
+    if text.isascii() and text.isdigit() and int(text) < len(options):
+        return int(text)
+    if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < len(options):
+        return ord(text.upper()) - ord("A")
+    if text in options:
+        return options.index(text)
+    place = f"{where}: `{column}`" if column else where
+    raise UsageError(f"{place} is `{text[:60]}`, not one of the {len(options)} choices", "count them from 0")
+
+
+def _with_answers(examples: Iterator[Example], rows: str, answers: str) -> Iterator[Example]:
+    """Join rows with the lines of a file of answers."""
+    sources.expand([answers])
+    lines = ((number, line.strip()) for number, line in sources.numbered_lines(answers) if line.strip())
+    for example in examples:
+        number, line = next(lines, (0, ""))
+        if not line:
+            raise UsageError(f"`{answers}` ends before the rows of `{rows}`: {example.where} has no answer")
+        target = _index(line, example.choices, (), f"`{answers}` line {number}", "")
+        yield Example(example.where, example.inputs, target, example.choices, answers)
+    if extra := next(lines, None):
+        raise UsageError(f"`{answers}` goes on at line {extra[0]}, after the last row of `{rows}`")
+
+
+MAKERS: Mapping[str, Callable[[dict[str, Any], dict[str, str], str], Example]] = {
+    "translate": _transduction,
+    "summarize": _transduction,
+    "qa": _question,
+    "choice": _choice,
+}

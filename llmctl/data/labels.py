@@ -1,0 +1,147 @@
+"""Labels of examples: which problem they pose, the set they come from, and their numbers.
+
+Knows what a label looks like in a table. Refuses to know models: a set of names comes from the caller or the data.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from llmctl.config import Problem
+from llmctl.data import sources
+from llmctl.data.examples import Example
+from llmctl.errors import UsageError
+
+SEPARATOR = "|"
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set are: the problem they pose and, unless they are numbers, their names in order."""
+
+    problem: Problem
+    names: tuple[str, ...] = ()
+
+    def encode(self, example: Example) -> int | float | list[float]:
+        """Return the target of an example: an index, a number, or a 1 or 0 per name.
+
+        Raises: UsageError naming the place and value of a label that is missing, no number, or not in the set.
+        """
+        value = as_label(example.target, example.where, example.column)
+        if self.problem == "regression":
+            return _number(value, example)
+        if self.problem == "single":
+            if isinstance(value, list):
+                raise UsageError(f"{_place(example)} holds several labels: `{value}`", "one label per row")
+            return self._index(value, example)
+        chosen = {self._index(name, example) for name in _several(value)}
+        return [float(index in chosen) for index in range(len(self.names))]
+
+    def _index(self, name: str, example: Example) -> int:
+        if name in self.names:
+            return self.names.index(name)
+        named = not all(INTEGER.fullmatch(known) for known in self.names)
+        if named and INTEGER.fullmatch(name) and 0 <= int(name) < len(self.names):
+            return int(name)  # a file of names: 3 means the fourth
+        close = get_close_matches(name, self.names, n=1)
+        known = ", ".join(f"`{known}`" for known in self.names[:20]) + (" ..." if len(self.names) > 20 else "")
+        hint = f"did you mean `{close[0]}`?" if close else "name the labels, or leave that row out"
+        raise UsageError(f"{_place(example)} is `{name[:60]}`, not one of the labels {known}", hint)
+
+
+def labels_of(examples: Iterable[Example], names: Sequence[str] = (), problem: Problem | None = None) -> Labels:
+    """Return the problem that the labels pose and their names.
+
+    Without a `problem`: several labels when any value is a list, or a text with `|` between labels; numbers when any
+    is no whole number; one label otherwise. Without `names`: the distinct labels, sorted, whole numbers by size.
+
+    Raises: UsageError naming the place of a label that is missing.
+    """
+    values = [as_label(example.target, example.where, example.column) for example in examples]
+    problem = problem or _problem(values, names)
+    if problem == "regression":
+        return Labels(problem)
+    if names:
+        return Labels(problem, tuple(names))
+    found = {name for value in values for name in (_several(value) if problem == "multi" else _one(value))}
+    return Labels(problem, tuple(_sorted(found)))
+
+
+def as_label(value: Any, where: str, column: str) -> str | list[str]:
+    """Return a cell as a label, or as a list of them; numbers and truth values become their usual text.
+
+    Raises: UsageError naming the place when there is none.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_label_text(item, where, column) for item in value]
+    return _label_text(value, where, column)
+
+
+def read_names(path: str) -> tuple[str, ...]:
+    """Return the names of the labels from a file with one per line, in their order.
+
+    Raises: NotFoundError for a missing file; UsageError when it is empty or names a label twice.
+    """
+    sources.expand([path])
+    names: list[str] = []
+    for number, line in sources.numbered_lines(path):
+        name = line.strip()
+        if name in names:
+            raise UsageError(f"`{path}` line {number} names the label `{name}` again", "every line is another label")
+        if name:
+            names.append(name)
+    if not names:
+        raise UsageError(f"`{path}` names no labels", "a line is the name of one label")
+    return tuple(names)
+
+
+def _label_text(value: Any, where: str, column: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():  # a column of whole numbers with a gap becomes floats
+        return str(int(value))
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    shown = "empty" if value is None or value == "" or isinstance(value, str) else f"`{value!r:.60}`, not a label"
+    raise UsageError(f"{where}: column `{column}` is {shown}", "give that row a label, or leave it out")
+
+
+def _place(example: Example) -> str:
+    return f"{example.where}: column `{example.column}`"
+
+
+def _one(value: str | list[str]) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+def _several(value: str | list[str]) -> list[str]:
+    if isinstance(value, list):
+        return value
+    return [part.strip() for part in value.split(SEPARATOR) if part.strip()]
+
+
+def _problem(values: Sequence[str | list[str]], names: Sequence[str]) -> Problem:
+    if any(isinstance(value, list) or (SEPARATOR in value and value not in names) for value in values):
+        return "multi"
+    if not names and any(NUMBER.fullmatch(value) and not float(value).is_integer() for value in map(str, values)):
+        return "regression"
+    return "single"
+
+
+def _number(value: str | list[str], example: Example) -> float:
+    if isinstance(value, str) and NUMBER.fullmatch(value) and math.isfinite(float(value)):
+        return float(value)
+    raise UsageError(f"{_place(example)} is `{value}`, not a number", "the other labels are numbers: mend that row")
+
+
+def _sorted(names: set[str]) -> list[str]:
+    if all(INTEGER.fullmatch(name) for name in names):
+        return sorted(names, key=int)
+    return sorted(names)

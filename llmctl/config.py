@@ -118,6 +118,7 @@ class DataConfig:
     split: Literal["file", "line", "blank"] = setting(
         "file", "what one document of a .txt is: the file, a line, or a paragraph"
     )
+    val_paths: tuple[str, ...] = setting((), "data that is held out; empty holds out a share of the paths")
     val_frac: float = setting(0.05, "share of the documents held out for evaluation")
     val_tail: bool = setting(False, "hold out the last part of the text instead of drawn documents")
     isolate: bool = setting(True, "a document never attends into its neighbour in a packed row")
@@ -145,6 +146,7 @@ class OptimConfig:
     warmup_frac: float = setting(0.02, "share of the steps that warm up linearly")
     decay_frac: float = setting(0.5, "share of the steps that decay (wsd)")
     min_lr_frac: float = setting(0.0, "final learning rate as a share of the peak")
+    layer_decay: float = setting(1.0, "factor on the learning rate of each layer below the one above it")
     clip_norm: float = setting(1.0, "largest gradient norm; 0 is no clipping")
 
 
@@ -154,6 +156,7 @@ class TrainConfig:
 
     steps: int = setting(0, "optimizer steps; 0 takes the other budgets")
     tokens: int = setting(0, "budget in trained tokens; 0 is none")
+    epochs: float = setting(0.0, "budget in passes over the training rows; 0 is none")
     minutes: float = setting(0.0, "budget in minutes of wall time; 0 is none")
     limit_minutes: float = setting(
         0.0,
@@ -189,6 +192,14 @@ class TrainConfig:
     )
     rollback_lr_frac: float = setting(0.5, "factor on the learning rate after a rollback")
     max_rollbacks: int = setting(3, "rollbacks after which a run stops all the same")
+    patience: int = setting(0, "evaluations in a row without a better one after which training ends; 0 is never")
+    metric: str = setting(
+        "", "held-out figure by which the best step is chosen, such as loss, accuracy, bleu; empty is the task's own"
+    )
+    label_smoothing: float = setting(0.0, "probability taken from each label and spread over all (arXiv:1512.00567)")
+    freeze: tuple[str, ...] = setting(
+        (), "parameters that are not trained: embeddings, layers.0-3, or patterns of names such as model.encoder.*"
+    )
     skip_spikes: bool = setting(False, "take no step whose loss or gradient stands out by 6 deviations")
     sample_prompts: tuple[str, ...] = setting(
         (), "prompts continued at every evaluation; empty takes the objective's own"

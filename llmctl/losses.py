@@ -19,11 +19,13 @@ class Loss:
     """What an objective returns: a sum over labels, how many there were, and parts worth reporting.
 
     `sum` is differentiable; `count` and `parts` are plain float64 scalars that add up over micro-batches and ranks.
+    `outputs` (B, K), numbers per row for figures that are no sums, are made in evaluation only.
     """
 
     sum: Tensor
     count: Tensor
     parts: dict[str, Tensor]
+    outputs: Tensor | None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,6 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         labels_N: Tensor,
         chunk_tokens: int,
+        smoothing: float,
         needs: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
@@ -59,13 +62,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV += bias_V
             picked_C, best_C = logits_CV.gather(1, labels_C), logits_CV.amax(dim=1, keepdim=True)
             n_correct += (picked_C >= best_C).sum()
+            wanted_C = picked_C
+            if smoothing:
+                wanted_C = (1 - smoothing) * picked_C + smoothing * logits_CV.mean(dim=1, keepdim=True)
             exponentials_CV = logits_CV.sub_(best_C).exp_()
             sums_C = exponentials_CV.sum(dim=1, keepdim=True)
-            total += (sums_C.log() + best_C - picked_C).sum(dtype=torch.float64)
+            total += (sums_C.log() + best_C - wanted_C).sum(dtype=torch.float64)
             if grad_hidden_ND is None or grad_weight_VD is None:
                 continue
             error_CV = exponentials_CV.div_(sums_C)
-            error_CV.scatter_add_(1, labels_C, error_CV.new_full(labels_C.shape, -1.0))
+            error_CV.scatter_add_(1, labels_C, error_CV.new_full(labels_C.shape, smoothing - 1.0))
+            if smoothing:
+                error_CV -= smoothing / error_CV.shape[1]
             if grad_bias_V is not None:
                 grad_bias_V += error_CV.sum(dim=0)
             error_CV = error_CV.to(hidden_ND.dtype)
@@ -83,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         scale = grad_total.to(torch.float64)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in (hidden, weight, bias)]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -93,11 +101,14 @@ def linear_cross_entropy(
     *,
     bias_V: Tensor | None = None,
     chunk_tokens: int = 2048,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood of the labels, in nats, and how many were the likeliest.
 
     Never holds more than `chunk_tokens` rows of logits. Under autocast the products run in its precision; softmax
-    and sums are float32 and float64. The gradient is right for one backward call per forward.
+    and sums are float32 and float64. The gradient is right for one backward call per forward. With smoothing the label
+    is one of probability 1 - s, and s is spread evenly over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567,
+    section 7).
 
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> two scalars (float64).
     Source: the textbook loss; made in chunks with the gradient in the forward pass after Liger, arXiv:2410.10989.
@@ -114,7 +125,7 @@ def linear_cross_entropy(
     )
     with torch.autocast(device, enabled=False):
         result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, needs
+            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, label_smoothing, needs
         )
     return result
 

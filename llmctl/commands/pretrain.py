@@ -164,12 +164,15 @@ def train(
 
     note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
     from llmctl.engine import train as engine
+    from llmctl.engine.checks import with_budget
+    from llmctl.engine.pretrain import Pretraining
 
     command = shlex.join(["llmctl", "pretrain", *sys.argv[2:]])
     if run is None:
-        return engine.pretrain(resolved, command=command, out=out, quiet=quiet, verbose=verbose)
+        job = Pretraining(with_budget(resolved.config))
+        return engine.begin(job, resolved.origins, command=command, out=out, quiet=quiet, verbose=verbose)
     given = given_values(resolved)
-    return engine.resume(run, command=command, quiet=quiet, verbose=verbose, given=given, allowed=allowed)
+    return engine.resume("pretrain", run, command=command, quiet=quiet, verbose=verbose, given=given, allowed=allowed)
 
 
 def start_others(layout: "Layout", config: "PretrainConfig | None", *, quiet: bool) -> int:

@@ -28,6 +28,11 @@ def to_device(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str
     return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
 
+def positions(batch: Batch) -> int:
+    """Return how many positions a batch has where tokens are predicted or pooled: the decoder's of a pair."""
+    return int(batch.get("decoder_input_ids_BT", batch["input_ids_BT"]).size)
+
+
 def idle(batch: Batch) -> Batch:
     """Return a batch without a label: a pass over it takes part in the exchanges and adds nothing."""
     return batch | {"labels": np.full_like(batch["labels"], IGNORE)}

@@ -24,7 +24,7 @@ FIXED = {"objective", "model", "tokenizer", "data"}
 def with_budget(config: PretrainConfig) -> PretrainConfig:
     """Give a run without a budget the default number of steps."""
     train = config.train
-    if train.steps or train.tokens or train.minutes:
+    if train.steps or train.tokens or train.minutes or train.epochs:
         return config
     return replace(config, train=replace(train, steps=DEFAULT_STEPS[config.objective]))
 
@@ -40,8 +40,8 @@ def check(config: PretrainConfig) -> None:
         (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
         (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
         (
-            min(train.steps, train.tokens, train.minutes) < 0,
-            "a budget (`train.steps`, `tokens`, `minutes`) is negative",
+            min(train.steps, train.tokens, train.minutes, train.epochs) < 0,
+            "a budget (`train.steps`, `tokens`, `minutes`, `epochs`) is negative",
         ),
         (
             not fits_micro,
@@ -52,6 +52,8 @@ def check(config: PretrainConfig) -> None:
         (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
         (train.log_every < 1, f"`train.log_every` is {train.log_every}, it must be at least 1"),
         (train.loss_chunk_tokens < 1, f"`train.loss_chunk_tokens` is {train.loss_chunk_tokens}, it must be at least 1"),
+        (not 0 <= train.label_smoothing < 1, f"`train.label_smoothing` is {train.label_smoothing}, not in [0, 1)"),
+        (not 0 < config.optim.layer_decay <= 1, f"`optim.layer_decay` is {config.optim.layer_decay}, not in (0, 1]"),
         (config.optim.lr <= 0, f"`optim.lr` is {config.optim.lr}, it must be positive"),
     ]
     problems = [sentence for wrong, sentence in checks if wrong]

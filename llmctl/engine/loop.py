@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.engine import checkpoint, optim
 from llmctl.engine.agreement import Word, agree
-from llmctl.engine.batch import Batch, BatchSource, idle, to_device
+from llmctl.engine.batch import Batch, BatchSource, idle, positions, to_device
 from llmctl.engine.heldout import measure
 from llmctl.engine.journal import Journal, Tracker
 from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.masters import MasterGradients, Masters, wants_masters
-from llmctl.engine.metrics import Sums
+from llmctl.engine.objectives import HIGHER_IS_BETTER, Objective
 from llmctl.engine.parallel import Gradients, lay_out, make_gradients
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
@@ -48,7 +48,7 @@ LIMIT_RESERVE_SECONDS = 5.0
 class Training:
     """Everything `fit` works with."""
 
-    objective: nn.Module
+    objective: Objective
     model: LanguageModel
     train: BatchSource
     held_out: BatchSource
@@ -63,6 +63,8 @@ class Training:
     deadline: float | None = None
     limit: float | None = None
     sample: Callable[[], list[dict[str, str]]] | None = None
+    score: Callable[[int | None], dict[str, float]] | None = None
+    metric: str = "loss"
     recipe: Mapping[str, Any] = field(default_factory=dict)
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
     state: State = field(default_factory=State)
@@ -134,7 +136,7 @@ class _Loop:
             self.gradients: Gradients = MasterGradients(training.runtime, module, masters)
         else:
             self.gradients = make_gradients(training.runtime, module, self.parameters)
-        self.planner = Planner(training.config, training.deadline)
+        self.planner = Planner(training.config, training.deadline, training.train.n_rows)
         self.saved_at = time.monotonic()
         self.longest: dict[str, float] = {}
         self.caught = Caught()
@@ -180,7 +182,7 @@ class _Loop:
 
         Raises: ArtifactError if they are of another model.
         """
-        named = own_tensors(self.holder)
+        named = own_tensors(self.holder, frozen=False)
         if set(named) != set(saved.names("model")):
             odd = sorted(set(named) ^ set(saved.names("model")))
             raise ArtifactError(f"checkpoint `{saved.path}` is of another model: `{odd[0]}`", "resume with its recipe")
@@ -194,7 +196,7 @@ class _Loop:
         state = self.state
         try:
             if not state.before:
-                state.before = self.evaluate(None).figures()
+                state.before = self.evaluate(None)
                 self.journal.log("eval", {"step": 0, **state.before, "full": True})
                 self.t.progress.say(f"before training: {brief(state.before)}")
                 if self.t.deadline is None:
@@ -208,6 +210,8 @@ class _Loop:
                         self.check()
                 elif self.planner.is_save_due(state):
                     self.save_if_good()
+                if 0 < self.config.patience <= state.checks_since_best and state.step == state.checked_step:
+                    state.total_steps = state.step
                 loading_seconds, batches = self.load_batches()
                 agreed = agree(self.runtime, self.word(batches))
                 state.total_steps = int(agreed.total_steps)
@@ -233,7 +237,7 @@ class _Loop:
         is_main, now, minutes = self.runtime.is_main, time.monotonic(), self.config.save_minutes
         return Word(
             labels=sum(int((batch["labels"] != IGNORE).sum()) for batch in batches),
-            positions=sum(batch["labels"].size for batch in batches),
+            positions=sum(map(positions, batches)),
             sigint=number == signal.SIGINT,
             sigterm=number == signal.SIGTERM,
             sighup=number == signal.SIGHUP,
@@ -402,14 +406,24 @@ class _Loop:
         key = f"{self.config.seed}/{step}/{index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
-    def evaluate(self, max_tokens: int | None) -> Sums:
-        """Measure on held-out rows, all of them or evenly spread ones.
+    def evaluate(self, max_tokens: int | None) -> dict[str, float]:
+        """Return the figures on held-out rows, all of them or evenly spread ones.
 
         Raises: _StopEvaluationError in all processes if one got a signal.
         """
-        return measure(
-            self.module, self.t.held_out, self.config, self.runtime, max_tokens, self.give_way, sharded=self.is_fsdp
+        figures = measure(
+            self.module,
+            self.t.objective,
+            self.t.held_out,
+            self.config,
+            self.runtime,
+            max_tokens,
+            self.give_way,
+            sharded=self.is_fsdp,
         )
+        if self.t.score is not None and not self.is_fsdp:  # a sharded model cannot write
+            figures |= self.t.score(max_tokens)
+        return figures
 
     def give_way(self) -> None:
         """Let a signal end a long evaluation, in all processes at once."""
@@ -420,16 +434,25 @@ class _Loop:
     def check(self) -> None:
         """Evaluate, show samples, save, and remember the best step."""
         state = self.state
-        figures = self.evaluate(self.config.eval_tokens).figures()
+        figures = self.evaluate(self.config.eval_tokens)
         self.journal.log("eval", {"step": state.step, **figures})
         self.t.progress.say(f"step {state.step}: held out {brief(figures)}")
-        best = state.best_loss, state.best_step
-        if state.best_loss is None or figures["loss"] <= state.best_loss:
-            state.best_loss, state.best_step = figures["loss"], state.step
+        best = state.best_value, state.best_step, state.checks_since_best
+        name = self.t.metric
+        value = figures[name]
+        if state.best_value is None or (
+            value >= state.best_value if name in HIGHER_IS_BETTER else value <= state.best_value
+        ):
+            state.best_value, state.best_step, state.checks_since_best = value, state.step, 0
+        else:
+            state.checks_since_best += 1
         state.checked_step = state.step
         self.show_samples()
         if not self.save_if_good():  # without a checkpoint these weights cannot be taken back
-            state.best_loss, state.best_step = best
+            state.best_value, state.best_step, state.checks_since_best = best
+        if 0 < self.config.patience <= state.checks_since_best and state.step < state.total_steps:
+            text = f"stopped early: no better {name} in {state.checks_since_best} evaluations"
+            self.journal.event("stopped early", state.step, text)
 
     def save_if_good(self) -> bool:
         """Save, unless the last steps were not finite: what they started from may be what is wrong."""
@@ -447,7 +470,7 @@ class _Loop:
         A save that fails on the way is a warning, the next one may succeed; one that is needed raises.
         Raises: OutputError, DivergedError if weights are not finite.
         """
-        weights = own_tensors(self.holder)
+        weights = own_tensors(self.holder, frozen=False)
         finite = torch.tensor(float(all(bool(torch.isfinite(local(w)).all()) for w in weights.values())))
         if float(self.runtime.sum(finite.to(self.runtime.device))) < self.runtime.world_size:
             raise DivergedError(
@@ -506,7 +529,7 @@ class _Loop:
             self.t.progress.say(f"the weights of step {kept} were better on held-out text and are kept")
         if self.masters:
             self.masters.restore()
-        after = self.evaluate(None).figures()
+        after = self.evaluate(None)
         self.journal.log("eval", {"step": self.state.step, **after, "full": True})
         weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
@@ -518,12 +541,12 @@ def budget(recipe: Any) -> Any:
     return [train.get(name) for name in ("steps", "tokens", "minutes")]
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict with a tied weight once only."""
+def own_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
+    """Return the state dict with a tied weight once only; frozen weights, which nothing changes, if asked for."""
     seen: dict[int, str] = {}
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and (frozen or tensor.requires_grad):
             seen[id(tensor)] = name
             tensors[name] = tensor.detach()
     return tensors
@@ -531,7 +554,23 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def brief(figures: Mapping[str, float]) -> str:
     """Return figures as a person reads them."""
-    return (
-        f"{figures['bits_per_byte']:.3f} bits/byte, loss {figures['loss']:.3f}, "
-        f"perplexity {figures['perplexity']:.1f}, {figures['accuracy']:.1%} right"
-    )
+    shown = (SHOWN[name].format(value) for name, value in figures.items() if name in SHOWN)
+    return ", ".join(shown)
+
+
+SHOWN = {
+    "bits_per_byte": "{:.3f} bits/byte",
+    "loss": "loss {:.3f}",
+    "perplexity": "perplexity {:.1f}",
+    "accuracy": "{:.1%} right",
+    "f1": "F1 {:.3f}",
+    "mcc": "MCC {:.3f}",
+    "pearson": "Pearson {:.4f}",
+    "spearman": "Spearman {:.4f}",
+    "bleu": "BLEU {:.2f}",
+    "chrf": "chrF {:.1f}",
+    "rouge_l": "ROUGE-L {:.3f}",
+    "exact_match": "{:.1%} exact",
+    "token_f1": "token F1 {:.3f}",
+}
+"""How held-out figures are said; the rest is in metrics.jsonl."""

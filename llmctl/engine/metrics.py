@@ -15,7 +15,7 @@ from llmctl.files import write_text
 
 @dataclass(frozen=True)
 class Sums:
-    """What evaluations add up: nats, labels, bytes the labels stand for, and labels that were the likeliest."""
+    """What evaluations of text add up: nats, labels, bytes the labels stand for, labels that were the likeliest."""
 
     nats: float = 0.0
     count: float = 0.0

@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Iterable[Any],
         *,
         lr: float,
         momentum: float,

@@ -1,7 +1,8 @@
 """Optimizers and the learning rate as a pure function of the step: there is no scheduler state to lose."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from llmctl.errors import ArtifactError
 STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
 """What each optimizer keeps of every parameter."""
 
-NOT_FOR_MUON = ("embed", "lm_head", "relative_bias")
-"""Parts of parameter names: tables and the head are not maps between spaces that Muon's geometry is made for."""
+NOT_FOR_MUON = ("embed", "lm_head", "relative_bias", "classifier", "lora_")
+"""Parts of parameter names: tables, heads and thin factors are not maps that Muon's geometry is made for."""
 
 
 def make_optimizers(
@@ -25,30 +26,64 @@ def make_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """Return the optimizers by name: `adamw`, and `muon` for the hidden matrices if configured.
 
-    Weight decay falls on matrices only. `dtype` is that of muon's products. Source: AdamW, arXiv:1711.05101.
+    Weight decay falls on matrices only. `dtype` is that of muon's products. A group's `lr_scale` is what layer decay
+    leaves of the learning rate. Source: AdamW, arXiv:1711.05101; layer decay: Howard and Ruder 2018, arXiv:1801.06146,
+    section 3.2, in the form of ELECTRA, arXiv:2003.10555.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    muon = [p for name, p in named if config.name == "muon" and is_for_muon(name, p)]
-    chosen = {id(p) for p in muon}
-    rest = [p for _, p in named if id(p) not in chosen]
+    muon = [(name, p) for name, p in named if config.name == "muon" and is_for_muon(name, p)]
+    chosen = {id(p) for _, p in muon}
+    rest = [(name, p) for name, p in named if id(p) not in chosen]
+    scales = layer_scales([name for name, _ in model.named_parameters()], config.layer_decay)
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if muon:
         optimizers["muon"] = Muon(
-            muon, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum, dtype=dtype
+            grouped(muon, scales, config.weight_decay),
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            dtype=dtype,
         )
     if rest:
-        groups = [
-            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        matrices, vectors = [(n, p) for n, p in rest if p.dim() >= 2], [(n, p) for n, p in rest if p.dim() < 2]
         optimizers["adamw"] = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [*grouped(matrices, scales, config.weight_decay), *grouped(vectors, scales, 0.0)],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
             fused=True,
         )
     return optimizers
+
+
+def grouped(
+    named: Sequence[tuple[str, nn.Parameter]], scales: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return parameter groups, one per scale of the learning rate, in the order of the parameters."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        groups.setdefault(scales[name], []).append(parameter)
+    return [{"params": ps, "weight_decay": weight_decay, "lr_scale": scale} for scale, ps in groups.items()]
+
+
+def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+    """Return each parameter's factor on the learning rate: 1 for the head, less by `decay` with every layer below.
+
+    Embeddings are below the first layer. The decoder of an encoder-decoder stands on top of its encoder.
+    """
+    places = {name: re.match(r"(.*\.)layers\.(\d+)\.", name) for name in names}
+    found = {(place[1], int(place[2])) for place in places.values() if place}
+    bottom_up = sorted(found, key=lambda layer: ("decoder" in layer[0], layer[1]))
+    layers = {layer: depth for depth, layer in enumerate(bottom_up, start=1)}
+    top = len(layers) + 1
+
+    def depth_of(name: str) -> int:
+        place = places[name]
+        if place:
+            return layers[place[1], int(place[2])]
+        return 0 if "embed" in name or "relative_bias" in name else top
+
+    return {name: decay ** (top - depth_of(name)) for name in names}
 
 
 def is_for_muon(name: str, parameter: torch.Tensor) -> bool:
@@ -86,7 +121,7 @@ def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: OptimConfig,
     for name, rate in peak_rates(config).items():
         if name in optimizers:
             for group in optimizers[name].param_groups:
-                group["lr"] = rate * share
+                group["lr"] = rate * share * group["lr_scale"]
 
 
 def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> Iterable[tuple[str, torch.Tensor]]:

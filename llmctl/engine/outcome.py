@@ -6,7 +6,6 @@ Knows nothing of how the model was trained; every training command ends here.
 import hashlib
 import json
 import lzma
-import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,18 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.config import PretrainConfig
 from llmctl.engine.card import model_card
 from llmctl.engine.corpus import Corpus
+from llmctl.engine.job import Job
 from llmctl.engine.loop import Fitted, Training
 from llmctl.engine.metrics import MetricsFile, loss_svg, rounded
 from llmctl.engine.runs import Run
 from llmctl.engine.runtime import describe_environment
-from llmctl.engine.samples import own_prompts
 from llmctl.files import atomic_path, write_bytes
-from llmctl.formats.artifact import write_artifact
 from llmctl.formats.families import family_for
-from llmctl.model.transformer import LanguageModel, with_tied
+from llmctl.model.transformer import LanguageModel
 from llmctl.recipe import nested
 
 XZ_LIMIT_BYTES = 20_000_000
@@ -40,7 +37,7 @@ class Trained:
     summary: dict[str, Any]
 
 
-def recipe_sha256(config: PretrainConfig) -> str:
+def recipe_sha256(config: Any) -> str:
     """Return the sha256 of a resolved recipe."""
     return hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
 
@@ -50,36 +47,20 @@ def is_file(out: Path) -> bool:
     return out.suffix == ".safetensors"
 
 
-def finish(
-    run: Run,
-    config: PretrainConfig,
-    training: Training,
-    corpus: Corpus,
-    fitted: Fitted,
-    *,
-    command: str,
-    started: float,
-) -> Trained:
+def finish(run: Run, job: Job, training: Training, fitted: Fitted, *, command: str, started: float) -> Trained:
     """Write the model, its card and its picture, mark the run as finished, and tidy up."""
-    model = training.model
-    text = xz_comparison(corpus)
+    facts = job.facts()
     # Only what the recipe and the seed determine: the file is the same, byte for byte, when made again.
     provenance = {
-        "objective": config.objective,
-        "recipe_sha256": recipe_sha256(config),
-        "data": corpus.provenance,
-        "tokenizer_sha256": corpus.tokenizer.sha256,
+        "objective": job.objective,
+        "recipe_sha256": recipe_sha256(job.config),
+        "data": job.corpus.provenance,
+        "tokenizer_sha256": job.corpus.tokenizer.sha256,
         "steps": fitted.kept_step,
         "held_out": rounded(fitted.after),
-    }
-    written = write_artifact(
-        run.path,
-        model.config,
-        {name: tensor.float().cpu() for name, tensor in with_tied(model.config, fitted.weights).items()},
-        files=corpus.tokenizer.files(),
-        provenance=provenance,
-        force=True,
-    )
+    } | job.provenance()
+    job.write(run.path, fitted, provenance)
+    written = run.path
     out = Path(run.record["out"]) if run.record.get("out") else None
     if out is not None:
         with atomic_path(out) as temporary:
@@ -87,36 +68,32 @@ def finish(
         written = out
     summary: dict[str, Any] = {
         "model": str(written),
-        "objective": config.objective,
-        "architecture": family_for(model.config).architecture,
-        "n_parameters": parameter_count(model),
+        "objective": job.objective,
+        "architecture": family_for(job.model.config).architecture,
+        "n_parameters": parameter_count(job.model),
         "steps": fitted.state.step,
         "tokens": fitted.state.tokens,
         "kept_step": fitted.kept_step,
+        "metric": training.metric,
         "before": rounded(fitted.before),
         "after": rounded(fitted.after),
-        **text,
+        **facts,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_pictures(run, model, corpus, summary, command)
+    write_pictures(run, job, summary, command)
     run.finish(
-        family=model.config.family,
+        family=job.model.config.family,
+        has_head=job.model.config.n_labels > 0,
         seconds=summary["seconds"],
         summary=summary,
         environment=describe_environment(training.runtime),
     )
-    training.progress.say(closing_lines(summary, fitted, own_prompts(config, corpus)[0]))
+    training.progress.say(job.closing(summary, run))
     shutil.rmtree(run.path / "data", ignore_errors=True)  # last: text that came from a pipe is nowhere else
     return Trained(written, summary)
 
 
-def write_pictures(
-    run: Run,
-    model: LanguageModel,
-    corpus: Corpus,
-    summary: Mapping[str, Any],
-    command: str,
-) -> None:
+def write_pictures(run: Run, job: Job, summary: Mapping[str, Any], command: str) -> None:
     """Write `loss.svg` and the model card."""
     lines = MetricsFile(run.path / "metrics.jsonl").read()
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
@@ -124,15 +101,13 @@ def write_pictures(
         if line["kind"] in curves and line["loss"] is not None:
             curves[line["kind"]].append((line["step"], line["loss"]))
     write_bytes(run.path / "loss.svg", loss_svg(curves["train"], curves["eval"]).encode())
-    note = ""
-    if "xz_bits_per_byte" in summary:
-        note = f"`xz -9` needs {summary['xz_bits_per_byte']:.3f} bits per byte for the same held-out text."
     facts = {
         **summary,
         "name": run.path.name,
-        "family": model.config.family,
-        "data": corpus.provenance,
-        "note": note,
+        "family": job.model.config.family,
+        "n_labels": job.model.config.n_labels,
+        "data": job.corpus.provenance,
+        "note": job.card_note(summary),
         "command": command,
     }
     write_bytes(run.path / "README.md", model_card(facts).encode())
@@ -144,17 +119,6 @@ def xz_comparison(corpus: Corpus) -> dict[str, float]:
         return {}
     text = corpus.held_out_text().encode()
     return {"xz_bits_per_byte": round(8 * len(lzma.compress(text, preset=9)) / len(text), 4)}
-
-
-def closing_lines(summary: Mapping[str, Any], fitted: Fitted, prompt: str) -> str:
-    """Return what was made with its key number, and the next command to try on a prompt of its kind."""
-    xz = f" (xz -9: {summary['xz_bits_per_byte']:.3f})" if "xz_bits_per_byte" in summary else ""
-    verb = "fill" if summary["objective"] == "mlm" else "generate"
-    return (
-        f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps in {summary['seconds']:.0f} s: "
-        f"{fitted.before['bits_per_byte']:.3f} -> {fitted.after['bits_per_byte']:.3f} bits/byte on held-out text{xz}\n"
-        f"next: llmctl {verb} -m {shlex.quote(summary['model'])} {shlex.quote(prompt)}"
-    )
 
 
 def parameter_count(model: LanguageModel) -> int:

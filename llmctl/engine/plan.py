@@ -54,13 +54,13 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
         optimizer=config.optim.name,
         dtype=name_of(dtype),
         cpu_flops=rate,
-        fitting_rows=most_rows(config, shape, n_processes, dtype.itemsize, free)[0],
+        fitting_rows=most_rows(config, shape, rows, n_processes, dtype.itemsize, free)[0],
         **described,
         **sharing,
     )
 
 
-def sharing_of(config: PretrainConfig, n_processes: int) -> dict[str, Any]:
+def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
     """Return how devices share the work, as `estimate.memory` wants it; one device shares with none."""
     parallel = config.parallel
     return {
@@ -122,14 +122,13 @@ MEMORY_FRAC = 0.85
 
 
 def most_rows(
-    config: PretrainConfig, shape: ModelConfig, n_processes: int, product_bytes: int, free_bytes: float
+    config: Any, shape: ModelConfig, rows: Rows, n_processes: int, product_bytes: int, free_bytes: float
 ) -> tuple[int, int]:
     """Return the most rows per micro-batch that fit, and the bytes they need; 0 rows with what one row needs if none.
 
     They divide this process's share of the batch, so that all micro-batches are of one size.
     """
     own_rows = max(1, -(-config.train.batch_size // n_processes))
-    rows = rows_of(config, shape)
     needed = 0
     for n_rows in sorted((n for n in range(1, own_rows + 1) if own_rows % n == 0), reverse=True):
         needed = memory(
@@ -147,13 +146,13 @@ def most_rows(
     return 0, needed
 
 
-def fitting_rows(config: PretrainConfig, shape: ModelConfig, runtime: Runtime) -> int:
+def fitting_rows(config: Any, shape: ModelConfig, rows: Rows, runtime: Runtime) -> int:
     """Return the most rows per micro-batch whose step fits into the free memory.
 
     Raises: MemoryLimitError if not even one row does.
     """
     free = available_memory(runtime.device, runtime.ranks.local_world_size)
-    n_rows, needed = most_rows(config, shape, runtime.world_size, runtime.dtype.itemsize, free)
+    n_rows, needed = most_rows(config, shape, rows, runtime.world_size, runtime.dtype.itemsize, free)
     if n_rows:
         return n_rows
     raise MemoryLimitError(

@@ -12,15 +12,15 @@ UNKNOWN = 10**9
 class Planner:
     """Turns a budget into a number of steps, which the learning rate needs to know before the end.
 
-    Steps and tokens give it at once. A budget of minutes is divided by the measured time of a step: first at step 4,
+    Steps, tokens and epochs give it at once. A budget of minutes is divided by the measured time of a step: first at step 4,
     then at doubling steps until half the time is used; after that the plan only shrinks, if the machine gets slower.
     """
 
     RESERVE_FRAC = 0.06
     """Share of the time left for the last evaluation and for writing the model."""
 
-    def __init__(self, config: TrainConfig, deadline: float | None) -> None:
-        self.config, self.deadline = config, deadline
+    def __init__(self, config: TrainConfig, deadline: float | None, n_rows: int = 0) -> None:
+        self.config, self.deadline, self.n_rows = config, deadline, n_rows
         self.next_revision = 4
         self.begun: tuple[int, float] = (0, 0.0)
 
@@ -32,7 +32,8 @@ class Planner:
             return
         config = self.config
         by_tokens = -(-config.tokens // (config.batch_size * config.seq_len)) if config.tokens else 0
-        state.total_steps = config.steps or by_tokens or UNKNOWN
+        by_epochs = max(1, -(-int(config.epochs * self.n_rows) // config.batch_size)) if config.epochs else 0
+        state.total_steps = config.steps or by_tokens or by_epochs or UNKNOWN
 
     def revise(self, state: State) -> None:
         """Divide the time that is left by the time that a step takes."""

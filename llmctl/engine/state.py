@@ -30,8 +30,9 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     checked_step: int = 0
-    best_loss: float | None = None
+    best_value: float | None = None
     best_step: int = -1
+    checks_since_best: int = 0
     bad_steps: int = 0
     skipped_steps: int = 0
     rollbacks: int = 0

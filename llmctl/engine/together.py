@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 
 from llmctl import __version__
-from llmctl.config import PretrainConfig
-from llmctl.engine.corpus import Corpus
+from llmctl.engine.job import Job
 from llmctl.engine.machine import is_out_of_memory
 from llmctl.engine.outcome import recipe_sha256
 from llmctl.engine.progress import Progress
@@ -60,7 +59,7 @@ def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
             raise
         raise StoppedError(
             f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
-            f"go on from the last checkpoint with: llmctl pretrain --resume {run}"
+            f"go on from the last checkpoint with: llmctl {read_record(run).get('command', 'pretrain')} --resume {run}"
             if run
             else "start all of them again",
         ) from error
@@ -106,7 +105,7 @@ def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
     return opened[0] if opened else Run(path, read_record(path))
 
 
-def compare_processes(runtime: Runtime, config: PretrainConfig, corpus: Corpus, progress: Progress) -> None:
+def compare_processes(runtime: Runtime, job: Job, progress: Progress) -> None:
     """Make sure that all processes are about to do the same.
 
     Raises: UsageError with what differs.
@@ -117,10 +116,8 @@ def compare_processes(runtime: Runtime, config: PretrainConfig, corpus: Corpus, 
         "llmctl": __version__,
         "code": code_sha256(),
         "torch": torch.__version__,
-        "recipe": recipe_sha256(config),
-        "data": str(corpus.provenance.get("sha256")),
-        "tokenizer": corpus.tokenizer.sha256,
-    }
+        "recipe": recipe_sha256(job.config),
+    } | job.identity()
     rows = runtime.gather(own | {"host": socket.gethostname()})
     odd = [name for name in own if len({row[name] for row in rows}) > 1]
     if odd:

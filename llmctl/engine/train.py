@@ -1,6 +1,6 @@
-"""pretrain, composed from the parts: a corpus, a model, batches of an objective, the loop, and what a run leaves.
+"""begin and resume, for every training command: a run folder, processes that agree, the loop, and what a run leaves.
 
-Other training commands stand beside this one: they differ in data, objective and which parameters train.
+Commands stand side by side: `JOBS` names the part that each of them brings.
 """
 
 import os
@@ -12,25 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from llmctl.config import PretrainConfig
 from llmctl.engine import checkpoint
-from llmctl.engine.build import build_model, label, load_base
-from llmctl.engine.checks import check, check_corpus, refuse_changes, with_budget
-from llmctl.engine.corpus import CORPUS, Corpus, keep_corpus, open_corpus, prepare_corpus
-from llmctl.engine.feed import label_flops, make_batches
+from llmctl.engine.checks import refuse_changes
+from llmctl.engine.corpus import CORPUS
+from llmctl.engine.freezing import freeze
+from llmctl.engine.job import Job
 from llmctl.engine.loop import Training, fit
 from llmctl.engine.machine import name_of, product_rate
-from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
 from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
+from llmctl.engine.pretrain import Pretraining
 from llmctl.engine.progress import Progress, make_progress
-from llmctl.engine.runs import Run, create_run, find_run, open_run
+from llmctl.engine.runs import Run, create_run, find_run, open_run, read_record
 from llmctl.engine.runtime import Runtime, start
-from llmctl.engine.samples import make_sampler
 from llmctl.engine.together import (
     agree_on_start,
     compare_processes,
@@ -47,50 +42,50 @@ from llmctl.errors import (
     UsageError,
 )
 from llmctl.files import ensure_writable, write_bytes
-from llmctl.formats.artifact import Artifact
 from llmctl.formats.families import family_for
-from llmctl.model.transformer import LanguageModel
 from llmctl.recipe import Resolved, changed_keys, dump, load, nested, values_of
-from llmctl.tokenizer.base import Tokenizer
+
+JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining,)}
+"""The jobs of the commands that train."""
 
 
-def pretrain(
-    resolved: Resolved[PretrainConfig], *, command: str, out: Path | None, quiet: bool, verbose: bool = False
+def begin(
+    job: Job, origins: Mapping[str, str], *, command: str, out: Path | None, quiet: bool, verbose: bool = False
 ) -> Trained | None:
-    """Train a model from raw text and leave it as a run folder, or as the single file `out`.
+    """Train, and leave the model as a run folder, or as the single file `out`.
 
     Returns None in all processes but the first.
     Raises: LlmctlError of every kind; what is on disk by then stays valid and resumable.
     """
-    config = with_budget(resolved.config)
-    check(config)
+    job.check()
     started = time.monotonic()
-    runtime = start(config.train, config.parallel)
-    check_layout(config.train, config.parallel, runtime.world_size)
+    runtime = start(job.config.train, job.config.parallel)
+    check_layout(job.config.train, job.config.parallel, runtime.world_size)
     begun = agree_on_start(runtime, "begin a run")
     if begun:  # the launcher has started all processes again
-        return resume(begun, command=command, quiet=quiet, verbose=verbose, runtime=runtime)
+        return resume(job.command, begun, command=command, quiet=quiet, verbose=verbose, runtime=runtime)
 
     def create() -> Run:
         if out is not None:
             ensure_writable(out.parent)
-        run = create_run("pretrain", f"{config.objective}-{label(config)}", out=None if out and is_file(out) else out)
+        run = create_run(job.command, job.label, out=None if out and is_file(out) else out)
         clear(run.path)
-        write_bytes(run.path / "recipe.yaml", dump(Resolved(config, resolved.origins)).encode())
-        run.update(invocation=command, objective=config.objective, out=str(out) if out and is_file(out) else None)
+        write_bytes(run.path / "recipe.yaml", dump(Resolved(job.config, dict(origins))).encode())
+        run.update(invocation=command, objective=job.objective, out=str(out) if out and is_file(out) else None)
         note_begun(run.path)
         return run
 
     run = open_together(runtime, create)
     progress = make_progress(quiet=quiet or not runtime.is_main, verbose=verbose)
     try:
-        return train_in(run, config, progress, runtime, command=command, started=started)
+        return train_in(run, job, progress, runtime, command=command, started=started)
     finally:
         progress.close()
         run.close()
 
 
 def resume(
+    kind: str,
     name: str,
     *,
     command: str,
@@ -100,19 +95,24 @@ def resume(
     allowed: Sequence[str] = (),
     runtime: Runtime | None = None,
 ) -> Trained | None:
-    """Go on with a run from its newest valid checkpoint, as if it had never stopped.
+    """Go on with a run of the command `kind` from its newest valid checkpoint, as if it had never stopped.
 
     `given` are settings beside it, which must be the run's own unless `allowed` names them. Returns None in all
     processes but the first.
     Raises: NotFoundError for a run or checkpoint that is not there, BusyError if it is still running, UsageError for
-    a changed recipe, ArtifactError if all its checkpoints are damaged.
+    a changed recipe or a run of another command, ArtifactError if all its checkpoints are damaged.
     """
     path = find_run(name)
-    saved_recipe = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}).config
-    config = load(PretrainConfig, recipe=str(path / "recipe.yaml"), environment={}, flags=given or {}).config
+    begun_by = str(read_record(path).get("command", kind))
+    if begun_by != kind:
+        raise UsageError(f"`{path}` is a run of `llmctl {begun_by}`", f"llmctl {begun_by} --resume {shlex.quote(name)}")
+    config_class = JOBS[kind].config_class
+    saved_recipe: Any = load(config_class, recipe=str(path / "recipe.yaml"), environment={}).config
+    config: Any = load(config_class, recipe=str(path / "recipe.yaml"), environment={}, flags=given or {}).config
     changes = changed_keys(saved_recipe, config)
     refuse_changes(path, changes, allowed)
-    check(config)
+    job = JOBS[kind](config)
+    job.check()
     started = time.monotonic()
     if runtime is None:
         runtime = start(config.train, config.parallel)
@@ -138,18 +138,19 @@ def resume(
         with losing_peers(runtime, run.path):
             saved = newest_checkpoint(run, runtime, progress)
         command = str(run.record.get("invocation", command))
-        return train_in(run, config, progress, runtime, command=command, started=started, saved=saved)
+        return train_in(run, job, progress, runtime, command=command, started=started, saved=saved)
     finally:
         progress.close()
         run.close()
 
 
-def check_space(run: Run, config: PretrainConfig, model: LanguageModel) -> None:
+def check_space(run: Run, job: Job) -> None:
     """Refuse to begin where not even one checkpoint would find room.
 
     Raises: OutputError with what is needed and what there is.
     """
-    n_bytes = 4 * (2 if config.optim.name == "muon" else 3) * parameter_count(model)
+    n_trained = sum(parameter.numel() for parameter in job.model.parameters() if parameter.requires_grad)
+    n_bytes = 4 * (2 if job.config.optim.name == "muon" else 3) * n_trained
     free = shutil.disk_usage(run.path).free
     if run.lock is not None and free < n_bytes:
         raise OutputError(
@@ -178,23 +179,21 @@ def newest_checkpoint(run: Run, runtime: Runtime, progress: Progress) -> checkpo
     return checkpoint.open_checkpoint(folder / name) if name else None
 
 
-def prepare_together(
-    config: PretrainConfig, run: Run, runtime: Runtime, tokenizer: Tokenizer | None, progress: Progress
-) -> Corpus:
-    """Open the run's encoded text; the first process has made it, now or before a restart."""
+def prepare_together(job: Job, run: Run, runtime: Runtime, progress: Progress) -> None:
+    """Open the run's encoded data; the first process has made it, now or before a restart."""
     folder = run.path / "data"
 
     def prepare() -> None:
         if not (folder / CORPUS).is_file():
-            keep_corpus(prepare_corpus(config, folder, tokenizer, progress.say), folder)
+            job.prepare(folder, progress.say)
 
     runtime.lead(prepare)
-    return open_corpus(folder)
+    job.load(folder, progress.say)
 
 
 def train_in(
     run: Run,
-    config: PretrainConfig,
+    job: Job,
     progress: Progress,
     runtime: Runtime,
     *,
@@ -206,21 +205,20 @@ def train_in(
     trained: list[Trained] = []
 
     def leave() -> None:
-        trained.append(finish(run, config, training, corpus, fitted, command=command, started=started))
+        trained.append(finish(run, job, training, fitted, command=command, started=started))
 
     try:
         with losing_peers(runtime, run.path), naming_memory(runtime):
-            base = load_base(config)
-            corpus = prepare_together(config, run, runtime, base.tokenizer if base else None, progress)
-            check_corpus(config, corpus)
-            model = base.model if base else build_model(config, corpus.tokenizer)
-            config = with_micro_batch(config, model, runtime, run, progress)
-            compare_processes(runtime, config, corpus, progress)
-            check_space(run, config, model)
-            training = assemble(run, config, runtime, model, corpus, progress, started, saved)
+            prepare_together(job, run, runtime, progress)
+            frozen = freeze(job.model, job.config.train.freeze)
+            fit_micro_batch(job, runtime, run, progress)
+            compare_processes(runtime, job, progress)
+            check_space(run, job)
+            training = assemble(run, job, runtime, progress, started, saved)
             progress.say(
-                f"{family_for(model.config).architecture}: {parameter_count(model):,} parameters, "
-                f"{config.objective} in {name_of(runtime.dtype)} on {runtime.device.type}"
+                f"{family_for(job.model.config).architecture}: {parameter_count(job.model):,} parameters"
+                f"{f', {frozen:,} of them frozen' if frozen else ''}, "
+                f"{job.objective} in {name_of(runtime.dtype)} on {runtime.device.type}"
             )
             fitted = fit(training, saved)
             runtime.lead(leave)
@@ -235,19 +233,17 @@ def train_in(
     return trained[0] if trained else None
 
 
-def with_micro_batch(
-    config: PretrainConfig, model: LanguageModel, runtime: Runtime, run: Run, progress: Progress
-) -> PretrainConfig:
+def fit_micro_batch(job: Job, runtime: Runtime, run: Run, progress: Progress) -> None:
     """Replace a micro-batch of -1 by the largest that the memory holds; the global batch stays."""
+    config = job.config
     if config.train.micro_batch_size >= 0:
-        return config
-    size = min(runtime.gather(fitting_rows(config, model.config, runtime)))
+        return
+    size = min(runtime.gather(fitting_rows(config, job.model.config, job.rows(), runtime)))
     # What was chosen to fit must take what was predicted, now and when the run goes on.
-    config = replace(config, train=replace(config.train, micro_batch_size=size, return_memory=True))
+    job.config = replace(config, train=replace(config.train, micro_batch_size=size, return_memory=True))
     if run.lock is not None:  # a resumed run takes the same
-        write_bytes(run.path / "recipe.yaml", dump(Resolved(config, {})).encode())
+        write_bytes(run.path / "recipe.yaml", dump(Resolved(job.config, {})).encode())
     progress.say(f"micro-batches of {size} of the {config.train.batch_size} rows of a step")
-    return config
 
 
 def clear(folder: Path) -> None:
@@ -260,37 +256,34 @@ def clear(folder: Path) -> None:
 
 def assemble(
     run: Run,
-    config: PretrainConfig,
+    job: Job,
     runtime: Runtime,
-    model: LanguageModel,
-    corpus: Corpus,
     progress: Progress,
     started: float,
     saved: checkpoint.Checkpoint | None,
 ) -> Training:
     """Put together what the loop works with."""
-    token_bytes = np.zeros(model.config.vocab_size, dtype=np.int32)
-    known = corpus.tokenizer.token_bytes()
-    token_bytes[: len(known)] = known
-    objective = LabelPrediction(model, torch.from_numpy(token_bytes), config.train.loss_chunk_tokens)
-    flops = label_flops(config, model.config)
+    config = job.config
+    flops = job.flops()
     used_seconds = saved.state["seconds"] if saved else 0.0
     return Training(
-        objective=objective,
-        model=model,
-        train=make_batches(config, corpus, model.config, shuffle=True),
-        held_out=make_batches(config, corpus, model.config, shuffle=False),
+        objective=job.make_objective(),
+        model=job.model,
+        train=job.make_batches(shuffle=True),
+        held_out=job.make_batches(shuffle=False),
         config=config.train,
         optim=config.optim,
         runtime=runtime,
         folder=run.path,
         progress=progress,
-        resume_command=f"llmctl pretrain --resume {shlex.quote(str(run.path))}",
+        resume_command=f"llmctl {job.command} --resume {shlex.quote(str(run.path))}",
         flops_per_token=flops,
         peak_flops=product_rate(runtime.dtype, runtime.device.type) if flops else 0.0,
         deadline=started + config.train.minutes * 60 - used_seconds if config.train.minutes else None,
         limit=time_limit(config.train.limit_minutes, started),
-        sample=make_sampler(config, corpus, model, Artifact(run.path, "", model.config, {}, {})),
+        sample=job.make_sampler(run.path),
+        score=job.make_score(runtime),
+        metric=config.train.metric or job.metric,
         recipe=nested(config),
         trackers=runtime.make_trackers(
             config.train.track, run.path, values_of(config), saved.state.get("trackers", {}) if saved else {}

@@ -26,9 +26,11 @@ import torch
 
 from llmctl.config import PretrainConfig
 from llmctl.engine import checkpoint, runtime
+from llmctl.engine.checks import with_budget
 from llmctl.engine.metrics import MetricsFile
+from llmctl.engine.pretrain import Pretraining
 from llmctl.engine.runs import read_record
-from llmctl.engine.train import pretrain, resume
+from llmctl.engine.train import begin, resume
 from llmctl.errors import StoppedError
 from llmctl.recipe import load
 from tests.crash import forked
@@ -86,13 +88,13 @@ class Harness:
     def train(self, run: Path) -> None:
         """Begin the run, or go on with it, as a person would after a crash."""
         if (run / "recipe.yaml").is_file():
-            resume(str(run), command="", quiet=True)
+            resume("pretrain", str(run), command="", quiet=True)
         else:
             settings = [
                 f"{key}={value}" for key, value in {"data.paths": f"[{self.folder / 'texts'}]", **SETTINGS}.items()
             ]
             resolved = load(PretrainConfig, settings=settings, environment={})
-            pretrain(resolved, command="", out=run, quiet=True)
+            begin(Pretraining(with_budget(resolved.config)), resolved.origins, command="", out=run, quiet=True)
         if torch.distributed.is_initialized():
             runtime.leave(0)
 

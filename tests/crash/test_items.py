@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from llmctl.config import OptimConfig
 from llmctl.engine import checkpoint
 from llmctl.engine.loop import Training, fit
 from llmctl.engine.metrics import MetricsFile
+from llmctl.engine.objectives import Objective
 from llmctl.engine.state import State
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, LlmctlError, NotFoundError
 from llmctl.formats.safetensors import read_tensors, write_safetensors
@@ -34,12 +34,13 @@ from tests.engine.test_loop import Stopping, training
 POISONS = ("none", "nan", "loss", "gradient", "ascent")
 
 
-class Poisoned(nn.Module):
+class Poisoned(Objective):
     """An objective that some batches harm: no number, a high loss or a large gradient alone, or the opposite aim."""
 
-    def __init__(self, objective: nn.Module) -> None:
+    def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
+        self.parts, self.figures = objective.parts, objective.figures  # type: ignore[method-assign]
 
     def forward(self, batch: Mapping[str, torch.Tensor]) -> Loss:
         loss: Loss = self.objective({name: tensor for name, tensor in batch.items() if name != "poison"})
@@ -111,6 +112,10 @@ SCENARIOS = {
     "adamw": Scenario(5, {"steps": 8, "optim": OptimConfig(name="adamw")}),
     # From step 6 on the loss is made to rise: the best weights are those before.
     "best": Scenario(9, {"steps": 10, "eval_every": 2}, poisoned=dict.fromkeys(range(6, 10), "ascent")),
+    # Stopped when one evaluation was worse; the second one ends it before its budget does.
+    "patient": Scenario(
+        9, {"steps": 30, "eval_every": 2, "patience": 2}, poisoned=dict.fromkeys(range(6, 30), "ascent")
+    ),
     "three bad": Scenario(6, BAD, poisoned=dict.fromkeys((4, 5, 6), "nan")),
     "two bad": Scenario(6, BAD, poisoned=dict.fromkeys((4, 5), "nan")),
     "rolled back": Scenario(8, ROLLBACK, poisoned=dict.fromkeys((4, 5), "nan")),
@@ -241,6 +246,8 @@ def test_the_scenarios_are_what_they_are_called(runs):
         return [(line[1], line[6]) for line in runs(name)[0].course if line[0] == "event"]
 
     assert runs("best")[0].figures[2] == 6
+    assert runs("patient")[0].figures[2] == 6
+    assert runs("patient")[0].state["step"] == 10
     assert runs("three bad")[0].error[0] is DivergedError
     assert runs("two bad")[0].error is None
     assert [kind for _, kind in events("rolled back")].count("rollback") == 1
@@ -257,8 +264,9 @@ NEEDED: dict[str, tuple[str, str]] = {
     "tokens": ("plain", "state.tokens"),
     "checked_step": ("plain", "course"),
     "before": ("plain", "figures"),
-    "best_loss": ("best", "weights"),
+    "best_value": ("best", "weights"),
     "best_step": ("best", "weights"),
+    "checks_since_best": ("patient", "state.step"),
     "bad_steps": ("three bad", "error"),
     "skipped_steps": ("two bad", "state.skipped_steps"),
     "rollbacks": ("rolled back twice", "error"),

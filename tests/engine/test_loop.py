@@ -16,7 +16,7 @@ from llmctl.data.batches import CausalBatches, Ids
 from llmctl.data.stream import PackedRows
 from llmctl.engine import checkpoint, runtime
 from llmctl.engine.loop import Training, fit
-from llmctl.engine.objectives import LabelPrediction
+from llmctl.engine.objectives import LabelPrediction, Objective
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Silent
 from llmctl.engine.state import State
@@ -169,8 +169,8 @@ def test_evaluation_is_the_same_in_any_batch_size(tmp_path):
         results.append(loop.evaluate(None))
     lengths = [len(text) for text in source().texts[50:]]
     for result in results:
-        assert result.count == sum(lengths) - len(lengths)
-        assert result.nats == pytest.approx(results[0].nats, rel=1e-6)
+        assert result["n_labels"] == sum(lengths) - len(lengths)
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
 
 
 def test_the_best_weights_are_kept_when_the_last_are_worse(tmp_path):
@@ -240,12 +240,13 @@ class Poisoned:
         return self.batches.batch(numbers) | {"poison": mark}
 
 
-class PoisonedObjective(torch.nn.Module):
+class PoisonedObjective(Objective):
     """Turns the loss of marked batches into something else, as broken data or hardware would."""
 
     def __init__(self, objective: LabelPrediction, factor: float) -> None:
         super().__init__()
         self.objective, self.factor = objective, factor
+        self.parts, self.figures = objective.parts, objective.figures
 
     def forward(self, batch: dict[str, torch.Tensor]) -> Loss:
         is_poisoned = bool(batch.get("poison", torch.zeros(1)).any())

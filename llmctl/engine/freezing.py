@@ -1,0 +1,45 @@
+"""Which parameters train: those that no pattern of `train.freeze` names."""
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from llmctl.errors import UsageError
+from llmctl.model.transformer import LanguageModel
+
+LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
+"""`layers.2` or `layers.0-3`: layers by number, both ends included, of every stack."""
+
+
+def freeze(model: LanguageModel, patterns: Sequence[str]) -> int:
+    """Take the parameters that patterns name out of training, and return how many numbers they hold.
+
+    A pattern is `embeddings`, `layers.N`, `layers.M-N`, or a shell pattern of parameter names.
+    Raises: UsageError for a pattern that names nothing, and if nothing is left to train.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        chosen = [name for name in named if fits(name, pattern)]
+        if not chosen:
+            parts = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in named})
+            raise UsageError(
+                f"`train.freeze` has `{pattern}`, which names no parameter",
+                f"embeddings, layers.0-3, or patterns of names such as {', '.join(parts[:4])}",
+            )
+        for name in chosen:
+            named[name].requires_grad_(False)
+    if patterns and not any(parameter.requires_grad for parameter in named.values()):
+        raise UsageError(f"`train.freeze` {list(patterns)} leaves nothing to train", "freeze less")
+    return sum(parameter.numel() for parameter in named.values() if not parameter.requires_grad)
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Tell whether a pattern names a parameter."""
+    if pattern == "embeddings":
+        return ".embed_" in name or ".embedding_norm." in name
+    layers = LAYERS.fullmatch(pattern)
+    if layers:
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        first, last = int(layers[1]), int(layers[2] or layers[1])
+        return found is not None and first <= int(found[1]) <= last
+    return fnmatchcase(name, pattern)

@@ -265,6 +265,70 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneDataConfig(DataConfig):
+    """Where the examples come from and how they are laid out; the keys for raw text matter to `task: text` only."""
+
+    pack: bool = setting(True, "several examples in a row, each isolated from the others (decoders)")
+    too_long: Literal["cut", "drop", "refuse"] = setting(
+        "cut", "what happens to an example of more than train.seq_len tokens; it is counted and said in any case"
+    )
+    strict: bool = setting(False, "end with an error where the data has findings that would otherwise be said")
+
+
+@dataclass(frozen=True)
+class FinetuneOptimConfig(OptimConfig):
+    """Optimizer and learning-rate schedule of a model that knows something already."""
+
+    name: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon for the matrices with adamw for the rest")
+    lr: float = setting(0.0, "peak learning rate of adamw; 0 takes one by method and size of the model")
+    weight_decay: float = setting(0.01, "decoupled weight decay of the matrices")
+    beta2: float = setting(0.999, "adamw's second moment decay")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
+        "linear", "shape of the learning rate over the steps"
+    )
+    warmup_frac: float = setting(0.06, "share of the steps that warm up linearly")
+
+
+@dataclass(frozen=True)
+class FinetuneTrainConfig(TrainConfig):
+    """The loop, with the budget and batch of fine-tuning."""
+
+    batch_size: int = setting(16, "rows per optimizer step, over all processes")
+    seq_len: int = setting(512, "tokens per row at most; a model with a shorter context takes its own")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything `llmctl finetune` reads."""
+
+    task: TaskName = setting("chat", "chat, text, classify, translate, summarize or qa")
+    method: Literal["full", "lora", "dora"] = setting("full", "train all weights, or an adapter beside frozen ones")
+    model: str = setting("", "the model to adapt: a folder, a file or a run")
+    problem: Literal["auto", "single", "multi", "regression"] = setting(
+        "auto", "classify: one label per row, several, or a number; auto sees it in the data"
+    )
+    labels: tuple[str, ...] = setting(
+        (), "classify: the labels in their order, or one file that lists them; empty takes those of the data"
+    )
+    pooling: Literal["auto", "first", "mean", "last"] = setting(
+        "auto", "classify: the state under the head; auto is what the model's published classifier takes"
+    )
+    template: str = setting("", "what the model is given, with {column} for a column; empty takes the task's own")
+    system: str = setting("", "chat: a system message for conversations without one")
+    merge: bool = setting(False, "write the whole model with the adapter in its weights, not the adapter")
+    adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora)")
+    columns: ColumnsConfig = section(ColumnsConfig, "the columns of the data")
+    data: FinetuneDataConfig = section(FinetuneDataConfig, "the examples")
+    optim: FinetuneOptimConfig = section(FinetuneOptimConfig, "the optimizer")
+    train: FinetuneTrainConfig = section(FinetuneTrainConfig, "the loop")
+    parallel: ParallelConfig = section(ParallelConfig, "several processes")
+
+
+TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+"""The config of each command that trains."""
+
+
+@dataclass(frozen=True)
 class GenerateConfig:
     """How text is drawn from a model."""
 

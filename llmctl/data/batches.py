@@ -6,12 +6,13 @@ epoch and the same on any number of processes. Knows no model; ids arrive as num
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.data.masking import IGNORE, Masking, mask_tokens, remove_spans
-from llmctl.data.stream import PackedRows, PairRows, Row
+from llmctl.data.stream import Documents, ExampleRows, PackedExamples, PackedRows, PairRows, Row
 
 Ints = NDArray[np.int64]
 Batch = dict[str, Ints]
@@ -114,6 +115,71 @@ class PairBatches:
         limit = self.max_tokens - 1  # the end-of-text token needs a place
         pairs = [self.rows.row(number) for number in numbers]
         return encoder_decoder_batch([[(source[:limit], target[:limit])] for source, target in pairs], self.ids)
+
+
+class AnswerBatches:
+    """Prompts with their answers for a decoder: only tokens marked as trained are labels, examples stay isolated."""
+
+    def __init__(
+        self, tokens: Documents, trained: Documents, rows: PackedExamples | ExampleRows, ids: Ids, max_tokens: int
+    ) -> None:
+        self.tokens, self.trained, self.rows, self.ids = tokens, trained, rows, ids
+        self.max_tokens, self.n_rows = max_tokens, rows.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows with these numbers."""
+        rows = [self._row(number) for number in numbers]
+        batch = {
+            "input_ids_BT": stack([tokens for tokens, _, _ in rows], self.ids.pad),
+            "labels": stack([labels for _, labels, _ in rows], IGNORE),
+        }
+        documents = stack([documents for _, _, documents in rows], 0)
+        if (documents != 1).any():
+            batch["documents_BT"] = documents
+        return batch
+
+    def _row(self, number: int) -> tuple[Ints, Ints, Ints]:
+        indexes = self.rows.indexes(number) if isinstance(self.rows, PackedExamples) else [self.rows.index(number)]
+        tokens, labels, documents = [], [], []
+        for document, index in enumerate(indexes, start=1):
+            ids = self.tokens.document(index).astype(np.int64)[: self.max_tokens + 1]
+            is_trained = self.trained.document(index).astype(bool)[: self.max_tokens + 1]
+            tokens.append(ids[:-1])
+            labels.append(np.where(is_trained[1:], ids[1:], IGNORE))
+            documents.append(np.full(len(ids) - 1, document))
+        return join(tokens), join(labels), join(documents)
+
+
+class ClassBatches:
+    """Texts with their labels or numbers; `first_lengths` says where the second text of a pair begins."""
+
+    def __init__(
+        self, tokens: Documents, values: NDArray[np.float64], first_lengths: Ints | None, rows: ExampleRows, ids: Ids
+    ) -> None:
+        self.tokens, self.values, self.first_lengths, self.rows, self.ids = tokens, values, first_lengths, rows, ids
+        self.n_rows = rows.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows with these numbers; `labels` says that each of them counts."""
+        indexes = [self.rows.index(number) for number in numbers]
+        texts = [self.tokens.document(index).astype(np.int64) for index in indexes]
+        batch: dict[str, Any] = {
+            "input_ids_BT": stack(texts, self.ids.pad),
+            "labels": np.zeros((len(indexes), 1), dtype=np.int64),
+            "targets": self.values[indexes],
+        }
+        documents = stack([np.ones(len(text), dtype=np.int64) for text in texts], 0)
+        if (documents == 0).any():
+            batch["documents_BT"] = documents
+        if self.first_lengths is not None:
+            batch["token_types_BT"] = stack(
+                [
+                    (np.arange(len(text)) >= self.first_lengths[index]).astype(np.int64)
+                    for text, index in zip(texts, indexes, strict=True)
+                ],
+                0,
+            )
+        return batch
 
 
 def encoder_decoder_batch(rows: Sequence[Sequence[tuple[Ints, Ints]]], ids: Ids) -> Batch:

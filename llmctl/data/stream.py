@@ -4,6 +4,7 @@ There is no position to lose: row number 12,345 is the same after a restart, on 
 batch size. Knows nothing of objectives or models; tokens come from memory-mapped shards.
 """
 
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -94,11 +95,114 @@ class PackedRows:
         return Row(tokens, documents)
 
 
-class PairRows:
-    """Pairs of texts in shuffled order, neighbours of similar length, so that a batch has little padding.
+class ExampleRows:
+    """Examples one by one in shuffled order, neighbours of similar length, so that a batch has little padding.
 
-    The order is drawn per epoch; pairs are sorted by length within windows of `bucket` rows only.
+    The order is drawn per epoch; examples are sorted by length within windows of 64 batches only.
     """
+
+    def __init__(self, lengths: Ints, selection: Ints, *, seed: int, batch_size: int, shuffle: bool = True) -> None:
+        self.lengths, self.selection = lengths, np.asarray(selection, dtype=np.int64)
+        self.seed, self.batch_size, self.shuffle = seed, batch_size, shuffle
+        self.n_rows = len(self.selection)
+        self._order = lru_cache(maxsize=2)(self._draw)
+
+    def index(self, number: int) -> int:
+        """Return which example is row `number` of the endless sequence of epochs."""
+        epoch, index = divmod(number, self.n_rows)
+        return int(self._order(epoch)[index])
+
+    def _draw(self, epoch: int) -> Ints:
+        if not self.shuffle:
+            return self.selection
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.selection)
+        cost = self.lengths[order]
+        bucket = 64 * self.batch_size
+        order = np.concatenate(
+            [
+                order[start : start + bucket][np.argsort(cost[start : start + bucket], kind="stable")]
+                for start in range(0, len(order), bucket)
+            ]
+        )
+        n_whole = len(order) // self.batch_size * self.batch_size
+        batches = order[:n_whole].reshape(-1, self.batch_size)
+        return np.concatenate([rng.permutation(batches, axis=0).reshape(-1), order[n_whole:]])
+
+
+class PackedExamples:
+    """Whole examples side by side in rows of at most `seq_len` positions, every epoch's rows in an order of its own.
+
+    Which examples share a row is decided once: the longest first, each into the fullest row that has room (best fit
+    decreasing), so that an epoch has the same number of rows as any other.
+    """
+
+    def __init__(self, lengths: Ints, selection: Ints, *, seq_len: int, seed: int, shuffle: bool = True) -> None:
+        self.seed, self.shuffle = seed, shuffle
+        self.rows = best_fit(lengths, np.asarray(selection, dtype=np.int64), seq_len)
+        self.n_rows = len(self.rows)
+        self._order = lru_cache(maxsize=2)(self._draw)
+
+    def indexes(self, number: int) -> list[int]:
+        """Return which examples make up row `number` of the endless sequence of epochs."""
+        epoch, index = divmod(number, self.n_rows)
+        return self.rows[int(self._order(epoch)[index])]
+
+    def _draw(self, epoch: int) -> Ints:
+        order = np.arange(self.n_rows)
+        return np.random.default_rng([self.seed, epoch]).permutation(order) if self.shuffle else order
+
+
+def best_fit(lengths: Ints, selection: Ints, capacity: int) -> list[list[int]]:
+    """Put examples into as few rows of `capacity` positions as the best-fit-decreasing rule finds.
+
+    An example longer than that gets a row of its own. Rows stand in the order of their first example.
+    """
+    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]
+    rows: list[list[int]] = []
+    roomy = SortedRooms(capacity)
+    for index in selection[np.argsort(-lengths[selection], kind="stable")].tolist():
+        size = min(int(lengths[index]), capacity)
+        room = roomy.smallest(size)
+        if room is None:
+            row: list[int] = []
+            rows.append(row)
+            room = capacity
+        else:
+            row = by_room[room].pop()
+            if not by_room[room]:
+                roomy.remove(room)
+        row.append(index)
+        if not by_room[room - size]:
+            roomy.add(room - size)
+        by_room[room - size].append(row)
+    places = {int(index): place for place, index in enumerate(selection)}
+    return sorted(([*sorted(row, key=places.__getitem__)] for row in rows), key=lambda row: places[row[0]])
+
+
+class SortedRooms:
+    """The amounts of room that some row has, in order."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rooms: list[int] = []
+
+    def smallest(self, size: int) -> int | None:
+        """Return the least room that holds `size`, or None."""
+        place = bisect_left(self.rooms, max(size, 1))
+        return self.rooms[place] if place < len(self.rooms) else None
+
+    def add(self, room: int) -> None:
+        """Note that a row has this much room."""
+        insort(self.rooms, room)
+
+    def remove(self, room: int) -> None:
+        """Note that no row has this much room any more."""
+        del self.rooms[bisect_left(self.rooms, room)]
+
+
+class PairRows:
+    """Pairs of texts, in the order of `ExampleRows` by both lengths together."""
 
     def __init__(
         self,
@@ -111,30 +215,11 @@ class PairRows:
         shuffle: bool = True,
     ) -> None:
         self.sources, self.targets = sources, targets
-        self.selection, self.seed, self.shuffle = np.asarray(selection, dtype=np.int64), seed, shuffle
-        self.batch_size = batch_size
-        self.n_rows = len(self.selection)
-        self._order = lru_cache(maxsize=2)(self._draw)
+        lengths = sources.lengths + targets.lengths
+        self.order = ExampleRows(lengths, selection, seed=seed, batch_size=batch_size, shuffle=shuffle)
+        self.n_rows = self.order.n_rows
 
     def row(self, number: int) -> tuple[Ints, Ints]:
         """Return pair `number` of the endless sequence of epochs: source tokens, target tokens."""
-        epoch, index = divmod(number, self.n_rows)
-        chosen = int(self._order(epoch)[index])
+        chosen = self.order.index(number)
         return self.sources.document(chosen).astype(np.int64), self.targets.document(chosen).astype(np.int64)
-
-    def _draw(self, epoch: int) -> Ints:
-        if not self.shuffle:
-            return self.selection
-        rng = np.random.default_rng([self.seed, epoch])
-        order = rng.permutation(self.selection)
-        cost = self.sources.lengths[order] + self.targets.lengths[order]
-        bucket = 64 * self.batch_size
-        order = np.concatenate(
-            [
-                order[start : start + bucket][np.argsort(cost[start : start + bucket], kind="stable")]
-                for start in range(0, len(order), bucket)
-            ]
-        )
-        n_whole = len(order) // self.batch_size * self.batch_size
-        batches = order[:n_whole].reshape(-1, self.batch_size)
-        return np.concatenate([rng.permutation(batches, axis=0).reshape(-1), order[n_whole:]])

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmctl.config import DataConfig, PretrainConfig, TokenizerConfig
 from llmctl.data.builtin import builtin_documents, builtin_pairs, builtin_provenance
-from llmctl.data.pairs import read_pairs
+from llmctl.data.pairs import read_pairs, two_files
 from llmctl.data.shards import ShardSet, is_shard_folder, write_shards
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import ArtifactError, UsageError
@@ -53,6 +53,8 @@ class Corpus:
     train: Ints
     held_out: Ints
     provenance: dict[str, Any]
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """What belongs to every document besides text, by name: labels, lengths."""
 
     def held_out_bytes(self) -> int:
         """Return how long the held-out text is, without making it."""
@@ -83,9 +85,10 @@ def keep_corpus(corpus: Corpus, folder: Path) -> None:
     """Note in `folder` what makes up a corpus, for other processes and for a restart: `open_corpus` gives it back."""
     for name, data in corpus.tokenizer.files().items():
         write_bytes(folder / "tokenizer" / name, data)
-    held_out = io.BytesIO()
-    np.save(held_out, corpus.held_out)
-    write_bytes(folder / "held_out.npy", held_out.getvalue())
+    for name, array in {"held_out": corpus.held_out, **corpus.arrays}.items():
+        content = io.BytesIO()
+        np.save(content, array, allow_pickle=False)
+        write_bytes(folder / "arrays" / f"{name}.npy", content.getvalue())
     shards = {"documents": corpus.documents, "targets": corpus.targets}
     places = {name: place(part.folder, folder) for name, part in shards.items() if part is not None}
     # Last, so that what it names is there.
@@ -105,13 +108,15 @@ def open_corpus(folder: Path) -> Corpus:
     try:
         noted = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
         files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
-        held_out = np.load(folder / "held_out.npy")
+        arrays = {path.stem: np.load(path, allow_pickle=False) for path in (folder / "arrays").iterdir()}
+        held_out = arrays.pop("held_out")
         shards = {name: ShardSet.open(folder / path) for name, path in noted["shards"].items()}
         documents = shards["documents"]
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"the encoded data in `{folder}` is damaged: {error}", "start the run again") from error
     train = np.setdiff1d(np.arange(documents.n_documents), held_out)
-    return Corpus(tokenizer_from_files(files), documents, shards.get("targets"), train, held_out, noted["provenance"])
+    tokenizer, targets = tokenizer_from_files(files), shards.get("targets")
+    return Corpus(tokenizer, documents, targets, train, held_out, noted["provenance"], arrays)
 
 
 def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
@@ -140,15 +145,21 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     """Read, split, tokenize and encode pairs; pairs with the same source stay on one side of the split."""
     data = config.data
     if data.paths:
-        pairs = list(read_pairs(data.paths, source_key=data.source_key, target_key=data.target_key))
-        provenance = {"paths": list(data.paths), "sha256": source_sha256(data.paths)}
+        keys = {"source_key": data.source_key, "target_key": data.target_key}
+        pairs = list(read_pairs(data.paths, **keys))
+        n_train = len(pairs)
+        pairs += read_pairs(data.val_paths, **keys) if data.val_paths else []
+        provenance = {"paths": list(data.paths), "sha256": pairs_sha256([*data.paths, *data.val_paths])}
     else:
         pairs, provenance = builtin_pairs(), builtin_provenance() | {"kind": "pairs"}
     if len(pairs) < 2:
         raise UsageError(
             f"the data has {len(pairs)} pairs, at least 2 are needed", "a pair is a line `source<TAB>target`"
         )
-    held_out = split_groups([source for source, _ in pairs], data.val_frac, config.train.seed)
+    if data.paths and data.val_paths:
+        held_out = np.arange(n_train, len(pairs))
+    else:
+        held_out = split_groups([source for source, _ in pairs], data.val_frac, config.train.seed)
     train = np.setdiff1d(np.arange(len(pairs)), held_out)
     if tokenizer is None:
         tokenizer = train_tokenizer((side for index in train for side in pairs[index]), config.tokenizer)
@@ -161,6 +172,11 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
         say(f"{n_cut:,} of {len(pairs):,} pairs are longer than train.seq_len {config.train.seq_len} and are cut there")
     say(f"{len(train):,} pairs to train on, {len(held_out):,} held out")
     return Corpus(tokenizer, sources, targets, train, held_out, provenance)
+
+
+def pairs_sha256(paths: Sequence[str]) -> str:
+    """Return the identity of sources of pairs, of which one may be two files of parallel lines, `a.en:a.de`."""
+    return source_sha256([name for path in paths for name in (two_files(path) or (path,))])
 
 
 def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None) -> Corpus:
@@ -198,18 +214,33 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         return Text(lambda: iter(documents), held_out, len(documents)), builtin_provenance()
     paths = [str(spool(path, folder / f"pipe-{n}.txt")) if is_once(path) else path for n, path in enumerate(data.paths)]
 
-    def read() -> Iterator[str]:
+    val_paths = [
+        str(spool(path, folder / f"val-pipe-{n}.txt")) if is_once(path) else path
+        for n, path in enumerate(data.val_paths)
+    ]
+
+    def read_part(paths: Sequence[str]) -> Iterator[str]:
         return read_documents(paths, text_key=data.text_key, split=data.split)
 
+    def read() -> Iterator[str]:
+        yield from read_part(paths)
+        if val_paths:
+            yield from read_part(val_paths)
+
     n_documents, n_characters = 0, 0
-    for document in read():
+    for document in read_part(paths):
         n_documents += 1
         n_characters += len(document)
     if n_characters < 2:
         raise UsageError(
             f"the data `{' '.join(data.paths)}` holds no text", "name files with text, or none for the embedded corpus"
         )
-    provenance = {"paths": list(data.paths), "sha256": source_sha256(paths), "n_characters": n_characters}
+    sha256 = source_sha256([*paths, *val_paths])
+    provenance = {"paths": list(data.paths), "sha256": sha256, "n_characters": n_characters}
+    if val_paths:
+        n_held_out = sum(1 for _ in read_part(val_paths))
+        held_out = np.arange(n_documents, n_documents + n_held_out)
+        return Text(read, held_out, n_documents + n_held_out), provenance | {"held_out": list(data.val_paths)}
     if data.val_tail or n_documents < FEW_DOCUMENTS:
         boundary = n_characters - max(1, round(data.val_frac * n_characters))
         return tail_split(read, boundary), provenance

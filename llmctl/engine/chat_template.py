@@ -10,12 +10,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from llmctl.data.chat_text import BEGIN, PLAIN_TEMPLATE, Rendered, Template
 from llmctl.data.conversations import Message
-from llmctl.data.template import BEGIN, PLAIN_TEMPLATE, Rendered, Template
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.tokenizer.base import SpecialToken, Tokenizer
+
+if TYPE_CHECKING:
+    from llmctl.engine.models import Loaded
 
 TEMPLATE_FILE, CONFIG_FILE = "chat_template.jinja", "tokenizer_config.json"
 RESERVED = "\ufdd0\ufdd1\ufdd2"
@@ -215,6 +218,21 @@ def chat_template(
         tokens["bos_token"] = tokenizer.piece(tokenizer.bos_id)
     tokens["eos_token"] = "" if tokenizer.eos_id is None else tokenizer.piece(tokenizer.eos_id)
     return ChatTemplate(tokenizer, plain, tokens, is_plain=True)
+
+
+def template_of(loaded: "Loaded") -> ChatTemplate:
+    """Return the template that a loaded model is talked to with.
+
+    Raises: UsageError for a model without a tokenizer, or one that is no decoder.
+    """
+    if loaded.tokenizer is None:
+        raise UsageError(
+            f"`{loaded.artifact.path}` has no tokenizer", "a conversation needs one; import the model with it"
+        )
+    if loaded.model.config.family != "decoder":
+        family = loaded.model.config.family.replace("_", "-")
+        raise UsageError(f"`{loaded.artifact.path}` is an {family}, which knows no turns", "give it the text itself")
+    return chat_template(loaded.tokenizer, loaded.artifact.files, begins_with_bos=loaded.begins_with_bos)
 
 
 def find_template(files: Mapping[str, bytes]) -> str | None:

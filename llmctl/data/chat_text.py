@@ -58,7 +58,7 @@ class Template:
     def _compiled(self) -> tuple[Any, Any]:
         from jinja2.exceptions import TemplateSyntaxError
 
-        from llmctl.data.sandbox import ChatEnvironment
+        from llmctl.data.chat_sandbox import ChatEnvironment
 
         environment = ChatEnvironment()
         try:
@@ -77,7 +77,7 @@ class Template:
         """
         from jinja2.exceptions import SecurityError, TemplateError
 
-        from llmctl.data import sandbox
+        from llmctl.data import chat_sandbox as sandbox
 
         environment, compiled = self._compiled
         environment.budget = sandbox.Budget()

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 
+from llmctl.data.chat_text import BEGIN, PLAIN_TEMPLATE, Template
 from llmctl.data.conversations import Message
-from llmctl.data.template import BEGIN, PLAIN_TEMPLATE, Template
 from llmctl.errors import UsageError
 
 TALK = [Message("system", "用中文。"), Message("user", "诗？"), Message("assistant", "好。\n二"), Message("user", "再")]

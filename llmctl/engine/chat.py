@@ -10,7 +10,8 @@ from llmctl.config import GenerateConfig
 from llmctl.data.chat_text import NEXT_USER
 from llmctl.data.conversations import Message
 from llmctl.engine import sampling
-from llmctl.engine.chat_template import ChatTemplate, encode_prompt_chat, end_of_turn_ids, template_of
+from llmctl.engine.chat_ids import encode_prompt_chat, end_of_turn_ids
+from llmctl.engine.chat_template import ChatTemplate, template_of
 from llmctl.engine.generate import Completion, Prompt, encode_prompt, generate
 from llmctl.engine.models import Loaded
 from llmctl.errors import UsageError

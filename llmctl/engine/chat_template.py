@@ -1,14 +1,13 @@
-"""Conversations as token ids: what a chat model sees at inference, and which ids it is trained to say.
+"""A model's chat template: which one, the text of a conversation, and where in it the assistant speaks.
 
-A template's text is cut where the assistant begins to speak, in training as at inference, and each part is encoded on
-its own, so that the ids before an answer are those that `generate` and `chat` feed. Special tokens that the template
-writes become their ids; the same words inside a message stay text: they are broken by a mark while the template is
-rendered, which is taken out before encoding.
+The text is cut where the assistant begins to speak, in training as at inference. Special tokens that the template
+writes are to become their ids, the same words inside a message to stay text: they are broken by a mark while the
+template is rendered, which is taken out before encoding (`chat_ids.py`).
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,13 +26,6 @@ MARK = RESERVED[-1]
 STANDING_IN = {ord(sign): f"{MARK}{chr(ord(sign) + 8)}" for sign in RESERVED}
 TOKEN_ROLES = ("bos", "eos", "unk", "pad", "mask", "sep", "cls")
 HINT = "a template that marks answers with {% generation %} says itself what is trained"
-
-
-class Encoded(NamedTuple):
-    """A conversation's ids, and which of them are the assistant's own words and their end."""
-
-    ids: list[int]
-    is_trained: list[bool]
 
 
 class Part(NamedTuple):
@@ -79,7 +71,7 @@ class ChatTemplate:
     @cached_property
     def shape(self) -> tuple[str, str]:
         """The white space before an answer, and the special token after it (or nothing)."""
-        answer = self._answer([Message("user", "问"), Message("assistant", "答")], 1)
+        _, answer = self._answer([Message("user", "问"), Message("assistant", "答")])
         place = answer.find("答")
         end = self.special_pattern.search(answer, max(place, 0))
         lead = answer[:place] if place > 0 and answer[:place].isspace() else ""
@@ -97,9 +89,25 @@ class ChatTemplate:
         content = content.translate(STANDING_IN)
         content = self.special_pattern.sub(lambda found: f"{found[0][0]}{MARK}{found[0][1:]}", content)
         core = content.strip()
-        if core and any(joins(core, name) for name in self.specials):
+        if core and self._joins(core):
             content = content.replace(core, f"{MARK}{core}{MARK}", 1)
         return content
+
+    def _joins(self, core: str) -> bool:
+        """Tell whether a text could become part of a special token together with what stands around it."""
+        heads, tails = self._edges
+        longest = max(map(len, heads), default=0)
+        sizes = range(1, min(longest, len(core)) + 1)
+        return any(core[:size] in tails or core[-size:] in heads for size in sizes) or (
+            len(core) < longest and any(core in name for name in self.specials)
+        )
+
+    @cached_property
+    def _edges(self) -> tuple[set[str], set[str]]:
+        """The beginnings and the ends of special tokens."""
+        names = self.specials
+        heads = {name[:size] for name in names for size in range(1, len(name))}
+        return heads, {name[size:] for name in names for size in range(1, len(name))}
 
     def prompt_parts(self, messages: Sequence[Message]) -> list[Part]:
         """Return the text up to the assistant's next words, cut at its earlier ones.
@@ -109,7 +117,7 @@ class ChatTemplate:
         if self.marks_answers:
             return cut(self.render(messages, asks=True))
         try:
-            parts, done = self._chain(messages)
+            parts, done, _ = self._chain(messages)
         except RewritesError:
             parts, done = [], ""
         text = self.render(messages, asks=True).text
@@ -126,10 +134,10 @@ class ChatTemplate:
             return self._marked(messages, last_only=last_only)
         if last_only:
             parts = self.prompt_parts(messages[:-1])
-            answer, rest = self._trained(messages, len(messages) - 1)
+            _, answer, rest = self._trained(messages)
         else:
-            parts, done = self._chain(messages)
-            answer, rest = "", self.render(messages, asks=False).text[len(done) :]
+            parts, _, rest = self._chain(messages)
+            answer = ""
         parts = [Part(part.text, is_answer=part.is_answer and not last_only) for part in parts]
         return [part for part in [*parts, Part(answer, is_answer=True), Part(rest, is_answer=False)] if part.text]
 
@@ -148,45 +156,45 @@ class ChatTemplate:
             return [Part(part.text, is_answer=place == last) for place, part in enumerate(parts)]
         return parts
 
-    def _chain(self, messages: Sequence[Message]) -> tuple[list[Part], str]:
-        """Return the parts up to the end of the last answer, and their text.
+    def _chain(self, messages: Sequence[Message]) -> tuple[list[Part], str, str]:
+        """Return the parts up to the end of the last answer, their text, and what the template puts after it.
 
         Raises: RewritesError when an earlier text is not the beginning of the next.
         """
         parts: list[Part] = []
-        done = ""
+        done = rest = ""
         for place, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before = self.render(messages[:place], asks=True).text
-            answer, _ = self._trained(messages, place)
+            before, answer, rest = self._trained(messages[: place + 1])
             if not before.startswith(done):
                 raise RewritesError(f"the chat template rewrites earlier turns before message {place + 1}", REWRITES)
             parts += [Part(before[len(done) :], is_answer=False), Part(answer, is_answer=True)]
             done = before + answer
-        return parts, done
+        return parts, done, rest
 
-    def _answer(self, messages: Sequence[Message], place: int) -> str:
-        """Return what a message of the assistant adds to the text that asked for it.
+    def _answer(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """Return the text that asks for the last message, and what that message adds to it.
 
         Raises: RewritesError when the text does not go on from there.
         """
-        whole = self.render(messages[: place + 1], asks=False)
-        before = whole.text[: whole.answers[-1][0]] if whole.answers else self.render(messages[:place], asks=True).text
+        whole = self.render(messages, asks=False)
+        before = whole.text[: whole.answers[-1][0]] if whole.answers else self.render(messages[:-1], asks=True).text
         if not whole.text.startswith(before):
             raise RewritesError(
-                f"the chat template writes message {place + 1} on another beginning than its add_generation_prompt",
-                REWRITES,
+                f"the chat template writes message {len(messages)} on another beginning than its add_generation_prompt",
+                HINT,
             )
-        return whole.text[len(before) :]
+        return before, whole.text[len(before) :]
 
-    def _trained(self, messages: Sequence[Message], number: int) -> tuple[str, str]:
-        """Return an answer up to the special token that ends the turn, and what the template puts after it."""
-        answer, core = self._answer(messages, number), messages[number].content.strip()
+    def _trained(self, messages: Sequence[Message]) -> tuple[str, str, str]:
+        """Return the text before the last message, its own up to the token that ends the turn, and what follows that."""
+        before, answer = self._answer(messages)
+        core = messages[-1].content.strip()
         place = answer.find(core)  # a template may have changed the words
         end = self.special_pattern.search(answer, place + len(core) if place >= 0 else 0)
         cut_at = end.end() if end else len(answer)
-        return answer[:cut_at], answer[cut_at:]
+        return before, answer[:cut_at], answer[cut_at:]
 
 
 class RewritesError(UsageError):
@@ -281,15 +289,6 @@ def token_names(tokenizer: Tokenizer, config: Mapping[str, object]) -> dict[str,
     return {f"{role}_token": tokenizer.piece(index) for role, index in ids.items() if index is not None}
 
 
-def joins(core: str, name: str) -> bool:
-    """Tell whether a text could become part of a special token together with what stands around it."""
-    return (
-        core in name
-        or any(core.startswith(name[cut_at:]) for cut_at in range(1, len(name)))
-        or any(core.endswith(name[:cut_at]) for cut_at in range(1, len(name)))
-    )
-
-
 def cut(rendered: Rendered) -> list[Part]:
     """Return a text cut at the blocks that its template marks."""
     parts, place = [], 0
@@ -299,79 +298,6 @@ def cut(rendered: Rendered) -> list[Part]:
     return [part for part in [*parts, Part(rendered.text[place:], is_answer=False)] if part.text]
 
 
-def encode_conversation(
-    template: ChatTemplate, messages: Sequence[Message], *, last_only: bool = False, where: str = ""
-) -> Encoded:
-    """Return a conversation's ids, and which of them are trained: every answer with the token that ends its turn.
-
-    What is said after the last answer is left out. `where` begins every error's message.
-
-    Raises: UsageError for a conversation that the template does not take, or whose answers cannot be told from it.
-    """
-    places = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    try:
-        if not places:
-            raise UsageError("the conversation has no message of the assistant")
-        parts = template.answer_parts(template.broken(messages[: places[-1] + 1]), last_only=last_only)
-        if not template.shape[1]:
-            raise UsageError(
-                "the chat template ends an answer with no special token of the tokenizer, so no model can learn to stop",
-                "end an answer with {{ eos_token }} in the template",
-            )
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}" if where else str(error), error.hint) from error
-    encoded = list(encode_parts(template, [part.text for part in parts]))
-    flags = [[part.is_answer] * len(ids) for part, ids in zip(parts, encoded, strict=True)]
-    return Encoded([index for ids in encoded for index in ids], [flag for row in flags for flag in row])
-
-
-def encode_prompt_chat(template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant is to speak.
-
-    Raises: UsageError for a conversation that the template does not take.
-    """
-    parts = template.prompt_parts(template.broken(messages))
-    return [index for ids in encode_parts(template, [part.text for part in parts]) for index in ids]
-
-
-def encode_parts(template: ChatTemplate, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the ids of texts that follow each other; special tokens in them become theirs, marks are taken out."""
-    tokenizer = template.tokenizer
-    last: SpecialToken | None = None  # what stands right before
-    is_first = True
-    for text in texts:
-        ids: list[int] = []
-        for piece in split(template, text):
-            if isinstance(piece, SpecialToken):
-                ids.append(piece.token_id)
-                last, is_first = piece, False
-            elif literal := unbroken(piece.lstrip() if last and last.strips_right else piece):
-                ids += (
-                    tokenizer.encode(literal) if is_first else tokenizer.encode_next(literal, after_special=bool(last))
-                )
-                last, is_first = None, False
-        yield ids
-
-
-def split(template: ChatTemplate, text: str) -> Iterator[str | SpecialToken]:
-    """Yield literal texts and special tokens in turn."""
-    place = 0
-    for found in template.special_pattern.finditer(text):
-        token = template.specials[found[0]]
-        literal = text[place : found.start()]
-        yield literal.rstrip() if token.strips_left else literal
-        yield token
-        place = found.end()
-    yield text[place:]
-
-
 def unbroken(text: str) -> str:
     """Return a text without the marks that broke it, its own reserved characters back in place."""
     return re.sub(f"{MARK}([\ufdd8-\ufdda])?", lambda found: chr(ord(found[1]) - 8) if found[1] else "", text)
-
-
-def end_of_turn_ids(template: ChatTemplate) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's end of text, and what the template ends a turn with."""
-    end = template.shape[1]
-    ids = {template.tokenizer.eos_id, template.specials[end].token_id if end else None}
-    return {index for index in ids if index is not None}

@@ -20,7 +20,8 @@ from llmctl.commands.chat import show_answer
 from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
 from llmctl.data.conversations import Message, read_conversations
 from llmctl.engine.chat import Chat
-from llmctl.engine.chat_template import encode_prompt_chat, template_of
+from llmctl.engine.chat_ids import encode_prompt_chat
+from llmctl.engine.chat_template import template_of
 from llmctl.engine.generate import Prompt, generate
 from llmctl.engine.models import load_model
 from llmctl.formats.artifact import write_artifact

@@ -8,7 +8,8 @@ import torch
 from llmctl.config import GenerateConfig
 from llmctl.data.conversations import Message, read_conversations
 from llmctl.engine.chat import Chat, Lead
-from llmctl.engine.chat_template import encode_conversation, encode_prompt_chat, template_of
+from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat
+from llmctl.engine.chat_template import template_of
 from llmctl.engine.generate import Prompt, encode_prompt, generate
 from llmctl.engine.models import Loaded
 from llmctl.errors import UsageError

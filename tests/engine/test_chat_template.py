@@ -6,14 +6,8 @@ import pickle
 import pytest
 
 from llmctl.data.conversations import Message
-from llmctl.engine.chat_template import (
-    ChatTemplate,
-    chat_template,
-    encode_conversation,
-    encode_prompt_chat,
-    end_of_turn_ids,
-    find_template,
-)
+from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat, end_of_turn_ids
+from llmctl.engine.chat_template import ChatTemplate, chat_template, find_template
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer

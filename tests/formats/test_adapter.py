@@ -10,7 +10,6 @@ import torch
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
 from llmctl.formats.adapter import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Adapter,
     fit,
@@ -21,7 +20,7 @@ from llmctl.formats.adapter import (
 )
 from llmctl.formats.adapter_names import LowRank, architecture_of, compiled, from_pattern, target_modules
 from llmctl.formats.adapter_write import write_adapter
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact, write_artifact
 from llmctl.formats.parameters import parameter_shapes
 from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 from llmctl.model.transformer import LanguageModel, initialise

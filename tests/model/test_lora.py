@@ -118,6 +118,18 @@ def test_bfloat16_weights_are_merged_in_float32():
 
 
 @pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_gives_the_dtype_of_a_plain_layer(dora, bias):
+    layer = LoRALinear(nn.Linear(8, 8, bias=bias), rank=2, alpha=4, dora=dora)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(3, 8))
+        y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.lora_B.grad is not None
+    assert layer.lora_B.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dora", [False, True])
 def test_only_the_adapters_get_gradients(build, ids, dora):
     model = build(attention_bias=True).train()
     frozen = {name: parameter.clone() for name, parameter in model.named_parameters()}

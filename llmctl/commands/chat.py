@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, note
+from llmctl.commands.common import AdapterNames, command_app, find_model, note
 from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
 
@@ -37,6 +37,7 @@ def chat(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
     ] = None,
+    adapter: AdapterNames = None,
     system: Annotated[str, typer.Option("-s", "--system", help="What the model is told first.")] = "",
     max_tokens: Annotated[
         int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="Tokens of an answer at most.")
@@ -76,8 +77,9 @@ def chat(
     if name is not None and model is not None and name != model:
         raise UsageError(f"two models are named: `{name}` and `{model}`", "name one")
     lines = None if script is None else script_lines(script)
-    path = find_model(model if name is None else name, "generate", quiet=quiet)
+    path = find_model(model if name is None else name, "generate", quiet=quiet, adapters=adapter)
     from llmctl.commands.generate import argument
+    from llmctl.engine.adapters import apply_adapters
     from llmctl.engine.chat import PLAIN_NOTE, Chat
     from llmctl.engine.models import load_model
     from llmctl.engine.sampling import check
@@ -87,6 +89,7 @@ def chat(
     )
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate")
+    loaded = apply_adapters(loaded, adapter or [], able="generate")
     talk = Chat(loaded, config, argument(system))
     if talk.template is not None and talk.template.is_plain:
         note(PLAIN_NOTE, quiet=quiet)

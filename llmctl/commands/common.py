@@ -19,6 +19,10 @@ Master = Annotated[str, typer.Option(help="HOST:PORT where the hosts meet: host 
 MaxRestarts = Annotated[int, typer.Option(help="Times to start again, from the last checkpoint, when a process dies.")]
 Parallel = Annotated[str | None, typer.Option(help="ddp, or fsdp to share weights and optimizer state out.")]
 AllowChange = Annotated[list[str] | None, typer.Option(help="With --resume: a key that may differ from the run's.")]
+# Of every command that uses a model as it is.
+AdapterNames = Annotated[
+    list[str] | None, typer.Option("--adapter", help="An adapter's folder, or FOLDER=WEIGHT; may be repeated.")
+]
 
 
 def command_app(**settings: Any) -> typer.Typer:
@@ -55,10 +59,16 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, right: C
     ]
 
 
-def find_model(name: str | None, able: "Ability", *, quiet: bool) -> Path:
-    """Find the model that a command means and say which on stderr, before torch makes anybody wait."""
+def find_model(name: str | None, able: "Ability", *, quiet: bool, adapters: Sequence[str] | None = None) -> Path:
+    """Find the model that a command means and say which on stderr, before torch makes anybody wait.
+
+    Where only adapters are named, it is the base of the first.
+    """
+    from llmctl.engine.adapters import base_of
     from llmctl.engine.models import announce, resolve_model
 
+    if name is None and adapters:
+        name = str(base_of(adapters))
     found = resolve_model(name, able=able)
     note(announce(found), quiet=quiet)
     return found.path

@@ -12,13 +12,15 @@ app = command_app()
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder or X.safetensors.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, X.safetensors, or an adapter.")],
     to: Annotated[str, typer.Option(help="single (one self-contained file) or hf (a Hugging Face folder).")],
     out: Annotated[Path, typer.Option("-o", "--out", help="X.safetensors for single, a folder for hf.")],
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a model as one file or as a Hugging Face folder; prints where it is.
+
+    An adapter is merged into its base.
 
     Examples:
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, result, result_json
+from llmctl.commands.common import AdapterNames, command_app, find_model, result, result_json
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -21,6 +21,7 @@ def fill(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
     ] = None,
+    adapter: AdapterNames = None,
     top_k: Annotated[int, typer.Option("-k", "--top-k", help="Candidates shown for a mask.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -44,12 +45,14 @@ def fill(
     from llmctl.commands.generate import argument, one_line, read_prompts
 
     texts = read_prompts(whole=False, null=False) if is_piped else iter([argument(text)])
-    path = find_model(model, "fill", quiet=quiet)
+    path = find_model(model, "fill", quiet=quiet, adapters=adapter)
+    from llmctl.engine.adapters import apply_adapters
     from llmctl.engine.fill import Filled, put_in
     from llmctl.engine.fill import fill as fill_in
     from llmctl.engine.models import load_model
 
     loaded = load_model(path, device=device, dtype=dtype, able="fill")
+    loaded = apply_adapters(loaded, adapter or [], able="fill")
 
     def show(filled: Filled) -> None:
         if json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, note, result_json
+from llmctl.commands.common import AdapterNames, command_app, find_model, note, result_json
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
@@ -28,6 +28,7 @@ def generate(
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
     ] = None,
+    adapter: AdapterNames = None,
     max_tokens: Annotated[
         int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="New tokens at most.")
     ] = DEFAULT.max_tokens,
@@ -73,6 +74,8 @@ def generate(
       cat article.txt | llmctl generate --whole -m runs/0003 --json
 
       llmctl generate --chat -s "Answer in one word." "What is the capital of France?"
+
+      llmctl generate "The function returns" -m runs/0003 --adapter runs/0004=0.5
     """
     config = GenerateConfig(
         max_tokens=max_tokens,
@@ -95,12 +98,14 @@ def generate(
     if chat and ids:
         raise UsageError("--chat takes text, --ids takes token ids", "leave one out")
     texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
-    path = find_model(model, "generate", quiet=quiet)
+    path = find_model(model, "generate", quiet=quiet, adapters=adapter)
+    from llmctl.engine.adapters import apply_adapters
     from llmctl.engine.models import load_model
     from llmctl.engine.sampling import check
 
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate")
+    loaded = apply_adapters(loaded, adapter or [], able="generate")
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     turn = turn_of(loaded, argument(system), quiet=quiet) if chat else None

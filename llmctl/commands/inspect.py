@@ -12,7 +12,7 @@ app = command_app()
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder, X.safetensors or X.gguf.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model or adapter folder, X.safetensors or X.gguf.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its dtype and shape.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

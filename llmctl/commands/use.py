@@ -35,8 +35,8 @@ def use(
         result(place.read_text(encoding="utf-8").strip())
         return
     path = Path(find_named(model, "any")).resolve()
-    from llmctl.formats.artifact import read_artifact
+    from llmctl.engine.adapted import read_model
 
-    read_artifact(path)
+    read_model(path)
     write_text(place, f"{path}\n")
     result(str(path))

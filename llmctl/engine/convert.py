@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
+from llmctl.engine.adapted import read_model
 from llmctl.errors import UsageError
-from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
+from llmctl.formats.artifact import Artifact, write_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = Fals
         config, state, files, origin = read_gguf(source)
         earlier: Mapping[str, Any] = {}
     else:
-        artifact = read_artifact(source)
+        artifact = read_model(source)
         config, state, files = artifact.config, artifact.stored_state(), artifact.files
         origin, earlier = origin_of(artifact), artifact.provenance
     config = with_mask_id(config, files)
@@ -52,7 +53,7 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
     if (to == "single") != (out.suffix == ".safetensors"):
         form = "a file X.safetensors" if to == "single" else "a folder"
         raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")
-    artifact = read_artifact(source)
+    artifact = read_model(source)
     state = artifact.stored_state()
     return write_artifact(
         out, artifact.config, state, files=artifact.files, provenance=artifact.provenance, force=force

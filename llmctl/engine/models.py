@@ -26,8 +26,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "fill": ("encoder",),
     "any": ("decoder", "encoder", "encoder_decoder"),
 }
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""The files of which a model folder has one."""
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+"""The files of which a model folder has one; the last makes it an adapter's."""
 MAKE_ONE = {
     "generate": "make one in a minute: llmctl pretrain",
     "fill": "make one in a minute: llmctl pretrain --objective mlm",
@@ -207,9 +207,12 @@ def announce(found: Found) -> str:
 
 def parameters_in(path: Path) -> str:
     """Return how many numbers a model's weights have, as a person says it; nothing where loading will complain."""
+    from llmctl.formats.adapter import is_adapter, read_adapter
     from llmctl.formats.artifact import check_kind, read_headers
 
     try:
+        if is_adapter(path):
+            return f"an adapter of `{read_adapter(path).base}`"
         check_kind(path)
         headers = read_headers(path)
     except (LlmctlError, OSError):
@@ -235,11 +238,16 @@ def a_model(family: str) -> str:
     return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind} model"
 
 
-def require_family(family: str, able: Ability, path: Path) -> None:
+def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
     """Refuse a model that cannot do what is asked.
 
     Raises: UsageError naming the command that can use it.
     """
+    family = config.family
+    if config.n_labels and able != "any":
+        raise UsageError(
+            f"`{path}` is a classifier, which cannot {able}", f"name another model with -m; or {MAKE_ONE[able]}"
+        )
     if family not in FAMILIES[able]:
         other = "llmctl fill" if able == "generate" else "llmctl generate"
         raise UsageError(
@@ -250,29 +258,24 @@ def require_family(family: str, able: Ability, path: Path) -> None:
 def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any") -> Loaded:
     """Load a model folder or file for use: on the device, in the dtype, in evaluation mode.
 
+    An adapter's folder is loaded as its base with the adapter merged into the weights.
     dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
     Raises: NotFoundError, ArtifactError (damaged, or a tokenizer that does not fit), UsageError for a device or dtype
     that is not there, or a model that is not `able`; the latter before weights are read.
     """
     import torch
 
-    from llmctl.formats.artifact import read_artifact
+    from llmctl.engine.adapted import read_model
     from llmctl.model.transformer import load_tensors
-    from llmctl.tokenizer.load import find_tokenizer
 
-    artifact = read_artifact(path)
-    require_family(artifact.config.family, able, path)
+    artifact = read_model(path)
+    require_family(artifact.config, able, path)
     place = choose_device(device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     names["auto"] = torch.float32 if place == "cpu" else torch.bfloat16
     if dtype not in names:
         raise UsageError(f"`--dtype {dtype}` is not known", "float32, bfloat16, float16 or auto")
-    tokenizer = find_tokenizer(artifact.files)
-    if tokenizer is not None and tokenizer.vocab_size > artifact.config.vocab_size:
-        raise ArtifactError(
-            f"the tokenizer of `{path}` has {tokenizer.vocab_size:,} tokens, its model {artifact.config.vocab_size:,}",
-            "the two do not belong together; import the model again",
-        )
+    tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
     model.to_empty(device=place)
     materialise_buffers(model)
@@ -280,6 +283,23 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: A
     model.to(names[dtype])
     load_tensors(model, artifact.state(names[dtype]))
     return Loaded(model.eval(), tokenizer, artifact)
+
+
+def fitting_tokenizer(artifact: "Artifact") -> "Tokenizer | None":
+    """Return the tokenizer of an artifact, or None.
+
+    Raises: ArtifactError for one that has more tokens than the model.
+    """
+    from llmctl.tokenizer.load import find_tokenizer
+
+    tokenizer = find_tokenizer(artifact.files)
+    if tokenizer is not None and tokenizer.vocab_size > artifact.config.vocab_size:
+        raise ArtifactError(
+            f"the tokenizer of `{artifact.path}` has {tokenizer.vocab_size:,} tokens, its model "
+            f"{artifact.config.vocab_size:,}",
+            "the two do not belong together; import the model again",
+        )
+    return tokenizer
 
 
 def without_weights(config: "ModelConfig") -> "LanguageModel":

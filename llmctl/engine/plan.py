@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
+from llmctl.engine.adapted import read_model
 from llmctl.engine.checks import DEFAULT_STEPS, check, model_config
 from llmctl.engine.estimate import Estimate, estimate
 from llmctl.engine.flops import Rows, row_flops
@@ -15,7 +16,6 @@ from llmctl.engine.machine import available_memory, choose_dtype, name_of, produ
 from llmctl.engine.memory import memory
 from llmctl.engine.runtime import Runtime
 from llmctl.errors import MemoryLimitError
-from llmctl.formats.artifact import read_artifact
 from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
 from llmctl.tokenizer.train import VOCAB_SIZES
 
@@ -80,7 +80,7 @@ def layout_of(config: PretrainConfig, n_processes: int) -> str:
 def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelConfig]:
     """Return the preset's row and shape, or the shape of a model on disk, whose weights stay there."""
     if Path(name).exists() and name.lower() not in {*PRESETS, *ALIASES}:
-        return None, read_artifact(Path(name)).config
+        return None, read_model(Path(name)).config
     return get_preset(name), model_config(config)
 
 

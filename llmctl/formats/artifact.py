@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 # Everything beside weights and configuration that a model needs to be used, as Hugging Face names it.
 FILES = (
     "tokenizer.model",
@@ -322,7 +323,7 @@ def write_artifact(
         refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
         write_safetensors(out, tensors, metadata)
         return out
-    refuse_overwrite(out, any((out / name).exists() for name in (WEIGHTS, INDEX, CONFIG)), force=force)
+    refuse_overwrite(out, any((out / name).exists() for name in (WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG)), force=force)
     texts = {**beside, CONFIG: hf_text.encode()}
     if not out.exists():
         with atomic_path(out) as temporary:

@@ -1,6 +1,6 @@
 """What a model file holds, told from its header alone: no tensor is read and torch is not loaded.
 
-Knows safetensors files, folders of them, and GGUF. A file that is sound but not one of our models (an adapter, another
+Knows safetensors files, folders of them, adapters, and GGUF. A file that is sound but not one of our models (another
 architecture) is described as far as it goes; a damaged one is refused.
 """
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import ArtifactError
+from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from llmctl.formats.artifact import CONFIG, check_kind, parse_object, read_artifact, read_headers
 from llmctl.formats.safetensors import Header
 
@@ -21,6 +22,9 @@ def describe(path: Path) -> dict[str, Any]:
     """
     if path.suffix == ".gguf" and path.is_file():
         return describe_gguf(path)
+    folder = path.parent if path.name == ADAPTER_WEIGHTS else path
+    if is_adapter(folder):
+        return describe_adapter(folder)
     check_kind(path)
     headers = read_headers(path)
     record = describe_tensors(path, headers)
@@ -45,6 +49,28 @@ def describe(path: Path) -> dict[str, Any]:
         "config": artifact.hf,
         "provenance": artifact.provenance,
         "metadata": plain_metadata(metadata),
+    }
+
+
+def describe_adapter(path: Path) -> dict[str, Any]:
+    """Return the same of an adapter, whose base need not be there."""
+    adapter = read_adapter(path)
+    values = adapter.values
+    ranks = sorted({adapter.entry(parts["a"]).shape[0] for parts in adapter.low_rank.values()})
+    record = describe_tensors(path, {path / ADAPTER_WEIGHTS: adapter.header})
+    return record | {
+        "format": "PEFT adapter",
+        "adapter": f"{'DoRA' if adapter.dora else 'LoRA'}, rank {', '.join(map(str, ranks))}",
+        "alpha": values["lora_alpha"],
+        "targets": ", ".join(sorted({name.rpartition(".")[2] for name in adapter.low_rank})),
+        "layers": len(adapter.low_rank),
+        "head": ", ".join(adapter.whole) or None,
+        "task": values.get("task_type"),
+        "base": adapter.base or None,
+        "files": sorted(adapter.files),
+        "config": values,
+        "provenance": adapter.provenance,
+        "metadata": plain_metadata(adapter.header.metadata),
     }
 
 
@@ -115,7 +141,7 @@ def product(shape: tuple[int, ...] | list[int]) -> int:
 
 def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the header's metadata without the parts that are shown on their own."""
-    shown = ("llmctl.config", "llmctl.files", "llmctl.provenance")
+    shown = ("llmctl.config", "llmctl.files", "llmctl.provenance", "llmctl.ranks")
     return {key: value for key, value in metadata.items() if key not in shown}
 
 

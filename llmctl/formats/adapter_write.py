@@ -1,0 +1,154 @@
+"""Write an adapter in PEFT's format, so that PEFT opens it on the base as published and computes the same."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl import __version__
+from llmctl.errors import OutputError
+from llmctl.files import atomic_path, json_text, write_bytes, writing
+from llmctl.formats.adapter import ADAPTER_WEIGHTS, HEAD_FIELDS, PICKLE, PREFIX
+from llmctl.formats.adapter_names import (
+    Architecture,
+    LowRank,
+    Place,
+    common,
+    owners,
+    stack,
+    target_modules,
+)
+from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name, refuse_overwrite
+from llmctl.formats.native import write_config as native_values
+from llmctl.formats.safetensors import write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_adapter(
+    out: Path,
+    architecture: Architecture,
+    parts: Mapping[str, LowRank],
+    head: Mapping[str, "Tensor"],
+    *,
+    weights: Mapping[str, "Tensor"],
+    base: str,
+    base_sha256: str,
+    provenance: Mapping[str, Any],
+    dropout: float = 0.0,
+    rslora: bool = False,
+    files: Mapping[str, bytes] | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the adapters of a model's layers, by our names, and the parameters of its head; return `out`.
+
+    architecture: that of the adapted model, its head included; weights: its frozen weights, of which only the lengths of layers
+    without an adapter are used, where they share a published layer with others (GPT-2 with DoRA). A new folder appears
+    whole or not at all; in an existing one the weights come last, so that no half is taken for a whole.
+    Raises: OutputError when something is there already and `force` is not given, or when the disk refuses.
+    """
+    is_taken = any((out / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLE))
+    refuse_overwrite(out, is_taken, force=force)
+    if any((out / name).exists() for name in (WEIGHTS, INDEX)):
+        raise OutputError(f"`{out}` holds a model, an adapter was to be written there", "choose another folder with -o")
+    stacked: dict[str, tuple[Place, LowRank]] = {}
+    for place in architecture.places:
+        whole = stack(place, parts, weights, rslora=rslora)
+        if whole is not None:
+            stacked[place.path] = (place, whole)
+    published = {name: head[ours] for name, ours in architecture.head.items() if ours in head}
+    tensors = factors(stacked) | {PREFIX + name: tensor for name, tensor in published.items()}
+    values = settings(architecture, stacked, list(published), base=base, dropout=dropout, rslora=rslora)
+    metadata = {
+        "format": "pt",
+        "llmctl.version": __version__,
+        "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
+        "llmctl.base_sha256": base_sha256,
+        "llmctl.ranks": json.dumps({name: part.rank for name, part in parts.items()}, sort_keys=True),
+        **(head_metadata(architecture) if published else {}),
+    }
+    texts = {**(files or {}), ADAPTER_CONFIG: json_text(values).encode()}
+    if out.exists():
+        with writing(out):
+            for name in (ADAPTER_WEIGHTS, PICKLE):
+                (out / name).unlink(missing_ok=True)
+        write_parts(out, texts, tensors, metadata)
+        return out
+    with atomic_path(out) as temporary:
+        write_parts(temporary, texts, tensors, metadata)
+    return out
+
+
+def head_metadata(architecture: Architecture) -> dict[str, str]:
+    """Return what the settings of PEFT do not say of a classification head."""
+    said = {name: value for name, value in native_values(architecture.config).items() if name in HEAD_FIELDS}
+    return {"llmctl.head": json.dumps(said, sort_keys=True, ensure_ascii=False)}
+
+
+def write_parts(
+    folder: Path, texts: Mapping[str, bytes], tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]
+) -> None:
+    """Write the small files, then the weights."""
+    for name, data in texts.items():
+        assert is_name(name), name
+        write_bytes(folder / name, data)
+    write_safetensors(folder / ADAPTER_WEIGHTS, tensors, metadata)
+
+
+def factors(stacked: Mapping[str, tuple[Place, LowRank]]) -> dict[str, "Tensor"]:
+    """Return the tensors under PEFT's names."""
+    tensors: dict[str, Tensor] = {}
+    for path, (_, part) in stacked.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = part.a_RI
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = part.b_OR
+        if part.magnitude_O is not None:
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = part.magnitude_O
+    return tensors
+
+
+def settings(
+    architecture: Architecture,
+    stacked: Mapping[str, tuple[Place, LowRank]],
+    head: Sequence[str],
+    *,
+    base: str,
+    dropout: float,
+    rslora: bool,
+) -> dict[str, Any]:
+    """Return adapter_config.json."""
+    rank, rank_pattern = common({path: part.rank for path, (_, part) in stacked.items()})
+    alpha, alpha_pattern = common({path: part.alpha for path, (_, part) in stacked.items()})
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type(architecture),
+        "base_model_name_or_path": base,
+        "r": whole_number(rank),
+        "lora_alpha": whole_number(alpha),
+        "rank_pattern": {path: whole_number(value) for path, value in rank_pattern.items()},
+        "alpha_pattern": {path: whole_number(value) for path, value in alpha_pattern.items()},
+        "lora_dropout": dropout,
+        "target_modules": target_modules(architecture, set(stacked)),
+        "modules_to_save": owners(head) or None,
+        "bias": "none",
+        "fan_in_fan_out": any(place.is_transposed for place, _ in stacked.values()),
+        "use_dora": any(part.magnitude_O is not None for _, part in stacked.values()),
+        "use_rslora": rslora,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def whole_number(value: float) -> float:
+    """Return a number as PEFT writes it: without a point where it is whole."""
+    return int(value) if value == int(value) else value
+
+
+def task_type(architecture: Architecture) -> str | None:
+    """Return what PEFT calls the task; it has no name for masked words."""
+    config = architecture.config
+    if config.n_labels:
+        return "SEQ_CLS"
+    if config.family == "encoder":
+        return "FEATURE_EXTRACTION" if architecture.family.architecture == "BertModel" else None
+    return "CAUSAL_LM" if config.family == "decoder" else "SEQ_2_SEQ_LM"

@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "pretrain": "Train a model from raw text: decoder, encoder or encoder-decoder.",
     "generate": "Continue a prompt, or every line of a pipe.",
     "fill": "Fill the masks of a text with an encoder.",
+    "evaluate": "Measure models on the same data, side by side.",
     "tokenize": "Turn text into token ids and back; train tokenizers; encode corpora.",
     "import": "Bring a published model (Hugging Face folder, GGUF) into a model folder.",
     "export": "Write a model as one file or as a Hugging Face folder.",
@@ -61,7 +62,7 @@ options:
 """
 
 
-FILTERS = {"fill", "generate", "inspect", "presets", "runs", "tokenize"}
+FILTERS = {"evaluate", "fill", "generate", "inspect", "presets", "runs", "tokenize"}
 """Commands that end with the pipe they write to, as `cat` does; a training run must not."""
 
 

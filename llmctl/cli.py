@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "generate": "Continue a prompt, or every line of a pipe.",
     "chat": "Talk with a model in the terminal.",
     "fill": "Fill the masks of a text with an encoder.",
+    "evaluate": "Measure models on the same data, side by side.",
     "tokenize": "Turn text into token ids and back; train tokenizers; encode corpora.",
     "import": "Bring a published model (Hugging Face folder, GGUF) into a model folder.",
     "export": "Write a model as one file or as a Hugging Face folder.",
@@ -62,7 +63,7 @@ options:
 """
 
 
-FILTERS = {"fill", "generate", "inspect", "presets", "runs", "tokenize"}
+FILTERS = {"evaluate", "fill", "generate", "inspect", "presets", "runs", "tokenize"}
 """Commands that end with the pipe they write to, as `cat` does; a training run must not."""
 
 

@@ -345,3 +345,36 @@ class GenerateConfig:
     beams: int = setting(1, "beam width of an encoder_decoder; 1 is off")
     length_penalty: float = setting(1.0, "beam scores are divided by length ** this")
     batch_size: int = setting(16, "prompts decoded together")
+
+
+EvaluationName = Literal[
+    "auto", "text", "mask", "classify", "similarity", "translate", "summarize", "qa", "choice", "lastword"
+]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything `llmctl evaluate` reads."""
+
+    task: EvaluationName = setting("auto", "what is measured; auto is what the first model is for")
+    data: tuple[str, ...] = setting((), "files, folders or globs; empty is the embedded corpus (text, mask)")
+    columns: ColumnsConfig = section(ColumnsConfig, "the columns of tables")
+    labels: str = setting("", "file with the name of one label per line; empty takes the model's own (classify)")
+    split: Literal["file", "line", "blank"] = setting(
+        "file", "what one document of a .txt is: the file, a line, or a paragraph (text, mask)"
+    )
+    limit: int = setting(0, "rows, or windows of text, that are measured at most; 0 is all")
+    metric: str = setting("", "figure that --max-drop compares and the table shows first; empty is the task's own")
+    batch_size: int = setting(16, "rows per forward pass; changes no figure")
+    seq_len: int = setting(0, "longest row, or width of a window of text, in tokens; 0 is the model's context")
+    stride: int = setting(0, "tokens from one window of text to the next; 0 is the window's width (text)")
+    seed: int = setting(0, "seed of the masks (mask)")
+    mask_frac: float = setting(0.15, "share of the tokens that are masked (mask)")
+    pooling: Literal["mean", "first", "last"] = setting("mean", "which hidden states stand for a text (similarity)")
+    template: str = setting("", "prompt with {source}, {question}, ...; empty is the model's own or the task's")
+    beams: int = setting(1, "beam width; 1 is greedy (translate, summarize, qa)")
+    max_tokens: int = setting(128, "longest answer, in tokens (translate, summarize, qa)")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where to compute")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "precision; auto is float32 on a CPU, bfloat16 on a GPU"
+    )

@@ -5,7 +5,7 @@ An empty text stays an example: whether it is counted or left out is for the cal
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -84,7 +84,9 @@ def read_examples(paths: Sequence[str], task: str, columns: ColumnsConfig) -> It
     Raises: NotFoundError for a missing file; UsageError naming the file and line of a missing column, a row with too
         few or too many cells, a row that is no table's, or when there is no example at all.
     """
-    found = False
+    # On a command line a list is written with commas; a name that the user makes up needs none.
+    names = tuple(part.strip() for name in columns.names for part in name.split(","))
+    columns, found = replace(columns, names=names), False
     for path in paths:
         for example in _read_path(path, task, columns):
             found = True

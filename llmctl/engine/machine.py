@@ -1,6 +1,7 @@
 """One process and its machine: precision, threads, memory. Knows no other processes and no models."""
 
 import ctypes
+import gc
 import os
 import platform
 import resource
@@ -87,6 +88,42 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak_memory(device: torch.device) -> bool:
+    """Begin to count the peak of memory anew; False where the system does not let a process do that.
+
+    Linux resets the mark of the resident set when a 5 is written into `clear_refs` (proc(5)).
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def peak_since_forgotten(device: torch.device) -> int | None:
+    """Return the most bytes held since `forget_peak_memory`: by a GPU's allocator, or as the resident set on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, so that what comes next is not counted with what was."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def return_large_blocks() -> None:

@@ -59,6 +59,7 @@ def test_tables_without_a_header(tmp_path, name: str):
     found = examples(path, names=("text", "label"))
     assert [(e.inputs["text"], e.target) for e in found] == [('one "quote', "0"), ("二", "1")]
     assert found[1].where.endswith("line 2")
+    assert examples(path, names=("text, label",)) == found, "as `--set columns.names=text,label` gives them"
 
 
 def test_a_csv_without_a_header_and_rows_that_are_lists(tmp_path):

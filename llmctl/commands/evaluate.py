@@ -1,0 +1,214 @@
+"""`llmctl evaluate`: models and data -> their figures side by side on stdout, and a gate between them."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmctl.commands.common import command_app, note, result, result_json, table
+from llmctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmctl.config import EvaluateConfig
+    from llmctl.engine.evaluate import Evaluation
+
+app = command_app()
+
+COSTS = ("parameters", "size", "memory", "tokens/s")
+DROPPED_FIRST = ("rows", "tokens/s", "memory", "parameters", "size")
+"""What a narrow terminal goes without, the first first; then figures from the right, but never the main one."""
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="Model folders or files, runs, `latest`; the first is the measure."),
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option("-d", "--data", help="A file or folder; may be repeated.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="text, mask, classify, similarity, translate, summarize, qa, choice or lastword; else the model's own."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows, or windows of text, at most.")] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(help="End with 10 if another is worse than the first by more: 0.01, or 1%.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="The figure that --max-drop compares.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass; changes no figure.")] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", "--window", help="Longest row, or window, in tokens.")] = (
+        None
+    ),
+    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next (text).")] = None,
+    pooling: Annotated[str | None, typer.Option(help="mean, first or last (similarity).")] = None,
+    template: Annotated[str | None, typer.Option(help="A prompt with {source}, {question}, {context}.")] = None,
+    beams: Annotated[int | None, typer.Option(help="Beam width (translate, summarize, qa).")] = None,
+    max_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", help="Longest answer in tokens.")] = None,
+    labels: Annotated[str | None, typer.Option(help="A file with one label per line (classify).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, such as columns.text=NAME.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead: tasks of lm-evaluation-harness, such as arc_easy,piqa (extra `bench`).")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")] = False,
+) -> int:
+    """Measure models on the same data, side by side.
+
+    What stands alone is a model; data comes after -d. The first model is what --max-drop holds the others against.
+
+    Examples:
+
+      llmctl evaluate latest --limit 20
+
+      llmctl evaluate runs/0001 small.safetensors -d held-out.txt --max-drop 1%
+
+      llmctl evaluate sorter -d dev.tsv --set columns.names=text,label
+    """
+    from llmctl.config import EvaluateConfig
+    from llmctl.recipe import load
+
+    flags: dict[str, Any] = {
+        "task": task,
+        "data": data or None,
+        "limit": limit,
+        "metric": metric,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "stride": stride,
+        "pooling": pooling,
+        "template": template,
+        "beams": beams,
+        "max_tokens": max_tokens,
+        "labels": labels,
+        "device": device,
+        "dtype": dtype,
+    }
+    config = load(EvaluateConfig, settings=set_ or [], flags=flags).config
+    paths = find_models(models or [], quiet=quiet)
+    if tasks:
+        for option, value in (("--max-drop", max_drop), ("--data", data), ("--task", task)):
+            if value:
+                raise UsageError(f"`{option}` does not go with --tasks", "--task, without an s, has our own tasks")
+        return run_harness(paths, tasks, config, json=json, quiet=quiet)
+    if max_drop is not None and len(paths) < 2:
+        raise UsageError("`--max-drop` compares models, and there is one", "llmctl evaluate BEFORE AFTER --max-drop 1%")
+    note("loading torch", quiet=quiet)
+    from llmctl.engine import evaluate as engine
+
+    gate = None if max_drop is None else engine.parse_gate(max_drop)
+    evaluations = []
+    for evaluation in engine.evaluate(paths, config, lambda text: note(text, quiet=quiet)):
+        evaluations.append(evaluation)
+        note(f"{evaluation.model}: {evaluation.metric} {number(evaluation.main)}", quiet=quiet)
+    is_odd = evaluations[0].metric in ("perplexity", "loss") and engine.tokenizers_differ(paths)
+    if is_odd:
+        note(
+            "their tokenizers differ: compare bits_per_byte or accuracy (--metric), not figures per token", quiet=quiet
+        )
+    show(evaluations, json=json)
+    if gate is not None:
+        engine.check_gate(evaluations, gate)
+    return 0
+
+
+def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
+    """Return the models that are meant; without a name, the newest.
+
+    Raises: NotFoundError for one that does not exist; UsageError for data among them.
+    """
+    from llmctl.commands.common import find_model
+    from llmctl.engine.models import find_named
+
+    if not names:
+        return [find_model(None, "any", quiet=quiet)]
+    paths = [find_named(name, "any") for name in names]
+    for path in paths:
+        if path.is_file() and path.suffix not in (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"):
+            raise UsageError(f"`{path}` is no model", f"data comes after -d: llmctl evaluate MODEL -d {path}")
+    return paths
+
+
+def show(evaluations: Sequence["Evaluation"], *, json: bool) -> None:
+    """Print the figures, as a table whose first is the main one, or as one JSON object."""
+    from llmctl.engine.scores import HIGHER_IS_BETTER
+
+    first = evaluations[0]
+    is_higher_better = first.metric in HIGHER_IS_BETTER
+    if json:
+        result_json(
+            {
+                "task": first.task,
+                "metric": first.metric,
+                "higher_is_better": is_higher_better,
+                "models": [evaluation.record() for evaluation in evaluations],
+            }
+        )
+        return
+    figures = [name for name in first.measured.figures if not name.startswith("n_") and name != first.metric]
+    columns = ["model", first.metric, *figures, "rows", *COSTS]
+    rows = [cells(evaluation) for evaluation in evaluations]
+    for line in fitted(columns, rows, shutil.get_terminal_size((10_000, 24)).columns):
+        result(line)
+
+
+def cells(evaluation: "Evaluation") -> dict[str, str]:
+    """Return an evaluation as the cells of a table."""
+    from llmctl.commands.presets import short
+    from llmctl.commands.runs import size_of
+
+    record, memory = evaluation.record(), evaluation.peak_memory_bytes
+    return {
+        "model": evaluation.model,
+        **{name: number(value) for name, value in evaluation.measured.figures.items()},
+        "rows": f"{evaluation.measured.n_rows}",
+        "parameters": short(evaluation.n_parameters),
+        "size": size_of(evaluation.size_bytes),
+        "memory": "-" if memory is None else size_of(memory),
+        "tokens/s": f"{record['tokens_per_second']:.0f}",
+    }
+
+
+def number(value: float) -> str:
+    """Return a figure with four digits after the point, three where it is large; `-` where it does not exist."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"
+
+
+def fitted(columns: Sequence[str], rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Return the table with as many columns as fit into `width`; model and main figure stay whatever it is."""
+    kept = list(columns)
+    filled = [{name: row.get(name, "-") for name in columns} for row in rows]
+    for dropped in (*DROPPED_FIRST, *reversed(kept[2:])):
+        lines = table(kept, filled, right=set(columns[1:]))
+        if max(map(len, lines)) <= width:
+            return lines
+        kept = [name for name in kept if name != dropped]
+    return table(kept, filled, right=set(columns[1:]))
+
+
+def run_harness(paths: Sequence[Path], tasks: str, config: "EvaluateConfig", *, json: bool, quiet: bool) -> int:
+    """Run tasks of lm-evaluation-harness and print what they give."""
+    from llmctl.engine.harness import run_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    records = [run_tasks(path, names, config, quiet=quiet) for path in paths]
+    if json:
+        result_json({"tasks": names, "models": records})
+        return 0
+    rows = [
+        {"model": record["model"], "task": name, "figure": figure, "value": number(value)}
+        for record in records
+        for name, figures in record["tasks"].items()
+        for figure, value in figures.items()
+    ]
+    for line in table(("model", "task", "figure", "value"), rows, right={"value"}):
+        result(line)
+    return 0

@@ -16,9 +16,11 @@ from llmctl.errors import LlmctlError
 
 COMMANDS: dict[str, str] = {
     "pretrain": "Train a model from raw text: decoder, encoder or encoder-decoder.",
+    "finetune": "Adapt a model to a task, all of it or by an adapter: chat, classify, translate, ...",
     "generate": "Continue a prompt, or every line of a pipe.",
     "chat": "Talk with a model in the terminal.",
     "fill": "Fill the masks of a text with an encoder.",
+    "classify": "Give texts their labels with a model that has a classification head.",
     "evaluate": "Measure models on the same data, side by side.",
     "tokenize": "Turn text into token ids and back; train tokenizers; encode corpora.",
     "import": "Bring a published model (Hugging Face folder, GGUF) into a model folder.",
@@ -63,7 +65,7 @@ options:
 """
 
 
-FILTERS = {"evaluate", "fill", "generate", "inspect", "presets", "runs", "tokenize"}
+FILTERS = {"classify", "evaluate", "fill", "generate", "inspect", "presets", "runs", "tokenize"}
 """Commands that end with the pipe they write to, as `cat` does; a training run must not."""
 
 

@@ -22,6 +22,11 @@ def setting(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
+def listed(default: tuple[str, ...], meaning: str) -> Any:
+    """Declare a field of names, which may also be written as one text with commas between them."""
+    return field(default=default, metadata={"help": meaning, "commas": True})
+
+
 def section(kind: type, meaning: str) -> Any:
     """Declare a field that is itself a config section."""
     return field(default_factory=kind, metadata={"help": meaning})
@@ -185,7 +190,7 @@ class TrainConfig:
     save_minutes: float = setting(15.0, "minutes after which a checkpoint is saved in any case; 0 is never")
     keep_checkpoints: int = setting(2, "newest checkpoints kept beside the best")
     log_every: int = setting(10, "steps between lines of metrics.jsonl")
-    track: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, trackio, wandb, ...")
+    track: tuple[str, ...] = listed((), "trackers besides metrics.jsonl: tensorboard, trackio, wandb, ...")
     max_bad_steps: int = setting(20, "steps in a row without a finite loss and gradient after which training diverged")
     on_divergence: Literal["stop", "rollback"] = setting(
         "stop", "stop with exit code 6, or go back to the last checkpoint with a smaller learning rate and other data"
@@ -197,7 +202,7 @@ class TrainConfig:
         "", "held-out figure by which the best step is chosen, such as loss, accuracy, bleu; empty is the task's own"
     )
     label_smoothing: float = setting(0.0, "probability taken from each label and spread over all (arXiv:1512.00567)")
-    freeze: tuple[str, ...] = setting(
+    freeze: tuple[str, ...] = listed(
         (), "parameters that are not trained: embeddings, layers.0-3, or patterns of names such as model.encoder.*"
     )
     skip_spikes: bool = setting(False, "take no step whose loss or gradient stands out by 6 deviations")
@@ -239,7 +244,7 @@ class PretrainConfig:
 class ColumnsConfig:
     """Which column of a table holds what; an empty name finds the usual ones (`text`, `sentence`, `label`, ...)."""
 
-    names: tuple[str, ...] = setting((), "column names, in order, of a table whose first line is no header")
+    names: tuple[str, ...] = listed((), "column names, in order, of a table whose first line is no header")
     text: str = setting("", "column of the text (classify, text, mask, lastword)")
     pair: str = setting("", "column of the second text of a pair (classify, similarity)")
     label: str = setting("", "column of the label or number (classify, similarity)")
@@ -258,7 +263,7 @@ class AdapterConfig:
     rank: int = setting(16, "rank of the two factors")
     alpha: float = setting(32.0, "scale: the product of the factors is multiplied by alpha / rank")
     dropout: float = setting(0.0, "dropout before the first factor")
-    targets: tuple[str, ...] = setting(
+    targets: tuple[str, ...] = listed(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "linear layers that get one; those that a model does not have are passed over",
     )
@@ -268,7 +273,9 @@ class AdapterConfig:
 class FinetuneDataConfig(DataConfig):
     """Where the examples come from and how they are laid out; the keys for raw text matter to `task: text` only."""
 
-    pack: bool = setting(True, "several examples in a row, each isolated from the others (decoders)")
+    pack: Literal["auto", "always", "never"] = setting(
+        "auto", "several examples in a row, isolated from each other (decoders); auto: if that leaves enough rows"
+    )
     too_long: Literal["cut", "drop", "refuse"] = setting(
         "cut", "what happens to an example of more than train.seq_len tokens; it is counted and said in any case"
     )
@@ -307,7 +314,7 @@ class FinetuneConfig:
     problem: Literal["auto", "single", "multi", "regression"] = setting(
         "auto", "classify: one label per row, several, or a number; auto sees it in the data"
     )
-    labels: tuple[str, ...] = setting(
+    labels: tuple[str, ...] = listed(
         (), "classify: the labels in their order, or one file that lists them; empty takes those of the data"
     )
     pooling: Literal["auto", "first", "mean", "last"] = setting(

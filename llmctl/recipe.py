@@ -35,6 +35,7 @@ class Key:
     kind: Any
     default: Any
     meaning: str
+    has_commas: bool = False
 
 
 def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
@@ -53,7 +54,7 @@ def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
             default = item.default
             if item.default_factory is not dataclasses.MISSING:
                 default = item.default_factory()
-            keys[name] = Key(kind, default, item.metadata["help"])
+            keys[name] = Key(kind, default, item.metadata["help"], "commas" in item.metadata)
     return keys
 
 
@@ -191,6 +192,8 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
     """Return the value as the field's type, or note what is wrong with it."""
     from pydantic import TypeAdapter, ValidationError
 
+    if info.has_commas and isinstance(value, str):
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
     if get_origin(info.kind) is tuple and isinstance(value, (str, int)):
         value = (value,)
     if info.kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):

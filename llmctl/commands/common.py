@@ -11,14 +11,6 @@ import typer
 if TYPE_CHECKING:
     from llmctl.engine.models import Ability
 
-# Options of every command that trains.
-Nproc = Annotated[int, typer.Option(help="Processes to start on this host.")]
-Nnodes = Annotated[int, typer.Option(help="Hosts that train together; start the command on each.")]
-NodeRank = Annotated[int, typer.Option(help="This host's number, from 0.")]
-Master = Annotated[str, typer.Option(help="HOST:PORT where the hosts meet: host 0.")]
-MaxRestarts = Annotated[int, typer.Option(help="Times to start again, from the last checkpoint, when a process dies.")]
-Parallel = Annotated[str | None, typer.Option(help="ddp, or fsdp to share weights and optimizer state out.")]
-AllowChange = Annotated[list[str] | None, typer.Option(help="With --resume: a key that may differ from the run's.")]
 # Of every command that uses a model as it is.
 AdapterNames = Annotated[
     list[str] | None, typer.Option("--adapter", help="An adapter's folder, or FOLDER=WEIGHT; may be repeated.")

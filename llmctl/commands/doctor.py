@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import Master, Nnodes, NodeRank, Nproc, command_app, result, result_json
+from llmctl.commands.common import command_app, result, result_json
+from llmctl.commands.training import Master, Nnodes, NodeRank, Nproc
 
 app = command_app()
 

@@ -12,9 +12,9 @@ from llmctl.errors import UsageError
 
 app = command_app()
 
-COLUMNS = ("run", "status", "objective", "parameters", "steps", "bits/byte", "begun", "time", "size")
-RIGHT = frozenset({"parameters", "steps", "bits/byte", "time", "size", "step", "loss", "accuracy"})
-DROPPED_FIRST = ("begun", "size", "parameters", "objective", "time", "run", "steps", "bits/byte", "status")
+COLUMNS = ("run", "status", "objective", "parameters", "steps", "held out", "begun", "time", "size")
+RIGHT = frozenset({"parameters", "steps", "time", "size"})
+DROPPED_FIRST = ("begun", "size", "parameters", "objective", "time", "run", "steps", "held out", "status")
 """What a narrow terminal goes without, the first first; a run's name gives way to its number."""
 MANY = 24
 """Lines of one kind that `show` prints; --json has all."""
@@ -104,7 +104,7 @@ def for_people(row: Mapping[str, Any]) -> dict[str, str]:
         "objective": row["objective"] or "-",
         "parameters": "-" if row["n_parameters"] is None else short(row["n_parameters"]),
         "steps": steps,
-        "bits/byte": figure(row["bits_per_byte"]),
+        "held out": result_of(row),
         "begun": moment(row["begun"]),
         "time": time_taken(row["seconds"]),
         "size": size_of(row["size_bytes"]),
@@ -140,7 +140,7 @@ def report(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of one run."""
     yield record["run"]
     cells = for_people(record)
-    facts = {name: cells[name] for name in ("status", "objective", "parameters", "steps", "bits/byte")}
+    facts = {name: cells[name] for name in ("status", "objective", "parameters", "steps", "held out")}
     facts |= {"begun": cells["begun"], "time": cells["time"], "size": cells["size"]}
     facts |= {name: record[name] for name in ("command", "model", "error", "problem") if record[name]}
     facts |= {"missing": ", ".join(record["missing"])} if record["missing"] else {}
@@ -168,9 +168,10 @@ def course(record: Mapping[str, Any]) -> Iterator[str]:
     from llmctl.engine.metrics import sparkline
 
     if record["evaluations"]:
-        rows = [evaluation_cells(line) for line in record["evaluations"]]
-        yield from ("", "held-out text")
-        yield from few([f"  {line}" for line in table(tuple(rows[0]), rows, right=RIGHT)])
+        names = [name for name in EVALUATED if any(number_in(line, name) for line in record["evaluations"])]
+        rows = [evaluation_cells(line, names) for line in record["evaluations"]]
+        yield from ("", "held out")
+        yield from few([f"  {line}" for line in table(tuple(rows[0]), rows, right=set(rows[0]) - {"text"})])
     losses = record["losses"]
     if losses:
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
@@ -180,15 +181,42 @@ def course(record: Mapping[str, Any]) -> Iterator[str]:
         yield from ("", "nothing was measured yet")
 
 
-def evaluation_cells(line: Mapping[str, Any]) -> dict[str, str]:
+EVALUATED = {
+    "loss": "loss",
+    "bits_per_byte": "bits/byte",
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "mcc": "MCC",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge_l": "ROUGE-L",
+    "exact_match": "exact",
+    "token_f1": "token F1",
+}
+"""Held-out figures and what they are called in tables."""
+
+
+def number_in(line: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a line has a number of this name."""
+    return isinstance(line.get(name), (int, float))
+
+
+def evaluation_cells(line: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
     """Return one evaluation as cells; `all` marks those on the whole held-out text."""
     return {
         "step": str(line.get("step", "-")),
-        "loss": figure(line.get("loss")),
-        "bits/byte": figure(line.get("bits_per_byte")),
-        "accuracy": figure(line.get("accuracy")),
+        **{EVALUATED[name]: figure(line.get(name)) for name in names},
         "text": "all" if line.get("full") else "sample",
     }
+
+
+def result_of(row: Mapping[str, Any]) -> str:
+    """Return the figure that a run is judged by, with its name."""
+    if row["figure"] is None:
+        return "-"
+    return f"{figure(row['figure'])} {EVALUATED.get(row['metric'], row['metric'])}"
 
 
 def few(lines: Sequence[str]) -> list[str]:

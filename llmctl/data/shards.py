@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import threading
 from array import array
@@ -224,6 +225,30 @@ def write_shards(
     if part.count > 1 and len(list(folder.glob("part-*-of-*.json"))) < part.count:
         return None
     return ShardSet.open(folder)
+
+
+class RowWriter:
+    """Writes rows of ids that are made one at a time, such as those of two folders side by side.
+
+    Nothing is there before `finish`; rows of an earlier attempt are written again.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        full = {**identity, "vocab_size": vocab_size, "bos": None, "eos": None, "part_count": 1}
+        self.writer = _Writer(folder, Part(), "<u2" if vocab_size <= 1 << 16 else "<u4", full, [], SHARD_TOKENS)
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append a row."""
+        self.writer.add(ids)
+
+    def finish(self) -> ShardSet:
+        """Write what is left and the manifest, and return the folder opened."""
+        self.writer.finish()
+        return ShardSet.open(self.folder)
 
 
 def resume_state(folder: Path, part: Part, identity: Mapping[str, Any]) -> list[dict[str, Any]]:

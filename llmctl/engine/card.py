@@ -19,31 +19,49 @@ USE = {
 }
 
 
+HEAD_LOADER, HEAD_PIPELINE = "AutoModelForSequenceClassification", "text-classification"
+HEAD_USE = 'llmctl classify -m {path} "a text"'
+FIGURES = {
+    "bits_per_byte": ("bits per byte", ".3f"),
+    "loss": ("loss, nats per label", ".3f"),
+    "perplexity": ("perplexity", ".1f"),
+    "accuracy": ("labels predicted right", ".1%"),
+    "f1": ("F1", ".3f"),
+    "mcc": ("Matthews correlation", ".3f"),
+    "pearson": ("Pearson correlation", ".4f"),
+    "spearman": ("Spearman correlation", ".4f"),
+    "bleu": ("BLEU", ".2f"),
+    "chrf": ("chrF", ".1f"),
+    "rouge_l": ("ROUGE-L", ".3f"),
+    "exact_match": ("exact answers", ".1%"),
+    "token_f1": ("token F1", ".3f"),
+}
+"""What the card says of held-out figures, and in which form."""
+
+
 def model_card(facts: Mapping[str, Any]) -> str:
     """Return the card; `facts` holds name, family, architecture, objective, n_parameters, data, before, after, command."""
     family = facts["family"]
     before, after = facts["before"], facts["after"]
     rows = "\n".join(
         f"| {label} | {before[key]:{form}} | {after[key]:{form}} |"
-        for key, label, form in (
-            ("bits_per_byte", "bits per byte", ".3f"),
-            ("loss", "loss, nats per label", ".3f"),
-            ("perplexity", "perplexity", ".1f"),
-            ("accuracy", "labels predicted right", ".1%"),
-        )
+        for key, (label, form) in FIGURES.items()
+        if before.get(key) is not None and after.get(key) is not None
     )
-    data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items())
+    data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items() if key != "findings")
+    has_head = bool(facts.get("n_labels"))
+    loader = HEAD_LOADER if has_head else LOADERS[family]
     load = ""
     if facts["architecture"].startswith("Llmctl"):
         load = "This architecture is read by llmctl only.\n"
     else:
         load = (
-            "```python\nfrom transformers import AutoTokenizer, " + LOADERS[family] + "\n"
-            f'model = {LOADERS[family]}.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
+            f"```python\nfrom transformers import AutoTokenizer, {loader}\n"
+            f'model = {loader}.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
         )
     return f"""---
 library_name: transformers
-pipeline_tag: {PIPELINES[family]}
+pipeline_tag: {HEAD_PIPELINE if has_head else PIPELINES[family]}
 tags: [llmctl, {facts["objective"]}]
 ---
 
@@ -71,7 +89,7 @@ The resolved recipe is in `recipe.yaml`, the course of the training in `metrics.
 
 ## Use
 ```
-{USE[family].format(path="PATH")}
+{(HEAD_USE if has_head else USE[family]).format(path="PATH")}
 ```
 {load}
 ## Limits

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmctl.config import Family, ModelConfig, PretrainConfig
+from llmctl.config import Family, FinetuneConfig, ModelConfig, PretrainConfig
 from llmctl.engine.corpus import Corpus
 from llmctl.engine.objectives import OBJECTIVES
 from llmctl.errors import UsageError
@@ -17,7 +17,21 @@ from llmctl.model.presets import get_preset, preset_config
 DEFAULT_STEPS = {"clm": 300, "mlm": 350, "span": 200, "seq2seq": 400}
 """Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
 
-FIXED = {"objective", "model", "tokenizer", "data"}
+FIXED = {
+    "objective",
+    "model",
+    "tokenizer",
+    "data",
+    "task",
+    "method",
+    "problem",
+    "labels",
+    "pooling",
+    "template",
+    "system",
+    "adapter",
+    "columns",
+}
 """Sections of a recipe that no run changes on its way."""
 
 
@@ -34,8 +48,21 @@ def check(config: PretrainConfig) -> None:
 
     Raises: UsageError listing all of them.
     """
-    train, data = config.train, config.data
-    fits_micro = train.micro_batch_size == 0 or train.batch_size % train.micro_batch_size == 0
+    data = config.data
+    check_shared(
+        config,
+        (not 0 < data.mask_frac < 1, f"`data.mask_frac` is {data.mask_frac}, it must be between 0 and 1"),
+        (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
+    )
+
+
+def check_shared(config: PretrainConfig | FinetuneConfig, *more: tuple[bool, str]) -> None:
+    """Refuse what no training command can do, and `more`: pairs of whether something is wrong and the sentence for it.
+
+    Raises: UsageError listing all of them.
+    """
+    train, data, optim = config.train, config.data, config.optim
+    fits_micro = train.micro_batch_size <= 0 or train.batch_size % train.micro_batch_size == 0
     checks = [
         (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
         (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
@@ -48,15 +75,13 @@ def check(config: PretrainConfig) -> None:
             f"`train.batch_size` {train.batch_size} is not divisible by `train.micro_batch_size` {train.micro_batch_size}",
         ),
         (not 0 < data.val_frac < 1, f"`data.val_frac` is {data.val_frac}, it must be between 0 and 1"),
-        (not 0 < data.mask_frac < 1, f"`data.mask_frac` is {data.mask_frac}, it must be between 0 and 1"),
-        (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
         (train.log_every < 1, f"`train.log_every` is {train.log_every}, it must be at least 1"),
         (train.loss_chunk_tokens < 1, f"`train.loss_chunk_tokens` is {train.loss_chunk_tokens}, it must be at least 1"),
         (not 0 <= train.label_smoothing < 1, f"`train.label_smoothing` is {train.label_smoothing}, not in [0, 1)"),
-        (not 0 < config.optim.layer_decay <= 1, f"`optim.layer_decay` is {config.optim.layer_decay}, not in (0, 1]"),
-        (config.optim.lr <= 0, f"`optim.lr` is {config.optim.lr}, it must be positive"),
+        (not 0 < optim.layer_decay <= 1, f"`optim.layer_decay` is {optim.layer_decay}, not in (0, 1]"),
+        (optim.lr <= 0, f"`optim.lr` is {optim.lr}, it must be positive"),
     ]
-    problems = [sentence for wrong, sentence in checks if wrong]
+    problems = [sentence for wrong, sentence in [*checks, *more] if wrong]
     if problems:
         raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llmctl.config import PretrainConfig
+from llmctl.config import TRAINING, PretrainConfig
 from llmctl.engine.metrics import MetricsFile
 from llmctl.engine.models import runs_folder
 from llmctl.engine.runs import find_run, is_held, is_unfinished, read_record
@@ -28,7 +28,21 @@ from llmctl.recipe import flatten, keys_of, read_recipe, values_of
 NUMBERED = re.compile(r"(\d{4,})-")
 NO_TOTAL_STEPS = 10**9
 """What the loop's plan holds until a budget of minutes is divided by the time of a step."""
-FIGURES = ("loss", "perplexity", "bits_per_byte", "accuracy")
+FIGURES = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+    "f1",
+    "mcc",
+    "pearson",
+    "spearman",
+    "bleu",
+    "chrf",
+    "rouge_l",
+    "exact_match",
+    "token_f1",
+)
 
 
 @dataclass(frozen=True)
@@ -84,11 +98,16 @@ class History:
         """Return the last number that metrics.jsonl has for a key."""
         return next((found for line in reversed(self.lines) if (found := number(line.get(key))) is not None), None)
 
+    @property
+    def config_class(self) -> type:
+        """The config of the command that began the run."""
+        return TRAINING.get(str(self.record.get("command")), PretrainConfig)
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The recipe's values by dotted key; nothing where there is none that can be read."""
         try:
-            return dict(flatten(read_recipe(str(self.path / "recipe.yaml")), keys_of(PretrainConfig)))
+            return dict(flatten(read_recipe(str(self.path / "recipe.yaml")), keys_of(self.config_class)))
         except (LlmctlError, OSError):
             return {}
 
@@ -145,7 +164,14 @@ class History:
         after = mapping(self.summary.get("after"))
         evaluations = [line for line in self.of_kind("eval") if number(line.get("loss")) is not None]
         best = min(evaluations, key=lambda line: float(line["loss"]), default={})
-        return {name: number((after or best).get(name)) for name in FIGURES}
+        found = {name: number((after or best).get(name)) for name in FIGURES}
+        return {name: value for name, value in found.items() if value is not None or name in FIGURES[:4]}
+
+    @property
+    def metric(self) -> str:
+        """The figure that the run is judged by: a task's own, or bits per byte."""
+        named = text(self.summary.get("metric")) or "loss"
+        return "bits_per_byte" if named == "loss" and self.final["bits_per_byte"] is not None else named
 
     @property
     def seconds(self) -> float | None:
@@ -164,6 +190,8 @@ class History:
             "step": self.step,
             "total_steps": self.total_steps,
             "bits_per_byte": self.final["bits_per_byte"],
+            "metric": self.metric,
+            "figure": self.final.get(self.metric),
             "begun": text(self.record.get("created")),
             "seconds": self.seconds,
             "size_bytes": disk_bytes(self.path),
@@ -172,7 +200,7 @@ class History:
 
     def changed(self) -> dict[str, Any]:
         """Return the recipe's values that are not the defaults; a key that is not known here has none."""
-        default = values_of(PretrainConfig())
+        default = values_of(self.config_class())
         return {key: value for key, value in self.recipe.items() if key not in default or default[key] != value}
 
     def resume_command(self, defects: Sequence[str]) -> str | None:
@@ -238,7 +266,7 @@ def in_full(run: History) -> dict[str, Any]:
 
 def compare(a: History, b: History) -> dict[str, Any]:
     """Return in what two runs differ: recipe, environment, and the final figures with b - a."""
-    recipe = differing(a.recipe, b.recipe, values_of(PretrainConfig())) if a.recipe and b.recipe else None
+    recipe = differing(a.recipe, b.recipe, values_of(b.config_class())) if a.recipe and b.recipe else None
     here, there = mapping(a.record.get("environment")), mapping(b.record.get("environment"))
     return {
         "a": str(a.path),

@@ -28,11 +28,12 @@ from llmctl.engine.heldout import measure
 from llmctl.engine.journal import Journal, Tracker
 from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.masters import MasterGradients, Masters, wants_masters
-from llmctl.engine.objectives import HIGHER_IS_BETTER, Objective
+from llmctl.engine.objectives import Objective
 from llmctl.engine.parallel import Gradients, lay_out, make_gradients
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
 from llmctl.engine.runtime import Runtime, describe_environment, differences
+from llmctl.engine.scores import HIGHER_IS_BETTER
 from llmctl.engine.sharding import fill, is_sharded, local, own_parts, whole_tensor
 from llmctl.engine.signals import Caught, watch_signals
 from llmctl.engine.state import State
@@ -440,9 +441,10 @@ class _Loop:
         best = state.best_value, state.best_step, state.checks_since_best
         name = self.t.metric
         value = figures[name]
-        if state.best_value is None or (
-            value >= state.best_value if name in HIGHER_IS_BETTER else value <= state.best_value
-        ):
+        # What cannot be told, such as a correlation with a constant, is no better than anything.
+        sign = 1 if name in HIGHER_IS_BETTER else -1
+        is_best = state.best_value is None or sign * value >= sign * state.best_value
+        if is_best and not math.isnan(value):
             state.best_value, state.best_step, state.checks_since_best = value, state.step, 0
         else:
             state.checks_since_best += 1

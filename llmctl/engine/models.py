@@ -20,17 +20,20 @@ if TYPE_CHECKING:
     from llmctl.model.transformer import LanguageModel
     from llmctl.tokenizer.base import Tokenizer
 
-Ability = Literal["generate", "fill", "any"]
+Ability = Literal["generate", "fill", "classify", "any"]
+EVERY = ("decoder", "encoder", "encoder_decoder")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "generate": ("decoder", "encoder_decoder"),
     "fill": ("encoder",),
-    "any": ("decoder", "encoder", "encoder_decoder"),
+    "classify": EVERY,
+    "any": EVERY,
 }
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 """The files of which a model folder has one; the last makes it an adapter's."""
 MAKE_ONE = {
     "generate": "make one in a minute: llmctl pretrain",
     "fill": "make one in a minute: llmctl pretrain --objective mlm",
+    "classify": "llmctl finetune MODEL DATA --task classify makes one",
     "any": "make one in a minute: llmctl pretrain",
 }
 
@@ -178,8 +181,16 @@ def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
 
 
 def newest_run(able: Ability) -> Path | None:
-    """Return the newest finished run whose family can do what is asked."""
-    return next((path for path, record in finished_runs() if record.get("family") in FAMILIES[able]), None)
+    """Return the newest finished run that can do what is asked."""
+    return next(
+        (path for path, record in finished_runs() if can(able, record.get("family"), bool(record.get("has_head")))),
+        None,
+    )
+
+
+def can(able: Ability, family: Any, has_head: bool) -> bool:
+    """Tell whether a model of a family, with a classification head or without, can do what is asked."""
+    return family in FAMILIES[able] and (able == "any" or has_head == (able == "classify"))
 
 
 def nothing_found(able: Ability) -> NotFoundError:
@@ -187,10 +198,11 @@ def nothing_found(able: Ability) -> NotFoundError:
     runs = finished_runs()
     if runs:
         path, record = runs[0]
-        other = "llmctl fill" if able == "generate" else "llmctl generate"
+        family, has_head = str(record.get("family", "unknown")), bool(record.get("has_head"))
+        what = "a classifier" if has_head else a_model(family)
         return NotFoundError(
-            f"no run can {able}: the newest, `{path}`, is {a_model(str(record.get('family', 'unknown')))}",
-            f"`{other}` uses it; or {MAKE_ONE[able]}",
+            f"no run can {able}: the newest, `{path}`, is {what}",
+            f"`llmctl {use_of(family, has_head=has_head)}` uses it; or {MAKE_ONE[able]}",
         )
     return NotFoundError("no model yet", MAKE_ONE[able])
 
@@ -243,16 +255,18 @@ def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
 
     Raises: UsageError naming the command that can use it.
     """
-    family = config.family
-    if config.n_labels and able != "any":
-        raise UsageError(
-            f"`{path}` is a classifier, which cannot {able}", f"name another model with -m; or {MAKE_ONE[able]}"
-        )
-    if family not in FAMILIES[able]:
-        other = "llmctl fill" if able == "generate" else "llmctl generate"
-        raise UsageError(
-            f"`{path}` is {a_model(family)}, which cannot {able}", f"`{other}` uses it; or {MAKE_ONE[able]}"
-        )
+    has_head = config.n_labels > 0
+    if not can(able, config.family, has_head):
+        what = "a classifier" if has_head else a_model(config.family)
+        other = use_of(config.family, has_head=has_head)
+        raise UsageError(f"`{path}` is {what}, which cannot {able}", f"`llmctl {other}` uses it; or {MAKE_ONE[able]}")
+
+
+def use_of(family: str, *, has_head: bool) -> str:
+    """Return the command that uses a model."""
+    if has_head:
+        return "classify"
+    return "fill" if family == "encoder" else "generate"
 
 
 def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any") -> Loaded:

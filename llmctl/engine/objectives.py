@@ -160,18 +160,3 @@ class Classification(Objective):
                 found, wanted = found[:, 0], wanted[:, 0]
             figures["f1"] = f1_score(found, wanted, self.model.config.n_labels)
         return figures | {"n_labels": int(count)}
-
-
-HIGHER_IS_BETTER = {
-    "accuracy",
-    "f1",
-    "mcc",
-    "pearson",
-    "spearman",
-    "bleu",
-    "chrf",
-    "rouge_l",
-    "exact_match",
-    "token_f1",
-}
-"""Figures of which more is better; of all others less is."""

@@ -15,6 +15,7 @@ from typing import Any
 from llmctl.engine import checkpoint
 from llmctl.engine.checks import refuse_changes
 from llmctl.engine.corpus import CORPUS
+from llmctl.engine.finetune import Finetuning
 from llmctl.engine.freezing import freeze
 from llmctl.engine.job import Job
 from llmctl.engine.loop import Training, fit
@@ -45,7 +46,7 @@ from llmctl.files import ensure_writable, write_bytes
 from llmctl.formats.families import family_for
 from llmctl.recipe import Resolved, changed_keys, dump, load, nested, values_of
 
-JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining,)}
+JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining, Finetuning)}
 """The jobs of the commands that train."""
 
 

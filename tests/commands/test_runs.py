@@ -28,7 +28,18 @@ def test_the_list_has_one_line_per_run(capsys, runs, monkeypatch):
     status, out, err = call(capsys, "ls")
     assert (status, err) == (0, "")
     header, *rows = out.splitlines()
-    assert header.split() == ["run", "status", "objective", "parameters", "steps", "bits/byte", "begun", "time", "size"]
+    assert header.split() == [
+        "run",
+        "status",
+        "objective",
+        "parameters",
+        "steps",
+        "held",
+        "out",
+        "begun",
+        "time",
+        "size",
+    ]
     assert [row.split()[:3] for row in rows] == [
         [FIRST, "finished", "clm"],
         [SECOND, "finished", "mlm"],
@@ -100,7 +111,7 @@ def test_show_tells_a_finished_run(capsys, runs):
     status, out, err = call(capsys, "show", "1")
     assert (status, err) == (0, "")
     assert out.startswith(f"runs/{FIRST}\n  status      finished\n")
-    for part in ("train.steps           12\n", "torch", "held-out text", "loss  ", "step-00000012", "valid"):
+    for part in ("train.steps           12\n", "torch", "held out", "loss  ", "step-00000012", "valid"):
         assert part in out
     assert "--resume" not in out
     assert out.splitlines()[0] == json.loads(call(capsys, "show", "1", "--json")[1])["run"]

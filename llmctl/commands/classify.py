@@ -1,0 +1,83 @@
+"""`llmctl classify`: texts -> their labels, or numbers, on stdout."""
+
+import sys
+from itertools import islice
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmctl.commands.common import command_app, find_model, note, result, result_json
+from llmctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmctl.engine.classify import Classified
+
+app = command_app()
+WINDOW_TEXTS = 256
+
+
+@app.command()
+def classify(
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="A text; `-` reads one per line.")] = None,
+    pair: Annotated[str | None, typer.Argument(metavar="TEXT2", help="The second text of a pair.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="A model with a classification head: a folder, file or run.")
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Lines are pairs with a tab between.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per text, with all labels.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
+) -> None:
+    """Give texts their labels with a model that `llmctl finetune --task classify` made.
+
+    One text gives a line `probability<TAB>label` per label. From a pipe every text gives one line with its label, its
+    labels with | between, or its number.
+
+    Examples:
+
+      llmctl classify "a warm, funny film"
+
+      llmctl classify - < reviews.txt > labels.txt
+    """
+    is_piped = text in (None, "-")
+    if is_piped and text is None and sys.stdin.isatty():
+        raise UsageError("no text", 'llmctl classify "a text", or - to read texts from a pipe')
+    from llmctl.commands.generate import argument, read_prompts
+
+    texts: Iterator[tuple[str, ...]]
+    if is_piped:
+        texts = (tuple(line.split("\t", 1)) if pairs else (line,) for line in read_prompts(whole=False, null=False))
+    else:
+        texts = iter([(argument(text), *([] if pair is None else [argument(pair)]))])
+    path = find_model(model, "classify", quiet=quiet)
+    from llmctl.engine.classify import classify as classify_texts
+    from llmctl.engine.models import load_model
+
+    loaded = load_model(path, device=device, dtype=dtype, able="classify")
+    n_cut = 0
+    while window := list(islice(texts, WINDOW_TEXTS)):
+        for found in classify_texts(loaded, window):
+            n_cut += found.n_cut > 0
+            show(found, json=json, is_piped=is_piped)
+    if n_cut:
+        note(f"{n_cut:,} texts were longer than the model's context and were cut", quiet=quiet)
+
+
+def show(found: "Classified", *, json: bool, is_piped: bool) -> None:
+    """Write what was found for one text."""
+    numbers = " ".join(f"{value:.4f}" for value in found.values)
+    if json:
+        record: dict[str, object] = dict(zip(("text", "pair"), found.texts, strict=False))
+        record |= {"values": [round(value, 6) for value in found.values]} if found.values else {}
+        if found.probabilities:
+            record |= {"labels": list(found.chosen)}
+            record |= {"p": {name: round(share, 6) for name, share in found.probabilities.items()}}
+        result_json(record)
+    elif is_piped or found.values:
+        result(numbers or "|".join(found.chosen))
+    else:
+        for name, share in found.probabilities.items():
+            result(f"{share:.3f}\t{name}")

@@ -1,0 +1,208 @@
+"""`llmctl finetune`: flags -> FinetuneConfig -> one training run -> the model's or the adapter's path on stdout."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmctl.commands.common import command_app, find_model, note, result, result_json
+from llmctl.commands.training import (
+    AllowChange,
+    BatchSize,
+    Compile,
+    Deterministic,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Master,
+    MaxRestarts,
+    Minutes,
+    Nnodes,
+    NodeRank,
+    Nproc,
+    Out,
+    Parallel,
+    PrintConfig,
+    Quiet,
+    Recipe,
+    Resume,
+    Seed,
+    SeqLen,
+    Set,
+    Steps,
+    Track,
+    Verbose,
+    loop_flags,
+    refuse_shared_stdin,
+    run_training,
+)
+
+if TYPE_CHECKING:
+    from llmctl.config import FinetuneConfig
+    from llmctl.engine.job import Job
+    from llmctl.recipe import Resolved
+
+app = command_app()
+
+
+@app.command()
+def finetune(
+    model: Annotated[str | None, typer.Argument(help="The model to adapt: a folder, a file or a run.")] = None,
+    data: Annotated[list[str] | None, typer.Argument(help="Examples: files, folders, globs or `-`.")] = None,
+    task: Annotated[str | None, typer.Option(help="chat, text, classify, translate, summarize or qa.")] = None,
+    method: Annotated[str | None, typer.Option(help="full, or an adapter: lora, dora.")] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Examples that are held out; else a share of the data.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="classify: the labels, with commas between, or a file with one per line.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="Names of a table's columns whose first line is no header: text,label.")
+    ] = None,
+    recipe: Recipe = None,
+    out: Out = None,
+    epochs: Annotated[float | None, typer.Option(help="Budget in passes over the examples.")] = None,
+    steps: Steps = None,
+    minutes: Minutes = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
+    merge: Annotated[bool | None, typer.Option("--merge", help="Write the whole model, not the adapter.")] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="What is not trained: embeddings, layers.0-3, a pattern of names.")
+    ] = None,
+    batch_size: BatchSize = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    compile_: Compile = None,
+    set_: Set = None,
+    nproc: Nproc = 1,
+    nnodes: Nnodes = 1,
+    node_rank: NodeRank = 0,
+    master: Master = "",
+    max_restarts: MaxRestarts = 0,
+    parallel: Parallel = None,
+    deterministic: Deterministic = None,
+    track: Track = None,
+    resume: Resume = None,
+    allow_change: AllowChange = None,
+    show_example: Annotated[
+        bool, typer.Option("--show-example", help="Show the first example and what of it is trained.")
+    ] = False,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Findings in the data are an error.")] = None,
+    print_config: PrintConfig = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Examine the data, print what was found, and end.")
+    ] = False,
+    force: Force = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> int:
+    """Adapt a model to a task; prints the folder of the model, or of the adapter.
+
+    Examples:
+
+      llmctl finetune latest chats.jsonl --task chat --show-example
+
+      llmctl finetune encoder reviews.csv --task classify --method lora
+
+      llmctl finetune runs/0003 train.tsv --val dev.tsv --task translate -o translator
+    """
+    from llmctl.config import FinetuneConfig
+    from llmctl.recipe import dump, load
+
+    flags: dict[str, Any] = {
+        "data.paths": data or None,
+        "data.val_paths": val or None,
+        "data.strict": strict,
+        "task": task,
+        "method": method,
+        "columns.names": columns,
+        "labels": labels,
+        "merge": merge,
+        "adapter.rank": rank,
+        "optim.lr": lr,
+        "train.epochs": epochs,
+        "train.freeze": freeze or None,
+    }
+    flags |= loop_flags(
+        steps=steps,
+        minutes=minutes,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        compile_=compile_,
+        track=track,
+        parallel=parallel,
+        deterministic=deterministic,
+    )
+    refuse_shared_stdin(recipe, nproc * nnodes)
+    resolved = load(FinetuneConfig, recipe=recipe, settings=set_ or [], flags=flags)
+    if not resume or resume == "auto":
+        resolved = with_model(resolved, model, quiet=quiet)
+        refuse_single_file(resolved.config, out)
+    if print_config:
+        result(dump(resolved).rstrip("\n"))
+        return 0
+    if dry_run:
+        from llmctl.engine.dry_finetune import examine
+
+        report = examine(resolved.config, shows_example=show_example)
+        result_json(report.to_dict()) if json else result(report.render())
+        return 0
+    from llmctl.engine.launch import Layout
+
+    def make_job(resolved: "Resolved[FinetuneConfig]") -> "Job":
+        from llmctl.engine.finetune import Finetuning, settle
+
+        return Finetuning(settle(resolved.config), shows_example=show_example)
+
+    return run_training(
+        "finetune",
+        resolved,
+        make_job,
+        Layout(nproc, nnodes, node_rank, master, max_restarts, resolved.config.parallel.timeout_seconds),
+        check=check_config,
+        out=out,
+        resume=resume,
+        allowed=allow_change or (),
+        force=force,
+        json=json,
+        quiet=quiet,
+        verbose=verbose,
+    )
+
+
+def with_model(resolved: "Resolved[FinetuneConfig]", model: str | None, *, quiet: bool) -> "Resolved[FinetuneConfig]":
+    """Return the config with the model that is meant: the argument, the recipe's, or the one found without a name."""
+    from dataclasses import replace
+
+    from llmctl.recipe import Resolved
+
+    name = model or resolved.config.model or None
+    path = find_model(name, "any", quiet=quiet or name is not None)
+    if name is not None and str(path) != name:
+        note(f"model: {path}", quiet=quiet)
+    origins = resolved.origins | ({"model": "flag"} if model else {})
+    return Resolved(replace(resolved.config, model=str(path)), origins)
+
+
+def refuse_single_file(config: "FinetuneConfig", out: Any) -> None:
+    """Refuse to write an adapter as a single file, which is a model's form.
+
+    Raises: UsageError.
+    """
+    from llmctl.errors import UsageError
+
+    if out is not None and out.suffix == ".safetensors" and config.method != "full" and not config.merge:
+        raise UsageError(f"`{out}` is a single file, an adapter is a folder", "-o FOLDER, or --merge for a whole model")
+
+
+def check_config(config: "FinetuneConfig") -> None:
+    """Refuse settings that exclude each other."""
+    from llmctl.engine.finetune import Finetuning, settle
+
+    Finetuning(settle(config)).check()

@@ -1,0 +1,342 @@
+"""Fine-tuning as a job: a model that is there, examples of a task, and all its weights or an adapter beside them."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from llmctl.config import FinetuneConfig, ModelChoice, ModelConfig, PretrainConfig
+from llmctl.data.batches import AnswerBatches, ClassBatches, Ids, PairBatches
+from llmctl.data.labels import Labels
+from llmctl.data.stream import ExampleRows, PackedExamples, PairRows
+from llmctl.engine.adapted import identity_of, read_model
+from llmctl.engine.adapters import save_adapter
+from llmctl.engine.batch import BatchSource
+from llmctl.engine.checks import check_corpus, check_shared
+from llmctl.engine.corpus import Corpus, keep_corpus, open_corpus, prepare_corpus
+from llmctl.engine.example_corpus import chat_of, prepare_examples
+from llmctl.engine.feed import make_batches
+from llmctl.engine.flops import Rows
+from llmctl.engine.heads import with_head
+from llmctl.engine.job import Job, Say
+from llmctl.engine.loop import Fitted
+from llmctl.engine.models import Loaded, load_model
+from llmctl.engine.objectives import Classification, Objective
+from llmctl.engine.plan import rows_of
+from llmctl.engine.pretrain import label_prediction
+from llmctl.engine.runs import Run
+from llmctl.engine.runtime import Runtime
+from llmctl.engine.samples import Sampler
+from llmctl.engine.show import show_example
+from llmctl.engine.tuned_texts import make_sampler, make_score
+from llmctl.errors import ArtifactError, UsageError
+from llmctl.formats.parameters import parameter_shapes
+from llmctl.model.lora import add_adapters, merge_adapters
+from llmctl.model.transformer import LanguageModel
+
+TEXT_OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder_decoder": "span"}
+"""What `task: text` trains a family on: what it was pretrained on."""
+
+METRICS = {"translate": "bleu", "summarize": "rouge_l", "qa": "token_f1"}
+PROBLEM_METRICS = {"single": "accuracy", "multi": "f1", "regression": "spearman"}
+"""A task's own figure, by which the best step is chosen; of the others the loss."""
+
+FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
+SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
+DEFAULT_EPOCHS = 3.0
+FEWEST_PACKED_STEPS = 8
+"""With fewer steps in an epoch than this, packing leaves a model too few of them to learn from."""
+
+
+def settle(config: FinetuneConfig) -> FinetuneConfig:
+    """Give a run the budget, the rows and the learning rate that its model asks for, so that its recipe says them.
+
+    Learning rates fall with the root of the model's size, from BERT-base's 5e-5 (Devlin et al. 2019, A.3); adapters
+    take ten times as much (Schulman et al. 2025, "LoRA Without Regret").
+    Raises: NotFoundError or ArtifactError for a model that is not there or damaged.
+    """
+    train, optim = config.train, config.optim
+    shape = read_model(Path(config.model)).config
+    if not (train.steps or train.tokens or train.minutes or train.epochs):
+        train = replace(train, epochs=DEFAULT_EPOCHS)
+    train = replace(train, seq_len=min(train.seq_len, shape.max_positions))
+    if not optim.lr:
+        n_parameters = sum(int(np.prod(dims)) for dims in parameter_shapes(shape).values())
+        factor = 1.0 if config.method == "full" else ADAPTER_FACTOR
+        rate = factor * FULL_LR * (REFERENCE_PARAMETERS / n_parameters) ** 0.5
+        rate = min(max(rate, SMALLEST_LR), LARGEST_LR * (1.0 if config.method == "full" else 2.0))
+        optim = replace(optim, lr=float(f"{rate:.2g}"))
+    return replace(config, train=train, optim=optim)
+
+
+class Finetuning(Job):
+    """Adapt a model to a task."""
+
+    command = "finetune"
+    config_class = FinetuneConfig
+    config: FinetuneConfig
+
+    def __init__(self, config: FinetuneConfig, *, shows_example: bool = False) -> None:
+        super().__init__(config)
+        self.shows_example = shows_example
+
+    @property
+    def objective(self) -> str:
+        """The task."""
+        return self.config.task
+
+    @property
+    def label(self) -> str:
+        """The task and the model."""
+        return f"{self.config.task}-{Path(self.config.model).name.removesuffix('.safetensors')}"
+
+    def check(self) -> None:
+        """Refuse settings that exclude each other."""
+        check_shared(self.config)
+        if not self.config.data.paths:
+            raise UsageError("no data to fine-tune on", "llmctl finetune MODEL DATA --task TASK")
+        if self.config.task != "classify" and self.config.labels:
+            raise UsageError("`labels` are for `--task classify`", "leave them away")
+
+    @cached_property
+    def base(self) -> Loaded:
+        """The model to adapt, in float32 on the CPU.
+
+        Raises: UsageError for a model that has no tokenizer or cannot be trained on the task.
+        """
+        base = load_model(Path(self.config.model), device="cpu", dtype="float32")
+        family, task = base.model.config.family, self.config.task
+        if base.tokenizer is None:
+            raise UsageError(f"`{self.config.model}` has no tokenizer", "import the model with its tokenizer files")
+        if family == "encoder" and task not in ("classify", "text"):
+            raise UsageError(
+                f"`{self.config.model}` is an encoder, which writes no text, as `--task {task}` asks",
+                "--task classify, or a decoder or an encoder-decoder",
+            )
+        if family == "encoder_decoder" and task == "chat":
+            raise UsageError(
+                f"`{self.config.model}` is an encoder-decoder, `--task chat` is for decoders",
+                "--task qa, translate or summarize maps one text to another",
+            )
+        if base.model.config.n_labels and task != "classify":
+            raise UsageError(
+                f"`{self.config.model}` has a classification head, `--task {task}` needs one over the vocabulary",
+                "--task classify, or the model it was made from",
+            )
+        return base
+
+    @property
+    def text_config(self) -> PretrainConfig:
+        """The pretraining that `task: text` is."""
+        config, family = self.config, self.base.model.config.family
+        return PretrainConfig(
+            objective=TEXT_OBJECTIVES[family],  # type: ignore[arg-type]
+            model=ModelChoice(config.model),
+            data=config.data,
+            optim=config.optim,
+            train=config.train,
+            parallel=config.parallel,
+        )
+
+    def prepare(self, folder: Path, say: Say) -> None:
+        """Read, examine, split and encode the examples."""
+        if self.config.task == "text":
+            corpus = prepare_corpus(self.text_config, folder, self.base.tokenizer, say)
+        else:
+            corpus, findings, first = prepare_examples(self.config, folder, self.base)
+            for line in findings.lines():
+                say(line)
+            if self.shows_example:
+                say(show_example(self.base, first, corpus.provenance["task"]))
+            if self.config.data.strict:
+                findings.refuse()
+            corpus.provenance["findings"] = findings.to_dict()
+        base = {"path": self.config.model, "sha256": identity_of(self.base.artifact)}
+        corpus.provenance["base"] = base
+        keep_corpus(corpus, folder)
+
+    def load(self, folder: Path, say: Say) -> None:
+        """Open the examples; give the model its head and its adapter.
+
+        Raises: ArtifactError if the model is not the one that the run was begun with.
+        """
+        self.corpus = open_corpus(folder)
+        begun_with = self.corpus.provenance["base"]["sha256"]
+        if identity_of(self.base.artifact) != begun_with:
+            raise ArtifactError(
+                f"`{self.config.model}` is not the model that this run was begun with ({begun_with[:12]})",
+                "put it back, or start a new run",
+            )
+        self.model = self.base.model
+        self.metric = METRICS.get(self.config.task, "loss")
+        if self.metric == "bleu" and find_spec("sacrebleu") is None:
+            say("the best step is chosen by the loss: BLEU needs sacrebleu (pip install 'llmctl[eval]')")
+            self.metric = "loss"
+        if self.config.task == "text":
+            check_corpus(self.text_config, self.corpus)
+        if self.config.task == "classify":
+            labels = self.labels
+            n_outputs = len(labels.names) or self.corpus.arrays["values"].shape[1]
+            seed = self.config.train.seed
+            self.model = with_head(self.base, labels, n_outputs, pooling=self.config.pooling, seed=seed)
+            self.metric = PROBLEM_METRICS[labels.problem]
+        self.model.train()
+        if self.config.method != "full":
+            layers = self.adapt(self.model)
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            share = trained / sum(p.numel() for p in self.model.parameters())
+            what = f"{self.config.method} of rank {self.config.adapter.rank} on {len(layers)} layers"
+            say(f"{what}: {trained:,} parameters trained, {share:.2%} of all")
+
+    def adapt(self, model: LanguageModel) -> list[str]:
+        """Give a model the adapters of this run, and return the layers that have one."""
+        adapter = self.config.adapter
+        return add_adapters(
+            model,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            targets=adapter.targets,
+            dropout=adapter.dropout,
+            dora=self.config.method == "dora",
+            seed=self.config.train.seed,
+        )
+
+    @property
+    def labels(self) -> Labels:
+        """The labels of the data."""
+        task = self.corpus.provenance["task"]
+        return Labels(task["problem"], tuple(task["labels"]))
+
+    def rows(self) -> Rows:
+        """Return the rows of a step, as full as they can be."""
+        if self.config.task == "text":
+            return rows_of(self.text_config, self.model.config)
+        train = self.config.train
+        is_pair = self.model.config.family == "encoder_decoder"
+        return Rows(train.batch_size, train.seq_len, train.seq_len if is_pair else 0, packed=True)
+
+    def make_objective(self) -> Objective:
+        """Return classification, or label prediction."""
+        if self.config.task == "classify":
+            return Classification(self.model, self.config.train.label_smoothing)
+        return label_prediction(self)
+
+    def make_batches(self, *, shuffle: bool) -> BatchSource:
+        """Return the batches of the task."""
+        if self.config.task == "text":
+            return make_batches(self.text_config, self.corpus, self.model.config, shuffle=shuffle)
+        return example_batches(self.config, self.corpus, self.model.config, shuffle=shuffle)
+
+    def make_sampler(self, folder: Path) -> Sampler | None:
+        """Return what answers a few held-out examples."""
+        del folder
+        return make_sampler(self, self.base.artifact) if self.config.task != "classify" else None
+
+    def make_score(self, runtime: Runtime) -> Callable[[int | None], dict[str, float]] | None:
+        """Return what lets the model write and compares, for tasks that are about texts."""
+        return make_score(self, self.base.artifact, runtime)
+
+    def identity(self) -> dict[str, str]:
+        """Return what all processes must have in common."""
+        return super().identity() | {"model": self.corpus.provenance["base"]["sha256"]}
+
+    def files(self) -> dict[str, bytes]:
+        """Return what lay beside the base, and the template that conversations were rendered with."""
+        files = {**self.base.artifact.files, **super().files()}
+        return files | chat_of(self.base).files() if self.config.task == "chat" else files
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the template that prompts were filled into, for whoever uses the model."""
+        template = self.corpus.provenance.get("task", {}).get("template")
+        return {"template": template} if template else {}
+
+    def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
+        """Write the adapter, or the whole model."""
+        if self.config.method == "full" or self.config.merge:
+            super().write(folder, fitted, provenance)
+            return
+        save_adapter(
+            self.trained_model(fitted.weights),
+            folder,
+            base=self.base.artifact,
+            provenance=provenance,
+            files=self.files(),
+            force=True,
+        )
+
+    def trained_model(self, weights: Mapping[str, Tensor]) -> LanguageModel:
+        """Return the trained model in one piece, whatever processes it was shared out to."""
+        model = LanguageModel(self.model.config)
+        if self.config.method != "full":
+            self.adapt(model)
+        model.load_state_dict(super().weights(weights))
+        return model
+
+    def weights(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the model's state with the adapter in its weights."""
+        if self.config.method == "full":
+            return super().weights(trained)
+        model = self.trained_model(trained)
+        merge_adapters(model)
+        return model.state_dict()
+
+    def facts(self) -> dict[str, Any]:
+        """Return the method, the base, and what was found in the data."""
+        facts: dict[str, Any] = {"method": self.config.method, "base": self.config.model}
+        facts["n_trained"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return facts | {"findings": self.corpus.provenance.get("findings", {})}
+
+    def closing(self, summary: Mapping[str, Any], run: Run) -> str:
+        """Return the task's figure before and after, and a command to use the model."""
+        del run
+        name = summary["metric"]
+        before, after = (
+            "-" if summary[when][name] is None else f"{summary[when][name]:.4g}" for when in ("before", "after")
+        )
+        model = shlex.quote(summary["model"])
+        use = {
+            "classify": f'llmctl classify -m {model} "a text"',
+            "chat": f"llmctl chat {model}",
+        }.get(self.config.task, f'llmctl generate -m {model} "a text"')
+        if self.model.config.family == "encoder" and self.config.task == "text":
+            use = f'llmctl fill -m {model} "a <mask> text"'
+        return (
+            f"{summary['n_trained']:,} of {summary['n_parameters']:,} parameters trained, {summary['steps']:,} steps in "
+            f"{summary['seconds']:.0f} s: {name} {before} -> {after} on held-out examples\nnext: {use}"
+        )
+
+
+def example_batches(config: FinetuneConfig, corpus: Corpus, model: ModelConfig, *, shuffle: bool) -> BatchSource:
+    """Return the batches of a task over the training or the held-out part."""
+    train = config.train
+    selection = corpus.train if shuffle else corpus.held_out
+    ids = Ids(
+        pad=max(model.pad_id, 0),
+        eos=max(model.eos_id, 0),
+        decoder_start=max(model.decoder_start_id, 0),
+        special=corpus.tokenizer.token_bytes() == 0,
+    )
+    options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
+    lengths = corpus.documents.lengths
+    if config.task == "classify":
+        first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
+        order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
+        return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
+    assert corpus.targets is not None
+    if model.family == "encoder_decoder":
+        pairs = PairRows(corpus.documents, corpus.targets, selection, batch_size=train.batch_size, **options)
+        return PairBatches(pairs, ids, train.seq_len)
+    # Training and held-out rows are laid out alike, by what there is to train on.
+    n_steps = int((lengths[corpus.train] - 1).sum()) / (train.seq_len * train.batch_size)
+    rows: PackedExamples | ExampleRows
+    if config.data.pack == "always" or (config.data.pack == "auto" and n_steps >= FEWEST_PACKED_STEPS):
+        rows = PackedExamples(lengths - 1, selection, seq_len=train.seq_len, **options)
+    else:
+        rows = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
+    return AnswerBatches(corpus.documents, corpus.targets, rows, ids, train.seq_len)

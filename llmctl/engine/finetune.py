@@ -34,7 +34,7 @@ from llmctl.engine.runs import Run
 from llmctl.engine.runtime import Runtime
 from llmctl.engine.samples import Sampler
 from llmctl.engine.show import show_example
-from llmctl.engine.tuned_texts import make_sampler, make_score
+from llmctl.engine.written import make_sampler, make_score
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.parameters import parameter_shapes
 from llmctl.model.lora import add_adapters, merge_adapters

@@ -1,7 +1,7 @@
 """Pretraining as a job: raw text or pairs, a model from a preset or one that is there, and its objective."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from llmctl.engine.objectives import LabelPrediction, Objective
 from llmctl.engine.outcome import xz_comparison
 from llmctl.engine.plan import rows_of
 from llmctl.engine.runs import Run
+from llmctl.engine.runtime import Runtime
 from llmctl.engine.samples import Sampler, make_sampler, own_prompts
+from llmctl.engine.written import make_score
 from llmctl.formats.artifact import Artifact
 
 
@@ -77,6 +79,10 @@ class Pretraining(Job):
     def make_sampler(self, folder: Path) -> Sampler:
         """Return what continues, fills or answers the sample prompts."""
         return make_sampler(self.config, self.corpus, self.model, Artifact(folder, "", self.model.config, {}, {}))
+
+    def make_score(self, runtime: Runtime) -> Callable[[int | None], dict[str, float]] | None:
+        """Return what scores the targets that the model writes, where pairs are learned and `train.metric` asks for it."""
+        return make_score(self, Artifact(Path(), "", self.model.config, {}, {}), runtime)
 
     def facts(self) -> dict[str, Any]:
         """Return what xz makes of the same text."""

@@ -1,4 +1,4 @@
-"""Held-out examples in the model's own words while it is tuned: a few to look at, and scores of many."""
+"""Held-out examples in the words of the model that is trained: a few to look at, and scores of many."""
 
 from collections.abc import Callable, Mapping, Sequence
 

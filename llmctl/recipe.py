@@ -87,7 +87,7 @@ def load(
     if recipe is not None:
         take((key, value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe), keys))
     take(from_environment(keys, os.environ if environment is None else environment))
-    take(from_settings(settings, problems))
+    take(from_settings(settings, keys, problems))
     take((key, value, "flag") for key, value in (flags or {}).items() if value is not None)
     config = None if problems else build(config_class, values, keys, origins, problems)
     if problems or config is None:
@@ -142,17 +142,26 @@ def from_environment(keys: Mapping[str, Key], environment: Mapping[str, str]) ->
     for key in keys:
         variable = "LLMCTL_" + key.replace(".", "_").upper()
         if variable in environment and variable not in RESERVED_VARIABLES:
-            yield key, parse(environment[variable]), f"environment {variable}"
+            yield key, parse_for(key, environment[variable], keys), f"environment {variable}"
 
 
-def from_settings(settings: Sequence[str], problems: list[str]) -> Iterator[tuple[str, Any, str]]:
+def from_settings(
+    settings: Sequence[str], keys: Mapping[str, Key], problems: list[str]
+) -> Iterator[tuple[str, Any, str]]:
     """Yield the keys of `--set key=value`; a malformed one is a problem."""
     for item in settings:
         key, equals, text = item.partition("=")
         if not equals:
             problems.append(f"--set `{item}` has no `=`, write --set section.key=value")
             continue
-        yield key.strip(), parse(text), "--set"
+        yield key.strip(), parse_for(key.strip(), text, keys), "--set"
+
+
+def parse_for(key: str, text: str, keys: Mapping[str, Key]) -> Any:
+    """Read a key's value as YAML does, except that what is to be text stays text: `{source}` is a template, no mapping."""
+    value = parse(text)
+    is_text = key in keys and keys[key].kind is str
+    return text if is_text and not isinstance(value, str) else value
 
 
 def parse(text: str) -> Any:

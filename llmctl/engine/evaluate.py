@@ -19,6 +19,7 @@ from llmctl.config import EvaluateConfig, Family, ModelConfig
 from llmctl.data.builtin import builtin_documents
 from llmctl.data.examples import TASKS, Example, read_examples
 from llmctl.data.sources import expand, is_pipe, read_documents
+from llmctl.engine.adapted import read_model
 from llmctl.engine.evaluate_answers import FIGURES, evaluate_answers
 from llmctl.engine.evaluate_choices import evaluate_choice, evaluate_lastword
 from llmctl.engine.evaluate_labels import evaluate_classify, evaluate_similarity
@@ -30,7 +31,6 @@ from llmctl.engine.metrics import rounded
 from llmctl.engine.models import Loaded, a_model, choose_device, load_model
 from llmctl.engine.scores import HIGHER_IS_BETTER
 from llmctl.errors import GateError, UsageError
-from llmctl.formats.artifact import read_artifact
 
 Say = Callable[[str], None]
 EVERY: tuple[Family, ...] = ("decoder", "encoder", "encoder_decoder")
@@ -156,7 +156,7 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterato
     """
     check(config)
     choose_device(config.device)
-    models = {path: read_artifact(path).config for path in paths}
+    models = {path: read_model(path).config for path in paths}
     if config.task == "auto":
         config = replace(config, task=default_task(models[paths[0]]))  # type: ignore[arg-type]
         say(f"task: {config.task} (what `{paths[0]}` is for; --task chooses another)")
@@ -281,7 +281,7 @@ def tokenizers_differ(paths: Sequence[Path]) -> bool:
     """Tell whether models split text differently, so that figures per token cannot be compared."""
     from llmctl.tokenizer.load import find_tokenizer
 
-    found = [find_tokenizer(read_artifact(path).files) for path in paths]
+    found = [find_tokenizer(read_model(path).files) for path in paths]
     return len({tokenizer.sha256 for tokenizer in found if tokenizer is not None}) > 1
 
 

@@ -7,7 +7,6 @@ never an error. Imports torch for the validity of checkpoints only.
 import json
 import math
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,12 +19,11 @@ from typing import Any
 from llmctl.config import TRAINING, PretrainConfig
 from llmctl.engine.metrics import MetricsFile
 from llmctl.engine.models import runs_folder
-from llmctl.engine.runs import find_run, is_held, is_unfinished, read_record
+from llmctl.engine.runs import NUMBERED, find_run, is_held, is_unfinished, read_record
 from llmctl.errors import LlmctlError
 from llmctl.formats.safetensors import read_header
 from llmctl.recipe import flatten, keys_of, read_recipe, values_of
 
-NUMBERED = re.compile(r"(\d{4,})-")
 NO_TOTAL_STEPS = 10**9
 """What the loop's plan holds until a budget of minutes is divided by the time of a step."""
 FIGURES = (

@@ -17,6 +17,9 @@ from llmctl.engine.models import runs_folder
 from llmctl.errors import BusyError, NotFoundError, UsageError
 from llmctl.files import discard, write_json, writing
 
+NUMBERED = re.compile(r"(\d{4,})-")
+"""How the name of a folder in `runs/` begins."""
+
 
 @dataclass
 class Run:

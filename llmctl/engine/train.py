@@ -25,7 +25,7 @@ from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
 from llmctl.engine.pretrain import Pretraining
 from llmctl.engine.progress import Progress, make_progress
-from llmctl.engine.runs import Run, create_run, find_run, open_run, read_record
+from llmctl.engine.runs import NUMBERED, Run, create_run, find_run, open_run, read_record
 from llmctl.engine.runtime import Runtime, start
 from llmctl.engine.together import (
     agree_on_start,
@@ -38,6 +38,7 @@ from llmctl.engine.together import (
 from llmctl.errors import (
     InterruptedRunError,
     LlmctlError,
+    NotFoundError,
     OutputError,
     StoppedError,
     UsageError,
@@ -230,6 +231,8 @@ def train_in(
         is_told = isinstance(error, (LlmctlError, KeyboardInterrupt))
         text = (str(error) or type(error).__name__) if is_told else f"{type(error).__name__}: {error}"
         run.update(status="failed", error=text)
+        if isinstance(error, (UsageError, NotFoundError)) and saved is None:
+            withdraw(run)
         raise
     return trained[0] if trained else None
 
@@ -245,6 +248,13 @@ def fit_micro_batch(job: Job, runtime: Runtime, run: Run, progress: Progress) ->
     if run.lock is not None:  # a resumed run takes the same
         write_bytes(run.path / "recipe.yaml", dump(Resolved(job.config, {})).encode())
     progress.say(f"micro-batches of {size} of the {config.train.batch_size} rows of a step")
+
+
+def withdraw(run: Run) -> None:
+    """Take a run folder away that came to nothing, because of what its user has written: there is nothing to keep."""
+    is_ours = run.lock is not None and NUMBERED.match(run.path.name) is not None
+    if is_ours and not (run.path / "metrics.jsonl").exists() and not (run.path / "checkpoints").exists():
+        shutil.rmtree(run.path, ignore_errors=True)
 
 
 def clear(folder: Path) -> None:

@@ -27,6 +27,7 @@ from llmctl.losses import IGNORE
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.recipe import load
 from llmctl.tokenizer.train import train_tokenizer
+from tests.engine.jobs import LLMCTL, finish
 
 WORDS = ("good", "bad", "猫")
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_positions": 96}
@@ -422,3 +423,14 @@ def test_a_metric_of_texts_chooses_the_best_step(models):
     assert trained.summary["metric"] == "token_f1"
     lines = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
     assert all("token_f1" in line for line in lines if line["kind"] == "eval")
+
+
+@pytest.mark.parametrize(("family", "task"), [("bert", "classify"), ("encoder_decoder", "qa")])
+def test_two_processes_give_the_adapter_of_one(models, here, family, task):
+    data = classes() if task == "classify" else questions()
+    flags = [part for setting in (*SMALL, "method=lora", "train.threads=1") for part in ("--set", setting)]
+    command = [*LLMCTL, "finetune", str(models[family]), str(data), "--task", task, "--deterministic", *flags]
+    one = finish([*command, "-o", "one", "--json"], cwd=here)
+    two = finish([*command, "-o", "two", "--json", "--nproc", "2"], cwd=here)
+    assert tensors(here / "one" / "adapter_model.safetensors") == tensors(here / "two" / "adapter_model.safetensors")
+    assert json.loads(one.out)["after"] == json.loads(two.out)["after"]

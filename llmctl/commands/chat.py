@@ -1,6 +1,7 @@
 """`llmctl chat`: a conversation with a model in the terminal, or from a script; answers on stdout."""
 
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -157,6 +158,8 @@ def converse(talk: "Chat") -> None:
     """Talk with the person at the terminal until they leave; no mistake ends the conversation."""
     with suppress(ImportError):
         import readline  # noqa: F401 - gives `input` its editing and its history
+    # Of whom a script starts in the background, the shell lets Ctrl-C be ignored; here it is how an answer is stopped.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
             if not handle(talk, checked(read_message(typed_line))):

@@ -137,16 +137,15 @@ def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
 
 def show(evaluations: Sequence["Evaluation"], *, json: bool) -> None:
     """Print the figures, as a table whose first is the main one, or as one JSON object."""
-    from llmctl.engine.scores import HIGHER_IS_BETTER
+    from llmctl.engine.metrics import is_higher_better
 
     first = evaluations[0]
-    is_higher_better = first.metric in HIGHER_IS_BETTER
     if json:
         result_json(
             {
                 "task": first.task,
                 "metric": first.metric,
-                "higher_is_better": is_higher_better,
+                "higher_is_better": is_higher_better(first.metric),
                 "models": [evaluation.record() for evaluation in evaluations],
             }
         )

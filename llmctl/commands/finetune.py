@@ -5,37 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmctl.commands.common import command_app, find_model, note, result, result_json
-from llmctl.commands.training import (
-    AllowChange,
-    BatchSize,
-    Compile,
-    Deterministic,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Master,
-    MaxRestarts,
-    Minutes,
-    Nnodes,
-    NodeRank,
-    Nproc,
-    Out,
-    Parallel,
-    PrintConfig,
-    Quiet,
-    Recipe,
-    Resume,
-    Seed,
-    SeqLen,
-    Set,
-    Steps,
-    Track,
-    Verbose,
-    loop_flags,
-    refuse_shared_stdin,
-    run_training,
-)
+from llmctl.commands.training import Options, run_training, with_options
 
 if TYPE_CHECKING:
     from llmctl.config import FinetuneConfig
@@ -46,7 +16,10 @@ app = command_app()
 
 
 @app.command()
+@with_options
 def finetune(
+    *,
+    options: Options,
     model: Annotated[str | None, typer.Argument(help="The model to adapt: a folder, a file or a run.")] = None,
     data: Annotated[list[str] | None, typer.Argument(help="Examples: files, folders, globs or `-`.")] = None,
     task: Annotated[str | None, typer.Option(help="chat, text, classify, translate, summarize or qa.")] = None,
@@ -58,46 +31,20 @@ def finetune(
     columns: Annotated[
         str | None, typer.Option(help="Names of a table's columns whose first line is no header: text,label.")
     ] = None,
-    recipe: Recipe = None,
-    out: Out = None,
     epochs: Annotated[float | None, typer.Option(help="Budget in passes over the examples.")] = None,
-    steps: Steps = None,
-    minutes: Minutes = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
     merge: Annotated[bool | None, typer.Option("--merge", help="Write the whole model, not the adapter.")] = None,
     freeze: Annotated[
         list[str] | None, typer.Option(help="What is not trained: embeddings, layers.0-3, a pattern of names.")
     ] = None,
-    batch_size: BatchSize = None,
-    seq_len: SeqLen = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    compile_: Compile = None,
-    set_: Set = None,
-    nproc: Nproc = 1,
-    nnodes: Nnodes = 1,
-    node_rank: NodeRank = 0,
-    master: Master = "",
-    max_restarts: MaxRestarts = 0,
-    parallel: Parallel = None,
-    deterministic: Deterministic = None,
-    track: Track = None,
-    resume: Resume = None,
-    allow_change: AllowChange = None,
     show_example: Annotated[
         bool, typer.Option("--show-example", help="Show the first example and what of it is trained.")
     ] = False,
     strict: Annotated[bool | None, typer.Option("--strict", help="Findings in the data are an error.")] = None,
-    print_config: PrintConfig = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Examine the data, print what was found, and end.")
     ] = False,
-    force: Force = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> int:
     """Adapt a model to a task; prints the folder of the model, or of the adapter.
 
@@ -110,7 +57,6 @@ def finetune(
       llmctl finetune runs/0003 train.tsv --val dev.tsv --task translate -o translator
     """
     from llmctl.config import FinetuneConfig
-    from llmctl.recipe import dump, load
 
     flags: dict[str, Any] = {
         "data.paths": data or None,
@@ -126,54 +72,23 @@ def finetune(
         "train.epochs": epochs,
         "train.freeze": freeze or None,
     }
-    flags |= loop_flags(
-        steps=steps,
-        minutes=minutes,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        compile_=compile_,
-        track=track,
-        parallel=parallel,
-        deterministic=deterministic,
-    )
-    refuse_shared_stdin(recipe, nproc * nnodes)
-    resolved = load(FinetuneConfig, recipe=recipe, settings=set_ or [], flags=flags)
-    if not resume or resume == "auto":
-        resolved = with_model(resolved, model, quiet=quiet)
-        refuse_single_file(resolved.config, out)
-    if print_config:
-        result(dump(resolved).rstrip("\n"))
-        return 0
-    if dry_run:
+    resolved = options.resolve(FinetuneConfig, flags)
+    if options.resume in (None, "auto"):
+        resolved = with_model(resolved, model, quiet=options.quiet)
+        refuse_single_file(resolved.config, options.out)
+    if dry_run and not options.print_config:
         from llmctl.engine.dry_finetune import examine
 
         report = examine(resolved.config, shows_example=show_example)
-        result_json(report.to_dict()) if json else result(report.render())
+        result_json(report.to_dict()) if options.json else result(report.render())
         return 0
-    from llmctl.engine.launch import Layout
 
     def make_job(resolved: "Resolved[FinetuneConfig]") -> "Job":
         from llmctl.engine.finetune import Finetuning, settle
 
         return Finetuning(settle(resolved.config), shows_example=show_example)
 
-    return run_training(
-        "finetune",
-        resolved,
-        make_job,
-        Layout(nproc, nnodes, node_rank, master, max_restarts, resolved.config.parallel.timeout_seconds),
-        check=check_config,
-        out=out,
-        resume=resume,
-        allowed=allow_change or (),
-        force=force,
-        json=json,
-        quiet=quiet,
-        verbose=verbose,
-    )
+    return run_training("finetune", resolved, make_job, options, check=check_config)
 
 
 def with_model(resolved: "Resolved[FinetuneConfig]", model: str | None, *, quiet: bool) -> "Resolved[FinetuneConfig]":

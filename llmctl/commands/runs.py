@@ -165,11 +165,12 @@ def report(record: Mapping[str, Any]) -> Iterator[str]:
 def course(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the evaluations as a table, and the training loss as a line of bars."""
     from llmctl.engine.history import spread
-    from llmctl.engine.metrics import sparkline
+    from llmctl.engine.metrics import FIGURES, sparkline
 
     if record["evaluations"]:
-        names = [name for name in EVALUATED if any(number_in(line, name) for line in record["evaluations"])]
-        rows = [evaluation_cells(line, names) for line in record["evaluations"]]
+        names = [name for name in FIGURES if any(number_in(line, name) for line in record["evaluations"])]
+        labels = {name: FIGURES[name].label for name in names}
+        rows = [evaluation_cells(line, labels) for line in record["evaluations"]]
         yield from ("", "held out")
         yield from few([f"  {line}" for line in table(tuple(rows[0]), rows, right=set(rows[0]) - {"text"})])
     losses = record["losses"]
@@ -181,42 +182,28 @@ def course(record: Mapping[str, Any]) -> Iterator[str]:
         yield from ("", "nothing was measured yet")
 
 
-EVALUATED = {
-    "loss": "loss",
-    "bits_per_byte": "bits/byte",
-    "accuracy": "accuracy",
-    "f1": "F1",
-    "mcc": "MCC",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "rouge_l": "ROUGE-L",
-    "exact_match": "exact",
-    "token_f1": "token F1",
-}
-"""Held-out figures and what they are called in tables."""
-
-
 def number_in(line: Mapping[str, Any], name: str) -> bool:
     """Tell whether a line has a number of this name."""
     return isinstance(line.get(name), (int, float))
 
 
-def evaluation_cells(line: Mapping[str, Any], names: Sequence[str]) -> dict[str, str]:
+def evaluation_cells(line: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
     """Return one evaluation as cells; `all` marks those on the whole held-out text."""
     return {
         "step": str(line.get("step", "-")),
-        **{EVALUATED[name]: figure(line.get(name)) for name in names},
+        **{label: figure(line.get(name)) for name, label in labels.items()},
         "text": "all" if line.get("full") else "sample",
     }
 
 
 def result_of(row: Mapping[str, Any]) -> str:
     """Return the figure that a run is judged by, with its name."""
+    from llmctl.engine.metrics import FIGURES
+
     if row["figure"] is None:
         return "-"
-    return f"{figure(row['figure'])} {EVALUATED.get(row['metric'], row['metric'])}"
+    label = FIGURES[row["metric"]].label if row["metric"] in FIGURES else row["metric"]
+    return f"{figure(row['figure'])} {label}"
 
 
 def few(lines: Sequence[str]) -> list[str]:

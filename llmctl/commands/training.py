@@ -1,11 +1,14 @@
 """What the commands that train share: begin or go on, in this process or in several, and refuse what cannot be."""
 
+import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -17,134 +20,170 @@ if TYPE_CHECKING:
     from llmctl.engine.outcome import Trained
     from llmctl.recipe import Resolved
 
-Recipe = Annotated[str | None, typer.Option("-r", "--recipe", help="A YAML recipe, `-` for standard input.")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")]
-Steps = Annotated[int | None, typer.Option(help="Budget in optimizer steps.")]
-Minutes = Annotated[float | None, typer.Option(help="Budget in minutes.")]
-BatchSize = Annotated[
-    str | None,
-    typer.Option(
-        "--batch-size", "--batch", help="Rows per step; `auto` keeps it and fits micro-batches to the memory."
-    ),
-]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens per row.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of weights, data order and masks.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")]
-Compile = Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")]
+# How a host takes its place among others; `doctor` asks for them too.
 Nproc = Annotated[int, typer.Option(help="Processes to start on this host.")]
 Nnodes = Annotated[int, typer.Option(help="Hosts that train together; start the command on each.")]
 NodeRank = Annotated[int, typer.Option(help="This host's number, from 0.")]
 Master = Annotated[str, typer.Option(help="HOST:PORT where the hosts meet: host 0.")]
-MaxRestarts = Annotated[int, typer.Option(help="Times to start again, from the last checkpoint, when a process dies.")]
-Parallel = Annotated[str | None, typer.Option(help="ddp, or fsdp to share weights and optimizer state out.")]
-Deterministic = Annotated[
-    bool | None, typer.Option("--deterministic", help="The same weights, bit for bit, on 1, 2 or 4 processes.")
-]
-Track = Annotated[list[str] | None, typer.Option(help="tensorboard, trackio, wandb, ...: send figures there.")]
-Resume = Annotated[
-    str | None,
-    typer.Option(help="Go on with a run: its folder or number, `latest`, or `auto`: the one in -o if it is begun."),
-]
-AllowChange = Annotated[list[str] | None, typer.Option(help="With --resume: a key that may differ from the run's.")]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and end.")]
-Force = Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="A line per step.")]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every training command can be told, as its command line has it."""
+
+    recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="A YAML recipe, `-` for standard input.")] = None
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")] = (
+        None
+    )
+    steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps.")] = None
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            "--batch-size", "--batch", help="Rows per step; `auto` keeps it and fits micro-batches to the memory."
+        ),
+    ] = None
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per row.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and masks.")] = None
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    compile_: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None
+    nproc: Nproc = 1
+    nnodes: Nnodes = 1
+    node_rank: NodeRank = 0
+    master: Master = ""
+    max_restarts: Annotated[
+        int, typer.Option(help="Times to start again, from the last checkpoint, when a process dies.")
+    ] = 0
+    parallel: Annotated[str | None, typer.Option(help="ddp, or fsdp to share weights and optimizer state out.")] = None
+    deterministic: Annotated[
+        bool | None, typer.Option("--deterministic", help="The same weights, bit for bit, on 1, 2 or 4 processes.")
+    ] = None
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio, wandb, ...: send figures there.")] = (
+        None
+    )
+    resume: Annotated[
+        str | None,
+        typer.Option(help="Go on with a run: its folder or number, `latest`, or `auto`: the one in -o if it is begun."),
+    ] = None
+    allow_change: Annotated[
+        list[str] | None, typer.Option(help="With --resume: a key that may differ from the run's.")
+    ] = None
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and end.")] = False
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")] = False
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line per step.")] = False
+
+    def flags(self) -> dict[str, Any]:
+        """Return the settings that the options give."""
+        return {
+            "train.steps": self.steps,
+            "train.minutes": self.minutes,
+            "train.batch_size": None if self.batch_size == "auto" else self.batch_size,
+            "train.micro_batch_size": -1 if self.batch_size == "auto" else None,
+            "train.seq_len": self.seq_len,
+            "train.seed": self.seed,
+            "train.device": self.device,
+            "train.dtype": self.dtype,
+            "train.compile": self.compile_,
+            "train.track": self.track or None,
+            "parallel.strategy": self.parallel,
+            "parallel.deterministic": self.deterministic,
+        }
+
+    def resolve(self, config_class: type, flags: Mapping[str, Any]) -> "Resolved[Any]":
+        """Return the config of recipe, environment and command line; `flags` are the command's own."""
+        from llmctl.recipe import load
+
+        refuse_shared_stdin(self.recipe, self.nproc * self.nnodes)
+        settings = self.set_ or []
+        return load(config_class, recipe=self.recipe, settings=settings, flags=self.flags() | dict(flags))
+
+
+def with_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Let a command that takes `options` take each of them from its command line, beside its own parameters."""
+    own = inspect.signature(command, eval_str=False)
+    hints = get_type_hints(Options, include_extras=True)
+    shared = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
+        for item in fields(Options)
+    ]
+
+    @wraps(command)
+    def run(**given: Any) -> int:
+        options = Options(**{item.name: given.pop(item.name) for item in fields(Options)})
+        return command(options=options, **given)
+
+    kept = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in own.parameters.items()
+        if name != "options"
+    ]
+    parameters = [*kept, *shared]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
 
 MakeJob = Callable[["Resolved[Any]"], "Job"]
 """Turns the resolved config of a new run into its job; imports torch."""
-
-
-def loop_flags(
-    *,
-    steps: int | None,
-    minutes: float | None,
-    batch_size: str | None,
-    seq_len: int | None,
-    seed: int | None,
-    device: str | None,
-    dtype: str | None,
-    compile_: bool | None,
-    track: Sequence[str] | None,
-    parallel: str | None,
-    deterministic: bool | None,
-) -> dict[str, Any]:
-    """Return the settings that the shared options give."""
-    return {
-        "train.steps": steps,
-        "train.minutes": minutes,
-        "train.batch_size": None if batch_size == "auto" else batch_size,
-        "train.micro_batch_size": -1 if batch_size == "auto" else None,
-        "train.seq_len": seq_len,
-        "train.seed": seed,
-        "train.device": device,
-        "train.dtype": dtype,
-        "train.compile": compile_,
-        "train.track": list(track) if track else None,
-        "parallel.strategy": parallel,
-        "parallel.deterministic": deterministic,
-    }
 
 
 def run_training(
     command: str,
     resolved: "Resolved[Any]",
     make_job: MakeJob,
-    layout: "Layout",
+    options: Options,
     *,
     check: Callable[[Any], None],
-    out: Path | None,
-    resume: str | None,
-    allowed: Sequence[str],
-    force: bool,
-    json: bool,
-    quiet: bool,
-    verbose: bool,
 ) -> int:
     """Begin or go on with a run of `command`, here or in several processes, and print what came out.
 
     `check` refuses a new run's config before other processes are started for it.
     """
-    run = begun_run(resume, out)
-    if resume == "auto" and run is not None and is_over(run, quiet=quiet):
+    from llmctl.engine.launch import Layout
+    from llmctl.recipe import dump
+
+    if options.print_config:
+        result(dump(resolved).rstrip("\n"))
+        return 0
+    timeout_seconds = resolved.config.parallel.timeout_seconds
+    layout = Layout(
+        options.nproc, options.nnodes, options.node_rank, options.master, options.max_restarts, timeout_seconds
+    )
+    run = begun_run(options.resume, options.out)
+    if options.resume == "auto" and run is not None and is_over(run, quiet=options.quiet):
         return 0
     if run is None:
-        refuse_existing(out, force=force or resume == "auto")
+        refuse_existing(options.out, force=options.force or options.resume == "auto")
     if layout.is_parent(os.environ):
         if run is None:
             check(resolved.config)
-        return start_others(layout, None if run else resolved.config, quiet=quiet)
-    trained = train(command, resolved, make_job, run, allowed, out=out, quiet=quiet, verbose=verbose)
+        return start_others(layout, None if run else resolved.config, quiet=options.quiet)
+    trained = train(command, resolved, make_job, run, options)
     if trained is not None:  # the first of several processes speaks
-        result_json(trained.summary) if json else result(str(trained.path))
+        result_json(trained.summary) if options.json else result(str(trained.path))
     return 0
 
 
 def train(
-    command: str,
-    resolved: "Resolved[Any]",
-    make_job: MakeJob,
-    run: str | None,
-    allowed: Sequence[str],
-    *,
-    out: Path | None,
-    quiet: bool,
-    verbose: bool,
+    command: str, resolved: "Resolved[Any]", make_job: MakeJob, run: str | None, options: Options
 ) -> "Trained | None":
     """Train in this process: begin a run, or go on with `run`."""
     from llmctl.engine.ranks import is_guest
     from llmctl.recipe import given_values
 
+    quiet, verbose = options.quiet, options.verbose
     note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
     from llmctl.engine import train as engine
 
     line = shlex.join(["llmctl", command, *sys.argv[2:]])
     if run is None:
-        return engine.begin(make_job(resolved), resolved.origins, command=line, out=out, quiet=quiet, verbose=verbose)
-    given = given_values(resolved)
+        job, out = make_job(resolved), options.out
+        return engine.begin(job, resolved.origins, command=line, out=out, quiet=quiet, verbose=verbose)
+    given, allowed = given_values(resolved), options.allow_change or ()
     return engine.resume(command, run, command=line, quiet=quiet, verbose=verbose, given=given, allowed=allowed)
 
 

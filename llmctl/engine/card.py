@@ -6,6 +6,8 @@ Knows only the numbers it is handed.
 from collections.abc import Mapping
 from typing import Any
 
+from llmctl.engine.metrics import FIGURES
+
 PIPELINES = {"decoder": "text-generation", "encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
 LOADERS = {
     "decoder": "AutoModelForCausalLM",
@@ -21,22 +23,6 @@ USE = {
 
 HEAD_LOADER, HEAD_PIPELINE = "AutoModelForSequenceClassification", "text-classification"
 HEAD_USE = 'llmctl classify -m {path} "a text"'
-FIGURES = {
-    "bits_per_byte": ("bits per byte", ".3f"),
-    "loss": ("loss, nats per label", ".3f"),
-    "perplexity": ("perplexity", ".1f"),
-    "accuracy": ("labels predicted right", ".1%"),
-    "f1": ("F1", ".3f"),
-    "mcc": ("Matthews correlation", ".3f"),
-    "pearson": ("Pearson correlation", ".4f"),
-    "spearman": ("Spearman correlation", ".4f"),
-    "bleu": ("BLEU", ".2f"),
-    "chrf": ("chrF", ".1f"),
-    "rouge_l": ("ROUGE-L", ".3f"),
-    "exact_match": ("exact answers", ".1%"),
-    "token_f1": ("token F1", ".3f"),
-}
-"""What the card says of held-out figures, and in which form."""
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -44,8 +30,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     family = facts["family"]
     before, after = facts["before"], facts["after"]
     rows = "\n".join(
-        f"| {label} | {before[key]:{form}} | {after[key]:{form}} |"
-        for key, (label, form) in FIGURES.items()
+        f"| {figure.label} | {before[key]:{figure.form}} | {after[key]:{figure.form}} |"
+        for key, figure in FIGURES.items()
         if before.get(key) is not None and after.get(key) is not None
     )
     data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items() if key != "findings")

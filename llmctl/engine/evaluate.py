@@ -27,9 +27,8 @@ from llmctl.engine.evaluate_text import evaluate_mask, evaluate_text
 from llmctl.engine.evaluation import Measured
 from llmctl.engine.inputs import longest_row, require_tokenizer
 from llmctl.engine.machine import forget_peak_memory, give_back_memory, peak_since_forgotten
-from llmctl.engine.metrics import rounded
+from llmctl.engine.metrics import is_higher_better, rounded
 from llmctl.engine.models import Loaded, a_model, choose_device, load_model
-from llmctl.engine.scores import HIGHER_IS_BETTER
 from llmctl.errors import GateError, UsageError
 
 Say = Callable[[str], None]
@@ -320,7 +319,7 @@ def check_gate(evaluations: Sequence[Evaluation], gate: Gate) -> None:
     Raises: GateError naming every model that is worse by more than the gate allows, or whose figure does not exist.
     """
     first, metric = evaluations[0], evaluations[0].metric
-    sign = 1.0 if metric in HIGHER_IS_BETTER else -1.0
+    sign = 1.0 if is_higher_better(metric) else -1.0
     allowed = gate.allowed(first.main)
     missed = []
     for other in evaluations[1:]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config import TRAINING, PretrainConfig
-from llmctl.engine.metrics import MetricsFile
+from llmctl.engine.metrics import FIGURES, MetricsFile
 from llmctl.engine.models import runs_folder
 from llmctl.engine.runs import NUMBERED, find_run, is_held, is_unfinished, read_record
 from llmctl.errors import LlmctlError
@@ -26,21 +26,8 @@ from llmctl.recipe import flatten, keys_of, read_recipe, values_of
 
 NO_TOTAL_STEPS = 10**9
 """What the loop's plan holds until a budget of minutes is divided by the time of a step."""
-FIGURES = (
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "accuracy",
-    "f1",
-    "mcc",
-    "pearson",
-    "spearman",
-    "bleu",
-    "chrf",
-    "rouge_l",
-    "exact_match",
-    "token_f1",
-)
+EXPECTED = ("loss", "perplexity", "bits_per_byte", "accuracy")
+"""Figures that a run is expected to have; others are shown where there are any."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +150,7 @@ class History:
         evaluations = [line for line in self.of_kind("eval") if number(line.get("loss")) is not None]
         best = min(evaluations, key=lambda line: float(line["loss"]), default={})
         found = {name: number((after or best).get(name)) for name in FIGURES}
-        return {name: value for name, value in found.items() if value is not None or name in FIGURES[:4]}
+        return {name: value for name, value in found.items() if value is not None or name in EXPECTED}
 
     @property
     def metric(self) -> str:

@@ -28,12 +28,12 @@ from llmctl.engine.heldout import measure
 from llmctl.engine.journal import Journal, Tracker
 from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.masters import MasterGradients, Masters, wants_masters
+from llmctl.engine.metrics import brief, is_higher_better
 from llmctl.engine.objectives import Objective
 from llmctl.engine.parallel import Gradients, lay_out, make_gradients
 from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Progress
 from llmctl.engine.runtime import Runtime, describe_environment, differences
-from llmctl.engine.scores import HIGHER_IS_BETTER
 from llmctl.engine.sharding import fill, is_sharded, local, own_parts, whole_tensor
 from llmctl.engine.signals import Caught, watch_signals
 from llmctl.engine.state import State
@@ -442,7 +442,7 @@ class _Loop:
         name = self.t.metric
         value = figures[name]
         # What cannot be told, such as a correlation with a constant, is no better than anything.
-        sign = 1 if name in HIGHER_IS_BETTER else -1
+        sign = 1 if is_higher_better(name) else -1
         is_best = state.best_value is None or sign * value >= sign * state.best_value
         if is_best and not math.isnan(value):
             state.best_value, state.best_step, state.checks_since_best = value, state.step, 0
@@ -552,27 +552,3 @@ def own_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
             seen[id(tensor)] = name
             tensors[name] = tensor.detach()
     return tensors
-
-
-def brief(figures: Mapping[str, float]) -> str:
-    """Return figures as a person reads them."""
-    shown = (SHOWN[name].format(value) for name, value in figures.items() if name in SHOWN)
-    return ", ".join(shown)
-
-
-SHOWN = {
-    "bits_per_byte": "{:.3f} bits/byte",
-    "loss": "loss {:.3f}",
-    "perplexity": "perplexity {:.1f}",
-    "accuracy": "{:.1%} right",
-    "f1": "F1 {:.3f}",
-    "mcc": "MCC {:.3f}",
-    "pearson": "Pearson {:.4f}",
-    "spearman": "Spearman {:.4f}",
-    "bleu": "BLEU {:.2f}",
-    "chrf": "chrF {:.1f}",
-    "rouge_l": "ROUGE-L {:.3f}",
-    "exact_match": "{:.1%} exact",
-    "token_f1": "token F1 {:.3f}",
-}
-"""How held-out figures are said; the rest is in metrics.jsonl."""

@@ -8,9 +8,49 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmctl.files import write_text
+
+
+class Figure(NamedTuple):
+    """What a figure is called, how it is written, and whether more of it is better."""
+
+    label: str
+    form: str
+    is_higher_better: bool = False
+
+
+FIGURES: dict[str, Figure] = {
+    "bits_per_byte": Figure("bits/byte", ".3f"),
+    "loss": Figure("loss", ".3f"),
+    "perplexity": Figure("perplexity", ".1f"),
+    "accuracy": Figure("accuracy", ".1%", is_higher_better=True),
+    "accuracy_norm": Figure("accuracy by length", ".1%", is_higher_better=True),
+    "f1": Figure("F1", ".3f", is_higher_better=True),
+    "mcc": Figure("MCC", ".3f", is_higher_better=True),
+    "pearson": Figure("Pearson", ".4f", is_higher_better=True),
+    "spearman": Figure("Spearman", ".4f", is_higher_better=True),
+    "bleu": Figure("BLEU", ".2f", is_higher_better=True),
+    "chrf": Figure("chrF", ".1f", is_higher_better=True),
+    "rouge_l": Figure("ROUGE-L", ".3f", is_higher_better=True),
+    "exact_match": Figure("exact match", ".1%", is_higher_better=True),
+    "token_f1": Figure("token F1", ".3f", is_higher_better=True),
+}
+"""Held-out figures by the names they have in metrics.jsonl and in `--json`; of others, less is better."""
+
+
+def is_higher_better(name: str) -> bool:
+    """Tell whether more of a figure is better."""
+    return name in FIGURES and FIGURES[name].is_higher_better
+
+
+def brief(figures: Mapping[str, Any]) -> str:
+    """Return the figures that have a name, as a person reads them."""
+    known = ((FIGURES[name], value) for name, value in figures.items() if name in FIGURES)
+    return ", ".join(
+        f"{figure.label} {'-' if value is None else format(value, figure.form)}" for figure, value in known
+    )
 
 
 @dataclass(frozen=True)

@@ -18,21 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmctl.errors import MissingExtraError
 
-HIGHER_IS_BETTER = {
-    "accuracy",
-    "accuracy_norm",
-    "f1",
-    "mcc",
-    "pearson",
-    "spearman",
-    "bleu",
-    "chrf",
-    "rouge_l",
-    "exact_match",
-    "token_f1",
-}
-"""Figures of which more is better; of all others less is."""
-
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 HAN = "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Characters of scripts written without spaces (Chinese, Japanese); each counts as a word."""

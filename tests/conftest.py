@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder shared/data with real corpora and weights is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts() -> None:
+    """Let Ctrl-C mean what it means, also where a shell has started the tests in the background and ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +36,6 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder whose `runs/` holds two finished runs, 0001 and 0002, and 0003, which was killed at its work."""
-    import signal
     import subprocess
     import sys
 

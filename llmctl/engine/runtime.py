@@ -218,6 +218,11 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, PartialState
 
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UsageError(
+            "the Accelerate config asks for DeepSpeed, whose engine owns the optimizer and saves pickles",
+            "--parallel fsdp shares weights, gradients and optimizer state out as its ZeRO stage 3 does",
+        )
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise UsageError(

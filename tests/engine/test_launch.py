@@ -195,6 +195,13 @@ def test_usage_errors_come_before_anything_is_started(text, tmp_path, arguments,
     assert not (tmp_path / "run").exists()
 
 
+def test_deepspeed_is_refused_with_what_does_the_same(text, tmp_path):
+    command = pretrain(text, "-o", str(tmp_path / "run"))
+    done = finish([*LLMCTL, *command], code=2, env=environment(ACCELERATE_USE_DEEPSPEED="true"))
+    assert "--parallel fsdp" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_launcher_per_host_of_a_job_step_is_fine():
     step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
     assert Layout(nproc=4, nnodes=2, node_rank=1, master="n0:29500").is_parent(step)

@@ -34,6 +34,14 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of tiny random models, one of every family, each with a tokenizer."""
+    from tests.engine.tuning import write_models
+
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder whose `runs/` holds two finished runs, 0001 and 0002, and 0003, which was killed at its work."""
     import subprocess

@@ -98,3 +98,18 @@ def test_no_labels_cost_nothing():
 
 def test_every_loss_names_its_source():
     assert all(row.source for row in LOSSES.values())
+
+
+@pytest.mark.parametrize("chunk_tokens", [10, 1000])
+def test_smoothed_labels_are_those_of_the_textbook(chunk_tokens: int):
+    hidden, weight, bias, labels = problem()
+    total, correct = linear_cross_entropy(
+        hidden, weight, labels, bias_V=bias, chunk_tokens=chunk_tokens, label_smoothing=0.1
+    )
+    got = torch.autograd.grad(total, [hidden, weight, bias])
+    logits = hidden @ weight.T + bias
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.1)
+    assert math.isclose(total.item(), expected.item(), rel_tol=1e-6)
+    assert correct.item() == (logits.argmax(1) == labels).sum().item()
+    for ours, theirs in zip(got, torch.autograd.grad(expected, [hidden, weight, bias]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -151,8 +151,9 @@ def find_named(name: str, able: Ability) -> Path:
             raise nothing_found(able)
         return newest
     is_run = folder.is_dir() and path.parent in (Path(), folder)
+    beginnings = (f"{int(name):04d}-", name) if name.isdecimal() else (path.name,)
     matches = (
-        sorted(run for run in folder.iterdir() if run.name.startswith(path.name) and is_model(run)) if is_run else []
+        sorted(run for run in folder.iterdir() if run.name.startswith(beginnings) and is_model(run)) if is_run else []
     )
     if len(matches) == 1 or (matches and matches[0].name == path.name):
         return matches[0]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from llmctl.data.stream import PackedRows, PairRows
+from llmctl.data.stream import ExampleRows, PackedExamples, PackedRows, PairRows, best_fit
 
 
 @dataclass
@@ -122,3 +122,33 @@ def test_pairs_cover_an_epoch_stay_together_and_lie_beside_their_like():
     assert sorted(seen) == list(range(200))
     assert np.mean(spread) < 3
     assert [rows.row(n)[0][0] for n in range(200)] != [rows.row(200 + n)[0][0] for n in range(200)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_examples_share_rows_whole_and_each_is_there_once(seed: int):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 40, 200)
+    selection = rng.permutation(200)[:150]
+    rows = best_fit(lengths, selection, 64)
+    assert sorted(index for row in rows for index in row) == sorted(selection.tolist())
+    assert all(lengths[row].sum() <= 64 for row in rows)
+    # Best fit decreasing needs at most 11/9 of the fewest rows that could do, and one more.
+    assert len(rows) <= 11 / 9 * -(-lengths[selection].sum() // 64) + 2
+
+
+def test_an_example_that_is_too_long_has_a_row_of_its_own():
+    assert best_fit(np.array([100, 5, 5]), np.arange(3), 10) == [[0], [1, 2]]
+
+
+def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
+    lengths = np.random.default_rng(0).integers(1, 40, 100)
+    packed = PackedExamples(lengths, np.arange(100), seq_len=64, seed=1)
+    alone = ExampleRows(lengths, np.arange(100), seed=1, batch_size=8)
+    for rows in (
+        [packed.indexes(number) for number in range(2 * packed.n_rows)],
+        [[alone.index(number)] for number in range(2 * alone.n_rows)],
+    ):
+        half = len(rows) // 2
+        for epoch in (rows[:half], rows[half:]):
+            assert sorted(index for row in epoch for index in row) == list(range(100))
+        assert rows[:half] != rows[half:]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.config import FinetuneConfig, ModelConfig, TokenizerConfig
+from llmctl.config import FinetuneConfig
 from llmctl.engine.batch import to_device
 from llmctl.engine.classify import classify
 from llmctl.engine.example_corpus import chat_of, prepare_examples
@@ -24,64 +24,11 @@ from llmctl.engine.train import begin, resume
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact import write_artifact
 from llmctl.losses import IGNORE
-from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.recipe import load
-from llmctl.tokenizer.train import train_tokenizer
 from tests.engine.jobs import LLMCTL, finish
+from tests.engine.tuning import FAMILIES, SMALL
 
 WORDS = ("good", "bad", "猫")
-SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_positions": 96}
-FAMILIES = {
-    "decoder": {},
-    "encoder": {"family": "encoder"},
-    "bert": {
-        "family": "encoder",
-        "norm": "layernorm",
-        "norm_position": "post",
-        "embedding_norm": True,
-        "positions": "learned",
-        "gated": False,
-        "activation": "gelu",
-        "attention_bias": True,
-        "mlp_bias": True,
-        "n_token_types": 2,
-    },
-    "encoder_decoder": {
-        "family": "encoder_decoder",
-        "positions": "relative",
-        "attention_scale": 1.0,
-        "tie_embeddings": False,
-        "decoder_start_id": 0,
-    },
-}
-SMALL = [
-    "train.batch_size=8",
-    "train.steps=12",
-    "train.eval_every=6",
-    "train.seq_len=64",
-    "train.dtype=float32",
-    "train.device=cpu",
-    "optim.lr=0.005",
-    "adapter.rank=4",
-]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """Return a folder with a random model of every family, with a tokenizer."""
-    root = tmp_path_factory.mktemp("models")
-    texts = ["the good cat sat on a bad mat. 猫坐在垫子上。 User: Assistant: what is the number 0123456789?\n"] * 40
-    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=360, n_sentinels=4))
-    paths = {}
-    for name, fields in FAMILIES.items():
-        ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-        config = ModelConfig(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, **(SHAPE | ids | fields))
-        model = LanguageModel(config)
-        initialise(model, 1)
-        paths[name] = write_artifact(
-            root / name, model.config, model.state_dict(), files=tokenizer.files(), provenance={}
-        )
-    return paths
 
 
 @pytest.fixture(autouse=True)

@@ -113,3 +113,28 @@ def test_going_back_to_before_the_first_step_forgets_the_state(tmp_path):
     saved = checkpoint.load(checkpoint.Store(tmp_path).save(0, {}, {}, {}))
     optim.load_state(model, optimizers, saved)
     assert dict(optim.named_state(model, optimizers)) == {}
+
+
+def test_layers_below_learn_more_slowly():
+    config = {"vocab_size": 20, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_positions": 16}
+    names = [name for name, _ in LanguageModel(ModelConfig(**config, tie_embeddings=False)).named_parameters()]
+    scales = optim.layer_scales(names, 0.5)
+    assert scales["lm_head.weight"] == scales["model.norm.weight"] == 1.0
+    assert scales["model.layers.1.mlp.up_proj.weight"] == 0.5
+    assert scales["model.layers.0.mlp.up_proj.weight"] == 0.25
+    assert scales["model.embed_tokens.weight"] == 0.125
+    pair = LanguageModel(ModelConfig(**config, family="encoder_decoder"))
+    scales = optim.layer_scales([name for name, _ in pair.named_parameters()], 0.5)
+    assert scales["model.decoder.layers.0.mlp.up_proj.weight"] == 0.25
+    assert scales["model.encoder.layers.1.mlp.up_proj.weight"] == 0.125
+
+
+def test_rates_follow_the_scale_of_their_layer():
+    model = tiny()
+    optimizers = optim.make_optimizers(model, OptimConfig(name="adamw", lr=1.0, layer_decay=0.5))
+    optim.set_rates(optimizers, OptimConfig(name="adamw", lr=1.0), 0.1)
+    rates = {p: group["lr"] for group in optimizers["adamw"].param_groups for p in group["params"]}
+    named = {name: rates[p] for name, p in model.named_parameters()}
+    assert named["model.layers.0.mlp.up_proj.weight"] == pytest.approx(0.05)
+    assert named["model.norm.weight"] == pytest.approx(0.1)
+    assert set(rates) == set(model.parameters())

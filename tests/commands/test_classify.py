@@ -1,0 +1,92 @@
+"""`llmctl classify` in a shell: labels, lines, records, numbers, and models that have no head."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from llmctl.cli import run
+from llmctl.data.labels import Labels
+from llmctl.engine.classify import classify
+from llmctl.engine.heads import with_head
+from llmctl.engine.models import load_model
+from llmctl.formats.artifact import write_artifact
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Return a caller of the command line: (exit code, stdout, stderr)."""
+
+    def run_it(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
+        if stdin is not None:
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = run(arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_it
+
+
+@pytest.fixture
+def make(models, tmp_path, monkeypatch):
+    """Return a maker of classifiers with heads of random weights."""
+    monkeypatch.chdir(tmp_path)
+
+    def make_it(problem: str, *names: str, family: str = "bert") -> str:
+        base = load_model(models[family], device="cpu", dtype="float32")
+        model = with_head(base, Labels(problem, names), len(names) or 1, pooling="auto", seed=0)
+        model.classifier.weight.data.mul_(50)
+        out = tmp_path / problem
+        write_artifact(out, model.config, model.state_dict(), files=base.artifact.files, provenance={})
+        return str(out)
+
+    return make_it
+
+
+def test_one_text_has_a_line_per_label_and_a_pipe_a_line_per_text(call, make):
+    model = make("single", "no", "yes", "猫")
+    status, out, err = call("classify", "-m", model, "the cat 猫")
+    assert status == 0
+    assert "model: " in err
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert {label for _, label in rows} == {"no", "yes", "猫"}
+    assert [float(share) for share, _ in rows] == sorted((float(share) for share, _ in rows), reverse=True)
+    status, out, err = call("classify", "-q", "-m", model, "-", stdin="the cat 猫\n\nbad\n".encode())
+    assert (status, err) == (0, "")
+    loaded = load_model(Path(model), device="cpu", dtype="float32")
+    assert out.splitlines() == [one.chosen[0] for one in classify(loaded, [("the cat 猫",), ("",), ("bad",)])]
+    # A text's result does not depend on its neighbours.
+    assert out.splitlines()[0] == rows[0][1]
+    status, out, _ = call("classify", "-q", "--json", "-m", model, "a", "b")
+    record = json.loads(out)
+    assert (record["text"], record["pair"], record["labels"]) == ("a", "b", [max(record["p"], key=record["p"].get)])
+
+
+def test_several_labels_and_numbers(call, make):
+    several, number = make("multi", "a", "b"), make("regression")
+    status, out, _ = call("classify", "-q", "-m", several, "-", stdin=b"x\ny\n")
+    assert status == 0
+    assert len(out.splitlines()) == 2
+    assert all(set(line.split("|")) <= {"a", "b", ""} for line in out.splitlines())
+    status, out, _ = call("classify", "-q", "-m", number, "--pairs", "-", stdin=b"x\ty\n")
+    float(out)
+    status, second, _ = call("classify", "-q", "-m", number, "x", "y")
+    assert (status, second) == (0, out)
+
+
+def test_a_text_longer_than_the_context_is_said(call, make):
+    status, out, err = call("classify", "-m", make("single", "no", "yes"), "cat " * 200)
+    assert status == 0
+    assert len(out.splitlines()) == 2
+    assert "1 texts were longer" in err
+
+
+def test_a_model_without_a_head_is_refused(call, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = call("classify", "-m", str(models["decoder"]), "x")
+    assert (status, out) == (2, "")
+    assert "cannot classify" in err
+    status, _, err = call("classify", "x")
+    assert status == 3
+    assert "finetune" in err

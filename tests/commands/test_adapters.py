@@ -1,6 +1,5 @@
 """Adapters in a shell: `--adapter`, an adapter in the place of a model, and what is said when one does not fit."""
 
-import io
 import json
 import math
 import subprocess
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmctl.cli import run
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.engine.adapters import save_adapter
 from llmctl.engine.models import load_model
@@ -51,17 +49,9 @@ def elsewhere(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
+def call(shell):
     """Return a caller of the command line: (exit code, stdout, stderr)."""
-
-    def run_it(*arguments: object, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
+    return shell
 
 
 def test_generate_with_an_adapter_is_generate_with_the_merged_model(call, models, tmp_path):

@@ -1,6 +1,5 @@
 """`llmctl chat` at a real terminal: answers that stream, interrupts, commands, ways out; scripts; `generate --chat`."""
 
-import io
 import json
 import os
 import pty
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.cli import run
 from llmctl.commands.chat import show_answer
 from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
 from llmctl.data.conversations import Message, read_conversations
@@ -89,17 +87,9 @@ def elsewhere(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
+def call(shell):
     """Return a caller of the command line: (exit code, stdout, stderr)."""
-
-    def run_it(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = run(arguments)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
+    return shell
 
 
 class Terminal:

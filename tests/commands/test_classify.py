@@ -1,12 +1,10 @@
 """`llmctl classify` in a shell: labels, lines, records, numbers, and models that have no head."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
 
-from llmctl.cli import run
 from llmctl.data.labels import Labels
 from llmctl.engine.classify import classify
 from llmctl.engine.heads import with_head
@@ -15,17 +13,9 @@ from llmctl.formats.artifact import write_artifact
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
+def call(shell):
     """Return a caller of the command line: (exit code, stdout, stderr)."""
-
-    def run_it(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = run(arguments)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
+    return shell
 
 
 @pytest.fixture

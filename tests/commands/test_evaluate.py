@@ -1,11 +1,11 @@
 """`llmctl evaluate` in a shell: tables, records, the gate's exit code, and mistakes that are answered with an error."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from llmctl.cli import run
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.engine.convert import export_model
 from llmctl.formats.artifact import write_artifact
@@ -43,15 +43,9 @@ def elsewhere(models, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def call(capsys):
-    """Return a caller of the command line: (exit code, stdout, stderr)."""
-
-    def run_it(*arguments: str) -> tuple[int, str, str]:
-        status = run(["evaluate", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
+def call(shell):
+    """Return a caller of the command: (exit code, stdout, stderr)."""
+    return partial(shell, "evaluate")
 
 
 def test_models_stand_side_by_side(call):

@@ -1,12 +1,11 @@
 """`llmctl fill` in a shell: candidates, lines, records, and the mistakes that are answered with an error."""
 
-import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from llmctl.cli import run
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
@@ -32,17 +31,9 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
-    """Return a caller of the command line: (exit code, stdout, stderr)."""
-
-    def run_it(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = run(["fill", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
+def call(shell):
+    """Return a caller of the command: (exit code, stdout, stderr)."""
+    return partial(shell, "fill")
 
 
 def test_one_mask_gives_a_line_per_candidate_likeliest_first(call, encoder):

@@ -1,12 +1,12 @@
 """`llmctl generate` in a shell: pipes, interrupts, streams, ids, and the mistakes that are answered with an error."""
 
-import io
 import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,17 +49,9 @@ def elsewhere(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
-    """Return a caller of the command line: (exit code, stdout, stderr)."""
-
-    def run_it(*arguments: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        if stdin is not None:
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = run(["generate", *arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
+def call(shell):
+    """Return a caller of the command: (exit code, stdout, stderr)."""
+    return partial(shell, "generate")
 
 
 def start(*arguments: str, **streams) -> subprocess.Popen[bytes]:

@@ -30,6 +30,8 @@ def evaluate_answers(loaded: Loaded, examples: Sequence[Example], config: Evalua
     An encoder-decoder reads the filled template as its source, a decoder goes on from it. What is longer than the
     context is cut: of a source the end, of a prompt the beginning.
     """
+    if "chrf" in FIGURES[task]:
+        scores.load_sacrebleu("chrF")  # said before the model writes for minutes
     family = loaded.model.config.family
     template = template_for(task, family, chosen_template(loaded, config))
     prompts, n_cut = _prompts(loaded, [fill_template(template, example.inputs) for example in examples], config)

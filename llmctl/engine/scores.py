@@ -199,7 +199,7 @@ def bleu(found: Sequence[str], wanted: References) -> float:
     Raises: MissingExtraError without sacrebleu.
     Source: Papineni et al. 2002; Post 2018, arXiv:1804.08771.
     """
-    sacrebleu = _sacrebleu("BLEU")
+    sacrebleu = load_sacrebleu("BLEU")
     tokenizer = "zh" if has_han([others[0] for others in wanted]) else "13a"
     return _corpus(sacrebleu.BLEU(tokenize=tokenizer), found, wanted)
 
@@ -210,7 +210,7 @@ def chrf(found: Sequence[str], wanted: References) -> float:
     Raises: MissingExtraError without sacrebleu.
     Source: Popovic 2015, "chrF: character n-gram F-score for automatic MT evaluation".
     """
-    return _corpus(_sacrebleu("chrF").CHRF(), found, wanted)
+    return _corpus(load_sacrebleu("chrF").CHRF(), found, wanted)
 
 
 def _corpus(metric: Any, found: Sequence[str], wanted: References) -> float:
@@ -222,7 +222,7 @@ def _corpus(metric: Any, found: Sequence[str], wanted: References) -> float:
     return float(metric.corpus_score(list(found), columns).score)
 
 
-def _sacrebleu(what: str) -> Any:
+def load_sacrebleu(what: str) -> Any:
     try:
         return import_module("sacrebleu.metrics")
     except ImportError as error:

@@ -223,6 +223,10 @@ def _corpus(metric: Any, found: Sequence[str], wanted: References) -> float:
 
 
 def load_sacrebleu(what: str) -> Any:
+    """Return sacrebleu's metrics.
+
+    Raises: MissingExtraError saying `what` needs it.
+    """
     try:
         return import_module("sacrebleu.metrics")
     except ImportError as error:

@@ -34,7 +34,7 @@ from llmctl.engine.flops import row_flops
 from llmctl.engine.machine import choose_dtype, product_rate
 from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.optim import make_optimizers
-from llmctl.losses import IGNORE
+from llmctl.losses.base import IGNORE
 from llmctl.model.presets import preset_config
 from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel, initialise

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.losses import IGNORE
+from llmctl.losses.base import IGNORE
 
 Batch = dict[str, np.ndarray]
 

@@ -38,7 +38,7 @@ from llmctl.engine.sharding import fill, is_sharded, local, own_parts, whole_ten
 from llmctl.engine.signals import Caught, watch_signals
 from llmctl.engine.state import State
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, OutputError, StoppedError
-from llmctl.losses import IGNORE, Loss
+from llmctl.losses.base import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel
 
 LIMIT_RESERVE_SECONDS = 5.0

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from llmctl.config import Family
 from llmctl.engine.metrics import Sums
 from llmctl.engine.scores import f1_score, matthews, pearson, spearman
-from llmctl.losses import IGNORE, Loss, linear_cross_entropy
+from llmctl.losses.base import IGNORE, Loss
+from llmctl.losses.cross_entropy import linear_cross_entropy
 from llmctl.model.transformer import LanguageModel
 
 

@@ -27,7 +27,7 @@ from llmctl.engine.objectives import Objective
 from llmctl.engine.state import State
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, LlmctlError, NotFoundError
 from llmctl.formats.safetensors import read_tensors, write_safetensors
-from llmctl.losses import Loss
+from llmctl.losses.base import Loss
 from llmctl.model.transformer import LanguageModel, initialise
 from tests.engine.test_loop import Stopping, training
 

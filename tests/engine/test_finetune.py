@@ -23,7 +23,7 @@ from llmctl.engine.runs import find_run
 from llmctl.engine.train import begin, resume
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact import write_artifact
-from llmctl.losses import IGNORE
+from llmctl.losses.base import IGNORE
 from llmctl.recipe import load
 from tests.engine.jobs import LLMCTL, finish
 from tests.engine.tuning import FAMILIES, SMALL

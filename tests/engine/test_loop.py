@@ -21,7 +21,7 @@ from llmctl.engine.planner import Planner
 from llmctl.engine.progress import Silent
 from llmctl.engine.state import State
 from llmctl.errors import DivergedError, InterruptedRunError, StoppedError
-from llmctl.losses import IGNORE, Loss
+from llmctl.losses.base import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel, initialise
 from tests.data.test_stream import Memory
 

@@ -1,31 +1,9 @@
-"""Losses as pure functions of tensors, each with its source; every one returns a sum, never a mean.
+"""Cross-entropy over a vocabulary that never holds all logits."""
 
-The loop divides once, by the global count of labels. Knows nothing of models, batches or ranks.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-IGNORE = -100
-"""Label of a position that is not predicted, as in torch's cross_entropy."""
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What an objective returns: a sum over labels, how many there were, and parts worth reporting.
-
-    `sum` is differentiable; `count` and `parts` are plain float64 scalars that add up over micro-batches and ranks.
-    `outputs` (B, K), numbers per row for figures that are no sums, are made in evaluation only.
-    """
-
-    sum: Tensor
-    count: Tensor
-    parts: dict[str, Tensor]
-    outputs: Tensor | None = None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -128,16 +106,3 @@ def linear_cross_entropy(
             hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, label_smoothing, needs
         )
     return result
-
-
-@dataclass(frozen=True)
-class LossRow:
-    """A loss with the place it comes from."""
-
-    function: Callable[..., Any]
-    source: str
-
-
-LOSSES: dict[str, LossRow] = {
-    "cross_entropy": LossRow(linear_cross_entropy, "negative log-likelihood; chunked after arXiv:2410.10989"),
-}

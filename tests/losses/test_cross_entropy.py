@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmctl.losses import LOSSES, linear_cross_entropy
+from llmctl.losses.cross_entropy import linear_cross_entropy
+from llmctl.losses.table import LOSSES
 
 
 def problem(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

@@ -305,11 +305,10 @@ class FinetuneTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Everything `llmctl finetune` reads."""
+class TaskConfig:
+    """What a model that is there is trained on: a task, and how its examples are read."""
 
     task: TaskName = setting("chat", "chat, text, classify, translate, summarize or qa")
-    method: Literal["full", "lora", "dora"] = setting("full", "train all weights, or an adapter beside frozen ones")
     model: str = setting("", "the model to adapt: a folder, a file or a run")
     problem: Literal["auto", "single", "multi", "regression"] = setting(
         "auto", "classify: one label per row, several, or a number; auto sees it in the data"
@@ -317,13 +316,8 @@ class FinetuneConfig:
     labels: tuple[str, ...] = listed(
         (), "classify: the labels in their order, or one file that lists them; empty takes those of the data"
     )
-    pooling: Literal["auto", "first", "mean", "last"] = setting(
-        "auto", "classify: the state under the head; auto is what the model's published classifier takes"
-    )
     template: str = setting("", "what the model is given, with {column} for a column; empty takes the task's own")
     system: str = setting("", "chat: a system message for conversations without one")
-    merge: bool = setting(False, "write the whole model with the adapter in its weights, not the adapter")
-    adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora)")
     columns: ColumnsConfig = section(ColumnsConfig, "the columns of the data")
     data: FinetuneDataConfig = section(FinetuneDataConfig, "the examples")
     optim: FinetuneOptimConfig = section(FinetuneOptimConfig, "the optimizer")
@@ -331,7 +325,118 @@ class FinetuneConfig:
     parallel: ParallelConfig = section(ParallelConfig, "several processes")
 
 
-TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+@dataclass(frozen=True)
+class FinetuneConfig(TaskConfig):
+    """Everything `llmctl finetune` reads."""
+
+    method: Literal["full", "lora", "dora"] = setting("full", "train all weights, or an adapter beside frozen ones")
+    pooling: Literal["auto", "first", "mean", "last"] = setting(
+        "auto", "classify: the state under the head; auto is what the model's published classifier takes"
+    )
+    merge: bool = setting(False, "write the whole model with the adapter in its weights, not the adapter")
+    adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora)")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The model that learns, and how it begins."""
+
+    shape: str = setting(
+        "50%", "a share of the teacher's parameters, 25M of them, layers=6,dim=512,heads=8,ffn=1408, or a model"
+    )
+    init: Literal["auto", "prune", "random"] = setting(
+        "auto", "prune: cut out of the teacher; random: fresh weights; auto is prune, or a named model as it is"
+    )
+    pick: Literal["auto", "greedy", "influence", "uniform"] = setting(
+        "auto", "which layers stay: by measured loss, by how much they change their input, or evenly spread"
+    )
+    calibration_rows: int = setting(32, "training rows on which the importance of the teacher's parts is measured")
+
+
+DivergenceName = Literal["fkl", "rkl", "jsd", "skl", "srkl", "akl", "taid", "tvd", "seq", "ce"]
+
+
+@dataclass(frozen=True)
+class DistillLossConfig:
+    """What the student learns from the teacher."""
+
+    name: DivergenceName = setting(
+        "fkl",
+        "forward (fkl) or reverse (rkl) KL, jsd, skewed skl and srkl, adaptive akl, taid, tvd; seq: the teacher's own "
+        "texts; ce: the data alone",
+    )
+    temperature: float = setting(0.0, "softens both distributions; 0 is 2 for masked tokens and labels, else 1")
+    weight: float = setting(1.0, "share of the divergence; the rest is cross-entropy on the data")
+    beta: float = setting(0.5, "weight of the teacher in the mixture of jsd (arXiv:2306.13649)")
+    skew: float = setting(0.1, "share mixed in from the other side (skl, srkl; arXiv:2402.03898)")
+    head_mass: float = setting(0.5, "probability that makes up the head of the teacher's distribution (akl)")
+    taid_start: float = setting(0.4, "share of the teacher in the first step's target, 1 in the last's (taid)")
+    match: Literal["auto", "none", "hidden", "relation"] = setting(
+        "auto", "also match inner states: hidden states, or relations of queries, keys and values; auto: of encoders"
+    )
+    match_weight: float = setting(1.0, "weight of what match adds")
+    match_layer: int = setting(-1, "the teacher's layer whose relations are matched; negative counts from the last")
+    relation_heads: int = setting(0, "heads into which relations are split; 0 takes as many as the teacher has")
+    on_policy: float = setting(0.0, "share of the batches that the student writes itself (arXiv:2306.13649)")
+    on_policy_tokens: int = setting(64, "tokens that the student writes then, after as much of the row as is left")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How the teacher is held, and what is kept of what it says."""
+
+    more: tuple[str, ...] = listed((), "further teachers with the same vocabulary; probabilities are averaged")
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = setting(
+        "auto", "precision of the teacher's weights; auto is that of the training"
+    )
+    cache: str = setting("none", "none, or what is kept of its signals: sampled, topk, hidden; or a cache's folder")
+    draws: int = setting(32, "tokens drawn per position (sampled; arXiv:2503.16870)")
+    top_k: int = setting(64, "most probable tokens kept per position (topk)")
+    beams: int = setting(5, "beam width of what an encoder-decoder writes (seq); decoders draw")
+    max_tokens: int = setting(128, "longest text that the teacher writes, in tokens (seq)")
+
+
+@dataclass(frozen=True)
+class DistillOptimConfig(FinetuneOptimConfig):
+    """Optimizer and learning-rate schedule of a student."""
+
+
+@dataclass(frozen=True)
+class DistillTrainConfig(FinetuneTrainConfig):
+    """The loop, with the budget and batch of distillation."""
+
+    seq_len: int = setting(256, "tokens per row at most; a teacher with a shorter context takes its own")
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """The same-size model from fresh weights that tells what the teacher was worth."""
+
+    enabled: bool = setting(False, "train it on as many tokens, and again with as much compute")
+    lr_factors: tuple[str, ...] = listed(
+        ("1",), "factors on pretraining's learning rates that are tried; the best counts"
+    )
+
+
+@dataclass(frozen=True)
+class DistillConfig(TaskConfig):
+    """Everything `llmctl distill` reads."""
+
+    task: Literal["auto", "chat", "text", "classify", "translate", "summarize", "qa"] = setting(  # type: ignore[assignment]
+        "auto", "auto: text, as the teacher was pretrained on, or classify for one with labels; or a task's examples"
+    )
+    model: str = setting("", "the teacher: a folder, a file or a run")
+    student: StudentConfig = section(StudentConfig, "the student")
+    loss: DistillLossConfig = section(DistillLossConfig, "what it learns")
+    teacher: TeacherConfig = section(TeacherConfig, "how the teacher is held")
+    stages: int = setting(0, "steps in which the student is cut; 0 is 2 where more than half is cut away, else 1")
+    baseline: BaselineConfig = section(BaselineConfig, "what the student is compared with")
+    max_drop: str = setting("", "end with exit code 10 if the student's figure is worse by more, such as 5% or 0.1")
+    optim: DistillOptimConfig = section(DistillOptimConfig, "the optimizer")
+    train: DistillTrainConfig = section(DistillTrainConfig, "the loop")
+
+
+TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig}
 """The config of each command that trains."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmctl.config import Family, FinetuneConfig, ModelConfig, PretrainConfig
+from llmctl.config import Family, ModelConfig, PretrainConfig, TaskConfig
 from llmctl.engine.corpus import Corpus
 from llmctl.engine.objectives import OBJECTIVES
 from llmctl.errors import UsageError
@@ -31,6 +31,11 @@ FIXED = {
     "system",
     "adapter",
     "columns",
+    "student",
+    "loss",
+    "teacher",
+    "stages",
+    "baseline",
 }
 """Sections of a recipe that no run changes on its way."""
 
@@ -56,7 +61,7 @@ def check(config: PretrainConfig) -> None:
     )
 
 
-def check_shared(config: PretrainConfig | FinetuneConfig, *more: tuple[bool, str]) -> None:
+def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -> None:
     """Refuse what no training command can do, and `more`: pairs of whether something is wrong and the sentence for it.
 
     Raises: UsageError listing all of them.

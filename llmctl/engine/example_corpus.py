@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.config import FinetuneConfig
+from llmctl.config import TaskConfig
 from llmctl.data.conversations import read_conversations
 from llmctl.data.examples import read_examples
 from llmctl.data.labels import Labels, labels_of, read_names
@@ -38,7 +38,7 @@ FEWEST = 2
 """Examples that are needed: one to train on, one to hold out."""
 
 
-def prepare_examples(config: FinetuneConfig, folder: Path, base: Loaded) -> tuple[Corpus, Findings, ExampleRow]:
+def prepare_examples(config: TaskConfig, folder: Path, base: Loaded) -> tuple[Corpus, Findings, ExampleRow]:
     """Read, encode and split the examples of a run; return the corpus, what was found, and the first example.
 
     Raises: UsageError for data that cannot be used, naming file, line and column; whatever the readers raise.
@@ -99,9 +99,7 @@ def task_record(encoder: Encoder) -> dict[str, Any]:
 RowsOf = Callable[[list[str]], Iterator[ExampleRow]]
 
 
-def make_encoder(
-    config: FinetuneConfig, base: Loaded, findings: Findings, all_paths: list[str]
-) -> tuple[Encoder, RowsOf]:
+def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths: list[str]) -> tuple[Encoder, RowsOf]:
     """Return what examples are encoded with, and what makes rows of files."""
     task, family = config.task, base.model.config.family
     if task == "chat":
@@ -123,7 +121,7 @@ def chat_of(base: Loaded) -> ChatTemplate:
     return chat_template(require_tokenizer(base), base.artifact.files, begins_with_bos=base.begins_with_bos)
 
 
-def find_labels(config: FinetuneConfig, base: Loaded, paths: list[str]) -> Labels:
+def find_labels(config: TaskConfig, base: Loaded, paths: list[str]) -> Labels:
     """Return the labels: the user's, those of the model's head, or those that the data has."""
     problem = None if config.problem == "auto" else config.problem
     names: tuple[str, ...] = config.labels

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from llmctl.config import FinetuneConfig
+from llmctl.config import TaskConfig
 from llmctl.data.conversations import Conversation, Message
 from llmctl.data.examples import Example
 from llmctl.data.labels import Labels
@@ -48,7 +48,7 @@ class ExampleRow:
 class Encoder:
     """What examples of a run are encoded with."""
 
-    config: FinetuneConfig
+    config: TaskConfig
     base: Loaded
     findings: Findings
     template: str = ""

@@ -4,54 +4,47 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from llmctl.config import FinetuneConfig, ModelChoice, ModelConfig, PretrainConfig
-from llmctl.data.batches import AnswerBatches, ClassBatches, Ids, PairBatches
-from llmctl.data.labels import Labels
-from llmctl.data.stream import ExampleRows, PackedExamples, PairRows
+from llmctl.config import FinetuneConfig
 from llmctl.engine.adapted import identity_of, read_model
 from llmctl.engine.adapters import save_adapter
 from llmctl.engine.batch import BatchSource
-from llmctl.engine.checks import check_corpus, check_shared
-from llmctl.engine.corpus import Corpus, keep_corpus, open_corpus, prepare_corpus
-from llmctl.engine.example_corpus import chat_of, prepare_examples
-from llmctl.engine.feed import make_batches
+from llmctl.engine.checks import check_shared
+from llmctl.engine.corpus import keep_corpus, open_corpus
+from llmctl.engine.example_corpus import chat_of
 from llmctl.engine.flops import Rows
 from llmctl.engine.heads import with_head
 from llmctl.engine.job import Job, Say
 from llmctl.engine.loop import Fitted
 from llmctl.engine.models import Loaded, load_model
 from llmctl.engine.objectives import Classification, Objective
-from llmctl.engine.plan import rows_of
 from llmctl.engine.pretrain import label_prediction
 from llmctl.engine.runs import Run
 from llmctl.engine.runtime import Runtime
 from llmctl.engine.samples import Sampler
-from llmctl.engine.show import show_example
+from llmctl.engine.task import (
+    check_task,
+    check_task_corpus,
+    labels_of_corpus,
+    metric_of,
+    prepare_task,
+    task_batches,
+    task_rows,
+)
 from llmctl.engine.written import make_sampler, make_score
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.parameters import parameter_shapes
 from llmctl.model.lora import add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel
 
-TEXT_OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder_decoder": "span"}
-"""What `task: text` trains a family on: what it was pretrained on."""
-
-METRICS = {"translate": "bleu", "summarize": "rouge_l", "qa": "token_f1"}
-PROBLEM_METRICS = {"single": "accuracy", "multi": "f1", "regression": "spearman"}
-"""A task's own figure, by which the best step is chosen; of the others the loss."""
-
 FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
 SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
 DEFAULT_EPOCHS = 3.0
-FEWEST_PACKED_STEPS = 8
-"""With fewer steps in an epoch than this, packing leaves a model too few of them to learn from."""
 
 
 def settle(config: FinetuneConfig) -> FinetuneConfig:
@@ -111,52 +104,12 @@ class Finetuning(Job):
         Raises: UsageError for a model that has no tokenizer or cannot be trained on the task.
         """
         base = load_model(Path(self.config.model), device="cpu", dtype="float32")
-        family, task = base.model.config.family, self.config.task
-        if base.tokenizer is None:
-            raise UsageError(f"`{self.config.model}` has no tokenizer", "import the model with its tokenizer files")
-        if family == "encoder" and task not in ("classify", "text"):
-            raise UsageError(
-                f"`{self.config.model}` is an encoder, which writes no text, as `--task {task}` asks",
-                "--task classify, or a decoder or an encoder-decoder",
-            )
-        if family == "encoder_decoder" and task == "chat":
-            raise UsageError(
-                f"`{self.config.model}` is an encoder-decoder, `--task chat` is for decoders",
-                "--task qa, translate or summarize maps one text to another",
-            )
-        if base.model.config.n_labels and task != "classify":
-            raise UsageError(
-                f"`{self.config.model}` has a classification head, `--task {task}` needs one over the vocabulary",
-                "--task classify, or the model it was made from",
-            )
+        check_task(self.config, base)
         return base
-
-    @property
-    def text_config(self) -> PretrainConfig:
-        """The pretraining that `task: text` is."""
-        config, family = self.config, self.base.model.config.family
-        return PretrainConfig(
-            objective=TEXT_OBJECTIVES[family],  # type: ignore[arg-type]
-            model=ModelChoice(config.model),
-            data=config.data,
-            optim=config.optim,
-            train=config.train,
-            parallel=config.parallel,
-        )
 
     def prepare(self, folder: Path, say: Say) -> None:
         """Read, examine, split and encode the examples."""
-        if self.config.task == "text":
-            corpus = prepare_corpus(self.text_config, folder, self.base.tokenizer, say)
-        else:
-            corpus, findings, first = prepare_examples(self.config, folder, self.base)
-            for line in findings.lines():
-                say(line)
-            if self.shows_example:
-                say(show_example(self.base, first, corpus.provenance["task"]))
-            if self.config.data.strict:
-                findings.refuse()
-            corpus.provenance["findings"] = findings.to_dict()
+        corpus = prepare_task(self.config, self.base, folder, say, shows_example=self.shows_example)
         base = {"path": self.config.model, "sha256": identity_of(self.base.artifact)}
         corpus.provenance["base"] = base
         keep_corpus(corpus, folder)
@@ -174,18 +127,13 @@ class Finetuning(Job):
                 "put it back, or start a new run",
             )
         self.model = self.base.model
-        self.metric = METRICS.get(self.config.task, "loss")
-        if self.metric == "bleu" and find_spec("sacrebleu") is None:
-            say("the best step is chosen by the loss: BLEU needs sacrebleu (pip install 'llmctl[eval]')")
-            self.metric = "loss"
-        if self.config.task == "text":
-            check_corpus(self.text_config, self.corpus)
+        self.metric = metric_of(self.config, self.corpus, say)
+        check_task_corpus(self.config, self.base, self.corpus)
         if self.config.task == "classify":
-            labels = self.labels
+            labels = labels_of_corpus(self.corpus)
             n_outputs = len(labels.names) or self.corpus.arrays["values"].shape[1]
             seed = self.config.train.seed
             self.model = with_head(self.base, labels, n_outputs, pooling=self.config.pooling, seed=seed)
-            self.metric = PROBLEM_METRICS[labels.problem]
         self.model.train()
         if self.config.method != "full":
             layers = self.adapt(self.model)
@@ -207,19 +155,9 @@ class Finetuning(Job):
             seed=self.config.train.seed,
         )
 
-    @property
-    def labels(self) -> Labels:
-        """The labels of the data."""
-        task = self.corpus.provenance["task"]
-        return Labels(task["problem"], tuple(task["labels"]))
-
     def rows(self) -> Rows:
         """Return the rows of a step, as full as they can be."""
-        if self.config.task == "text":
-            return rows_of(self.text_config, self.model.config)
-        train = self.config.train
-        is_pair = self.model.config.family == "encoder_decoder"
-        return Rows(train.batch_size, train.seq_len, train.seq_len if is_pair else 0, packed=True)
+        return task_rows(self.config, self.base, self.model.config)
 
     def make_objective(self) -> Objective:
         """Return classification, or label prediction."""
@@ -229,9 +167,7 @@ class Finetuning(Job):
 
     def make_batches(self, *, shuffle: bool) -> BatchSource:
         """Return the batches of the task."""
-        if self.config.task == "text":
-            return make_batches(self.text_config, self.corpus, self.model.config, shuffle=shuffle)
-        return example_batches(self.config, self.corpus, self.model.config, shuffle=shuffle)
+        return task_batches(self.config, self.base, self.corpus, self.model.config, shuffle=shuffle)
 
     def make_sampler(self, folder: Path) -> Sampler | None:
         """Return what answers a few held-out examples."""
@@ -310,33 +246,3 @@ class Finetuning(Job):
             f"{summary['n_trained']:,} of {summary['n_parameters']:,} parameters trained, {summary['steps']:,} steps in "
             f"{summary['seconds']:.0f} s: {name} {before} -> {after} on held-out examples\nnext: {use}"
         )
-
-
-def example_batches(config: FinetuneConfig, corpus: Corpus, model: ModelConfig, *, shuffle: bool) -> BatchSource:
-    """Return the batches of a task over the training or the held-out part."""
-    train = config.train
-    selection = corpus.train if shuffle else corpus.held_out
-    ids = Ids(
-        pad=max(model.pad_id, 0),
-        eos=max(model.eos_id, 0),
-        decoder_start=max(model.decoder_start_id, 0),
-        special=corpus.tokenizer.token_bytes() == 0,
-    )
-    options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
-    lengths = corpus.documents.lengths
-    if config.task == "classify":
-        first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
-        order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
-        return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
-    assert corpus.targets is not None
-    if model.family == "encoder_decoder":
-        pairs = PairRows(corpus.documents, corpus.targets, selection, batch_size=train.batch_size, **options)
-        return PairBatches(pairs, ids, train.seq_len)
-    # Training and held-out rows are laid out alike, by what there is to train on.
-    n_steps = int((lengths[corpus.train] - 1).sum()) / (train.seq_len * train.batch_size)
-    rows: PackedExamples | ExampleRows
-    if config.data.pack == "always" or (config.data.pack == "auto" and n_steps >= FEWEST_PACKED_STEPS):
-        rows = PackedExamples(lengths - 1, selection, seq_len=train.seq_len, **options)
-    else:
-        rows = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
-    return AnswerBatches(corpus.documents, corpus.targets, rows, ids, train.seq_len)

@@ -14,12 +14,13 @@ from llmctl.config import FinetuneConfig
 from llmctl.engine.batch import to_device
 from llmctl.engine.classify import classify
 from llmctl.engine.example_corpus import chat_of, prepare_examples
-from llmctl.engine.finetune import Finetuning, example_batches, settle
+from llmctl.engine.finetune import Finetuning, settle
 from llmctl.engine.models import Loaded, load_model
 from llmctl.engine.objectives import LabelPrediction
 from llmctl.engine.outcome import Trained
 from llmctl.engine.progress import Silent
 from llmctl.engine.runs import find_run
+from llmctl.engine.task import task_batches
 from llmctl.engine.train import begin, resume
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact import write_artifact
@@ -247,7 +248,7 @@ def prepared(model: Path, data: Path, task: str, *settings: str):
 
 def total(base: Loaded, config: FinetuneConfig, corpus) -> tuple[float, float]:
     objective = LabelPrediction(base.model, torch.zeros(base.model.config.vocab_size, dtype=torch.int32), 64).eval()
-    batches = example_batches(config, corpus, base.model.config, shuffle=False)
+    batches = task_batches(config, base, corpus, base.model.config, shuffle=False)
     with torch.inference_mode():
         losses = [objective(to_device(batches.batch([row]), torch.device("cpu"))) for row in range(batches.n_rows)]
     return sum(float(loss.sum) for loss in losses), sum(float(loss.count) for loss in losses)
@@ -257,7 +258,7 @@ def total(base: Loaded, config: FinetuneConfig, corpus) -> tuple[float, float]:
 def test_examples_that_share_a_row_do_not_see_each_other(models, task, data):
     config, base, corpus, _, _ = prepared(models["decoder"], data(), task, "data.val_frac=0.5", "train.seq_len=96")
     packed, alone = (replace(config, data=replace(config.data, pack=pack)) for pack in ("always", "never"))
-    n_rows = [example_batches(one, corpus, base.model.config, shuffle=False).n_rows for one in (packed, alone)]
+    n_rows = [task_batches(one, base, corpus, base.model.config, shuffle=False).n_rows for one in (packed, alone)]
     assert n_rows[0] < n_rows[1]
     (nats, count), (nats_alone, count_alone) = total(base, packed, corpus), total(base, alone, corpus)
     assert count == count_alone
@@ -267,7 +268,7 @@ def test_examples_that_share_a_row_do_not_see_each_other(models, task, data):
 def test_only_answers_are_trained_up_to_their_end(models):
     config, base, corpus, _, _ = prepared(models["decoder"], chats(4), "chat", "data.pack=never")
     assert base.tokenizer is not None
-    batch = example_batches(config, corpus, base.model.config, shuffle=False).batch([0])
+    batch = task_batches(config, base, corpus, base.model.config, shuffle=False).batch([0])
     labels = batch["labels"][0]
     trained = labels[labels != IGNORE].tolist()
     eos = base.tokenizer.eos_id

@@ -11,6 +11,7 @@ import argparse
 import csv
 import gzip
 import json
+import math
 import random
 import resource
 import subprocess
@@ -218,10 +219,33 @@ def smollm2_lora(bench: Bench) -> dict[str, Any]:
 
 
 def wikitext(bench: Bench) -> dict[str, Any]:
-    """Perplexity on WikiText-2, beside transformers on the same weights and windows."""
+    """Perplexity on all of WikiText-2's validation text, beside transformers on the same weights and windows."""
     text = bench.text("wikitext-valid.txt", "wikitext-2", "valid.txt.gz")
-    found = bench.run("evaluate", smollm2(bench), "-d", text, "--task", "text", "--seq-len", 1024, "--limit", 40)
-    return measured(found)
+    found = bench.run("evaluate", smollm2(bench), "-d", text, "--task", "text", "--seq-len", WINDOW_TOKENS)
+    return {"ours": measured(found), "transformers": transformers_perplexity(bench, text)}
+
+
+WINDOW_TOKENS = 1024
+
+
+def transformers_perplexity(bench: Bench, text: Path) -> dict[str, float]:
+    """Return what transformers makes of the text in the windows of its guide, side by side."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = bench.work / "smollm2-hf"
+    if not out.exists():
+        subprocess.run([*LLMCTL, "export", smollm2(bench), "--to", "hf", "-o", out], check=True)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(out)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    nats, count = 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, ids.shape[1] - 1, WINDOW_TOKENS):
+            window = ids[:, start : start + WINDOW_TOKENS]
+            loss = model(window, labels=window).loss  # of all its tokens but the first
+            nats += float(loss) * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    return {"loss": nats / count, "perplexity": math.exp(nats / count), "n_labels": count}
 
 
 RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {

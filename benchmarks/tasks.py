@@ -23,6 +23,8 @@ from typing import Any
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 LLMCTL = [sys.executable, "-P", "-m", "llmctl"]
+WINDOW_TOKENS = 1024
+"""Width of the windows in which WikiText-2 is measured."""
 
 
 class Bench:
@@ -223,9 +225,6 @@ def wikitext(bench: Bench) -> dict[str, Any]:
     text = bench.text("wikitext-valid.txt", "wikitext-2", "valid.txt.gz")
     found = bench.run("evaluate", smollm2(bench), "-d", text, "--task", "text", "--seq-len", WINDOW_TOKENS)
     return {"ours": measured(found), "transformers": transformers_perplexity(bench, text)}
-
-
-WINDOW_TOKENS = 1024
 
 
 def transformers_perplexity(bench: Bench, text: Path) -> dict[str, float]:

@@ -31,11 +31,6 @@ FIXED = {
     "system",
     "adapter",
     "columns",
-    "student",
-    "loss",
-    "teacher",
-    "stages",
-    "baseline",
 }
 """Sections of a recipe that no run changes on its way."""
 

@@ -16,6 +16,9 @@ from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm, trains_on_cpu
 from llmctl.model.positions import apply_rope
 
+Attended = dict[int, tuple[Tensor, Tensor, Tensor] | None]
+"""Queries (B, N, T, H), keys and values (B, K, T, H) of the self-attention of the layers that are asked for."""
+
 SHORT_KEYS = 256
 LARGEST_SHARE = 0.5
 """Where blocks pay, see `blocks_pay`."""
@@ -125,33 +128,35 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         layer: int = 0,
         cross: bool = False,
+        attended: Attended | None = None,
     ) -> Tensor:
         """Attend from `x` to itself and the cache, or to `memory` where given.
 
-        With `cross`, keys and values of the memory are taken from the cache if they are there.
+        With `cross`, keys and values of the memory are taken from the cache if they are there. Where `attended` has
+        this layer's number, it receives queries, keys and values as they are before they are turned by position.
         """
         q_BNTH = self._heads(self.q_proj(x_BTD), self.n_heads)
         if self.qk_norm:
             q_BNTH = self._normed(self.q_norm, q_BNTH)
-        if rope is not None:
-            q_BNTH = apply_rope(q_BNTH, *rope)
         if cross and cache is not None:
             pair = cache.cross[layer]
             if pair is None:
-                pair = cache.cross[layer] = self._keys_values(x_BTD if memory_BSD is None else memory_BSD, None)
+                pair = cache.cross[layer] = self._keys_values(x_BTD if memory_BSD is None else memory_BSD)
             k_BKSH, v_BKSH = pair
         else:
-            k_BKSH, v_BKSH = self._keys_values(x_BTD if memory_BSD is None else memory_BSD, rope)
+            k_BKSH, v_BKSH = self._keys_values(x_BTD if memory_BSD is None else memory_BSD)
+            if attended is not None and layer in attended:
+                attended[layer] = (q_BNTH, k_BKSH, v_BKSH)
+            if rope is not None:
+                q_BNTH, k_BKSH = apply_rope(q_BNTH, *rope), apply_rope(k_BKSH, *rope)
             if cache is not None:
                 k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
         return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale))
 
-    def _keys_values(self, source_BSD: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
         k_BKSH = self._heads(self.k_proj(source_BSD), self.n_kv_heads)
         if self.qk_norm:
             k_BKSH = self._normed(self.k_norm, k_BKSH)
-        if rope is not None:
-            k_BKSH = apply_rope(k_BKSH, *rope)
         return k_BKSH, self._heads(self.v_proj(source_BSD), self.n_kv_heads)
 
     @staticmethod

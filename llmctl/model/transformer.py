@@ -6,7 +6,7 @@ holds a (tokens x vocabulary) float32 tensor. No files, no devices, no ranks.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llmctl.config import ModelConfig
-from llmctl.model.attention import Attention, Mask, build_mask, offsets
+from llmctl.model.attention import Attended, Attention, Mask, build_mask, offsets
 from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm
 from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
@@ -67,6 +67,7 @@ class Pass:
     memory_BSD: Tensor | None = None
     memory_mask: Mask | None = None
     cache: KVCache | None = None
+    attended: Attended | None = None
 
 
 class Block(nn.Module):
@@ -89,7 +90,7 @@ class Block(nn.Module):
         """Run one layer; `query` replaces the queries' input (PanGu-Alpha's query layer)."""
         h_BTD = self.input_layernorm(x_BTD) if self.pre else x_BTD
         mask = shared.masks[self.window]
-        options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer}
+        options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
         if query_BTD is None:
             y_BTD = self.self_attn(h_BTD, mask, **options)
         else:
@@ -157,14 +158,19 @@ class Stack(nn.Module):
         memory_documents_BS: Tensor | None = None,
         cache: KVCache | None = None,
         collect: list[Tensor] | None = None,
+        attended: Attended | None = None,
     ) -> Tensor:
-        """Return the last hidden states (B, T, D); `collect` receives the states before and after every block."""
+        """Return the last hidden states (B, T, D).
+
+        `collect` receives the states before and after every block, `attended` what the layers in it attend with.
+        """
         T = x_BTD.shape[1]
         documents_BS = documents_BT if cache is None else cache.mark(T, documents_BT)
         if positions_BT is None:
             positions_BT = self._positions(x_BTD, documents_BS, cache)
         x_BTD = self._embed(x_BTD, positions_BT, token_types_BT)
         shared = self._share(x_BTD, documents_BS, positions_BT, memory_BSD, memory_documents_BS, cache)
+        shared = replace(shared, attended=attended)
         for block in self.layers:
             if collect is not None:
                 collect.append(x_BTD)
@@ -323,6 +329,7 @@ class LanguageModel(nn.Module):
         decoder_documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         collect: list[Tensor] | None = None,
+        attended: Attended | None = None,
     ) -> Tensor:
         """Return the hidden states under the head (B, T, D): of the decoder in an encoder-decoder.
 
@@ -339,6 +346,7 @@ class LanguageModel(nn.Module):
                 documents_BT=decoder_documents_BT,
                 cache=cache,
                 collect=collect,
+                attended=attended,
             )
         return self.model(
             self._embed(input_ids_BT),
@@ -347,6 +355,7 @@ class LanguageModel(nn.Module):
             token_types_BT=token_types_BT,
             cache=cache,
             collect=collect,
+            attended=attended,
         )
 
     def encode(self, input_ids_BS: Tensor, *, documents_BS: Tensor | None = None) -> Tensor:
@@ -362,6 +371,7 @@ class LanguageModel(nn.Module):
         documents_BT: Tensor | None = None,
         cache: KVCache | None = None,
         collect: list[Tensor] | None = None,
+        attended: Attended | None = None,
     ) -> Tensor:
         """Return the decoder's hidden states (B, T, D) over an encoder's output, or over the cache of it."""
         return self.model.decoder(
@@ -371,6 +381,7 @@ class LanguageModel(nn.Module):
             memory_documents_BS=memory_documents_BS,
             cache=cache,
             collect=collect,
+            attended=attended,
         )
 
     def head_input(self, hidden: Tensor) -> Tensor:

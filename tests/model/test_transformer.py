@@ -584,3 +584,18 @@ def test_initial_queries_carry_the_scale_that_scores_lack():
     for side in ("encoder.layers.1.self_attn", "decoder.layers.1.cross_attn"):
         assert named[f"model.{side}.q_proj.weight"].std().item() == pytest.approx(0.02 / 8, rel=0.05)
         assert named[f"model.{side}.k_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+def test_layers_show_what_they_attend_with(family, build, ids):
+    model, tokens = build(family=family), ids(2, 9)
+    target = {"decoder_input_ids_BT": ids(2, 6, seed=2)} if family == "encoder_decoder" else {}
+    collect, attended = [], {1: None}
+    hidden = model.hidden(tokens, collect=collect, attended=attended, **target)
+    close(hidden, model.hidden(tokens, **target))
+    block = model.stacks()[-1].layers[1]
+    inputs = block.input_layernorm(collect[1])
+    q_BNTH, k_BKTH, v_BKTH = attended[1]
+    for projection, heads in zip(("q_proj", "k_proj", "v_proj"), (q_BNTH, k_BKTH, v_BKTH), strict=True):
+        close(heads.transpose(1, 2).flatten(2), getattr(block.self_attn, projection)(inputs))
+    assert list(attended) == [1]

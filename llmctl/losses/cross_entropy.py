@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmctl.losses.products import add_gradients, logits
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T + bias`, with the gradient made in the forward pass, chunk by chunk."""
@@ -32,12 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             labels_C = labels_N[rows, None]
             logits_CV = buffer_CV[: len(labels_C)]
-            if logits_CV.dtype == weight_VD.dtype:
-                torch.mm(hidden_ND[rows], weight_VD.T, out=logits_CV)
-            else:
-                logits_CV.copy_(hidden_ND[rows] @ weight_VD.T)
-            if bias_V is not None:
-                logits_CV += bias_V
+            logits(hidden_ND[rows], weight_VD, bias_V, logits_CV)
             picked_C, best_C = logits_CV.gather(1, labels_C), logits_CV.amax(dim=1, keepdim=True)
             n_correct += (picked_C >= best_C).sum()
             wanted_C = picked_C
@@ -54,12 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 error_CV -= smoothing / error_CV.shape[1]
             if grad_bias_V is not None:
                 grad_bias_V += error_CV.sum(dim=0)
-            error_CV = error_CV.to(hidden_ND.dtype)
-            torch.mm(error_CV, weight_VD, out=grad_hidden_ND[rows])
-            if weight_VD.dtype == wide:
-                grad_weight_VD.addmm_(error_CV.T, hidden_ND[rows])
-            else:
-                grad_weight_VD += error_CV.T @ hidden_ND[rows]
+            add_gradients(error_CV, hidden_ND[rows], weight_VD, grad_hidden_ND[rows], grad_weight_VD)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.mark_non_differentiable(n_correct)
         return total, n_correct
@@ -83,10 +75,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood of the labels, in nats, and how many were the likeliest.
 
-    Never holds more than `chunk_tokens` rows of logits. Under autocast the products run in its precision; softmax
-    and sums are float32 and float64. The gradient is right for one backward call per forward. With smoothing the label
-    is one of probability 1 - s, and s is spread evenly over the vocabulary (Szegedy et al. 2015, arXiv:1512.00567,
-    section 7).
+    Never holds more than `chunk_tokens` rows of logits. Under autocast the products run in its precision and are
+    accumulated in float32; softmax and sums are float32 and float64. The gradient is right for one backward call per
+    forward. With smoothing the label is one of probability 1 - s, and s is spread evenly over the vocabulary (Szegedy et
+    al. 2015, arXiv:1512.00567, section 7).
 
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> two scalars (float64).
     Source: the textbook loss; made in chunks with the gradient in the forward pass after Liger, arXiv:2410.10989.

@@ -1,0 +1,95 @@
+"""Logits in float32 out of narrow inputs, and the products that give their gradients.
+
+A product of bfloat16 matrices is rounded to bfloat16 when it is done, which leaves three digits: too few where two
+distributions are close to each other and their difference is what is learned. On CUDA the product itself can be kept in
+float32. On a CPU it is made twice: the second one starts from the negative of the first, so that what is left is the
+rounding error, which is added back. Which way works is tried once on a small block, not believed.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+WIDE = (torch.float32, torch.float64)
+LARGEST_ERROR = 1e-4
+"""Error of a way, relative to the largest logit, above which it is not taken; rounding to bfloat16 alone makes 2e-3."""
+
+UPCAST_COLUMNS = 8192
+"""Rows of the weight that are widened together where nothing better works: a block, never all of it."""
+
+
+def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
+    """Write hidden @ weight.T + bias into `out`, accumulated in its dtype, float32 or float64, and return it."""
+    WAYS[choose_way(weight_VD.dtype, weight_VD.device.type)](hidden_CD, weight_VD, out_CV)
+    if bias_V is not None:
+        out_CV += bias_V
+    return out_CV
+
+
+def plain(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """Multiply wide matrices."""
+    torch.mm(hidden_CD, weight_VD.T, out=out_CV)
+
+
+def kept(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """Multiply narrow matrices into a float32 result (CUDA)."""
+    torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32, out=out_CV)
+
+
+def pair(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """Multiply narrow matrices twice; the second product is the rounding error of the first."""
+    narrow_CV = hidden_CD @ weight_VD.T
+    out_CV.copy_(narrow_CV)
+    out_CV += narrow_CV.neg_().addmm_(hidden_CD, weight_VD.T)
+
+
+def upcast(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """Widen the matrices block by block, and multiply those."""
+    wide_CD = hidden_CD.to(out_CV.dtype)
+    for start in range(0, len(weight_VD), UPCAST_COLUMNS):
+        block_BD = weight_VD[start : start + UPCAST_COLUMNS].to(out_CV.dtype)
+        out_CV[:, start : start + UPCAST_COLUMNS] = wide_CD @ block_BD.T
+
+
+WAYS = {"plain": plain, "kept": kept, "pair": pair, "upcast": upcast}
+
+
+@cache
+def choose_way(dtype: torch.dtype, device: str) -> str:
+    """Return the way that gives float32 logits of this dtype on this device, tried once."""
+    if dtype in WIDE:
+        return "plain"
+    candidates = ("kept", "upcast") if device == "cuda" else ("pair", "upcast")
+    return next(way for way in candidates if way == "upcast" or error_of(way, dtype, device) < LARGEST_ERROR)
+
+
+@torch.no_grad()
+def error_of(way: str, dtype: torch.dtype, device: str) -> float:
+    """Return the error of a way on a small block against float64, relative to the largest logit."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_CD = torch.randn(48, 192, generator=generator).to(device, dtype)
+    weight_VD = torch.randn(320, 192, generator=generator).to(device, dtype)
+    out_CV = torch.empty(48, 320, dtype=torch.float32, device=device)
+    with torch.autocast(device, enabled=False):
+        try:
+            WAYS[way](hidden_CD, weight_VD, out_CV)
+        except (RuntimeError, TypeError):  # this torch or this card does not know it
+            return float("inf")
+    exact_CV = hidden_CD.double() @ weight_VD.double().T
+    return float((out_CV.double() - exact_CV).abs().amax() / exact_CV.abs().amax())
+
+
+def add_gradients(
+    error_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, grad_hidden_CD: Tensor, grad_weight_VD: Tensor
+) -> None:
+    """Write a chunk's gradient of the hidden states, and add to that of the weight, which is wide.
+
+    error: the gradient of the logits.
+    """
+    error_CV = error_CV.to(hidden_CD.dtype)
+    torch.mm(error_CV, weight_VD, out=grad_hidden_CD)
+    if weight_VD.dtype == grad_weight_VD.dtype:
+        grad_weight_VD.addmm_(error_CV.T, hidden_CD)
+    else:
+        grad_weight_VD += error_CV.T @ hidden_CD

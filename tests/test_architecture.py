@@ -14,7 +14,7 @@ FLOORS = [
     {"commands"},
     {"engine"},
     {"model", "data", "formats", "tokenizer", "recipe"},
-    {"config", "files", "losses"},
+    {"config", "files", "losses", "quant"},
     {"errors"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

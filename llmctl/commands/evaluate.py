@@ -101,8 +101,9 @@ def evaluate(
         raise UsageError("`--max-drop` compares models, and there is one", "llmctl evaluate BEFORE AFTER --max-drop 1%")
     note("loading torch", quiet=quiet)
     from llmctl.engine import evaluate as engine
+    from llmctl.engine.gate import parse_gate
 
-    gate = None if max_drop is None else engine.parse_gate(max_drop)
+    gate = None if max_drop is None else parse_gate(max_drop)
     evaluations = []
     for evaluation in engine.evaluate(paths, config, lambda text: note(text, quiet=quiet)):
         evaluations.append(evaluation)

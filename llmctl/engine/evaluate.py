@@ -4,7 +4,6 @@ The table EVALUATORS names the tasks; how one is measured stands in a file of it
 """
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from llmctl.engine.evaluate_choices import evaluate_choice, evaluate_lastword
 from llmctl.engine.evaluate_labels import evaluate_classify, evaluate_similarity
 from llmctl.engine.evaluate_text import evaluate_mask, evaluate_text
 from llmctl.engine.evaluation import Measured
+from llmctl.engine.gate import Gate
 from llmctl.engine.inputs import longest_row, require_tokenizer
 from llmctl.engine.machine import forget_peak_memory, give_back_memory, peak_since_forgotten
 from llmctl.engine.metrics import is_higher_better, rounded
@@ -286,32 +286,6 @@ def tokenizers_differ(paths: Sequence[Path]) -> bool:
 
 # --- the gate --------------------------------------------------------------------------------------------------------
 
-DROP = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(%?)", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Gate:
-    """How much worse than the first model another may be: in units of the figure, or as a share of the first's."""
-
-    amount: float
-    is_relative: bool
-    text: str
-
-    def allowed(self, base: float) -> float:
-        """Return the largest drop from `base`."""
-        return abs(base) * self.amount if self.is_relative else self.amount
-
-
-def parse_gate(text: str) -> Gate:
-    """Read `0.01` or `1%`.
-
-    Raises: UsageError for anything else.
-    """
-    found = DROP.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"`--max-drop {text}` is not an amount", "0.01 in units of the figure, or 1% of the first's")
-    return Gate(float(found[1]) / (100 if found[2] else 1), bool(found[2]), text.strip())
-
 
 def check_gate(evaluations: Sequence[Evaluation], gate: Gate) -> None:
     """Hold the other models against the first.
@@ -319,15 +293,13 @@ def check_gate(evaluations: Sequence[Evaluation], gate: Gate) -> None:
     Raises: GateError naming every model that is worse by more than the gate allows, or whose figure does not exist.
     """
     first, metric = evaluations[0], evaluations[0].metric
-    sign = 1.0 if is_higher_better(metric) else -1.0
-    allowed = gate.allowed(first.main)
-    missed = []
-    for other in evaluations[1:]:
-        drop = sign * (first.main - other.main)
-        if not drop <= allowed:  # also where one of them is nan
-            missed.append(f"`{other.model}` has {other.main:.6g}")
+    missed = [
+        f"`{other.model}` has {other.main:.6g}"
+        for other in evaluations[1:]
+        if not gate.holds(metric, first.main, other.main)
+    ]
     if missed:
-        better = "more" if sign > 0 else "less"
+        better = "more" if is_higher_better(metric) else "less"
         raise GateError(
             f"{metric}: {', '.join(missed)} against {first.main:.6g} of `{first.model}`, "
             f"a drop of more than {gate.text} ({better} is better)"

@@ -15,11 +15,9 @@ from llmctl.engine import scores
 from llmctl.engine.evaluate import (
     EVALUATORS,
     Evaluation,
-    Gate,
     check_gate,
     default_task,
     evaluate,
-    parse_gate,
     tokenizers_differ,
 )
 from llmctl.engine.evaluate_answers import evaluate_answers
@@ -27,6 +25,7 @@ from llmctl.engine.evaluate_choices import continuations, evaluate_choice, evalu
 from llmctl.engine.evaluate_labels import evaluate_classify, evaluate_similarity
 from llmctl.engine.evaluate_text import evaluate_mask, evaluate_text, windows
 from llmctl.engine.evaluation import Measured
+from llmctl.engine.gate import parse_gate
 from llmctl.engine.generate import Prompt, encode_prompt, generate
 from llmctl.engine.models import Loaded
 from llmctl.errors import GateError, UsageError
@@ -500,11 +499,3 @@ def test_the_gate(metric: str, values: tuple[float, ...], gate: str, missed: str
     with pytest.raises(GateError, match=f"`{missed}`") as caught:
         check_gate(found, parse_gate(gate))
     assert caught.value.exit_code == 10
-
-
-def test_amounts_of_the_gate():
-    assert parse_gate(" 1.5% ") == Gate(0.015, True, "1.5%")
-    assert parse_gate(".5") == Gate(0.5, False, ".5")
-    for text in ("", "-1", "1 %%", "nan", "one"):
-        with pytest.raises(UsageError, match="--max-drop"):
-            parse_gate(text)

@@ -17,6 +17,7 @@ from llmctl.errors import LlmctlError
 COMMANDS: dict[str, str] = {
     "pretrain": "Train a model from raw text: decoder, encoder or encoder-decoder.",
     "finetune": "Adapt a model to a task, all of it or by an adapter: chat, classify, translate, ...",
+    "distill": "Make a small model of a large one, and report what it keeps.",
     "generate": "Continue a prompt, or every line of a pipe.",
     "chat": "Talk with a model in the terminal.",
     "fill": "Fill the masks of a text with an encoder.",

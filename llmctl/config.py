@@ -337,7 +337,112 @@ class FinetuneConfig(TaskConfig):
     adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora)")
 
 
-TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
+@dataclass(frozen=True)
+class StudentConfig:
+    """What the student looks like, and where its first weights come from."""
+
+    shape: str = setting(
+        "50%", "share of the teacher's parameters, or layers=6,dim=512,heads=8,ffn=1408, or a model that is there"
+    )
+    init: Literal["auto", "prune", "random"] = setting(
+        "auto", "prune: cut out of the teacher; random: fresh weights; auto: prune"
+    )
+    pick: Literal["auto", "greedy", "influence", "uniform"] = setting(
+        "auto", "how the layers that stay are chosen: by measured loss, by block influence, or evenly spaced"
+    )
+    calibration_rows: int = setting(32, "training rows on which layers, heads and units are ranked")
+
+
+@dataclass(frozen=True)
+class DistillLossConfig:
+    """What of the teacher the student learns."""
+
+    name: Literal["auto", "fkl", "rkl", "jsd", "skl", "srkl", "akl", "taid", "tvd", "seq", "none"] = setting(
+        "auto",
+        "divergence of the student's predictions from the teacher's; seq: learn the texts that the teacher writes; none: only "
+        "what is matched; auto: fkl, or none where the teacher predicts nothing (sentence encoders)",
+    )
+    temperature: float = setting(0.0, "temperature of both sides; 0 takes 1, for mlm and labels 2")
+    weight: float = setting(1.0, "share of the divergence; the rest is cross-entropy with the data")
+    beta: float = setting(0.5, "weight of the teacher in the mixture (jsd)")
+    skew: float = setting(0.1, "share of the other side in the mixture (skl, srkl)")
+    head_mass: float = setting(0.5, "teacher's probability that counts as the head (akl)")
+    taid_start: float = setting(0.4, "share of the teacher in the target at the first step (taid)")
+    match: Literal["auto", "none", "hidden", "relation"] = setting(
+        "auto",
+        "matched besides: the last hidden states, or the attention relations of a layer; auto: relation for encoders",
+    )
+    match_weight: float = setting(1.0, "factor on what is matched")
+    match_layer: int = setting(0, "teacher's layer whose relations are matched, from 1; 0 is the last")
+    relation_heads: int = setting(0, "heads that relations are split into; 0 takes the teacher's")
+    on_policy: float = setting(0.0, "share of the batches that the student writes itself (decoders; arXiv:2306.13649)")
+    on_policy_tokens: int = setting(64, "tokens that the student writes of a row at most")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How the teacher is asked."""
+
+    more: tuple[str, ...] = listed((), "further teachers of the same vocabulary; their probabilities are averaged")
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = setting(
+        "auto", "its weights in memory; auto: as training computes"
+    )
+    beams: int = setting(4, "beam width of an encoder-decoder that writes (seq); 1 is greedy")
+    max_tokens: int = setting(128, "tokens of a text that it writes at most (seq)")
+
+
+@dataclass(frozen=True)
+class DistillOptimConfig(OptimConfig):
+    """Optimizer and learning-rate schedule of a student."""
+
+    name: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon for the matrices with adamw for the rest")
+    lr: float = setting(0.0, "peak learning rate of adamw; 0 takes one by the student's size")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
+        "cosine", "shape of the learning rate over the steps"
+    )
+    warmup_frac: float = setting(0.05, "share of the steps that warm up linearly")
+
+
+@dataclass(frozen=True)
+class DistillTrainConfig(FinetuneTrainConfig):
+    """The loop, with the rows of distillation."""
+
+    seq_len: int = setting(256, "tokens per row at most; a model with a shorter context takes its own")
+    loss_chunk_tokens: int = setting(256, "tokens whose logits exist at the same time")
+
+
+@dataclass(frozen=True)
+class BaselineConfig:
+    """The same student from fresh weights on the same data, to hold the distilled one against."""
+
+    enabled: bool = setting(False, "train it too")
+    lr_factors: tuple[float, ...] = setting(
+        (1.0, 3.0, 10.0), "its learning rates as multiples of the student's; the best one is reported"
+    )
+    compute: bool = setting(True, "also give it the steps that the teacher's share of the work would have paid for")
+
+
+@dataclass(frozen=True)
+class DistillConfig(TaskConfig):
+    """Everything `llmctl distill` reads."""
+
+    task: Literal["auto", "chat", "text", "classify", "translate", "summarize", "qa"] = setting(  # type: ignore[assignment]
+        "auto", "chat, text, classify, translate, summarize or qa; auto is what the teacher was made for"
+    )
+    model: str = setting("", "the teacher: a folder, a file or a run")
+    student: StudentConfig = section(StudentConfig, "the student")
+    loss: DistillLossConfig = section(DistillLossConfig, "what is learned from the teacher")
+    teacher: TeacherConfig = section(TeacherConfig, "how the teacher is asked")
+    stages: int = setting(
+        0, "steps in which the student is cut; 0: two where more than half of the teacher goes, else one"
+    )
+    baseline: BaselineConfig = section(BaselineConfig, "the same model from scratch")
+    max_drop: str = setting("", "gate: how much worse than the teacher the student may be, 0.05 or 5%; exit code 10")
+    optim: DistillOptimConfig = section(DistillOptimConfig, "the optimizer")  # type: ignore[assignment]
+    train: DistillTrainConfig = section(DistillTrainConfig, "the loop")
+
+
+TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig}
 """The config of each command that trains."""
 
 

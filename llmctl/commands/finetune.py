@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, note, result, result_json
-from llmctl.commands.training import Options, run_training, with_options
+from llmctl.commands.common import command_app, result, result_json
+from llmctl.commands.training import Options, run_training, with_model, with_options
 
 if TYPE_CHECKING:
     from llmctl.config import FinetuneConfig
@@ -89,20 +89,6 @@ def finetune(
         return Finetuning(settle(resolved.config), shows_example=show_example)
 
     return run_training("finetune", resolved, make_job, options, check=check_config)
-
-
-def with_model(resolved: "Resolved[FinetuneConfig]", model: str | None, *, quiet: bool) -> "Resolved[FinetuneConfig]":
-    """Return the config with the model that is meant: the argument, the recipe's, or the one found without a name."""
-    from dataclasses import replace
-
-    from llmctl.recipe import Resolved
-
-    name = model or resolved.config.model or None
-    path = find_model(name, "any", quiet=quiet or name is not None)
-    if name is not None and str(path) != name:
-        note(f"model: {path}", quiet=quiet)
-    origins = resolved.origins | ({"model": "flag"} if model else {})
-    return Resolved(replace(resolved.config, model=str(path)), origins)
 
 
 def refuse_single_file(config: "FinetuneConfig", out: Any) -> None:

@@ -5,14 +5,14 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from llmctl.commands.common import note, result, result_json
+from llmctl.commands.common import find_model, note, result, result_json
 
 if TYPE_CHECKING:
     from llmctl.engine.job import Job
@@ -127,6 +127,18 @@ def with_options(command: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
+def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> "Resolved[Any]":
+    """Return the config with the model that is meant: the argument, the recipe's, or the one found without a name."""
+    from llmctl.recipe import Resolved
+
+    name = model or resolved.config.model or None
+    path = find_model(name, "any", quiet=quiet or name is not None)
+    if name is not None and str(path) != name:
+        note(f"model: {path}", quiet=quiet)
+    origins = resolved.origins | ({"model": "flag"} if model else {})
+    return Resolved(replace(resolved.config, model=str(path)), origins)
+
+
 MakeJob = Callable[["Resolved[Any]"], "Job"]
 """Turns the resolved config of a new run into its job; imports torch."""
 
@@ -144,6 +156,7 @@ def run_training(
     `check` refuses a new run's config before other processes are started for it.
     """
     from llmctl.engine.launch import Layout
+    from llmctl.errors import GateError
     from llmctl.recipe import dump
 
     if options.print_config:
@@ -165,6 +178,8 @@ def run_training(
     trained = train(command, resolved, make_job, run, options)
     if trained is not None:  # the first of several processes speaks
         result_json(trained.summary) if options.json else result(str(trained.path))
+        if trained.missed:
+            raise GateError(trained.missed, f"the model is there all the same: {trained.path}")
     return 0
 
 

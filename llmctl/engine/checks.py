@@ -31,6 +31,11 @@ FIXED = {
     "system",
     "adapter",
     "columns",
+    "student",
+    "loss",
+    "teacher",
+    "stages",
+    "baseline",
 }
 """Sections of a recipe that no run changes on its way."""
 

@@ -163,7 +163,7 @@ class Finetuning(Job):
         """Return classification, or label prediction."""
         if self.config.task == "classify":
             return Classification(self.model, self.config.train.label_smoothing)
-        return label_prediction(self)
+        return label_prediction(self.model, self.corpus, self.config.train)
 
     def make_batches(self, *, shuffle: bool) -> BatchSource:
         """Return the batches of the task."""

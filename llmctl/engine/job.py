@@ -5,7 +5,7 @@ for the rest. Commands differ in their job and in nothing else.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from llmctl.engine.batch import BatchSource
 from llmctl.engine.corpus import Corpus
 from llmctl.engine.flops import Rows
-from llmctl.engine.loop import Fitted
+from llmctl.engine.loop import Fitted, Training
 from llmctl.engine.objectives import Objective
 from llmctl.engine.runs import Run
 from llmctl.engine.runtime import Runtime
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 class Job(ABC):
     """The parts in which training commands differ, asked for from top to bottom.
 
-    `corpus` and `model` are there after `load`.
+    `runtime` is there from the beginning, `corpus` after `load`, `model` after `load` or `load_part`.
     """
 
     command: ClassVar[str]
@@ -36,6 +36,7 @@ class Job(ABC):
     metric: str = "loss"
     corpus: Corpus
     model: LanguageModel
+    runtime: Runtime
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -53,6 +54,40 @@ class Job(ABC):
     @abstractmethod
     def check(self) -> None:
         """Refuse settings that exclude each other, before anything is read."""
+
+    @property
+    def current(self) -> Any:
+        """The config of the part that is trained now: the run's own, unless a job has parts that differ."""
+        return self.config
+
+    def parts(self) -> Sequence[str]:
+        """Return the names of what is trained one after the other; the last, without a name, is the run's model."""
+        return ("",)
+
+    def prepare_part(self, part: str, run: Path, say: Say) -> None:
+        """Make what a part begins with, if that takes time; the first process does it for all."""
+        del part, run, say
+
+    def load_part(self, part: str, run: Path, say: Say) -> None:
+        """Have `model` be what a part trains."""
+        del part, run, say
+
+    def keep_part(self, part: str, run: Path, fitted: Fitted) -> None:
+        """Keep what came out of a part that is not the last; the first process does it for all."""
+        del part, run, fitted
+
+    def has_part(self, part: str, run: Path) -> bool:
+        """Tell whether `keep_part` has been here."""
+        del part, run
+        return False
+
+    def conclude(self, fitted: Fitted, training: Training) -> None:
+        """Measure what only makes sense when all is trained; in all processes, before anything is written."""
+        del fitted, training
+
+    def missed(self) -> str:
+        """Return which gate was missed, or nothing."""
+        return ""
 
     @abstractmethod
     def prepare(self, folder: Path, say: Say) -> None:

@@ -292,6 +292,7 @@ class _Loop:
         begun = time.perf_counter()
         share = optim.schedule(state.step, state.total_steps, self.t.optim) * state.lr_scale
         optim.set_rates(self.optimizers, self.t.optim, share)
+        self.t.objective.progress = state.step / max(1, state.total_steps)
         scale = self.gradients.scale(max(1, int(agreed.labels)))
         losses = torch.zeros(self.n_parts, dtype=torch.float64, device=self.runtime.device)
         for place, batch in enumerate([*batches, *[idle(batches[0])] * self.n_idle]):

@@ -36,6 +36,10 @@ FIGURES: dict[str, Figure] = {
     "rouge_l": Figure("ROUGE-L", ".3f", is_higher_better=True),
     "exact_match": Figure("exact match", ".1%", is_higher_better=True),
     "token_f1": Figure("token F1", ".3f", is_higher_better=True),
+    "kl": Figure("KL to teacher", ".4f"),
+    "agreement": Figure("same best token", ".1%", is_higher_better=True),
+    "overlap": Figure("sum of min(p, q)", ".3f", is_higher_better=True),
+    "calibration_error": Figure("calibration error", ".4f"),
 }
 """Held-out figures by the names they have in metrics.jsonl and in `--json`; of others, less is better."""
 

@@ -49,6 +49,8 @@ class Objective(nn.Module):
 
     parts: tuple[str, ...] = ()
     n_outputs = 0
+    progress = 0.0
+    """The share of the steps that is done, kept up by the loop: for losses that change on their way."""
 
     def figures(self, nats: float, count: float, parts: Mapping[str, float], outputs: NDArray[Any]) -> dict[str, float]:
         """Return the figures of sums over held-out rows and of the outputs of every row (N, n_outputs): the loss."""
@@ -118,7 +120,12 @@ class Classification(Objective):
     def forward(self, batch: dict[str, Tensor]) -> Loss:
         """Return the loss summed over rows, with part `correct`; in evaluation also predictions beside targets."""
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-        logits_BL = self.model.classify(**inputs).float()
+        return self.loss(self.model.classify(**inputs).float(), batch)
+
+    def loss(
+        self, logits_BL: Tensor, batch: dict[str, Tensor], more_B: Tensor | None = None, weight: float = 1.0
+    ) -> Loss:
+        """Return the loss of outputs: `weight` times that of the labels, plus `more` per row."""
         counts_B1 = batch["labels"] != IGNORE
         targets = batch["targets"]
         if self.model.config.problem == "single":
@@ -137,6 +144,8 @@ class Classification(Objective):
             found = logits_BL.to(targets.dtype)
             right_B = torch.zeros_like(losses_B, dtype=torch.bool)
         is_real_B = counts_B1[:, 0]
+        if more_B is not None:
+            losses_B = weight * losses_B + more_B
         return Loss(
             (losses_B * is_real_B).sum(dtype=torch.float64),
             counts_B1.sum(dtype=torch.float64),

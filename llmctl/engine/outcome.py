@@ -35,6 +35,8 @@ class Trained:
 
     path: Path
     summary: dict[str, Any]
+    missed: str = ""
+    """Which gate was missed; the model is there all the same."""
 
 
 def recipe_sha256(config: Any) -> str:
@@ -90,7 +92,7 @@ def finish(run: Run, job: Job, training: Training, fitted: Fitted, *, command: s
     )
     training.progress.say(job.closing(summary, run))
     shutil.rmtree(run.path / "data", ignore_errors=True)  # last: text that came from a pipe is nowhere else
-    return Trained(written, summary)
+    return Trained(written, summary, job.missed())
 
 
 def write_pictures(run: Run, job: Job, summary: Mapping[str, Any], command: str) -> None:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from llmctl.config import PretrainConfig
+from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
 from llmctl.engine.batch import BatchSource
 from llmctl.engine.build import build_model, label, load_base
 from llmctl.engine.checks import check, check_corpus
-from llmctl.engine.corpus import keep_corpus, open_corpus, prepare_corpus
+from llmctl.engine.corpus import Corpus, keep_corpus, open_corpus, prepare_corpus
 from llmctl.engine.feed import label_flops, make_batches
 from llmctl.engine.flops import Rows
 from llmctl.engine.job import Job, Say
@@ -24,6 +25,7 @@ from llmctl.engine.runtime import Runtime
 from llmctl.engine.samples import Sampler, make_sampler, own_prompts
 from llmctl.engine.written import make_score
 from llmctl.formats.artifact import Artifact
+from llmctl.model.transformer import LanguageModel
 
 
 class Pretraining(Job):
@@ -66,7 +68,7 @@ class Pretraining(Job):
 
     def make_objective(self) -> Objective:
         """Return label prediction."""
-        return label_prediction(self)
+        return label_prediction(self.model, self.corpus, self.config.train)
 
     def make_batches(self, *, shuffle: bool) -> BatchSource:
         """Return the objective's batches."""
@@ -108,12 +110,16 @@ class Pretraining(Job):
         )
 
 
-def label_prediction(job: Job) -> LabelPrediction:
-    """Return label prediction with the bytes of the tokenizer's tokens; ids that only pad the vocabulary have none."""
-    token_bytes = np.zeros(job.model.config.vocab_size, dtype=np.int32)
-    known = job.corpus.tokenizer.token_bytes()
-    token_bytes[: len(known)] = known
-    train = job.config.train
+def label_prediction(model: LanguageModel, corpus: Corpus, train: TrainConfig) -> LabelPrediction:
+    """Return label prediction over a corpus's tokens."""
     return LabelPrediction(
-        job.model, torch.from_numpy(token_bytes), train.loss_chunk_tokens, label_smoothing=train.label_smoothing
+        model, token_bytes_of(corpus, model.config), train.loss_chunk_tokens, label_smoothing=train.label_smoothing
     )
+
+
+def token_bytes_of(corpus: Corpus, config: ModelConfig) -> Tensor:
+    """Return the bytes of every token of a model's vocabulary (V,); ids that only pad it have none."""
+    token_bytes = np.zeros(config.vocab_size, dtype=np.int32)
+    known = corpus.tokenizer.token_bytes()
+    token_bytes[: len(known)] = known
+    return torch.from_numpy(token_bytes)

@@ -9,16 +9,18 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llmctl.engine import checkpoint
 from llmctl.engine.checks import refuse_changes
 from llmctl.engine.corpus import CORPUS
+from llmctl.engine.distill import Distilling
 from llmctl.engine.finetune import Finetuning
 from llmctl.engine.freezing import freeze
 from llmctl.engine.job import Job
-from llmctl.engine.loop import Training, fit
+from llmctl.engine.loop import Fitted, Training, fit
 from llmctl.engine.machine import name_of, product_rate
 from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
 from llmctl.engine.parallel import check_layout
@@ -47,7 +49,7 @@ from llmctl.files import ensure_writable, write_bytes
 from llmctl.formats.families import family_for
 from llmctl.recipe import Resolved, changed_keys, dump, load, nested, values_of
 
-JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining, Finetuning)}
+JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining, Finetuning, Distilling)}
 """The jobs of the commands that train."""
 
 
@@ -137,10 +139,8 @@ def resume(
     try:
         for key, (old, new) in changes.items():
             progress.say(f"changed: {key} {old} -> {new}")
-        with losing_peers(runtime, run.path):
-            saved = newest_checkpoint(run, runtime, progress)
         command = str(run.record.get("invocation", command))
-        return train_in(run, job, progress, runtime, command=command, started=started, saved=saved)
+        return train_in(run, job, progress, runtime, command=command, started=started, resumes=True)
     finally:
         progress.close()
         run.close()
@@ -161,12 +161,12 @@ def check_space(run: Run, job: Job) -> None:
         )
 
 
-def newest_checkpoint(run: Run, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
+def newest_checkpoint(path: Path, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
     """Return the checkpoint that the first process has found to be the newest valid one, None if there is none yet.
 
     Raises: ArtifactError if there are some and all are damaged.
     """
-    folder = run.path / "checkpoints"
+    folder = path / "checkpoints"
 
     def find() -> str | None:
         if not checkpoint.published(folder):
@@ -174,7 +174,7 @@ def newest_checkpoint(run: Run, runtime: Runtime, progress: Progress) -> checkpo
         saved, skipped = checkpoint.Store(folder).load_newest()
         for line in skipped:
             progress.say(line)
-        progress.say(f"resuming {run.path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
         return saved.path.name
 
     name = runtime.lead(find)
@@ -201,28 +201,25 @@ def train_in(
     *,
     command: str,
     started: float,
-    saved: checkpoint.Checkpoint | None = None,
+    resumes: bool = False,
 ) -> Trained | None:
-    """Do the training of an open run, and record how it ended."""
+    """Do the training of an open run, part after part, and record how it ended."""
     trained: list[Trained] = []
-
-    def leave() -> None:
-        trained.append(finish(run, job, training, fitted, command=command, started=started))
-
+    job.runtime = runtime
     try:
         with losing_peers(runtime, run.path), naming_memory(runtime):
             prepare_together(job, run, runtime, progress)
-            frozen = freeze(job.model, job.config.train.freeze)
-            fit_micro_batch(job, runtime, run, progress)
-            compare_processes(runtime, job, progress)
-            check_space(run, job)
-            training = assemble(run, job, runtime, progress, started, saved)
-            progress.say(
-                f"{family_for(job.model.config).architecture}: {parameter_count(job.model):,} parameters"
-                f"{f', {frozen:,} of them frozen' if frozen else ''}, "
-                f"{job.objective} in {name_of(runtime.dtype)} on {runtime.device.type}"
-            )
-            fitted = fit(training, saved)
+            for part in job.parts():
+                if part and runtime.first(job.has_part(part, run.path)):
+                    continue
+                training, fitted = train_part(run, job, part, runtime, progress, started, resumes=resumes)
+                if part:
+                    runtime.lead(partial(job.keep_part, part, run.path, fitted))
+            job.conclude(fitted, training)
+
+            def leave() -> None:
+                trained.append(finish(run, job, training, fitted, command=command, started=started))
+
             runtime.lead(leave)
     except (InterruptedRunError, StoppedError):
         run.update(status="interrupted")
@@ -231,10 +228,38 @@ def train_in(
         is_told = isinstance(error, (LlmctlError, KeyboardInterrupt))
         text = (str(error) or type(error).__name__) if is_told else f"{type(error).__name__}: {error}"
         run.update(status="failed", error=text)
-        if isinstance(error, (UsageError, NotFoundError)) and saved is None:
+        if isinstance(error, (UsageError, NotFoundError)) and not resumes:
             withdraw(run)
         raise
     return trained[0] if trained else None
+
+
+def train_part(
+    run: Run, job: Job, part: str, runtime: Runtime, progress: Progress, started: float, *, resumes: bool
+) -> tuple[Training, Fitted]:
+    """Train a part of a run from its newest checkpoint or from its beginning."""
+    folder = part_folder(run.path, part)
+    runtime.lead(partial(job.prepare_part, part, run.path, progress.say))
+    job.load_part(part, run.path, progress.say)
+    frozen = freeze(job.model, job.config.train.freeze)
+    fit_micro_batch(job, runtime, run, progress)
+    compare_processes(runtime, job, progress)
+    check_space(run, job)
+    saved = newest_checkpoint(folder, runtime, progress) if resumes else None
+    if len(job.parts()) > 1:  # each has a budget of its own
+        started = time.monotonic()
+    training = assemble(run, job, part, runtime, progress, started, saved)
+    progress.say(
+        f"{family_for(job.model.config).architecture}: {parameter_count(job.model):,} parameters"
+        f"{f', {frozen:,} of them frozen' if frozen else ''}, "
+        f"{job.objective} in {name_of(runtime.dtype)} on {runtime.device.type}{f': {part}' if part else ''}"
+    )
+    return training, fit(training, saved)
+
+
+def part_folder(run: Path, part: str) -> Path:
+    """Return where the checkpoints and figures of a part lie: those of the last one in the run folder itself."""
+    return run / "parts" / part if part else run
 
 
 def fit_micro_batch(job: Job, runtime: Runtime, run: Run, progress: Progress) -> None:
@@ -261,20 +286,23 @@ def clear(folder: Path) -> None:
     """Remove what an earlier run left in a folder that is used again (`-o` with `-f`)."""
     for name in ("metrics.jsonl", "samples.jsonl"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "data"):
+    for name in ("checkpoints", "data", "parts"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def assemble(
     run: Run,
     job: Job,
+    part: str,
     runtime: Runtime,
     progress: Progress,
     started: float,
     saved: checkpoint.Checkpoint | None,
 ) -> Training:
     """Put together what the loop works with."""
-    config = job.config
+    config = job.current
+    folder = part_folder(run.path, part)
+    folder.mkdir(parents=True, exist_ok=True)
     flops = job.flops()
     used_seconds = saved.state["seconds"] if saved else 0.0
     return Training(
@@ -285,19 +313,19 @@ def assemble(
         config=config.train,
         optim=config.optim,
         runtime=runtime,
-        folder=run.path,
+        folder=folder,
         progress=progress,
         resume_command=f"llmctl {job.command} --resume {shlex.quote(str(run.path))}",
         flops_per_token=flops,
         peak_flops=product_rate(runtime.dtype, runtime.device.type) if flops else 0.0,
         deadline=started + config.train.minutes * 60 - used_seconds if config.train.minutes else None,
         limit=time_limit(config.train.limit_minutes, started),
-        sample=job.make_sampler(run.path),
+        sample=job.make_sampler(folder),
         score=job.make_score(runtime),
         metric=config.train.metric or job.metric,
         recipe=nested(config),
         trackers=runtime.make_trackers(
-            config.train.track, run.path, values_of(config), saved.state.get("trackers", {}) if saved else {}
+            config.train.track, folder, values_of(config), saved.state.get("trackers", {}) if saved else {}
         ),
     )
 

@@ -1,0 +1,575 @@
+"""Distillation as a job: a teacher, a student cut out of it, text, and an honest report at the end.
+
+A run has parts: baselines from fresh weights where they are asked for, the steps in which the student is cut, and last
+the student itself. They are trained one after the other by the same loop; what an earlier one made lies in `parts/`.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmctl.config import DistillConfig, ModelConfig
+from llmctl.engine.adapted import identity_of, read_model
+from llmctl.engine.batch import BatchSource, to_device
+from llmctl.engine.checks import check_shared
+from llmctl.engine.corpus import keep_corpus, open_corpus
+from llmctl.engine.distill_report import Report, make_report, render
+from llmctl.engine.distillation import Distillation, LabelDistillation, Matching, StateDistillation
+from llmctl.engine.flops import Rows, row_flops
+from llmctl.engine.gate import parse_gate
+from llmctl.engine.heldout import measure
+from llmctl.engine.job import Job, Say
+from llmctl.engine.loop import Fitted, Training
+from llmctl.engine.models import Loaded, find_named, load_model
+from llmctl.engine.objectives import Objective
+from llmctl.engine.on_policy import Writer
+from llmctl.engine.pretrain import label_prediction, token_bytes_of
+from llmctl.engine.runs import Run
+from llmctl.engine.runtime import Runtime
+from llmctl.engine.samples import Sampler
+from llmctl.engine.student import cut_student
+from llmctl.engine.student_shape import count, parse_student, shape_between
+from llmctl.engine.task import (
+    check_task,
+    check_task_corpus,
+    metric_of,
+    prepare_task,
+    task_batches,
+    task_rows,
+    text_config,
+)
+from llmctl.engine.teacher import Teacher, check_same_words, load_more
+from llmctl.engine.teacher_texts import write_texts
+from llmctl.engine.written import make_sampler, make_score
+from llmctl.errors import ArtifactError, UsageError
+from llmctl.files import write_json
+from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
+from llmctl.model.transformer import LanguageModel, initialise, load_tensors
+
+DEFAULT_STEPS = 400
+"""Steps of each part where no budget is given."""
+
+REFERENCE_LR, REFERENCE_PARAMETERS = 1e-3, 1e6
+SMALLEST_LR, LARGEST_LR = 5e-5, 2e-3
+"""The peak learning rate falls with the root of the student's size."""
+
+WARM = 2.0
+"""Temperature where a distribution is narrow: masked words and labels (DistilBERT, arXiv:1910.01108)."""
+
+HALF = 0.45
+"""A student of less than this share of its teacher is cut in two steps (Model-Optimizer's guide; NVIDIA 2025)."""
+
+TASKS = ("chat", "classify", "translate", "summarize", "qa")
+
+
+def is_bare(artifact: Artifact) -> bool:
+    """Tell whether a model predicts nothing: an encoder that is published without a head, as sentence encoders are."""
+    return artifact.config.family == "encoder" and "For" not in artifact.architecture
+
+
+def student_model(config: DistillConfig) -> Path | None:
+    """Return the student that is there, where a model is named in place of a shape."""
+    text = config.student.shape
+    return Path(text) if Path(text).exists() else None
+
+
+def settle(config: DistillConfig) -> DistillConfig:
+    """Fill in what teacher and student decide, so that the recipe of the run says it.
+
+    Raises: NotFoundError or ArtifactError for a teacher that is not there or damaged; UsageError for a student that
+        cannot be.
+    """
+    artifact = read_model(Path(config.model))
+    teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
+    made_for = artifact.provenance.get("objective")
+    task = config.task
+    if task == "auto":
+        task = "classify" if teacher.n_labels else made_for if made_for in TASKS else "text"
+    given = student_model(config)
+    shape = read_model(given).config if given else parse_student(student.shape, teacher)
+    if student.init == "auto":
+        student = replace(student, init="prune")
+    n_student, n_teacher = count(shape), count(teacher)
+    stages = config.stages
+    if not stages:
+        stages = 2 if n_student < HALF * n_teacher and student.init == "prune" and not given else 1
+    name = loss.name
+    if name == "auto":
+        name = "none" if is_bare(artifact) else "fkl"
+    match = loss.match
+    if match == "auto":
+        match = "relation" if teacher.family == "encoder" and not teacher.n_labels and name != "seq" else "none"
+        if name == "none":
+            match = "hidden"
+    is_warm = teacher.family == "encoder" or bool(teacher.n_labels)
+    loss = replace(
+        loss,
+        name=name,
+        match=match,
+        temperature=loss.temperature or (WARM if is_warm else 1.0),
+        match_layer=loss.match_layer or (teacher.n_decoder_layers or teacher.n_layers),
+        relation_heads=loss.relation_heads or teacher.n_heads,
+    )
+    if not (train.steps or train.tokens or train.minutes or train.epochs):
+        train = replace(train, steps=DEFAULT_STEPS)
+    train = replace(train, seq_len=min(train.seq_len, shape.max_positions, teacher.max_positions))
+    if not optim.lr:
+        rate = REFERENCE_LR * (REFERENCE_PARAMETERS / n_student) ** 0.5
+        optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
+    return replace(config, task=task, stages=stages, student=student, loss=loss, train=train, optim=optim)
+
+
+class Distilling(Job):
+    """Make a student of a teacher."""
+
+    command = "distill"
+    config_class = DistillConfig
+    config: DistillConfig
+
+    def __init__(self, config: DistillConfig) -> None:
+        super().__init__(config)
+        self.part = ""
+        self.report: Report | None = None
+
+    @property
+    def objective(self) -> str:
+        """The loss and the task."""
+        return f"distill-{self.config.loss.name}"
+
+    @property
+    def label(self) -> str:
+        """The teacher's name."""
+        return f"distill-{Path(self.config.model).name.removesuffix('.safetensors')}"
+
+    def check(self) -> None:
+        """Refuse settings that exclude each other."""
+        config, loss, train = self.config, self.config.loss, self.config.train
+        if config.max_drop:
+            parse_gate(config.max_drop)
+        artifact = read_model(Path(config.model))
+        teacher = artifact.config
+        has_words = not teacher.n_labels and loss.name not in ("none", "seq")
+        budget = train.minutes and not (train.steps or train.tokens or train.epochs)
+        check_shared(
+            config,
+            (not 0 <= loss.weight <= 1, f"`loss.weight` is {loss.weight}, not in [0, 1]"),
+            (loss.temperature <= 0, f"`loss.temperature` is {loss.temperature}, it must be positive"),
+            (not 0 < loss.beta < 1, f"`loss.beta` is {loss.beta}, not between 0 and 1"),
+            (not 0 < loss.skew < 1, f"`loss.skew` is {loss.skew}, not between 0 and 1"),
+            (not 0 < loss.head_mass < 1, f"`loss.head_mass` is {loss.head_mass}, not between 0 and 1"),
+            (not 0 <= loss.taid_start < 1, f"`loss.taid_start` is {loss.taid_start}, not in [0, 1)"),
+            (not 0 <= loss.on_policy <= 1, f"`loss.on_policy` is {loss.on_policy}, not in [0, 1]"),
+            (loss.match_weight < 0, f"`loss.match_weight` is {loss.match_weight}, it is negative"),
+            (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
+            (config.student.calibration_rows < 1, "`student.calibration_rows` must be at least 1"),
+            (
+                not 0 < loss.match_layer <= (teacher.n_decoder_layers or teacher.n_layers),
+                f"`loss.match_layer` is {loss.match_layer}, the teacher has {teacher.n_decoder_layers or teacher.n_layers}",
+            ),
+            (
+                loss.on_policy > 0 and (teacher.family != "decoder" or not has_words),
+                "`loss.on_policy` is for decoders that learn a divergence",
+            ),
+            (
+                loss.on_policy > 0 and config.parallel.strategy == "fsdp",
+                "`loss.on_policy` needs the whole model in every process: not with `parallel.strategy` fsdp",
+            ),
+            (
+                bool(teacher.n_labels) and loss.name != "fkl",
+                f"`loss.name` {loss.name} is for models of text, `{config.model}` has {teacher.n_labels} labels: fkl",
+            ),
+            (bool(teacher.n_labels) and loss.match != "none", "`loss.match` is for models of text, not of labels"),
+            (is_bare(artifact) and loss.name != "none", f"`{config.model}` predicts no words: `loss.name` none"),
+            (loss.name == "none" and loss.match == "none", "`loss.name` and `loss.match` are both none"),
+            (
+                loss.name == "none" and config.task != "text",
+                f"`loss.name` none learns from plain text, `--task {config.task}` is for a divergence",
+            ),
+            (
+                loss.name == "seq" and (teacher.family == "encoder" or bool(teacher.n_labels)),
+                f"`loss.name` seq needs a teacher that writes, `{config.model}` does not",
+            ),
+            (
+                config.baseline.enabled and bool(budget),
+                "`baseline` needs a budget in steps, tokens or epochs, so that both get the same",
+            ),
+            (
+                config.baseline.enabled and not all(factor > 0 for factor in config.baseline.lr_factors),
+                f"`baseline.lr_factors` are {config.baseline.lr_factors}, they must be positive",
+            ),
+        )
+        if not config.data.paths and config.task != "text":
+            raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+        for name in config.teacher.more:
+            find_named(name, "any")
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher(self) -> Loaded:
+        """The teacher, in float32 on the CPU.
+
+        Raises: UsageError for a teacher without a tokenizer, or a task that it does not have.
+        """
+        loaded = load_model(Path(self.config.model), device="cpu", dtype="float32")
+        check_task(self.config, loaded)
+        return loaded
+
+    @cached_property
+    def base(self) -> Loaded:
+        """What the data is encoded for: the student's tokenizer where it has one of its own."""
+        given = student_model(self.config)
+        if self.config.loss.name != "seq" or given is None:
+            return self.teacher
+        loaded = load_model(given, device="cpu", dtype="float32")
+        check_task(self.config, loaded)
+        return loaded
+
+    def prepare(self, folder: Path, say: Say) -> None:
+        """Read, split and encode the text; let the teacher write it again where its texts are learned."""
+        given = student_model(self.config)
+        if given is not None and self.config.loss.name != "seq":
+            check_same_words(self.config.model, str(given))
+        if not self.config.data.paths:
+            say("no --data: the student learns from the embedded default corpus, which is small and of one kind")
+        config = self.config
+        if config.loss.name == "seq":
+            config = write_texts(config, self.teacher, folder / "written", say)
+        corpus = prepare_task(config, self.base, folder, say)
+        corpus.provenance["teacher"] = {"path": self.config.model, "sha256": identity_of(self.teacher.artifact)}
+        keep_corpus(corpus, folder)
+
+    def load(self, folder: Path, say: Say) -> None:
+        """Open the text.
+
+        Raises: ArtifactError if the teacher is not the one that the run was begun with.
+        """
+        self.corpus = open_corpus(folder)
+        begun_with = self.corpus.provenance["teacher"]["sha256"]
+        if identity_of(self.teacher.artifact) != begun_with:
+            raise ArtifactError(
+                f"`{self.config.model}` is not the teacher that this run was begun with ({begun_with[:12]})",
+                "put it back, or start a new run",
+            )
+        self.metric = metric_of(self.config, self.corpus, say)
+        check_task_corpus(self.config, self.base, self.corpus)
+
+    @cached_property
+    def shares_words(self) -> bool:
+        """Whether teacher and student mean the same by a token, so that one can be measured on the other's rows."""
+        tokenizer = self.teacher.tokenizer
+        return tokenizer is not None and tokenizer.sha256 == self.corpus.tokenizer.sha256
+
+    @cached_property
+    def teachers(self) -> list[Teacher]:
+        """All teachers, where they compute."""
+        return [Teacher(self.teacher.model), *load_more(self.teacher, self.config.teacher.more, self.config.model)]
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        """The student's shape."""
+        given = student_model(self.config)
+        if given is not None:
+            return read_model(given).config
+        return parse_student(self.config.student.shape, self.teacher.model.config)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> DistillConfig:
+        """The config of the part that is trained: baselines have a learning rate, and steps, of their own."""
+        if not self.part.startswith("scratch"):
+            return self.config
+        train, optim = self.config.train, self.config.optim
+        stages = self.config.stages
+        factor, share = self.baseline_plan(self.part)
+        share *= stages
+        steps, tokens = round(train.steps * share), round(train.tokens * share)
+        train = replace(train, steps=steps, tokens=tokens, epochs=train.epochs * share)
+        optim = replace(optim, lr=optim.lr * factor, muon_lr=optim.muon_lr * factor)
+        return replace(self.config, train=train, optim=optim)
+
+    def parts(self) -> Sequence[str]:
+        """Return the baselines, the earlier stages, and the student."""
+        names = []
+        if self.config.baseline.enabled:
+            names += [f"scratch-lr-{factor:g}" for factor in self.config.baseline.lr_factors]
+            names += ["scratch-compute"] * self.config.baseline.compute
+        return [*names, *(f"stage-{number + 1}" for number in range(self.config.stages - 1)), ""]
+
+    def baseline_plan(self, part: str) -> tuple[float, float]:
+        """Return a baseline's factor on the learning rate, and its steps as a share of the student's."""
+        if part != "scratch-compute":
+            return float(part.removeprefix("scratch-lr-")), 1.0
+        best = min(self.scratch, key=lambda name: self.scratch[name]["loss"])
+        return float(best.removeprefix("scratch-lr-")), self.cost_ratio
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        """The figures of the baselines with the student's budget."""
+        return {name: found for name, found in self.kept.items() if name.startswith("scratch-lr")}
+
+    @property
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """The held-out figures of the parts that are over, by name."""
+        found = {}
+        for name in self.parts():
+            path = self.run / "parts" / name / "model.safetensors" if name else None
+            if path is not None and path.exists():
+                found[name] = read_artifact(path).provenance["held_out"]
+        return found
+
+    @cached_property
+    def cost_ratio(self) -> float:
+        """The FLOPs of a step of the student with its teachers, over those of its own work."""
+        own, told = self.costs
+        return (own + told) / own
+
+    @property
+    def costs(self) -> tuple[float, float]:
+        """The FLOPs of a row: the student's forward and backward pass, and the teachers' forward passes."""
+        rows = task_rows(self.config, self.base, self.shape)
+        own = row_flops(self.shape, rows.source, rows.target, rows.label_frac)
+        if self.config.loss.name == "seq":
+            return own, 0.0
+        one = [row_flops(teacher.model.config, rows.source, rows.target, rows.label_frac) for teacher in self.teachers]
+        return own, sum(one) / 3
+
+    def has_part(self, part: str, run: Path) -> bool:
+        """Tell whether a part is over."""
+        return (run / "parts" / part / "model.safetensors").exists()
+
+    def prepare_part(self, part: str, run: Path, say: Say) -> None:
+        """Cut the student, or its next stage; what is cut is kept, so that a resumed run goes on with the same."""
+        self.run, self.part = run, part
+        begins = self.beginning(part)
+        if begins is None or begins.exists():
+            return
+        source = self.source(part)
+        shape = self.part_shape(part)
+        say(f"cutting {count(shape):,} parameters out of {count(source.config):,}")
+        cut = cut_student(
+            source, shape, self.calibration(source), self.mean_loss, pick=self.config.student.pick, say=say
+        )
+        provenance = {"cut": cut.report}
+        write_artifact(begins, cut.config, cut.state, files=self.files(), provenance=provenance, force=True)
+
+    def beginning(self, part: str) -> Path | None:
+        """Return the file of what a part begins with; None where that is fresh weights or a model that is there."""
+        if part.startswith("scratch") or student_model(self.config) or self.config.student.init == "random":
+            return None
+        return self.run / "parts" / f"{part or 'student'}-cut.safetensors"
+
+    def source(self, part: str) -> LanguageModel:
+        """Return what a part is cut out of: the teacher, or what came out of the stage before."""
+        stages = [name for name in self.parts() if name.startswith("stage")]
+        place = stages.index(part) if part else len(stages)
+        if place == 0:
+            return self.teacher.model
+        return load_model(self.run / "parts" / stages[place - 1], device="cpu", dtype="float32").model
+
+    def part_shape(self, part: str) -> ModelConfig:
+        """Return the shape that a part trains."""
+        if not part.startswith("stage"):
+            return self.shape
+        share = int(part.removeprefix("stage-")) / self.config.stages
+        return shape_between(self.teacher.model.config, self.shape, share)
+
+    def load_part(self, part: str, run: Path, say: Say) -> None:
+        """Build what a part trains."""
+        self.run, self.part = run, part
+        given, begins = student_model(self.config), self.beginning(part)
+        if begins is not None:
+            artifact = read_artifact(begins)
+            self.model = LanguageModel(artifact.config)
+            load_tensors(self.model, artifact.state(torch.float32))
+            self.cut = artifact.provenance["cut"]
+        elif given is not None and not part:
+            self.model = load_model(given, device="cpu", dtype="float32").model
+            self.cut = {}
+        else:
+            self.model = LanguageModel(self.shape)
+            initialise(self.model, self.config.train.seed)
+            self.cut = {}
+        self.model.train()
+        del say
+
+    def keep_part(self, part: str, run: Path, fitted: Fitted) -> None:
+        """Keep what a part made, with its figures."""
+        provenance = {"objective": self.objective, "held_out": fitted.after, "steps": fitted.kept_step}
+        state = {name: tensor.float().cpu() for name, tensor in self.weights(fitted.weights).items()}
+        folder = run / "parts" / part
+        write_artifact(folder, self.model.config, state, files=self.files(), provenance=provenance, force=True)
+
+    def calibration(self, model: LanguageModel) -> list[dict[str, torch.Tensor]]:
+        """Return training batches on which a model's parts are ranked."""
+        source = task_batches(self.config, self.base, self.corpus, model.config, shuffle=True)
+        rows = min(self.config.student.calibration_rows, source.n_rows)
+        size = min(8, rows)
+        cpu = torch.device("cpu")
+        return [to_device(source.batch(range(first, min(first + size, rows))), cpu) for first in range(0, rows, size)]
+
+    def mean_loss(self, model: LanguageModel) -> float:
+        """Return a model's mean loss on the calibration rows: that of the data, or how far its states are off."""
+        if self.config.loss.name == "none":
+            for teacher in self.teachers:
+                teacher.model.to("cpu", torch.float32)
+        objective = self.objective_of(model, is_plain=self.config.loss.name != "none")
+        objective.eval()
+        nats = labels = 0.0
+        with torch.no_grad():
+            for batch in self.calibration(model):
+                loss = objective(batch)
+                nats, labels = nats + float(loss.sum), labels + float(loss.count)
+        return nats / max(labels, 1.0)
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def rows(self) -> Rows:
+        """Return the rows of a step, as full as they can be."""
+        return task_rows(self.config, self.base, self.model.config)
+
+    def make_objective(self) -> Objective:
+        """Return what a part learns: a baseline and a reader of the teacher's texts learn labels, others the teacher."""
+        for teacher in self.teachers:
+            teacher.to(self.runtime.device, self.config.teacher.dtype, self.runtime.dtype)
+        is_plain = self.part.startswith("scratch") or self.config.loss.name == "seq"
+        return self.objective_of(self.model, is_plain=is_plain)
+
+    def objective_of(self, model: LanguageModel, *, is_plain: bool, measures: bool = False) -> Objective:
+        """Return the objective over a model: the data's alone, or the teacher's."""
+        loss, train = self.config.loss, self.config.train
+        if model.config.n_labels:
+            told = replace(loss, weight=0.0) if is_plain else loss
+            return LabelDistillation(model, self.teachers, told, train.label_smoothing)
+        if loss.name == "none":
+            return StateDistillation(model, self.teachers, self.matching())
+        if is_plain and not measures:
+            return label_prediction(model, self.corpus, train)
+        if measures:
+            loss = replace(loss, name="fkl", temperature=1.0, weight=1.0)
+        return Distillation(
+            model,
+            self.teachers,
+            loss,
+            token_bytes_of(self.corpus, model.config),
+            matching=Matching() if measures else self.matching(),
+            chunk_tokens=train.loss_chunk_tokens,
+            vocab_size=min(model.config.vocab_size, *(teacher.model.config.vocab_size for teacher in self.teachers)),
+            writer=Writer(loss.on_policy, loss.on_policy_tokens) if loss.on_policy and not measures else None,
+        )
+
+    def matching(self) -> Matching:
+        """Return what is matched besides predictions."""
+        loss = self.config.loss
+        channels = self.cut.get("channels") if hasattr(self, "cut") else None
+        is_masked = self.config.task == "text" and text_config(self.config, self.base).objective == "mlm"
+        return Matching(
+            kind=loss.match,
+            weight=loss.match_weight,
+            layer=loss.match_layer,
+            relation_heads=loss.relation_heads,
+            labels_frac=self.config.data.mask_frac if is_masked else 1.0,
+            channels=None if channels is None else torch.tensor(channels),
+        )
+
+    def make_batches(self, *, shuffle: bool) -> BatchSource:
+        """Return the batches of the task."""
+        return task_batches(self.config, self.base, self.corpus, self.model.config, shuffle=shuffle)
+
+    def make_sampler(self, folder: Path) -> Sampler | None:
+        """Return what answers a few held-out examples."""
+        del folder
+        return None if self.model.config.n_labels else make_sampler(self, self.base.artifact)
+
+    def make_score(self, runtime: Runtime) -> Callable[[int | None], dict[str, float]] | None:
+        """Return what lets the model write and compares, for tasks that are about texts."""
+        return make_score(self, self.base.artifact, runtime)
+
+    def identity(self) -> dict[str, str]:
+        """Return what all processes must have in common."""
+        return super().identity() | {"teacher": self.corpus.provenance["teacher"]["sha256"]}
+
+    def files(self) -> dict[str, bytes]:
+        """Return what lay beside the teacher."""
+        return {**self.base.artifact.files, **super().files()}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the teacher, the task's template, and what the teacher's own objective was."""
+        template = self.corpus.provenance.get("task", {}).get("template")
+        objective = self.teacher.artifact.provenance.get("objective")
+        told = {"teacher": self.corpus.provenance["teacher"]["sha256"]} | (
+            {"objective": objective} if objective else {}
+        )
+        return told | ({"template": template} if template else {})
+
+    # --- the report --------------------------------------------------------------------------------------------------
+
+    def conclude(self, fitted: Fitted, training: Training) -> None:
+        """Measure teacher, student and baselines on the same held-out rows, in all processes together."""
+        runtime, source = training.runtime, self.make_batches(shuffle=False)
+        student = LanguageModel(self.model.config)
+        load_tensors(student, {name: tensor.float() for name, tensor in self.weights(fitted.weights).items()})
+        student.to(runtime.device)
+
+        def figures(model: LanguageModel) -> dict[str, float]:
+            objective = self.objective_of(model, is_plain=False, measures=self.config.loss.name != "none")
+            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16):
+                return measure(
+                    objective, objective, source, self.config.train, runtime, None, lambda: None, sharded=False
+                )
+
+        models = {"teacher": self.teachers[0].model, "student": student}
+        measured = {name: figures(model) for name, model in models.items()} if self.shares_words else {}
+        own, told = self.costs
+        self.report = make_report(
+            models,
+            measured,
+            before=fitted.before,
+            after=fitted.after,
+            scratch=self.kept,
+            batch=to_device(source.batch(range(min(source.n_rows, self.config.train.batch_size))), runtime.device),
+            metric=training.metric,
+            steps=fitted.state.step,
+            rows=self.config.train.batch_size,
+            flops=(own, told),
+            stages=self.config.stages,
+            gate=self.config.max_drop,
+            cut={} if not self.cut else {key: value for key, value in self.cut.items() if key != "channels"},
+            cost_ratio=self.cost_ratio,
+            device=runtime.device,
+        )
+        if runtime.is_main:
+            write_json(self.run / "report.json", self.report.record)
+
+    def missed(self) -> str:
+        """Return which gate was missed, or nothing."""
+        return self.report.missed if self.report else ""
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report says."""
+        assert self.report is not None
+        return {"teacher": self.config.model, "report": self.report.record}
+
+    def card_note(self, summary: Mapping[str, Any]) -> str:
+        """Return what the student keeps of its teacher in a sentence."""
+        found = summary["report"]["models"]
+        share = found["student"]["n_parameters"] / found["teacher"]["n_parameters"]
+        return f"A student with {share:.0%} of the parameters of its teacher; the whole report is in `report.json`."
+
+    def closing(self, summary: Mapping[str, Any], run: Run) -> str:
+        """Return the report as a table, and a command to use the student."""
+        assert self.report is not None
+        model = shlex.quote(summary["model"])
+        use = {"encoder": f'llmctl fill -m {model} "a <mask> text"'}.get(self.model.config.family)
+        use = use or f'llmctl generate -m {model} "a text"'
+        if self.model.config.n_labels:
+            use = f'llmctl classify -m {model} "a text"'
+        elif is_bare(self.teacher.artifact):
+            use = f"llmctl evaluate {model} -d pairs.csv --task similarity"
+        return "\n".join([*render(self.report.record), f"report: {run.path / 'report.json'}", f"next: {use}"])

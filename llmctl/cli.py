@@ -33,6 +33,9 @@ COMMANDS: dict[str, str] = {
     "presets": "List the model presets with their sizes and sources.",
 }
 
+SECOND_WORDS = {"distill": ("cache",)}
+"""Commands whose first argument may be a word of its own; it has a file of its own, `distill_cache.py`."""
+
 EXIT_CODES = """exit codes:
   0 done                         6 training diverged               75 stopped by a limit, resumable
   1 unclassified failure         7 an optional package is missing  130/143 interrupted, checkpoint saved
@@ -105,11 +108,15 @@ def dispatch(args: list[str]) -> int:
         what = "option" if name.startswith("-") else "command"
         hint = f"did you mean `llmctl {close[0]}`?" if close else "llmctl --help lists the commands"
         return show(f"there is no {what} `{name}`", hint, 2)
+    rest = args[1:]
     # `import` is a keyword, so its file cannot be named after it.
-    module = import_module("llmctl.commands." + {"import": "import_"}.get(name, name))
+    file = {"import": "import_"}.get(name, name)
+    if rest and rest[0] in SECOND_WORDS.get(name, ()):
+        file, name, rest = f"{name}_{rest[0]}", f"{name} {rest[0]}", rest[1:]
+    module = import_module(f"llmctl.commands.{file}")
     from typer.main import get_command
 
-    status = get_command(module.app).main(args[1:], prog_name=f"llmctl {name}", standalone_mode=False)
+    status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False)
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
 

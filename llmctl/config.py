@@ -387,6 +387,12 @@ class TeacherConfig:
     dtype: Literal["auto", "fp32", "bf16", "int8"] = setting(
         "auto", "its weights in memory; auto: as training computes"
     )
+    cache: str = setting("", "folder of signals that `llmctl distill cache` made, in place of the teacher")
+    kind: Literal["sampled", "topk", "hidden"] = setting(
+        "sampled", "what a cache keeps: draws, the likeliest tokens and the rest's mass, or hidden states"
+    )
+    draws: int = setting(32, "draws of each token's distribution (sampled)")
+    top_k: int = setting(64, "likeliest tokens (topk)")
     beams: int = setting(4, "beam width of an encoder-decoder that writes (seq); 1 is greedy")
     max_tokens: int = setting(128, "tokens of a text that it writes at most (seq)")
 

@@ -44,6 +44,10 @@ class CausalBatches:
     def __init__(self, rows: PackedRows, ids: Ids) -> None:
         self.rows, self.ids, self.n_rows = rows, ids, rows.n_rows
 
+    def address(self, number: int) -> int:
+        """Return where row `number` lies among fixed rows."""
+        return self.rows.address(number)
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the rows with these numbers."""
         rows = [self.rows.row(number) for number in numbers]
@@ -62,13 +66,17 @@ class MaskedBatches:
     def __init__(self, rows: PackedRows, ids: Ids, masking: Masking, seed: int) -> None:
         self.rows, self.ids, self.masking, self.seed, self.n_rows = rows, ids, masking, seed, rows.n_rows
 
+    def address(self, number: int) -> int:
+        """Return where row `number` lies among fixed rows."""
+        return self.rows.address(number)
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the rows with these numbers."""
         inputs, labels, documents = [], [], []
         for number in numbers:
             row = self.rows.row(number)
             real = row.documents != 0
-            rng = np.random.default_rng([self.seed, number])
+            rng = np.random.default_rng([self.seed, self.rows.address(number)])
             hidden, predicted = mask_tokens(row.tokens[real], rng, self.masking)
             inputs.append(hidden)
             labels.append(predicted)
@@ -87,9 +95,16 @@ class SpanBatches:
         self.rows, self.ids, self.frac, self.mean, self.seed = rows, ids, frac, mean_span_tokens, seed
         self.n_rows = rows.n_rows
 
+    def address(self, number: int) -> int:
+        """Return where row `number` lies among fixed rows."""
+        return self.rows.address(number)
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the rows with these numbers."""
-        pairs = [self._corrupt(self.rows.row(number), np.random.default_rng([self.seed, number])) for number in numbers]
+        pairs = [
+            self._corrupt(self.rows.row(number), np.random.default_rng([self.seed, self.rows.address(number)]))
+            for number in numbers
+        ]
         return encoder_decoder_batch(pairs, self.ids)
 
     def _corrupt(self, row: Row, rng: np.random.Generator) -> list[tuple[Ints, Ints]]:
@@ -110,6 +125,10 @@ class PairBatches:
     def __init__(self, rows: PairRows, ids: Ids, max_tokens: int) -> None:
         self.rows, self.ids, self.max_tokens, self.n_rows = rows, ids, max_tokens, rows.n_rows
 
+    def address(self, number: int) -> int:
+        """Return which pair row `number` is."""
+        return self.rows.order.address(number)
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the pairs with these numbers."""
         limit = self.max_tokens - 1  # the end-of-text token needs a place
@@ -125,6 +144,10 @@ class AnswerBatches:
     ) -> None:
         self.tokens, self.trained, self.rows, self.ids = tokens, trained, rows, ids
         self.max_tokens, self.n_rows = max_tokens, rows.n_rows
+
+    def address(self, number: int) -> int:
+        """Return which row of examples, or which example, row `number` is."""
+        return self.rows.address(number)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the rows with these numbers."""

@@ -38,7 +38,8 @@ class PackedRows:
     """Documents joined end to end in a shuffled order and cut into rows of `seq_len` (+ `overlap`) tokens.
 
     Every epoch has its own order of documents, its own offset of the cuts, and its own order of rows. Unshuffled rows
-    cover every token once and pad the last row: that is how held-out text is measured.
+    cover every token once and pad the last row: that is how held-out text is measured. `fixed` rows are cut once, and
+    only their order is drawn: what was computed of one belongs to its address in every epoch.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class PackedRows:
         seed: int,
         shuffle: bool = True,
         isolate: bool = True,
+        fixed: bool = False,
     ) -> None:
+        self.fixed = fixed
         self.source, self.selection = source, np.asarray(selection, dtype=np.int64)
         self.seq_len, self.overlap, self.seed = seq_len, overlap, seed
         self.shuffle, self.isolate = shuffle, isolate
@@ -68,9 +71,18 @@ class PackedRows:
         start = offset + int(rows[index]) * self.seq_len
         return self._read(order, starts, start, start + self.seq_len + self.overlap)
 
+    def address(self, number: int) -> int:
+        """Return where row `number` lies among fixed rows; among others a number is its own address."""
+        if not self.fixed:
+            return number
+        epoch, index = divmod(number, self.n_rows)
+        return int(self._layout(epoch if self.shuffle else 0)[3][index])
+
     def _lay_out(self, epoch: int) -> tuple[Ints, Ints, int, Ints]:
         order, rows, offset = self.selection, np.arange(self.n_rows), 0
-        if self.shuffle:
+        if self.shuffle and self.fixed:
+            rows = np.random.default_rng([self.seed, epoch]).permutation(rows)
+        elif self.shuffle:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(order)
             slack = self.n_tokens - self.overlap - self.n_rows * self.seq_len
@@ -112,6 +124,10 @@ class ExampleRows:
         epoch, index = divmod(number, self.n_rows)
         return int(self._order(epoch)[index])
 
+    def address(self, number: int) -> int:
+        """Return where the example of row `number` stands in the selection, which is sorted."""
+        return int(np.searchsorted(self.selection, self.index(number)))
+
     def _draw(self, epoch: int) -> Ints:
         if not self.shuffle:
             return self.selection
@@ -143,10 +159,14 @@ class PackedExamples:
         self.n_rows = len(self.rows)
         self._order = lru_cache(maxsize=2)(self._draw)
 
+    def address(self, number: int) -> int:
+        """Return where row `number` of the endless sequence of epochs lies among the rows."""
+        epoch, index = divmod(number, self.n_rows)
+        return int(self._order(epoch)[index])
+
     def indexes(self, number: int) -> list[int]:
         """Return which examples make up row `number` of the endless sequence of epochs."""
-        epoch, index = divmod(number, self.n_rows)
-        return self.rows[int(self._order(epoch)[index])]
+        return self.rows[self.address(number)]
 
     def _draw(self, epoch: int) -> Ints:
         order = np.arange(self.n_rows)

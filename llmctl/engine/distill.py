@@ -4,6 +4,7 @@ A run has parts: baselines from fresh weights where they are asked for, the step
 the student itself. They are trained one after the other by the same loop; what an earlier one made lies in `parts/`.
 """
 
+import hashlib
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from llmctl.engine.gate import parse_gate
 from llmctl.engine.heldout import measure
 from llmctl.engine.job import Job, Say
 from llmctl.engine.loop import Fitted, Training
-from llmctl.engine.models import Loaded, find_named, load_model
+from llmctl.engine.models import Loaded, find_named, fitting_tokenizer, load_model, without_weights
 from llmctl.engine.objectives import Objective
 from llmctl.engine.on_policy import Writer
 from llmctl.engine.pretrain import label_prediction, token_bytes_of
@@ -43,12 +44,15 @@ from llmctl.engine.task import (
     task_rows,
     text_config,
 )
-from llmctl.engine.teacher import Teacher, check_same_words, load_more
+from llmctl.engine.teacher import Teacher, check_same_words, load_more, tokenizer_sha256
+from llmctl.engine.teacher_cache import CachedBatches, check_cache
 from llmctl.engine.teacher_texts import write_texts
 from llmctl.engine.written import make_sampler, make_score
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import write_json
 from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
+from llmctl.formats.signals import SignalStore
+from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.transformer import LanguageModel, initialise, load_tensors
 
 DEFAULT_STEPS = 400
@@ -103,10 +107,11 @@ def settle(config: DistillConfig) -> DistillConfig:
         name = "none" if is_bare(artifact) else "fkl"
     match = loss.match
     if match == "auto":
-        match = "relation" if teacher.family == "encoder" and not teacher.n_labels and name != "seq" else "none"
+        has_states = teacher.family == "encoder" and not teacher.n_labels and not config.teacher.cache
+        match = "relation" if has_states and name != "seq" else "none"
         if name == "none":
             match = "hidden"
-    is_warm = teacher.family == "encoder" or bool(teacher.n_labels)
+    is_warm = (teacher.family == "encoder" or bool(teacher.n_labels)) and not config.teacher.cache
     loss = replace(
         loss,
         name=name,
@@ -195,6 +200,20 @@ class Distilling(Job):
                 f"`loss.name` seq needs a teacher that writes, `{config.model}` does not",
             ),
             (
+                bool(config.teacher.cache) and (not has_words or loss.match != "none" or loss.on_policy > 0),
+                "`teacher.cache` holds what a teacher said of the data's tokens: `loss.match` none and no `loss.on_policy`",
+            ),
+            (
+                bool(config.teacher.cache) and loss.temperature != 1.0,
+                f"`loss.temperature` is {loss.temperature}, `teacher.cache` knows 1",
+            ),
+            (
+                bool(config.teacher.cache) and loss.name != "fkl",
+                f"`loss.name` is {loss.name}, with `teacher.cache` it is fkl",
+            ),
+            (not 1 <= config.teacher.draws <= 255, f"`teacher.draws` is {config.teacher.draws}, not in [1, 255]"),
+            (config.teacher.top_k < 1, f"`teacher.top_k` is {config.teacher.top_k}, it must be at least 1"),
+            (
                 config.baseline.enabled and bool(budget),
                 "`baseline` needs a budget in steps, tokens or epochs, so that both get the same",
             ),
@@ -212,21 +231,19 @@ class Distilling(Job):
 
     @cached_property
     def teacher(self) -> Loaded:
-        """The teacher, in float32 on the CPU.
-
-        Raises: UsageError for a teacher without a tokenizer, or a task that it does not have.
-        """
-        loaded = load_model(Path(self.config.model), device="cpu", dtype="float32")
-        check_task(self.config, loaded)
-        return loaded
+        """The teacher, in float32 on the CPU."""
+        return load_model(Path(self.config.model), device="cpu", dtype="float32")
 
     @cached_property
     def base(self) -> Loaded:
-        """What the data is encoded for: the student's tokenizer where it has one of its own."""
+        """What the data is encoded for, without weights: the student where its tokenizer is another, else the teacher.
+
+        Raises: UsageError for one without a tokenizer, or a task that it does not have.
+        """
         given = student_model(self.config)
-        if self.config.loss.name != "seq" or given is None:
-            return self.teacher
-        loaded = load_model(given, device="cpu", dtype="float32")
+        path = Path(self.config.model) if self.config.loss.name != "seq" or given is None else given
+        artifact = read_model(path)
+        loaded = Loaded(without_weights(artifact.config), fitting_tokenizer(artifact), artifact)
         check_task(self.config, loaded)
         return loaded
 
@@ -241,7 +258,8 @@ class Distilling(Job):
         if config.loss.name == "seq":
             config = write_texts(config, self.teacher, folder / "written", say)
         corpus = prepare_task(config, self.base, folder, say)
-        corpus.provenance["teacher"] = {"path": self.config.model, "sha256": identity_of(self.teacher.artifact)}
+        sha256 = identity_of(read_model(Path(self.config.model)))
+        corpus.provenance["teacher"] = {"path": self.config.model, "sha256": sha256}
         keep_corpus(corpus, folder)
 
     def load(self, folder: Path, say: Say) -> None:
@@ -251,7 +269,7 @@ class Distilling(Job):
         """
         self.corpus = open_corpus(folder)
         begun_with = self.corpus.provenance["teacher"]["sha256"]
-        if identity_of(self.teacher.artifact) != begun_with:
+        if identity_of(read_model(Path(self.config.model))) != begun_with:
             raise ArtifactError(
                 f"`{self.config.model}` is not the teacher that this run was begun with ({begun_with[:12]})",
                 "put it back, or start a new run",
@@ -262,8 +280,7 @@ class Distilling(Job):
     @cached_property
     def shares_words(self) -> bool:
         """Whether teacher and student mean the same by a token, so that one can be measured on the other's rows."""
-        tokenizer = self.teacher.tokenizer
-        return tokenizer is not None and tokenizer.sha256 == self.corpus.tokenizer.sha256
+        return tokenizer_sha256(read_model(Path(self.config.model))) == self.corpus.tokenizer.sha256
 
     @cached_property
     def teachers(self) -> list[Teacher]:
@@ -276,7 +293,41 @@ class Distilling(Job):
         given = student_model(self.config)
         if given is not None:
             return read_model(given).config
-        return parse_student(self.config.student.shape, self.teacher.model.config)
+        return parse_student(self.config.student.shape, self.base.model.config)
+
+    # --- signals -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def store(self) -> SignalStore | None:
+        """The teacher's signals as they were written down, of these very rows; None without a cache."""
+        if not self.config.teacher.cache:
+            return None
+        store = SignalStore.open(Path(self.config.teacher.cache))
+        check_cache(store, self.cache_identity(), self.fixed_batches().n_rows)
+        return store
+
+    def fixed_batches(self) -> Any:
+        """Return the training batches over rows that stay what they are in every epoch."""
+        shape = self.base.model.config
+        return task_batches(self.config, self.base, self.corpus, shape, shuffle=True, fixed=True)
+
+    def cache_identity(self) -> dict[str, Any]:
+        """Return what signals depend on: teachers, tokenizer, text, and how it is cut into rows."""
+        config, corpus = self.config, self.corpus
+        lengths = corpus.documents.lengths[corpus.train]
+        text = hashlib.sha256(corpus.train.astype("<i8").tobytes() + lengths.astype("<i8").tobytes()).hexdigest()
+        more = [identity_of(read_model(Path(name))) for name in config.teacher.more]
+        masks = [config.data.mask_frac, config.data.whole_word, config.data.mean_span_tokens, config.train.seed]
+        is_causal = self.base.model.config.family == "decoder"
+        return {
+            "teacher": "+".join([corpus.provenance["teacher"]["sha256"], *more]),
+            "tokenizer": corpus.tokenizer.sha256,
+            "data": f"{corpus.provenance.get('sha256')}/{text[:16]}",
+            "task": config.task,
+            "seq_len": config.train.seq_len,
+            "isolate": config.data.isolate,
+            "masks": None if is_causal else masks,
+        }
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -337,8 +388,10 @@ class Distilling(Job):
         own = row_flops(self.shape, rows.source, rows.target, rows.label_frac)
         if self.config.loss.name == "seq":
             return own, 0.0
-        one = [row_flops(teacher.model.config, rows.source, rows.target, rows.label_frac) for teacher in self.teachers]
-        return own, sum(one) / 3
+        if self.config.teacher.cache:
+            return own, 0.0
+        configs = [read_model(Path(name)).config for name in (self.config.model, *self.config.teacher.more)]
+        return own, sum(row_flops(one, rows.source, rows.target, rows.label_frac) for one in configs) / 3
 
     def has_part(self, part: str, run: Path) -> bool:
         """Tell whether a part is over."""
@@ -436,10 +489,34 @@ class Distilling(Job):
 
     def make_objective(self) -> Objective:
         """Return what a part learns: a baseline and a reader of the teacher's texts learn labels, others the teacher."""
+        is_plain = self.part.startswith("scratch") or self.config.loss.name == "seq"
+        if self.store is None:
+            self.move_teachers()
+        if self.store is not None and not is_plain:
+            self.__dict__.pop("teacher", None)  # from here on it is not needed, and takes memory
+            return self.cached_objective(self.store)
+        return self.objective_of(self.model, is_plain=is_plain)
+
+    def move_teachers(self) -> None:
+        """Have the teachers where training is, as it computes or in fewer bits."""
         for teacher in self.teachers:
             teacher.to(self.runtime.device, self.config.teacher.dtype, self.runtime.dtype)
-        is_plain = self.part.startswith("scratch") or self.config.loss.name == "seq"
-        return self.objective_of(self.model, is_plain=is_plain)
+
+    def cached_objective(self, store: SignalStore) -> Objective:
+        """Return the objective that learns from signals."""
+        head: DenseTeacher | None = None
+        if store.kind == "hidden":
+            told = {name: tensor.to(self.runtime.device) for name, tensor in store.head().items()}
+            head = DenseTeacher(told["weight"].new_zeros(0), told["weight"], told.get("bias"))
+        return Distillation(
+            self.model,
+            (),
+            self.config.loss,
+            token_bytes_of(self.corpus, self.model.config),
+            chunk_tokens=self.config.train.loss_chunk_tokens,
+            vocab_size=min(self.model.config.vocab_size, int(store.record["vocab_size"])),
+            head=head,
+        )
 
     def objective_of(self, model: LanguageModel, *, is_plain: bool, measures: bool = False) -> Objective:
         """Return the objective over a model: the data's alone, or the teacher's."""
@@ -479,7 +556,9 @@ class Distilling(Job):
         )
 
     def make_batches(self, *, shuffle: bool) -> BatchSource:
-        """Return the batches of the task."""
+        """Return the batches of the task, with the teacher's signals where they were written down."""
+        if shuffle and self.store is not None and not self.part.startswith("scratch"):
+            return CachedBatches(self.fixed_batches(), self.store)
         return task_batches(self.config, self.base, self.corpus, self.model.config, shuffle=shuffle)
 
     def make_sampler(self, folder: Path) -> Sampler | None:
@@ -513,6 +592,8 @@ class Distilling(Job):
     def conclude(self, fitted: Fitted, training: Training) -> None:
         """Measure teacher, student and baselines on the same held-out rows, in all processes together."""
         runtime, source = training.runtime, self.make_batches(shuffle=False)
+        self.__dict__.pop("teachers", None)
+        self.move_teachers()
         student = LanguageModel(self.model.config)
         load_tensors(student, {name: tensor.float() for name, tensor in self.weights(fitted.weights).items()})
         student.to(runtime.device)

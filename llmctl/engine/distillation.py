@@ -5,7 +5,7 @@ wrappers which exchange or shard parameters see one model. Signals that were wri
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,17 @@ from llmctl.config import DistillLossConfig
 from llmctl.engine.metrics import Sums
 from llmctl.engine.objectives import Classification, Objective
 from llmctl.engine.on_policy import Writer
-from llmctl.engine.teacher import Seen, Teacher
+from llmctl.engine.teacher import Seen, Teacher, inputs_of
 from llmctl.losses.base import IGNORE, Loss
+from llmctl.losses.cross_entropy import linear_cross_entropy
 from llmctl.losses.divergences import Divergence
-from llmctl.losses.linear_divergence import linear_divergence
+from llmctl.losses.linear_divergence import Told, linear_divergence
 from llmctl.losses.matching import hidden_match, relation_match
 from llmctl.losses.measures import N_BINS
+from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 from llmctl.model.attention import Attended
 from llmctl.model.transformer import LanguageModel
 
-SIGNALS = ("teacher_ids", "teacher_probs", "teacher_tail", "teacher_hidden")
-"""Arrays of a batch that stand in for a teacher; see engine/teacher_cache.py."""
 BINS = tuple(f"bin_{what}_{place}" for what in ("count", "confidence", "correct") for place in range(N_BINS))
 MEASURED = ("kl", "agreement", "overlap", *BINS)
 
@@ -61,11 +61,6 @@ def make_divergence(config: DistillLossConfig, progress: float = 0.0) -> Diverge
         head_mass=config.head_mass,
         taid_share=share,
     )
-
-
-def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what of a batch a model reads."""
-    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets", *SIGNALS)}
 
 
 def calibration_error(bins_3N: NDArray[Any]) -> float:
@@ -142,7 +137,6 @@ class Distillation(_WithTeachers):
     """
 
     token_bytes: Tensor
-    parts = ("bytes", "correct", "nats", *MEASURED)
 
     def __init__(
         self,
@@ -155,10 +149,13 @@ class Distillation(_WithTeachers):
         chunk_tokens: int = 256,
         vocab_size: int = 0,
         writer: Writer | None = None,
+        head: DenseTeacher | None = None,
     ) -> None:
         super().__init__(model, teachers, matching or Matching())
         self.config, self.chunk_tokens, self.writer = config, chunk_tokens, writer
         self.vocab_size = vocab_size or None
+        self.head = head
+        self.parts = ("bytes", "correct", "nats", *(MEASURED if self.teachers else ()))
         self.register_buffer("token_bytes", token_bytes, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
@@ -170,17 +167,20 @@ class Distillation(_WithTeachers):
         labels = batch["labels"].flatten()
         places = (labels != IGNORE).nonzero().squeeze(1)
         hidden_ND, labels = hidden_BTD.flatten(0, 1)[places], labels[places]
+        told = self.told(batch, seen, places)
+        if told is None:
+            return self.untold(hidden_ND, labels)
         sums = linear_divergence(
             self.model.head_input(hidden_ND),
             self.model.lm_head.weight,
-            self.told(batch, seen, places),
+            told,
             labels,
             make_divergence(self.config, self.progress if self.training else 1.0),
             weight=self.config.weight,
             bias_V=self.model.lm_head.bias,
             chunk_tokens=self.chunk_tokens,
             vocab_size=self.vocab_size,
-            measure=not self.training,
+            measure=not self.training and bool(self.teachers),
         )
         total = sums.total
         if self.matching.kind != "none":
@@ -194,24 +194,41 @@ class Distillation(_WithTeachers):
             "nats": sums.cross_entropy,
         }
         if sums.measures is not None:
-            told = sums.measures
-            parts |= {"kl": told.kl, "agreement": told.agreement, "overlap": told.overlap}
-            parts |= dict(zip(BINS, told.bins.flatten(), strict=True))
+            found = sums.measures
+            parts |= {"kl": found.kl, "agreement": found.agreement, "overlap": found.overlap}
+            parts |= dict(zip(BINS, found.bins.flatten(), strict=True))
         return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
 
-    def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> Any:
-        """Return what the loss hears of the teachers at the labels."""
-        del batch
+    def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> Told | None:
+        """Return what the loss hears of the teachers at the labels: of themselves, or as it was written down."""
+        if "teacher_ids" in batch:
+            return SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
+        if "teacher_hidden" in batch:
+            assert self.head is not None
+            return [replace(self.head, hidden_ND=batch["teacher_hidden"])]
+        if not self.teachers:
+            return None
         return [
             teacher.dense(view.hidden_BTD.flatten(0, 1)[places])
             for teacher, view in zip(self.teachers, seen, strict=True)
         ]
+
+    def untold(self, hidden_ND: Tensor, labels: Tensor) -> Loss:
+        """Return the loss of the labels, where nothing is known of a teacher: held-out rows beside a cache."""
+        head = self.model.lm_head
+        nats, correct = linear_cross_entropy(
+            self.model.head_input(hidden_ND), head.weight, labels, bias_V=head.bias, chunk_tokens=self.chunk_tokens
+        )
+        parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct, "nats": nats}
+        return Loss(nats, torch.tensor(float(len(labels)), dtype=torch.float64, device=nats.device), parts)
 
     def figures(self, nats: float, count: float, parts: Mapping[str, float], outputs: NDArray[Any]) -> dict[str, float]:
         """Return the figures of label prediction, and those of teacher and student beside each other."""
         del outputs
         labels = max(count, 1.0)
         figures = Sums(parts["nats"], count, parts["bytes"], parts["correct"]).figures()
+        if not self.teachers:
+            return figures
         figures["distill_loss"] = nats / labels
         figures |= {name: parts[name] / labels for name in ("kl", "agreement", "overlap")}
         bins_3N = np.array([parts[name] for name in BINS]).reshape(3, N_BINS)

@@ -10,8 +10,10 @@ from llmctl.engine.corpus import Corpus
 from llmctl.engine.flops import Shape, flops_per_token
 
 
-def make_batches(config: PretrainConfig, corpus: Corpus, model: ModelConfig, *, shuffle: bool) -> Batches:
-    """Return the objective's batches over the training or the held-out part."""
+def make_batches(
+    config: PretrainConfig, corpus: Corpus, model: ModelConfig, *, shuffle: bool, fixed: bool = False
+) -> Batches:
+    """Return the objective's batches over the training or the held-out part; `fixed` cuts and masks rows once for all."""
     train, data = config.train, config.data
     tokenizer = corpus.tokenizer
     selection = corpus.train if shuffle else corpus.held_out
@@ -37,6 +39,7 @@ def make_batches(config: PretrainConfig, corpus: Corpus, model: ModelConfig, *, 
         seed=train.seed,
         shuffle=shuffle,
         isolate=data.isolate,
+        fixed=fixed,
     )
     if config.objective == "clm":
         return CausalBatches(packed, ids)

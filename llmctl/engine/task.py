@@ -123,10 +123,12 @@ def task_rows(config: TaskConfig, base: Loaded, model: ModelConfig) -> Rows:
     return Rows(train.batch_size, train.seq_len, train.seq_len if is_pair else 0, packed=True)
 
 
-def task_batches(config: TaskConfig, base: Loaded, corpus: Corpus, model: ModelConfig, *, shuffle: bool) -> BatchSource:
-    """Return the batches of the training or the held-out part."""
+def task_batches(
+    config: TaskConfig, base: Loaded, corpus: Corpus, model: ModelConfig, *, shuffle: bool, fixed: bool = False
+) -> BatchSource:
+    """Return the batches of the training or the held-out part; examples are `fixed` as they are, text may be."""
     if config.task == "text":
-        return make_batches(text_config(config, base), corpus, model, shuffle=shuffle)
+        return make_batches(text_config(config, base), corpus, model, shuffle=shuffle, fixed=fixed)
     train = config.train
     selection = corpus.train if shuffle else corpus.held_out
     ids = Ids(

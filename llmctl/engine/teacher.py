@@ -22,6 +22,15 @@ from llmctl.quant.int8 import to_int8
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 
 
+SIGNALS = ("teacher_ids", "teacher_probs", "teacher_tail", "teacher_hidden")
+"""Arrays of a batch that stand in for a teacher; see engine/teacher_cache.py."""
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return what of a batch a model reads."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets", *SIGNALS)}
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a teacher makes of a batch: hidden states under the head (B, T, D), and what a layer attends with."""
@@ -58,9 +67,9 @@ class Teacher:
         return DenseTeacher(self.model.head_input(hidden_ND), head.weight, head.bias)
 
     @property
-    def n_parameters(self) -> int:
-        """Its parameters, a tied weight counted once, before they were quantized."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+    def dtype(self) -> torch.dtype:
+        """The dtype of its head."""
+        return self.model.lm_head.weight.dtype
 
 
 def tokenizer_sha256(artifact: Artifact) -> str | None:

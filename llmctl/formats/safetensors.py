@@ -41,6 +41,8 @@ TORCH_NAMES = {
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
     "BOOL": "bool",
 }
 

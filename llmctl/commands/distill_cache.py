@@ -1,0 +1,81 @@
+"""`llmctl distill cache`: flags -> DistillConfig -> a folder of teacher signals -> its path on stdout."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.commands.training import with_model
+
+app = command_app()
+
+
+@app.command()
+def cache(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[TEACHER]", help="The teacher: a folder, a file or a run.")
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the signals; goes on with one begun.")] = Path(
+        "signals"
+    ),
+    data: Annotated[
+        list[str] | None, typer.Option("-d", "--data", help="Text or examples; else the embedded corpus.")
+    ] = None,
+    val: Annotated[list[str] | None, typer.Option(help="What is held out; else a share of the data.")] = None,
+    task: Annotated[str | None, typer.Option(help="text, chat, translate, ...; else the teacher's.")] = None,
+    kind: Annotated[str | None, typer.Option(help="sampled, topk or hidden.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Draws of each token's distribution (sampled).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likeliest tokens (topk).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per row, as training will have them.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of draws and masks.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="The recipe of the distillation.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> int:
+    """Write down what a teacher says of every token of a corpus, so that students learn without it.
+
+    A cache that was interrupted goes on where it was, to the same bytes. Use it with the same data and row settings.
+
+    Examples:
+
+      llmctl distill cache teacher.safetensors -o signals
+
+      llmctl distill teacher.safetensors --set teacher.cache=signals
+    """
+    from llmctl.config import DistillConfig
+    from llmctl.recipe import load
+
+    flags = {
+        "data.paths": data or None,
+        "data.val_paths": val or None,
+        "task": task,
+        "teacher.kind": kind,
+        "teacher.draws": draws,
+        "teacher.top_k": top_k,
+        "train.seq_len": seq_len,
+        "train.seed": seed,
+        "train.device": device,
+    }
+    resolved = load(DistillConfig, recipe=recipe, settings=set_ or [], flags=flags)
+    resolved = with_model(resolved, model, quiet=quiet)
+    note("loading torch", quiet=quiet)
+    from llmctl.engine.distill_cache import make_cache
+
+    store = make_cache(resolved.config, out, lambda text: note(text, quiet=quiet))
+    told = {
+        "path": str(out),
+        "kind": store.kind,
+        "n_rows": store.n_rows,
+        "n_labels": store.n_labels,
+        "bytes_per_token": round(store.bytes_per_token, 2),
+    }
+    note(
+        f"{store.n_labels:,} tokens, {store.bytes_per_token:.1f} bytes each\n"
+        f"next: llmctl distill {resolved.config.model} --set teacher.cache={out}",
+        quiet=quiet,
+    )
+    result_json(told) if json else result(str(out))
+    return 0

@@ -312,7 +312,7 @@ from llmctl.engine.machine import forget_peak_memory, peak_since_forgotten
 from llmctl.losses.divergences import Divergence
 from llmctl.losses.linear_divergence import linear_divergence
 from llmctl.losses.teachers import DenseTeacher
-N, V, D, E = 1024, 32000, 128, 192
+N, V, D, E = 2048, 32000, 128, 192
 g = torch.Generator().manual_seed(0)
 def draw(*s): return torch.randn(*s, generator=g).bfloat16()
 h, w, th, tw = draw(N, D).requires_grad_(), draw(V, D).requires_grad_(), draw(N, E), draw(V, E)

@@ -314,7 +314,7 @@ from llmctl.losses.linear_divergence import linear_divergence
 from llmctl.losses.teachers import DenseTeacher
 N, V, D, E = 2048, 32000, 128, 192
 g = torch.Generator().manual_seed(0)
-def draw(*s): return torch.randn(*s, generator=g).bfloat16()
+def draw(*s): return torch.randn(*s, generator=g)
 h, w, th, tw = draw(N, D).requires_grad_(), draw(V, D).requires_grad_(), draw(N, E), draw(V, E)
 labels = torch.zeros(N, dtype=torch.long)
 linear_divergence(h[:8], w[:64], [DenseTeacher(th[:8], tw[:64])], labels[:8], Divergence("fkl")).total.backward()

@@ -21,7 +21,7 @@ def distill(
     *,
     options: Options,
     model: Annotated[
-        str | None, typer.Argument(metavar="[TEACHER]", help="The teacher: a folder, a file or a run.")
+        str | None, typer.Argument(metavar="TEACHER", help="The teacher: a folder, a file or a run.")
     ] = None,
     data: Annotated[
         list[str] | None, typer.Option("-d", "--data", help="Text or examples; else the embedded corpus.")

@@ -14,7 +14,7 @@ app = command_app()
 @app.command()
 def cache(
     model: Annotated[
-        str | None, typer.Argument(metavar="[TEACHER]", help="The teacher: a folder, a file or a run.")
+        str | None, typer.Argument(metavar="TEACHER", help="The teacher: a folder, a file or a run.")
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the signals; goes on with one begun.")] = Path(
         "signals"

@@ -149,7 +149,7 @@ class Distilling(Job):
     @property
     def label(self) -> str:
         """The teacher's name."""
-        return f"distill-{Path(self.config.model).name.removesuffix('.safetensors')}"
+        return Path(self.config.model).name.removesuffix(".safetensors")
 
     def check(self) -> None:
         """Refuse settings that exclude each other."""

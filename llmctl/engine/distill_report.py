@@ -160,7 +160,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
     """Return the report as a table of at most 79 columns: a row per figure, a column per model."""
     sides: dict[str, Mapping[str, Any]] = {
         "teacher": record["models"]["teacher"],
-        "cut": record["student_before_training"],
+        "cut": {"n_parameters": record["models"]["student"]["n_parameters"]} | record["student_before_training"],
         "student": record["models"]["student"],
     }
     if "baseline" in record:

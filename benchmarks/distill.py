@@ -1,0 +1,179 @@
+"""Distillation on public data: make teachers, distil them, and print one line per result.
+
+    python benchmarks/distill.py --data DATA --models MODELS --work WORK [NAME ...]
+
+DATA and MODELS are laid out as for `tasks.py`. Every run can be repeated by hand from the line that is printed before it.
+What is compared starts from the same teacher, the same cut and the same rows.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tasks import RECIPES, Bench, measured, smollm2, trained
+
+RECIPE = RECIPES / "distill"
+VALID_BYTES = 60_000
+"""Held-out text of the large teacher; a part of the validation text, for the sake of the time."""
+
+
+def wiki(bench: Bench) -> tuple[Path, Path]:
+    """Return WikiText-2's training and validation text."""
+    return bench.text("wiki-train.txt", "wikitext-2", "train.txt.gz"), bench.text(
+        "wiki-valid.txt", "wikitext-2", "valid.txt.gz"
+    )
+
+
+def distilled(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a distillation that matter."""
+    report = found["report"]
+    names = ("loss", "perplexity", "bits_per_byte", "bleu", "kl", "agreement", "overlap", "calibration_error")
+    sides = {"teacher": report["models"]["teacher"], "student": report["models"]["student"]}
+    sides["cut"] = report["student_before_training"]
+    figures = {side: {name: row[name] for name in names if name in row} for side, row in sides.items()}
+    shares = {name: report[name] for name in ("parameters_frac", "speed_ratio", "flops", "steps")}
+    layers = {name: value for name, value in report["cut"].items() if name.endswith("layers")}
+    times = {name: found[name] for name in ("seconds", "cpu_seconds")}
+    return {**figures, **shares, **layers, **times, "baseline": report.get("baseline")}
+
+
+def make_teacher(bench: Bench, name: str, recipe: str) -> None:
+    """Make a teacher of WikiText-2 unless it is there."""
+    if not (bench.work / name).exists():
+        train, valid = wiki(bench)
+        held_out = ("--set", f"data.val_paths={valid}")
+        print(
+            json.dumps(
+                {"name": name, **trained(bench.run("pretrain", "-r", RECIPE / recipe, train, *held_out, "-o", name))}
+            )
+        )
+
+
+def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
+    """Distil the decoder of WikiText-2 to half of it."""
+    make_teacher(bench, "wiki-teacher", "wikitext-teacher.yaml")
+    train, valid = wiki(bench)
+    recipe = RECIPE / "wikitext-half.yaml"
+    return distilled(
+        bench.run("distill", "wiki-teacher", "-r", recipe, "-d", train, "--val", valid, *more, "-o", name, "-f")
+    )
+
+
+def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
+    """Distil from signals of a kind that were written down before."""
+    make_teacher(bench, "wiki-teacher", "wikitext-teacher.yaml")
+    train, valid = wiki(bench)
+    recipe = RECIPE / "wikitext-half.yaml"
+    folder = f"signals-{kind}"
+    made = bench.run(
+        "distill",
+        "cache",
+        "wiki-teacher",
+        "-r",
+        recipe,
+        "-d",
+        train,
+        "--val",
+        valid,
+        "--kind",
+        kind,
+        *more,
+        "-o",
+        folder,
+    )
+    return {"bytes_per_token": made["bytes_per_token"]} | half(
+        bench, f"half-{kind}", "--set", f"teacher.cache={folder}"
+    )
+
+
+def encoder(bench: Bench) -> dict[str, Any]:
+    """Distil an encoder of WikiText-2 to half of its layers."""
+    make_teacher(bench, "wiki-encoder", "wikitext-encoder-teacher.yaml")
+    train, valid = wiki(bench)
+    recipe = RECIPE / "wikitext-encoder.yaml"
+    return distilled(
+        bench.run("distill", "wiki-encoder", "-r", recipe, "-d", train, "--val", valid, "-o", "encoder-half", "-f")
+    )
+
+
+def sentences(bench: Bench) -> dict[str, Any]:
+    """Halve the layers of MiniLM on sentences without labels, and hold both against people's judgements."""
+    import csv
+
+    rows: list[str] = []
+    with (bench.data / "stsb" / "stsb-en-train.csv").open(encoding="utf-8") as file:
+        for row in csv.reader(file):
+            rows += row[:2]
+    rows += bench.text("train.en", "multi30k-en-de", "train.en.gz").read_text(encoding="utf-8").splitlines()
+    text = bench.work / "sentences.txt"
+    unique = dict.fromkeys(" ".join(row.split()) for row in rows if row.strip())
+    text.write_text("\n".join(unique), encoding="utf-8")
+    teacher = bench.models / "minilm"
+    found = bench.run("distill", teacher, "-r", RECIPE / "minilm.yaml", "-d", text, "-o", "minilm-3", "-f")
+    names = ("--set", "columns.names=text,pair,label")
+    test = bench.data / "stsb" / "stsb-en-test.csv"
+    checked = measured(bench.run("evaluate", teacher, "minilm-3", "-d", test, "--task", "similarity", *names))
+    report = found["report"]
+    shares = {name: report[name] for name in ("parameters_frac", "speed_ratio", "steps")}
+    return {"stsb": checked, **shares, "cpu_seconds": found["cpu_seconds"]}
+
+
+def large(bench: Bench) -> dict[str, Any]:
+    """Cut SmolLM2 to half of its parameters and heal it on WikiText-2."""
+    train, valid = wiki(bench)
+    part = bench.work / "wiki-valid-part.txt"
+    part.write_bytes(valid.read_bytes()[:VALID_BYTES])
+    recipe = RECIPE / "smollm2-half.yaml"
+    return distilled(
+        bench.run("distill", smollm2(bench), "-r", recipe, "-d", train, "--val", part, "-o", "smollm2-half", "-f")
+    )
+
+
+def captions(bench: Bench, name: str, *more: object) -> dict[str, Any]:
+    """Thin the decoder of the translator of captions that `tasks.py multi30k` makes, or a shorter run of it."""
+    files = [
+        bench.text(f"{part}.{side}", "multi30k-en-de", f"{part}.{side}.gz")
+        for part in ("train", "val")
+        for side in ("en", "de")
+    ]
+    train, val = f"{files[0]}:{files[1]}", f"{files[2]}:{files[3]}"
+    recipe = RECIPE / "captions.yaml"
+    return distilled(bench.run("distill", "en-de", "-r", recipe, "-d", train, "--val", val, *more, "-o", name, "-f"))
+
+
+RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "half": lambda bench: half(bench, "half", "--baseline"),
+    "half-seed-1": lambda bench: half(bench, "half-seed-1", "--seed", 1),
+    "half-seed-2": lambda bench: half(bench, "half-seed-2", "--seed", 2),
+    "half-ce": lambda bench: half(bench, "half-ce", "--set", "loss.weight=0"),
+    "half-sampled": lambda bench: signals(bench, "sampled"),
+    "half-topk": lambda bench: signals(bench, "topk"),
+    "encoder": encoder,
+    "minilm": sentences,
+    "smollm2": large,
+    "captions-ce": lambda bench: captions(bench, "captions-ce", "--set", "loss.weight=0"),
+    "captions": lambda bench: captions(bench, "captions"),
+    "captions-seq": lambda bench: captions(bench, "captions-seq", "--loss", "seq", "--set", "teacher.beams=1"),
+}
+"""The runs by name; the captions' teacher is what `tasks.py multi30k` leaves in the work folder."""
+
+
+def main() -> None:
+    """Run what is named, or everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("data", "models", "work"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
+    given = parser.parse_args()
+    unknown = set(given.names) - set(RUNS)
+    if unknown:
+        parser.error(f"there is no `{min(unknown)}`; known are {', '.join(RUNS)}")
+    bench = Bench(given.data.resolve(), given.models.resolve(), given.work.resolve())
+    for name in given.names or RUNS:
+        print(json.dumps({"name": name, **RUNS[name](bench)}, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ class Measures:
     def add(self, log_q_CV: Tensor, log_p_CV: Tensor, labels_C: Tensor) -> None:
         """Add a chunk of labels; both distributions are at temperature 1."""
         q_CV, p_CV = log_q_CV.exp(), log_p_CV.exp()
-        self.kl = self.kl + (p_CV * (log_p_CV - log_q_CV)).sum(dtype=torch.float64)
+        self.kl = self.kl + (p_CV * (log_p_CV - log_q_CV) + q_CV - p_CV).sum(dtype=torch.float64)
         confidence_C, best_C = q_CV.max(dim=1)
         self.agreement = self.agreement + (p_CV.argmax(dim=1) == best_C).sum(dtype=torch.float64)
         self.overlap = self.overlap + torch.minimum(p_CV, q_CV).sum(dtype=torch.float64)

@@ -72,6 +72,16 @@ def test_values_and_gradients_are_those_of_the_textbook(name, scale, gap):
     assert float((narrow.double() - expected.detach()).abs().amax()) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["fkl", "rkl", "taid"])
+def test_next_to_the_teacher_a_loss_is_no_noise(name):
+    z_s, z_t = logits(2.0, 1e-3, rows=4, words=32000)
+    options = Divergence(name, taid_share=0.7)
+    expected = textbook(name, z_s, z_t, options)
+    found, _ = options(z_s.float().log_softmax(-1), z_t.float().log_softmax(-1))
+    assert float(((found.double() - expected) / expected).abs().max()) < 0.02
+    assert (found >= 0).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_left_where_the_two_are_equal(name):
     z, _ = logits(5.0, 0.0, words=1000)

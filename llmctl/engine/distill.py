@@ -53,6 +53,7 @@ from llmctl.files import write_json
 from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
 from llmctl.formats.signals import SignalStore
 from llmctl.losses.teachers import DenseTeacher
+from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel, initialise, load_tensors
 
 DEFAULT_STEPS = 400
@@ -118,7 +119,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         match=match,
         temperature=loss.temperature or (WARM if is_warm else 1.0),
         match_layer=loss.match_layer or (teacher.n_decoder_layers or teacher.n_layers),
-        relation_heads=loss.relation_heads or teacher.n_heads,
+        relation_heads=loss.relation_heads or relation_heads(complete(teacher), complete(shape)),
     )
     if not (train.steps or train.tokens or train.minutes or train.epochs):
         train = replace(train, steps=DEFAULT_STEPS)
@@ -127,6 +128,17 @@ def settle(config: DistillConfig) -> DistillConfig:
         rate = REFERENCE_LR * (REFERENCE_PARAMETERS / n_student) ** 0.5
         optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
     return replace(config, task=task, stages=stages, student=student, loss=loss, train=train, optim=optim)
+
+
+def splits(n_heads: int, *shapes: ModelConfig) -> bool:
+    """Tell whether queries and keys of all shapes can be cut into so many heads."""
+    widths = [heads * shape.head_dim for shape in shapes for heads in (shape.n_heads, shape.n_kv_heads)]
+    return n_heads > 0 and not any(width % n_heads for width in widths)
+
+
+def relation_heads(teacher: ModelConfig, student: ModelConfig) -> int:
+    """Return into how many heads relations are split: the teacher's, or as many as both can be cut into."""
+    return next(heads for heads in range(teacher.n_heads, 0, -1) if splits(heads, teacher, student))
 
 
 class Distilling(Job):
@@ -170,6 +182,10 @@ class Distilling(Job):
             (not 0 <= loss.taid_start < 1, f"`loss.taid_start` is {loss.taid_start}, not in [0, 1)"),
             (not 0 <= loss.on_policy <= 1, f"`loss.on_policy` is {loss.on_policy}, not in [0, 1]"),
             (loss.match_weight < 0, f"`loss.match_weight` is {loss.match_weight}, it is negative"),
+            (
+                loss.match == "relation" and not splits(loss.relation_heads, complete(teacher), complete(self.shape)),
+                f"`loss.relation_heads` is {loss.relation_heads}, the attention of teacher and student is not divisible by it",
+            ),
             (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
             (config.student.calibration_rows < 1, "`student.calibration_rows` must be at least 1"),
             (
@@ -293,7 +309,7 @@ class Distilling(Job):
         given = student_model(self.config)
         if given is not None:
             return read_model(given).config
-        return parse_student(self.config.student.shape, self.base.model.config)
+        return parse_student(self.config.student.shape, read_model(Path(self.config.model)).config)
 
     # --- signals -----------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ KEYS = {
     "kv_heads": "n_kv_heads",
     "ffn": "d_ff",
 }
+NUMBER = re.compile(r"0*[1-9]\d{0,8}", re.ASCII)
 SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%", re.ASCII)
 NARROWEST_FFN = 0.6
 """Share of the feed-forward units that stay at least where a share of the parameters is asked for."""
@@ -67,6 +68,7 @@ def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
     Raises: UsageError for a key or number that cannot be.
     """
     values: dict[str, int] = {}
+    has_both = False
     for part in text.split(","):
         key, sign, number = part.partition("=")
         key, number = key.strip(), number.strip()
@@ -74,15 +76,16 @@ def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
             near = get_close_matches(key, KEYS, n=1)
             meant = f", did you mean `{near[0]}`?" if near else ""
             raise UsageError(f"`--student {text}`: `{part.strip()}` is neither a share nor a size{meant}", HINT)
-        if not (number.isascii() and number.isdecimal()) or int(number) < 1:
-            raise UsageError(f"`--student {text}`: `{key}` is `{number}`, it must be a number of at least 1", HINT)
+        if not NUMBER.fullmatch(number):
+            raise UsageError(f"`--student {text}`: `{key}` is `{number[:20]}`, it must be a number of at least 1", HINT)
         if KEYS[key] in values:
             raise UsageError(f"`--student {text}` says `{key}` twice", HINT)
         if key in ("decoder_layers", "encoder_layers") and teacher.family != "encoder_decoder":
             raise UsageError(f"`--student {text}`: the teacher has one stack, its layers are `layers`", HINT)
         values[KEYS[key]] = int(number)
-        if key == "layers" and teacher.family == "encoder_decoder":
-            values.setdefault("n_decoder_layers", min(int(number), teacher.n_decoder_layers))
+        has_both |= key == "layers" and teacher.family == "encoder_decoder"
+    if has_both:
+        values.setdefault("n_decoder_layers", min(values["n_layers"], teacher.n_decoder_layers))
     return values
 
 
@@ -105,7 +108,7 @@ def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelCon
         values["n_heads"] = values["n_kv_heads"] * size
     if not has_free_heads(teacher):
         if "d_model" in values and "n_heads" not in values:
-            values["n_heads"] = values["n_kv_heads"] = values["d_model"] // teacher.head_dim
+            values["n_heads"] = values["n_kv_heads"] = max(1, values["d_model"] // teacher.head_dim)
         elif "n_heads" in values and "d_model" not in values:
             values["d_model"] = values["n_heads"] * teacher.head_dim
         heads, dim = values.get("n_heads", teacher.n_heads), values.get("d_model", teacher.d_model)
@@ -118,6 +121,15 @@ def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelCon
         raise UsageError(
             f"`--student {text}`: {values['n_heads']} heads are not whole groups of {size}",
             f"heads={max(1, values['n_heads'] // size) * size}",
+        )
+    heads, dim = values.get("n_heads", teacher.n_heads), values.get("d_model", teacher.d_model)
+    if dim % heads:
+        raise UsageError(
+            f"`--student {text}`: dim {dim} is not divisible by {heads} heads", f"dim={max(1, dim // heads) * heads}"
+        )
+    if dim < teacher.d_model and teacher.positions == "sinusoidal":
+        raise UsageError(
+            f"`--student {text}`: a narrower model has another table of sinusoidal positions", "leave dim away"
         )
     return buildable(resized(teacher, values), teacher, text)
 
@@ -220,6 +232,8 @@ def step_of(width: int) -> int:
 def shape_between(teacher: ModelConfig, student: ModelConfig, share: float) -> ModelConfig:
     """Return the shape on the way from teacher (0) to student (1)."""
     teacher, student = complete(teacher), complete(student)
+    if share in (0.0, 1.0):
+        return student if share else teacher
 
     def between(name: str, step: int = 1) -> int:
         first, last = getattr(teacher, name), getattr(student, name)
@@ -234,6 +248,7 @@ def shape_between(teacher: ModelConfig, student: ModelConfig, share: float) -> M
     values["n_heads"] = values["n_kv_heads"] * size
     values["d_model"] = student.d_model
     if student.d_model < teacher.d_model:  # a multiple of the heads, as everywhere
-        width = teacher.head_dim if not has_free_heads(teacher) else 2 * max(1, teacher.d_model // teacher.n_heads // 2)
-        values["d_model"] = max(student.d_model, values["n_heads"] * width)
+        heads = values["n_heads"]
+        wide = heads * teacher.head_dim if not has_free_heads(teacher) else between("d_model") // heads * heads
+        values["d_model"] = max(student.d_model // heads * heads, wide)
     return resized(teacher, values)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmctl.config import ModelConfig
+from llmctl.errors import UsageError
 from llmctl.model.shapes import complete, window_of
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
@@ -47,11 +48,12 @@ def prefixes(config: ModelConfig) -> dict[str, int]:
 def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and the state of what stays of a model.
 
+    Raises: UsageError for layers of an encoder-decoder whose attention windows cannot be told together.
     Shapes: `config` is complete, `state` the state of `LanguageModel(config)`.
     """
     config = complete(config)
     smaller = cut_config(config, kept)
-    ratio = config.logits_scale / smaller.logits_scale
+    ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         new = renamed(name, kept)
@@ -73,11 +75,7 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
     if config.family == "encoder_decoder":
         changes["n_decoder_layers"] = counts["model.decoder."]
     if config.attention_windows and kept.layers:
-        windows = {
-            prefix: tuple(window_of(config, layer) for layer in kept.layers.get(prefix, range(n)))
-            for prefix, n in prefixes(config).items()
-        }
-        changes["attention_windows"] = max(windows.values(), key=len)
+        changes["attention_windows"] = kept_windows(config, kept)
     if kept.channels is not None:
         changes["d_model"] = len(kept.channels)
         if config.logits_scale != 1.0 and config.logits_scale == config.d_model**-0.5:
@@ -88,6 +86,25 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
     if kept.units:
         changes["d_ff"] = len(next(iter(kept.units.values())))
     return complete(replace(config, **changes))  # type: ignore[arg-type]
+
+
+def kept_windows(config: ModelConfig, kept: Kept) -> tuple[int, ...]:
+    """Return the attention windows of the layers that stay, in their order.
+
+    Raises: UsageError where the two stacks of an encoder-decoder, which share one list, would need two.
+    """
+    windows = []
+    for prefix, n_layers in prefixes(config).items():
+        layers = [*kept.layers.get(prefix, range(n_layers))]
+        layers += [n_layers] * config.query_layer
+        windows.append(tuple(window_of(config, layer) for layer in layers))
+    longest = max(windows, key=len)
+    if any(own != longest[: len(own)] for own in windows):
+        raise UsageError(
+            f"encoder and decoder share the attention windows {config.attention_windows}, which layers that go would part",
+            "keep the same layers in both, or all",
+        )
+    return longest
 
 
 def renamed(name: str, kept: Kept) -> str | None:

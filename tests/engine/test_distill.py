@@ -250,6 +250,7 @@ def test_another_tokenizer_is_refused(teachers, here):
         ("decoder", ["max_drop=lots"], "lots"),
         ("decoder", ["task=translate", "data.paths=[]"], "needs data"),
         ("decoder", ["loss.match_layer=7"], "match_layer"),
+        ("encoder", ["loss.relation_heads=7"], "relation_heads"),
         ("encoder", ["loss.on_policy=0.5"], "on_policy"),
         ("encoder", ["loss.name=seq"], "seq"),
         ("encoder", ["task=translate"], "encoder"),

@@ -76,6 +76,8 @@ def test_sizes():
         ("120%", "100%"),
         ("1%", "the smallest part"),
         ("-5%", "neither"),
+        ("layers=" + "9" * 5000, "at least 1"),
+        ("dim=256", "not divisible by 9 heads"),
     ],
 )
 def test_what_is_no_student(text, words):
@@ -85,9 +87,23 @@ def test_what_is_no_student(text, words):
     assert f"`--student {text}" in str(caught.value)
 
 
+def test_a_decoder_of_its_own_depth():
+    shape = parse_student("layers=2,decoder_layers=1", PAIR)
+    assert (shape.n_layers, shape.n_decoder_layers) == (2, 1)
+    assert parse_student("decoder_layers=1,layers=2", PAIR) == shape
+
+
+def test_a_table_of_positions_is_not_made_narrower():
+    with pytest.raises(UsageError, match="sinusoidal"):
+        parse_student("dim=128", PAIR)
+
+
 def test_widths_that_an_architecture_does_not_have():
     with pytest.raises(UsageError, match="not 12 heads of 64"):
         parse_student("dim=512,heads=12", BERT)
+    with pytest.raises(UsageError, match="not 1 heads of 64") as caught:
+        parse_student("dim=32", BERT)
+    assert caught.value.hint == "dim=64 goes with heads=1"
 
 
 @given(st.text(st.sampled_from("layersdimheadsffn=,%0123456789 "), max_size=24))
@@ -101,7 +117,7 @@ def test_any_text_is_a_student_or_an_error(text):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "text"), [(LLAMA, "layers=6,dim=384,heads=6,ffn=512"), (BERT, "25%"), (PAIR, "60%")]
+    ("teacher", "text"), [(LLAMA, "layers=6,dim=384,heads=6,ffn=512"), (LLAMA, "dim=288"), (BERT, "25%"), (PAIR, "60%")]
 )
 def test_shapes_on_the_way(teacher, text):
     student = parse_student(text, teacher)

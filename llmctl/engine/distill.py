@@ -6,6 +6,7 @@ the student itself. They are trained one after the other by the same loop; what 
 
 import hashlib
 import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -474,6 +475,7 @@ class Distilling(Job):
         state = {name: tensor.float().cpu() for name, tensor in self.weights(fitted.weights).items()}
         folder = run / "parts" / part
         write_artifact(folder, self.model.config, state, files=self.files(), provenance=provenance, force=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # after what they were for is there
 
     def calibration(self, model: LanguageModel) -> list[dict[str, torch.Tensor]]:
         """Return training batches on which a model's parts are ranked."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from llmctl.engine.gate import parse_gate
 from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.metrics import FIGURES, rounded
+from llmctl.engine.student_shape import count
 from llmctl.model.transformer import LanguageModel
 
 FLOAT_BYTES = 4
@@ -74,7 +75,7 @@ def make_report(
     """
     sides: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        n_parameters = sum(p.numel() for p in model.parameters())
+        n_parameters = count(model.config)  # quantized layers hold none
         sides[name] = {
             "n_parameters": n_parameters,
             "bytes_float32": FLOAT_BYTES * n_parameters,

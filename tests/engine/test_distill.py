@@ -177,6 +177,8 @@ def test_a_teacher_in_fewer_bits_says_nearly_the_same(teachers, dtype, kl):
     assert weights(full.path) != weights(narrow.path)
     assert narrow.summary["after"]["loss"] == pytest.approx(full.summary["after"]["loss"], abs=0.02)
     assert abs(narrow.summary["after"]["kl"] - full.summary["after"]["kl"]) < kl
+    sizes = {found.summary["report"]["models"]["teacher"]["n_parameters"] for found in (full, narrow)}
+    assert len(sizes) == 1
 
 
 def test_teachers_are_averaged(teachers, here):
@@ -208,6 +210,7 @@ def test_baselines_and_stages_and_the_gap(teachers):
         expected = (scratch - loss["student"]) / (scratch - loss["teacher"])
         assert baseline["gap_recovered"] == pytest.approx(expected, rel=1e-4)
     lines = (trained.path / "parts" / "scratch-lr-1" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert not (trained.path / "parts" / "stage-1" / "checkpoints").exists()
     # Both stages of the student together have as many steps as a baseline.
     assert max(json.loads(line)["step"] for line in lines) == 16
     assert trained.summary["report"]["steps"] == 16

@@ -79,7 +79,8 @@ def distill(
         resolved = with_model(resolved, model, quiet=options.quiet)
 
     def make_job(resolved: "Resolved[DistillConfig]") -> "Job":
-        from llmctl.engine.distill import Distilling, settle
+        from llmctl.engine.distill import Distilling
+        from llmctl.engine.distill_settings import settle
 
         return Distilling(settle(resolved.config))
 
@@ -88,6 +89,7 @@ def distill(
 
 def check_config(config: "DistillConfig") -> None:
     """Refuse settings that exclude each other."""
-    from llmctl.engine.distill import Distilling, settle
+    from llmctl.engine.distill import Distilling
+    from llmctl.engine.distill_settings import settle
 
     Distilling(settle(config)).check()

@@ -7,7 +7,8 @@ import torch
 
 from llmctl.config import DistillConfig
 from llmctl.engine.corpus import CORPUS
-from llmctl.engine.distill import Distilling, settle
+from llmctl.engine.distill import Distilling
+from llmctl.engine.distill_settings import settle
 from llmctl.engine.job import Say
 from llmctl.engine.machine import choose_dtype
 from llmctl.engine.models import choose_device

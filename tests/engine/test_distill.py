@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llmctl.config import DistillConfig
-from llmctl.engine.distill import Distilling, settle
+from llmctl.engine.distill import Distilling
+from llmctl.engine.distill_settings import settle
 from llmctl.engine.models import load_model
 from llmctl.engine.outcome import Trained
 from llmctl.engine.runs import find_run

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from llmctl.config import DistillConfig
-from llmctl.engine.distill import Distilling, settle
+from llmctl.engine.distill import Distilling
 from llmctl.engine.distill_cache import make_cache
+from llmctl.engine.distill_settings import settle
 from llmctl.engine.train import begin
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.artifact import read_artifact, write_artifact

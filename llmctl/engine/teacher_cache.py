@@ -1,7 +1,7 @@
 """Build a cache of what a teacher says, and read it in place of the teacher.
 
 A row's signals depend on the row alone: rows go through the teacher in the same company whenever they are made, and draws
-come from a generator seeded by (seed, address). So a cache that was interrupted ends up the same, byte for byte.
+come from numbers that belong to (seed, address). So a cache that was interrupted ends up the same, byte for byte.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmctl.engine.batch import Batch, BatchSource, to_device
+from llmctl.engine.draws import draw, uniforms
 from llmctl.engine.teacher import Teacher, inputs_of
 from llmctl.errors import UsageError
 from llmctl.files import ensure_writable
@@ -120,7 +121,9 @@ def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_
     told = teacher.dense(states_LD)
     if spec.kind == "hidden":
         return {"hidden": told.hidden_ND.float().cpu().numpy()}
-    generator = torch.Generator(states_LD.device).manual_seed((spec.seed * 1_000_003 + row) % 2**63)
+    numbers_Ln = (
+        torch.from_numpy(uniforms(spec.seed, row, len(states_LD), spec.draws)) if spec.kind == "sampled" else None
+    )
     parts: list[Arrays] = []
     for start in range(0, max(1, len(states_LD)), CHUNK_LABELS):
         hidden_CD = told.hidden_ND[start : start + CHUNK_LABELS]
@@ -129,14 +132,9 @@ def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         out_CV = torch.empty(len(hidden_CD), vocab_size, dtype=wide, device=hidden_CD.device)
         log_p_CV = logits(hidden_CD, weight_VD, bias_V, out_CV).log_softmax(dim=1)
-        if spec.kind == "sampled":
-            p_CV = log_p_CV.exp()
-            draws_Cn = (
-                torch.multinomial(p_CV, spec.draws, replacement=True, generator=generator)
-                if len(p_CV)
-                else torch.zeros(0, spec.draws, dtype=torch.long)
-            )
-            parts.append(pack_sampled(draws_Cn.cpu().numpy(), vocab_size))
+        if numbers_Ln is not None:
+            numbers_Cn = numbers_Ln[start : start + CHUNK_LABELS].to(log_p_CV.device)
+            parts.append(pack_sampled(draw(log_p_CV.exp(), numbers_Cn).cpu().numpy(), vocab_size))
         else:
             logs_CK, ids_CK = log_p_CV.topk(min(spec.top_k, vocab_size), dim=1)
             # Summed over what is outside: taken from 1, little would be left of its digits.

@@ -87,7 +87,9 @@ def test_every_way_to_use_an_adapter_gives_the_same_model(kind, dora):
         load_model(imported).model,
     ):
         state = model.state_dict()
-        assert all(torch.equal(state[name], tensor) for name, tensor in unmerged.model.state_dict().items())
+        for name, tensor in unmerged.model.state_dict().items():
+            # DoRA takes norms of rows, whose sums depend on where in memory a row begins: on some processors by a bit.
+            torch.testing.assert_close(state[name], tensor, rtol=3e-7 if dora else 0, atol=0)
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     assert read_artifact(exported).provenance == {
         "base": 1,

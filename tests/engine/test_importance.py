@@ -28,7 +28,8 @@ def test_what_does_nothing_is_worth_nothing(name):
     for scores in found.units.values():
         assert scores.shape == (config.d_ff,)
         assert scores[7] == 0 < scores.max()
-    assert len(found.units) == sum(len(stack.layers) for stack in model.stacks()) == len(found.influence)
+    n_layers = sum(len(stack.layers) for stack in model.stacks()) + config.query_layer
+    assert len(found.units) == n_layers == len(found.influence)
     assert found.channels.shape == (config.d_model,)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

@@ -46,14 +46,17 @@ def make_teacher(bench: Bench, name: str, recipe: str) -> None:
         held_out = ("--set", f"data.val_paths={valid}")
         print(
             json.dumps(
-                {"name": name, **trained(bench.run("pretrain", "-r", RECIPE / recipe, train, *held_out, "-o", name))}
+                {
+                    "name": name,
+                    **trained(bench.run("pretrain", "-r", RECIPES / "pretrain" / recipe, train, *held_out, "-o", name)),
+                }
             )
         )
 
 
 def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
     """Distil the decoder of WikiText-2 to half of it."""
-    make_teacher(bench, "wiki-teacher", "wikitext-teacher.yaml")
+    make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
     return distilled(
@@ -63,7 +66,7 @@ def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
 
 def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
     """Distil from signals of a kind that were written down before."""
-    make_teacher(bench, "wiki-teacher", "wikitext-teacher.yaml")
+    make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
     folder = f"signals-{kind}"
@@ -90,7 +93,7 @@ def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
 
 def encoder(bench: Bench) -> dict[str, Any]:
     """Distil an encoder of WikiText-2 to half of its layers."""
-    make_teacher(bench, "wiki-encoder", "wikitext-encoder-teacher.yaml")
+    make_teacher(bench, "wiki-encoder", "wikitext-mlm.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-encoder.yaml"
     return distilled(

@@ -9,13 +9,22 @@ import pytest
 import yaml
 
 from llmctl.cli import run
+from llmctl.config import TRAINING
 from llmctl.engine.failures import FINAL, LOST_PEER
+from llmctl.recipe import load
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SAVED = 143
 KUBERNETES = list(yaml.safe_load_all((RECIPES / "kubernetes" / "pretrain.yaml").read_text(encoding="utf-8")))
 SKYPILOT = yaml.safe_load((RECIPES / "skypilot" / "pretrain.yaml").read_text(encoding="utf-8"))
 SBATCH = RECIPES / "slurm" / "pretrain.sbatch"
+
+
+@pytest.mark.parametrize("path", [p for name in TRAINING for p in sorted((RECIPES / name).glob("*.yaml"))], ids=str)
+def test_recipes_of_a_command_are_its_own(path: Path):
+    load(TRAINING[path.parent.name], recipe=str(path), environment={})
+    head = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert [line.split(":")[0] for line in head] == ["# Makes", "# Run"]
 
 
 def test_kubernetes_gives_up_where_the_launcher_does_and_goes_on_where_it_may():

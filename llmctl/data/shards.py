@@ -122,6 +122,13 @@ class ShardSet:
         start = int(self._offsets[index])
         return self._tokens[shard][start : start + int(self.lengths[index])]
 
+    def content_sha256(self) -> str:
+        """Return the sha256 of all tokens and where documents end, however they lie in files."""
+        digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
+        for tokens in self._tokens:
+            digest.update(np.ascontiguousarray(tokens).data)
+        return digest.hexdigest()
+
     def read(self, start: int, stop: int) -> Ints:
         """Return tokens `start` to `stop` of all documents joined end to end."""
         pieces = []

@@ -4,7 +4,6 @@ A run has parts: baselines from fresh weights where they are asked for, the step
 the student itself. They are trained one after the other by the same loop; what an earlier one made lies in `parts/`.
 """
 
-import hashlib
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +44,7 @@ from llmctl.engine.task import (
     text_config,
 )
 from llmctl.engine.teacher import Teacher, check_same_words, load_more, tokenizer_sha256
-from llmctl.engine.teacher_cache import CachedBatches, check_cache
+from llmctl.engine.teacher_cache import CachedBatches, check_cache, content_of
 from llmctl.engine.teacher_texts import write_texts
 from llmctl.engine.written import make_sampler, make_score
 from llmctl.errors import ArtifactError
@@ -169,19 +168,17 @@ class Distilling(Job):
     def cache_identity(self) -> dict[str, Any]:
         """Return what signals depend on: teachers, tokenizer, text, and how it is cut into rows."""
         config, corpus = self.config, self.corpus
-        lengths = corpus.documents.lengths[corpus.train]
-        text = hashlib.sha256(corpus.train.astype("<i8").tobytes() + lengths.astype("<i8").tobytes()).hexdigest()
         more = [identity_of(read_model(Path(name))) for name in config.teacher.more]
         masks = [config.data.mask_frac, config.data.whole_word, config.data.mean_span_tokens, config.train.seed]
-        is_causal = self.base.model.config.family == "decoder"
+        is_masked = config.task == "text" and self.base.model.config.family != "decoder"
         return {
             "teacher": "+".join([corpus.provenance["teacher"]["sha256"], *more]),
             "tokenizer": corpus.tokenizer.sha256,
-            "data": f"{corpus.provenance.get('sha256')}/{text[:16]}",
+            "data": content_of(corpus),
             "task": config.task,
             "seq_len": config.train.seq_len,
             "isolate": config.data.isolate,
-            "masks": None if is_causal else masks,
+            "masks": masks if is_masked else None,
         }
 
     # --- parts -------------------------------------------------------------------------------------------------------

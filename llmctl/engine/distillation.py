@@ -205,7 +205,8 @@ class Distillation(_WithTeachers):
             return SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
         if "teacher_hidden" in batch:
             assert self.head is not None
-            return [replace(self.head, hidden_ND=batch["teacher_hidden"])]
+            # Batches know no bfloat16; what was written in it comes back as it was.
+            return [replace(self.head, hidden_ND=batch["teacher_hidden"].to(self.head.weight_VD.dtype))]
         if not self.teachers:
             return None
         return [

@@ -4,6 +4,8 @@ A row's signals depend on the row alone: rows go through the teacher in the same
 come from numbers that belong to (seed, address). So a cache that was interrupted ends up the same, byte for byte.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,10 @@ import torch
 from torch import Tensor
 
 from llmctl.engine.batch import Batch, BatchSource, to_device
+from llmctl.engine.corpus import Corpus
 from llmctl.engine.draws import draw, uniforms
 from llmctl.engine.teacher import Teacher, inputs_of
-from llmctl.errors import UsageError
+from llmctl.errors import DivergedError, UsageError
 from llmctl.files import ensure_writable
 from llmctl.formats.safetensors import write_safetensors
 from llmctl.formats.signals import (
@@ -24,7 +27,10 @@ from llmctl.formats.signals import (
     ROWS_PER_SHARD,
     Arrays,
     SignalStore,
-    has_shard,
+    as_array,
+    check_begun,
+    differences,
+    finished_labels,
     id_dtype,
     pack_sampled,
     write_manifest,
@@ -42,16 +48,17 @@ CHUNK_LABELS = 256
 
 @dataclass(frozen=True)
 class Spec:
-    """What is kept of a teacher: its kind, draws of `sampled`, tokens of `topk`, the seed of the draws."""
+    """What is kept of a teacher: its kind, draws of `sampled`, tokens of `topk`, the seed of the draws, how it computes."""
 
     kind: str = "sampled"
     draws: int = 32
     top_k: int = 64
     seed: int = 0
+    teacher_dtype: str = "float32"
 
     def record(self) -> dict[str, Any]:
         """Return what a manifest says of it."""
-        told: dict[str, Any] = {"kind": self.kind}
+        told: dict[str, Any] = {"kind": self.kind, "teacher_dtype": self.teacher_dtype}
         if self.kind == "sampled":
             told |= {"draws": self.draws, "seed": self.seed}
         return told | ({"top_k": self.top_k} if self.kind == "topk" else {})
@@ -69,29 +76,28 @@ def build_cache(
     device: torch.device,
     say: Callable[[str], None],
 ) -> SignalStore:
-    """Write the signals of all rows of a source into a folder, or those that are missing.
+    """Write the signals of all rows of a source into a folder, or those that are missing or damaged.
 
     source: rows in their order, so that a row's number is its address. identity: what the cache is of; kept in the
     manifest and asked for when it is used.
-    Raises: OutputError if the disk refuses.
+    Raises: UsageError if the folder holds signals of something else; OutputError if the disk refuses.
     """
     ensure_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     told = {**spec.record(), "vocab_size": vocab_size, "n_rows": source.n_rows, "identity": dict(identity)}
-    mark = repr(sorted(told.items(), key=lambda item: item[0]))
+    check_begun(folder, told)
     n_shards = -(-source.n_rows // ROWS_PER_SHARD)
     if spec.kind == "hidden":
         head = teacher.dense(torch.zeros(1, teacher.model.config.d_model, device=device, dtype=teacher.dtype))
         tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
-        write_safetensors(folder / HEAD, tensors, {"identity": mark})
+        write_safetensors(folder / HEAD, tensors, {})
     n_labels = 0
     for number in range(n_shards):
         rows = range(number * ROWS_PER_SHARD, min(source.n_rows, (number + 1) * ROWS_PER_SHARD))
-        counts = []
-        if has_shard(folder, number, mark):
-            counts = [int((source.batch([row])["labels"] != IGNORE).sum()) for row in rows]
-            n_labels += sum(counts)
+        finished = finished_labels(folder, number)
+        if finished is not None:
+            n_labels += sum(finished)
             continue
+        counts: list[int] = []
         parts: list[Arrays] = []
         for start in range(rows.start, rows.stop, ROWS_TOGETHER):
             some = range(start, min(start + ROWS_TOGETHER, rows.stop))
@@ -102,7 +108,7 @@ def build_cache(
             for row, states_LD in zip(some, hidden_ND.split(row_counts), strict=True):
                 parts.append(signals_of(teacher, states_LD, spec, row, vocab_size))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        write_shard(folder, number, counts, joined, mark)
+        write_shard(folder, number, counts, joined, told)
         n_labels += sum(counts)
         say(f"teacher signals of {rows.stop:,} of {source.n_rows:,} rows")
     write_manifest(folder, told | {"n_labels": n_labels}, n_shards)
@@ -110,17 +116,27 @@ def build_cache(
 
 
 def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
-    """Return a teacher's states at the labels of a batch (N, D), row by row."""
+    """Return a teacher's states at the labels of a batch (N, D), row by row.
+
+    Raises: DivergedError if some are not finite: nothing can be learned from them.
+    """
     tensors = to_device(batch, device)
     places = (tensors["labels"].flatten() != IGNORE).nonzero().squeeze(1)
-    return teacher.see(inputs_of(tensors)).hidden_BTD.flatten(0, 1)[places]
+    states_ND = teacher.see(inputs_of(tensors)).hidden_BTD.flatten(0, 1)[places]
+    if not states_ND.isfinite().all():
+        raise DivergedError(
+            "the teacher's hidden states are not finite: they have nan or inf", "teacher.dtype=fp32, or another teacher"
+        )
+    return states_ND
 
 
 def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_size: int) -> Arrays:
     """Return the signals of one row's labels."""
     told = teacher.dense(states_LD)
     if spec.kind == "hidden":
-        return {"hidden": told.hidden_ND.float().cpu().numpy()}
+        # As the teacher computed it: half the bytes in bfloat16, and nothing is lost.
+        hidden_LD = told.hidden_ND.cpu()
+        return {"hidden": as_array(hidden_LD if hidden_LD.dtype == torch.bfloat16 else hidden_LD.float())}
     numbers_Ln = (
         torch.from_numpy(uniforms(spec.seed, row, len(states_LD), spec.draws)) if spec.kind == "sampled" else None
     )
@@ -173,17 +189,23 @@ class CachedBatches:
         return self.source.batch(numbers) | self.store.signals(addresses)
 
 
+def content_of(corpus: Corpus) -> str:
+    """Return the sha256 of what a corpus trains on: tokens, targets, and which documents are taken."""
+    digest = hashlib.sha256(corpus.train.astype("<i8").tobytes())
+    for shards in (corpus.documents, corpus.targets):
+        digest.update(b"none" if shards is None else shards.content_sha256().encode())
+    return digest.hexdigest()
+
+
 def check_cache(store: SignalStore, identity: Mapping[str, Any], n_rows: int) -> None:
     """Refuse signals of another teacher, tokenizer, corpus or packing.
 
     Raises: UsageError naming what differs, with both values.
     """
     made_of = {**store.record["identity"], "rows": store.n_rows}
-    wanted = {**identity, "rows": n_rows}
-    odd = [name for name in wanted if made_of.get(name) != wanted[name]]
-    if odd:
-        shown = "; ".join(f"{name} {str(made_of.get(name))[:16]}, not {str(wanted[name])[:16]}" for name in odd)
+    wanted = {**json.loads(json.dumps(identity)), "rows": n_rows}
+    if differing := differences(made_of, wanted):
         raise UsageError(
-            f"the signals in `{store.folder}` are of something else: {shown}",
+            f"the signals in `{store.folder}` are of something else: {differing}",
             "make them with the same teacher, data and row settings: llmctl distill cache",
         )

@@ -1,7 +1,8 @@
 """What a teacher said of every label of a corpus, on disk: safetensors shards of rows, and a manifest.
 
 A record's address is its row in the packed corpus, so that order, batch size and number of processes are no matter. Shards
-appear whole or not at all; the manifest, written last, has the sha256 of each.
+appear whole or not at all, and say themselves what they are of and what their content's sha256 is, so that going on never
+trusts what it finds. The manifest, written last, has the sha256 of each file.
 
 Kinds: `sampled` holds draws from the teacher's distribution as token and count, `topk` the likeliest tokens with their
 logarithms and the mass of all others, `hidden` the states under the teacher's head beside the head itself.
@@ -20,15 +21,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmctl.errors import ArtifactError, NotFoundError
+from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.files import write_json
-from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+from llmctl.formats.safetensors import read_header, read_tensors, tensor_bytes, write_safetensors
 
 KINDS = ("sampled", "topk", "hidden")
 ROWS_PER_SHARD = 256
 MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
-VERSION = 1
+VERSION = 2
 OPEN_SHARDS = 64
 """Shards whose pages stay mapped."""
 
@@ -70,23 +71,81 @@ def unpack_sampled(arrays: Arrays, n_draws: int) -> tuple[NDArray[np.int64], NDA
     return np.where(filled, ids, ids[:, :1]), shares
 
 
-def write_shard(folder: Path, number: int, n_labels: Sequence[int], arrays: Arrays, identity: str) -> None:
-    """Write the signals of a shard's rows; `n_labels` are those of each row."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+def write_shard(folder: Path, number: int, n_labels: Sequence[int], arrays: Arrays, made_of: Mapping[str, Any]) -> None:
+    """Write the signals of a shard's rows; `n_labels` are those of each row, `made_of` what a manifest will say."""
+    tensors = {name: as_tensor(array) for name, array in arrays.items()}
     tensors["n_labels"] = torch.tensor(n_labels, dtype=torch.int32)
-    write_safetensors(folder / shard_name(number), tensors, {"identity": identity})
+    metadata = {
+        "made_of": json.dumps({"version": VERSION, **made_of}, sort_keys=True),
+        "sha256": content_sha256(tensors),
+    }
+    write_safetensors(folder / shard_name(number), tensors, metadata)
 
 
-def has_shard(folder: Path, number: int, identity: str) -> bool:
-    """Tell whether a shard is there, of the same making."""
+def finished_labels(folder: Path, number: int) -> list[int] | None:
+    """Return how many labels each row of a shard has; None if the shard is not there, or not as it was written."""
     path = folder / shard_name(number)
-    return path.exists() and read_header(path).metadata.get("identity") == identity
+    try:
+        tensors = read_tensors(path)
+        if content_sha256(tensors) != read_header(path).metadata.get("sha256"):
+            return None
+        return [int(count) for count in tensors["n_labels"]]
+    except (NotFoundError, ArtifactError, KeyError):
+        return None
+
+
+def check_begun(folder: Path, made_of: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds signals of something else, finished or not.
+
+    Raises: UsageError naming what differs, with both values.
+    """
+    for path in sorted(folder.glob("signals-*.safetensors")):
+        try:
+            there = json.loads(read_header(path).metadata.get("made_of", "{}"))
+        except (ArtifactError, ValueError):
+            continue  # a damaged one is made again
+        if differing := differences(flat(there), flat({"version": VERSION, **made_of})):
+            raise UsageError(
+                f"the signals in `{folder}` are of something else: {differing}", "choose another folder with -o"
+            )
+
+
+def flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what signals are of in one level, with the types that JSON has."""
+    told = json.loads(json.dumps(made_of))
+    return {**told, **told.pop("identity", {})}
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return what of `wanted` is not so, as a text with both values; empty if all is."""
+    odd = [name for name in wanted if there.get(name) != wanted[name]]
+    return "; ".join(f"{name} {str(there.get(name))[:16]}, not {str(wanted[name])[:16]}" for name in odd)
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """Return an array as it is stored: 16 bits of a hidden state, which NumPy has no type for, are bfloat16."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.view(torch.bfloat16) if array.ndim == 2 and array.dtype == np.int16 else tensor
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """Return a stored tensor as an array over the same memory: bfloat16 as its 16 bits."""
+    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def content_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors with their names, types and shapes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any], n_shards: int) -> None:
     """Note what the shards are, with the sha256 of each; from here on they can be used."""
     names = [shard_name(number) for number in range(n_shards)]
-    names += [HEAD] if (folder / HEAD).exists() else []
+    names += [HEAD] if record["kind"] == "hidden" else []
     files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
     write_json(folder / MANIFEST, {"version": VERSION, **record, "files": files})
 
@@ -119,16 +178,18 @@ class SignalStore:
             raise NotFoundError(
                 what, "llmctl distill cache TEACHER -d DATA -o FOLDER makes and finishes one"
             ) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"`{folder / MANIFEST}` is damaged: {error}", "make the cache again") from error
-        if not isinstance(record, dict) or record.get("version") != VERSION or record.get("kind") not in KINDS:
+        if not isinstance(record, dict) or record.get("version") != VERSION:
             raise ArtifactError(f"`{folder / MANIFEST}` is of another version", "make the cache again")
+        if problem := manifest_problem(record):
+            raise ArtifactError(f"`{folder / MANIFEST}` is damaged: {problem}", "make the cache again")
         for name, told in record["files"].items():
             path = folder / name
             if not path.exists() or path.stat().st_size != told["bytes"] or sha256(path) != told["sha256"]:
                 raise ArtifactError(
                     f"`{path}` is damaged: it is not what was written",
-                    f"delete it and {folder / MANIFEST}, then make the cache again: the other files stay",
+                    "llmctl distill cache with the same settings and folder makes it again, and nothing else",
                 )
         return cls(folder, record)
 
@@ -154,7 +215,7 @@ class SignalStore:
         """
         parts = [self._row(address) for address in addresses]
         if self.kind == "hidden":
-            return {"teacher_hidden": np.concatenate([part["hidden"] for part in parts])}
+            return {"teacher_hidden": widened(np.concatenate([part["hidden"] for part in parts]))}
         if self.kind == "topk":
             logs, ids = (np.concatenate([part[name] for part in parts]) for name in ("logs", "ids"))
             shares = np.exp(logs.astype(np.float32))
@@ -175,10 +236,33 @@ class SignalStore:
 
     def _read(self, number: int) -> tuple[Arrays, NDArray[np.int64], NDArray[np.int64]]:
         tensors = read_tensors(self.folder / shard_name(number))
-        narrow = {
-            name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in tensors.items()
-        }
-        arrays = {name: tensor.numpy() for name, tensor in narrow.items()}
+        arrays = {name: as_array(tensor) for name, tensor in tensors.items()}
         starts = np.concatenate([[0], np.cumsum(arrays["n_labels"], dtype=np.int64)])
         n_ids = arrays.get("n_ids", np.zeros(0))
         return arrays, starts, np.concatenate([[0], np.cumsum(n_ids, dtype=np.int64)])
+
+
+def widened(hidden_LD: NDArray[Any]) -> NDArray[np.float32]:
+    """Return hidden states in float32: the 16 bits of a bfloat16 are its upper half."""
+    if hidden_LD.dtype != np.int16:
+        return hidden_LD.astype(np.float32, copy=False)
+    return (hidden_LD.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def manifest_problem(record: Mapping[str, Any]) -> str:
+    """Return what is wrong with a manifest, or an empty string."""
+    if record.get("kind") not in KINDS:
+        return f"`kind` is {record.get('kind')!r}"
+    counts = ["n_rows", "n_labels", "vocab_size", *(["draws"] if record["kind"] == "sampled" else [])]
+    for name in counts:
+        if type(record.get(name)) is not int or record[name] < 0:
+            return f"`{name}` is {record.get(name)!r}"
+    files, identity = record.get("files"), record.get("identity")
+    if not isinstance(identity, dict) or not isinstance(files, dict):
+        return "it has no `identity` or no `files`"
+    wanted = {shard_name(number) for number in range(-(-record["n_rows"] // ROWS_PER_SHARD))}
+    wanted |= {HEAD} if record["kind"] == "hidden" else set()
+    if set(files) != wanted:
+        return f"it names {len(files)} files, not the {len(wanted)} of its rows"
+    sound = all(isinstance(told, dict) and {"sha256", "bytes"} <= told.keys() for told in files.values())
+    return "" if sound else "a file has no `sha256` or no `bytes`"

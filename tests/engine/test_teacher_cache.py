@@ -11,8 +11,10 @@ from llmctl.config import DistillConfig
 from llmctl.engine.distill import Distilling
 from llmctl.engine.distill_cache import make_cache
 from llmctl.engine.distill_settings import settle
+from llmctl.engine.teacher import Teacher
+from llmctl.engine.teacher_cache import InOrder, states_of
 from llmctl.engine.train import begin
-from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.errors import ArtifactError, DivergedError, NotFoundError, UsageError
 from llmctl.formats.artifact import read_artifact, write_artifact
 from llmctl.formats.signals import SignalStore
 from llmctl.losses.base import IGNORE
@@ -174,14 +176,93 @@ def test_a_kill_leaves_no_trace(teachers, here):  # noqa: F811
     assert content(here / "killed") == content(here / "whole")
 
 
-def test_a_damaged_shard_is_named(teachers, here):  # noqa: F811
+def test_a_damaged_shard_is_named_and_made_again(teachers, here):  # noqa: F811
     made(teachers["decoder"], "signals")
+    whole = content(here / "signals")
     path = next((here / "signals").glob("signals-*"))
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match=path.name):
         run(teachers["decoder"], "teacher.cache=signals")
+    made(teachers["decoder"], "signals")
+    assert content(here / "signals") == whole
+
+
+def test_shards_come_out_the_same_in_any_order(teachers, here):  # noqa: F811
+    text = "\n\n".join(f"the good cat {i} 猫坐在 mat." * 12 for i in range(300))
+    Path("text.txt").write_text(text, encoding="utf-8")
+    made(teachers["decoder"], "signals", "train.seq_len=16")
+    whole = content(here / "signals")
+    shards = [name for name in whole if name.startswith("signals-")]
+    assert len(shards) > 2
+    for name in (shards[0], shards[-1], "manifest.json"):
+        (here / "signals" / name).unlink()
+    assert made(teachers["decoder"], "signals", "train.seq_len=16").n_labels > 0
+    assert content(here / "signals") == whole
+
+
+def test_a_folder_with_other_signals_is_left_alone(teachers, here):  # noqa: F811
+    made(teachers["decoder"], "signals")
+    whole = content(here / "signals")
+    for settings, word in (
+        (["teacher.draws=8"], "draws 32, not 8"),
+        (["teacher.kind=topk"], "kind sampled, not topk"),
+        (["teacher.dtype=bf16"], "teacher_dtype float32, not bfloat16"),
+        (["train.seq_len=32"], "seq_len 48, not 32"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            made(teachers["decoder"], "signals", *settings)
+        assert content(here / "signals") == whole
+    # One that was not finished is known by its shards.
+    (here / "signals" / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="draws 32, not 8"):
+        made(teachers["decoder"], "signals", "teacher.draws=8")
+
+
+def test_text_of_an_attempt_with_other_data_is_not_gone_on_with(teachers, here):  # noqa: F811
+    """What stays behind of a killed attempt is the encoded text, and no shard yet."""
+    other = "\n\n".join(f"a wholly other text {i} 猫." for i in range(60))
+    Path("other.txt").write_text(other, encoding="utf-8")
+    job = Distilling(settle(config_of(teachers["decoder"])))
+    job.prepare(here / "signals" / "data", print)
+    (here / "signals" / "data" / "asked.json").write_text("{}\n")
+    made(teachers["decoder"], "signals", "data.paths=[other.txt]")
+    run(teachers["decoder"], "teacher.cache=signals", "data.paths=[other.txt]")
+
+
+def test_states_in_bfloat16_are_the_teachers_own(teachers):  # noqa: F811
+    wide = made(teachers["decoder"], "wide", "teacher.kind=hidden")
+    narrow = made(teachers["decoder"], "narrow", "teacher.kind=hidden", "teacher.dtype=bf16")
+    assert narrow.bytes_per_token < 0.55 * wide.bytes_per_token
+    assert narrow.head()["weight"].dtype == torch.bfloat16
+    job = job_of(teachers["decoder"])
+    batch = job.fixed_batches().batch([0])
+    teacher = Teacher(job.teacher.model).to(torch.device("cpu"), "bf16", torch.float32)
+    own = states_of(teacher, InOrder(job.fixed_batches()).batch(range(8)), torch.device("cpu"))
+    found = narrow.signals(range(8))["teacher_hidden"]
+    assert np.array_equal(found, own.float().numpy())
+    assert len(narrow.signals([job.fixed_batches().address(0)])["teacher_hidden"]) == (batch["labels"] != IGNORE).sum()
+    trained = run(teachers["decoder"], "teacher.cache=narrow", "train.steps=24")
+    report = trained.summary["report"]
+    assert report["models"]["student"]["loss"] < report["student_before_training"]["loss"]
+
+
+def test_a_teacher_that_is_not_finite_is_refused(teachers, here):  # noqa: F811
+    artifact = read_artifact(teachers["decoder"])
+    state = {name: tensor * float("nan") for name, tensor in artifact.state().items()}
+    write_artifact(here / "broken", artifact.config, state, files=artifact.files, provenance={})
+    with pytest.raises(DivergedError, match="not finite"):
+        made(here / "broken", "signals")
+
+
+def test_other_targets_in_the_same_file_are_other_data(teachers):  # noqa: F811
+    rows = [{"source": f"the cat {i}", "first": f"猫 {i} good", "second": f"bad {i} 猫 on"} for i in range(60)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    given = ["data.paths=[pairs.jsonl]", "task=translate", "columns.source=source"]
+    made(teachers["encoder_decoder"], "signals", *given, "columns.target=first")
+    with pytest.raises(UsageError, match="something else: data"):
+        run(teachers["encoder_decoder"], "teacher.cache=signals", *given, "columns.target=second")
 
 
 def test_signals_of_something_else_are_refused(teachers, here):  # noqa: F811
@@ -196,9 +277,12 @@ def test_signals_of_something_else_are_refused(teachers, here):  # noqa: F811
         (["data.paths=[more.txt]"], "data"),
         (["train.seq_len=32"], "seq_len"),
         (["data.isolate=false"], "isolate"),
+        (["data.val_frac=0.3"], "data"),
     ):
-        with pytest.raises(UsageError, match=f"something else: .*{word}"):
+        with pytest.raises(UsageError, match=f"something else: .*{word}") as caught:
             run(teachers["decoder"], "teacher.cache=signals", *settings)
+        shown = [part.split(" ")[-3:] for part in str(caught.value).split("else: ")[1].split("; ")]
+        assert all(there.rstrip(",") != wanted for there, _, wanted in shown)
     with pytest.raises(NotFoundError, match="no teacher signals"):
         run(teachers["decoder"], "teacher.cache=text.txt.folder")
 

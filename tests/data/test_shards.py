@@ -44,6 +44,17 @@ def test_documents_come_back_one_by_one_and_joined(tmp_path):
     assert again.lengths.tolist() == shards.lengths.tolist()
 
 
+def test_content_is_the_same_however_it_lies_in_files(tmp_path):
+    one, other = write(tmp_path / "one"), write(tmp_path / "other", shard_tokens=1000)
+    moved = write(tmp_path / "moved", [*TEXTS[1:], TEXTS[0]])
+    # The same tokens with an end elsewhere are other documents.
+    split = write(tmp_path / "split", ["ab", "c"], bos=None, eos=None)
+    joined = write(tmp_path / "joined", ["a", "bc"], bos=None, eos=None)
+    assert all((one, other, moved, split, joined))
+    assert one.content_sha256() == other.content_sha256() != moved.content_sha256()
+    assert split.content_sha256() != joined.content_sha256()
+
+
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, "<u2"), (65537, "<u4")])
 def test_ids_take_the_smallest_type_that_holds_them(tmp_path, vocab_size: int, dtype: str):
     shards = write_shards(

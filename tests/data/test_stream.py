@@ -152,3 +152,30 @@ def test_every_epoch_has_every_example_once_in_an_order_of_its_own():
         for epoch in (rows[:half], rows[half:]):
             assert sorted(index for row in epoch for index in row) == list(range(100))
         assert rows[:half] != rows[half:]
+
+
+def test_fixed_rows_have_one_address_and_one_content_in_every_epoch():
+    source = memory()
+    rows = rows_of(source, fixed=True)
+    epochs = [range(epoch * rows.n_rows, (epoch + 1) * rows.n_rows) for epoch in range(3)]
+    orders = [[rows.address(number) for number in epoch] for epoch in epochs]
+    assert all(sorted(order) == list(range(rows.n_rows)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]
+    found: dict[int, list[int]] = {}
+    for number in np.random.default_rng(0).permutation(3 * rows.n_rows).tolist():
+        tokens = found.setdefault(rows.address(number), rows.row(number).tokens.tolist())
+        assert tokens == rows.row(number).tokens.tolist()
+    # Cut without an offset and in the order of the documents: the address says where the text lies.
+    joined = np.concatenate(source.texts)
+    for address, tokens in found.items():
+        assert tokens == joined[address * 16 : address * 16 + 17].tolist()
+
+
+def test_another_seed_and_a_restart_leave_fixed_rows_where_they_are():
+    source = memory()
+    one, other, again = (rows_of(source, fixed=True, seed=seed) for seed in (1, 2, 1))
+    by_address = {other.address(n): other.row(n).tokens.tolist() for n in range(other.n_rows)}
+    assert [one.address(n) for n in range(one.n_rows)] != [other.address(n) for n in range(one.n_rows)]
+    for number in range(one.n_rows, 2 * one.n_rows):
+        assert one.row(number).tokens.tolist() == by_address[one.address(number)]
+        assert again.address(number) == one.address(number)

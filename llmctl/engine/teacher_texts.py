@@ -22,7 +22,7 @@ PART_ROWS = 512
 """Rows of a file; a run that was stopped writes only those of the files that are missing."""
 
 PROMPT_TOKENS = 16
-"""Tokens of a text that a decoder goes on from."""
+"""Tokens of a text that a decoder goes on from, at most half of it: what is left is the teacher's."""
 
 PAIR_TASKS = ("text", "translate", "summarize")
 
@@ -82,7 +82,7 @@ def answer(config: DistillConfig, teacher: Loaded, corpus: Corpus, numbers: Ints
     for number in numbers.tolist():
         ids = corpus.documents.document(number).tolist()
         if is_decoder:
-            ids = ids[:PROMPT_TOKENS]
+            ids = beginning(ids, tokenizer.eos_id)
         elif tokenizer.eos_id is not None:
             ids = [*ids, tokenizer.eos_id]
         prompts.append(Prompt(number, ids[: teacher.model.config.max_positions - 1], ""))
@@ -98,6 +98,12 @@ def answer(config: DistillConfig, teacher: Loaded, corpus: Corpus, numbers: Ints
             yield {"text": tokenizer.decode([*prompt.ids, *found.ids])}
         else:
             yield {"source": source_text(corpus, prompt.index), "target": found.text.strip()}
+
+
+def beginning(ids: list[int], eos_id: int | None) -> list[int]:
+    """Return what a decoder goes on from: the first tokens of a text, and never its end, after which another would begin."""
+    inner = ids[:-1] if ids[-1:] == [eos_id] else ids
+    return inner[: max(1, min(PROMPT_TOKENS, len(inner) // 2))] or ids
 
 
 def given(teacher: Loaded, corpus: Corpus, numbers: Ints) -> Iterator[dict[str, str]]:

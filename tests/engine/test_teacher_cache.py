@@ -12,7 +12,7 @@ from llmctl.engine.distill import Distilling
 from llmctl.engine.distill_cache import make_cache
 from llmctl.engine.distill_settings import settle
 from llmctl.engine.teacher import Teacher
-from llmctl.engine.teacher_cache import InOrder, states_of
+from llmctl.engine.teacher_cache import CachedBatches, InOrder, states_of
 from llmctl.engine.train import begin
 from llmctl.errors import ArtifactError, DivergedError, NotFoundError, UsageError
 from llmctl.formats.artifact import read_artifact, write_artifact
@@ -69,6 +69,28 @@ def test_rows_stay_what_they_are_in_any_order(teachers):  # noqa: F811
     assert len({tuple(order) for order in orders}) == 3
     for number in range(n, 2 * n):
         assert np.array_equal(first[source.address(number)], source.batch([number])["input_ids_BT"])
+
+
+@pytest.mark.parametrize("kind", ["sampled", "topk", "hidden"])
+def test_a_batch_is_its_rows_however_it_is_cut(teachers, kind):  # noqa: F811
+    """A process or a micro-batch gets some of a step's rows: what it is told is what the whole step would be."""
+    store = made(teachers["decoder"], "signals", f"teacher.kind={kind}")
+    source = CachedBatches(job_of(teachers["decoder"]).fixed_batches(), store)
+    numbers = list(range(source.n_rows - 3, source.n_rows + 5))  # over the end of an epoch
+    whole = source.batch(numbers)
+    counts = [int((row != IGNORE).sum()) for row in whole["labels"]]
+    assert all(len(array) == sum(counts) for name, array in whole.items() if name.startswith("teacher_"))
+    for ways in (1, 2, 4):
+        for rank in range(ways):
+            own = source.batch(numbers[rank::ways])
+            for name in (name for name in whole if name.startswith("teacher_")):
+                parts = np.split(whole[name], np.cumsum(counts)[:-1])
+                expected = np.concatenate(parts[rank::ways])
+                if kind == "sampled":  # padded to the widest label of the batch, with shares of nothing
+                    width = own[name].shape[1]
+                    assert name == "teacher_ids" or not expected[:, width:].any()
+                    expected = expected[:, :width]
+                assert np.array_equal(own[name], expected)
 
 
 def test_draws_have_the_teachers_shares(teachers):  # noqa: F811

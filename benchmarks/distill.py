@@ -6,13 +6,12 @@ DATA and MODELS are laid out as for `tasks.py`. Every run can be repeated by han
 What is compared starts from the same teacher, the same cut and the same rows.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tasks import RECIPES, Bench, measured, smollm2, trained
+from tasks import RECIPES, Bench, main, measured, smollm2, trained
 
 RECIPE = RECIPES / "distill"
 VALID_BYTES = 60_000
@@ -163,20 +162,5 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 """The runs by name; the captions' teacher is what `tasks.py multi30k` leaves in the work folder."""
 
 
-def main() -> None:
-    """Run what is named, or everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("data", "models", "work"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
-    given = parser.parse_args()
-    unknown = set(given.names) - set(RUNS)
-    if unknown:
-        parser.error(f"there is no `{min(unknown)}`; known are {', '.join(RUNS)}")
-    bench = Bench(given.data.resolve(), given.models.resolve(), given.work.resolve())
-    for name in given.names or RUNS:
-        print(json.dumps({"name": name, **RUNS[name](bench)}, ensure_ascii=False), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, RUNS)

@@ -266,20 +266,20 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 """The runs by name; later ones use what earlier ones leave in the work folder."""
 
 
-def main() -> None:
-    """Run what is named, or everything."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(doc: str | None, runs: dict[str, Callable[[Bench], dict[str, Any]]]) -> None:
+    """Run what is named on the command line, or everything."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "models", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(runs))
     given = parser.parse_args()
-    unknown = set(given.names) - set(RUNS)
+    unknown = set(given.names) - set(runs)
     if unknown:
-        parser.error(f"there is no `{min(unknown)}`; known are {', '.join(RUNS)}")
+        parser.error(f"there is no `{min(unknown)}`; known are {', '.join(runs)}")
     bench = Bench(given.data.resolve(), given.models.resolve(), given.work.resolve())
-    for name in given.names or RUNS:
-        print(json.dumps({"name": name, **RUNS[name](bench)}, ensure_ascii=False), flush=True)
+    for name in given.names or runs:
+        print(json.dumps({"name": name, **runs[name](bench)}, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, RUNS)

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from llmctl.quant.grid import decode, encode, search, whole_range
+from llmctl.quant.methods import METHODS, NEEDS_DATA, Moments, gptq, output_error, weighted
+from llmctl.quant.schemes import SCHEMES, Scheme
+
+
+def weight(n_out: int = 48, n_in: int = 128, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def moments(n_in: int = 128, n_rows: int = 512, seed: int = 1) -> Moments:
+    generator = torch.Generator().manual_seed(seed)
+    found = Moments.empty(n_in)
+    mixing = torch.randn(n_in, n_in, generator=generator) / n_in**0.5
+    found.add(torch.randn(n_rows, n_in, generator=generator) * torch.logspace(-1, 1, n_in) @ mixing)
+    return found
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_lies_on_a_grid_stays_where_it_is(method: str, scheme: Scheme) -> None:
+    on_grid = decode(METHODS["nearest"](weight(), scheme, None), scheme)
+    again = METHODS[method](on_grid, scheme, moments())
+    if method == "hqq":  # moves zeros by design
+        assert torch.nn.functional.mse_loss(decode(again, scheme), on_grid) < 1e-4
+        return
+    error = output_error(on_grid, decode(again, scheme), moments())
+    assert error < {8: 1e-5, 4: 2e-3, 3: 2e-2, 2: 6e-2}[scheme.bits]
+
+
+def test_eight_bits_are_within_half_a_step_of_the_weight() -> None:
+    scheme = SCHEMES["int8"]
+    grid = whole_range(weight(), scheme)
+    off = decode(METHODS["nearest"](weight(), scheme, None), scheme) - weight()
+    assert (off.abs() <= 0.51 * grid.scales_OG + 0.004 * weight().abs()).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int3", "int2"])
+def test_searching_never_does_worse_than_the_whole_range(name: str) -> None:
+    scheme, original = SCHEMES[name], weight()
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(2))
+
+    def error(grid, weights):
+        shown = (encode(original, grid, scheme).unflatten(1, (-1, scheme.group)) - grid.zeros_OG[..., None].float()) * (
+            grid.scales_OG[..., None]
+        )
+        return ((shown.flatten(1) - original).square() * weights).unflatten(1, (-1, scheme.group)).sum(dim=2)
+
+    for weights in (torch.ones(128), importance):
+        assert (
+            error(search(original, scheme, weights), weights) <= error(whole_range(original, scheme), weights)
+        ).all()
+
+
+def test_gptq_over_uncorrelated_inputs_of_equal_size_is_rounding() -> None:
+    scheme, found = SCHEMES["int4"], Moments(torch.eye(128) * 3.0, torch.ones(128), 1)
+    ours, plain = gptq(weight(), scheme, found), weighted(weight(), scheme, found)
+    assert torch.equal(ours.codes_OI, plain.codes_OI)
+    assert torch.equal(ours.grid.scales_OG, plain.grid.scales_OG)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int3"])
+def test_methods_that_see_inputs_lose_less_of_the_output(name: str) -> None:
+    scheme, found = SCHEMES[name], moments()
+    lost = {
+        method: output_error(weight(), decode(METHODS[method](weight(), scheme, found), scheme), found)
+        for method in ("nearest", "clip", "weighted", "gptq")
+    }
+    assert lost["gptq"] < lost["weighted"] < lost["nearest"]
+
+
+def test_gptq_takes_inputs_that_were_never_there() -> None:
+    found = Moments.empty(128)
+    inputs = torch.randn(8, 128)  # fewer rows than inputs: the moments are singular
+    inputs[:, :64] = 0
+    found.add(inputs)
+    codes = gptq(weight(), SCHEMES["int4"], found)
+    assert torch.isfinite(decode(codes, SCHEMES["int4"])).all()
+
+
+def test_rows_of_zeros_stay_zeros() -> None:
+    for name, scheme in SCHEMES.items():
+        for method in METHODS.values():
+            shown = decode(method(torch.zeros(16, 128), scheme, moments()), scheme)
+            assert torch.equal(shown, torch.zeros(16, 128)), name
+
+
+def test_the_table_says_which_methods_need_data() -> None:
+    assert set(NEEDS_DATA) < set(METHODS)

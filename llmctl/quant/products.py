@@ -5,14 +5,12 @@ bits where the scheme says so.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from llmctl.quant.linear import QuantLinear
+from llmctl.quant.weight import QuantWeight
 
 Product = Callable[[Tensor], Tensor]
 
@@ -29,7 +27,7 @@ def rounded_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scales).round_().to(torch.int8), scales
 
 
-def plain(layer: "QuantLinear") -> Product:
+def plain(layer: QuantWeight) -> Product:
     """Return the product with the weight multiplied out, which needs nothing of the machine."""
 
     def product(x: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ def plain(layer: "QuantLinear") -> Product:
     return product
 
 
-def int8_rows(layer: "QuantLinear") -> Product:
+def int8_rows(layer: QuantWeight) -> Product:
     """Return the product of torch's int8 kernel for few rows (one scale per output)."""
     codes_OI = (layer.codes().codes_OI.to(torch.int16) - layer.scheme.middle).to(torch.int8).contiguous()
     scales_O = layer.weight_scale.flatten()
@@ -56,7 +54,7 @@ def int8_rows(layer: "QuantLinear") -> Product:
     return product
 
 
-def int8_both(layer: "QuantLinear") -> Product:
+def int8_both(layer: QuantWeight) -> Product:
     """Return the product of int8 inputs with an int8 weight, summed in 32 bits."""
     codes_IO = (layer.codes().codes_OI.to(torch.int16) - layer.scheme.middle).to(torch.int8).t()
     scales_O = layer.weight_scale.flatten().float()
@@ -69,7 +67,7 @@ def int8_both(layer: "QuantLinear") -> Product:
     return product
 
 
-def int4_groups(layer: "QuantLinear") -> Product:
+def int4_groups(layer: QuantWeight) -> Product:
     """Return the product of torch's int4 kernel for few rows."""
     codes_OI, (scales_OG, zeros_OG) = layer.codes()
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)  # noqa: SLF001
@@ -87,7 +85,7 @@ def int4_groups(layer: "QuantLinear") -> Product:
     return product
 
 
-def choose(layer: "QuantLinear") -> Product:
+def choose(layer: QuantWeight) -> Product:
     """Return the product for a layer where it lies."""
     scheme, on_cpu = layer.scheme, layer.weight_packed.device.type == "cpu"
     if not on_cpu or layer.n_out % 16 or layer.n_in % 32:

@@ -1,0 +1,75 @@
+"""A matrix held as packed codes: its tensors, and what they mean: (codes - zeros) * scales."""
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.quant.grid import Codes, Grid, decode
+from llmctl.quant.packing import n_words, pack, unpack
+from llmctl.quant.schemes import Scheme
+
+
+class QuantWeight(nn.Module):
+    """A matrix (O, I) in few bits.
+
+    Buffers, as compressed-tensors' `pack-quantized` names and lays them out: weight_packed (O, words) int32,
+    weight_scale (O, G) bfloat16, and where the scheme is not symmetric weight_zero_point (words of O, G) int32.
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor
+
+    def __init__(self, n_out: int, n_in: int, scheme: Scheme) -> None:
+        super().__init__()
+        self.n_out, self.n_in, self.scheme = n_out, n_in, scheme
+        n_groups = scheme.n_groups(n_in)
+        self.register_buffer("weight_packed", torch.zeros(n_out, n_words(n_in, scheme.bits), dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.ones(n_out, n_groups, dtype=torch.bfloat16))
+        if not scheme.symmetric:
+            words = torch.zeros(n_words(n_out, scheme.bits), n_groups, dtype=torch.int32)
+            self.register_buffer("weight_zero_point", words)
+
+    def put(self, codes: Codes) -> None:
+        """Take codes in."""
+        for name, tensor in packed(codes, self.scheme).items():
+            getattr(self, name).copy_(tensor)
+
+    def codes(self) -> Codes:
+        """Return the codes."""
+        return unpacked(dict(self.named_buffers(recurse=False)), self.scheme, self.n_out, self.n_in)
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix (O, I)."""
+        return decode(self.codes(), self.scheme).to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moving a model to another precision leaves the scales alone: they are part of what the codes mean.
+        scales = self.weight_scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight_scale.dtype != torch.bfloat16:
+            self.weight_scale = scales.to(self.weight_packed.device)
+        return self
+
+
+def packed(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
+    """Return codes as the tensors of a file."""
+    tensors = {
+        "weight_packed": pack(codes.codes_OI, scheme.bits),
+        "weight_scale": codes.grid.scales_OG.bfloat16(),
+    }
+    if not scheme.symmetric:
+        tensors["weight_zero_point"] = pack(codes.grid.zeros_OG.T, scheme.bits).T.contiguous()
+    return tensors
+
+
+def unpacked(tensors: dict[str, Tensor], scheme: Scheme, n_out: int, n_in: int) -> Codes:
+    """Return the codes of a file's tensors."""
+    scales_OG = tensors["weight_scale"].float()
+    if scheme.symmetric:
+        zeros_OG = torch.full_like(scales_OG, scheme.middle, dtype=torch.uint8)
+    else:
+        zeros_OG = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, n_out).T.contiguous()
+    return Codes(unpack(tensors["weight_packed"], scheme.bits, n_in), Grid(scales_OG, zeros_OG))

@@ -53,6 +53,12 @@ class MissingExtraError(LlmctlError):
         super().__init__(f"{what} needs the package `{package}`", f"pip install 'llmctl[{extra}]'")
 
 
+class MissingCompilerError(LlmctlError):
+    """What is to be compiled cannot be: there is no compiler."""
+
+    exit_code = 7
+
+
 class OutputError(LlmctlError):
     """A result cannot be written: full disk, read-only folder, or it exists already."""
 

@@ -17,7 +17,7 @@ from llmctl.config import ModelChoice, ModelConfig
 from llmctl.errors import NotFoundError, UsageError
 
 Config = TypeVar("Config")
-RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_DEBUG"}
+RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_NATIVE", "LLMCTL_DEBUG"}
 
 
 @dataclass(frozen=True)

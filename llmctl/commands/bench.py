@@ -48,16 +48,17 @@ def bench(
     import torch
 
     from llmctl.engine import bench as engine
+    from llmctl.engine.random_models import random_model, shape_config
 
     if threads > 0:
         torch.set_num_threads(threads)
     config = engine.BenchConfig(prompt, tokens, sizes)
     subjects = [engine.load_subject(path, dtype) for path in paths]
     for name in shapes:
-        found = engine.shape_config(name)
+        found = shape_config(name)
         for precision in scheme.split(","):
             note(f"drawing {name} in {precision}", quiet=quiet)
-            subjects.append(engine.subject_of(f"{name} {precision}", partial(engine.random_model, found, precision)))
+            subjects.append(engine.subject_of(f"{name} {precision}", partial(random_model, found, precision)))
     engine.measure(subjects, config)
     if cold:
         for subject, path in zip(subjects, paths, strict=False):

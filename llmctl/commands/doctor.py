@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, result, result_json
+from llmctl.commands.common import command_app, note, result, result_json
 from llmctl.commands.training import Master, Nnodes, NodeRank, Nproc
 
 app = command_app()
@@ -19,14 +19,19 @@ def doctor(
     nnodes: Nnodes = 1,
     node_rank: NodeRank = 0,
     master: Master = "",
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the decoding step for this processor.")] = False,
     timeout: Annotated[int, typer.Option(help="Seconds to wait for the master and the other ranks.")] = 60,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Check the installation, and with --distributed the network between ranks.
 
+    With --compile, the machine's C++ compiler makes a decoding step of its own, once; generation is faster from then on.
+
     Examples:
 
       llmctl doctor
+
+      llmctl doctor --compile
 
       llmctl doctor --distributed --nproc 2
 
@@ -45,7 +50,17 @@ def doctor(
 
         argv = ["doctor", "--distributed", "--timeout", str(timeout), *["--json"] * json]
         return start_ranks(Group(nproc, nnodes, node_rank, master), argv)
+    if compile_:
+        compile_step()
     return examine_ranks(timeout, json=json) if distributed else examine_here(json=json)
+
+
+def compile_step() -> None:
+    """Compile the decoding step and try it."""
+    from llmctl.engine.native_check import compile_and_check
+
+    note("compiling the decoding step")
+    note(f"compiled and right: {compile_and_check()}; LLMCTL_NATIVE=0 leaves it out")
 
 
 def examine_here(*, json: bool) -> int:

@@ -27,6 +27,7 @@ from llmctl import __version__
 from llmctl.config import ParallelConfig, TrainConfig
 from llmctl.engine.machine import available_cores, available_memory, choose_dtype, product_rate
 from llmctl.engine.models import runs_folder
+from llmctl.engine.native import find_library, library_path
 from llmctl.engine.ranks import Ranks, interface_towards, join
 from llmctl.engine.runtime import Runtime, is_lost_peer, start
 from llmctl.errors import StoppedError, UsageError
@@ -63,6 +64,7 @@ def examine_machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if has_cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
+        "compiled_step": compiled_step(),
         "dtype": name_of(choose_dtype("auto", on_cpu=not has_cuda)),
         "product_flops": {name_of(dtype): product_rate(dtype, device.type) for dtype in dtypes},
         "free_memory_bytes": available_memory(device),
@@ -70,6 +72,11 @@ def examine_machine() -> dict[str, Any]:
         "runs_folder_is_writable": os.access(existing(folder), os.W_OK),
         "free_disk_bytes": shutil.disk_usage(existing(folder)).free,
     }
+
+
+def compiled_step() -> str | None:
+    """Return the file of the compiled decoding step that is used, if there is one."""
+    return None if find_library() is None else str(library_path())
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -298,6 +305,7 @@ def render_machine(found: Mapping[str, Any]) -> list[str]:
         f"missing    {', '.join(absent) or 'none'}",
         f"device     {found['device']}, {found['cores']} cores, {found['threads']} threads",
         f"precision  {found['dtype']} (measured: {rates})",
+        f"compiled   {found['compiled_step'] or 'no decoding step; llmctl doctor --compile makes one'}",
         f"memory     {found['free_memory_bytes'] / 1e9:,.1f} GB free",
         f"runs       {found['runs_folder']}, {found['free_disk_bytes'] / 1e9:,.1f} GB free{writable}",
     ]

@@ -62,13 +62,9 @@ class Loaded:
     @cached_property
     def decoder(self) -> "Decoder | None":
         """The model made ready for decoding; None where its weights must stay as they are, or it is of another kind."""
-        from llmctl.engine.products import Measured, give_table
-        from llmctl.model.decode import Decoder, covers
+        from llmctl.engine.decoders import make_decoder
 
-        if not self.is_own or not covers(self.model.config):
-            return None
-        give_table(self.model, Measured())
-        return Decoder(self.model)
+        return make_decoder(self.model) if self.is_own else None
 
     @cached_property
     def begins_with_bos(self) -> bool:

@@ -175,13 +175,13 @@ def random_layer(scheme: Scheme, n_out: int, n_in: int, generator: torch.Generat
     return layer
 
 
-def randomise(layer: nn.Module, generator: torch.Generator) -> None:
-    """Draw the codes of a layer; scales are small and alike, as those of a trained model."""
+def randomise(layer: QuantLinear, generator: torch.Generator) -> None:
+    """Draw the codes of a layer; its weights are about as large as a model's at the beginning."""
     for name, buffer in layer.named_buffers(recurse=False):
         if name in ("weight_packed", "weight_zero_point"):
             buffer.random_(-(2**31), 2**31 - 1, generator=generator)
         elif name == "weight_scale":
-            buffer.fill_(0.01)
+            buffer.fill_(0.07 / layer.scheme.levels)
 
 
 def give_table(model: nn.Module, table: Table) -> None:

@@ -65,6 +65,8 @@ class Session:
         """Append one token per row and return the logits of what follows."""
         if self.is_decoder:
             self.positions_B1 = self.positions_B1 + 1
+            if self.decoder is not None:
+                return self._allowed(self.decoder.logits(tokens_B, self.cache, self.positions_B1))
             return self._logits(self._decode(tokens_B[:, None], positions_BT=self.positions_B1))
         return self._logits(self._decode(tokens_B[:, None]))
 
@@ -98,7 +100,9 @@ class Session:
         return self.model.decode(ids_BT, memory_BSD, memory_documents_BS=documents_BS, cache=self.cache)
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        logits_BV = self.model.head(hidden_BTD[:, -1])
+        return self._allowed(self.model.head(hidden_BTD[:, -1]))
+
+    def _allowed(self, logits_BV: Tensor) -> Tensor:
         if self.excluded is not None:
             logits_BV.index_fill_(1, self.excluded, float("-inf"))
         return logits_BV

@@ -24,6 +24,9 @@ Map = Callable[[Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
 
+Native = Callable[[Tensor, KVCache], Tensor | None]
+"""A compiled step, where there is one: from tokens (B,) to logits (B, V), or None for what it does not do."""
+
 FEW_QUERIES = 3
 """Query heads per key head below which half-precision attention on a CPU is made in float32.
 
@@ -66,6 +69,16 @@ class Decoder:
             self.layers = [Layer(block) for block in self.stack.layers]
         self.norm = norm_of(self.stack.norm) if model.config.norm_position == "pre" else None
         self.tables: Rope | None = None
+        self.native: Native | None = None
+
+    def logits(self, tokens_B: Tensor, cache: KVCache, positions_B1: Tensor | None = None) -> Tensor:
+        """Append one token per row and return the logits of what follows (B, V)."""
+        if self.native is not None and not cache.ragged:
+            found_BV = self.native(tokens_B, cache)
+            if found_BV is not None:
+                return found_BV
+        hidden_BTD = self.hidden(tokens_B[:, None], cache, positions_BT=positions_B1)
+        return self.model.head(hidden_BTD[:, -1])
 
     def hidden(
         self,
@@ -127,6 +140,7 @@ class Layer:
     """One block over the weights it took from the model."""
 
     def __init__(self, block: Block) -> None:
+        self.block = block
         self.attention = SelfAttention(block.self_attn, block.layer, block.window)
         self.cross = CrossAttention(block.cross_attn, block.layer) if block.cross else None
         self.pre = block.pre
@@ -253,13 +267,22 @@ def join(layers: Sequence[nn.Module]) -> Map:
         return (join_quantised(quantised) if len(layers) > 1 else quantised[0]).forward
     if len(layers) == 1:
         only = layers[0]
-        if type(only) is nn.Linear:
-            return lambda x: F.linear(x, only.weight, only.bias)
-        return only
+        return Dense(only.weight, only.bias) if type(only) is nn.Linear else only
     return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
 
 
-def join_linears(layers: Sequence[nn.Linear]) -> Map:
+class Dense:
+    """A linear map without a module's detours."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self.weight_OI, self.bias_O = weight_OI, bias_O
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
+        return F.linear(x, self.weight_OI, self.bias_O)
+
+
+def join_linears(layers: Sequence[nn.Linear]) -> Dense:
     """Join layers with weights of one precision; a missing bias is zero where another has one."""
     weight_OI = torch.cat([layer.weight for layer in layers])
     has_bias = layers[0].bias is not None
@@ -270,4 +293,4 @@ def join_linears(layers: Sequence[nn.Linear]) -> Map:
         if bias_O is not None:
             layer.bias.data = bias_O[start : start + layer.out_features]
         start += layer.out_features
-    return lambda x: F.linear(x, weight_OI, bias_O)
+    return Dense(weight_OI, bias_O)

@@ -6,7 +6,8 @@ import pytest
 
 from llmctl.cli import run
 from llmctl.config import ModelConfig
-from llmctl.engine.bench import random_model, read_per_token
+from llmctl.engine.bench import read_per_token
+from llmctl.engine.random_models import random_model
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 

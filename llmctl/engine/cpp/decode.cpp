@@ -1,0 +1,477 @@
+// A token through all layers of a Llama-like decoder in one call: weights in 4 or 8 bits, bfloat16 or float32.
+//
+// Weights are read where the model's files have them: rows of codes, the lowest bits first. Inputs of coded weights are
+// rounded to 8 bits in blocks of 64 (as llama.cpp's Q8_0 does in blocks of 32), so that products are sums of whole numbers.
+// One parallel region for a whole token; every thread norms and rounds the inputs for itself, which costs less than to wait
+// for another. Compiled for the machine it runs on; without the instructions it wants, plain loops do the same.
+//
+// Shapes: B rows (tokens side by side), D width, F feed-forward, N query heads, K key heads, H head width.
+
+#include <omp.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr long BLOCK = 64;  // inputs that are rounded with one scale
+
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+
+struct Matrix {  // O outputs x I inputs
+  int32_t kind;
+  int32_t group;          // INT4: inputs that share a scale; 32, 64 or 128
+  int64_t n_out, n_in;
+  const void* weight;     // INT8, INT4: unsigned codes
+  const uint16_t* scale;  // bfloat16: (O,) of INT8, (O, G) of INT4
+  const uint8_t* zero;    // (O, G) of INT4; null means 8 everywhere
+};
+
+struct Layer {
+  Matrix qkv, out, up, down;
+  const float *norm_attention, *norm_mlp;
+  int64_t window;  // 0 is none
+};
+
+struct Model {
+  int64_t n_layers, width, d_ff, n_heads, n_kv_heads, head_dim;
+  float eps, scale;
+  int32_t cache_is_bfloat16;
+  int32_t n_threads;
+  const Layer* layers;
+  const float* norm;
+  Matrix head;
+};
+
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+
+inline float widen(uint16_t half) {
+  uint32_t bits = (uint32_t)half << 16;
+  float number;
+  memcpy(&number, &bits, 4);
+  return number;
+}
+
+inline uint16_t narrow(float number) {  // to the nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &number, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Floats load(const float* p) { return *(const Floats*)p; }
+inline Floats load(const uint16_t* p) {
+  Words words = __builtin_convertvector(*(const Halves*)p, Words) << 16;
+  return (Floats)words;
+}
+inline float get(float number) { return number; }
+inline float get(uint16_t number) { return widen(number); }
+inline void put(float* p, float number) { *p = number; }
+inline void put(uint16_t* p, float number) { *p = narrow(number); }
+
+inline float total(Floats v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float sum = 0;
+  for (int i = 0; i < 16; i++) sum += v[i];
+  return sum;
+#endif
+}
+
+inline float power_of_e(float x) {  // relative error below 2e-7; vectorised, which the library's is not
+  float t = std::min(std::max(x, -87.f), 88.f) * 1.44269504f;
+  float whole = std::floor(t + 0.5f), f = (t - whole) * 0.69314718f;
+  float p = 1.f + f * (1.f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
+  int32_t bits = ((int32_t)whole + 127) << 23;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+template <class Number>
+float dot(const Number* w, const float* x, long n) {
+  Floats a{}, b{}, c{}, d{};
+  long i = 0;
+  for (; i + 64 <= n; i += 64) {
+    a += load(w + i) * load(x + i);
+    b += load(w + i + 16) * load(x + i + 16);
+    c += load(w + i + 32) * load(x + i + 32);
+    d += load(w + i + 48) * load(x + i + 48);
+  }
+  for (; i + 16 <= n; i += 16) a += load(w + i) * load(x + i);
+  float sum = total((a + b) + (c + d));
+  for (; i < n; i++) sum += get(w[i]) * x[i];
+  return sum;
+}
+
+template <class Number>
+void dots(const Number* w, const float* x, long n, float* y) {  // row by row, as memory likes it
+  for (long r = 0; r < 4; r++) y[r] = dot(w + r * n, x, n);
+}
+
+// One thread's inputs of a product: a row as it is and, for coded weights, in 8 bits.
+struct Input {
+  std::vector<float> x, scale, sum;            // scale: of blocks of 64; sum: of 32 inputs, as real numbers
+  std::vector<float> tiled_scale, tiled_sum;   // both of every group, once for each of the rows that are multiplied together
+  std::vector<float> scaled, shift;            // scratch
+  std::vector<int8_t> codes;
+  float whole_sum = 0;
+  void reserve(long n) {
+    x.resize(n + 64), scale.resize(n / BLOCK + 8), sum.resize(n / 32 + 16), codes.resize(n + 64);
+    for (auto* numbers : {&tiled_scale, &tiled_sum, &scaled, &shift}) numbers->resize(n / 8 + 64);
+  }
+};
+
+// `split`: the even inputs of a block before the odd ones, as the lower and upper halves of bytes have them.
+void round_inputs(Input& in, long n, bool split) {
+  for (long block = 0; block < n / BLOCK; block++) {
+    const float* x = in.x.data() + block * BLOCK;
+    int32_t largest = 0;  // as whole numbers, so that a NaN is the largest and stays one
+    for (long i = 0; i < BLOCK; i++) {
+      int32_t bits;
+      memcpy(&bits, x + i, 4);
+      largest = std::max(largest, bits & 0x7fffffff);
+    }
+    float most;
+    memcpy(&most, &largest, 4);
+    float scale = most / 127.f, inverse = largest ? 127.f / most : 0.f;
+    int8_t q[BLOCK], *out = in.codes.data() + block * BLOCK;
+    for (long i = 0; i < BLOCK; i++) q[i] = (int8_t)(int32_t)std::nearbyintf(x[i] * inverse);
+    int32_t first = 0, second = 0;
+    for (long i = 0; i < 32; i++) first += q[i], second += q[i + 32];
+    in.scale[block] = scale, in.sum[2 * block] = scale * first, in.sum[2 * block + 1] = scale * second;
+    if (split)
+      for (long i = 0; i < 32; i++) out[i] = q[2 * i], out[32 + i] = q[2 * i + 1];
+    else
+      memcpy(out, q, BLOCK);
+  }
+}
+
+#if defined(__AVX2__)
+inline __m256i bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+// Sums of four products of unsigned and signed bytes, added to 8 numbers.
+inline __m256i add_products(__m256i sums, __m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(sums, u, s);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, u, s);
+#else  // the short way would saturate with codes of 8 bits
+  __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(u)), _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)));
+  __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(u, 1)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1)));
+  return _mm256_add_epi32(sums, _mm256_hadd_epi32(low, high));
+#endif
+}
+inline float total(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+inline __m256 multiply_add(__m256i whole, __m256 scale, __m256 sum) {
+  return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(whole), scale), sum);
+}
+inline __m256i block4(const uint8_t* w, const int8_t* q) {
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256i v = bytes(w);
+  __m256i sums = add_products(_mm256_setzero_si256(), _mm256_and_si256(v, low), bytes(q));
+  return add_products(sums, _mm256_and_si256(_mm256_srli_epi16(v, 4), low), bytes(q + 32));
+}
+inline __m256i block8(const uint8_t* w, const int8_t* q) {
+  return add_products(add_products(_mm256_setzero_si256(), bytes(w), bytes(q)), bytes(w + 32), bytes(q + 32));
+}
+inline __m256 pair(const float* p) {  // two scales, four lanes each
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(p[0])), _mm_set1_ps(p[1]), 1);
+}
+inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
+  __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+inline __m256 first_lanes(const float* p, long n) {  // the first n of 8 numbers, zeros after them
+  const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), places));
+}
+#endif
+
+constexpr long AHEAD = 4096;  // bytes that memory is asked for before they are needed
+constexpr long ROWS = 4;  // rows of a matrix that are multiplied together, so that inputs are loaded once
+
+// y[r] = sum over blocks of scale[r][block] (codes . inputs) - sum over groups of shift[r][group].
+void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale, const float* shift, long n_scales,
+           long blocks, bool halves, float* y) {
+#if defined(__AVX2__)
+  __m256 sums[ROWS];
+#pragma GCC unroll 4
+  for (long r = 0; r < ROWS; r++) {
+    sums[r] = _mm256_setzero_ps();
+    for (long g = 0; g < n_scales; g += 8) sums[r] = _mm256_sub_ps(sums[r], first_lanes(shift + r * n_scales + g, n_scales - g));
+  }
+  if (halves)
+    for (long i = 0; i < blocks; i++)
+#pragma GCC unroll 4
+      for (long r = 0; r < ROWS; r++)
+        sums[r] = multiply_add(block4(w + r * row_bytes + 32 * i, q + 64 * i), pair(scale + r * n_scales + 2 * i), sums[r]);
+  else
+    for (long i = 0; i < blocks; i++)
+#pragma GCC unroll 4
+      for (long r = 0; r < ROWS; r++)
+        __builtin_prefetch(w + r * row_bytes + 32 * i + AHEAD), sums[r] = multiply_add(block4(w + r * row_bytes + 32 * i, q + 64 * i), _mm256_set1_ps(scale[r * n_scales + i]), sums[r]);
+  _mm_storeu_ps(y, totals(sums[0], sums[1], sums[2], sums[3]));
+#else
+  for (long r = 0; r < ROWS; r++, w += row_bytes, scale += n_scales, shift += n_scales) {
+    float sum = 0;
+    for (long g = 0; g < n_scales; g++) sum -= shift[g];
+    for (long i = 0; i < blocks; i++) {
+      int32_t first = 0, second = 0;
+      for (long j = 0; j < 16; j++) first += (w[32 * i + j] & 15) * q[64 * i + j] + (w[32 * i + j] >> 4) * q[64 * i + 32 + j];
+      for (long j = 16; j < 32; j++) second += (w[32 * i + j] & 15) * q[64 * i + j] + (w[32 * i + j] >> 4) * q[64 * i + 32 + j];
+      sum += halves ? scale[2 * i] * first + scale[2 * i + 1] * second : scale[i] * (first + second);
+    }
+    y[r] = sum;
+  }
+#endif
+}
+
+void sums8(const uint8_t* w, long n_in, const int8_t* q, const float* scale, float* y) {
+#if defined(__AVX2__)
+  __m256 sums[ROWS] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (long i = 0; i < n_in / BLOCK; i++)
+#pragma GCC unroll 4
+    for (long r = 0; r < ROWS; r++)
+      __builtin_prefetch(w + r * n_in + 64 * i + AHEAD), sums[r] = multiply_add(block8(w + r * n_in + 64 * i, q + 64 * i), _mm256_set1_ps(scale[i]), sums[r]);
+  _mm_storeu_ps(y, totals(sums[0], sums[1], sums[2], sums[3]));
+#else
+  for (long r = 0; r < ROWS; r++, w += n_in) {
+    float sum = 0;
+    for (long i = 0; i < n_in / BLOCK; i++) {
+      int32_t whole = 0;
+      for (long j = 0; j < 64; j++) whole += w[64 * i + j] * q[64 * i + j];
+      sum += scale[i] * whole;
+    }
+    y[r] = sum;
+  }
+#endif
+}
+
+void rows4(const Matrix& m, Input& in, long n, float* y) {
+  bool halves = m.group == 32;
+  long n_scales = m.n_in / (halves ? 32 : BLOCK), per_group = m.group / (halves ? 32 : BLOCK), n_groups = m.n_in / m.group;
+  const uint16_t* scale = m.scale + n * n_groups;
+  const uint8_t* zero = m.zero ? m.zero + n * n_groups : nullptr;
+  float *scaled = in.scaled.data(), *shift = in.shift.data();
+  const float *x_scale = in.tiled_scale.data(), *x_sum = in.tiled_sum.data();
+  // The usual cases in vectors: groups of rows stand side by side.
+  if (per_group == 1 && zero)
+    for (long i = 0; i < ROWS * n_scales; i++) {
+      float s = widen(scale[i]);
+      scaled[i] = s * x_scale[i];
+      shift[i] = s * (float)zero[i] * x_sum[i];
+    }
+  else if (per_group == 1)
+    for (long i = 0; i < ROWS * n_scales; i++) {
+      float s = widen(scale[i]);
+      scaled[i] = s * x_scale[i];
+      shift[i] = s * 8.f * x_sum[i];
+    }
+  else
+    for (long i = 0; i < ROWS * n_scales; i++) {
+      float s = widen(scale[i / per_group]);
+      scaled[i] = s * x_scale[i];
+      shift[i] = s * (zero ? (float)zero[i / per_group] : 8.f) * x_sum[i];
+    }
+  sums4((const uint8_t*)m.weight + n * m.n_in / 2, m.n_in / 2, in.codes.data(), scaled, shift, n_scales, m.n_in / BLOCK, halves, y);
+}
+
+void rows8(const Matrix& m, Input& in, long n, float* y) {
+  sums8((const uint8_t*)m.weight + n * m.n_in, m.n_in, in.codes.data(), in.scale.data(), y);
+  for (long r = 0; r < ROWS; r++) y[r] = widen(m.scale[n + r]) * (y[r] - 128.f * in.whole_sum);
+}
+
+void prepare(const Matrix& m, Input& in) {
+  if (m.kind != INT8 && m.kind != INT4) return;
+  round_inputs(in, m.n_in, m.kind == INT4);
+  in.whole_sum = 0;
+  for (long i = 0; i < m.n_in / 32; i++) in.whole_sum += in.sum[i];
+  if (m.kind != INT4) return;
+  bool halves = m.group == 32;
+  long n_scales = m.n_in / (halves ? 32 : BLOCK);
+  for (long r = 0; r < ROWS; r++)
+    for (long i = 0; i < n_scales; i++) {
+      in.tiled_scale[r * n_scales + i] = in.scale[halves ? i / 2 : i];
+      in.tiled_sum[r * n_scales + i] = halves ? in.sum[i] : in.sum[2 * i] + in.sum[2 * i + 1];
+    }
+}
+
+// y[0..ROWS) of rows n, n + 1, ... of a matrix.
+void rows(const Matrix& m, Input& in, long n, float* y) {
+  switch (m.kind) {
+    case FLOAT32: return dots((const float*)m.weight + n * m.n_in, in.x.data(), m.n_in, y);
+    case BFLOAT16: return dots((const uint16_t*)m.weight + n * m.n_in, in.x.data(), m.n_in, y);
+    case INT8: return rows8(m, in, n, y);
+    default: return rows4(m, in, n, y);
+  }
+}
+
+void normed(const float* x, const float* weight, long n, float eps, float* y) {
+  float power = dot(x, x, n), factor = 1.f / std::sqrt(power / n + eps);
+  for (long i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+
+// Threads wait for each other without the system's help, unless it takes long.
+struct Barrier {
+  int n_threads;
+  std::atomic<int> count{0}, round{0};
+  void wait() {
+    if (n_threads == 1) return;
+    int mine = round.load(std::memory_order_acquire);
+    if (count.fetch_add(1, std::memory_order_acq_rel) == n_threads - 1) {
+      count.store(0, std::memory_order_relaxed);
+      round.store(mine + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round.load(std::memory_order_acquire) == mine;) {
+#if defined(__AVX2__)
+      _mm_pause();
+#endif
+      if (++spins > 2000) sched_yield();
+    }
+  }
+};
+
+void turn(float* head, const float* cos, const float* sin, long H) {
+  for (long i = 0; i < H / 2; i++) {
+    float a = head[i], b = head[i + H / 2];
+    head[i] = a * cos[i] - b * sin[i];
+    head[i + H / 2] = b * cos[i] + a * sin[i];
+  }
+}
+
+// One key head of one row: keeps the new key and value and lets its query heads look at all of them.
+template <class Number>
+void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number* values, long n_places, long position,
+            long window, const float* cos, const float* sin, std::vector<float>& scores) {
+  long H = m.head_dim, R = m.n_heads / m.n_kv_heads, start = window ? std::max(0L, position + 1 - window) : 0;
+  float *key = qkv + (m.n_heads + k) * H, *value = qkv + (m.n_heads + m.n_kv_heads + k) * H;
+  keys += k * n_places * H, values += k * n_places * H;
+  if (cos) turn(key, cos, sin, H);
+  for (long i = 0; i < H; i++) put(keys + position * H + i, key[i]), put(values + position * H + i, value[i]);
+  scores.resize(position + 1);
+  for (long r = 0; r < R; r++) {
+    float* query = qkv + (k * R + r) * H;
+    if (cos) turn(query, cos, sin, H);
+    float most = -INFINITY, sum = 0;
+    for (long t = start; t <= position; t++) {
+      scores[t] = dot(keys + t * H, query, H) * m.scale;
+      most = std::max(most, scores[t]);
+    }
+    for (long t = start; t <= position; t++) {
+      scores[t] = power_of_e(scores[t] - most);
+      sum += scores[t];
+    }
+    float* y = out + (k * R + r) * H;
+    long i = 0;
+    for (; i + 16 <= H; i += 16) {
+      Floats a{}, b{};
+      long t = start;
+      for (; t + 2 <= position + 1; t += 2) a += scores[t] * load(values + t * H + i), b += scores[t + 1] * load(values + (t + 1) * H + i);
+      if (t <= position) a += scores[t] * load(values + t * H + i);
+      *(Floats*)(y + i) = (a + b) / sum;
+    }
+    for (; i < H; i++) {
+      float a = 0;
+      for (long t = start; t <= position; t++) a += scores[t] * get(values[t * H + i]);
+      y[i] = a / sum;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Writes the logits (B, V) of the tokens whose embeddings are x (B, D), which is overwritten. keys, values: by layer, (B, K,
+// n_places, H). cos, sin: H/2 numbers, or null for no rotation.
+void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, void* const* values, int64_t n_places,
+                 int64_t position, const float* cos, const float* sin, float* logits) {
+  const Model& m = *model;
+  long D = m.width, F = m.d_ff, H = m.head_dim, K = m.n_kv_heads, A = m.n_heads * H, Q = A + 2 * K * H;
+  std::vector<float> qkv(B * Q + 16), attended(B * A + 16), middle(B * F + 16);
+  Barrier barrier{1};
+#pragma omp parallel num_threads(m.n_threads)
+  {
+    long id = omp_get_thread_num(), n_threads = omp_get_num_threads();  // a limit may have made them fewer
+#pragma omp single
+    barrier.n_threads = n_threads;
+    std::vector<float> scores;
+    std::vector<Input> inputs(B);
+    for (Input& in : inputs) in.reserve(std::max({D, F, A}));
+    auto begin = [&](long n) { return n / ROWS * id / n_threads * ROWS; };
+    auto end = [&](long n) { return n / ROWS * (id + 1) / n_threads * ROWS; };
+    // Gives this thread's share of n outputs, from the first on, to `use`, counted from 0.
+    auto each = [&](const Matrix& w, long first, long n_outputs, auto use) {
+      float y[ROWS];
+      for (long n = begin(n_outputs); n < end(n_outputs); n += ROWS)
+        for (long b = 0; b < B; b++) {
+          rows(w, inputs[b], first + n, y);
+          for (long r = 0; r < ROWS; r++) use(b, n + r, y[r]);
+        }
+      if (n_outputs % ROWS && id == n_threads - 1)  // the last few, with some before them again
+        for (long b = 0; b < B; b++) {
+          rows(w, inputs[b], first + n_outputs - ROWS, y);
+          for (long r = ROWS - n_outputs % ROWS; r < ROWS; r++) use(b, n_outputs - ROWS + r, y[r]);
+        }
+    };
+    auto take = [&](const Matrix& w, const float* from, const float* norm) {
+      for (long b = 0; b < B; b++) {
+        if (norm)
+          normed(from + b * w.n_in, norm, w.n_in, m.eps, inputs[b].x.data());
+        else
+          memcpy(inputs[b].x.data(), from + b * w.n_in, w.n_in * sizeof(float));
+        prepare(w, inputs[b]);
+      }
+    };
+    for (long l = 0; l < m.n_layers; l++) {
+      const Layer& layer = m.layers[l];
+      take(layer.qkv, x, layer.norm_attention);
+      each(layer.qkv, 0, Q, [&](long b, long n, float y) { qkv[b * Q + n] = y; });
+      barrier.wait();
+      for (long unit = B * K * id / n_threads; unit < B * K * (id + 1) / n_threads; unit++) {
+        long b = unit / K, k = unit % K, offset = b * K * n_places * H;
+        float *from = qkv.data() + b * Q, *to = attended.data() + b * A;
+        if (m.cache_is_bfloat16)
+          attend(m, from, to, k, (uint16_t*)keys[l] + offset, (uint16_t*)values[l] + offset, n_places, position, layer.window, cos, sin, scores);
+        else
+          attend(m, from, to, k, (float*)keys[l] + offset, (float*)values[l] + offset, n_places, position, layer.window, cos, sin, scores);
+      }
+      barrier.wait();
+      take(layer.out, attended.data(), nullptr);
+      each(layer.out, 0, D, [&](long b, long n, float y) { x[b * D + n] += y; });
+      barrier.wait();
+      take(layer.up, x, layer.norm_mlp);
+      float* h = middle.data();
+      // Gates first, then what they let through, so that memory is read in order.
+      each(layer.up, 0, F, [&](long b, long n, float y) { h[b * F + n] = y; });
+      for (long b = 0; b < B; b++)
+        for (long n = begin(F); n < end(F); n++) h[b * F + n] /= 1.f + power_of_e(-h[b * F + n]);
+      each(layer.up, F, F, [&](long b, long n, float y) { h[b * F + n] *= y; });
+      barrier.wait();
+      take(layer.down, middle.data(), nullptr);
+      each(layer.down, 0, D, [&](long b, long n, float y) { x[b * D + n] += y; });
+      barrier.wait();
+    }
+    take(m.head, x, m.norm);
+    each(m.head, 0, m.head.n_out, [&](long b, long n, float y) { logits[b * m.head.n_out + n] = y; });
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,298 @@
+"""A decoding step compiled for this machine, by its own compiler, when the user asks for it (`llmctl doctor --compile`).
+
+What is compiled lies in the user's cache, under a name that changes with the source, the processor and the flags, and is
+used from then on by whatever decodes; `LLMCTL_NATIVE=0` leaves it out. Nothing needs it, and nothing fails without it.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.engine.products import processor_name
+from llmctl.errors import LlmctlError, MissingCompilerError
+from llmctl.files import atomic_path, cache_folder
+from llmctl.model.cache import KVCache
+from llmctl.model.decode import Decoder, Dense, Native, join
+from llmctl.model.positions import rope_tables
+from llmctl.quant.linear import QuantLinear
+
+Library = ctypes.CDLL
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    # Sums may be reordered, as torch's own are; -ffast-math as a whole would change the process that loads this.
+    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
+)
+MOST_ROWS = 4
+"""Rows up to which the compiled step is used: it reads a weight once and multiplies row by row."""
+
+BLOCK, ROWS = 64, 4
+"""Inputs that are rounded together, and outputs that are multiplied together."""
+
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+
+
+class CMatrix(ctypes.Structure):
+    """As in decode.cpp."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("n_out", ctypes.c_int64),
+        ("n_in", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+    )
+
+
+class CLayer(ctypes.Structure):
+    """As in decode.cpp."""
+
+    _fields_ = (
+        ("qkv", CMatrix),
+        ("out", CMatrix),
+        ("up", CMatrix),
+        ("down", CMatrix),
+        ("norm_attention", ctypes.c_void_p),
+        ("norm_mlp", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+    )
+
+
+class CModel(ctypes.Structure):
+    """As in decode.cpp."""
+
+    _fields_ = (
+        ("n_layers", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("d_ff", ctypes.c_int64),
+        ("n_heads", ctypes.c_int64),
+        ("n_kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("cache_is_bfloat16", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("layers", ctypes.POINTER(CLayer)),
+        ("norm", ctypes.c_void_p),
+        ("head", CMatrix),
+    )
+
+
+def source_path() -> Path:
+    """Return the file that is compiled."""
+    return Path(__file__).parent / "cpp" / "decode.cpp"
+
+
+def library_path() -> Path:
+    """Return where the library for this source, processor and set of flags lies."""
+    features = ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = [source_path().read_text(encoding="utf-8"), " ".join(FLAGS), processor_name(), features]
+    return cache_folder() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+
+
+def compile_library() -> Path:
+    """Compile the step for this machine and return its file; a few seconds.
+
+    Raises: MissingCompilerError without a compiler; LlmctlError with the compiler's first complaint.
+    """
+    named = os.environ.get("CXX")
+    compiler = next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise MissingCompilerError(
+            f"no C++ compiler found (looked for {named or ', '.join(COMPILERS)})", "install g++, or name one with CXX"
+        )
+    target = library_path()
+    with atomic_path(target) as temporary:
+        done = subprocess.run(
+            [compiler, *FLAGS, str(source_path()), "-o", str(temporary)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise LlmctlError(
+                f"`{compiler}` cannot compile the decoding step: {complaint}", "a newer g++ may; CXX names it"
+            )
+    return target
+
+
+def find_library() -> Library | None:
+    """Return the compiled library where there is one for this machine and it is wanted, else None."""
+    if os.environ.get("LLMCTL_NATIVE") == "0":
+        return None
+    path = library_path()
+    if not path.is_file():
+        return None
+    with suppress(OSError, AttributeError):
+        return load_library(path)
+    return None
+
+
+def load_library(path: Path) -> Library:
+    """Open a compiled library.
+
+    Raises: OSError, AttributeError where it is none of ours.
+    """
+    library = ctypes.CDLL(str(path))
+    library.llmctl_step.restype = None
+    pointers = [ctypes.c_void_p] * 2
+    longs = ctypes.c_int64, ctypes.c_int64
+    library.llmctl_step.argtypes = [
+        ctypes.POINTER(CModel),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        *pointers,
+        *longs,
+        *pointers,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def make_native(library: Library, decoder: Decoder) -> Native | None:
+    """Return the compiled step of a decoder, or None for a model that it does not know."""
+    config = decoder.config
+    is_known = (
+        config.family == "decoder"
+        and config.positions in {"rope", "none"}
+        and (config.norm, config.norm_position) == ("rmsnorm", "pre")
+        and (config.gated, config.activation) == (True, "silu")
+        and not any((config.attention_bias, config.mlp_bias, config.logits_bias, config.qk_norm))
+        and not any((config.head_transform, config.embedding_norm, config.n_token_types))
+        and config.logits_scale == 1.0
+        and config.d_ff % ROWS == 0
+    )
+    if not is_known:
+        return None
+    step = Step(library, decoder)
+    return step if step.is_whole else None
+
+
+class Step:
+    """A model as the library sees it: pointers into tensors that this object keeps."""
+
+    def __init__(self, library: Library, decoder: Decoder) -> None:
+        self.library, self.decoder, self.config = library, decoder, decoder.config
+        self.kept: list[Tensor] = []
+        self.is_whole = True  # until a matrix turns up that the library cannot read
+        config = decoder.config
+        layers = (CLayer * len(decoder.layers))()
+        for place, layer in enumerate(decoder.layers):
+            layers[place] = CLayer(
+                self._matrix(layer.attention.qkv),
+                self._matrix(layer.attention.out),
+                self._matrix(layer.up),
+                self._matrix(layer.down),
+                self._numbers(layer.block.input_layernorm),
+                self._numbers(layer.block.post_attention_layernorm),
+                layer.block.window,
+            )
+        head: nn.Module = decoder.model.lm_head
+        self.layers = layers
+        self.model = CModel(
+            len(layers),
+            config.d_model,
+            config.d_ff,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.norm_eps,
+            config.attention_scale,
+            0,
+            1,
+            layers,
+            self._numbers(decoder.stack.norm),
+            self._matrix(join([head])),
+        )
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
+        """Return the logits (B, V) after one more token per row, or None for more rows than pay."""
+        B, position = len(tokens_B), cache.length
+        is_bfloat16 = cache.keys[0].dtype == torch.bfloat16
+        if B > MOST_ROWS or tokens_B.device.type != "cpu" or not (is_bfloat16 or cache.keys[0].dtype == torch.float32):
+            return None
+        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()
+        logits_BV = torch.empty(B, self.config.vocab_size)
+        self.model.cache_is_bfloat16, self.model.n_threads = int(is_bfloat16), torch.get_num_threads()
+        cos, sin = self._rope(cache)
+        self.library.llmctl_step(
+            self.model,
+            x_BD.data_ptr(),
+            B,
+            pointers_to(cache.keys),
+            pointers_to(cache.values),
+            cache.max_len,
+            position,
+            cos,
+            sin,
+            logits_BV.data_ptr(),
+        )
+        cache.advance(1)
+        return logits_BV
+
+    def _rope(self, cache: KVCache) -> tuple[int | None, int | None]:
+        if self.config.positions != "rope":
+            return None, None
+        if self.tables is None or len(self.tables[0]) < cache.max_len:
+            cos_SH, sin_SH = rope_tables(torch.arange(cache.max_len), self.config.head_dim, self.config.rope_theta)
+            half = self.config.head_dim // 2
+            self.tables = cos_SH[:, :half].contiguous(), sin_SH[:, :half].contiguous()
+        offset = cache.length * (self.config.head_dim // 2) * 4
+        return self.tables[0].data_ptr() + offset, self.tables[1].data_ptr() + offset
+
+    def _numbers(self, norm: nn.Module) -> int:
+        assert isinstance(norm.weight, Tensor)
+        return self._keep(norm.weight.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _matrix(self, product: Callable[[Tensor], Tensor]) -> CMatrix:
+        if isinstance(product, Dense):
+            weight_OI = product.weight_OI.detach()
+            name = str(weight_OI.dtype).removeprefix("torch.")
+            is_readable = product.bias_O is None and len(weight_OI) >= ROWS
+            if (
+                is_readable
+                and name in ("float32", "bfloat16")
+                and weight_OI.is_contiguous()
+                and weight_OI.device.type == "cpu"
+            ):
+                return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None)
+        layer = getattr(product, "__self__", None)
+        if isinstance(layer, QuantLinear) and layer.bias is None and layer.n_in % BLOCK == 0:
+            return self._coded(layer)
+        self.is_whole = False
+        return CMatrix()
+
+    def _coded(self, layer: QuantLinear) -> CMatrix:
+        scheme, zeros = layer.scheme, None
+        is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
+        is_int4 = scheme.bits == 4 and scheme.group in (32, 64, 128) and layer.n_in % scheme.group == 0
+        if not (is_int8 or is_int4) or layer.n_out < ROWS or not layer.weight_packed.is_contiguous():
+            self.is_whole = False
+            return CMatrix()
+        if not scheme.symmetric:
+            zeros = self._keep(layer.codes().grid.zeros_OG.contiguous())
+        kind = KINDS["int8" if is_int8 else "int4"]
+        weight, scale = self._keep(layer.weight_packed), self._keep(layer.weight_scale.contiguous())
+        return CMatrix(kind, scheme.group, layer.n_out, layer.n_in, weight, scale, zeros)
+
+
+def pointers_to(tensors: list[Tensor]) -> Any:
+    """Return an array of the tensors' addresses."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

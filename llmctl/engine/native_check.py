@@ -1,0 +1,76 @@
+"""Compile the decoding step and try it: against the same models decoded by torch, before anything uses it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmctl.config import ModelConfig
+from llmctl.engine.native import Library, compile_library, load_library, make_native
+from llmctl.engine.random_models import random_model
+from llmctl.errors import LlmctlError
+from llmctl.model.cache import KVCache
+from llmctl.model.decode import Decoder
+
+SHAPE = ModelConfig(
+    vocab_size=96,
+    d_model=128,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ff=192,
+    max_positions=64,
+    attention_windows=(0, 5),
+)
+LARGEST_ERRORS: Mapping[str, float] = {"fp32": 1e-4, "bf16": 0.02, "int8": 0.03, "int4": 0.03, "int4-sym": 0.03}
+"""Of the logits, in the norm. Activations are float32 in the compiled step, which in bfloat16 torch rounds."""
+
+N_TOKENS = 10
+
+
+def compile_and_check() -> Path:
+    """Compile the step, try it, and return its file; one that is wrong is removed.
+
+    Raises: MissingCompilerError, LlmctlError saying what went wrong.
+    """
+    path = compile_library()
+    problem = ""
+    try:
+        errors = errors_of(load_library(path))
+        wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < LARGEST_ERRORS[name]]
+        problem = f"its logits are off ({', '.join(wrong)})" if wrong else ""
+    except (OSError, AttributeError) as error:
+        problem = str(error)
+    if problem:
+        path.unlink(missing_ok=True)
+        raise LlmctlError(f"the compiled decoding step is not used: {problem}", "generation works without it")
+    return path
+
+
+def errors_of(library: Library) -> dict[str, float]:
+    """Return the relative error of the compiled step by precision, after some tokens of three rows."""
+    return {precision: error_of(library, precision) for precision in LARGEST_ERRORS}
+
+
+@torch.inference_mode()
+def error_of(library: Library, precision: str, **fields: Any) -> float:
+    """Return the relative error of the logits of a small model."""
+    decoder = Decoder(random_model(replace(SHAPE, **fields), precision))
+    step = make_native(library, decoder)
+    if step is None:
+        return float("inf")
+    dtype = next(decoder.model.parameters()).dtype
+    generator = torch.Generator().manual_seed(0)
+    prompt_BT = torch.randint(0, SHAPE.vocab_size, (3, 7), generator=generator)
+    caches = [KVCache(decoder.config, 3, 7 + N_TOKENS, dtype=dtype) for _ in range(2)]
+    for cache in caches:
+        decoder.hidden(prompt_BT, cache)
+    errors = []
+    for _ in range(N_TOKENS):
+        tokens_B = torch.randint(0, SHAPE.vocab_size, (3,), generator=generator)
+        expected_BV, found_BV = decoder.logits(tokens_B, caches[0]).float(), step(tokens_B, caches[1])
+        assert found_BV is not None
+        errors.append((found_BV - expected_BV).norm() / expected_BV.norm())
+    return float(torch.stack(errors).max())

@@ -1,0 +1,146 @@
+"""The compiled step, where a compiler is at hand: right, kept under its own name, and never in the way."""
+
+import shutil
+
+import pytest
+import torch
+
+from llmctl.cli import run
+from llmctl.config import ModelConfig
+from llmctl.engine import native, native_check
+from llmctl.engine.decoders import make_decoder
+from llmctl.engine.native import compile_library, find_library, library_path, load_library, make_native
+from llmctl.engine.native_check import LARGEST_ERRORS, compile_and_check, error_of
+from llmctl.engine.random_models import random_model
+from llmctl.engine.session import Session
+from llmctl.model.decode import Decoder
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not there")
+SHAPE = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_positions": 32}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMCTL_CACHE", str(folder))
+        return load_library(compile_library())
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "fields", [{}, {"positions": "none"}, {"n_kv_heads": 4}, {"vocab_size": 97}, {"n_kv_heads": 1, "head_dim": 20}]
+)
+@pytest.mark.parametrize("precision", LARGEST_ERRORS)
+def test_it_gives_the_logits_that_torch_gives(library, precision: str, fields: dict):
+    if "head_dim" in fields and precision not in {"fp32", "bf16"}:
+        fields = {"n_kv_heads": 1, "head_dim": 48}
+    assert error_of(library, precision, **fields) < LARGEST_ERRORS[precision]
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_any_number_of_threads_gives_the_same(library, n_threads: int):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        assert error_of(library, "fp32") < LARGEST_ERRORS["fp32"]
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"qk_norm": True},
+        {"attention_bias": True},
+        {"norm": "layernorm"},
+        {"norm_position": "post"},
+        {"gated": False},
+        {"activation": "gelu"},
+        {"positions": "learned"},
+        {"d_ff": 130},
+    ],
+)
+def test_models_that_it_does_not_know_are_left_to_torch(library, fields: dict):
+    decoder = Decoder(random_model(ModelConfig(**(SHAPE | fields)), "fp32"))
+    assert make_native(library, decoder) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("lengths", [(5,), (5, 5), (5, 3), (4,) * 6])
+def test_a_session_uses_it_where_it_can(library, precision: str, lengths: tuple[int, ...]):
+    model = random_model(ModelConfig(**SHAPE), precision)
+    with_it, without = Decoder(model), Decoder(model)
+    calls = []
+    step = make_native(library, with_it)
+    assert step is not None
+    with_it.native = lambda tokens, cache: calls.append(len(tokens)) or step(tokens, cache)
+    prompts = [list(range(1, 1 + length)) for length in lengths]
+    with torch.inference_mode():
+        sessions = [Session(model, prompts, 8, decoder=decoder, excluded=[7]) for decoder in (with_it, without)]
+        logits = [session.begin() for session in sessions]
+        for token in range(5):
+            tokens_B = torch.full((len(lengths),), token)
+            logits = [session.step(tokens_B) for session in sessions]
+            assert (logits[0][:, 7] == float("-inf")).all()
+            got, expected = (found.masked_fill(found.isinf(), 0) for found in logits)
+            assert (got - expected).norm() < (1e-4 if precision == "fp32" else 0.03) * expected.norm()
+            if token == 2 and len(lengths) > 1:
+                for session in sessions:
+                    session.select(torch.tensor([0, 0]))
+                lengths = lengths[:2]
+    assert bool(calls) == (len(set(lengths)) == 1)
+
+
+@needs_compiler
+def test_it_is_used_once_it_is_compiled_and_wanted(cache, monkeypatch, capsys):
+    model = random_model(ModelConfig(**SHAPE), "fp32")
+    assert find_library() is None
+    decoder = make_decoder(model)
+    assert decoder is not None
+    assert decoder.native is None
+    assert compile_and_check() == library_path()
+    decoder = make_decoder(model)
+    assert decoder is not None
+    assert decoder.native is not None
+    monkeypatch.setenv("LLMCTL_NATIVE", "0")
+    assert find_library() is None
+
+
+def test_a_file_that_is_no_library_is_left_alone(cache):
+    library_path().write_bytes(b"no library")
+    assert find_library() is None
+
+
+@needs_compiler
+def test_a_step_that_is_wrong_is_removed(cache, monkeypatch, capsys):
+    monkeypatch.setattr(native_check, "LARGEST_ERRORS", {"fp32": 0.0})
+    assert run(["doctor", "--compile"]) == 1
+    assert "its logits are off (fp32 by" in capsys.readouterr().err
+    assert not library_path().exists()
+
+
+def test_without_a_compiler_it_says_so(cache, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(cache))
+    monkeypatch.delenv("CXX", raising=False)
+    assert run(["doctor", "--compile"]) == 7
+    assert "no C++ compiler found" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_what_the_compiler_complains_about_is_told(cache, monkeypatch, capsys, tmp_path):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(native, "source_path", lambda: broken)
+    assert run(["doctor", "--compile"]) == 1
+    assert "error:" in capsys.readouterr().err
+    assert not list(cache.glob("*.so"))

@@ -269,7 +269,7 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
         task=config.task,
         metric=metric,
         measured=measured,
-        n_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        n_parameters=loaded.model.n_parameters,
         size_bytes=sum(file.stat().st_size for file in {file for file, _, _ in loaded.artifact.tensors.values()}),
         peak_memory_bytes=peak_since_forgotten(device) if is_told else None,
         seconds=seconds,

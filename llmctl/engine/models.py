@@ -4,7 +4,6 @@ Finding reads small JSON files only; torch is imported when weights are.
 """
 
 import json
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -221,7 +220,7 @@ def announce(found: Found) -> str:
 def parameters_in(path: Path) -> str:
     """Return how many numbers a model's weights have, as a person says it; nothing where loading will complain."""
     from llmctl.formats.adapter import is_adapter, read_adapter
-    from llmctl.formats.artifact import check_kind, read_headers
+    from llmctl.formats.artifact import check_kind, n_numbers, read_headers
 
     try:
         if is_adapter(path):
@@ -230,7 +229,7 @@ def parameters_in(path: Path) -> str:
         headers = read_headers(path)
     except (LlmctlError, OSError):
         return ""
-    count = sum(math.prod(entry.shape) for header in headers.values() for entry in header.tensors.values())
+    count = sum(n_numbers(header) for header in headers.values())
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit} parameters"
@@ -292,11 +291,12 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: A
         raise UsageError(f"`--dtype {dtype}` is not known", "float32, bfloat16, float16 or auto")
     tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
+    model.quantise(artifact.schemes)
     model.to_empty(device=place)
     materialise_buffers(model)
     model.tie()
     model.to(names[dtype])
-    load_tensors(model, artifact.state(names[dtype]))
+    load_tensors(model, artifact.packed_state() if artifact.schemes else artifact.state(names[dtype]))
     return Loaded(model.eval(), tokenizer, artifact)
 
 

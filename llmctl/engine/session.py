@@ -34,8 +34,7 @@ class Session:
     ) -> None:
         self.model, self.prompts, self.copies = model, prompts, copies
         self.is_decoder = model.config.family == "decoder"
-        weight = model.model.embed_tokens.weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device, self.dtype = model.device, model.dtype
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
         # A row may go on until it alone fills the context, whatever the others' lengths.

@@ -22,7 +22,7 @@ from llmctl.engine.freezing import freeze
 from llmctl.engine.job import Job
 from llmctl.engine.loop import Fitted, Training, fit
 from llmctl.engine.machine import name_of, product_rate
-from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
+from llmctl.engine.outcome import Trained, finish, is_file
 from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
 from llmctl.engine.pretrain import Pretraining
@@ -250,7 +250,7 @@ def train_part(
         started = time.monotonic()
     training = assemble(run, job, part, runtime, progress, started, saved)
     progress.say(
-        f"{family_for(job.model.config).architecture}: {parameter_count(job.model):,} parameters"
+        f"{family_for(job.model.config).architecture}: {job.model.n_parameters:,} parameters"
         f"{f', {frozen:,} of them frozen' if frozen else ''}, "
         f"{job.objective} in {name_of(runtime.dtype)} on {runtime.device.type}{f': {part}' if part else ''}"
     )

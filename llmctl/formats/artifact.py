@@ -151,6 +151,8 @@ def read_artifact(path: Path) -> Artifact:
     canonical = family.canonical(found)
     config = family.resolve(family.read_config(hf), canonical)
     tensors = {name: (found[there][0], there, found[there][1]) for name, there in canonical.items()}
+    if config.n_layers + config.n_decoder_layers > len(tensors):  # before anything grows with a number that lies
+        raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
     schemes = read_schemes(hf, config, where)
     wanted = stored_shapes(family, config, schemes)
     check_tensors(family, config, tensors, path, wanted)
@@ -310,8 +312,6 @@ def check_tensors(
 
     Raises: ArtifactError naming the first few that are missing, left over, or of another shape.
     """
-    if config.n_layers + config.n_decoder_layers > len(tensors):
-        raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise mismatch(path, family, f"missing: {few(missing)}")

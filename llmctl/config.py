@@ -429,23 +429,29 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
-class DistillConfig(TaskConfig):
-    """Everything `llmctl distill` reads."""
+class TaughtConfig(TaskConfig):
+    """What commands read that make one model out of another."""
 
     task: Literal["auto", "chat", "text", "classify", "translate", "summarize", "qa"] = setting(  # type: ignore[assignment]
         "auto", "chat, text, classify, translate, summarize or qa; auto is what the teacher was made for"
     )
     model: str = setting("", "the teacher: a folder, a file or a run")
-    student: StudentConfig = section(StudentConfig, "the student")
     loss: DistillLossConfig = section(DistillLossConfig, "what is learned from the teacher")
     teacher: TeacherConfig = section(TeacherConfig, "how the teacher is asked")
+    max_drop: str = setting("", "gate: how much worse than the teacher the model may be, 0.05 or 5%; exit code 10")
+    optim: DistillOptimConfig = section(DistillOptimConfig, "the optimizer")  # type: ignore[assignment]
+    train: DistillTrainConfig = section(DistillTrainConfig, "the loop")
+
+
+@dataclass(frozen=True)
+class DistillConfig(TaughtConfig):
+    """Everything `llmctl distill` reads."""
+
+    student: StudentConfig = section(StudentConfig, "the student")
     stages: int = setting(
         0, "steps in which the student is cut; 0: two where more than half of the teacher goes, else one"
     )
     baseline: BaselineConfig = section(BaselineConfig, "the same model from scratch")
-    max_drop: str = setting("", "gate: how much worse than the teacher the student may be, 0.05 or 5%; exit code 10")
-    optim: DistillOptimConfig = section(DistillOptimConfig, "the optimizer")  # type: ignore[assignment]
-    train: DistillTrainConfig = section(DistillTrainConfig, "the loop")
 
 
 TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig}

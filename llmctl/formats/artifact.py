@@ -326,7 +326,11 @@ def check_tensors(
         raise mismatch(path, family, f"of another shape: {few(wrong)}")
     other = [f"{name} {entry.dtype}" for name, entry in found.items() if not is_of_kind(name, entry.dtype)]
     if other:
-        raise mismatch(path, family, f"packed codes that are not int32, or others that are not floating-point numbers: {few(other)}")
+        raise mismatch(
+            path,
+            family,
+            f"packed codes that are not int32, or others that are not floating-point numbers: {few(other)}",
+        )
 
 
 def is_of_kind(name: str, dtype: str) -> bool:

@@ -454,7 +454,49 @@ class DistillConfig(TaughtConfig):
     baseline: BaselineConfig = section(BaselineConfig, "the same model from scratch")
 
 
-TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig}
+@dataclass(frozen=True)
+class WeightsConfig:
+    """How weights are held in few bits, and how their codes are chosen."""
+
+    scheme: Literal["int8", "w8a8", "int4", "int4-sym", "int3", "int2"] = setting(
+        "int8", "int8, w8a8 (inputs in eight bits too), int4, int4-sym (no zeros), int3, or int2"
+    )
+    group: int = setting(
+        -1, "inputs that share a scale; 0 is the row; -1 the scheme's, or what divides a layer's inputs"
+    )
+    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "learned"] = setting(
+        "auto", "how codes are chosen; auto: nearest for 8 bits, else gptq; learned: trained to say what the model said"
+    )
+    embedding: Literal["int8", "int4", "float"] = setting(
+        "int8", "embedding and head over the vocabulary: int8, int4, or float (16 bits)"
+    )
+    keep: tuple[str, ...] = listed((), "modules that stay as they are, by patterns of names such as model.layers.0.*")
+    calibration_rows: int = setting(128, "training rows on which layers are calibrated")
+
+
+@dataclass(frozen=True)
+class QuantizeTrainConfig(DistillTrainConfig):
+    """The rows on which codes are chosen, and the loop where they are learned."""
+
+    batch_size: int = setting(8, "rows per optimizer step, over all processes (learned)")
+    steps: int = setting(0, "optimizer steps; 0 takes the other budgets (learned)")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(TaughtConfig):
+    """Everything `llmctl quantize` reads."""
+
+    model: str = setting("", "the model: a folder, a file or a run")
+    weights: WeightsConfig = section(WeightsConfig, "the bits")
+    train: QuantizeTrainConfig = section(QuantizeTrainConfig, "the rows, and the loop where codes are learned")
+
+
+TRAINING: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "distill": DistillConfig,
+    "quantize": QuantizeConfig,
+}
 """The config of each command that trains."""
 
 

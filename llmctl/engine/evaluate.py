@@ -254,7 +254,7 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
     give_back_memory()
     device = torch.device(choose_device(config.device))
     is_told = forget_peak_memory(device)
-    loaded = load_model(path, device=config.device, dtype=config.dtype)
+    loaded = load_model(path, device=config.device, dtype=config.dtype, packed=True)
     require_tokenizer(loaded)
     longest_row(loaded, config.seq_len)
     evaluator, begun = EVALUATORS[config.task], time.perf_counter()

@@ -269,10 +269,13 @@ def use_of(family: str, *, has_head: bool) -> str:
     return "fill" if family == "encoder" else "generate"
 
 
-def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any") -> Loaded:
+def load_model(
+    path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any", packed: bool = False
+) -> Loaded:
     """Load a model folder or file for use: on the device, in the dtype, in evaluation mode.
 
     An adapter's folder is loaded as its base with the adapter merged into the weights.
+    packed: what is held in few bits stays so, as is right for use; else it is multiplied out, as training needs it.
     dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
     Raises: NotFoundError, ArtifactError (damaged, or a tokenizer that does not fit), UsageError for a device or dtype
     that is not there, or a model that is not `able`; the latter before weights are read.
@@ -291,12 +294,13 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: A
         raise UsageError(f"`--dtype {dtype}` is not known", "float32, bfloat16, float16 or auto")
     tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
-    model.quantise(artifact.schemes)
+    schemes = artifact.schemes if packed else {}
+    model.quantise(schemes)
     model.to_empty(device=place)
     materialise_buffers(model)
     model.tie()
     model.to(names[dtype])
-    load_tensors(model, artifact.packed_state() if artifact.schemes else artifact.state(names[dtype]))
+    load_tensors(model, artifact.packed_state() if schemes else artifact.state(names[dtype]))
     return Loaded(model.eval(), tokenizer, artifact)
 
 

@@ -464,7 +464,7 @@ class WeightsConfig:
     group: int = setting(
         -1, "inputs that share a scale; 0 is the row; -1 the scheme's, or what divides a layer's inputs"
     )
-    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "learned"] = setting(
+    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "learned"] = setting(
         "auto", "how codes are chosen; auto: nearest for 8 bits, else gptq; learned: trained to say what the model said"
     )
     embedding: Literal["int8", "int4", "float"] = setting(
@@ -483,11 +483,20 @@ class QuantizeTrainConfig(DistillTrainConfig):
 
 
 @dataclass(frozen=True)
+class QuantizeOptimConfig(DistillOptimConfig):
+    """Optimizer and learning-rate schedule of codes that are learned."""
+
+    lr: float = setting(0.0, "peak learning rate of adamw; 0 takes one by the model's size")
+    weight_decay: float = setting(0.0, "decoupled weight decay of the matrices")
+
+
+@dataclass(frozen=True)
 class QuantizeConfig(TaughtConfig):
     """Everything `llmctl quantize` reads."""
 
     model: str = setting("", "the model: a folder, a file or a run")
     weights: WeightsConfig = section(WeightsConfig, "the bits")
+    optim: QuantizeOptimConfig = section(QuantizeOptimConfig, "the optimizer (learned)")
     train: QuantizeTrainConfig = section(QuantizeTrainConfig, "the rows, and the loop where codes are learned")
 
 

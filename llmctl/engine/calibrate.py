@@ -5,15 +5,18 @@ No more than one layer's moments, and the streams of the calibration rows, are h
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmctl.engine.importance import Batches, read
-from llmctl.model.transformer import LanguageModel
+from llmctl.model.equalise import fold, joints, shared_factors
+from llmctl.model.transformer import Block, LanguageModel
+from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes, decode
-from llmctl.quant.methods import METHODS, NEEDS_DATA, Moments, output_error
+from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, Moments, output_error
 from llmctl.quant.schemes import Scheme
 
 Plan = Mapping[str, Scheme]
@@ -40,13 +43,16 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
     """
     found, model = Calibrated(), model.eval()
     in_blocks: set[str] = set()
+    sees_data = needs_data(plan, method)
     for prefix, blocks in chains(model):
-        streams = [catch(model, blocks[0], batch) for batch in batches] if method in NEEDS_DATA else []
+        streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
         for number, block in enumerate(blocks):
             name = names_of(model)[block]
             mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
             in_blocks |= {f"{name}.{inner}" for inner in mine}
             moments = observe(block, streams) if streams else {}
+            if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
+                equalise(block, mine, moments)
             for inner, scheme in mine.items():
                 choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
@@ -55,6 +61,29 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
         if name not in in_blocks:
             choose(found, model, name, name, scheme, "clip" if method != "nearest" else "nearest", None)
     return found
+
+
+def needs_data(plan: Plan, method: str) -> bool:
+    """Tell whether codes are chosen by what comes into the layers."""
+    return method in NEEDS_DATA or any(scheme.activations for scheme in plan.values())
+
+
+def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments]) -> None:
+    """Move scales between the layers of a block where that loses less; the moments become those of the new inputs."""
+    if not isinstance(block, Block):
+        return
+    for joint in joints(block):
+        readers = [name for name in joint.readers if name in mine and name in moments]
+        if len(readers) < len(joint.readers) or not moments[readers[0]].count:
+            continue
+        maps: list[Any] = [block.get_submodule(name) for name in readers]
+        weights = [one.weight.float() for one in maps]
+        schemes = [mine[name] for name in readers]
+        factors_I = best_factors(weights, schemes, moments[readers[0]], partial(shared_factors, joint=joint))
+        if factors_I is not None:
+            fold(joint, maps, factors_I)
+            divided = moments[readers[0]].divided(factors_I)
+            moments |= dict.fromkeys(readers, divided)
 
 
 def choose(

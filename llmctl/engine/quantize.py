@@ -5,7 +5,7 @@ Codes are chosen once and lie in `parts/`; a run that was stopped goes on with t
 
 import shlex
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.engine.adapted import read_model
 from llmctl.engine.batch import to_device
-from llmctl.engine.calibrate import Calibrated, calibrate
+from llmctl.engine.calibrate import Calibrated, calibrate, needs_data
 from llmctl.engine.heldout import measure
 from llmctl.engine.job import Say
+from llmctl.engine.learner import learned_state, learner, small_in_16_bits
 from llmctl.engine.loop import Fitted, Training
 from llmctl.engine.models import load_model
 from llmctl.engine.objectives import Objective
@@ -27,12 +28,12 @@ from llmctl.engine.taught import Taught
 from llmctl.errors import ArtifactError
 from llmctl.files import write_json
 from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.losses.products import is_native
 from llmctl.model.transformer import LanguageModel, load_tensors
-from llmctl.quant.methods import NEEDS_DATA
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import packed
 
-CHOSEN = "chosen.safetensors"
+CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
 
 
 class Quantizing(Taught):
@@ -78,8 +79,9 @@ class Quantizing(Taught):
         load_tensors(model, self.teacher.model.state_dict())
         refuse_unfinite(model, self.config.model)
         method = self.method
-        batches = self.batches(model, self.config.weights.calibration_rows) if method in NEEDS_DATA else []
-        found = calibrate(model, self.plan, method, batches, say)
+        batches = self.batches(model, self.config.weights.calibration_rows) if needs_data(self.plan, method) else []
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
+            found = calibrate(model, self.plan, method, batches, say)
         write_artifact(
             path,
             model.config,
@@ -100,14 +102,25 @@ class Quantizing(Taught):
         """Load the model in few bits."""
         del part, say
         self.run = run
-        path, device = run / "parts" / CHOSEN, self.runtime.device.type
+        if self.trains:
+            model = LanguageModel(self.shape)
+            load_tensors(model, self.teacher.model.state_dict())
+            self.model = learner(model, read_artifact(run / "parts" / CHOSEN))
+            self.model.train()
+        else:
+            self.load_packed(CHOSEN)
+
+    def load_packed(self, name: str) -> None:
+        """Load the model in few bits, as it is used."""
+        path, device = self.run / "parts" / name, self.runtime.device.type
         self.model = load_model(path, device=device, dtype="float32", packed=True).model
 
     def make_objective(self) -> Objective:
-        """Return the task's objective, with how far the model is from what it was."""
+        """Return the task's objective, with how far the model is from what it was; or what is learned of that."""
         self.move_teachers()
         self.model.to(self.runtime.device)
-        return self.objective_of(self.model, is_plain=False, measures=self.config.loss.name != "none")
+        measures = not self.trains and self.config.loss.name != "none"
+        return self.objective_of(self.model, is_plain=False, measures=measures)
 
     def measured(self, training: Training) -> Fitted:
         """Return what there is to say where nothing is trained: the figures on all held-out rows."""
@@ -128,7 +141,7 @@ class Quantizing(Taught):
     def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
         """Write the model in few bits into the run folder."""
         del fitted
-        chosen = read_artifact(self.run / "parts" / CHOSEN)
+        chosen = read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN))
         write_artifact(
             folder,
             chosen.config,
@@ -153,24 +166,40 @@ class Quantizing(Taught):
 
     def conclude(self, fitted: Fitted, training: Training) -> None:
         """Measure the model before and after, on the same held-out rows and on this machine."""
-        runtime = training.runtime
-        original, path = self.teachers[0].model, self.run / "parts" / CHOSEN
+        runtime, original = training.runtime, self.teachers[0].model
+        chosen = {"chosen": fitted.before} if self.trains else {}
+        if self.trains:
+            runtime.lead(partial(self.keep_learned, fitted))
+            self.load_packed(LEARNED)
         before = self.side_by_side({"before": original}, training)["before"]
         score = self.score_of(original, training)
         batch = to_device(self.make_batches(shuffle=False).batch(range(1)), runtime.device)
         self.report = make_report(
             {"before": original, "after": self.model},
-            {"before": before | score, "after": fitted.after},
+            {"before": before | score, **chosen, "after": fitted.after},
             batch=batch,
             schemes=self.plan,
             source=self.teacher.artifact,
-            result=read_artifact(path),
+            result=read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN)),
             settings=self.config,
             metric=training.metric,
             device=runtime.device,
         )
         if runtime.is_main:
             write_json(self.run / "report.json", self.report.record)
+
+    def keep_learned(self, fitted: Fitted) -> None:
+        """Write the codes that were learned beside those that were chosen."""
+        chosen = read_artifact(self.run / "parts" / CHOSEN)
+        write_artifact(
+            self.run / "parts" / LEARNED,
+            chosen.config,
+            learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, chosen),
+            files=self.files(),
+            provenance=chosen.provenance,
+            schemes=chosen.schemes,
+            force=True,
+        )
 
     def score_of(self, model: LanguageModel, training: Training) -> dict[str, float]:
         """Return the figures for which a model writes; none for tasks without."""
@@ -219,11 +248,8 @@ def refuse_unfinite(model: LanguageModel, name: str) -> None:
 def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:
     """Return the state to write: packed tensors, 16-bit tables, and the small rest as it is."""
     dropped = {f"{name}.weight" for name in plan}
-    state = {
-        name: tensor.half() if tensor.dim() > 1 else tensor
-        for name, tensor in model.state_dict().items()
-        if name not in dropped
-    }
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
+    state = small_in_16_bits(kept)
     if model.config.tie_embeddings:
         state.pop("lm_head.weight", None)
     for name, codes in found.codes.items():

@@ -30,7 +30,8 @@ def make_report(
     device: torch.device,
 ) -> Report:
     """Return the report of a run; the models are `before` and `after`."""
-    sides: dict[str, dict[str, Any]] = {}
+    # Where codes were learned, those that they began with stand between the two.
+    sides: dict[str, dict[str, Any]] = {name: rounded(figures) for name, figures in measured.items()}
     for name, model in models.items():
         writes = writing_speed(model, batch)
         sides[name] = {
@@ -81,7 +82,7 @@ def layer_bits(artifact: Artifact, schemes: Mapping[str, Scheme]) -> float:
 def missed(record: Mapping[str, Any], gate: str) -> str:
     """Return what is wrong with the model by the gate, or nothing."""
     sides = record["models"]
-    name = "perplexity" if record["metric"] == "loss" and "perplexity" in sides["before"] else record["metric"]
+    name = "perplexity" if record["metric"] in ("loss", "kl") and "perplexity" in sides["before"] else record["metric"]
     if not gate or name not in sides["before"]:
         return ""
     before, after = sides["before"][name], sides["after"][name]
@@ -98,7 +99,8 @@ def render(record: Mapping[str, Any]) -> list[str]:
         return row(label, {name: shown(side.get(key), form) for name, side in sides.items()})
 
     lines = [row("", {name: name for name in sides})]
-    lines.append(row("MB", {name: f"{side['bytes'] / 1e6:,.2f}" for name, side in sides.items()}))
+    sizes = {name: f"{side['bytes'] / 1e6:,.2f}" if "bytes" in side else "" for name, side in sides.items()}
+    lines.append(row("MB", sizes))
     lines.append(line("tokens/s reading", "tokens_per_second_reading", ",.0f"))
     if "tokens_per_second_writing" in sides["after"]:
         lines.append(line("tokens/s writing", "tokens_per_second_writing", ",.1f"))

@@ -9,11 +9,16 @@ from llmctl.engine.adapted import read_model
 from llmctl.engine.checks import check_shared
 from llmctl.engine.distill_settings import TASKS, is_bare
 from llmctl.engine.gate import parse_gate
+from llmctl.engine.student_shape import count
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
 from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
+REFERENCE_LR, REFERENCE_PARAMETERS = 1e-3, 1e6
+SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
+"""The peak learning rate falls with the root of the model's size (learned)."""
+
 DEFAULT_STEPS = 200
 """Steps where codes are learned and no budget is given."""
 
@@ -45,10 +50,17 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     )
     if method == "learned" and not (train.steps or train.tokens or train.minutes or train.epochs):
         train = replace(train, steps=DEFAULT_STEPS)
+    if method == "learned":  # codes are told from the weights behind them, which must not be rounded themselves
+        train = replace(
+            train, master_weights=False, metric=train.metric or ("kl" if loss.name != "none" and task == "text" else "")
+        )
     train = replace(train, seq_len=min(train.seq_len, model.max_positions))
     if method != "learned" and train.dtype == "auto":  # the figures are to show the codes, not the products' rounding
         train = replace(train, dtype="float32")
-    optim = config.optim if config.optim.lr else replace(config.optim, lr=1e-4)
+    optim = config.optim
+    if not optim.lr:
+        rate = REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5
+        optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
     weights = replace(weights, method=method)
     return replace(config, task=task, loss=loss, train=train, optim=optim, weights=weights)
 

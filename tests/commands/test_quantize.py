@@ -80,7 +80,7 @@ def test_the_size_on_disk_is_what_the_bits_say(sources, capsys, scheme):
     )
 
 
-@pytest.mark.parametrize("method", ["nearest", "clip", "weighted", "hqq", "gptq"])
+@pytest.mark.parametrize("method", ["nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq"])
 def test_methods_leave_a_model_in_four_bits(sources, capsys, method):
     assert quantize(sources["decoder"], "--bits", "4", "--method", method, "--json") == 0
     assert 0 < report(capsys)["models"]["after"]["kl"] < 0.5

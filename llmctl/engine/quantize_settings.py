@@ -15,7 +15,7 @@ from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
 from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
-REFERENCE_LR, REFERENCE_PARAMETERS = 1e-3, 1e6
+REFERENCE_LR, REFERENCE_PARAMETERS = 3e-4, 1e6
 SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
 """The peak learning rate falls with the root of the model's size (learned)."""
 

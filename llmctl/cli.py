@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "fill": "Fill the masks of a text with an encoder.",
     "classify": "Give texts their labels with a model that has a classification head.",
     "evaluate": "Measure models on the same data, side by side.",
+    "bench": "Measure how fast models read and write on this machine, side by side.",
     "tokenize": "Turn text into token ids and back; train tokenizers; encode corpora.",
     "import": "Bring a published model (Hugging Face folder, GGUF) into a model folder.",
     "export": "Write a model as one file or as a Hugging Face folder.",
@@ -70,7 +71,7 @@ options:
 """
 
 
-FILTERS = {"classify", "evaluate", "fill", "generate", "inspect", "presets", "runs", "tokenize"}
+FILTERS = {"bench", "classify", "evaluate", "fill", "generate", "inspect", "presets", "runs", "tokenize"}
 """Commands that end with the pipe they write to, as `cat` does; a training run must not."""
 
 

@@ -32,6 +32,12 @@ HINTS = {
 }
 
 
+def cache_folder() -> Path:
+    """Return where things are kept that can be made again: `LLMCTL_CACHE`, else a folder in the user's cache."""
+    named = os.environ.get("LLMCTL_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmctl"
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write `path` into one clear error.

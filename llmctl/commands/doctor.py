@@ -51,9 +51,10 @@ def doctor(
 def examine_here(*, json: bool) -> int:
     """Report on this machine."""
     from llmctl.engine.doctor import examine_machine, render_machine
+    from llmctl.engine.products import render_survey, survey
 
-    found = examine_machine()
-    result_json(found) if json else result("\n".join(render_machine(found)))
+    found = {**examine_machine(), "products": survey()}
+    result_json(found) if json else result("\n".join([*render_machine(found), *render_survey(found["products"])]))
     return 0
 
 

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import inspect
 import json
-import os
 import platform
 import re
 import sysconfig
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import NotFoundError, OutputError
-from llmctl.files import write_bytes
+from llmctl.files import cache_folder, write_bytes
 
 MIN_CHARACTERS = 80
 """Shorter docstrings say little ("See base class.")."""
@@ -101,9 +100,10 @@ def is_corpus(content: Any) -> bool:
 
 def cache_path() -> Path:
     """Return the cache file for this Python."""
-    base = os.environ.get("LLMCTL_CACHE")
-    folder = Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmctl"
-    return folder / f"builtin-{CACHE_VERSION}-{platform.python_implementation()}-{platform.python_version()}.json.gz"
+    return (
+        cache_folder()
+        / f"builtin-{CACHE_VERSION}-{platform.python_implementation()}-{platform.python_version()}.json.gz"
+    )
 
 
 def store(path: Path, content: dict[str, Any]) -> None:

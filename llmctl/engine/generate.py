@@ -135,7 +135,10 @@ def run_batch(
     """Complete prompts together."""
     ends = end_ids(loaded) | set(more_ends)
     ids = [prompt.ids for prompt in prompts]
-    session = Session(loaded.model, ids, config.max_tokens, copies=config.beams, excluded=without_text(loaded, ends))
+    excluded = without_text(loaded, ends)
+    session = Session(
+        loaded.model, ids, config.max_tokens, copies=config.beams, excluded=excluded, decoder=loaded.decoder
+    )
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)
         return [

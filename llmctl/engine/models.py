@@ -16,6 +16,7 @@ from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, UsageError
 if TYPE_CHECKING:
     from llmctl.config import ModelConfig
     from llmctl.formats.artifact import Artifact
+    from llmctl.model.decode import Decoder
     from llmctl.model.transformer import LanguageModel
     from llmctl.tokenizer.base import Tokenizer
 
@@ -47,11 +48,26 @@ class Found:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready for use, its tokenizer if it has one, and the artifact it came from."""
+    """A model ready for use, its tokenizer if it has one, and the artifact it came from.
+
+    is_own: nobody else, such as a training run, works on its weights.
+    """
 
     model: "LanguageModel"
     tokenizer: "Tokenizer | None"
     artifact: "Artifact"
+    is_own: bool = False
+
+    @cached_property
+    def decoder(self) -> "Decoder | None":
+        """The model made ready for decoding; None where its weights must stay as they are, or it is of another kind."""
+        from llmctl.engine.products import Measured, give_table
+        from llmctl.model.decode import Decoder, covers
+
+        if not self.is_own or not covers(self.model.config):
+            return None
+        give_table(self.model, Measured())
+        return Decoder(self.model)
 
     @cached_property
     def begins_with_bos(self) -> bool:
@@ -301,7 +317,7 @@ def load_model(
     model.tie()
     model.to(names[dtype])
     load_tensors(model, artifact.packed_state() if schemes else artifact.state(names[dtype]))
-    return Loaded(model.eval(), tokenizer, artifact)
+    return Loaded(model.eval(), tokenizer, artifact, is_own=True)
 
 
 def fitting_tokenizer(artifact: "Artifact") -> "Tokenizer | None":

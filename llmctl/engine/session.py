@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.model.cache import KVCache
+from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
 PREFILL_TOKENS = 512
@@ -18,7 +19,8 @@ PREFILL_TOKENS = 512
 class Session:
     """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
 
-    Tokens in `excluded`, such as those that only pad a vocabulary, are never likely.
+    Tokens in `excluded`, such as those that only pad a vocabulary, are never likely. With a `decoder` made of the model the
+    same comes sooner.
 
     Shapes: logits (B * copies, V), the copies of a prompt side by side.
     """
@@ -31,8 +33,9 @@ class Session:
         *,
         copies: int = 1,
         excluded: Sequence[int] = (),
+        decoder: Decoder | None = None,
     ) -> None:
-        self.model, self.prompts, self.copies = model, prompts, copies
+        self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
         self.is_decoder = model.config.family == "decoder"
         self.device, self.dtype = model.device, model.dtype
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
@@ -59,13 +62,10 @@ class Session:
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Append one token per row and return the logits of what follows."""
-        ids_B1 = tokens_B[:, None]
         if self.is_decoder:
             self.positions_B1 = self.positions_B1 + 1
-            hidden = self.model.hidden(ids_B1, positions_BT=self.positions_B1, cache=self.cache)
-        else:
-            hidden = self.model.decode(ids_B1, None, memory_documents_BS=self.memory_documents_BS, cache=self.cache)
-        return self._logits(hidden)
+            return self._logits(self._decode(tokens_B[:, None], positions_BT=self.positions_B1))
+        return self._logits(self._decode(tokens_B[:, None]))
 
     def select(self, rows_B: Tensor) -> None:
         """Keep these rows, in this order, a row perhaps more than once."""
@@ -73,6 +73,28 @@ class Session:
         self.positions_B1 = self.positions_B1[rows_B]
         if self.memory_documents_BS is not None:
             self.memory_documents_BS = self.memory_documents_BS[rows_B]
+
+    def _decode(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        memory_BSD: Tensor | None = None,
+    ) -> Tensor:
+        documents_BS = self.memory_documents_BS
+        if self.decoder is not None:
+            return self.decoder.hidden(
+                ids_BT,
+                self.cache,
+                positions_BT=positions_BT,
+                documents_BT=documents_BT,
+                memory_BSD=memory_BSD,
+                memory_documents_BS=documents_BS,
+            )
+        if self.is_decoder:
+            return self.model.hidden(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=self.cache)
+        return self.model.decode(ids_BT, memory_BSD, memory_documents_BS=documents_BS, cache=self.cache)
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
         logits_BV = self.model.head(hidden_BTD[:, -1])
@@ -93,11 +115,10 @@ class Session:
         hidden = None
         for start in range(0, longest, PREFILL_TOKENS):
             part = slice(start, start + PREFILL_TOKENS)
-            hidden = self.model.hidden(
+            hidden = self._decode(
                 ids_BT[:, part],
                 documents_BT=documents_BT[:, part] if is_ragged else None,
                 positions_BT=positions_BT[:, part],
-                cache=self.cache,
             )
         assert hidden is not None
         self.positions_B1 = positions_BT[:, -1:]
@@ -116,5 +137,4 @@ class Session:
         memory_BSD = self.model.encode(ids_BS.to(self.device), documents_BS=self.memory_documents_BS)
         start = max(self.model.config.decoder_start_id, 0)
         ids_B1 = torch.full((len(self.prompts), 1), start, dtype=torch.long, device=self.device)
-        hidden = self.model.decode(ids_B1, memory_BSD, memory_documents_BS=self.memory_documents_BS, cache=self.cache)
-        return self._logits(hidden)
+        return self._logits(self._decode(ids_B1, memory_BSD=memory_BSD))

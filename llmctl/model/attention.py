@@ -141,10 +141,10 @@ class Attention(nn.Module):
         if cross and cache is not None:
             pair = cache.cross[layer]
             if pair is None:
-                pair = cache.cross[layer] = self._keys_values(x_BTD if memory_BSD is None else memory_BSD)
+                pair = cache.cross[layer] = self.keys_values(x_BTD if memory_BSD is None else memory_BSD)
             k_BKSH, v_BKSH = pair
         else:
-            k_BKSH, v_BKSH = self._keys_values(x_BTD if memory_BSD is None else memory_BSD)
+            k_BKSH, v_BKSH = self.keys_values(x_BTD if memory_BSD is None else memory_BSD)
             if attended is not None and layer in attended:
                 attended[layer] = (q_BNTH, k_BKSH, v_BKSH)
             if rope is not None:
@@ -153,7 +153,8 @@ class Attention(nn.Module):
                 k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
         return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale))
 
-    def _keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of states, before they are turned by position (B, K, S, H)."""
         k_BKSH = self._heads(self.k_proj(source_BSD), self.n_kv_heads)
         if self.qk_norm:
             k_BKSH = self._normed(self.k_norm, k_BKSH)

@@ -170,8 +170,8 @@ class Stack(nn.Module):
         T = x_BTD.shape[1]
         documents_BS = documents_BT if cache is None else cache.mark(T, documents_BT)
         if positions_BT is None:
-            positions_BT = self._positions(x_BTD, documents_BS, cache)
-        x_BTD = self._embed(x_BTD, positions_BT, token_types_BT)
+            positions_BT = self.positions(x_BTD, documents_BS, cache)
+        x_BTD = self.embed(x_BTD, positions_BT, token_types_BT)
         shared = self._share(x_BTD, documents_BS, positions_BT, memory_BSD, memory_documents_BS, cache)
         shared = replace(shared, attended=attended)
         for block in self.layers:
@@ -189,14 +189,16 @@ class Stack(nn.Module):
             cache.advance(T)
         return x_BTD
 
-    def _positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
+    def positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return the places of the next tokens in their documents (B or 1, T)."""
         T = x_BTD.shape[1]
         if documents_BS is not None:
             return positions_within(documents_BS)[:, -T:]
         past = cache.length if cache is not None else 0
         return torch.arange(past, past + T, device=x_BTD.device)[None, :]
 
-    def _embed(self, x_BTD: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None) -> Tensor:
+    def embed(self, x_BTD: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None) -> Tensor:
+        """Add to embedded tokens what the stack adds before its first block."""
         config = self.config
         if config.positions == "learned":
             x_BTD = x_BTD + self.embed_positions(positions_BT + config.position_offset)
@@ -218,6 +220,22 @@ class Stack(nn.Module):
         memory_documents_BS: Tensor | None,
         cache: KVCache | None,
     ) -> Pass:
+        config = self.config
+        masks, memory_mask = self.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
+        rope = None
+        if config.positions == "rope":
+            rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+        return Pass(masks, rope, memory_BSD, memory_mask, cache)
+
+    def masks(
+        self,
+        x_BTD: Tensor,
+        documents_BS: Tensor | None,
+        memory_BSD: Tensor | None,
+        memory_documents_BS: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[dict[int, Mask], Mask | None]:
+        """Return the masks of T more positions: by window, and over the memory where there is one."""
         config, T = self.config, x_BTD.shape[1]
         S = T + (cache.length if cache is not None else 0)
         documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
@@ -238,11 +256,7 @@ class Stack(nn.Module):
             )
             for window in windows
         }
-        rope = None
-        if config.positions == "rope":
-            rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
-        memory_mask = self._memory_mask(T, documents_BT, memory_documents_BS, memory_BSD, cache, x_BTD.device)
-        return Pass(masks, rope, memory_BSD, memory_mask, cache)
+        return masks, self._memory_mask(T, documents_BT, memory_documents_BS, memory_BSD, cache, x_BTD.device)
 
     def _memory_mask(
         self,
@@ -398,7 +412,7 @@ class LanguageModel(nn.Module):
                 attended=attended,
             )
         return self.model(
-            self._embed(input_ids_BT),
+            self.embed(input_ids_BT),
             documents_BT=documents_BT,
             positions_BT=positions_BT,
             token_types_BT=token_types_BT,
@@ -409,7 +423,7 @@ class LanguageModel(nn.Module):
 
     def encode(self, input_ids_BS: Tensor, *, documents_BS: Tensor | None = None) -> Tensor:
         """Return the encoder's hidden states (B, S, D) of an encoder-decoder."""
-        return self.model.encoder(self._embed(input_ids_BS), documents_BT=documents_BS)
+        return self.model.encoder(self.embed(input_ids_BS), documents_BT=documents_BS)
 
     def decode(
         self,
@@ -424,7 +438,7 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Return the decoder's hidden states (B, T, D) over an encoder's output, or over the cache of it."""
         return self.model.decoder(
-            self._embed(decoder_input_ids_BT),
+            self.embed(decoder_input_ids_BT),
             documents_BT=documents_BT,
             memory_BSD=memory_BSD,
             memory_documents_BS=memory_documents_BS,
@@ -476,7 +490,8 @@ class LanguageModel(nn.Module):
         """Return logits (B, T, V); see `hidden` for the inputs."""
         return self.head(self.hidden(input_ids_BT, **inputs))
 
-    def _embed(self, ids_BT: Tensor) -> Tensor:
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Return the scaled embeddings of tokens (B, T, D)."""
         x_BTD = self.model.embed_tokens(ids_BT)
         return x_BTD if self.config.embedding_scale == 1.0 else x_BTD * self.config.embedding_scale
 

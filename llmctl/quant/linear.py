@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llmctl.quant.grid import Codes, Grid, decode
 from llmctl.quant.packing import unpack
-from llmctl.quant.products import Product, choose
+from llmctl.quant.products import Product, Table, choose, usual
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import QuantWeight
 
@@ -21,12 +21,13 @@ class QuantLinear(QuantWeight):
     def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
         super().__init__(n_out, n_in, scheme)
         self.register_buffer("bias", torch.zeros(n_out) if bias else None)
+        self.table: Table = usual
         self._product: Product | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, in the precision of x."""
         if self._product is None:
-            self._product = choose(self)
+            self._product = choose(self, self.table)
         y = self._product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -1,21 +1,31 @@
 """Products with a weight in few bits: the plain one that is right everywhere, and those that a processor has kernels for.
 
 Each computes x W^T of the same weight; they differ in speed, and by the rounding of their inputs to bfloat16, or to eight
-bits where the scheme says so.
+bits where the scheme says so. Which one is fastest depends on how many rows x has and on the machine: that is for a table
+to say, `usual` where nothing was measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import QuantWeight
 
 Product = Callable[[Tensor], Tensor]
+Table = Callable[[Scheme, int, int, int], str]
+"""From scheme, outputs, inputs and rows, one of `ROWS`, to a name in `PRODUCTS`."""
 
-FEW_ROWS = 16
-"""Rows up to which products that unpack as they go are the faster ones on a CPU; beyond, unpacking once is."""
+ROWS = (1, 4, 16, 64, 256)
+"""Numbers of rows that are told apart: x counts as the next larger one, and as the largest beyond."""
+
+FEW_ROWS = 32
+"""Rows up to which products that unpack as they go are usually the faster ones on a CPU; beyond, unpacking once is."""
+
+UNPACKED_WEIGHTS = 1 << 20
 
 LARGEST_CODE = 127.0
 
@@ -39,16 +49,71 @@ def plain(layer: QuantWeight) -> Product:
     return product
 
 
+def unpacked(layer: QuantWeight) -> Product:
+    """Return the product that unpacks some rows of the weight at a time, in the precision of x."""
+    scheme = layer.scheme
+    if is_int8(scheme, layer.n_out, layer.n_in):
+        return unpacked_8(layer)
+    if scheme.bits == 4 and layer.n_in % 8 == 0:
+        return unpacked_4(layer)
+    return plain(layer)
+
+
+def narrow(layer: QuantWeight) -> Product:
+    """Return the same product in bfloat16."""
+    product = unpacked(layer)
+    return lambda x: product(x.bfloat16()).to(x.dtype)
+
+
+def unpacked_8(layer: QuantWeight) -> Product:
+    """Multiply by the codes, which are whole numbers in any precision, and scale what comes out."""
+    scales_O, middle = layer.weight_scale.flatten(), layer.scheme.middle
+    bytes_OI = layer.weight_packed.view(torch.uint8)
+
+    def product(x: Tensor) -> Tensor:
+        parts = [F.linear(x, part.to(x.dtype).sub_(middle)) for part in bytes_OI.split(rows_of(layer))]
+        return torch.cat(parts, dim=-1).mul_(scales_O.to(x.dtype))
+
+    return product
+
+
+def unpacked_4(layer: QuantWeight) -> Product:
+    """Multiply the even inputs by the lower halves of the bytes and the odd ones by the upper: nothing is interleaved."""
+    n_groups = layer.scheme.n_groups(layer.n_in)
+    bytes_OB = layer.weight_packed.view(torch.uint8)
+    zeros_OG = layer.codes().grid.zeros_OG
+
+    def product(x: Tensor) -> Tensor:
+        halves = torch.cat([x[..., 0::2], x[..., 1::2]], dim=-1)
+        outputs, n_rows = [], rows_of(layer)
+        for start in range(0, layer.n_out, n_rows):
+            part = slice(start, start + n_rows)
+            bytes_PB = bytes_OB[part]
+            weight_P2B = x.new_empty(len(bytes_PB), 2, bytes_PB.shape[1])
+            weight_P2B[:, 0].copy_(bytes_PB & 15)
+            weight_P2B[:, 1].copy_(bytes_PB >> 4)
+            groups_P2Gh = weight_P2B.view(len(bytes_PB), 2, n_groups, -1)
+            groups_P2Gh.sub_(zeros_OG[part, None, :, None]).mul_(layer.weight_scale[part, None, :, None])
+            outputs.append(F.linear(halves, weight_P2B.flatten(1)))
+        return torch.cat(outputs, dim=-1)
+
+    return product
+
+
+def rows_of(layer: QuantWeight) -> int:
+    """Return the rows of a weight that are unpacked at a time: what stays in a processor's cache."""
+    return max(1, UNPACKED_WEIGHTS // layer.n_in)
+
+
 def int8_rows(layer: QuantWeight) -> Product:
     """Return the product of torch's int8 kernel for few rows (one scale per output)."""
-    codes_OI = (layer.codes().codes_OI.to(torch.int16) - layer.scheme.middle).to(torch.int8).contiguous()
+    codes_OI = signed_codes(layer)
     scales_O = layer.weight_scale.flatten()
 
     def product(x: Tensor) -> Tensor:
-        rows_NI = x.reshape(-1, layer.n_in)
-        if len(rows_NI) > FEW_ROWS:
-            return F.linear(x, (codes_OI.to(x.dtype) * scales_O[:, None].to(x.dtype)))
-        y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI.bfloat16(), codes_OI, scales_O)  # noqa: SLF001
+        # With inputs in float32 this kernel and the next go number by number.
+        rows_NI = x.reshape(-1, layer.n_in).bfloat16()
+        y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI, codes_OI, scales_O)  # noqa: SLF001
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
@@ -56,13 +121,33 @@ def int8_rows(layer: QuantWeight) -> Product:
 
 def int8_both(layer: QuantWeight) -> Product:
     """Return the product of int8 inputs with an int8 weight, summed in 32 bits."""
-    codes_IO = (layer.codes().codes_OI.to(torch.int16) - layer.scheme.middle).to(torch.int8).t()
+    codes_IO = signed_codes(layer).t()
     scales_O = layer.weight_scale.flatten().float()
 
     def product(x: Tensor) -> Tensor:
         codes_NI, scales_N1 = rounded_inputs(x.reshape(-1, layer.n_in))
         y_NO = torch._int_mm(codes_NI, codes_IO).float() * scales_N1 * scales_O  # noqa: SLF001
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
+
+    return product
+
+
+def int8_onednn(layer: QuantWeight) -> Product:
+    """Return the same product by oneDNN, over a weight in the order it likes."""
+    codes_OI = signed_codes(layer)
+    packed = torch.ops.onednn.qlinear_prepack(codes_OI, None)
+    scales_O = layer.weight_scale.flatten().float()
+    zeros_O = torch.zeros(layer.n_out, dtype=torch.int64)
+    middle = torch.tensor(128)
+
+    def product(x: Tensor) -> Tensor:
+        codes_NI, scales_N1 = rounded_inputs(x.reshape(-1, layer.n_in))
+        codes_NI = (codes_NI.to(torch.int16) + 128).to(torch.uint8)  # the kernel takes unsigned inputs
+        one = torch.ones(())
+        y_NO = torch.ops.onednn.qlinear_pointwise(
+            codes_NI, one, middle, packed, scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return (y_NO * scales_N1).to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
 
@@ -76,22 +161,95 @@ def int4_groups(layer: QuantWeight) -> Product:
     scales_GO2 = torch.stack([scales_OG, middles_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
 
     def product(x: Tensor) -> Tensor:
-        rows_NI = x.reshape(-1, layer.n_in)
-        if len(rows_NI) > FEW_ROWS:
-            return F.linear(x, layer.dequantised(x.dtype))
-        y_NO = torch.ops.aten._weight_int4pack_mm_for_cpu(rows_NI.bfloat16(), words, layer.scheme.group, scales_GO2)  # noqa: SLF001
+        rows_NI = x.reshape(-1, layer.n_in).bfloat16()
+        y_NO = torch.ops.aten._weight_int4pack_mm_for_cpu(rows_NI, words, layer.scheme.group, scales_GO2)  # noqa: SLF001
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
 
 
-def choose(layer: QuantWeight) -> Product:
+def signed_codes(layer: QuantWeight) -> Tensor:
+    """Return the codes of a symmetric 8-bit scheme as int8 (O, I)."""
+    return (layer.codes().codes_OI.to(torch.int16) - layer.scheme.middle).to(torch.int8).contiguous()
+
+
+def is_int8(scheme: Scheme, n_out: int, n_in: int) -> bool:
+    """Tell whether there are int8 kernels."""
+    return scheme.bits == 8 and not scheme.group and scheme.symmetric and n_out % 16 == 0 and n_in % 32 == 0
+
+
+def is_int4(scheme: Scheme, n_out: int, n_in: int) -> bool:
+    """Tell whether there are int4 kernels."""
+    has_groups = scheme.bits == 4 and scheme.group in (32, 64, 128) and not scheme.activations
+    return has_groups and scheme.fits(n_in) and n_out % 16 == 0 and n_in % 32 == 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to multiply: what makes the product of a layer, and for which schemes and shapes (scheme, O, I)."""
+
+    make: Callable[[QuantWeight], Product]
+    fits: Callable[[Scheme, int, int], bool]
+
+
+PRODUCTS: Mapping[str, Kind] = {
+    "plain": Kind(plain, lambda _scheme, _n_out, _n_in: True),
+    "unpacked": Kind(unpacked, lambda scheme, _n_out, _n_in: not scheme.activations),
+    "narrow": Kind(narrow, lambda scheme, _n_out, _n_in: not scheme.activations),
+    "int8_rows": Kind(int8_rows, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and not scheme.activations),
+    "int8_both": Kind(int8_both, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8),
+    "int8_onednn": Kind(
+        int8_onednn, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8
+    ),
+    "int4_groups": Kind(int4_groups, is_int4),
+}
+"""All of them are for a CPU; elsewhere there is the plain one."""
+
+
+def fitting(scheme: Scheme, n_out: int, n_in: int) -> list[str]:
+    """Return the products that a weight can have."""
+    return [name for name, kind in PRODUCTS.items() if kind.fits(scheme, n_out, n_in)]
+
+
+def usual(scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
+    """Return what is fastest on most processors."""
+    names = fitting(scheme, n_out, n_in)
+    if "int8_both" in names:
+        return "int8_both"
+    many = "unpacked" if "unpacked" in names else "plain"
+    few = next((name for name in ("int8_rows", "int4_groups") if name in names), many)
+    return few if n_rows <= FEW_ROWS else many
+
+
+def counted_as(n_rows: int) -> int:
+    """Return the number in `ROWS` that stands for a number of rows."""
+    return next((size for size in ROWS if n_rows <= size), ROWS[-1])
+
+
+class ByRows:
+    """A layer's product: at each number of rows the one that a table names, made when it is first needed."""
+
+    def __init__(self, layer: QuantWeight, table: Table) -> None:
+        self.layer, self.table = layer, table
+        self.made: dict[str, Product] = {}
+        self.of_rows: dict[int, Product] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x W^T."""
+        n_rows = x.numel() // self.layer.n_in
+        product = self.of_rows.get(n_rows)
+        return (product or self._choose(n_rows))(x)
+
+    def _choose(self, n_rows: int) -> Product:
+        layer = self.layer
+        name = self.table(layer.scheme, layer.n_out, layer.n_in, counted_as(n_rows))
+        if name not in self.made:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self.made[name] = PRODUCTS[name].make(layer)
+        self.of_rows[n_rows] = self.made[name]
+        return self.made[name]
+
+
+def choose(layer: QuantWeight, table: Table = usual) -> Product:
     """Return the product for a layer where it lies."""
-    scheme, on_cpu = layer.scheme, layer.weight_packed.device.type == "cpu"
-    if not on_cpu or layer.n_out % 16 or layer.n_in % 32:
-        return plain(layer)
-    if scheme.bits == 8 and not scheme.group and scheme.symmetric:
-        return int8_both(layer) if scheme.activations else int8_rows(layer)
-    if scheme.bits == 4 and scheme.group in (32, 64, 128) and not scheme.activations:
-        return int4_groups(layer)
-    return plain(layer)
+    return ByRows(layer, table) if layer.weight_packed.device.type == "cpu" else plain(layer)

@@ -8,6 +8,7 @@ import socket
 import pytest
 
 from llmctl.cli import run
+from llmctl.quant.products import PRODUCTS
 from tests.engine.jobs import LLMCTL, environment, finish, running
 
 KEYS = {
@@ -24,6 +25,7 @@ KEYS = {
     "runs_folder",
     "runs_folder_is_writable",
     "free_disk_bytes",
+    "products",
 }
 
 
@@ -44,12 +46,14 @@ def test_a_machine_is_described(capsys, monkeypatch, tmp_path):
     assert set(found["product_flops"]) == {"float32", "bfloat16"}
     assert found["packages"]["torch"]
     assert found["dtype"] in found["product_flops"]
+    assert {row["scheme"] for row in found["products"]} == {"int8", "w8a8", "int4"}
+    assert all(row["product"] in PRODUCTS and row["speed"] > 0 for row in found["products"])
 
 
 def test_a_person_reads_the_same(capsys):
     assert run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
         "llmctl",
         "packages",
         "optional",
@@ -58,6 +62,7 @@ def test_a_person_reads_the_same(capsys):
         "precision",
         "memory",
         "runs",
+        "products",
     ]
 
 

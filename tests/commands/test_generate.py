@@ -179,7 +179,7 @@ def test_an_interrupt_before_anything_was_shown_shows_it(models, capsys):
         if next(n_steps) == 8:
             raise KeyboardInterrupt
 
-    loaded.model.model.register_forward_hook(interrupt)
+    loaded.model.model.embed_tokens.register_forward_hook(interrupt)
     config = GenerateConfig(max_tokens=99, temperature=0.0)
     whole = next(generate(load_model(models / "endless"), [Prompt(0, encode_prompt(loaded, "a"))], config)).text
     shape = {"json": False, "null": False, "ids": False, "stream": False}

@@ -21,6 +21,14 @@ KINDS: dict[str, dict] = {
     "query-layer": {"positions": "learned", "query_layer": True},
     "relative": {"positions": "relative"},
     "t5": {"family": "encoder_decoder", "positions": "relative", "attention_scale": 1.0, "tie_embeddings": False},
+    "bart": {
+        "family": "encoder_decoder",
+        "positions": "learned",
+        "norm": "layernorm",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "gated": False,
+    },
     "marian": {"family": "encoder_decoder", "positions": "sinusoidal", "norm_position": "post", "norm": "layernorm"},
 }
 
@@ -34,7 +42,7 @@ def text_tokenizer() -> SentencePieceTokenizer:
 def make_loaded(text_tokenizer, tmp_path) -> Callable[..., Loaded]:
     """Return a maker of loaded models whose output is varied: weights are drawn wide."""
 
-    def make(kind: str, *, seed: int = 0, tokenizer: bool = True, **fields) -> Loaded:
+    def make(kind: str, *, seed: int = 0, tokenizer: bool = True, is_own: bool = True, **fields) -> Loaded:
         settings = {
             "vocab_size": text_tokenizer.vocab_size,
             "d_model": 32,
@@ -51,6 +59,6 @@ def make_loaded(text_tokenizer, tmp_path) -> Callable[..., Loaded]:
         model = LanguageModel(ModelConfig(**(settings | KINDS[kind] | fields)))
         initialise(model, seed)
         artifact = Artifact(tmp_path, "", model.config, {}, {})
-        return Loaded(model.eval(), text_tokenizer if tokenizer else None, artifact)
+        return Loaded(model.eval(), text_tokenizer if tokenizer else None, artifact, is_own=is_own)
 
     return make

@@ -1,0 +1,281 @@
+"""How fast models read and write on this machine: tokens per second, the wait for the first one, memory.
+
+A model's decoding at batch 1 is also held against the memory's measured speed: every token reads every weight once, so that
+the time of reading them is a floor that no program on this machine gets under. Rounds of several models alternate, as other
+processes disturb a machine for seconds at a time; the best round counts.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmctl.config import ModelConfig
+from llmctl.engine.models import load_model, materialise_buffers, without_weights
+from llmctl.engine.products import Measured, give_table, randomise
+from llmctl.engine.session import Session
+from llmctl.errors import LlmctlError, UsageError
+from llmctl.model.decode import Decoder, covers
+from llmctl.model.presets import preset_config
+from llmctl.model.transformer import LanguageModel
+from llmctl.quant.linear import QuantLinear
+from llmctl.quant.schemes import SCHEMES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "30M": {"d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1408, "vocab_size": 16_000, "max_positions": 2048},
+}
+"""Shapes of Llama for study beside the presets."""
+SHORT_NAMES = {"135M": "smollm2-135m", "1.1B": "tinyllama-1.1b"}
+
+ROUNDS = 3
+READ_BYTES = 1 << 29
+"""Larger than a processor's caches."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured: tokens of a prompt, tokens that follow, and rows side by side."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 32
+    batches: tuple[int, ...] = (1, 4, 16)
+
+
+@dataclass
+class Subject:
+    """A model under measurement, with the best figures so far by batch."""
+
+    name: str
+    model: LanguageModel
+    decoder: Decoder | None
+    memory_bytes: int
+    prefill_seconds: dict[int, float] = field(default_factory=dict)
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    cold_seconds: float | None = None
+
+
+def check(config: BenchConfig, models: Sequence[LanguageModel]) -> None:
+    """Refuse sizes that cannot be measured.
+
+    Raises: UsageError naming the value.
+    """
+    for name, value in (("--prompt", config.prompt_tokens), ("--tokens", config.new_tokens)):
+        if value < 1:
+            raise UsageError(f"`{name}` is {value}, it must be at least 1")
+    if not config.batches or min(config.batches) < 1:
+        raise UsageError(
+            f"`--batch` is {','.join(map(str, config.batches))}, it takes numbers from 1", "--batch 1,4,16"
+        )
+    needed = config.prompt_tokens + config.new_tokens
+    for model in models:
+        if needed > model.config.max_positions:
+            raise UsageError(
+                f"{needed} tokens are asked for, a model's context is {model.config.max_positions}",
+                "--prompt and --tokens make it shorter",
+            )
+
+
+def shape_config(name: str) -> ModelConfig:
+    """Return the shape that a name means: one of `SHAPES`, or a preset.
+
+    Raises: UsageError, NotFoundError for another name, or an encoder.
+    """
+    config = ModelConfig(**SHAPES[name]) if name in SHAPES else preset_config(SHORT_NAMES.get(name, name))
+    if config.family == "encoder":
+        raise UsageError(f"`--shape {name}` is an encoder's, which writes nothing", "llmctl presets lists shapes")
+    return config
+
+
+def random_model(config: ModelConfig, precision: str) -> LanguageModel:
+    """Return a model of a shape with weights that mean nothing: in `DTYPES`' precisions or a scheme of `SCHEMES`.
+
+    A scheme is for the blocks; the head is held in 8 bits then, and activations in float32.
+    Raises: UsageError for a precision that is not known.
+    """
+    if precision not in DTYPES and precision not in SCHEMES:
+        raise UsageError(
+            f"`--scheme {precision}` is not known", f"one or more of {', '.join([*DTYPES, *SCHEMES])}, with commas"
+        )
+    model = without_weights(config)
+    generator = torch.Generator().manual_seed(0)
+    if precision in SCHEMES:
+        head = QuantLinear(config.d_model, config.vocab_size, SCHEMES["int8"], bias=config.logits_bias)
+        model.lm_head = head  # type: ignore[assignment]
+        quantise_blocks(model, precision)
+    dtype = DTYPES.get(precision, torch.float32)
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            randomise(module, generator)
+        elif parameters := list(module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            module.to(dtype)
+            for parameter in module.parameters(recurse=False) if parameters else ():
+                nn.init.ones_(parameter) if parameter.dim() == 1 else parameter.data.uniform_(-0.02, 0.02)
+        elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+    materialise_buffers(model)
+    if precision not in SCHEMES:
+        model.tie()
+    return model.eval()
+
+
+def quantise_blocks(model: LanguageModel, scheme: str) -> None:
+    """Put layers of random codes in the place of the matrices of the blocks."""
+    for stack in model.stacks():
+        for module in list(stack.layers.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear and SCHEMES[scheme].fits(child.in_features):
+                    layer = QuantLinear(
+                        child.in_features, child.out_features, SCHEMES[scheme], bias=child.bias is not None
+                    )
+                    setattr(module, name, layer)
+
+
+def subject_of(name: str, make: Callable[[], LanguageModel]) -> Subject:
+    """Make a model and make it ready, noting what the process grows by."""
+    before = resident_bytes()
+    model = make()
+    decoder = None
+    if covers(model.config):
+        give_table(model, Measured())
+        decoder = Decoder(model)
+    subject = Subject(name, model, decoder, 0)
+    with torch.inference_mode():  # some layers lay their weights out anew when they are first used
+        session = begin(subject, BenchConfig(8, 2), 1)
+        session.begin()
+        session.step(torch.zeros(1, dtype=torch.long))
+    subject.memory_bytes = max(0, resident_bytes() - before)
+    return subject
+
+
+def load_subject(path: Path, dtype: str) -> Subject:
+    """Load a model and make it ready."""
+    return subject_of(str(path), lambda: load_model(path, device="cpu", dtype=dtype, able="generate").model)
+
+
+def resident_bytes() -> int:
+    """Return what the process holds in memory now; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def begin(subject: Subject, config: BenchConfig, batch: int) -> Session:
+    """Return a session of prompts of one length."""
+    n_vocabulary = subject.model.config.vocab_size
+    prompts = [[(7 * row + 3 * place) % n_vocabulary for place in range(config.prompt_tokens)] for row in range(batch)]
+    return Session(subject.model, prompts, config.new_tokens, decoder=subject.decoder)
+
+
+@torch.inference_mode()
+def measure(subjects: Sequence[Subject], config: BenchConfig, rounds: int = ROUNDS) -> None:
+    """Fill in the figures of all models, round by round."""
+    check(config, [subject.model for subject in subjects])
+    for batch in config.batches:
+        for _ in range(rounds):
+            for subject in subjects:
+                prefill, step = one_round(subject, config, batch)
+                subject.prefill_seconds[batch] = min(prefill, subject.prefill_seconds.get(batch, prefill))
+                subject.step_seconds[batch] = min(step, subject.step_seconds.get(batch, step))
+
+
+def one_round(subject: Subject, config: BenchConfig, batch: int) -> tuple[float, float]:
+    """Return the seconds of reading the prompts to the first tokens, and of a step after that."""
+    session = begin(subject, config, batch)
+    begun = time.perf_counter()
+    tokens_B = session.begin().argmax(dim=1)
+    first = time.perf_counter()
+    for _ in range(config.new_tokens - 1):
+        tokens_B = session.step(tokens_B).argmax(dim=1)
+        tokens_B.tolist()
+    n_steps = max(1, config.new_tokens - 1)
+    return first - begun, (time.perf_counter() - first) / n_steps
+
+
+def read_rate() -> float:
+    """Return how fast this process's threads read memory, in bytes per second: the best of some ways to do it."""
+    numbers = torch.ones(READ_BYTES // 4)
+    best = 0.0
+    for way in (torch.sum, lambda x: torch.dot(x, x), lambda x: x.amax()):
+        for _ in range(3):
+            begun = time.perf_counter()
+            way(numbers)
+            best = max(best, READ_BYTES / (time.perf_counter() - begun))
+    return best
+
+
+def read_per_token(model: LanguageModel) -> int:
+    """Return the bytes of weights that a token of a row reads: all but tables of which it takes a row."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    stack = model.stacks()[-1]
+    tensors = {
+        id(tensor): tensor
+        for module in (stack, model.lm_head)
+        for tensor in (*module.parameters(), *module.buffers())
+        if id(tensor) not in tables
+    }
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def cold_seconds(path: Path, dtype: str) -> float:
+    """Return the seconds from the start of a fresh process to the first token of a short prompt.
+
+    Raises: LlmctlError if the process fails.
+    """
+    command = [sys.executable, "-m", "llmctl", "generate", "-m", str(path), "--ids", "-q", "-n", "1", "-t", "0"]
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--dtype", dtype, "--device", "cpu", "1 1"], capture_output=True, text=True, check=False
+    )
+    seconds = time.perf_counter() - begun
+    if done.returncode:
+        raise LlmctlError(f"`{path}` could not be used in a process of its own: {done.stderr.strip()}")
+    return seconds
+
+
+def report(subjects: Sequence[Subject], config: BenchConfig) -> dict[str, Any]:
+    """Return the figures as one record."""
+    rate = read_rate()
+    return {
+        "threads": torch.get_num_threads(),
+        "read_bytes_per_second": rate,
+        "prompt_tokens": config.prompt_tokens,
+        "new_tokens": config.new_tokens,
+        "models": [describe(subject, subjects[0], config, rate) for subject in subjects],
+    }
+
+
+def describe(subject: Subject, first: Subject, config: BenchConfig, rate: float) -> dict[str, Any]:
+    """Return the figures of one model; ratios are to the first one's, more is faster."""
+    read_bytes = read_per_token(subject.model)
+    steps = subject.step_seconds
+    return {
+        "name": subject.name,
+        "memory_bytes": subject.memory_bytes,
+        "read_bytes_per_token": read_bytes,
+        "roofline_frac": read_bytes / rate / steps[1] if 1 in steps else None,
+        "first_token_seconds": subject.prefill_seconds.get(1),
+        "cold_seconds": subject.cold_seconds,
+        "batches": [
+            {
+                "batch": batch,
+                "prefill_tokens_per_second": batch * config.prompt_tokens / subject.prefill_seconds[batch],
+                "decode_tokens_per_second": batch / steps[batch],
+                "prefill_ratio": first.prefill_seconds[batch] / subject.prefill_seconds[batch],
+                "decode_ratio": first.step_seconds[batch] / steps[batch],
+            }
+            for batch in config.batches
+        ],
+    }

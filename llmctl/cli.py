@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "pretrain": "Train a model from raw text: decoder, encoder or encoder-decoder.",
     "finetune": "Adapt a model to a task, all of it or by an adapter: chat, classify, translate, ...",
     "distill": "Make a small model of a large one, and report what it keeps.",
+    "quantize": "Hold a model's weights in few bits, and measure what it costs and brings.",
     "generate": "Continue a prompt, or every line of a pipe.",
     "chat": "Talk with a model in the terminal.",
     "fill": "Fill the masks of a text with an encoder.",

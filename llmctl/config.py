@@ -429,26 +429,83 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
-class DistillConfig(TaskConfig):
-    """Everything `llmctl distill` reads."""
+class TaughtConfig(TaskConfig):
+    """What commands read that make one model out of another."""
 
     task: Literal["auto", "chat", "text", "classify", "translate", "summarize", "qa"] = setting(  # type: ignore[assignment]
         "auto", "chat, text, classify, translate, summarize or qa; auto is what the teacher was made for"
     )
     model: str = setting("", "the teacher: a folder, a file or a run")
-    student: StudentConfig = section(StudentConfig, "the student")
     loss: DistillLossConfig = section(DistillLossConfig, "what is learned from the teacher")
     teacher: TeacherConfig = section(TeacherConfig, "how the teacher is asked")
-    stages: int = setting(
-        0, "steps in which the student is cut; 0: two where more than half of the teacher goes, else one"
-    )
-    baseline: BaselineConfig = section(BaselineConfig, "the same model from scratch")
-    max_drop: str = setting("", "gate: how much worse than the teacher the student may be, 0.05 or 5%; exit code 10")
+    max_drop: str = setting("", "gate: how much worse than the teacher the model may be, 0.05 or 5%; exit code 10")
     optim: DistillOptimConfig = section(DistillOptimConfig, "the optimizer")  # type: ignore[assignment]
     train: DistillTrainConfig = section(DistillTrainConfig, "the loop")
 
 
-TRAINING: dict[str, type] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "distill": DistillConfig}
+@dataclass(frozen=True)
+class DistillConfig(TaughtConfig):
+    """Everything `llmctl distill` reads."""
+
+    student: StudentConfig = section(StudentConfig, "the student")
+    stages: int = setting(
+        0, "steps in which the student is cut; 0: two where more than half of the teacher goes, else one"
+    )
+    baseline: BaselineConfig = section(BaselineConfig, "the same model from scratch")
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """How weights are held in few bits, and how their codes are chosen."""
+
+    scheme: Literal["int8", "w8a8", "int4", "int4-sym", "int3", "int2"] = setting(
+        "int8", "int8, w8a8 (inputs in eight bits too), int4, int4-sym (no zeros), int3, or int2"
+    )
+    group: int = setting(
+        -1, "inputs that share a scale; 0 is the row; -1 the scheme's, or what divides a layer's inputs"
+    )
+    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "learned"] = setting(
+        "auto", "how codes are chosen; auto: nearest for 8 bits, else gptq; learned: trained to say what the model said"
+    )
+    embedding: Literal["int8", "int4", "float"] = setting(
+        "int8", "embedding and head over the vocabulary: int8, int4, or float (16 bits)"
+    )
+    keep: tuple[str, ...] = listed((), "modules that stay as they are, by patterns of names such as model.layers.0.*")
+    calibration_rows: int = setting(128, "training rows on which layers are calibrated")
+
+
+@dataclass(frozen=True)
+class QuantizeTrainConfig(DistillTrainConfig):
+    """The rows on which codes are chosen, and the loop where they are learned."""
+
+    batch_size: int = setting(8, "rows per optimizer step, over all processes (learned)")
+    steps: int = setting(0, "optimizer steps; 0 takes the other budgets (learned)")
+
+
+@dataclass(frozen=True)
+class QuantizeOptimConfig(DistillOptimConfig):
+    """Optimizer and learning-rate schedule of codes that are learned."""
+
+    lr: float = setting(0.0, "peak learning rate of adamw; 0 takes one by the model's size")
+    weight_decay: float = setting(0.0, "decoupled weight decay of the matrices")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig(TaughtConfig):
+    """Everything `llmctl quantize` reads."""
+
+    model: str = setting("", "the model: a folder, a file or a run")
+    weights: WeightsConfig = section(WeightsConfig, "the bits")
+    optim: QuantizeOptimConfig = section(QuantizeOptimConfig, "the optimizer (learned)")
+    train: QuantizeTrainConfig = section(QuantizeTrainConfig, "the rows, and the loop where codes are learned")
+
+
+TRAINING: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "distill": DistillConfig,
+    "quantize": QuantizeConfig,
+}
 """The config of each command that trains."""
 
 

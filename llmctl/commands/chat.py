@@ -89,7 +89,7 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
     )
     check(config)
-    loaded = load_model(path, device=device, dtype=dtype, able="generate")
+    loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     talk = Chat(loaded, config, argument(system))
     if talk.template is not None and talk.template.is_plain:

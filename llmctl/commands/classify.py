@@ -56,7 +56,7 @@ def classify(
     from llmctl.engine.classify import classify as classify_texts
     from llmctl.engine.models import load_model
 
-    loaded = load_model(path, device=device, dtype=dtype, able="classify")
+    loaded = load_model(path, device=device, dtype=dtype, able="classify", packed=True)
     n_cut = 0
     while window := list(islice(texts, WINDOW_TEXTS)):
         for found in classify_texts(loaded, window):

@@ -51,7 +51,7 @@ def fill(
     from llmctl.engine.fill import fill as fill_in
     from llmctl.engine.models import load_model
 
-    loaded = load_model(path, device=device, dtype=dtype, able="fill")
+    loaded = load_model(path, device=device, dtype=dtype, able="fill", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="fill")
 
     def show(filled: Filled) -> None:

@@ -104,7 +104,7 @@ def generate(
     from llmctl.engine.sampling import check
 
     check(config)
-    loaded = load_model(path, device=device, dtype=dtype, able="generate")
+    loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)

@@ -36,6 +36,7 @@ FIXED = {
     "teacher",
     "stages",
     "baseline",
+    "weights",
 }
 """Sections of a recipe that no run changes on its way."""
 

@@ -14,6 +14,7 @@ from llmctl.config import ModelConfig
 from llmctl.engine.adapted import read_model
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact, write_artifact
+from llmctl.formats.quantization import PARTS, Schemes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,13 +35,15 @@ def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = Fals
     if source.suffix == ".gguf" and source.is_file():
         config, state, files, origin = read_gguf(source)
         earlier: Mapping[str, Any] = {}
+        schemes: Schemes = {}
     else:
         artifact = read_model(source)
-        config, state, files = artifact.config, artifact.stored_state(), artifact.files
-        origin, earlier = origin_of(artifact), artifact.provenance
+        config, state, files = artifact.config, artifact.packed_state(), artifact.files
+        origin, earlier, schemes = origin_of(artifact), artifact.provenance, artifact.schemes
     config = with_mask_id(config, files)
     provenance = {**earlier, "imported": origin}
-    return write_artifact(out, config, cast(state, dtype), files=files, provenance=provenance, force=force)
+    state = cast(state, dtype)
+    return write_artifact(out, config, state, files=files, provenance=provenance, schemes=schemes, force=force)
 
 
 def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Path:
@@ -54,9 +57,15 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
         form = "a file X.safetensors" if to == "single" else "a folder"
         raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")
     artifact = read_model(source)
-    state = artifact.stored_state()
+    state = artifact.packed_state()
     return write_artifact(
-        out, artifact.config, state, files=artifact.files, provenance=artifact.provenance, force=force
+        out,
+        artifact.config,
+        state,
+        files=artifact.files,
+        provenance=artifact.provenance,
+        schemes=artifact.schemes,
+        force=force,
     )
 
 
@@ -91,12 +100,13 @@ def sha256(path: Path) -> str:
 
 
 def cast(state: dict[str, "Tensor"], dtype: str) -> dict[str, "Tensor"]:
-    """Return the state in the dtype of this name; an empty one leaves it as it is."""
+    """Return the state in the dtype of this name, an empty one leaves it as it is; packed tensors stay what they are."""
     if not dtype:
         return state
     import torch
 
-    return {name: tensor.to(getattr(torch, dtype)) for name, tensor in state.items()}
+    wanted = getattr(torch, dtype)
+    return {name: tensor if name.rpartition(".")[2] in PARTS else tensor.to(wanted) for name, tensor in state.items()}
 
 
 def with_mask_id(config: ModelConfig, files: Mapping[str, bytes]) -> ModelConfig:

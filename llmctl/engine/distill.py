@@ -6,7 +6,7 @@ the student itself. They are trained one after the other by the same loop; what 
 
 import shlex
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,37 +17,24 @@ import torch
 from llmctl.config import DistillConfig, ModelConfig
 from llmctl.engine.adapted import identity_of, read_model
 from llmctl.engine.batch import BatchSource, to_device
-from llmctl.engine.corpus import keep_corpus, open_corpus
-from llmctl.engine.distill_report import Report, make_report, render
+from llmctl.engine.distill_report import make_report, render
 from llmctl.engine.distill_settings import check_distill, is_bare, student_model
-from llmctl.engine.distillation import Distillation, LabelDistillation, Matching, StateDistillation
-from llmctl.engine.flops import Rows, row_flops
-from llmctl.engine.heldout import measure
-from llmctl.engine.job import Job, Say
+from llmctl.engine.distillation import Distillation
+from llmctl.engine.flops import row_flops
+from llmctl.engine.job import Say
 from llmctl.engine.loop import Fitted, Training
-from llmctl.engine.models import Loaded, fitting_tokenizer, load_model, without_weights
+from llmctl.engine.models import load_model
 from llmctl.engine.objectives import Objective
-from llmctl.engine.on_policy import Writer
-from llmctl.engine.pretrain import label_prediction, token_bytes_of
+from llmctl.engine.pretrain import token_bytes_of
 from llmctl.engine.runs import Run
-from llmctl.engine.runtime import Runtime
-from llmctl.engine.samples import Sampler
 from llmctl.engine.student import cut_student
 from llmctl.engine.student_shape import count, parse_student, shape_between
 from llmctl.engine.task import (
-    check_task,
-    check_task_corpus,
-    metric_of,
-    prepare_task,
     task_batches,
     task_rows,
-    text_config,
 )
-from llmctl.engine.teacher import Teacher, check_same_words, load_more, tokenizer_sha256
+from llmctl.engine.taught import Taught
 from llmctl.engine.teacher_cache import CachedBatches, check_cache, content_of
-from llmctl.engine.teacher_texts import write_texts
-from llmctl.engine.written import make_sampler, make_score
-from llmctl.errors import ArtifactError
 from llmctl.files import write_json
 from llmctl.formats.artifact import read_artifact, write_artifact
 from llmctl.formats.signals import SignalStore
@@ -55,7 +42,7 @@ from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.transformer import LanguageModel, initialise, load_tensors
 
 
-class Distilling(Job):
+class Distilling(Taught):
     """Make a student of a teacher."""
 
     command = "distill"
@@ -65,7 +52,6 @@ class Distilling(Job):
     def __init__(self, config: DistillConfig) -> None:
         super().__init__(config)
         self.part = ""
-        self.report: Report | None = None
 
     @property
     def objective(self) -> str:
@@ -73,9 +59,9 @@ class Distilling(Job):
         return f"distill-{self.config.loss.name}"
 
     @property
-    def label(self) -> str:
-        """The teacher's name."""
-        return Path(self.config.model).name.removesuffix(".safetensors")
+    def given(self) -> Path | None:
+        """The student, where a model is named in place of a shape."""
+        return student_model(self.config)
 
     def check(self) -> None:
         """Refuse settings that exclude each other."""
@@ -84,67 +70,9 @@ class Distilling(Job):
     # --- data --------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def teacher(self) -> Loaded:
-        """The teacher, in float32 on the CPU."""
-        return load_model(Path(self.config.model), device="cpu", dtype="float32")
-
-    @cached_property
-    def base(self) -> Loaded:
-        """What the data is encoded for, without weights: the student where its tokenizer is another, else the teacher.
-
-        Raises: UsageError for one without a tokenizer, or a task that it does not have.
-        """
-        given = student_model(self.config)
-        path = Path(self.config.model) if self.config.loss.name != "seq" or given is None else given
-        artifact = read_model(path)
-        loaded = Loaded(without_weights(artifact.config), fitting_tokenizer(artifact), artifact)
-        check_task(self.config, loaded)
-        return loaded
-
-    def prepare(self, folder: Path, say: Say) -> None:
-        """Read, split and encode the text; let the teacher write it again where its texts are learned."""
-        given = student_model(self.config)
-        if given is not None and self.config.loss.name != "seq":
-            check_same_words(self.config.model, str(given))
-        if not self.config.data.paths:
-            say("no --data: the student learns from the embedded default corpus, which is small and of one kind")
-        config = self.config
-        if config.loss.name == "seq":
-            config = write_texts(config, self.teacher, folder / "written", say)
-        corpus = prepare_task(config, self.base, folder, say)
-        sha256 = identity_of(read_model(Path(self.config.model)))
-        corpus.provenance["teacher"] = {"path": self.config.model, "sha256": sha256}
-        keep_corpus(corpus, folder)
-
-    def load(self, folder: Path, say: Say) -> None:
-        """Open the text.
-
-        Raises: ArtifactError if the teacher is not the one that the run was begun with.
-        """
-        self.corpus = open_corpus(folder)
-        begun_with = self.corpus.provenance["teacher"]["sha256"]
-        if identity_of(read_model(Path(self.config.model))) != begun_with:
-            raise ArtifactError(
-                f"`{self.config.model}` is not the teacher that this run was begun with ({begun_with[:12]})",
-                "put it back, or start a new run",
-            )
-        self.metric = metric_of(self.config, self.corpus, say)
-        check_task_corpus(self.config, self.base, self.corpus)
-
-    @cached_property
-    def shares_words(self) -> bool:
-        """Whether teacher and student mean the same by a token, so that one can be measured on the other's rows."""
-        return tokenizer_sha256(read_model(Path(self.config.model))) == self.corpus.tokenizer.sha256
-
-    @cached_property
-    def teachers(self) -> list[Teacher]:
-        """All teachers, where they compute."""
-        return [Teacher(self.teacher.model), *load_more(self.teacher, self.config.teacher.more, self.config.model)]
-
-    @cached_property
     def shape(self) -> ModelConfig:
         """The student's shape."""
-        given = student_model(self.config)
+        given = self.given
         if given is not None:
             return read_model(given).config
         return parse_student(self.config.student.shape, read_model(Path(self.config.model)).config)
@@ -266,7 +194,7 @@ class Distilling(Job):
 
     def beginning(self, part: str) -> Path | None:
         """Return the file of what a part begins with; None where that is fresh weights or a model that is there."""
-        if part.startswith("scratch") or student_model(self.config) or self.config.student.init == "random":
+        if part.startswith("scratch") or self.given or self.config.student.init == "random":
             return None
         return self.run / "parts" / f"{part or 'student'}-cut.safetensors"
 
@@ -288,7 +216,7 @@ class Distilling(Job):
     def load_part(self, part: str, run: Path, say: Say) -> None:
         """Build what a part trains."""
         self.run, self.part = run, part
-        given, begins = student_model(self.config), self.beginning(part)
+        given, begins = self.given, self.beginning(part)
         if begins is not None:
             artifact = read_artifact(begins)
             self.model = LanguageModel(artifact.config)
@@ -314,11 +242,7 @@ class Distilling(Job):
 
     def calibration(self, model: LanguageModel) -> list[dict[str, torch.Tensor]]:
         """Return training batches on which a model's parts are ranked."""
-        source = task_batches(self.config, self.base, self.corpus, model.config, shuffle=True)
-        rows = min(self.config.student.calibration_rows, source.n_rows)
-        size = min(8, rows)
-        cpu = torch.device("cpu")
-        return [to_device(source.batch(range(first, min(first + size, rows))), cpu) for first in range(0, rows, size)]
+        return self.batches(model, self.config.student.calibration_rows)
 
     def mean_loss(self, model: LanguageModel) -> float:
         """Return a model's mean loss on the calibration rows: that of the data, or how far its states are off."""
@@ -336,10 +260,6 @@ class Distilling(Job):
 
     # --- training ----------------------------------------------------------------------------------------------------
 
-    def rows(self) -> Rows:
-        """Return the rows of a step, as full as they can be."""
-        return task_rows(self.config, self.base, self.model.config)
-
     def make_objective(self) -> Objective:
         """Return what a part learns: a baseline and a reader of the teacher's texts learn labels, others the teacher."""
         is_plain = self.part.startswith("scratch") or self.config.loss.name == "seq"
@@ -349,11 +269,6 @@ class Distilling(Job):
             self.__dict__.pop("teacher", None)  # from here on it is not needed, and takes memory
             return self.cached_objective(self.store)
         return self.objective_of(self.model, is_plain=is_plain)
-
-    def move_teachers(self) -> None:
-        """Have the teachers where training is, as it computes or in fewer bits."""
-        for teacher in self.teachers:
-            teacher.to(self.runtime.device, self.config.teacher.dtype, self.runtime.dtype)
 
     def cached_objective(self, store: SignalStore) -> Objective:
         """Return the objective that learns from signals."""
@@ -371,74 +286,11 @@ class Distilling(Job):
             head=head,
         )
 
-    def objective_of(self, model: LanguageModel, *, is_plain: bool, measures: bool = False) -> Objective:
-        """Return the objective over a model: the data's alone, or the teacher's."""
-        loss, train = self.config.loss, self.config.train
-        if model.config.n_labels:
-            told = replace(loss, weight=0.0) if is_plain else loss
-            return LabelDistillation(model, self.teachers, told, train.label_smoothing)
-        if loss.name == "none":
-            return StateDistillation(model, self.teachers, self.matching())
-        if is_plain and not measures:
-            return label_prediction(model, self.corpus, train)
-        if measures:
-            loss = replace(loss, name="fkl", temperature=1.0, weight=1.0)
-        return Distillation(
-            model,
-            self.teachers,
-            loss,
-            token_bytes_of(self.corpus, model.config),
-            matching=Matching() if measures else self.matching(),
-            chunk_tokens=train.loss_chunk_tokens,
-            vocab_size=min(model.config.vocab_size, *(teacher.model.config.vocab_size for teacher in self.teachers)),
-            writer=Writer(loss.on_policy, loss.on_policy_tokens) if loss.on_policy and not measures else None,
-        )
-
-    def matching(self) -> Matching:
-        """Return what is matched besides predictions."""
-        loss = self.config.loss
-        channels = self.cut.get("channels") if hasattr(self, "cut") else None
-        is_masked = self.config.task == "text" and text_config(self.config, self.base).objective == "mlm"
-        return Matching(
-            kind=loss.match,
-            weight=loss.match_weight,
-            layer=loss.match_layer,
-            relation_heads=loss.relation_heads,
-            labels_frac=self.config.data.mask_frac if is_masked else 1.0,
-            channels=None if channels is None else torch.tensor(channels),
-        )
-
     def make_batches(self, *, shuffle: bool) -> BatchSource:
         """Return the batches of the task, with the teacher's signals where they were written down."""
         if shuffle and self.store is not None and not self.part.startswith("scratch"):
             return CachedBatches(self.fixed_batches(), self.store)
-        return task_batches(self.config, self.base, self.corpus, self.model.config, shuffle=shuffle)
-
-    def make_sampler(self, folder: Path) -> Sampler | None:
-        """Return what answers a few held-out examples."""
-        del folder
-        return None if self.model.config.n_labels else make_sampler(self, self.base.artifact)
-
-    def make_score(self, runtime: Runtime) -> Callable[[int | None], dict[str, float]] | None:
-        """Return what lets the model write and compares, for tasks that are about texts."""
-        return make_score(self, self.base.artifact, runtime)
-
-    def identity(self) -> dict[str, str]:
-        """Return what all processes must have in common."""
-        return super().identity() | {"teacher": self.corpus.provenance["teacher"]["sha256"]}
-
-    def files(self) -> dict[str, bytes]:
-        """Return what lay beside the teacher."""
-        return {**self.base.artifact.files, **super().files()}
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the teacher, the task's template, and what the teacher's own objective was."""
-        template = self.corpus.provenance.get("task", {}).get("template")
-        objective = self.teacher.artifact.provenance.get("objective")
-        told = {"teacher": self.corpus.provenance["teacher"]["sha256"]} | (
-            {"objective": objective} if objective else {}
-        )
-        return told | ({"template": template} if template else {})
+        return super().make_batches(shuffle=shuffle)
 
     # --- the report --------------------------------------------------------------------------------------------------
 
@@ -451,15 +303,8 @@ class Distilling(Job):
         load_tensors(student, {name: tensor.float() for name, tensor in self.weights(fitted.weights).items()})
         student.to(runtime.device)
 
-        def figures(model: LanguageModel) -> dict[str, float]:
-            objective = self.objective_of(model, is_plain=False, measures=self.config.loss.name != "none")
-            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16):
-                return measure(
-                    objective, objective, source, self.config.train, runtime, None, lambda: None, sharded=False
-                )
-
         models = {"teacher": self.teachers[0].model, "student": student}
-        measured = {name: figures(model) for name, model in models.items()} if self.shares_words else {}
+        measured = self.side_by_side(models, training) if self.shares_words else {}
         own, told = self.costs
         self.report = make_report(
             models,
@@ -480,10 +325,6 @@ class Distilling(Job):
         )
         if runtime.is_main:
             write_json(self.run / "report.json", self.report.record)
-
-    def missed(self) -> str:
-        """Return which gate was missed, or nothing."""
-        return self.report.missed if self.report else ""
 
     def facts(self) -> dict[str, Any]:
         """Return what the report says."""

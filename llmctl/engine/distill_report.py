@@ -3,10 +3,8 @@
 Every figure is measured or counted from sizes; what was not measured is not there.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -15,13 +13,11 @@ from torch import Tensor
 from llmctl.engine.gate import parse_gate
 from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.metrics import FIGURES, rounded
+from llmctl.engine.speed import reading_speed
 from llmctl.engine.student_shape import count
 from llmctl.model.transformer import LanguageModel
 
 FLOAT_BYTES = 4
-TIMINGS = 5
-"""Forward passes that are timed; the median counts."""
-
 ROWS: tuple[str, ...] = (
     "loss",
     "perplexity",
@@ -81,7 +77,7 @@ def make_report(
             "bytes_float32": FLOAT_BYTES * n_parameters,
         }
         if name == "student" or measured:
-            sides[name] |= {"tokens_per_second": speed(model, batch), **rounded(measured.get(name, {}))}
+            sides[name] |= {"tokens_per_second": reading_speed(model, batch), **rounded(measured.get(name, {}))}
     sides["student"] = {**rounded(after), **sides["student"]}
     record: dict[str, Any] = {
         "metric": metric,
@@ -135,26 +131,6 @@ def missed(record: Mapping[str, Any], gate: str) -> str:
     if parse_gate(gate).holds(name, teacher, student):
         return ""
     return f"{name}: the student has {student:.6g} against {teacher:.6g} of its teacher, a drop of more than {gate}"
-
-
-@torch.inference_mode()
-def speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float:
-    """Return how many tokens of a batch a model reads per second, without its head."""
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-    ids = inputs.get("decoder_input_ids_BT", inputs["input_ids_BT"])
-    was_training = model.training
-    model.eval()
-    seconds = []
-    for _ in range(TIMINGS + 1):  # the first warms up
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        model.hidden(**inputs)
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    model.train(was_training)
-    return float(ids.numel() / median(seconds[1:]))
 
 
 def render(record: Mapping[str, Any]) -> list[str]:

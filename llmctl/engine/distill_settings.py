@@ -16,8 +16,8 @@ from llmctl.model.shapes import complete
 DEFAULT_STEPS = 400
 """Steps of each part where no budget is given."""
 
-REFERENCE_LR, REFERENCE_PARAMETERS = 1e-3, 1e6
-SMALLEST_LR, LARGEST_LR = 5e-5, 2e-3
+REFERENCE_LR, REFERENCE_PARAMETERS = 5e-3, 1e6
+SMALLEST_LR, LARGEST_LR = 5e-5, 6e-3
 """The peak learning rate falls with the root of the student's size."""
 
 WARM = 2.0

@@ -254,7 +254,7 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
     give_back_memory()
     device = torch.device(choose_device(config.device))
     is_told = forget_peak_memory(device)
-    loaded = load_model(path, device=config.device, dtype=config.dtype)
+    loaded = load_model(path, device=config.device, dtype=config.dtype, packed=True)
     require_tokenizer(loaded)
     longest_row(loaded, config.seq_len)
     evaluator, begun = EVALUATORS[config.task], time.perf_counter()
@@ -269,7 +269,7 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
         task=config.task,
         metric=metric,
         measured=measured,
-        n_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
+        n_parameters=loaded.model.n_parameters,
         size_bytes=sum(file.stat().st_size for file in {file for file, _, _ in loaded.artifact.tensors.values()}),
         peak_memory_bytes=peak_since_forgotten(device) if is_told else None,
         seconds=seconds,

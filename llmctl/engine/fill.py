@@ -99,7 +99,7 @@ def fill(loaded: Loaded, texts: Sequence[str], *, top_k: int = 5, first: int = 1
         ids_BT[row, : len(ids)] = torch.tensor(ids)
         documents_BT[row, : len(ids)] = 1
     model = loaded.model
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     is_padded = bool((documents_BT == 0).any())
     hidden = model.hidden(ids_BT.to(device), documents_BT=documents_BT.to(device) if is_padded else None)
     # What stands for no text (padding, begin and end, masks) is no answer.

@@ -124,8 +124,7 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[T
 
 def device_of(loaded: Loaded) -> torch.device:
     """Return where a model's weights are."""
-    place: torch.device = loaded.model.model.embed_tokens.weight.device
-    return place
+    return loaded.model.device
 
 
 def row_outputs(loaded: Loaded, rows: Sequence[Row], batch_size: int, pooling: str = "") -> Tensor:

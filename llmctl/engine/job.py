@@ -60,6 +60,15 @@ class Job(ABC):
         """The config of the part that is trained now: the run's own, unless a job has parts that differ."""
         return self.config
 
+    @property
+    def trains(self) -> bool:
+        """Whether there are steps to take; else `measured` is asked in place of the loop."""
+        return True
+
+    def measured(self, training: Training) -> Fitted:
+        """Return the figures of a model that is not trained."""
+        raise NotImplementedError
+
     def parts(self) -> Sequence[str]:
         """Return the names of what is trained one after the other; the last, without a name, is the run's model."""
         return ("",)

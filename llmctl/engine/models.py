@@ -4,7 +4,6 @@ Finding reads small JSON files only; torch is imported when weights are.
 """
 
 import json
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ def announce(found: Found) -> str:
 def parameters_in(path: Path) -> str:
     """Return how many numbers a model's weights have, as a person says it; nothing where loading will complain."""
     from llmctl.formats.adapter import is_adapter, read_adapter
-    from llmctl.formats.artifact import check_kind, read_headers
+    from llmctl.formats.artifact import check_kind, n_numbers, read_headers
 
     try:
         if is_adapter(path):
@@ -242,7 +241,7 @@ def parameters_in(path: Path) -> str:
         headers = read_headers(path)
     except (LlmctlError, OSError):
         return ""
-    count = sum(math.prod(entry.shape) for header in headers.values() for entry in header.tensors.values())
+    count = sum(n_numbers(header) for header in headers.values())
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit} parameters"
@@ -282,10 +281,13 @@ def use_of(family: str, *, has_head: bool) -> str:
     return "fill" if family == "encoder" else "generate"
 
 
-def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any") -> Loaded:
+def load_model(
+    path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any", packed: bool = False
+) -> Loaded:
     """Load a model folder or file for use: on the device, in the dtype, in evaluation mode.
 
     An adapter's folder is loaded as its base with the adapter merged into the weights.
+    packed: what is held in few bits stays so, as is right for use; else it is multiplied out, as training needs it.
     dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
     Raises: NotFoundError, ArtifactError (damaged, or a tokenizer that does not fit), UsageError for a device or dtype
     that is not there, or a model that is not `able`; the latter before weights are read.
@@ -304,11 +306,13 @@ def load_model(path: Path, *, device: str = "auto", dtype: str = "auto", able: A
         raise UsageError(f"`--dtype {dtype}` is not known", "float32, bfloat16, float16 or auto")
     tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
+    schemes = artifact.schemes if packed else {}
+    model.quantise(schemes)
     model.to_empty(device=place)
     materialise_buffers(model)
     model.tie()
     model.to(names[dtype])
-    load_tensors(model, artifact.state(names[dtype]))
+    load_tensors(model, artifact.packed_state() if schemes else artifact.state(names[dtype]))
     return Loaded(model.eval(), tokenizer, artifact, is_own=True)
 
 

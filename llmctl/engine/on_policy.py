@@ -63,7 +63,7 @@ class Writer:
         self, model: LanguageModel, ids_BT: Tensor, documents_BT: Tensor | None, begin: int, generator: torch.Generator
     ) -> None:
         B, T = ids_BT.shape
-        cache = KVCache(model.config, B, T, device=ids_BT.device, dtype=model.lm_head.weight.dtype)
+        cache = KVCache(model.config, B, T, device=ids_BT.device, dtype=model.dtype)
         given = None if documents_BT is None else documents_BT[:, :begin]
         hidden_BTD = model.hidden(ids_BT[:, :begin], documents_BT=given, cache=cache)
         for place in range(begin, T):

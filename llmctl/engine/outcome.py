@@ -22,7 +22,6 @@ from llmctl.engine.runs import Run
 from llmctl.engine.runtime import describe_environment
 from llmctl.files import atomic_path, write_bytes
 from llmctl.formats.families import family_for
-from llmctl.model.transformer import LanguageModel
 from llmctl.recipe import nested
 
 XZ_LIMIT_BYTES = 20_000_000
@@ -72,7 +71,7 @@ def finish(run: Run, job: Job, training: Training, fitted: Fitted, *, command: s
         "model": str(written),
         "objective": job.objective,
         "architecture": family_for(job.model.config).architecture,
-        "n_parameters": parameter_count(job.model),
+        "n_parameters": job.model.n_parameters,
         "steps": fitted.state.step,
         "tokens": fitted.state.tokens,
         "kept_step": fitted.kept_step,
@@ -121,8 +120,3 @@ def xz_comparison(corpus: Corpus) -> dict[str, float]:
         return {}
     text = corpus.held_out_text().encode()
     return {"xz_bits_per_byte": round(8 * len(lzma.compress(text, preset=9)) / len(text), 4)}
-
-
-def parameter_count(model: LanguageModel) -> int:
-    """Return the number of parameters, a tied weight counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())

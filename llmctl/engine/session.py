@@ -37,8 +37,7 @@ class Session:
     ) -> None:
         self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
         self.is_decoder = model.config.family == "decoder"
-        parameter = next(model.parameters())  # a norm's in a quantised model
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = model.device, model.dtype
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
         # A row may go on until it alone fills the context, whatever the others' lengths.

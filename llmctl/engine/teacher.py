@@ -69,7 +69,7 @@ class Teacher:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of its head."""
-        return self.model.lm_head.weight.dtype
+        return self.model.dtype
 
 
 def tokenizer_sha256(artifact: Artifact) -> str | None:

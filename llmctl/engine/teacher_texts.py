@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from llmctl.config import DistillConfig, GenerateConfig
+from llmctl.config import GenerateConfig, TaughtConfig
 from llmctl.engine.corpus import Corpus, Ints
 from llmctl.engine.generate import Prompt, generate
 from llmctl.engine.job import Say
@@ -27,7 +27,7 @@ PROMPT_TOKENS = 16
 PAIR_TASKS = ("text", "translate", "summarize")
 
 
-def write_texts(config: DistillConfig, teacher: Loaded, folder: Path, say: Say) -> DistillConfig:
+def write_texts(config: TaughtConfig, teacher: Loaded, folder: Path, say: Say) -> TaughtConfig:
     """Let a teacher write the training part of a run's data again, and return the config that reads what it wrote.
 
     The held-out part stays the data's own. What a row becomes depends on the row alone, so that parts that are there
@@ -74,7 +74,7 @@ def write_texts(config: DistillConfig, teacher: Loaded, folder: Path, say: Say) 
     )
 
 
-def answer(config: DistillConfig, teacher: Loaded, corpus: Corpus, numbers: Ints) -> Iterator[dict[str, str]]:
+def answer(config: TaughtConfig, teacher: Loaded, corpus: Corpus, numbers: Ints) -> Iterator[dict[str, str]]:
     """Yield what a teacher makes of documents, as rows of training data."""
     tokenizer = corpus.tokenizer
     is_decoder = teacher.model.config.family == "decoder"

@@ -22,11 +22,12 @@ from llmctl.engine.freezing import freeze
 from llmctl.engine.job import Job
 from llmctl.engine.loop import Fitted, Training, fit
 from llmctl.engine.machine import name_of, product_rate
-from llmctl.engine.outcome import Trained, finish, is_file, parameter_count
+from llmctl.engine.outcome import Trained, finish, is_file
 from llmctl.engine.parallel import check_layout
 from llmctl.engine.plan import fitting_rows
 from llmctl.engine.pretrain import Pretraining
 from llmctl.engine.progress import Progress, make_progress
+from llmctl.engine.quantize import Quantizing
 from llmctl.engine.runs import NUMBERED, Run, create_run, find_run, open_run, read_record
 from llmctl.engine.runtime import Runtime, start
 from llmctl.engine.together import (
@@ -49,7 +50,7 @@ from llmctl.files import ensure_writable, write_bytes
 from llmctl.formats.families import family_for
 from llmctl.recipe import Resolved, changed_keys, dump, load, nested, values_of
 
-JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining, Finetuning, Distilling)}
+JOBS: dict[str, type[Job]] = {job.command: job for job in (Pretraining, Finetuning, Distilling, Quantizing)}
 """The jobs of the commands that train."""
 
 
@@ -250,11 +251,11 @@ def train_part(
         started = time.monotonic()
     training = assemble(run, job, part, runtime, progress, started, saved)
     progress.say(
-        f"{family_for(job.model.config).architecture}: {parameter_count(job.model):,} parameters"
+        f"{family_for(job.model.config).architecture}: {job.model.n_parameters:,} parameters"
         f"{f', {frozen:,} of them frozen' if frozen else ''}, "
         f"{job.objective} in {name_of(runtime.dtype)} on {runtime.device.type}{f': {part}' if part else ''}"
     )
-    return training, fit(training, saved)
+    return training, fit(training, saved) if job.trains else job.measured(training)
 
 
 def part_folder(run: Path, part: str) -> Path:

@@ -7,6 +7,7 @@ imports torch until tensors are asked for.
 """
 
 import json
+import math
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,9 +18,21 @@ from llmctl import __version__
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError, OutputError
 from llmctl.files import atomic_path, json_text, write_bytes, writing
-from llmctl.formats.families import family_for, family_of
+from llmctl.formats.families import family_of
 from llmctl.formats.family import FamilyFormat, token_ids
-from llmctl.formats.parameters import parameter_shapes, stored_shape
+from llmctl.formats.parameters import Shape, parameter_shapes, stored_shape, to_parameters, to_stored
+from llmctl.formats.quantization import (
+    KEY,
+    PARTS,
+    WHOLE_DTYPES,
+    Schemes,
+    dequantised,
+    family_with,
+    part_shapes,
+    read_schemes,
+    with_shapes,
+    write_schemes,
+)
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors, write_safetensors
 
 if TYPE_CHECKING:
@@ -28,6 +41,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
+COUNT = "llmctl.parameters"
 # Everything beside weights and configuration that a model needs to be used, as Hugging Face names it.
 FILES = (
     "tokenizer.model",
@@ -54,7 +68,7 @@ class Artifact:
     """A model that was found and checked, its tensors still on disk.
 
     files: everything beside the weights except config.json, name -> content; hf: config.json as it stands there;
-    tensors: name in today's spelling -> (file, name in it, entry of its header).
+    tensors: name in today's spelling -> (file, name in it, entry of its header); schemes: of modules in few bits.
     """
 
     path: Path
@@ -65,6 +79,7 @@ class Artifact:
     metadata: dict[str, str] = field(default_factory=dict)
     hf: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, tuple[Path, str, TensorEntry]] = field(default_factory=dict)
+    schemes: Schemes = field(default_factory=dict)
 
     @property
     def family(self) -> FamilyFormat:
@@ -90,19 +105,33 @@ class Artifact:
         return state
 
     def stored_state(self) -> dict[str, "Tensor"]:
-        """Return the state of `LanguageModel(config)` in the dtypes on disk; the tensors are views of the files."""
+        """Return the state of `LanguageModel(config)` in the dtypes on disk; the tensors are views of the files.
+
+        What is held in few bits is multiplied out, in float32.
+        """
+        return self.family.to_internal(dequantised(self._published(), self.schemes), self.config)
+
+    def packed_state(self) -> dict[str, "Tensor"]:
+        """Return the same, but modules in few bits with their packed tensors in place of a weight."""
+        published = self._published()
+        layout = [stored for stored in self.family.layout(self.config) if stored.name not in weights_of(self.schemes)]
+        state = to_parameters(layout, parameter_shapes(self.config), published.__getitem__)
+        return state | {name: tensor for name, tensor in published.items() if name.rpartition(".")[2] in PARTS}
+
+    def _published(self) -> dict[str, "Tensor"]:
         published: dict[str, Tensor] = {}
         for path in {path for path, _, _ in self.tensors.values()}:
             names = {there: name for name, (file, there, _) in self.tensors.items() if file == path}
             published |= {names[there]: tensor for there, tensor in read_tensors(path, names).items()}
-        return self.family.to_internal(published, self.config)
+        return published
 
 
 def most_common_dtype(entries: Iterable[TensorEntry]) -> str:
     """Return the dtype that takes the most bytes."""
     n_bytes: dict[str, int] = {}
     for entry in entries:
-        n_bytes[entry.dtype] = n_bytes.get(entry.dtype, 0) + entry.end - entry.begin
+        if entry.dtype[:1] != "I":  # packed codes
+            n_bytes[entry.dtype] = n_bytes.get(entry.dtype, 0) + entry.end - entry.begin
     return max(sorted(n_bytes), key=lambda dtype: n_bytes[dtype]) if n_bytes else "F32"
 
 
@@ -122,8 +151,11 @@ def read_artifact(path: Path) -> Artifact:
     canonical = family.canonical(found)
     config = family.resolve(family.read_config(hf), canonical)
     tensors = {name: (found[there][0], there, found[there][1]) for name, there in canonical.items()}
-    check_tensors(family, config, tensors, path)
-    wanted = {stored.name for stored in family.layout(config)}
+    if config.n_layers + config.n_decoder_layers > len(tensors):  # before anything grows with a number that lies
+        raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
+    schemes = read_schemes(hf, config, where)
+    wanted = stored_shapes(family, config, schemes)
+    check_tensors(family, config, tensors, path, wanted)
     return Artifact(
         path=path,
         architecture=family.architecture,
@@ -133,7 +165,33 @@ def read_artifact(path: Path) -> Artifact:
         metadata=metadata,
         hf=hf,
         tensors={name: place for name, place in tensors.items() if name in wanted},
+        schemes=schemes,
     )
+
+
+def weights_of(schemes: Schemes) -> set[str]:
+    """Return the names of the weights that modules in few bits do not have."""
+    return {f"{name}.weight" for name in schemes}
+
+
+def stored_shapes(family: FamilyFormat, config: ModelConfig, schemes: Schemes) -> dict[str, Shape]:
+    """Return name -> shape of everything that has to be stored."""
+    shapes = parameter_shapes(config)
+    packed = weights_of(schemes)
+    wanted = {stored.name: stored_shape(stored, shapes) for stored in family.layout(config)}
+    lost = packed - set(wanted)
+    assert not lost, f"{family.architecture} does not store {few(sorted(lost))} by itself"
+    kept = {name: shape for name, shape in wanted.items() if name not in packed}
+    for name, scheme in schemes.items():
+        parts = part_shapes(scheme, shapes[f"{name}.weight"])
+        kept |= {f"{name}.{part}": shape for part, shape in parts.items()}
+    return kept
+
+
+def n_numbers(header: Header) -> int:
+    """Return how many numbers the tensors of a header stand for."""
+    told = header.metadata.get(COUNT, "")
+    return int(told) if told.isdecimal() else sum(math.prod(entry.shape) for entry in header.tensors.values())
 
 
 def check_kind(path: Path) -> None:
@@ -248,15 +306,12 @@ def check_tensors(
     config: ModelConfig,
     tensors: Mapping[str, tuple[Path, str, TensorEntry]],
     path: Path,
+    wanted: Mapping[str, Shape],
 ) -> None:
     """Check names and shapes of the stored tensors against the configuration, before any is read.
 
     Raises: ArtifactError naming the first few that are missing, left over, or of another shape.
     """
-    if config.n_layers + config.n_decoder_layers > len(tensors):
-        raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
-    shapes = parameter_shapes(config)
-    wanted = {stored.name: stored_shape(stored, shapes) for stored in family.layout(config)}
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise mismatch(path, family, f"missing: {few(missing)}")
@@ -269,11 +324,19 @@ def check_tensors(
     ]
     if wrong:
         raise mismatch(path, family, f"of another shape: {few(wrong)}")
-    packed = [
-        f"{name} {entry.dtype}" for name, entry in found.items() if entry.dtype not in ("F32", "F16", "BF16", "F64")
-    ]
-    if packed:
-        raise mismatch(path, family, f"not floating-point numbers: {few(packed)}")
+    other = [f"{name} {entry.dtype}" for name, entry in found.items() if not is_of_kind(name, entry.dtype)]
+    if other:
+        raise mismatch(
+            path,
+            family,
+            f"packed codes that are not int32, or others that are not floating-point numbers: {few(other)}",
+        )
+
+
+def is_of_kind(name: str, dtype: str) -> bool:
+    """Tell whether a tensor has numbers of its kind: whole ones where codes are packed, else floating-point ones."""
+    whole = WHOLE_DTYPES.get(name.rpartition(".")[2])
+    return dtype == whole if whole else dtype in ("F32", "F16", "BF16", "F64")
 
 
 def mismatch(path: Path, family: FamilyFormat, what: str) -> ArtifactError:
@@ -297,6 +360,7 @@ def write_artifact(
     *,
     files: Mapping[str, bytes],
     provenance: Mapping[str, Any],
+    schemes: Schemes | None = None,
     force: bool = False,
 ) -> Path:
     """Write a model as a folder, or as one file where `out` ends in .safetensors, and return `out`.
@@ -305,12 +369,17 @@ def write_artifact(
     weights last; as their header carries the rest, they are right whenever the writing stops. Equal content gives
     equal bytes.
 
-    Shapes: `config` is complete (`LanguageModel(config).config`), `state` its state, a tied head with or without.
+    Shapes: `config` is complete (`LanguageModel(config).config`), `state` its state, a tied head with or without; modules
+    that `schemes` names have their packed tensors there, and no weight.
     Raises: OutputError when a model is there already and `force` is not given, or when the disk refuses.
     """
-    family = family_for(config)
-    tensors = family.to_published(state, config)
-    hf_text = json_text(hf_config(family, config, tensors))
+    schemes = schemes or {}
+    family = family_with(config, schemes)
+    packed = weights_of(schemes)
+    layout = [stored for stored in family.layout(config) if stored.name not in packed]
+    tensors = to_stored(layout, state) | with_shapes(state, schemes, config)
+    quantisation = {KEY: write_schemes(schemes, config)} if schemes else {}
+    hf_text = json_text(hf_config(family, config, tensors) | quantisation)
     beside = with_generation_config(config, files)
     metadata = {
         "format": "pt",
@@ -319,6 +388,10 @@ def write_artifact(
         "llmctl.files": json.dumps({name: b64encode(data).decode() for name, data in beside.items()}, sort_keys=True),
         "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
     }
+    if schemes:  # packed tensors do not tell
+        shapes = parameter_shapes(config)
+        held = [stored_shape(stored, shapes) for stored in family.layout(config)]
+        metadata[COUNT] = str(sum(map(math.prod, held)))
     if out.suffix == ".safetensors":
         refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
         write_safetensors(out, tensors, metadata)
@@ -366,6 +439,8 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
     """Return config.json, with the dtype under its old and its new name."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
+        if not tensor.is_floating_point():
+            continue
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + tensor.numel()
     dtype = max(sorted(sizes), key=lambda name: sizes[name])

@@ -6,12 +6,13 @@ architecture) is described as far as it goes; a damaged one is refused.
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
-from llmctl.formats.artifact import CONFIG, check_kind, parse_object, read_artifact, read_headers
+from llmctl.formats.artifact import CONFIG, check_kind, n_numbers, parse_object, read_artifact, read_headers
 from llmctl.formats.safetensors import Header
 
 
@@ -44,6 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
         "family": artifact.config.family,
         "context": artifact.config.max_positions,
         "vocabulary": artifact.config.vocab_size,
+        "quantised": {name: asdict(scheme) for name, scheme in artifact.schemes.items()},
         "tokenizer": tokenizer_kind(artifact.files),
         "files": sorted(artifact.files),
         "config": artifact.hf,
@@ -86,14 +88,12 @@ def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, An
     """Return counts and sizes over all weight files."""
     tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
     dtypes: dict[str, int] = {}
-    n_parameters = 0
     for entry in tensors.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
-        n_parameters += product(entry.shape)
     return {
         "path": str(path),
         "format": "safetensors",
-        "parameters": n_parameters,
+        "parameters": sum(map(n_numbers, headers.values())),
         "bytes": sum(file.stat().st_size for file in headers),
         "dtypes": dtypes,
         "tensors": {name: [entry.dtype, list(entry.shape)] for name, entry in tensors.items()},

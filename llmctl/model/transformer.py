@@ -20,6 +20,9 @@ from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm
 from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
 from llmctl.model.shapes import complete, window_of
+from llmctl.quant.linear import QuantEmbedding, QuantLinear
+from llmctl.quant.schemes import Scheme
+from llmctl.quant.weight import PARTS, QuantWeight
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -330,7 +333,53 @@ class LanguageModel(nn.Module):
     def tie(self) -> None:
         """Let the head over the vocabulary use the embedding's weight, where the config says so."""
         if self.config.tie_embeddings and not self.config.n_labels:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            embedding = self.model.embed_tokens
+            if isinstance(embedding, QuantWeight):
+                for name in PARTS:
+                    if hasattr(embedding, name):
+                        setattr(self.lm_head, name, getattr(embedding, name))
+            else:
+                self.lm_head.weight = embedding.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.some_parameter.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its activations."""
+        return self.some_parameter.dtype
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers the weights stand for, a tied one counted once, one in few bits like any other."""
+        held = {id(one.weight_packed): one.n_out * one.n_in for one in self.modules() if isinstance(one, QuantWeight)}
+        return sum(parameter.numel() for parameter in self.parameters()) + sum(held.values())
+
+    @property
+    def some_parameter(self) -> Tensor:
+        """A parameter that is there whatever is held in few bits: norms are not."""
+        return next(self.parameters())
+
+    def quantise(self, schemes: Mapping[str, Scheme]) -> None:
+        """Replace modules by empty ones that hold their weight in few bits; a tied head goes with the embedding.
+
+        Shapes: name of a linear map, or `model.embed_tokens` -> scheme.
+        """
+        for name, scheme in schemes.items():
+            module: Any = self.get_submodule(name)
+            if isinstance(module, nn.Embedding):
+                put_module(self, name, QuantEmbedding(module.num_embeddings, module.embedding_dim, scheme))
+                if self.config.tie_embeddings and not self.config.n_labels:
+                    head = QuantLinear(
+                        self.config.d_model, self.config.vocab_size, scheme, bias=self.config.logits_bias
+                    )
+                    self.lm_head = head  # type: ignore[assignment]
+                continue
+            has_bias = module.bias is not None
+            put_module(self, name, QuantLinear(module.in_features, module.out_features, scheme, bias=has_bias))
+        self.tie()
 
     def hidden(
         self,
@@ -466,8 +515,16 @@ def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
     """Return a whole state dict from one in which a tied head stands once, under the embedding's name."""
     state = dict(tensors)
     if config.tie_embeddings and not config.n_labels:
-        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+        for part in ("weight", *PARTS):
+            if f"model.embed_tokens.{part}" in state:
+                state.setdefault(f"lm_head.{part}", state[f"model.embed_tokens.{part}"])
     return state
+
+
+def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in another's place."""
+    parent, _, last = name.rpartition(".")
+    setattr(root.get_submodule(parent), last, module)
 
 
 def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:

@@ -18,17 +18,24 @@ BLOCK = 128
 DAMPING = 0.01
 """What is added to the diagonal of the second moments, as a share of its mean (GPTQ)."""
 
+SAMPLE_ROWS = 256
+"""Inputs that are kept as they are."""
+
 SHRINK_ROUNDS, SHRINK_POWER, SHRINK_BETA, SHRINK_GROWTH = 20, 0.7, 10.0, 1.01
 """The half-quadratic solver's rounds, exponent, first weight and its growth, as its authors have them."""
 
 
 @dataclass
 class Moments:
-    """What comes into a matrix, summed up: second moments (I, I), absolute values (I,), and how many inputs."""
+    """What comes into a matrix, summed up: second moments (I, I), absolute values (I,), and how many inputs.
+
+    sample_NI: a few of the inputs as they are.
+    """
 
     second_II: Tensor
     absolute_I: Tensor
     count: int = 0
+    sample_NI: Tensor | None = None
 
     @classmethod
     def empty(cls, n_in: int, device: torch.device | str = "cpu") -> "Moments":
@@ -41,6 +48,17 @@ class Moments:
         self.second_II.addmm_(rows_NI.T, rows_NI)
         self.absolute_I += rows_NI.abs().sum(dim=0)
         self.count += len(rows_NI)
+        if self.sample_NI is None:
+            self.sample_NI = rows_NI[:: max(1, len(rows_NI) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone()
+
+    def divided(self, factors_I: Tensor) -> "Moments":
+        """Return the moments of the inputs divided by factors (I,)."""
+        return Moments(
+            self.second_II / factors_I / factors_I[:, None],
+            self.absolute_I / factors_I,
+            self.count,
+            None if self.sample_NI is None else self.sample_NI / factors_I,
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -175,8 +193,12 @@ METHODS: Mapping[str, Method] = {
     "hqq": half_quadratic,
     "awq": weighted,
     "gptq": gptq,
+    "awq-gptq": gptq,
 }
-"""Methods by name. awq: what comes before scales the inputs, see `model/equalise.py`; then as `weighted`."""
+"""Methods by name. awq: scales move into the layer before, see `quant/factors.py`, and then as `weighted`, or as `gptq`."""
 
-NEEDS_DATA = ("weighted", "awq", "gptq")
+NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq")
 """Methods that look at what comes into a layer."""
+
+EQUALISES = ("awq", "awq-gptq")
+"""Methods for which scales move first."""

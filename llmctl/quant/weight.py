@@ -10,6 +10,9 @@ from llmctl.quant.grid import Codes, Grid, decode
 from llmctl.quant.packing import n_words, pack, unpack
 from llmctl.quant.schemes import Scheme
 
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
+"""The tensors of a matrix; the last only where the scheme is not symmetric."""
+
 
 class QuantWeight(nn.Module):
     """A matrix (O, I) in few bits.
@@ -40,6 +43,11 @@ class QuantWeight(nn.Module):
     def codes(self) -> Codes:
         """Return the codes."""
         return unpacked(dict(self.named_buffers(recurse=False)), self.scheme, self.n_out, self.n_in)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (O, I) float32, multiplied out anew every time."""
+        return self.dequantised()
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix (O, I)."""

@@ -1,0 +1,172 @@
+"""Choose the codes of a model, layer by layer: what comes into a layer has gone through the quantised ones before it.
+
+No more than one layer's moments, and the streams of the calibration rows, are held at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.engine.importance import Batches, read
+from llmctl.model.equalise import fold, joints, shared_factors
+from llmctl.model.transformer import Block, LanguageModel
+from llmctl.quant.factors import best_factors
+from llmctl.quant.grid import Codes, decode
+from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, Moments, output_error
+from llmctl.quant.schemes import Scheme
+
+Plan = Mapping[str, Scheme]
+Say = Callable[[str], None]
+
+
+class _CaughtError(Exception):
+    """The inputs of a block are known; the rest of the pass is not needed."""
+
+
+@dataclass
+class Calibrated:
+    """Codes by module, and the share of each layer's output that they lose, where inputs were seen."""
+
+    codes: dict[str, Codes] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say) -> Calibrated:
+    """Return codes for the modules of a plan; the model's own weights become what the codes mean.
+
+    Modules outside the blocks (embedding, heads) take the clipped range: nothing behind them could make up for more.
+    """
+    found, model = Calibrated(), model.eval()
+    in_blocks: set[str] = set()
+    sees_data = needs_data(plan, method)
+    for prefix, blocks in chains(model):
+        streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
+        for number, block in enumerate(blocks):
+            name = names_of(model)[block]
+            mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
+            in_blocks |= {f"{name}.{inner}" for inner in mine}
+            moments = observe(block, streams) if streams else {}
+            if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
+                equalise(block, mine, moments)
+            for inner, scheme in mine.items():
+                choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
+            streams = [(run(block, stream), *stream[1:]) for stream in streams]
+            say(f"{prefix}layer {number + 1} of {len(blocks)}")
+    for name, scheme in plan.items():
+        if name not in in_blocks:
+            choose(found, model, name, name, scheme, "clip" if method != "nearest" else "nearest", None)
+    return found
+
+
+def needs_data(plan: Plan, method: str) -> bool:
+    """Tell whether codes are chosen by what comes into the layers."""
+    return method in NEEDS_DATA or any(scheme.activations for scheme in plan.values())
+
+
+def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments]) -> None:
+    """Move scales between the layers of a block where that loses less; the moments become those of the new inputs."""
+    if not isinstance(block, Block):
+        return
+    for joint in joints(block):
+        readers = [name for name in joint.readers if name in mine and name in moments]
+        if len(readers) < len(joint.readers) or not moments[readers[0]].count:
+            continue
+        maps: list[Any] = [block.get_submodule(name) for name in readers]
+        weights = [one.weight.float() for one in maps]
+        schemes = [mine[name] for name in readers]
+        factors_I = best_factors(weights, schemes, moments[readers[0]], partial(shared_factors, joint=joint))
+        if factors_I is not None:
+            fold(joint, maps, factors_I)
+            divided = moments[readers[0]].divided(factors_I)
+            moments |= dict.fromkeys(readers, divided)
+
+
+def choose(
+    found: Calibrated, root: nn.Module, inner: str, name: str, scheme: Scheme, method: str, moments: Moments | None
+) -> None:
+    """Choose the codes of a module and put what they mean in its place."""
+    weight: Tensor = root.get_submodule(inner).weight  # type: ignore[assignment]
+    if moments is None or moments.count == 0:  # never reached, as cross-attention without a memory
+        method = method if method not in NEEDS_DATA else "clip"
+    original = weight.float()
+    codes = METHODS[method](original, scheme, moments)
+    meant = decode(codes, scheme)
+    if moments is not None and moments.count:
+        found.lost[name] = output_error(original, meant, moments)
+    found.codes[name] = codes
+    weight.copy_(meant)
+
+
+def chains(model: LanguageModel) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yield runs of blocks that hand their stream on, with a name for people; encoders come before decoders."""
+    for stack in model.stacks():
+        prefix = "" if len(model.stacks()) == 1 else "decoder " if stack.causal else "encoder "
+        yield prefix, list(stack.layers)
+        if stack.config.query_layer:
+            yield f"{prefix}query ", [stack.query_layer]
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Return module -> name."""
+    return {module: name for name, module in model.named_modules()}
+
+
+def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Return the linear maps of a block by their names in it."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Return what a block is called with when the model reads a batch."""
+    caught: list[tuple[Any, ...]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args)
+        raise _CaughtError
+
+    handle = block.register_forward_pre_hook(hook)
+    try:
+        read(model, batch)
+    except _CaughtError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
+    """Return what a block makes of a stream."""
+    out: Tensor = block(*stream)
+    return out
+
+
+def observe(block: nn.Module, streams: Sequence[Sequence[Any]]) -> dict[str, Moments]:
+    """Return the moments of what comes into the linear maps of a block; those that read the same share them."""
+    moments: dict[str, Moments] = {}
+    last: list[tuple[Tensor, Moments]] = []
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if last and last[0][0] is args[0]:
+                moments[name] = last[0][1]
+                return
+            n_in: int = module.in_features  # type: ignore[assignment]
+            mine = moments.setdefault(name, Moments.empty(n_in, args[0].device))
+            mine.add(args[0])
+            last[:] = [(args[0], mine)]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears(block)]
+    try:
+        for stream in streams:
+            run(block, stream)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments

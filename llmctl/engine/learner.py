@@ -1,0 +1,72 @@
+"""A model whose codes are learned: its layers train through their rounding, from codes that were chosen."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from llmctl.formats.artifact import Artifact
+from llmctl.formats.parameters import parameter_shapes
+from llmctl.model.transformer import LanguageModel, load_tensors, put_module
+from llmctl.quant.learned import LearnedLinear, learned_codes
+from llmctl.quant.schemes import Scheme
+from llmctl.quant.weight import PARTS, packed, unpacked
+
+LEARNED_PARTS = ("weight", "ratio", "scales_OG", "zeros_OG")
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a module is part of a block; embedding and heads keep the codes that were chosen."""
+    return "layers." in name or "query_layer." in name
+
+
+def learner(model: LanguageModel, chosen: Artifact) -> LanguageModel:
+    """Turn a model into one that learns codes, and return it: it begins with those that were chosen."""
+    state, shapes = chosen.packed_state(), parameter_shapes(chosen.config)
+    tables = {name: scheme for name, scheme in chosen.schemes.items() if not is_inside(name)}
+    whole = model.state_dict()
+    model.quantise(tables)
+    for name, scheme in chosen.schemes.items():
+        if not is_inside(name):
+            continue
+        n_out, n_in = shapes[f"{name}.weight"]
+        layer = LearnedLinear(n_in, n_out, scheme, bias=f"{name}.bias" in whole)
+        codes = unpacked(parts_of(state, name), scheme, n_out, n_in)
+        layer.put(codes, whole[f"{name}.weight"].float())
+        put_module(model, name, layer)
+    own = model.state_dict()
+    inner = {f"{name}.{part}" for name in chosen.schemes if is_inside(name) for part in LEARNED_PARTS}
+    given = {name: state.get(name, whole.get(name)) for name in own if name not in inner}
+    found = {name: tensor for name, tensor in given.items() if tensor is not None}
+    load_tensors(model, {name: tensor for name, tensor in own.items() if name in inner} | found)
+    return model
+
+
+def parts_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the packed tensors of a module."""
+    return {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
+
+
+def learned_state(trained: Mapping[str, Tensor], chosen: Artifact) -> dict[str, Tensor]:
+    """Return the state to write of a model that has learned its codes."""
+    state = dict(trained)
+    for name, scheme in chosen.schemes.items():
+        if is_inside(name):
+            parts = [state.pop(f"{name}.{part}").float() for part in LEARNED_PARTS]
+            state |= pack_learned(name, parts, scheme)
+    return small_in_16_bits(state)
+
+
+def pack_learned(name: str, parts: list[Tensor], scheme: Scheme) -> dict[str, Tensor]:
+    """Return the packed tensors of what a layer has become."""
+    weight_OI, ratio_OG, scales_OG, zeros_OG = parts
+    codes = learned_codes(weight_OI, ratio_OG, scales_OG, zeros_OG, scheme)
+    return {f"{name}.{part}": tensor for part, tensor in packed(codes, scheme).items()}
+
+
+def small_in_16_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state whose float32 tables have 16 bits; vectors, and what is packed, stay as they are."""
+    return {
+        name: tensor.half() if tensor.dim() > 1 and tensor.dtype == torch.float32 else tensor
+        for name, tensor in state.items()
+    }

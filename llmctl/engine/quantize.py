@@ -1,0 +1,257 @@
+"""Quantization as a job: a model, the same in few bits, and what that costs and brings, measured here.
+
+Codes are chosen once and lie in `parts/`; a run that was stopped goes on with them.
+"""
+
+import shlex
+from collections.abc import Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmctl.config import ModelConfig, QuantizeConfig
+from llmctl.engine.adapted import read_model
+from llmctl.engine.batch import to_device
+from llmctl.engine.calibrate import Calibrated, calibrate, needs_data
+from llmctl.engine.heldout import measure
+from llmctl.engine.job import Say
+from llmctl.engine.learner import learned_state, learner, small_in_16_bits
+from llmctl.engine.loop import Fitted, Training
+from llmctl.engine.models import load_model
+from llmctl.engine.objectives import Objective
+from llmctl.engine.quantize_report import make_report, render
+from llmctl.engine.quantize_settings import check_quantize, plan_of
+from llmctl.engine.runs import Run
+from llmctl.engine.taught import Taught
+from llmctl.errors import ArtifactError
+from llmctl.files import write_json
+from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.losses.products import is_native
+from llmctl.model.transformer import LanguageModel, load_tensors
+from llmctl.quant.schemes import Scheme
+from llmctl.quant.weight import packed
+
+CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
+
+
+class Quantizing(Taught):
+    """Hold a model's weights in few bits."""
+
+    command = "quantize"
+    config_class = QuantizeConfig
+    config: QuantizeConfig
+
+    @property
+    def objective(self) -> str:
+        """The scheme."""
+        return f"quantize-{self.config.weights.scheme}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether codes are learned; else they are chosen and that is all."""
+        return self.config.weights.method == "learned"
+
+    def check(self) -> None:
+        """Refuse settings that exclude each other."""
+        check_quantize(self.config)
+
+    @cached_property
+    def plan(self) -> dict[str, Scheme]:
+        """The scheme of every module that is held in few bits."""
+        return plan_of(self.shape, self.config)
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        """The model's shape, which stays."""
+        return read_model(Path(self.config.model)).config
+
+    # --- codes -------------------------------------------------------------------------------------------------------
+
+    def prepare_part(self, part: str, run: Path, say: Say) -> None:
+        """Choose the codes, unless an earlier start of this run has."""
+        del part
+        path = run / "parts" / CHOSEN
+        if path.exists():
+            return
+        model = LanguageModel(self.shape)
+        load_tensors(model, self.teacher.model.state_dict())
+        refuse_unfinite(model, self.config.model)
+        method = self.method
+        batches = self.batches(model, self.config.weights.calibration_rows) if needs_data(self.plan, method) else []
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
+            found = calibrate(model, self.plan, method, batches, say)
+        write_artifact(
+            path,
+            model.config,
+            stored_state(model, found, self.plan),
+            files=self.files(),
+            provenance={"lost": {name: float(f"{share:.4g}") for name, share in found.lost.items()}},
+            schemes=self.plan,
+            force=True,
+        )
+
+    @property
+    def method(self) -> str:
+        """How codes are chosen, before they are learned if they are."""
+        method = self.config.weights.method
+        return "gptq" if method == "learned" else method
+
+    def load_part(self, part: str, run: Path, say: Say) -> None:
+        """Load the model in few bits."""
+        del part, say
+        self.run = run
+        if self.trains:
+            model = LanguageModel(self.shape)
+            load_tensors(model, self.teacher.model.state_dict())
+            self.model = learner(model, read_artifact(run / "parts" / CHOSEN))
+            self.model.train()
+        else:
+            self.load_packed(CHOSEN)
+
+    def load_packed(self, name: str) -> None:
+        """Load the model in few bits, as it is used."""
+        path, device = self.run / "parts" / name, self.runtime.device.type
+        self.model = load_model(path, device=device, dtype="float32", packed=True).model
+
+    def make_objective(self) -> Objective:
+        """Return the task's objective, with how far the model is from what it was; or what is learned of that."""
+        self.move_teachers()
+        self.model.to(self.runtime.device)
+        measures = not self.trains and self.config.loss.name != "none"
+        return self.objective_of(self.model, is_plain=False, measures=measures)
+
+    def measured(self, training: Training) -> Fitted:
+        """Return what there is to say where nothing is trained: the figures on all held-out rows."""
+        figures = measure(
+            training.objective,
+            training.objective,
+            training.held_out,
+            training.config,
+            training.runtime,
+            None,
+            lambda: None,
+            sharded=False,
+        )
+        if training.score:
+            figures |= training.score(None)
+        return Fitted({}, figures, training.state, 0, {})
+
+    def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
+        """Write the model in few bits into the run folder."""
+        del fitted
+        chosen = read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN))
+        write_artifact(
+            folder,
+            chosen.config,
+            chosen.packed_state(),
+            files=self.files(),
+            provenance=provenance,
+            schemes=chosen.schemes,
+            force=True,
+        )
+
+    def files(self) -> dict[str, bytes]:
+        """Return what lay beside the model."""
+        return {**self.base.artifact.files, **super().files()}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what the model was made from, and for what."""
+        objective = self.teacher.artifact.provenance.get("objective")
+        told = {"quantised_from": self.corpus.provenance["teacher"]["sha256"], "weights": self.config.weights.scheme}
+        return told | {"method": self.config.weights.method} | ({"objective": objective} if objective else {})
+
+    # --- the report --------------------------------------------------------------------------------------------------
+
+    def conclude(self, fitted: Fitted, training: Training) -> None:
+        """Measure the model before and after, on the same held-out rows and on this machine."""
+        runtime, original = training.runtime, self.teachers[0].model
+        chosen = {"chosen": fitted.before} if self.trains else {}
+        if self.trains:
+            runtime.lead(partial(self.keep_learned, fitted))
+            self.load_packed(LEARNED)
+        before = self.side_by_side({"before": original}, training)["before"]
+        score = self.score_of(original, training)
+        batch = to_device(self.make_batches(shuffle=False).batch(range(1)), runtime.device)
+        self.report = make_report(
+            {"before": original, "after": self.model},
+            {"before": before | score, **chosen, "after": fitted.after},
+            batch=batch,
+            schemes=self.plan,
+            source=self.teacher.artifact,
+            result=read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN)),
+            settings=self.config,
+            metric=training.metric,
+            device=runtime.device,
+        )
+        if runtime.is_main:
+            write_json(self.run / "report.json", self.report.record)
+
+    def keep_learned(self, fitted: Fitted) -> None:
+        """Write the codes that were learned beside those that were chosen."""
+        chosen = read_artifact(self.run / "parts" / CHOSEN)
+        write_artifact(
+            self.run / "parts" / LEARNED,
+            chosen.config,
+            learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, chosen),
+            files=self.files(),
+            provenance=chosen.provenance,
+            schemes=chosen.schemes,
+            force=True,
+        )
+
+    def score_of(self, model: LanguageModel, training: Training) -> dict[str, float]:
+        """Return the figures for which a model writes; none for tasks without."""
+        if training.score is None:
+            return {}
+        mine, self.model = self.model, model
+        try:
+            return training.score(None)
+        finally:
+            self.model = mine
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the report says."""
+        assert self.report is not None
+        return {"source": self.config.model, "report": self.report.record}
+
+    def card_note(self, summary: Mapping[str, Any]) -> str:
+        """Return in a sentence what was done."""
+        found = summary["report"]
+        return (
+            f"Weights in {found['bits_per_weight']:.2f} bits ({self.config.weights.scheme}, "
+            f"{self.config.weights.method}); the whole report is in `report.json`."
+        )
+
+    def closing(self, summary: Mapping[str, Any], run: Run) -> str:
+        """Return the report as a table, and a command to use the model."""
+        assert self.report is not None
+        model = shlex.quote(summary["model"])
+        use = {"encoder": f'llmctl fill -m {model} "a <mask> text"'}.get(self.shape.family)
+        use = use or f'llmctl generate -m {model} "a text"'
+        if self.shape.n_labels:
+            use = f'llmctl classify -m {model} "a text"'
+        return "\n".join([*render(self.report.record), f"report: {run.path / 'report.json'}", f"next: {use}"])
+
+
+def refuse_unfinite(model: LanguageModel, name: str) -> None:
+    """Refuse weights that no grid can hold.
+
+    Raises: ArtifactError naming the tensor.
+    """
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
+
+
+def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:
+    """Return the state to write: packed tensors, 16-bit tables, and the small rest as it is."""
+    dropped = {f"{name}.weight" for name in plan}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
+    state = small_in_16_bits(kept)
+    if model.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    for name, codes in found.codes.items():
+        state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, plan[name]).items()}
+    return state

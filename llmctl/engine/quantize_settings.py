@@ -1,0 +1,127 @@
+"""What a quantization is, before anything is built: settings that the model decides, and those that cannot be."""
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from llmctl.config import ModelConfig, QuantizeConfig
+from llmctl.engine.adapted import read_model
+from llmctl.engine.checks import check_shared
+from llmctl.engine.distill_settings import TASKS, is_bare
+from llmctl.engine.gate import parse_gate
+from llmctl.engine.student_shape import count
+from llmctl.errors import UsageError
+from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
+from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
+
+SMALL_GROUPS = (*GROUPS, 16, 8)
+REFERENCE_LR, REFERENCE_PARAMETERS = 3e-4, 1e6
+SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
+"""The peak learning rate falls with the root of the model's size (learned)."""
+
+DEFAULT_STEPS = 200
+"""Steps where codes are learned and no budget is given."""
+
+OUTSIDE = ("head_dense", "classifier_dense")
+"""Maps between the blocks and a head; they are few and get the head's bits."""
+
+
+def settle(config: QuantizeConfig) -> QuantizeConfig:
+    """Fill in what the model decides, so that the recipe of the run says it.
+
+    Raises: NotFoundError or ArtifactError for a model that is not there or damaged.
+    """
+    artifact = read_model(Path(config.model))
+    model, train, weights, loss = artifact.config, config.train, config.weights, config.loss
+    task, made_for = config.task, artifact.provenance.get("objective")
+    if task == "auto":
+        task = "classify" if model.n_labels else made_for if made_for in TASKS else "text"
+    method = weights.method
+    if method == "auto":
+        method = "nearest" if SCHEMES[weights.scheme].bits == 8 else "gptq"
+    bare = is_bare(artifact)
+    loss = replace(
+        loss,
+        name=("none" if bare else "fkl") if loss.name == "auto" else loss.name,
+        match=("hidden" if bare else "none") if loss.match == "auto" else loss.match,
+        temperature=loss.temperature or 1.0,
+        match_layer=loss.match_layer or (model.n_decoder_layers or model.n_layers),
+        relation_heads=loss.relation_heads or model.n_heads,
+    )
+    if method == "learned" and not (train.steps or train.tokens or train.minutes or train.epochs):
+        train = replace(train, steps=DEFAULT_STEPS)
+    if method == "learned":  # codes are told from the weights behind them, which must not be rounded themselves
+        train = replace(
+            train, master_weights=False, metric=train.metric or ("kl" if loss.name != "none" and task == "text" else "")
+        )
+    train = replace(train, seq_len=min(train.seq_len, model.max_positions))
+    if method != "learned" and train.dtype == "auto":  # the figures are to show the codes, not the products' rounding
+        train = replace(train, dtype="float32")
+    optim = config.optim
+    if not optim.lr:
+        rate = REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5
+        optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
+    weights = replace(weights, method=method)
+    return replace(config, task=task, loss=loss, train=train, optim=optim, weights=weights)
+
+
+def check_quantize(config: QuantizeConfig) -> None:
+    """Refuse settings that exclude each other, or that this model does not have.
+
+    Raises: UsageError listing all of them.
+    """
+    if config.max_drop:
+        parse_gate(config.max_drop)
+    artifact = read_model(Path(config.model))
+    if artifact.schemes:
+        bits = ", ".join(sorted({str(scheme.bits) for scheme in artifact.schemes.values()}))
+        raise UsageError(f"`{config.model}` is in few bits already ({bits})", "name the model that it was made from")
+    weights = config.weights
+    check_shared(
+        config,
+        (
+            weights.calibration_rows < 1,
+            f"`weights.calibration_rows` is {weights.calibration_rows}, it must be at least 1",
+        ),
+        (weights.group < -1, f"`weights.group` is {weights.group}, it must be -1, 0 or more"),
+        (config.loss.name == "seq", "`loss.name` seq is for students"),
+        (bool(config.teacher.cache), "`teacher.cache` is for students: the model itself is there"),
+        (config.loss.on_policy > 0, "`loss.on_policy` is for students"),
+    )
+    plan_of(artifact.config, config)
+    if not config.data.paths and config.task != "text":
+        raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+
+
+def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
+    """Return the scheme of every module that is to be held in few bits; a tied head goes with the embedding.
+
+    Raises: UsageError for a group that does not divide a layer's inputs, or nothing left to do.
+    """
+    weights = config.weights
+    scheme = SCHEMES[weights.scheme]
+    if weights.group >= 0:
+        scheme = replace(scheme, group=weights.group)
+    table = None if weights.embedding == "float" else SCHEMES[weights.embedding]
+    plan: dict[str, Scheme] = {}
+    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    for name, (_, n_in) in modules.items():
+        if name == "classifier" or any(fnmatchcase(name, pattern) for pattern in weights.keep):
+            continue
+        is_table = name in (EMBEDDING, HEAD, *OUTSIDE)
+        wanted = table if is_table else scheme
+        if wanted is None:
+            continue
+        if not wanted.fits(n_in):
+            if weights.group >= 0 and not is_table:
+                fitting = ", ".join(str(size) for size in SMALL_GROUPS if n_in % size == 0) or "0"
+                raise UsageError(
+                    f"groups of {weights.group} do not divide the {n_in} inputs of `{name}`", f"--group {fitting}"
+                )
+            wanted = replace(
+                wanted, group=next((size for size in SMALL_GROUPS if size < wanted.group and n_in % size == 0), 0)
+            )
+        plan[name] = wanted
+    if not plan:
+        raise UsageError("nothing is left to quantise", "weights.keep names all modules")
+    return plan

@@ -1,0 +1,219 @@
+"""Weights in few bits on disk: which modules have them, under what scheme, in which tensors.
+
+`config.json` says it in `quantization_config` as compressed-tensors does (format `pack-quantized`), so that what fits
+there opens in transformers and vLLM. Modules go by the names of our parameters.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmctl.config import ModelConfig
+from llmctl.errors import ArtifactError
+from llmctl.formats.families import family_for
+from llmctl.formats.family import FamilyFormat
+from llmctl.formats.native import NATIVE
+from llmctl.formats.parameters import Shape, parameter_shapes
+from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "quantization_config"
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+PARTS = (PACKED, SCALE, ZERO)
+WHOLE_DTYPES = {PACKED: "I32", ZERO: "I32", SHAPE: "I64"}
+
+Schemes = Mapping[str, Scheme]
+"""Module -> scheme; a tied head goes by the embedding's name alone."""
+
+
+def linear_modules(config: ModelConfig) -> dict[str, Shape]:
+    """Return the linear maps of a complete config's model and their shapes (O, I), the head over the vocabulary included.
+
+    A tied head is left out: it is the embedding.
+    """
+    shapes = {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(config).items()}
+    tables = (EMBEDDING, "embed_positions", "relative_bias", "embed_token_types", "query_embeddings")
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if len(shape) == 2 and not name.endswith(tables) and not (name == HEAD and config.tie_embeddings)
+    }
+
+
+def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
+    """Return the family that a model in few bits is written as: the published one where it has our names, else our own."""
+    family = family_for(config)
+    if not schemes:
+        return family
+    plain = {
+        stored.name for stored in family.layout(config) if stored.layout == "plain" and stored.holds == (stored.name,)
+    }
+    return family if all(f"{name}.weight" in plain for name in schemes) else NATIVE
+
+
+def part_shapes(scheme: Scheme, shape: Shape) -> dict[str, Shape]:
+    """Return the tensors that hold a matrix (O, I), and their shapes."""
+    n_out, n_in = shape
+    n_groups = scheme.n_groups(n_in)
+    shapes: dict[str, Shape] = {PACKED: (n_out, -(-n_in * scheme.bits // 32)), SCALE: (n_out, n_groups), SHAPE: (2,)}
+    return shapes if scheme.symmetric else shapes | {ZERO: (-(-n_out * scheme.bits // 32), n_groups)}
+
+
+def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
+    """Return what `config.json` says of quantised modules."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    linear = set(linear_modules(config)) - {HEAD}
+    written = {}
+    for number, (scheme, names) in enumerate(groups.items()):
+        targets = ["Linear"] if set(names) == linear else names
+        written[f"group_{number}"] = {
+            "targets": targets,
+            "weights": {
+                "num_bits": scheme.bits,
+                "type": "int",
+                "symmetric": scheme.symmetric,
+                "strategy": "group" if scheme.group else "channel",
+                "group_size": scheme.group or None,
+                "dynamic": False,
+                "actorder": None,
+            },
+            "input_activations": None
+            if not scheme.activations
+            else {
+                "num_bits": scheme.activations,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+            "output_activations": None,
+        }
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": written,
+        "ignore": [] if HEAD in schemes else [HEAD],
+        "kv_cache_scheme": None,
+    }
+
+
+def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict[str, Scheme]:
+    """Return the scheme of every quantised module that a `config.json` names.
+
+    Raises: ArtifactError naming what is not read.
+    """
+    record = hf.get(KEY)
+    if record is None:
+        return {}
+    if not isinstance(record, dict) or record.get("quant_method") != METHOD:
+        method = record.get("quant_method") if isinstance(record, dict) else record
+        raise refused(where, "quant_method", method, METHOD)
+    if record.get("format") != FORMAT:
+        raise refused(where, "format", record.get("format"), FORMAT)
+    groups = record.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise refused(where, "config_groups", groups, "an object with groups")
+    linear = linear_modules(config)
+    known = [*linear, EMBEDDING]
+    ignored = matching(record.get("ignore") or [], known, where)
+    schemes: dict[str, Scheme] = {}
+    for group in groups.values():
+        if not isinstance(group, dict):
+            raise refused(where, "config_groups", group, "an object with groups")
+        targets = group.get("targets") or []
+        named = matching([target for target in targets if target != "Linear"], known, where)
+        names = named | (set(linear) - ignored if "Linear" in targets else set())
+        scheme = read_scheme(group, where)
+        schemes |= {name: scheme for name in known if name in names}
+    shapes = linear | {EMBEDDING: parameter_shapes(config)[f"{EMBEDDING}.weight"]}
+    unfit = next((name for name, scheme in schemes.items() if not scheme.fits(shapes[name][1])), None)
+    if unfit:
+        raise refused(
+            where, "group_size", schemes[unfit].group, f"a divisor of the {shapes[unfit][1]} inputs of {unfit}"
+        )
+    return schemes
+
+
+def matching(patterns: Any, names: Collection[str], where: str) -> set[str]:
+    """Return the names that a list of names and `re:` patterns means."""
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise refused(where, "targets", patterns, "a list of names")
+    found: set[str] = set()
+    for pattern in patterns:
+        if not pattern.startswith("re:"):
+            found |= {name for name in names if name == pattern}
+            continue
+        try:
+            rule = re.compile(pattern.removeprefix("re:"))
+        except re.error as error:
+            raise refused(where, "targets", pattern, "a regular expression") from error
+        found |= {name for name in names if rule.match(name)}
+    return found
+
+
+def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
+    """Return the scheme of a group."""
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
+        raise refused(where, "weights", weights, "static integers")
+    bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    if type(bits) is not int or not FEWEST_BITS <= bits <= MOST_BITS:
+        raise refused(where, "num_bits", bits, f"{FEWEST_BITS} to {MOST_BITS}")
+    if strategy not in ("group", "channel") or (strategy == "group" and (type(size) is not int or size < 1)):
+        raise refused(where, "strategy", f"{strategy} {size}", "group with a group_size, or channel")
+    if weights.get("actorder") not in (None, "static", "weight"):
+        raise refused(where, "actorder", weights.get("actorder"), "null, static or weight")
+    if inputs is not None and (
+        not isinstance(inputs, dict)
+        or inputs.get("num_bits") != 8
+        or inputs.get("type", "int") != "int"
+        or inputs.get("strategy") != "token"
+        or not inputs.get("dynamic")
+        or not inputs.get("symmetric", True)
+    ):
+        raise refused(where, "input_activations", inputs, "8 bits, symmetric, dynamic, per token")
+    group_size = int(size or 0) if strategy == "group" else 0
+    return Scheme(bits, group_size, symmetric=bool(weights.get("symmetric", True)), activations=8 if inputs else 0)
+
+
+def refused(where: str, key: str, value: Any, read: str) -> ArtifactError:
+    """Return the error for a way of quantising that is not read."""
+    return ArtifactError(
+        f"`{where}` has `{KEY}.{key}` {str(value)[:60]!r}, which llmctl does not read", f"what is read: {read}"
+    )
+
+
+def dequantised(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
+    """Return a state in which quantised modules have the float32 weights that their codes mean."""
+    from llmctl.quant.grid import decode
+    from llmctl.quant.weight import unpacked
+
+    state = {name: tensor for name, tensor in tensors.items() if not name.endswith((*PARTS, SHAPE))}
+    for name, scheme in schemes.items():
+        parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+        n_out, n_in = tensors[f"{name}.{SHAPE}"].tolist()
+        state[f"{name}.weight"] = decode(unpacked(parts, scheme, n_out, n_in), scheme)
+    return state
+
+
+def with_shapes(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelConfig) -> dict[str, "Tensor"]:
+    """Return the packed tensors of quantised modules as they are stored, each with its matrix's shape."""
+    import torch
+
+    shapes = parameter_shapes(config)
+    stored: dict[str, Tensor] = {}
+    for name, scheme in schemes.items():
+        stored |= {
+            f"{name}.{part}": state[f"{name}.{part}"]
+            for part in PARTS
+            if part in part_shapes(scheme, (1, scheme.group or 1))
+        }
+        stored[f"{name}.{SHAPE}"] = torch.tensor(shapes[f"{name}.weight"], dtype=torch.int64)
+    return stored

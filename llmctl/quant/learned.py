@@ -1,0 +1,95 @@
+"""A linear layer that trains through its own rounding: the weight behind the codes, and the scales of the grid.
+
+Source: LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5 (gradients of weight and scale); fixed zeros and training of
+weights beside scales: EfficientQAT, Chen et al. 2024, arXiv:2407.11062.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from llmctl.quant.grid import Codes, Grid, decode, encode, grouped, rounded_scales
+from llmctl.quant.schemes import Scheme
+
+NEAREST = 0.49
+"""How far from its value a weight begins at most, in steps of its scale: its code is the one that was chosen."""
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(weight_OI, scales_OG, zeros_OG)
+        ctx.levels = levels
+        scales, zeros = scales_OG[..., None], zeros_OG[..., None]
+        groups = weight_OI.unflatten(1, (scales_OG.shape[1], -1))
+        places = (groups / scales).add_(zeros).round_().clamp_(0, levels)
+        return places.sub_(zeros).mul_(scales).flatten(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor | None, ...]:
+        weight_OI, scales_OG, zeros_OG = ctx.saved_tensors
+        scales, zeros = scales_OG[..., None], zeros_OG[..., None]
+        n_groups = scales_OG.shape[1]
+        steps = weight_OI.unflatten(1, (n_groups, -1)) / scales
+        places = steps + zeros
+        inside = (places >= -0.5) & (places <= ctx.levels + 0.5)
+        grad = grad_OI.unflatten(1, (n_groups, -1))
+        off = places.round_().clamp_(0, ctx.levels).sub_(zeros).sub_(steps * inside)
+        return (grad * inside).flatten(1), (grad * off).sum(dim=2), None, None
+
+
+class LearnedLinear(nn.Module):
+    """A linear layer whose weight is rounded to a grid in every pass, and learns all the same.
+
+    Parameters: weight (O, I), bias, and ratio (O, G): the logarithm of what the grid's scales are multiplied by, so that
+    one learning rate fits scales of any size.
+    """
+
+    scales_OG: Tensor
+    zeros_OG: Tensor
+
+    def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = n_in, n_out, scheme
+        n_groups = scheme.n_groups(n_in)
+        self.weight = nn.Parameter(torch.zeros(n_out, n_in))
+        self.ratio = nn.Parameter(torch.zeros(n_out, n_groups))
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+        self.register_buffer("scales_OG", torch.ones(n_out, n_groups))
+        self.register_buffer("zeros_OG", torch.zeros(n_out, n_groups))
+
+    def put(self, codes: Codes, original_OI: Tensor) -> None:
+        """Begin with codes that were chosen, each weight as near to the original as its code allows."""
+        scheme = self.scheme
+        meant = decode(codes, scheme)
+        room = grouped(torch.ones_like(meant), scheme) * (codes.grid.scales_OG * NEAREST)[..., None]
+        reach = room.flatten(1)
+        with torch.no_grad():
+            self.weight.copy_(meant + (original_OI - meant).clamp(-reach, reach))
+            self.ratio.zero_()
+            self.scales_OG.copy_(codes.grid.scales_OG)
+            self.zeros_OG.copy_(codes.grid.zeros_OG)
+
+    def scales(self) -> Tensor:
+        """Return the scales (O, G) as a file will hold them; the gradient goes past the rounding."""
+        exact = self.scales_OG * self.ratio.exp()
+        return exact + (rounded_scales(exact.detach()) - exact.detach())
+
+    def rounded(self) -> Tensor:
+        """Return the weight (O, I) that the codes mean."""
+        weight: Tensor = _Rounded.apply(self.weight, self.scales(), self.zeros_OG, self.scheme.levels)  # type: ignore[no-untyped-call]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b of the rounded weight."""
+        return F.linear(x, self.rounded(), self.bias)
+
+
+def learned_codes(weight_OI: Tensor, ratio_OG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, scheme: Scheme) -> Codes:
+    """Return the codes of what a `LearnedLinear` has become."""
+    grid = Grid(rounded_scales(scales_OG * ratio_OG.exp()), zeros_OG.to(torch.uint8))
+    return Codes(encode(weight_OI, grid, scheme), grid)

@@ -1,0 +1,200 @@
+"""`llmctl quantize` as its users call it: all families, all schemes, what the results are good for, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmctl.cli import run
+from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.model.transformer import LanguageModel, initialise
+
+TINY = [
+    "--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "train.device=cpu",
+    "--set", "weights.calibration_rows=8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(
+        "\n\n".join(f"the good cat {i} sat on a bad mat. 猫坐在垫子上。" * 3 for i in range(60)), encoding="utf-8"
+    )
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def sources(models, tmp_path_factory) -> dict[str, Path]:
+    """Models of every family whose layers matter."""
+    paths = {}
+    for name, path in models.items():
+        artifact = read_artifact(path)
+        model = LanguageModel(replace(artifact.config, init_std=0.3))
+        initialise(model, 1)
+        folder = tmp_path_factory.mktemp("sources") / name
+        paths[name] = write_artifact(folder, model.config, model.state_dict(), files=artifact.files, provenance={})
+    return paths
+
+
+def quantize(source: Path, *more: str, out: str = "small") -> int:
+    return run(["quantize", str(source), "--calib", "text.txt", *TINY, "-q", "-o", out, *more])
+
+
+def report(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out)["report"]
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder", "bert", "encoder_decoder"])
+def test_every_family_gets_smaller_and_stays_what_it_was(sources, capsys, family):
+    off, figure = {}, "loss" if family == "bert" else "kl"  # a bare encoder predicts nothing: its states are compared
+    for bits in (8, 4, 3):
+        assert quantize(sources[family], "--bits", str(bits), "--json", "-f") == 0
+        sides = report(capsys)["models"]
+        assert sides["after"]["bytes"] < sides["before"]["bytes"]
+        assert sides["before"][figure] == pytest.approx(0, abs=1e-5)
+        off[bits] = sides["after"][figure]
+    assert off[8] < off[4] < off[3]
+    assert off[8] < 0.01
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "int4", "int4-sym", "int3", "int2"])
+def test_the_size_on_disk_is_what_the_bits_say(sources, capsys, scheme):
+    assert quantize(sources["decoder"], "--scheme", scheme, "--json") == 0
+    artifact = read_artifact(Path("small"))
+    bits = {"int8": 8, "w8a8": 8, "int4": 4, "int4-sym": 4, "int3": 3, "int2": 2}[scheme]
+    inner = {name: each for name, each in artifact.schemes.items() if "layers." in name}
+    assert {each.bits for each in inner.values()} == {bits}
+    shapes = {name: read_artifact(sources["decoder"]).tensors[f"{name}.weight"][2].shape for name in artifact.schemes}
+    theory = sum(each.size_bits(*shapes[name]) for name, each in artifact.schemes.items()) / 8
+    packed = sum(
+        entry.end - entry.begin
+        for name, (_, _, entry) in artifact.tensors.items()
+        if name.rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_zero_point")
+    )
+    assert theory <= packed <= 1.02 * theory
+    assert report(capsys)["models"]["after"]["bytes"] == sum(
+        entry.end - entry.begin for _, _, entry in artifact.tensors.values()
+    )
+
+
+@pytest.mark.parametrize("method", ["nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq"])
+def test_methods_leave_a_model_in_four_bits(sources, capsys, method):
+    assert quantize(sources["decoder"], "--bits", "4", "--method", method, "--json") == 0
+    assert 0 < report(capsys)["models"]["after"]["kl"] < 0.5
+
+
+def test_what_sees_the_data_is_nearer_to_the_model(sources, capsys):
+    kl = {}
+    for method in ("nearest", "gptq"):
+        assert quantize(sources["decoder"], "--bits", "3", "--method", method, "--json", "-f") == 0
+        kl[method] = report(capsys)["models"]["after"]["kl"]
+    assert kl["gptq"] < kl["nearest"]
+
+
+def test_the_result_goes_through_every_verb(sources, capsys):
+    assert quantize(sources["decoder"], "--bits", "4", out="small.safetensors") == 0
+    assert quantize(sources["encoder"], "--bits", "8", out="masks") == 0
+    assert quantize(sources["encoder_decoder"], "--bits", "8", out="pairs") == 0
+    capsys.readouterr()
+    assert run(["generate", "the good cat", "-m", "small.safetensors", "-n", "4", "-t", "0", "-q"]) == 0
+    assert run(["fill", "the good <mask> sat", "-m", "masks", "-q"]) == 0
+    assert run(["generate", "the good cat", "-m", "pairs", "-n", "4", "-q"]) == 0
+    assert capsys.readouterr().out
+    assert run(["evaluate", str(sources["decoder"]), "small.safetensors", "-d", "text.txt", "--json", "-q"]) == 0
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert rows[0]["n_parameters"] == rows[1]["n_parameters"]
+    assert run(["inspect", "small.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quantised"]["model.layers.0.self_attn.q_proj"]["bits"] == 4
+    tiny = ["--set", "train.seq_len=48", "--set", "data.split=blank", "--steps", "2", "-q"]
+    assert run(["finetune", "small.safetensors", "text.txt", "--task", "text", *tiny, "-o", "tuned"]) == 0
+    assert run(["distill", "small.safetensors", "-d", "text.txt", *tiny, "-o", "student"]) == 0
+    assert run(["export", "small.safetensors", "--to", "hf", "-o", "folder"]) == 0
+
+
+def test_a_model_without_data_takes_the_embedded_corpus_and_says_so(sources, capsys):
+    out = ["-o", "small", "--set", "train.seq_len=48", "--set", "weights.calibration_rows=4"]
+    assert run(["quantize", str(sources["decoder"]), "--bits", "8", *out]) == 0
+    assert "no --data" in capsys.readouterr().err
+
+
+def test_a_gate_is_missed_and_the_model_is_there(sources, capsys):
+    assert quantize(sources["decoder"], "--bits", "2", "--method", "nearest", "--max-drop", "0.0001%") == 10
+    assert "perplexity" in capsys.readouterr().err
+    assert Path("small/model.safetensors").exists()
+
+
+def test_equal_settings_are_equal_bytes(sources):
+    for name in ("one", "two"):
+        assert quantize(sources["decoder"], "--bits", "4", out=f"{name}.safetensors") == 0
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+
+
+def test_modules_can_be_kept(sources):
+    assert (
+        quantize(sources["decoder"], "--bits", "4", "--embedding", "float", "--set", "weights.keep=model.layers.0.*")
+        == 0
+    )
+    schemes = read_artifact(Path("small")).schemes
+    assert schemes
+    assert all(name.startswith("model.layers.1.") for name in schemes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bits", "5"], "--bits 5"),
+        (["--scheme", "int4", "--bits", "4"], "leave one out"),
+        (["--scheme", "int5"], "int5"),
+        (["--bits", "4", "--group", "24"], "groups of 24 do not divide the 32 inputs"),
+        (["--bits", "4", "--method", "magic"], "magic"),
+        (["--bits", "4", "--set", "weights.keep=*"], "nothing is left"),
+        (["--bits", "4", "--set", "weights.calibration_rows=0"], "calibration_rows"),
+        (["--bits", "4", "--max-drop", "much"], "much"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(sources, capsys, options, message):
+    assert quantize(sources["decoder"], *options) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("small").exists()
+
+
+def test_a_model_in_few_bits_is_refused_with_what_to_name(sources, capsys):
+    assert quantize(sources["decoder"], "--bits", "8", out="once") == 0
+    assert quantize(Path("once"), "--bits", "4") == 2
+    assert "in few bits already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(sources, capsys, bad):
+    artifact = read_artifact(sources["decoder"])
+    state = artifact.state()
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name] = state[name].clone()
+    state[name][0, 0] = bad
+    write_artifact(Path("bad"), artifact.config, state, files=artifact.files, provenance={})
+    assert quantize(Path("bad"), "--bits", "8") == 4
+    assert name in capsys.readouterr().err
+    assert not Path("small/model.safetensors").exists()
+
+
+def test_too_little_text_to_calibrate_on_is_refused(sources, capsys):
+    Path("text.txt").write_text("")
+    assert quantize(sources["decoder"], "--bits", "4") == 2
+    assert capsys.readouterr().err
+
+
+def test_nothing_is_computed_again_with_other_numbers(sources):
+    """What the model computes is what its codes mean, in the file as in memory."""
+    from llmctl.engine.models import load_model
+
+    assert quantize(sources["decoder"], "--bits", "4") == 0
+    loaded = load_model(Path("small"), packed=True)
+    plain = load_model(sources["decoder"]).model
+    plain.load_state_dict(read_artifact(Path("small")).state())
+    ids = torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found, expected = loaded.model(ids), plain(ids)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()

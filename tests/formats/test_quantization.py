@@ -1,0 +1,107 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmctl.cli import run
+from llmctl.engine.models import load_model
+from llmctl.errors import ArtifactError
+from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.quantization import EMBEDDING, linear_modules, part_shapes, read_schemes, write_schemes
+from llmctl.quant.methods import nearest
+from llmctl.quant.schemes import SCHEMES, Scheme
+from llmctl.quant.weight import packed
+
+FAMILIES = ("decoder", "encoder", "encoder_decoder")
+
+
+def quantised(source: Path, out: Path, scheme: Scheme, *, embedding: Scheme | None = SCHEMES["int8"]) -> Path:
+    artifact = read_artifact(source)
+    state = artifact.state()
+    schemes = dict.fromkeys(linear_modules(artifact.config), scheme)
+    if embedding:
+        schemes[EMBEDDING] = embedding
+    for name, each in schemes.items():
+        codes = nearest(state.pop(f"{name}.weight"), each)
+        state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, each).items()}
+    state.pop("lm_head.weight", None)
+    return write_artifact(out, artifact.config, state, files=artifact.files, provenance={}, schemes=schemes)
+
+
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int4", "int4-sym", "int3", "int2"])
+def test_schemes_survive_config_json(models: dict[str, Path], name: str) -> None:
+    config = read_artifact(models["decoder"]).config
+    scheme = replace(SCHEMES[name], group=SCHEMES[name].group and 32)  # the width of the tiny model
+    schemes = dict.fromkeys(linear_modules(config), scheme) | {EMBEDDING: Scheme(8)}
+    text = json.loads(json.dumps({"quantization_config": write_schemes(schemes, config)}))
+    assert read_schemes(text, config, "here") == schemes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_a_model_in_few_bits_computes_what_its_weights_multiplied_out_do(
+    models: dict[str, Path], tmp_path: Path, family: str, bits: int
+) -> None:
+    path = quantised(models[family], tmp_path / "small", Scheme(bits, 0, symmetric=bits == 8))
+    loaded, floats = load_model(path, packed=True), read_artifact(path).state()
+    plain = load_model(models[family]).model
+    plain.load_state_dict(floats)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    more = {"decoder_input_ids_BT": ids} if family == "encoder_decoder" else {}
+    with torch.inference_mode():
+        found, expected = loaded.model(ids, **more), plain(ids, **more)
+    assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_survive_going_through_one_file_and_back(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    path = quantised(models[family], tmp_path / "small", SCHEMES["int8"])
+    assert run(["export", str(path), "--to", "single", "-o", str(tmp_path / "one.safetensors")]) == 0
+    assert run(["export", str(tmp_path / "one.safetensors"), "--to", "hf", "-o", str(tmp_path / "again")]) == 0
+    first, last = (read_artifact(tmp_path / name) for name in ("small", "again"))
+    assert first.schemes == last.schemes
+    a, b = first.packed_state(), last.packed_state()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_what_is_not_read_is_named(models: dict[str, Path]) -> None:
+    config = read_artifact(models["decoder"]).config
+    good = write_schemes(dict.fromkeys(linear_modules(config), SCHEMES["int8"]), config)
+    group = good["config_groups"]["group_0"]
+    for change, named in [
+        ({"quant_method": "gptq"}, "gptq"),
+        ({"format": "marlin-24"}, "marlin-24"),
+        ({"config_groups": {}}, "config_groups"),
+        ({"config_groups": {"a": group | {"weights": group["weights"] | {"num_bits": 16}}}}, "num_bits"),
+        ({"config_groups": {"a": group | {"weights": group["weights"] | {"type": "float"}}}}, "float"),
+        ({"config_groups": {"a": group | {"input_activations": {"num_bits": 4}}}}, "input_activations"),
+        ({"config_groups": {"a": group | {"weights": group["weights"] | {"strategy": "group", "group_size": 7}}}}, "7"),
+        ({"config_groups": {"a": group | {"targets": ["re:("]}}}, "re:"),
+    ]:
+        with pytest.raises(ArtifactError, match=named):
+            read_schemes({"quantization_config": good | change}, config, "here")
+
+
+def test_the_tensors_of_a_matrix_take_what_the_scheme_says() -> None:
+    scheme = SCHEMES["int4"]
+    shapes = part_shapes(scheme, (96, 128))
+    bits = 32 * 96 * shapes["weight_packed"][1] + 16 * 96 * 2 + 32 * shapes["weight_zero_point"][0] * 2
+    assert bits == scheme.size_bits(96, 128)
+
+
+def test_a_damaged_packed_tensor_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    path = quantised(models["decoder"], tmp_path / "small", SCHEMES["int8"])
+    text = json.loads((path / "config.json").read_text())
+    text["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+
+    header = read_header(path / "model.safetensors")
+    tensors = {
+        name: tensor.clone() for name, tensor in read_tensors(path / "model.safetensors", header.tensors).items()
+    }
+    write_safetensors(path / "model.safetensors", tensors, header.metadata | {"llmctl.config": json.dumps(text)})
+    with pytest.raises(ArtifactError, match="of another shape"):
+        read_artifact(path)

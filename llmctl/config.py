@@ -329,7 +329,9 @@ class TaskConfig:
 class FinetuneConfig(TaskConfig):
     """Everything `llmctl finetune` reads."""
 
-    method: Literal["full", "lora", "dora"] = setting("full", "train all weights, or an adapter beside frozen ones")
+    method: Literal["full", "lora", "dora"] = setting(
+        "full", "train all weights, or an adapter beside frozen ones; those of a base in few bits stay in them"
+    )
     pooling: Literal["auto", "first", "mean", "last"] = setting(
         "auto", "classify: the state under the head; auto is what the model's published classifier takes"
     )

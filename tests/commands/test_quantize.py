@@ -198,3 +198,28 @@ def test_nothing_is_computed_again_with_other_numbers(sources):
     with torch.inference_mode():
         found, expected = loaded.model(ids), plain(ids)
     assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_adapter_trains_on_a_base_in_four_bits(sources, capsys, method):
+    assert quantize(sources["decoder"], "--bits", "4", out="base") == 0
+    capsys.readouterr()
+    tiny = ["--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "optim.lr=0.01", "--steps", "12", "-q"]
+    tuned = ["finetune", "base", "text.txt", "--task", "text", "--method", method, *tiny]
+    assert run([*tuned, "-o", "adapter", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["after"]["loss"] < found["before"]["loss"]
+    assert found["n_trained"] < 0.6 * found["n_parameters"]
+    assert run([*tuned, "-o", "merged", "--set", "merge=true"]) == 0
+    texts = []
+    for model in ("adapter", "merged"):
+        capsys.readouterr()
+        assert run(["evaluate", model, "-d", "text.txt", "--json", "-q"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["models"][0]["figures"]["loss"])
+    assert texts[0] == pytest.approx(texts[1], abs=1e-4)
+    answers = []
+    for model in (["merged"], ["base", "--adapter", "adapter"]):
+        capsys.readouterr()
+        assert run(["generate", "the good cat", "-n", "6", "-t", "0", "-q", "-m", *model]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]

@@ -223,3 +223,54 @@ def test_an_adapter_trains_on_a_base_in_four_bits(sources, capsys, method):
         assert run(["generate", "the good cat", "-n", "6", "-t", "0", "-q", "-m", *model]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+def test_bits_are_shared_out_within_a_target(sources, capsys, family):
+    kl = {}
+    for target in ("3.5", "5"):
+        assert quantize(sources[family], "--target-bpw", target, "--json", "-f") == 0
+        found = report(capsys)
+        assert found["bits_per_weight_layers"] <= float(target)
+        kl[target] = found["models"]["after"]["kl"]
+    assert kl["5"] < kl["3.5"]
+    bits = {scheme.bits for name, scheme in read_artifact(Path("small")).schemes.items() if "layers." in name}
+    assert len(bits) > 1
+
+
+def test_a_size_is_kept(sources, capsys):
+    assert quantize(sources["decoder"], "--target-size", "30kB", "--json") == 0
+    assert 25_000 < report(capsys)["models"]["after"]["bytes"] <= 30_500
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-bpw", "1"], "the smallest possible is"),
+        (["--target-size", "1kB"], "the smallest possible is"),
+        (["--target-size", "small"], "is not a size"),
+        (["--target-bpw", "4", "--target-size", "1MB"], "two budgets"),
+        (["--target-bpw", "4", "--scheme", "w8a8"], "w8a8"),
+        (["--method", "learned", "--scheme", "w8a8"], "w8a8"),
+    ],
+)
+def test_targets_that_cannot_be_are_told(sources, capsys, options, message):
+    assert quantize(sources["decoder"], *options) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("small/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+def test_codes_are_learned_and_what_is_measured_is_what_is_written(sources, capsys, family):
+    learned = ["--bits", "2", "--method", "learned", "--steps", "30", "--set", "optim.lr=0.001", "--json"]
+    assert quantize(sources[family], *learned, "--set", "train.dtype=float32", out="one.safetensors") == 0
+    found = report(capsys)["models"]
+    assert found["after"]["kl"] < found["chosen"]["kl"]
+    if family == "encoder_decoder":
+        return  # whose task by itself is spans, which `evaluate` does not know
+    task = [] if family == "decoder" else ["--task", "mask"]
+    losses = []
+    for name in ("one.safetensors", str(sources[family])):
+        assert run(["evaluate", name, "-d", "text.txt", *task, "--json", "-q"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["models"][0]["figures"]["loss"])
+    assert abs(losses[0] - losses[1]) < 0.3

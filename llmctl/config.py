@@ -329,7 +329,9 @@ class TaskConfig:
 class FinetuneConfig(TaskConfig):
     """Everything `llmctl finetune` reads."""
 
-    method: Literal["full", "lora", "dora"] = setting("full", "train all weights, or an adapter beside frozen ones")
+    method: Literal["full", "lora", "dora"] = setting(
+        "full", "train all weights, or an adapter beside frozen ones; those of a base in few bits stay in them"
+    )
     pooling: Literal["auto", "first", "mean", "last"] = setting(
         "auto", "classify: the state under the head; auto is what the model's published classifier takes"
     )
@@ -470,6 +472,8 @@ class WeightsConfig:
     embedding: Literal["int8", "int4", "float"] = setting(
         "int8", "embedding and head over the vocabulary: int8, int4, or float (16 bits)"
     )
+    target_bpw: float = setting(0.0, "bits per weight of the blocks, scales counted, that layers share out; 0 is off")
+    target_size: str = setting("", "size of the whole model, such as 60MB, within which layers share bits out")
     keep: tuple[str, ...] = listed((), "modules that stay as they are, by patterns of names such as model.layers.0.*")
     calibration_rows: int = setting(128, "training rows on which layers are calibrated")
 

@@ -42,6 +42,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def teachers(models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of models of every family with something to say: random ones whose layers matter."""
+    from dataclasses import replace
+
+    from llmctl.formats.artifact import read_artifact, write_artifact
+    from llmctl.model.transformer import LanguageModel, initialise
+
+    paths = {}
+    for name, path in models.items():
+        artifact = read_artifact(path)
+        model = LanguageModel(replace(artifact.config, init_std=0.3))
+        initialise(model, 1)
+        folder = tmp_path_factory.mktemp("teachers") / name
+        paths[name] = write_artifact(folder, model.config, model.state_dict(), files=artifact.files, provenance={})
+    return paths
+
+
+@pytest.fixture(scope="session")
 def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder whose `runs/` holds two finished runs, 0001 and 0002, and 0003, which was killed at its work."""
     import subprocess

@@ -28,6 +28,12 @@ def quantize(
     method: Annotated[
         str | None, typer.Option(help="nearest, clip, weighted, hqq, awq, gptq, awq-gptq or learned; else by bits.")
     ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Share bits out among layers within a size of the model: 60MB.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Share bits out among layers within bits per weight: 4.25.")
+    ] = None,
     embedding: Annotated[str | None, typer.Option(help="Embedding and head: int8, int4 or float.")] = None,
     calib: Annotated[
         list[str] | None, typer.Option("--calib", "-d", "--data", help="Text or examples; else the embedded corpus.")
@@ -48,6 +54,8 @@ def quantize(
 
       llmctl quantize model.safetensors --bits 8 --calib corpus/ --max-drop 1% -o small.safetensors
 
+      llmctl quantize latest --target-size 2MB
+
       llmctl quantize runs/0003 --bits 3 --method learned --steps 200 --calib corpus/
     """
     from llmctl.config import QuantizeConfig
@@ -62,6 +70,8 @@ def quantize(
         "weights.group": group,
         "weights.method": method,
         "weights.embedding": embedding,
+        "weights.target_size": target_size,
+        "weights.target_bpw": target_bpw,
         "data.paths": calib or None,
         "data.val_paths": val or None,
         "task": task,

@@ -71,6 +71,7 @@ def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any
     artifact = adapt(loaded.artifact, [named_adapter(name) for name in names])
     require_family(artifact.config, able, artifact.path)
     tokenizer = loaded.tokenizer if artifact.files == loaded.artifact.files else fitting_tokenizer(artifact)
+    loaded.model.multiply_out()  # a sum has other codes than the base
     state = loaded.model.state_dict()
     state |= merged(state, architecture_on(loaded.artifact, artifact.config), artifact.adapters)
     model = without_weights(artifact.config)
@@ -87,7 +88,7 @@ def load_adapter(target: "Loaded | LanguageModel", path: Path) -> list[str]:
 
     Raises: NotFoundError; ArtifactError for an adapter of another base, or one whose head the model does not have.
     """
-    from llmctl.model.lora import LoRALinear, adapter_modules, freeze
+    from llmctl.model.lora import adapted_kind, adapter_modules, freeze
 
     adapter = read_adapter(path)
     model = target.model if isinstance(target, Loaded) else target
@@ -98,8 +99,9 @@ def load_adapter(target: "Loaded | LanguageModel", path: Path) -> list[str]:
         architecture = architecture_on(target.artifact, model.config)
     parts, head = read_parts(adapter, architecture)
     for name, part in parts.items():
-        adapted = LoRALinear(
-            model.get_submodule(name),  # type: ignore[arg-type]
+        layer = model.get_submodule(name)
+        adapted = adapted_kind(layer)(
+            layer,  # type: ignore[arg-type]
             rank=part.rank,
             alpha=part.alpha,
             dropout=adapter.dropout,

@@ -87,7 +87,9 @@ def subject_of(name: str, make: Callable[[], LanguageModel]) -> Subject:
 
 def load_subject(path: Path, dtype: str) -> Subject:
     """Load a model and make it ready."""
-    return subject_of(str(path), lambda: load_model(path, device="cpu", dtype=dtype, able="generate", packed=True).model)
+    return subject_of(
+        str(path), lambda: load_model(path, device="cpu", dtype=dtype, able="generate", packed=True).model
+    )
 
 
 def resident_bytes() -> int:

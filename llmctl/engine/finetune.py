@@ -55,7 +55,10 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
     Raises: NotFoundError or ArtifactError for a model that is not there or damaged.
     """
     train, optim = config.train, config.optim
-    shape = read_model(Path(config.model)).config
+    artifact = read_model(Path(config.model))
+    shape = artifact.config
+    if artifact.schemes and config.method != "full":  # weights in few bits have no copy in bfloat16
+        train = replace(train, master_weights=False)
     if not (train.steps or train.tokens or train.minutes or train.epochs):
         train = replace(train, epochs=DEFAULT_EPOCHS)
     train = replace(train, seq_len=min(train.seq_len, shape.max_positions))
@@ -103,7 +106,8 @@ class Finetuning(Job):
 
         Raises: UsageError for a model that has no tokenizer or cannot be trained on the task.
         """
-        base = load_model(Path(self.config.model), device="cpu", dtype="float32")
+        packed = self.config.method != "full"  # an adapter leaves the base in its few bits
+        base = load_model(Path(self.config.model), device="cpu", dtype="float32", packed=packed)
         check_task(self.config, base)
         return base
 
@@ -138,7 +142,7 @@ class Finetuning(Job):
         if self.config.method != "full":
             layers = self.adapt(self.model)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            share = trained / sum(p.numel() for p in self.model.parameters())
+            share = trained / self.model.n_parameters
             what = f"{self.config.method} of rank {self.config.adapter.rank} on {len(layers)} layers"
             say(f"{what}: {trained:,} parameters trained, {share:.2%} of all")
 
@@ -210,6 +214,7 @@ class Finetuning(Job):
         """Return the trained model in one piece, whatever processes it was shared out to."""
         model = LanguageModel(self.model.config)
         if self.config.method != "full":
+            model.quantise(self.base.artifact.schemes)
             self.adapt(model)
         model.load_state_dict(super().weights(weights))
         return model

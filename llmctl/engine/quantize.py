@@ -3,7 +3,9 @@
 Codes are chosen once and lie in `parts/`; a run that was stopped goes on with them.
 """
 
+import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from llmctl.engine.heldout import measure
 from llmctl.engine.job import Say
 from llmctl.engine.learner import learned_state, learner, small_in_16_bits
 from llmctl.engine.loop import Fitted, Training
+from llmctl.engine.mixed import allocate, candidates, measure_costs, parse_size
 from llmctl.engine.models import load_model
 from llmctl.engine.objectives import Objective
 from llmctl.engine.quantize_report import make_report, render
@@ -27,11 +30,15 @@ from llmctl.engine.runs import Run
 from llmctl.engine.taught import Taught
 from llmctl.errors import ArtifactError
 from llmctl.files import write_json
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
+from llmctl.formats.parameters import parameter_shapes
 from llmctl.losses.products import is_native
 from llmctl.model.transformer import LanguageModel, load_tensors
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import packed
+
+SENSITIVITY_ROWS = 32
+"""Rows on which it is measured what bits are worth."""
 
 CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
 
@@ -78,19 +85,38 @@ class Quantizing(Taught):
         model = LanguageModel(self.shape)
         load_tensors(model, self.teacher.model.state_dict())
         refuse_unfinite(model, self.config.model)
-        method = self.method
-        batches = self.batches(model, self.config.weights.calibration_rows) if needs_data(self.plan, method) else []
+        method, rows = self.method, self.config.weights.calibration_rows
+        plan = self.shared_out(model, say)
+        batches = self.batches(model, rows) if needs_data(plan, method) else []
         with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
-            found = calibrate(model, self.plan, method, batches, say)
+            found = calibrate(model, plan, method, batches, say)
         write_artifact(
             path,
             model.config,
-            stored_state(model, found, self.plan),
+            stored_state(model, found, plan),
             files=self.files(),
             provenance={"lost": {name: float(f"{share:.4g}") for name, share in found.lost.items()}},
-            schemes=self.plan,
+            schemes=plan,
             force=True,
         )
+
+    def shared_out(self, model: LanguageModel, say: Say) -> dict[str, Scheme]:
+        """Return the plan, its bits shared out among the layers where there is a target."""
+        weights, shapes = self.config.weights, parameter_shapes(self.shape)
+        plan = dict(self.plan)
+        if not (weights.target_bpw or weights.target_size):
+            return plan
+        sizes = {name: shapes[f"{name}.weight"] for name in plan}
+        choices = candidates(plan, {name: size[1] for name, size in sizes.items()})
+        budget = weights.target_bpw * sum(sizes[name][0] * sizes[name][1] for name in choices)
+        if weights.target_size:
+            budget = 8 * parse_size(weights.target_size) - other_bits(model, plan, set(choices))
+        say(f"measuring what bits are worth in {len(choices)} layers")
+        batches = self.batches(model, min(weights.calibration_rows, SENSITIVITY_ROWS))
+        chosen = allocate(measure_costs(model, choices, batches, self.config.train.seed), sizes, budget)
+        counts = Counter(scheme.bits for scheme in chosen.values())
+        say("layers: " + ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items())))
+        return plan | chosen
 
     @property
     def method(self) -> str:
@@ -141,7 +167,7 @@ class Quantizing(Taught):
     def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
         """Write the model in few bits into the run folder."""
         del fitted
-        chosen = read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN))
+        chosen = self.result
         write_artifact(
             folder,
             chosen.config,
@@ -178,15 +204,20 @@ class Quantizing(Taught):
             {"before": original, "after": self.model},
             {"before": before | score, **chosen, "after": fitted.after},
             batch=batch,
-            schemes=self.plan,
+            schemes=self.result.schemes,
             source=self.teacher.artifact,
-            result=read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN)),
+            result=self.result,
             settings=self.config,
             metric=training.metric,
             device=runtime.device,
         )
         if runtime.is_main:
             write_json(self.run / "report.json", self.report.record)
+
+    @property
+    def result(self) -> Artifact:
+        """What came out."""
+        return read_artifact(self.run / "parts" / (LEARNED if self.trains else CHOSEN))
 
     def keep_learned(self, fitted: Fitted) -> None:
         """Write the codes that were learned beside those that were chosen."""
@@ -243,6 +274,18 @@ def refuse_unfinite(model: LanguageModel, name: str) -> None:
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
+
+
+def other_bits(model: LanguageModel, plan: Mapping[str, Scheme], inside: set[str]) -> int:
+    """Return the bits of what is not shared out: tables, heads, vectors."""
+    shapes = parameter_shapes(model.config)
+    bits = sum(scheme.size_bits(*shapes[f"{name}.weight"]) for name, scheme in plan.items() if name not in inside)
+    held = {f"{name}.weight" for name in plan}
+    if model.config.tie_embeddings:
+        held.add("lm_head.weight")
+    return bits + sum(
+        (16 if len(shape) > 1 else 32) * math.prod(shape) for name, shape in shapes.items() if name not in held
+    )
 
 
 def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:

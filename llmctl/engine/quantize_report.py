@@ -11,6 +11,7 @@ from llmctl.engine.distill_report import ROWS, Report, row, shown
 from llmctl.engine.gate import parse_gate
 from llmctl.engine.machine import peak_memory_bytes
 from llmctl.engine.metrics import FIGURES, rounded
+from llmctl.engine.products import Measured, give_table
 from llmctl.engine.speed import reading_speed, writing_speed
 from llmctl.formats.artifact import Artifact
 from llmctl.model.transformer import LanguageModel
@@ -33,6 +34,7 @@ def make_report(
     # Where codes were learned, those that they began with stand between the two.
     sides: dict[str, dict[str, Any]] = {name: rounded(figures) for name, figures in measured.items()}
     for name, model in models.items():
+        give_table(model, Measured())  # the products that it is used with
         writes = writing_speed(model, batch)
         sides[name] = {
             "bytes": stored_bytes(source if name == "before" else result),

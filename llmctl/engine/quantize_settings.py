@@ -9,6 +9,7 @@ from llmctl.engine.adapted import read_model
 from llmctl.engine.checks import check_shared
 from llmctl.engine.distill_settings import TASKS, is_bare
 from llmctl.engine.gate import parse_gate
+from llmctl.engine.mixed import parse_size
 from llmctl.engine.student_shape import count
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
@@ -38,7 +39,8 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         task = "classify" if model.n_labels else made_for if made_for in TASKS else "text"
     method = weights.method
     if method == "auto":
-        method = "nearest" if SCHEMES[weights.scheme].bits == 8 else "gptq"
+        wide = SCHEMES[weights.scheme].bits == 8 and not (weights.target_bpw or weights.target_size)
+        method = "nearest" if wide else "gptq"
     bare = is_bare(artifact)
     loss = replace(
         loss,
@@ -84,10 +86,29 @@ def check_quantize(config: QuantizeConfig) -> None:
             f"`weights.calibration_rows` is {weights.calibration_rows}, it must be at least 1",
         ),
         (weights.group < -1, f"`weights.group` is {weights.group}, it must be -1, 0 or more"),
+        (weights.target_bpw < 0, f"`weights.target_bpw` is {weights.target_bpw}, it is negative"),
+        (
+            bool(weights.target_bpw and weights.target_size),
+            "`weights.target_bpw` and `weights.target_size` are two budgets",
+        ),
+        (
+            bool(weights.target_bpw or weights.target_size) and bool(SCHEMES[weights.scheme].activations),
+            "bits are shared out among weights alone: not with w8a8",
+        ),
+        (
+            weights.method == "learned" and bool(SCHEMES[weights.scheme].activations),
+            "`weights.method` learned is for weights alone: not with w8a8",
+        ),
+        (
+            bool(weights.target_bpw or weights.target_size) and is_bare(artifact),
+            f"`{config.model}` predicts nothing by which it could be told what bits are worth: no target",
+        ),
         (config.loss.name == "seq", "`loss.name` seq is for students"),
         (bool(config.teacher.cache), "`teacher.cache` is for students: the model itself is there"),
         (config.loss.on_policy > 0, "`loss.on_policy` is for students"),
     )
+    if weights.target_size:
+        parse_size(weights.target_size)
     plan_of(artifact.config, config)
     if not config.data.paths and config.task != "text":
         raise UsageError(f"`--task {config.task}` needs data", "--data FILE")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.engine.session import Session
+from llmctl.model.decode import Decoder, covers
 from llmctl.model.transformer import LanguageModel
 
 TIMINGS = 5
@@ -32,7 +33,10 @@ def reading_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float:
 
 @torch.inference_mode()
 def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | None:
-    """Return how many tokens a second a model adds to one text; None for one that does not write."""
+    """Return how many tokens a second a model adds to one text; None for one that does not write.
+
+    The model is made ready for decoding and is not to be trained afterwards.
+    """
     if model.config.family == "encoder" or model.config.n_labels:
         return None
     was_training = model.training
@@ -41,7 +45,7 @@ def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | 
     if n_new < 2:
         return None
     prompt = batch["input_ids_BT"][0, :PROMPT_TOKENS].tolist()
-    session = Session(model, [prompt], n_new)
+    session = Session(model, [prompt], n_new, decoder=Decoder(model) if covers(model.config) else None)
     tokens_B = session.begin().argmax(dim=1)
     seconds = []
     for _ in range(n_new - 1):

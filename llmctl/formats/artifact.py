@@ -113,6 +113,8 @@ class Artifact:
 
     def packed_state(self) -> dict[str, "Tensor"]:
         """Return the same, but modules in few bits with their packed tensors in place of a weight."""
+        if not self.schemes:
+            return self.stored_state()
         published = self._published()
         layout = [stored for stored in self.family.layout(self.config) if stored.name not in weights_of(self.schemes)]
         state = to_parameters(layout, parameter_shapes(self.config), published.__getitem__)

@@ -7,6 +7,7 @@ DoRA: the columns of W + s B A are brought to learned lengths m (Liu et al. 2024
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from llmctl.errors import UsageError
 from llmctl.model.transformer import LanguageModel
+from llmctl.quant.linear import QuantLinear
 
 HEAD = "classifier"
 """What the names of the classification head's parameters begin with."""
@@ -72,19 +74,28 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)  # a Linear's own would draw a weight that nobody needs
         self.in_features, self.out_features = base.in_features, base.out_features
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
-        self.weight = base.weight
-        self.register_parameter("bias", base.bias)
+        self.take(base)
         self.requires_grad_(False)
         # Kaiming-uniform with a = sqrt(5), as the authors' code and PEFT have it: uniform in +-1 / sqrt(I).
         bound = 1 / math.sqrt(base.in_features)
         a_RI = torch.rand(rank, base.in_features, generator=generator) * (2 * bound) - bound
-        self.lora_A = nn.Parameter(a_RI.to(base.weight))
-        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        weight_OI = self.weight
+        self.lora_A = nn.Parameter(a_RI.to(weight_OI))
+        self.lora_B = nn.Parameter(weight_OI.new_zeros(base.out_features, rank))
         self.register_parameter("lora_magnitude", None)
         if dora:
-            lengths_O = norms(self.weight, self.lora_A, self.lora_B, self.scale)
-            self.lora_magnitude = nn.Parameter(lengths_O.to(base.weight.dtype))
+            lengths_O = norms(weight_OI, self.lora_A, self.lora_B, self.scale)
+            self.lora_magnitude = nn.Parameter(lengths_O.to(weight_OI.dtype))
         self.train(base.training)
+
+    def take(self, base: nn.Linear) -> None:
+        """Take the layer's weight and bias over."""
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of x without its adapter."""
+        return F.linear(x, self.weight, self.bias)
 
     @property
     def scale(self) -> float:
@@ -96,7 +107,7 @@ class LoRALinear(nn.Linear):
 
         The lengths of the rows of W + s B A count as constants, as in section 4.3 of the paper.
         """
-        y = F.linear(x, self.weight, self.bias)
+        y = self.plain(x)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         delta = F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
         if self.lora_magnitude is None:
@@ -117,6 +128,40 @@ class LoRALinear(nn.Linear):
         """Describe the adapter beside the layer."""
         kind = "" if self.lora_magnitude is None else ", dora=True"
         return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha}{kind}"
+
+
+class PackedLoRALinear(LoRALinear):
+    """An adapter over a weight in few bits, which is never held multiplied out.
+
+    Source: QLoRA, Dettmers et al. 2023, arXiv:2305.14314, eq. 5.
+    """
+
+    base: QuantLinear
+
+    def take(self, base: nn.Linear | QuantLinear) -> None:
+        """Take the layer over."""
+        assert isinstance(base, QuantLinear)
+        self.base = base
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weight that the codes mean, float32, made anew."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """The layer's bias."""
+        return self.base.bias
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of x without its adapter."""
+        made: Tensor = self.base(x)
+        return made
+
+
+def adapted_kind(layer: nn.Module) -> type[LoRALinear]:
+    """Return the kind of layer that gives another an adapter."""
+    return PackedLoRALinear if isinstance(layer, QuantLinear) else LoRALinear
 
 
 def adapter_modules(model: nn.Module) -> dict[str, LoRALinear]:
@@ -153,13 +198,13 @@ def add_adapters(
             )
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
-        adapted = LoRALinear(layer, rank=rank, alpha=alpha, dropout=dropout, dora=dora, generator=generator)
+        adapted = adapted_kind(layer)(layer, rank=rank, alpha=alpha, dropout=dropout, dora=dora, generator=generator)
         model.set_submodule(name, adapted)
     freeze(model)
     return list(layers)
 
 
-def find_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def find_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, Any]:
     """Return the linear layers whose names end with a target.
 
     Raises: UsageError for a table or a head, or when nothing fits, naming what the model has.
@@ -180,10 +225,10 @@ def find_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, nn.L
     return found
 
 
-def candidates(model: LanguageModel) -> Iterator[tuple[str, nn.Linear]]:
+def candidates(model: LanguageModel) -> Iterator[tuple[str, nn.Linear | QuantLinear]]:
     """Yield the linear layers that can have an adapter: all but the heads over the vocabulary and over labels."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith(("lm_head", HEAD)):
+        if isinstance(module, (nn.Linear, QuantLinear)) and not name.startswith(("lm_head", HEAD)):
             yield name, module
 
 
@@ -201,12 +246,21 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Put every adapter into the weights: the model is then plain again, its state that of one without adapters."""
+    """Put every adapter into the weights: the model is then plain again, its state that of one without adapters.
+
+    What was held in few bits is multiplied out.
+    """
     for name, adapted in adapter_modules(model).items():
         has_bias = adapted.bias is not None
         plain = nn.Linear(adapted.in_features, adapted.out_features, bias=has_bias, device="meta")
-        adapted.weight.data = adapted.merged_weight()
-        plain.weight, plain.bias = adapted.weight, adapted.bias
+        if isinstance(adapted, PackedLoRALinear):
+            plain.weight = nn.Parameter(adapted.merged_weight())
+            plain.register_parameter("bias", None if adapted.bias is None else nn.Parameter(adapted.bias))
+        else:
+            adapted.weight.data = adapted.merged_weight()
+            plain.weight, plain.bias = adapted.weight, adapted.bias
         plain.train(adapted.training)
         model.set_submodule(name, plain)
+    if isinstance(model, LanguageModel):
+        model.multiply_out()
     model.requires_grad_(True)

@@ -325,6 +325,20 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.logits_bias)
         self.tie()
 
+    def multiply_out(self) -> None:
+        """Replace what is held in few bits by plain layers with the weights that the codes mean."""
+        packed = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantWeight)]
+        for name, module in packed:
+            weight = nn.Parameter(module.weight.to(self.dtype))
+            plain: Any = nn.Embedding(module.n_out, module.n_in, device="meta")
+            if isinstance(module, QuantLinear):
+                plain = nn.Linear(module.n_in, module.n_out, bias=module.bias is not None, device="meta")
+                plain.bias = None if module.bias is None else nn.Parameter(module.bias)
+            plain.weight = weight
+            put_module(self, name, plain)
+        if packed:
+            self.tie()
+
     def stacks(self) -> list[Stack]:
         """Return the stacks: one, or an encoder and a decoder."""
         is_pair = self.config.family == "encoder_decoder"

@@ -3,8 +3,11 @@
 How a product is computed depends on the machine, see `products.py`; nothing here is trained.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from llmctl.quant.grid import Codes, Grid, decode
 from llmctl.quant.packing import unpack
@@ -24,12 +27,43 @@ class QuantLinear(QuantWeight):
         self.table: Table = usual
         self._product: Product | None = None
 
+    @property
+    def in_features(self) -> int:
+        """The inputs, as torch's linear layers name them."""
+        return self.n_in
+
+    @property
+    def out_features(self) -> int:
+        """The outputs."""
+        return self.n_out
+
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b, in the precision of x."""
+        """Return x W^T + b, in the precision of x; gradients go through to x."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
+        else:
+            y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return x W^T."""
         if self._product is None:
             self._product = choose(self, self.table)
-        y = self._product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self._product(x)
+
+
+class _Frozen(torch.autograd.Function):
+    """The product with a weight that is not trained; it is multiplied out again on the way back, and never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ ctx.layer.dequantised(grad.dtype), None
 
 
 class QuantEmbedding(QuantWeight):

@@ -46,19 +46,6 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def teachers(models, tmp_path_factory) -> dict[str, Path]:
-    """Models of every family with something to say: random ones whose layers matter."""
-    paths = {}
-    for name, path in models.items():
-        artifact = read_artifact(path)
-        model = LanguageModel(replace(artifact.config, init_std=0.3))
-        initialise(model, 1)
-        folder = tmp_path_factory.mktemp("teachers") / name
-        paths[name] = write_artifact(folder, model.config, model.state_dict(), files=artifact.files, provenance={})
-    return paths
-
-
 def config_of(teacher: Path, *settings: str) -> DistillConfig:
     given = [*TINY, f"model={teacher}", "data.paths=[text.txt]", *settings]
     return settle(load(DistillConfig, settings=given, environment={}).config)

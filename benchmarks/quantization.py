@@ -1,0 +1,107 @@
+"""Quantization on public data: every scheme and method on the same model and held-out text, one line per result.
+
+    python benchmarks/quantization.py --data DATA --models MODELS --work WORK [NAME ...]
+
+DATA and MODELS are laid out as for `tasks.py`; `wiki` takes the decoder that `distill.py half` makes, or makes it. Every run
+can be repeated by hand from the line that is printed before it. SmolLM2's published weights lie on a 4-bit grid, which
+flatters every format with that grid: `smollm2` first takes them off it by a short training run.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill import make_teacher, wiki
+from tasks import RECIPES, Bench, main, measured, smollm2
+
+PART_BYTES = 32_000
+"""Held-out text of SmolLM2; a part of the validation text, for the sake of the time."""
+
+ROWS: dict[str, list[str]] = {
+    "int8": ["--bits", "8"],
+    "int8, float tables": ["--bits", "8", "--embedding", "float"],
+    "w8a8": ["--scheme", "w8a8"],
+    "int4 g64 nearest": ["--bits", "4", "--method", "nearest"],
+    "int4 g64 hqq": ["--bits", "4", "--method", "hqq"],
+    "int4 g64 weighted": ["--bits", "4", "--method", "weighted"],
+    "int4 g64 awq": ["--bits", "4", "--method", "awq"],
+    "int4 g64 gptq": ["--bits", "4", "--method", "gptq"],
+    "int4 g64 awq-gptq": ["--bits", "4", "--method", "awq-gptq"],
+    "int4 g32 nearest": ["--bits", "4", "--group", "32", "--method", "nearest"],
+    "int4 g32 gptq": ["--bits", "4", "--group", "32", "--method", "gptq"],
+    "int4-sym g32 gptq": ["--scheme", "int4-sym", "--method", "gptq"],
+    "int4 g64 learned": ["--bits", "4", "--method", "learned"],
+    "mixed 4.3 gptq": ["--bits", "4", "--target-bpw", "4.3125"],
+    "int3 g64 nearest": ["--bits", "3", "--method", "nearest"],
+    "int3 g64 gptq": ["--bits", "3", "--method", "gptq"],
+    "int3 g64 learned": ["--bits", "3", "--method", "learned"],
+}
+
+
+def row(bench: Bench, model: object, calib: Path, val: Path, *options: object) -> dict[str, Any]:
+    """Quantize once, and return the figures that matter."""
+    found = bench.run("quantize", model, "--calib", calib, "--val", val, *options, "-o", "quantised", "-f")
+    report = found["report"]
+    before, after = report["models"]["before"], report["models"]["after"]
+    figures = {name: after[name] for name in ("perplexity", "kl", "agreement", "bytes") if name in after}
+    change = {"perplexity_change": after["perplexity"] / before["perplexity"] - 1} if "perplexity" in after else {}
+    bits = {name: report[name] for name in ("bits_per_weight", "bits_per_weight_layers")}
+    speed = {name: report[name] for name in ("reading_ratio", "writing_ratio") if name in report}
+    return {
+        "before": before.get("perplexity"),
+        **figures,
+        **change,
+        **bits,
+        **speed,
+        "cpu_seconds": found["cpu_seconds"],
+    }
+
+
+def each(bench: Bench, model: object, calib: Path, val: Path, *options: object) -> None:
+    """Print a line for every scheme and method."""
+    for name, own in ROWS.items():
+        print(
+            json.dumps({"model": str(model), "row": name, **row(bench, model, calib, val, *own, *options)}), flush=True
+        )
+
+
+def decoder(bench: Bench) -> dict[str, Any]:
+    """The decoder of WikiText-2 that distillation starts from."""
+    make_teacher(bench, "wiki-teacher", "wikitext.yaml")
+    train, valid = wiki(bench)
+    each(bench, "wiki-teacher", train, valid, "--set", "train.seq_len=128")
+    return {}
+
+
+def large(bench: Bench) -> dict[str, Any]:
+    """SmolLM2, off its grid."""
+    train, valid = wiki(bench)
+    part = bench.work / "wiki-valid-32k.txt"
+    part.write_bytes(valid.read_bytes()[:PART_BYTES])
+    if not (bench.work / "smollm2-off").exists():
+        recipe = RECIPES / "finetune" / "smollm2-off-grid.yaml"
+        bench.run("finetune", smollm2(bench), train, "-r", recipe, "--val", part, "-o", "smollm2-off")
+    each(bench, "smollm2-off", train, part, "--set", "weights.calibration_rows=64")
+    return {}
+
+
+def sentences(bench: Bench) -> dict[str, Any]:
+    """MiniLM in eight and four bits, held against people's judgements of similarity."""
+    teacher, calib = bench.models / "minilm", bench.text("train.en", "multi30k-en-de", "train.en.gz")
+    found = {}
+    for name, options in (("int8", ("--bits", 8)), ("w8a8", ("--scheme", "w8a8")), ("int4", ("--bits", 4))):
+        bench.run("quantize", teacher, "--calib", calib, *options, "-o", f"minilm-{name}", "-f")
+    names = ("--set", "columns.names=text,pair,label")
+    test = bench.data / "stsb" / "stsb-en-test.csv"
+    models = (teacher, "minilm-int8", "minilm-w8a8", "minilm-int4")
+    found["stsb"] = measured(bench.run("evaluate", *models, "-d", test, "--task", "similarity", *names))
+    return found
+
+
+RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {"wiki": decoder, "smollm2": large, "minilm": sentences}
+"""The runs by name."""
+
+
+if __name__ == "__main__":
+    main(__doc__, RUNS)

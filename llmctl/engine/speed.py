@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmctl.engine.decoders import make_decoder
 from llmctl.engine.session import Session
-from llmctl.model.decode import Decoder, covers
 from llmctl.model.transformer import LanguageModel
 
 TIMINGS = 5
@@ -45,7 +45,7 @@ def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | 
     if n_new < 2:
         return None
     prompt = batch["input_ids_BT"][0, :PROMPT_TOKENS].tolist()
-    session = Session(model, [prompt], n_new, decoder=Decoder(model) if covers(model.config) else None)
+    session = Session(model, [prompt], n_new, decoder=make_decoder(model))
     tokens_B = session.begin().argmax(dim=1)
     seconds = []
     for _ in range(n_new - 1):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.jobs import LLMCTL, environment, finish
-from tests.engine.test_distill import TINY, here, teachers  # noqa: F401
+from tests.engine.test_distill import TINY, here  # noqa: F401
 
 
 def losses(folder: Path) -> list[float]:

@@ -21,7 +21,7 @@ from llmctl.losses.base import IGNORE
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.recipe import load
 from tests.engine.jobs import LLMCTL, environment, finish, running, weights
-from tests.engine.test_distill import TINY, here, pairs, teachers  # noqa: F401
+from tests.engine.test_distill import TINY, here, pairs  # noqa: F401
 
 
 def config_of(teacher: Path, *settings: str) -> DistillConfig:

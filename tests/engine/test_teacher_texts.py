@@ -14,7 +14,7 @@ from llmctl.engine.task import prepare_task
 from llmctl.engine.teacher_texts import PROMPT_TOKENS, answer, beginning, write_texts
 from llmctl.recipe import load
 from tests.engine.jobs import LLMCTL, environment, finish, running, weights
-from tests.engine.test_distill import TINY, here, pairs, teachers  # noqa: F401
+from tests.engine.test_distill import TINY, here, pairs  # noqa: F401
 
 SEQ = ["loss.name=seq", "teacher.max_tokens=10", "train.seq_len=32"]
 

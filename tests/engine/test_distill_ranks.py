@@ -33,7 +33,7 @@ def distil(teacher: Path, out: str, *arguments: str) -> list[float]:
         ("encoder", [["--nproc", "2"], ["--set", "train.micro_batch_size=2"]]),
     ],
 )
-def test_all_ways_are_one(teachers, family, ways):  # noqa: F811
+def test_all_ways_are_one(teachers, family, ways):
     whole = distil(teachers[family], "whole")
     for number, way in enumerate(ways):
         assert distil(teachers[family], f"way-{number}", *way) == pytest.approx(whole, rel=1e-5), way

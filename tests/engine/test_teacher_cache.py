@@ -60,7 +60,7 @@ def exact(job: Distilling, numbers: list[int]) -> tuple[torch.Tensor, torch.Tens
     return probabilities[labels != IGNORE], labels[labels != IGNORE]
 
 
-def test_rows_stay_what_they_are_in_any_order(teachers):  # noqa: F811
+def test_rows_stay_what_they_are_in_any_order(teachers):
     source = job_of(teachers["decoder"]).fixed_batches()
     n = source.n_rows
     first = {source.address(number): source.batch([number])["input_ids_BT"] for number in range(n)}
@@ -72,7 +72,7 @@ def test_rows_stay_what_they_are_in_any_order(teachers):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["sampled", "topk", "hidden"])
-def test_a_batch_is_its_rows_however_it_is_cut(teachers, kind):  # noqa: F811
+def test_a_batch_is_its_rows_however_it_is_cut(teachers, kind):
     """A process or a micro-batch gets some of a step's rows: what it is told is what the whole step would be."""
     store = made(teachers["decoder"], "signals", f"teacher.kind={kind}")
     source = CachedBatches(job_of(teachers["decoder"]).fixed_batches(), store)
@@ -93,7 +93,7 @@ def test_a_batch_is_its_rows_however_it_is_cut(teachers, kind):  # noqa: F811
                 assert np.array_equal(own[name], expected)
 
 
-def test_draws_have_the_teachers_shares(teachers):  # noqa: F811
+def test_draws_have_the_teachers_shares(teachers):
     teacher = teachers["decoder"]
     job = job_of(teacher)
     shares = []
@@ -117,7 +117,7 @@ def test_draws_have_the_teachers_shares(teachers):  # noqa: F811
         assert np.abs(deviation[likely].mean()) < 0.2
 
 
-def test_the_likeliest_are_kept_and_the_rest_is_counted(teachers):  # noqa: F811
+def test_the_likeliest_are_kept_and_the_rest_is_counted(teachers):
     store = made(teachers["decoder"], "signals", "teacher.kind=topk", "teacher.top_k=5")
     job = job_of(teachers["decoder"])
     p, _ = exact(job, [2])
@@ -128,7 +128,7 @@ def test_the_likeliest_are_kept_and_the_rest_is_counted(teachers):  # noqa: F811
     assert found["teacher_tail"] == pytest.approx((1 - values.sum(-1)).numpy(), rel=4e-3, abs=1e-5)
 
 
-def test_states_are_the_teacher_itself(teachers):  # noqa: F811
+def test_states_are_the_teacher_itself(teachers):
     """Training from hidden states is training beside the teacher: the same rows, the same targets."""
     store = made(teachers["decoder"], "signals", "teacher.kind=hidden")
     job = job_of(teachers["decoder"])
@@ -154,7 +154,7 @@ def test_states_are_the_teacher_itself(teachers):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["sampled", "topk", "hidden"])
-def test_students_learn_from_signals(teachers, kind):  # noqa: F811
+def test_students_learn_from_signals(teachers, kind):
     store = made(teachers["decoder"], "signals", f"teacher.kind={kind}")
     trained = run(teachers["decoder"], "teacher.cache=signals", "train.steps=24")
     report = trained.summary["report"]
@@ -163,7 +163,7 @@ def test_students_learn_from_signals(teachers, kind):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", ["encoder", "encoder_decoder"])
-def test_signals_of_other_families(teachers, family):  # noqa: F811
+def test_signals_of_other_families(teachers, family):
     extra = [pairs(), "task=translate"] if family == "encoder_decoder" else []
     made(teachers[family], "signals", *extra)
     trained = run(teachers[family], "teacher.cache=signals", "train.steps=24", *extra)
@@ -253,7 +253,7 @@ def test_text_of_an_attempt_with_other_data_is_not_gone_on_with(teachers, here):
     run(teachers["decoder"], "teacher.cache=signals", "data.paths=[other.txt]")
 
 
-def test_states_in_bfloat16_are_the_teachers_own(teachers):  # noqa: F811
+def test_states_in_bfloat16_are_the_teachers_own(teachers):
     wide = made(teachers["decoder"], "wide", "teacher.kind=hidden")
     narrow = made(teachers["decoder"], "narrow", "teacher.kind=hidden", "teacher.dtype=bf16")
     assert narrow.bytes_per_token < 0.55 * wide.bytes_per_token
@@ -278,7 +278,7 @@ def test_a_teacher_that_is_not_finite_is_refused(teachers, here):  # noqa: F811
         made(here / "broken", "signals")
 
 
-def test_other_targets_in_the_same_file_are_other_data(teachers):  # noqa: F811
+def test_other_targets_in_the_same_file_are_other_data(teachers):
     rows = [{"source": f"the cat {i}", "first": f"猫 {i} good", "second": f"bad {i} 猫 on"} for i in range(60)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = ["data.paths=[pairs.jsonl]", "task=translate", "columns.source=source"]
@@ -312,7 +312,7 @@ def test_signals_of_something_else_are_refused(teachers, here):  # noqa: F811
 @pytest.mark.parametrize(
     "settings", [["loss.name=rkl"], ["loss.temperature=2"], ["loss.match=hidden"], ["loss.on_policy=0.5"]]
 )
-def test_what_signals_cannot_teach(teachers, settings):  # noqa: F811
+def test_what_signals_cannot_teach(teachers, settings):
     made(teachers["decoder"], "signals")
     with pytest.raises(UsageError, match=settings[0].split("=")[0]):
         run(teachers["decoder"], "teacher.cache=signals", *settings)

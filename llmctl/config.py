@@ -425,7 +425,7 @@ class BaselineConfig:
 
     enabled: bool = setting(False, "train it too")
     lr_factors: tuple[float, ...] = setting(
-        (1.0, 3.0, 10.0), "its learning rates as multiples of the student's; the best one is reported"
+        (0.2, 0.6, 2.0), "its learning rates as multiples of the student's; the best one is reported"
     )
     compute: bool = setting(True, "also give it the steps that the teacher's share of the work would have paid for")
 

@@ -108,7 +108,7 @@ def test_an_interrupt_keeps_what_was_written(make_loaded):
     assert (answer.finish, answer.text) == ("interrupted", "".join(shown))
     assert whole.startswith(answer.text)
     assert chat.messages == talk("a list", answer.text)
-    hook = loaded.model.model.register_forward_hook(interrupt)
+    hook = loaded.model.model.embed_tokens.register_forward_hook(interrupt)
     assert chat.ask("b", shown.append).finish == "interrupted"
     assert chat.messages == talk("a list", answer.text)
     hook.remove()

@@ -70,8 +70,9 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, bytes], dict[str, Any]]:
-    """Return configuration, float32 state, tokenizer files and origin of a Llama-type GGUF file."""
-    from llmctl.formats.gguf import gguf_config, gguf_state, read_gguf_header
+    """Return configuration, float32 state, tokenizer files and origin of a GGUF file."""
+    from llmctl.formats.gguf import read_gguf_header
+    from llmctl.formats.gguf_model import gguf_config, gguf_state
     from llmctl.formats.gguf_tokenizer import tokenizer_files
 
     header = read_gguf_header(path)

@@ -52,7 +52,7 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
     Raises: UsageError when `out` does not fit the form; NotFoundError, ArtifactError, OutputError.
     """
     if to not in ("single", "hf"):
-        raise UsageError(f"there is no form `{to}`", "--to takes single or hf")
+        raise UsageError(f"there is no form `{to}`", "--to takes single, hf or gguf")
     if (to == "single") != (out.suffix == ".safetensors"):
         form = "a file X.safetensors" if to == "single" else "a folder"
         raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")

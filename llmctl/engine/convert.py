@@ -52,7 +52,7 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
     Raises: UsageError when `out` does not fit the form; NotFoundError, ArtifactError, OutputError.
     """
     if to not in ("single", "hf"):
-        raise UsageError(f"there is no form `{to}`", "--to takes single or hf")
+        raise UsageError(f"there is no form `{to}`", "--to takes single, hf or gguf")
     if (to == "single") != (out.suffix == ".safetensors"):
         form = "a file X.safetensors" if to == "single" else "a folder"
         raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")
@@ -70,8 +70,9 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, bytes], dict[str, Any]]:
-    """Return configuration, float32 state, tokenizer files and origin of a Llama-type GGUF file."""
-    from llmctl.formats.gguf import gguf_config, gguf_state, read_gguf_header
+    """Return configuration, float32 state, tokenizer files and origin of a GGUF file."""
+    from llmctl.formats.gguf import read_gguf_header
+    from llmctl.formats.gguf_model import gguf_config, gguf_state
     from llmctl.formats.gguf_tokenizer import tokenizer_files
 
     header = read_gguf_header(path)

@@ -431,7 +431,7 @@ def refuse_overwrite(out: Path, exists: bool, *, force: bool) -> None:
 
     Raises: OutputError.
     """
-    if out.suffix != ".safetensors" and out.is_file():
+    if out.suffix not in (".safetensors", ".gguf") and out.is_file():
         raise OutputError(f"`{out}` is a file, a model folder was to be written there", "choose another place with -o")
     if exists and not force:
         raise OutputError(f"`{out}` exists already", "choose another place with -o, or replace it with -f")

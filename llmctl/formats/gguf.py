@@ -1,6 +1,6 @@
-"""GGUF files: the header by the standard library, quantised weights through the package `gguf`, Llama's layout only.
+"""GGUF files: the header by the standard library, quantised weights through the package `gguf`.
 
-Knows the format and how llama.cpp lays out a Llama; the tokenizer inside is turned into files by `gguf_tokenizer.py`.
+Knows the format and nothing of models: those are read by `gguf_model.py`, the tokenizer inside by `gguf_tokenizer.py`.
 Every length in a header is checked against the file before it is believed.
 Source: the GGUF specification, docs/gguf.md in ggml-org/ggml.
 """
@@ -11,15 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, MissingExtraError, NotFoundError
-from llmctl.formats.llama import LLAMA
-from llmctl.formats.parameters import parameter_shapes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -50,19 +46,6 @@ BLOCKS = {
     13: Block("Q5_K", 256, 176),
     14: Block("Q6_K", 256, 210),
     30: Block("BF16", 1, 2),
-}
-
-# llama.cpp's name of a tensor in a layer -> ours.
-LAYER_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
 }
 
 
@@ -218,141 +201,6 @@ def place(cursor: Cursor, name: str, start: int, entry: tuple[Block, tuple[int, 
         what = f"tensor `{name[:80]}` ends at byte {start + offset + n_bytes} of {len(cursor.data)}"
         raise cursor.damaged(what)
     return GgufTensor(block, shape, start + offset, n_bytes)
-
-
-def gguf_config(header: GgufHeader) -> ModelConfig:
-    """Return the model configuration of a Llama-type GGUF file, and check its tensors against it.
-
-    Raises: ArtifactError for another architecture, rope scaling, experts, or tensors that do not fit.
-    """
-    data = header.metadata
-    architecture = data.get("general.architecture")
-    if architecture != "llama":
-        raise ArtifactError(
-            f"`{header.path}` is of the architecture `{str(architecture)[:60]}`, which llmctl does not read as GGUF",
-            "what is read: llama; other families come in as Hugging Face folders",
-        )
-    refuse_extras(header)
-    config = LLAMA.read_config(hf_values(header))
-    check_gguf_tensors(header, config)
-    return config
-
-
-def refuse_extras(header: GgufHeader) -> None:
-    """Refuse what changes the maths of Llama.
-
-    Raises: ArtifactError naming the key.
-    """
-    plain_values = {
-        "llama.rope.scaling.type": ("none", None),
-        "llama.rope.scale_linear": (1.0, None),
-        "llama.expert_count": (0, None),
-        "llama.attention.sliding_window": (0, None),
-    }
-    for key, allowed in plain_values.items():
-        value = header.metadata.get(key)
-        if value not in allowed:
-            raise ArtifactError(f"`{header.path}` has `{key}` {str(value)[:60]!r}, which llmctl does not read")
-    if "rope_freqs.weight" in header.tensors:
-        raise ArtifactError(
-            f"`{header.path}` scales its rotary frequencies (rope_freqs.weight), which llmctl does not read"
-        )
-
-
-def hf_values(header: GgufHeader) -> dict[str, Any]:
-    """Return the metadata under the names that a Llama's config.json has."""
-    data = {key.removeprefix("llama."): value for key, value in header.metadata.items()}
-    embedding = header.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise ArtifactError(f"`{header.path}` has no tensor `token_embd.weight`")
-    values = {
-        "vocab_size": embedding.shape[0],
-        "hidden_size": data.get("embedding_length"),
-        "num_hidden_layers": data.get("block_count"),
-        "num_attention_heads": data.get("attention.head_count"),
-        "num_key_value_heads": data.get("attention.head_count_kv"),
-        "head_dim": data.get("attention.key_length", data.get("rope.dimension_count")),
-        "intermediate_size": data.get("feed_forward_length"),
-        "max_position_embeddings": data.get("context_length"),
-        "rms_norm_eps": shortest(data.get("attention.layer_norm_rms_epsilon")),
-        "rope_theta": shortest(data.get("rope.freq_base")),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": data.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": data.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": data.get("tokenizer.ggml.padding_token_id"),
-    }
-    rotated = data.get("rope.dimension_count", values["head_dim"])
-    if rotated != values["head_dim"]:
-        raise ArtifactError(
-            f"`{header.path}` rotates {rotated} of {values['head_dim']} channels, which llmctl does not read"
-        )
-    return values
-
-
-def shortest(value: Any) -> Any:
-    """Return the shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
-    import numpy as np
-
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def tensor_names(config: ModelConfig) -> dict[str, str]:
-    """Return llama.cpp's name -> ours of every tensor of the model."""
-    names = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    if not config.tie_embeddings:
-        names["output.weight"] = "lm_head.weight"
-    for layer in range(config.n_layers):
-        names |= {f"blk.{layer}.{key}": f"model.layers.{layer}.{value}" for key, value in LAYER_NAMES.items()}
-    return names
-
-
-def check_gguf_tensors(header: GgufHeader, config: ModelConfig) -> None:
-    """Check names and shapes before anything is read.
-
-    Raises: ArtifactError naming the first that is missing, left over, or of another shape.
-    """
-    if config.n_layers > len(header.tensors):
-        raise ArtifactError(f"`{header.path}` claims {config.n_layers} layers and has {len(header.tensors)} tensors")
-    names, shapes = tensor_names(config), parameter_shapes(config)
-    for name in names:
-        if name not in header.tensors:
-            raise ArtifactError(f"`{header.path}` has no tensor `{name}`", "fetch the file again")
-        shape = header.tensors[name].shape
-        if shape != shapes[names[name]]:
-            wanted = shapes[names[name]]
-            raise ArtifactError(f"tensor `{name}` of `{header.path}` has the shape {shape}, its metadata says {wanted}")
-    extra = [name for name in header.tensors if name not in names]
-    if extra:
-        raise ArtifactError(f"`{header.path}` has the tensor `{extra[0][:80]}`, which is not part of a Llama")
-
-
-def gguf_state(header: GgufHeader, config: ModelConfig) -> dict[str, "Tensor"]:
-    """Return the state of `LanguageModel(config)` in float32, the tied head included.
-
-    llama.cpp stores the rows of queries and keys so that rotary pairs stand side by side; ours stand half a head apart.
-
-    Raises: MissingExtraError when a weight format needs the package `gguf`.
-    """
-    import torch
-
-    data = map_file(header.path)
-    heads = {"q_proj.weight": config.n_heads, "k_proj.weight": config.n_kv_heads}
-    state: dict[str, Tensor] = {}
-    for there, name in tensor_names(config).items():
-        array = dequantise(data, header.tensors[there])
-        n_heads = next((n for ending, n in heads.items() if name.endswith(ending)), 0)
-        state[name] = torch.from_numpy(half_split(array, n_heads) if n_heads else array)
-    if config.tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return state
-
-
-def half_split(array: "NDArray[np.float32]", n_heads: int) -> "NDArray[np.float32]":
-    """Reorder rows (N*H, D) from interleaved rotary pairs to halves of a head."""
-    import numpy as np
-
-    rows = array.reshape(n_heads, array.shape[0] // n_heads // 2, 2, -1)
-    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
 
 
 def dequantise(data: "NDArray[np.uint8]", tensor: GgufTensor) -> "NDArray[np.float32]":

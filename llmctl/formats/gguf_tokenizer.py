@@ -8,21 +8,41 @@ one the ids would be wrong without anybody noticing.
 import json
 import struct
 from collections.abc import Mapping
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from llmctl.errors import ArtifactError
 from llmctl.files import json_text
 
 T = TypeVar("T")
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
-# llama.cpp's name of a pre-tokenizer -> how the `tokenizers` library spells it.
-PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "gpt-2": BYTE_LEVEL,
-    "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]},
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How Llama 3 and Qwen cut a text into words; they differ in how many digits stay together."""
+
+
+class PreTokenizer(NamedTuple):
+    """What llama.cpp means by a pre-tokenizer's name, as the `tokenizers` library spells it."""
+
+    steps: dict[str, Any]
+    normalizer: dict[str, Any] | None = None
+    ignore_merges: bool = False
+
+
+def split_words(digits: str) -> dict[str, Any]:
+    """Return the steps that cut words by WORDS and then turn them into bytes."""
+    split = {"type": "Split", "pattern": {"Regex": WORDS % digits}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"trim_offsets": False, "use_regex": False}]}
+
+
+# Qwen's normaliser is not in llama.cpp: there a text that is not in NFC has other ids.
+PRE_TOKENIZERS = {
+    "gpt-2": PreTokenizer(BYTE_LEVEL),
+    "smollm": PreTokenizer({"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}),
+    "llama-bpe": PreTokenizer(split_words(r"\p{N}{1,3}"), ignore_merges=True),
+    "qwen2": PreTokenizer(split_words(r"\p{N}"), normalizer={"type": "NFC"}),
 }
 
 
@@ -126,8 +146,8 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[str(pre)],
+        "normalizer": PRE_TOKENIZERS[pre].normalizer,
+        "pre_tokenizer": PRE_TOKENIZERS[pre].steps,
         "post_processor": begin_with(tokens[bos], bos) if bos >= 0 else None,
         "decoder": BYTE_LEVEL,
         "model": {
@@ -138,7 +158,7 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": False,
+            "ignore_merges": PRE_TOKENIZERS[pre].ignore_merges,
             "vocab": {token: index for index, token in enumerate(tokens)},
             "merges": pairs,
         },

@@ -1,6 +1,8 @@
 """`llmctl export` as a user runs it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -33,3 +35,56 @@ def test_errors_have_their_exit_code(folder, tmp_path, capsys):
     (tmp_path / "x").write_bytes(b"")
     assert run(["export", str(folder), "--to", "hf", "-o", str(tmp_path / "x" / "y")]) == 8
     assert "error: " in capsys.readouterr().err
+    assert run(["export", str(folder), "--to", "hf"]) == 2
+    assert "-o" in capsys.readouterr().err
+    assert run(["export", str(folder), "--to", "single", "-o", out, "--type", "q4_0"]) == 2
+    assert "hint: --to gguf" in capsys.readouterr().err
+
+
+def test_a_gguf_file_and_what_was_proved(models, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+    out = tmp_path / "m.gguf"
+    assert run(["export", str(models["decoder"]), "--to", "gguf", "--type", "q4_k", "-o", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "rows of 32 are no whole blocks of Q4_K" in captured.err
+    assert "KL" in captured.err
+    assert run(["export", str(models["decoder"]), "--to", "gguf", "-f", "-o", str(out), "--json", "-q"]) == 0
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    assert captured.err == ""
+    assert (record["type"], record["bytes"]) == ("f16", out.stat().st_size)
+    assert 16 <= record["bits_per_weight"] < 16.5
+    assert record["proof"]["logits_max_difference"] == 0
+    assert run(["import", str(out), "-o", str(tmp_path / "back"), "-q"]) == 0
+
+
+def test_what_is_no_gguf_has_its_exit_code(folder, models, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+    out = tmp_path / "m.gguf"
+    (tmp_path / "there.gguf").write_bytes(b"")
+    cases = [
+        (models["decoder"], ["--type", "q2"], 2, "q4_K"),
+        (models["decoder"], ["-o", str(tmp_path / "m.bin")], 2, "X.gguf"),
+        (tmp_path / "nowhere", [], 3, "nowhere"),
+        (models["encoder"], [], 4, "is an encoder, which is not exported as GGUF"),
+        (folder, [], 4, "no tokenizer"),
+        (models["decoder"], ["-o", str(tmp_path / "there.gguf")], 8, "exists already"),
+    ]
+    for model, flags, code, message in cases:
+        assert run(["export", str(model), "--to", "gguf", "-o", str(out), *flags]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert message in captured.err
+        assert "hint: " in captured.err
+    assert not out.exists()
+
+
+def test_without_the_package_the_extra_is_named(models, tmp_path):
+    program = "import sys; sys.modules['gguf'] = None; from llmctl.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = ["export", str(models["decoder"]), "--to", "gguf", "-o", str(tmp_path / "m.gguf")]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert "llmctl[gguf]" in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmctl.errors import ArtifactError, NotFoundError
-from llmctl.formats.gguf import BLOCKS, dequantise, gguf_config, gguf_state, half_split, map_file, read_gguf_header
+from llmctl.formats.gguf import BLOCKS, dequantise, map_file, read_gguf_header
+from llmctl.formats.gguf_model import gguf_config, gguf_state, half_split
 from llmctl.formats.gguf_tokenizer import tokenizer_files
 
 gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
@@ -97,6 +98,21 @@ def test_config_and_state(tmp_path):
     assert (config.tie_embeddings, config.rope_theta) == (True, 500.0)
     state = gguf_state(header, config)
     assert state["lm_head.weight"] is state["model.embed_tokens.weight"]
+
+
+def test_qwen3_has_norms_of_queries_and_keys_and_rows_as_ours(tmp_path):
+    metadata = {key.replace("llama", "qwen3"): size for key, size in METADATA.items()}
+    metadata["qwen3.attention.layer_norm_rms_epsilon"] = 1e-6
+    shapes = SHAPES | {"blk.0.attn_q_norm.weight": (8,), "blk.0.attn_k_norm.weight": (8,)}
+    path = write_gguf(tmp_path / "m.gguf", architecture="qwen3", metadata=metadata, shapes=shapes)
+    config = gguf_config(read_gguf_header(path))
+    assert (config.qk_norm, config.n_kv_heads, config.norm_eps) == (True, 2, 1e-6)
+    state = gguf_state(read_gguf_header(path), config)
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    assert np.array_equal(state["model.layers.0.self_attn.k_proj.weight"], stored["blk.0.attn_k.weight"])
+    assert np.array_equal(state["model.layers.0.self_attn.q_norm.weight"], stored["blk.0.attn_q_norm.weight"])
+    with pytest.raises(ArtifactError, match="attn_q_norm"):
+        gguf_config(read_gguf_header(write_gguf(tmp_path / "n.gguf", architecture="qwen3", metadata=metadata)))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +219,8 @@ def test_plain_weights_need_no_package(tmp_path):
 import sys
 sys.modules["gguf"] = None
 from pathlib import Path
-from llmctl.formats.gguf import read_gguf_header, gguf_config, gguf_state
+from llmctl.formats.gguf import read_gguf_header
+from llmctl.formats.gguf_model import gguf_config, gguf_state
 from llmctl.errors import MissingExtraError
 for name in sys.argv[1:]:
     header = read_gguf_header(Path(name))

@@ -12,6 +12,7 @@ from llmctl.data.conversations import Message
 from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat, end_of_turn_ids
 from llmctl.engine.chat_template import chat_template
 from llmctl.engine.convert import import_model
+from llmctl.engine.export_gguf import export_gguf
 from llmctl.tokenizer.load import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
@@ -98,3 +99,28 @@ def test_perplexity_of_wikitext_2(model, tokenizer, reference, shared_data, figu
     figure("SmolLM2-135M-Instruct Q4_1", "perplexity, WikiText-2 (reference 24.885)", f"{perplexity:.3f}")
     assert losses == pytest.approx(reference[0]["wikitext2_valid"]["sum_nll"], abs=0.01)
     assert perplexity == pytest.approx(reference[0]["wikitext2_valid"]["perplexity"], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "kl"), [("q8_0", 8.51, 0.003), ("q4_1", 5.75, 1e-6), ("q4_K", 5.95, 0.09), ("f16", 16.01, 1e-4)]
+)
+def test_out_as_gguf_and_in_again(kind, bits, kl, folder, model, tmp_path, load, figure):
+    pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+    record = export_gguf(folder, tmp_path / "m.gguf", kind=kind)
+    proof = record["proof"]
+    back = import_model(tmp_path / "m.gguf", tmp_path / "back")
+    ids = load_tokenizer(folder).encode("The capital of France is")
+    with torch.no_grad():
+        found, wanted = load(back)(torch.tensor([ids]))[0], model(torch.tensor([ids]))[0]
+    figure(
+        f"SmolLM2-135M-Instruct {kind} GGUF",
+        "bits per weight, KL, same best token",
+        f"{record['bits_per_weight']:.2f}, {proof['kl']:.2g}, {proof['top1']:.1%}",
+    )
+    assert load_tokenizer(back).encode("The capital of France is") == ids
+    assert record["bits_per_weight"] < bits
+    assert proof["kl"] < kl
+    assert int(found[-1].argmax()) == int(wanted[-1].argmax())
+    if kind == "q4_1":  # it came as Q4_1: the search finds the grid that its weights are on
+        assert proof["logits_max_difference"] == 0
+        assert torch.allclose(found, wanted, atol=1e-2)

@@ -1,0 +1,81 @@
+"""GGUF files of ours as others read them: transformers' own loader, and llama.cpp where `llama_cpp` is installed."""
+
+import pytest
+import torch
+
+from llmctl.config import ModelConfig, TokenizerConfig
+from llmctl.engine.export_gguf import export_gguf
+from llmctl.engine.gguf_proof import PROBES
+from llmctl.engine.models import load_model
+from llmctl.formats.artifact import write_artifact
+from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.tokenizer.train import train_tokenizer
+from tests.formats.bpe import TEXTS, byte_level
+
+pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+pytestmark = pytest.mark.interop
+
+SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_positions": 128, "init_std": 0.2}
+CASES = {
+    "llama": {},
+    "llama-untied": {"tie_embeddings": False, "rope_theta": 777.0},
+    "qwen3": {"qk_norm": True, "tie_embeddings": False, "head_dim": 128},  # transformers does not read its width
+}
+
+
+def source_of(folder, tokenizer, **fields):
+    model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | fields)))
+    initialise(model, 5)
+    return write_artifact(folder, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    return train_tokenizer(TEXTS, TokenizerConfig(vocab_size=340))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["f32", "q4_0"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_transformers_loads_it_with_the_same_logits(case, kind, pieces, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+    source = source_of(tmp_path / "m", pieces, **CASES[case])
+    export_gguf(source, tmp_path / "m.gguf", kind=kind)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        str(tmp_path), gguf_file="m.gguf", dtype="float32"
+    ).eval()
+    from llmctl.engine.convert import import_model
+
+    ours = load_model(import_model(tmp_path / "m.gguf", tmp_path / "back"), device="cpu").model
+    ids = torch.arange(90)[None] * 3 % pieces.vocab_size
+    with torch.no_grad():
+        assert torch.allclose(theirs(ids).logits, ours(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_has_the_same_logits(case, pieces, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    source = source_of(tmp_path / "m", pieces, **CASES[case])
+    export_gguf(source, tmp_path / "m.gguf", kind="f32")
+    ours, ids = load_model(source, device="cpu"), pieces.encode(TEXTS[0])[:64]
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_gpu_layers=0, logits_all=True, verbose=False)
+    llama.eval(ids)
+    with torch.no_grad():
+        wanted_TV = ours.model(torch.tensor([ids]))[0]
+    # Its attention keeps keys and values in 16 bits.
+    assert torch.allclose(torch.tensor(llama.scores[: len(ids)]), wanted_TV, atol=2e-3 * float(wanted_TV.abs().max()))
+    assert (llama.token_bos(), llama.token_eos()) == (pieces.bos_id, pieces.eos_id)
+    llama.close()
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_llama_cpp_splits_words_alike(pre, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    from llmctl.tokenizer.load import tokenizer_from_files
+
+    tokenizer = tokenizer_from_files(byte_level(pre))
+    export_gguf(source_of(tmp_path / "m", tokenizer), tmp_path / "m.gguf")
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in (*PROBES, *(text[::-1] for text in PROBES)):
+        assert llama.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text)
+    llama.close()

@@ -335,6 +335,9 @@ class FinetuneConfig(TaskConfig):
     pooling: Literal["auto", "first", "mean", "last"] = setting(
         "auto", "classify: the state under the head; auto is what the model's published classifier takes"
     )
+    qat: Literal["", "int8", "int4", "int4-sym", "int3", "int2"] = setting(
+        "", "train through the rounding of this scheme, and write the model in few bits (quantization-aware training)"
+    )
     merge: bool = setting(False, "write the whole model with the adapter in its weights, not the adapter")
     adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora)")
 

@@ -23,6 +23,9 @@ def finetune(
     model: Annotated[str | None, typer.Argument(help="The model to adapt: a folder, a file or a run.")] = None,
     data: Annotated[list[str] | None, typer.Argument(help="Examples: files, folders, globs or `-`.")] = None,
     task: Annotated[str | None, typer.Option(help="chat, text, classify, translate, summarize or qa.")] = None,
+    qat: Annotated[
+        str | None, typer.Option(help="Train through the rounding to int8, int4, int3, ..., and write few bits.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="full, or an adapter: lora, dora.")] = None,
     val: Annotated[list[str] | None, typer.Option(help="Examples that are held out; else a share of the data.")] = None,
     labels: Annotated[
@@ -64,6 +67,7 @@ def finetune(
         "data.strict": strict,
         "task": task,
         "method": method,
+        "qat": qat,
         "columns.names": columns,
         "labels": labels,
         "merge": merge,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from llmctl.config import FinetuneConfig
+from llmctl.config import FinetuneConfig, QuantizeConfig, WeightsConfig
 from llmctl.engine.adapted import identity_of, read_model
 from llmctl.engine.adapters import save_adapter
 from llmctl.engine.batch import BatchSource
@@ -20,10 +20,12 @@ from llmctl.engine.example_corpus import chat_of
 from llmctl.engine.flops import Rows
 from llmctl.engine.heads import with_head
 from llmctl.engine.job import Job, Say
+from llmctl.engine.learner import learned_state, rounding
 from llmctl.engine.loop import Fitted
 from llmctl.engine.models import Loaded, load_model
 from llmctl.engine.objectives import Classification, Objective
 from llmctl.engine.pretrain import label_prediction
+from llmctl.engine.quantize_settings import plan_of
 from llmctl.engine.runs import Run
 from llmctl.engine.runtime import Runtime
 from llmctl.engine.samples import Sampler
@@ -38,9 +40,11 @@ from llmctl.engine.task import (
 )
 from llmctl.engine.written import make_sampler, make_score
 from llmctl.errors import ArtifactError, UsageError
+from llmctl.formats.artifact import write_artifact
 from llmctl.formats.parameters import parameter_shapes
 from llmctl.model.lora import add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel
+from llmctl.quant.schemes import Scheme
 
 FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
 SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
@@ -57,7 +61,7 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
     train, optim = config.train, config.optim
     artifact = read_model(Path(config.model))
     shape = artifact.config
-    if artifact.schemes and config.method != "full":  # weights in few bits have no copy in bfloat16
+    if config.qat or (artifact.schemes and config.method != "full"):  # neither has a copy in bfloat16
         train = replace(train, master_weights=False)
     if not (train.steps or train.tokens or train.minutes or train.epochs):
         train = replace(train, epochs=DEFAULT_EPOCHS)
@@ -99,6 +103,8 @@ class Finetuning(Job):
             raise UsageError("no data to fine-tune on", "llmctl finetune MODEL DATA --task TASK")
         if self.config.task != "classify" and self.config.labels:
             raise UsageError("`labels` are for `--task classify`", "leave them away")
+        if self.config.qat and self.config.method != "full":
+            raise UsageError(f"`--qat` trains all weights, not `--method {self.config.method}`", "leave one out")
 
     @cached_property
     def base(self) -> Loaded:
@@ -138,6 +144,9 @@ class Finetuning(Job):
             n_outputs = len(labels.names) or self.corpus.arrays["values"].shape[1]
             seed = self.config.train.seed
             self.model = with_head(self.base, labels, n_outputs, pooling=self.config.pooling, seed=seed)
+        if self.config.qat:
+            self.model = rounding(self.model, self.schemes)
+            say(f"training through the rounding of {len(self.schemes)} layers to {self.config.qat}")
         self.model.train()
         if self.config.method != "full":
             layers = self.adapt(self.model)
@@ -145,6 +154,13 @@ class Finetuning(Job):
             share = trained / self.model.n_parameters
             what = f"{self.config.method} of rank {self.config.adapter.rank} on {len(layers)} layers"
             say(f"{what}: {trained:,} parameters trained, {share:.2%} of all")
+
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """The scheme of every module that is held in few bits; none without `qat`."""
+        if not self.config.qat:
+            return {}
+        return plan_of(self.model.config, QuantizeConfig(weights=WeightsConfig(scheme=self.config.qat)))
 
     def adapt(self, model: LanguageModel) -> list[str]:
         """Give a model the adapters of this run, and return the layers that have one."""
@@ -198,6 +214,12 @@ class Finetuning(Job):
 
     def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
         """Write the adapter, or the whole model."""
+        if self.config.qat:
+            state = learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, self.schemes)
+            shape = self.model.config
+            files, told = self.files(), {**provenance, "weights": self.config.qat}
+            write_artifact(folder, shape, state, files=files, provenance=told, schemes=self.schemes, force=True)
+            return
         if self.config.method == "full" or self.config.merge:
             super().write(folder, fitted, provenance)
             return

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from llmctl.formats.artifact import Artifact
+from llmctl.engine.calibrate import Calibrated, calibrate
 from llmctl.formats.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, load_tensors, put_module
 from llmctl.quant.learned import LearnedLinear, learned_codes
@@ -20,13 +20,13 @@ def is_inside(name: str) -> bool:
     return "layers." in name or "query_layer." in name
 
 
-def learner(model: LanguageModel, chosen: Artifact) -> LanguageModel:
-    """Turn a model into one that learns codes, and return it: it begins with those that were chosen."""
-    state, shapes = chosen.packed_state(), parameter_shapes(chosen.config)
-    tables = {name: scheme for name, scheme in chosen.schemes.items() if not is_inside(name)}
+def learner(model: LanguageModel, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> LanguageModel:
+    """Turn a model into one that learns codes, and return it: it begins with those of a packed state."""
+    shapes = parameter_shapes(model.config)
+    tables = {name: scheme for name, scheme in schemes.items() if not is_inside(name)}
     whole = model.state_dict()
     model.quantise(tables)
-    for name, scheme in chosen.schemes.items():
+    for name, scheme in schemes.items():
         if not is_inside(name):
             continue
         n_out, n_in = shapes[f"{name}.weight"]
@@ -35,7 +35,7 @@ def learner(model: LanguageModel, chosen: Artifact) -> LanguageModel:
         layer.put(codes, whole[f"{name}.weight"].float())
         put_module(model, name, layer)
     own = model.state_dict()
-    inner = {f"{name}.{part}" for name in chosen.schemes if is_inside(name) for part in LEARNED_PARTS}
+    inner = {f"{name}.{part}" for name in schemes if is_inside(name) for part in LEARNED_PARTS}
     given = {name: state.get(name, whole.get(name)) for name in own if name not in inner}
     found = {name: tensor for name, tensor in given.items() if tensor is not None}
     load_tensors(model, {name: tensor for name, tensor in own.items() if name in inner} | found)
@@ -47,10 +47,10 @@ def parts_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
 
 
-def learned_state(trained: Mapping[str, Tensor], chosen: Artifact) -> dict[str, Tensor]:
+def learned_state(trained: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
     """Return the state to write of a model that has learned its codes."""
     state = dict(trained)
-    for name, scheme in chosen.schemes.items():
+    for name, scheme in schemes.items():
         if is_inside(name):
             parts = [state.pop(f"{name}.{part}").float() for part in LEARNED_PARTS]
             state |= pack_learned(name, parts, scheme)
@@ -70,3 +70,23 @@ def small_in_16_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: tensor.half() if tensor.dim() > 1 and tensor.dtype == torch.float32 else tensor
         for name, tensor in state.items()
     }
+
+
+def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, Tensor]:
+    """Return the state to write: packed tensors, 16-bit tables, and the small rest as it is."""
+    dropped = {f"{name}.weight" for name in plan}
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
+    state = small_in_16_bits(kept)
+    if model.config.tie_embeddings:
+        state.pop("lm_head.weight", None)
+    for name, codes in found.codes.items():
+        state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, plan[name]).items()}
+    return state
+
+
+def rounding(model: LanguageModel, schemes: Mapping[str, Scheme]) -> LanguageModel:
+    """Turn a model into one that trains through its rounding, from the clipped range of every group; needs no data."""
+    copy = LanguageModel(model.config)
+    load_tensors(copy, model.state_dict())
+    found = calibrate(copy, schemes, "clip", [], lambda _: None)
+    return learner(model, stored_state(copy, found, schemes), schemes)

@@ -16,10 +16,10 @@ import torch
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.engine.adapted import read_model
 from llmctl.engine.batch import to_device
-from llmctl.engine.calibrate import Calibrated, calibrate, needs_data
+from llmctl.engine.calibrate import calibrate, needs_data
 from llmctl.engine.heldout import measure
 from llmctl.engine.job import Say
-from llmctl.engine.learner import learned_state, learner, small_in_16_bits
+from llmctl.engine.learner import learned_state, learner, stored_state
 from llmctl.engine.loop import Fitted, Training
 from llmctl.engine.mixed import allocate, candidates, measure_costs, parse_size
 from llmctl.engine.models import load_model
@@ -35,7 +35,6 @@ from llmctl.formats.parameters import parameter_shapes
 from llmctl.losses.products import is_native
 from llmctl.model.transformer import LanguageModel, load_tensors
 from llmctl.quant.schemes import Scheme
-from llmctl.quant.weight import packed
 
 SENSITIVITY_ROWS = 32
 """Rows on which it is measured what bits are worth."""
@@ -131,7 +130,8 @@ class Quantizing(Taught):
         if self.trains:
             model = LanguageModel(self.shape)
             load_tensors(model, self.teacher.model.state_dict())
-            self.model = learner(model, read_artifact(run / "parts" / CHOSEN))
+            chosen = read_artifact(run / "parts" / CHOSEN)
+            self.model = learner(model, chosen.packed_state(), chosen.schemes)
             self.model.train()
         else:
             self.load_packed(CHOSEN)
@@ -225,7 +225,7 @@ class Quantizing(Taught):
         write_artifact(
             self.run / "parts" / LEARNED,
             chosen.config,
-            learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, chosen),
+            learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, chosen.schemes),
             files=self.files(),
             provenance=chosen.provenance,
             schemes=chosen.schemes,
@@ -286,15 +286,3 @@ def other_bits(model: LanguageModel, plan: Mapping[str, Scheme], inside: set[str
     return bits + sum(
         (16 if len(shape) > 1 else 32) * math.prod(shape) for name, shape in shapes.items() if name not in held
     )
-
-
-def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, torch.Tensor]:
-    """Return the state to write: packed tensors, 16-bit tables, and the small rest as it is."""
-    dropped = {f"{name}.weight" for name in plan}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
-    state = small_in_16_bits(kept)
-    if model.config.tie_embeddings:
-        state.pop("lm_head.weight", None)
-    for name, codes in found.codes.items():
-        state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, plan[name]).items()}
-    return state

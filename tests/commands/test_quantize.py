@@ -259,3 +259,24 @@ def test_codes_are_learned_and_what_is_measured_is_what_is_written(teachers, cap
         assert run(["evaluate", name, "-d", "text.txt", *task, "--json", "-q"]) == 0
         losses.append(json.loads(capsys.readouterr().out)["models"][0]["figures"]["loss"])
     assert abs(losses[0] - losses[1]) < 0.3
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+def test_training_through_the_rounding_writes_what_was_trained(teachers, capsys, family):
+    tiny = ["--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "optim.lr=0.003", "--steps", "16", "-q"]
+    tuned = ["finetune", str(teachers[family]), "text.txt", "--task", "text", "--qat", "int4", "--json"]
+    assert run([*tuned, *tiny, "--set", "train.dtype=float32", "-o", "small.safetensors"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["after"]["loss"] < found["before"]["loss"]
+    artifact = read_artifact(Path("small.safetensors"))
+    assert {scheme.bits for name, scheme in artifact.schemes.items() if "layers." in name} == {4}
+    if family == "decoder":
+        assert run(["evaluate", "small.safetensors", str(teachers[family]), "-d", "text.txt", "--json", "-q"]) == 0
+        rows = json.loads(capsys.readouterr().out)["models"]
+        assert rows[0]["figures"]["loss"] < rows[1]["figures"]["loss"]
+
+
+def test_training_through_the_rounding_is_of_all_weights(teachers, capsys):
+    refused = ["finetune", str(teachers["decoder"]), "text.txt", "--qat", "int4", "--method", "lora", "-o", "x"]
+    assert run([*refused, "--task", "text"]) == 2
+    assert "--qat" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from typing import Any
 from distill import make_teacher, wiki
 from tasks import RECIPES, Bench, main, measured, smollm2
 
-PART_BYTES = 32_000
-"""Held-out text of SmolLM2; a part of the validation text, for the sake of the time."""
+PART_BYTES = {"wiki": 120_000, "smollm2": 32_000}
+"""Held-out text; a part of the validation text, for the sake of the time."""
 
 ROWS: dict[str, list[str]] = {
     "int8": ["--bits", "8"],
@@ -37,6 +37,13 @@ ROWS: dict[str, list[str]] = {
     "int3 g64 gptq": ["--bits", "3", "--method", "gptq"],
     "int3 g64 learned": ["--bits", "3", "--method", "learned"],
 }
+
+
+def held_out(bench: Bench, name: str) -> Path:
+    """Return the first part of the validation text."""
+    part = bench.work / f"valid-{name}.txt"
+    part.write_bytes(wiki(bench)[1].read_bytes()[: PART_BYTES[name]])
+    return part
 
 
 def row(bench: Bench, model: object, calib: Path, val: Path, *options: object) -> dict[str, Any]:
@@ -69,16 +76,15 @@ def each(bench: Bench, model: object, calib: Path, val: Path, *options: object) 
 def decoder(bench: Bench) -> dict[str, Any]:
     """The decoder of WikiText-2 that distillation starts from."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
-    train, valid = wiki(bench)
-    each(bench, "wiki-teacher", train, valid, "--set", "train.seq_len=128")
+    train, _ = wiki(bench)
+    each(bench, "wiki-teacher", train, held_out(bench, "wiki"), "--set", "train.seq_len=128")
     return {}
 
 
 def large(bench: Bench) -> dict[str, Any]:
     """SmolLM2, off its grid."""
-    train, valid = wiki(bench)
-    part = bench.work / "wiki-valid-32k.txt"
-    part.write_bytes(valid.read_bytes()[:PART_BYTES])
+    train, _ = wiki(bench)
+    part = held_out(bench, "smollm2")
     if not (bench.work / "smollm2-off").exists():
         recipe = RECIPES / "finetune" / "smollm2-off-grid.yaml"
         bench.run("finetune", smollm2(bench), train, "-r", recipe, "--val", part, "-o", "smollm2-off")

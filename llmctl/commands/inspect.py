@@ -45,10 +45,21 @@ def lines(record: dict[str, Any]) -> list[str]:
     shown["parameters"], shown["bytes"] = f"{record['parameters']:,}", f"{record['bytes']:,}"
     shown["dtypes"] = ", ".join(f"{count} {dtype}" for dtype, count in record["dtypes"].items())
     shown["files"] = ", ".join(record.get("files", [])) or None
+    shown["quantised"] = in_bits(record.get("quantised") or {})
     rows = [f"{key:<13} {value}" for key, value in shown.items() if value is not None]
     for part in ("provenance", "metadata"):
         rows += [f"{part + ':':<13} {key} = {one_line(value)}" for key, value in record.get(part, {}).items()]
     return rows
+
+
+def in_bits(schemes: dict[str, dict[str, Any]]) -> str | None:
+    """Return how many modules are held in how many bits."""
+    counts: dict[str, int] = {}
+    for scheme in schemes.values():
+        group = f" in groups of {scheme['group']}" if scheme["group"] else ""
+        name = f"in {scheme['bits']} bits{group}{', inputs in 8' if scheme['activations'] else ''}"
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or None
 
 
 def one_line(value: Any) -> str:

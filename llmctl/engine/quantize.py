@@ -46,6 +46,7 @@ class Quantizing(Taught):
     """Hold a model's weights in few bits."""
 
     command = "quantize"
+    reader = "the model is calibrated and measured on"
     config_class = QuantizeConfig
     config: QuantizeConfig
 

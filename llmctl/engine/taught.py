@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -46,6 +46,7 @@ class Taught(Job):
     """What jobs with a teacher share: the data, the teachers, the objectives over them, and figures side by side."""
 
     config: TaughtConfig
+    reader: ClassVar[str] = "the student learns from"
     cut: dict[str, Any]
 
     def __init__(self, config: TaughtConfig) -> None:
@@ -87,7 +88,7 @@ class Taught(Job):
         if given is not None and self.config.loss.name != "seq":
             check_same_words(self.config.model, str(given))
         if not self.config.data.paths:
-            say("no --data: the student learns from the embedded default corpus, which is small and of one kind")
+            say(f"no --data: {self.reader} the embedded default corpus, which is small and of one kind")
         config = self.config
         if config.loss.name == "seq":
             config = write_texts(config, self.teacher, folder / "written", say)

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmctl.engine.batch import BatchSource
 from llmctl.engine.corpus import Corpus
 from llmctl.engine.flops import Rows
+from llmctl.engine.heldout import measure
 from llmctl.engine.loop import Fitted, Training
 from llmctl.engine.objectives import Objective
 from llmctl.engine.runs import Run
@@ -66,8 +67,20 @@ class Job(ABC):
         return True
 
     def measured(self, training: Training) -> Fitted:
-        """Return the figures of a model that is not trained."""
-        raise NotImplementedError
+        """Return what there is to say where nothing is trained: the figures on all held-out rows."""
+        figures = measure(
+            training.objective,
+            training.objective,
+            training.held_out,
+            training.config,
+            training.runtime,
+            None,
+            lambda: None,
+            sharded=False,
+        )
+        if training.score:
+            figures |= training.score(None)
+        return Fitted({}, figures, training.state, 0, {})
 
     def parts(self) -> Sequence[str]:
         """Return the names of what is trained one after the other; the last, without a name, is the run's model."""

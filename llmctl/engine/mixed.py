@@ -121,8 +121,12 @@ def adder(
     return hook
 
 
-def allocate(costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget_bits: float) -> dict[str, Scheme]:
+def allocate(
+    costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget_bits: float, rest_bits: float = 0
+) -> dict[str, Scheme]:
     """Return the scheme of every layer of least cost within a budget, by the largest saving per bit at each step.
+
+    rest_bits: of the parts of the model whose bits are settled, for the message.
 
     Raises: UsageError with the smallest budget that can be.
     """
@@ -132,8 +136,8 @@ def allocate(costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget_bits: f
     weights = sum(shapes[name][0] * shapes[name][1] for name in costs)
     if used > budget_bits:
         raise UsageError(
-            f"the layers cannot be held in {budget_bits / weights:.2f} bits per weight",
-            f"the smallest possible is {used / weights:.2f}, {used / 8e6:,.2f} MB",
+            f"the model cannot be held in {(budget_bits + rest_bits) / 8e6:,.3f} MB",
+            f"the smallest possible is {(used + rest_bits) / 8e6:,.3f} MB, {used / weights:.2f} bits per weight in the blocks",
         )
     while True:
         steps = []

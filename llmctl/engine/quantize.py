@@ -17,7 +17,6 @@ from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.engine.adapted import read_model
 from llmctl.engine.batch import to_device
 from llmctl.engine.calibrate import calibrate, needs_data
-from llmctl.engine.heldout import measure
 from llmctl.engine.job import Say
 from llmctl.engine.learner import learned_state, learner, stored_state
 from llmctl.engine.loop import Fitted, Training
@@ -109,11 +108,12 @@ class Quantizing(Taught):
         sizes = {name: shapes[f"{name}.weight"] for name in plan}
         choices = candidates(plan, {name: size[1] for name, size in sizes.items()})
         budget = weights.target_bpw * sum(sizes[name][0] * sizes[name][1] for name in choices)
+        rest = other_bits(model, plan, set(choices))
         if weights.target_size:
-            budget = 8 * parse_size(weights.target_size) - other_bits(model, plan, set(choices))
+            budget = 8 * parse_size(weights.target_size) - rest
         say(f"measuring what bits are worth in {len(choices)} layers")
         batches = self.batches(model, min(weights.calibration_rows, SENSITIVITY_ROWS))
-        chosen = allocate(measure_costs(model, choices, batches, self.config.train.seed), sizes, budget)
+        chosen = allocate(measure_costs(model, choices, batches, self.config.train.seed), sizes, budget, rest)
         counts = Counter(scheme.bits for scheme in chosen.values())
         say("layers: " + ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items())))
         return plan | chosen
@@ -148,22 +148,6 @@ class Quantizing(Taught):
         self.model.to(self.runtime.device)
         measures = not self.trains and self.config.loss.name != "none"
         return self.objective_of(self.model, is_plain=False, measures=measures)
-
-    def measured(self, training: Training) -> Fitted:
-        """Return what there is to say where nothing is trained: the figures on all held-out rows."""
-        figures = measure(
-            training.objective,
-            training.objective,
-            training.held_out,
-            training.config,
-            training.runtime,
-            None,
-            lambda: None,
-            sharded=False,
-        )
-        if training.score:
-            figures |= training.score(None)
-        return Fitted({}, figures, training.state, 0, {})
 
     def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
         """Write the model in few bits into the run folder."""

@@ -131,7 +131,8 @@ def report(error: Exception, args: Sequence[str] = ()) -> int:
         context = getattr(error, "ctx", None)
         hint = f"{context.command_path} --help shows the options" if context else ""
         return show(error.format_message().rstrip(".") + given_value(error, args), hint, 2)
-    if type(error).__name__ == "Abort":
+    if type(error).__name__ == "Abort":  # what Typer makes of Ctrl-C
+        sys.stderr.write("interrupted\n")
         return 130
     if isinstance(error, BrokenPipeError):
         # The reader has gone; keep the interpreter's own flush at exit from complaining about it.

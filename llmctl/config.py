@@ -356,6 +356,11 @@ class StudentConfig:
         "auto", "how the layers that stay are chosen: by measured loss, by block influence, or evenly spaced"
     )
     calibration_rows: int = setting(32, "training rows on which layers, heads and units are ranked")
+    refit_tokens: int = setting(
+        32_768,
+        "training tokens on which, after the cut, the maps into the stream are solved for so that they make up for what is "
+        "gone; 0 leaves them as they were cut",
+    )
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,13 @@ class Distilling(Taught):
         shape = self.part_shape(part)
         say(f"cutting {count(shape):,} parameters out of {count(source.config):,}")
         cut = cut_student(
-            source, shape, self.calibration(source), self.mean_loss, pick=self.config.student.pick, say=say
+            source,
+            shape,
+            self.calibration(source),
+            self.mean_loss,
+            pick=self.config.student.pick,
+            say=say,
+            refit_batches=self.refit_batches(source),
         )
         provenance = {"cut": cut.report}
         write_artifact(begins, cut.config, cut.state, files=self.files(), provenance=provenance, force=True)
@@ -243,6 +249,11 @@ class Distilling(Taught):
     def calibration(self, model: LanguageModel) -> list[dict[str, torch.Tensor]]:
         """Return training batches on which a model's parts are ranked."""
         return self.batches(model, self.config.student.calibration_rows)
+
+    def refit_batches(self, model: LanguageModel) -> list[dict[str, torch.Tensor]]:
+        """Return training batches on which the student's maps are solved for."""
+        n_rows = -(-self.config.student.refit_tokens // self.config.train.seq_len)
+        return self.batches(model, n_rows) if n_rows else []
 
     def mean_loss(self, model: LanguageModel) -> float:
         """Return a model's mean loss on the calibration rows: that of the data, or how far its states are off."""

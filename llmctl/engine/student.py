@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from llmctl.config import ModelConfig
 from llmctl.engine.importance import Batches, Importance, rank, stack_of
+from llmctl.engine.refit import refit
 from llmctl.model.cut import Kept, cut, prefixes
 from llmctl.model.transformer import LanguageModel, load_tensors
 
@@ -35,10 +36,12 @@ def cut_student(
     *,
     pick: str,
     say: Callable[[str], None],
+    refit_batches: Batches = (),
 ) -> Cut:
     """Cut a shape out of a model.
 
-    mean_loss: the loss of a model on the same batches. pick: `greedy` lets the layer go whose absence costs least, one
+    mean_loss: the loss of a model on the same batches. refit_batches: those on which the maps into the stream are solved
+    for anew; without any they stay as they were cut. pick: `greedy` lets the layer go whose absence costs least, one
     after the other; `influence` those that change the stream least; `uniform` keeps evenly spaced ones; `auto` is greedy
     where that is few enough trials. The first layer stays, and by influence the last.
     """
@@ -57,12 +60,18 @@ def cut_student(
     smaller, state = cut(config, model.state_dict(), kept)
     student = LanguageModel(smaller)
     load_tensors(student, state)
+    report |= {"loss_cut": mean_loss(student)}
+    if refit_batches:
+        refit(model.eval(), student.eval(), kept, refit_batches)
+        state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     report |= {"loss_after": mean_loss(student), "d_model": smaller.d_model, "n_heads": smaller.n_heads}
     report |= {"d_ff": smaller.d_ff, "n_kv_heads": smaller.n_kv_heads}
     if kept.channels is not None:
         report["channels"] = kept.channels.tolist()
+    solved = f", {report['loss_after']:.3f} with its maps solved for anew" if refit_batches else ""
     say(
-        f"cut: loss {report['loss_before']:.3f} -> {report['loss_after']:.3f} before any training{told(layers, config)}"
+        f"cut: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
+        f"{told(layers, config)}"
     )
     return Cut(smaller, state, report)
 

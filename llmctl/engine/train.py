@@ -222,11 +222,11 @@ def train_in(
                 trained.append(finish(run, job, training, fitted, command=command, started=started))
 
             runtime.lead(leave)
-    except (InterruptedRunError, StoppedError):
+    except (InterruptedRunError, StoppedError, KeyboardInterrupt):  # the last before the first step, or told twice
         run.update(status="interrupted")
         raise
     except BaseException as error:
-        is_told = isinstance(error, (LlmctlError, KeyboardInterrupt))
+        is_told = isinstance(error, LlmctlError)
         text = (str(error) or type(error).__name__) if is_told else f"{type(error).__name__}: {error}"
         run.update(status="failed", error=text)
         if isinstance(error, (UsageError, NotFoundError)) and not resumes:

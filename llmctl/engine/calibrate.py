@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.engine.importance import Batches, read
+from llmctl.formats.quantization import EMBEDDING, HEAD
 from llmctl.model.equalise import fold, joints, shared_factors
 from llmctl.model.transformer import Block, LanguageModel
 from llmctl.quant.factors import best_factors
@@ -39,7 +40,8 @@ class Calibrated:
 def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say) -> Calibrated:
     """Return codes for the modules of a plan; the model's own weights become what the codes mean.
 
-    Modules outside the blocks (embedding, heads) take the clipped range: nothing behind them could make up for more.
+    The head over the vocabulary, or the embedding that is one, is chosen by what comes out of the quantised blocks. Other
+    modules outside them take the clipped range.
     """
     found, model = Calibrated(), model.eval()
     in_blocks: set[str] = set()
@@ -57,10 +59,32 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
                 choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
             say(f"{prefix}layer {number + 1} of {len(blocks)}")
-    for name, scheme in plan.items():
-        if name not in in_blocks:
-            choose(found, model, name, name, scheme, "clip" if method != "nearest" else "nearest", None)
+    table = table_of(model)
+    for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
+        is_read = name == table and method in NEEDS_DATA  # what comes into the head has gone through all others
+        inputs = read_head(model, batches) if is_read else None
+        choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
     return found
+
+
+def fallback(method: str) -> str:
+    """Return the method for what is chosen without a look at its inputs."""
+    return "clip" if method in NEEDS_DATA else method
+
+
+def table_of(model: LanguageModel) -> str:
+    """Return the name of the table that the head multiplies by; nothing where there is none."""
+    if model.config.n_labels:
+        return ""
+    return EMBEDDING if model.config.tie_embeddings else HEAD
+
+
+def read_head(model: LanguageModel, batches: Batches) -> Moments:
+    """Return the moments of what comes into the head."""
+    moments = Moments.empty(model.config.d_model, model.device)
+    for batch in batches:
+        moments.add(model.head_input(read(model, batch)))
+    return moments
 
 
 def needs_data(plan: Plan, method: str) -> bool:
@@ -92,7 +116,7 @@ def choose(
     """Choose the codes of a module and put what they mean in its place."""
     weight: Tensor = root.get_submodule(inner).weight  # type: ignore[assignment]
     if moments is None or moments.count == 0:  # never reached, as cross-attention without a memory
-        method = method if method not in NEEDS_DATA else "clip"
+        method = fallback(method)
     original = weight.float()
     codes = METHODS[method](original, scheme, moments)
     meant = decode(codes, scheme)

@@ -60,10 +60,10 @@ def rank(model: LanguageModel, batches: Batches) -> Importance:
     return found
 
 
-def read(model: LanguageModel, batch: Mapping[str, Tensor]) -> None:
-    """Run a batch through a model, up to its head."""
+def read(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Run a batch through a model and return what is under its head (B, T, D), or what its classifier says."""
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-    model.classify(**inputs) if model.config.n_labels else model.hidden(**inputs)
+    return model.classify(**inputs) if model.config.n_labels else model.hidden(**inputs)
 
 
 def is_norm(name: str) -> bool:

@@ -174,6 +174,7 @@ def write(
 ) -> None:
     """Complete the prompts window by window, so that a long pipe is answered from the start; `turn`: they are messages."""
     from llmctl.engine.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
+    from llmctl.engine.prefix import Prefix
 
     end = "\0" if null else "\n"
     encode = turn.encode if turn else partial(encode_prompt, loaded)
@@ -195,12 +196,13 @@ def write(
     # Prompts of like length share a batch, so more are read at once; the first batch does not wait for them. One at a
     # time means that each line is answered before the next is asked for.
     largest = config.batch_size * WINDOW_BATCHES if config.batch_size > 1 else 1
-    size = config.batch_size
+    size, prefix = config.batch_size, Prefix()
     while window := list(islice(prompts, size)):
         size = min(2 * size, largest)
         try:
             ends = turn.ends if turn else ()
-            completions = list(generate(loaded, window, config, on_text if is_one else None, ends=ends))
+            heard = on_text if is_one else None
+            completions = list(generate(loaded, window, config, heard, ends=ends, prefix=prefix))
         except KeyboardInterrupt:
             if stream or unseen:
                 write_text("".join(unseen) + end)

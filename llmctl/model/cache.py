@@ -1,5 +1,7 @@
 """Keys and values of past positions, preallocated, so that decoding a token never reallocates."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,15 @@ class KVCache:
     def advance(self, n_positions: int) -> None:
         """Move the write position on, after every layer has appended."""
         self.length += n_positions
+
+    def taken(self, n_positions: int) -> list[Tensor]:
+        """Return copies of the first positions of the first row, keys and values of every layer, for `put`."""
+        return [buffer[0, :, :n_positions].clone() for buffer in (*self.keys, *self.values)]
+
+    def put(self, parts: Sequence[Tensor], row: int, start: int, n_positions: int) -> None:
+        """Write the first positions of what was taken into a row, from `start` on; the write position stays."""
+        for buffer, part in zip((*self.keys, *self.values), parts, strict=True):
+            buffer[row, :, start : start + n_positions] = part[:, :n_positions]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch, in this order; a row may repeat (beam search)."""

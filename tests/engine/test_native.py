@@ -11,6 +11,7 @@ from llmctl.engine import native, native_check
 from llmctl.engine.decoders import make_decoder
 from llmctl.engine.native import compile_library, find_library, library_path, load_library, make_native
 from llmctl.engine.native_check import LARGEST_ERRORS, compile_and_check, error_of
+from llmctl.engine.prefix import Prefix
 from llmctl.engine.random_models import random_model
 from llmctl.engine.session import Session
 from llmctl.model.decode import Decoder
@@ -99,6 +100,27 @@ def test_a_session_uses_it_where_it_can(library, precision: str, lengths: tuple[
                     session.select(torch.tensor([0, 0]))
                 lengths = lengths[:2]
     assert bool(calls) == (len(set(lengths)) == 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+def test_it_goes_on_after_a_beginning_that_was_held(library, precision: str):
+    model = random_model(ModelConfig(**SHAPE), precision)
+    decoder, calls, prefix = Decoder(model), [], Prefix()
+    step = make_native(library, decoder)
+    assert step is not None
+    decoder.native = lambda tokens, cache: calls.append(len(tokens)) or step(tokens, cache)
+    prompts = [[*range(1, 23), 30 + row] for row in range(4)]
+    found = []
+    with torch.inference_mode():
+        for held in (None, prefix, prefix):
+            session = Session(model, prompts, 4, decoder=decoder, prefix=held)
+            logits = [session.begin(), *[session.step(torch.full((4,), token)) for token in range(3)]]
+            found.append(torch.stack([part.float() for part in logits]))
+    for got in found[1:]:
+        assert (got - found[0]).norm() < LARGEST_ERRORS[precision] * found[0].norm()
+    assert prefix.ids == list(range(1, 23))
+    assert calls == [4] * 9
 
 
 @needs_compiler

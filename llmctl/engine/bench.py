@@ -21,6 +21,7 @@ from llmctl.engine.decoders import make_decoder
 from llmctl.engine.models import load_model
 from llmctl.engine.session import Session
 from llmctl.errors import LlmctlError, UsageError
+from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
@@ -46,9 +47,20 @@ class Subject:
     model: LanguageModel
     decoder: Decoder | None
     memory_bytes: int
+    kv: str = "float"
     prefill_seconds: dict[int, float] = field(default_factory=dict)
     step_seconds: dict[int, float] = field(default_factory=dict)
     cold_seconds: float | None = None
+
+
+def check_kv(kinds: Sequence[str]) -> None:
+    """Refuse ways to hold keys and values that are not known, before a model is made.
+
+    Raises: UsageError naming the value.
+    """
+    for kind in kinds:
+        if kind not in CACHES:
+            raise UsageError(f"`--kv {kind}` is not known", f"one or more of {', '.join(CACHES)}, with commas")
 
 
 def check(config: BenchConfig, models: Sequence[LanguageModel]) -> None:
@@ -72,11 +84,11 @@ def check(config: BenchConfig, models: Sequence[LanguageModel]) -> None:
             )
 
 
-def subject_of(name: str, make: Callable[[], LanguageModel]) -> Subject:
-    """Make a model and make it ready, noting what the process grows by."""
+def subject_of(name: str, make: Callable[[], LanguageModel], kv: str = "float") -> Subject:
+    """Make a model and make it ready, noting what the process grows by; `kv`: how keys and values are held."""
     before = resident_bytes()
     model = make()
-    subject = Subject(name, model, make_decoder(model), 0)
+    subject = Subject(name if kv == "float" else f"{name} kv {kv}", model, make_decoder(model), 0, kv)
     with torch.inference_mode():  # some layers lay their weights out anew when they are first used
         session = begin(subject, BenchConfig(8, 2), 1)
         session.begin()
@@ -85,10 +97,10 @@ def subject_of(name: str, make: Callable[[], LanguageModel]) -> Subject:
     return subject
 
 
-def load_subject(path: Path, dtype: str) -> Subject:
+def load_subject(path: Path, dtype: str, kv: str = "float") -> Subject:
     """Load a model and make it ready."""
     return subject_of(
-        str(path), lambda: load_model(path, device="cpu", dtype=dtype, able="generate", packed=True).model
+        str(path), lambda: load_model(path, device="cpu", dtype=dtype, able="generate", packed=True).model, kv
     )
 
 
@@ -105,7 +117,7 @@ def begin(subject: Subject, config: BenchConfig, batch: int) -> Session:
     """Return a session of prompts of one length."""
     n_vocabulary = subject.model.config.vocab_size
     prompts = [[(7 * row + 3 * place) % n_vocabulary for place in range(config.prompt_tokens)] for row in range(batch)]
-    return Session(subject.model, prompts, config.new_tokens, decoder=subject.decoder)
+    return Session(subject.model, prompts, config.new_tokens, decoder=subject.decoder, kv=subject.kv)
 
 
 @torch.inference_mode()
@@ -159,7 +171,7 @@ def read_per_token(model: LanguageModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def cold_seconds(path: Path, dtype: str) -> float:
+def cold_seconds(path: Path, dtype: str, kv: str = "float") -> float:
     """Return the seconds from the start of a fresh process to the first token of a short prompt.
 
     Raises: LlmctlError if the process fails.
@@ -167,7 +179,7 @@ def cold_seconds(path: Path, dtype: str) -> float:
     command = [sys.executable, "-m", "llmctl", "generate", "-m", str(path), "--ids", "-q", "-n", "1", "-t", "0"]
     begun = time.perf_counter()
     done = subprocess.run(
-        [*command, "--dtype", dtype, "--device", "cpu", "1 1"], capture_output=True, text=True, check=False
+        [*command, "--dtype", dtype, "--kv", kv, "--device", "cpu", "1 1"], capture_output=True, text=True, check=False
     )
     seconds = time.perf_counter() - begun
     if done.returncode:
@@ -201,6 +213,7 @@ def describe(subject: Subject, first: Subject, config: BenchConfig, rate: float)
         "batches": [
             {
                 "batch": batch,
+                "cache_bytes": begin(subject, config, batch).cache.n_bytes,
                 "prefill_tokens_per_second": batch * config.prompt_tokens / subject.prefill_seconds[batch],
                 "decode_tokens_per_second": batch / steps[batch],
                 "prefill_ratio": first.prefill_seconds[batch] / subject.prefill_seconds[batch],

@@ -150,6 +150,7 @@ def run_batch(
         excluded=excluded,
         decoder=loaded.decoder,
         prefix=prefix,
+        kv=config.kv,
     )
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)

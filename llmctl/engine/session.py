@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.engine.prefix import Prefix
-from llmctl.model.cache import KVCache
+from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
@@ -21,7 +21,7 @@ class Session:
     """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
 
     Tokens in `excluded`, such as those that only pad a vocabulary, are never likely. With a `decoder` made of the model the
-    same comes sooner. With a `prefix` a beginning that is held, or that the prompts share, is not read again.
+    same comes sooner. With a `prefix` a beginning that is held, or that the prompts share, is not read again; `kv`: see `CACHES`.
 
     Shapes: logits (B * copies, V), the copies of a prompt side by side.
     """
@@ -36,6 +36,7 @@ class Session:
         excluded: Sequence[int] = (),
         decoder: Decoder | None = None,
         prefix: Prefix | None = None,
+        kv: str = "float",
     ) -> None:
         self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
         self.is_decoder = model.config.family == "decoder"
@@ -46,7 +47,8 @@ class Session:
         # A row may go on until it alone fills the context, whatever the others' lengths.
         self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
         n_positions = max(lengths) + self.n_new
-        self.cache = KVCache(model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
+        self.kv = kv
+        self.cache = CACHES[kv](model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
         self.memory_documents_BS: Tensor | None = None
         self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
 
@@ -142,7 +144,7 @@ class Session:
         if self.prefix is None:
             return 0
         if shared := self.prefix.shared(self.prompts):
-            alone = Session(self.model, [shared], 1, decoder=self.decoder, prefix=self.prefix)
+            alone = Session(self.model, [shared], 1, decoder=self.decoder, prefix=self.prefix, kv=self.kv)
             alone.begin()
             alone.keep(shared)
         n_known = self.prefix.put(self.cache, self.prompts)

@@ -44,6 +44,17 @@ def test_two_models_side_by_side(tmp_path, capsys):
     assert first["cold_seconds"] is None
 
 
+def test_keys_and_values_of_both_kinds_side_by_side(tmp_path, capsys):
+    name = folder(tmp_path / "a")
+    assert run(["bench", name, *SHORT, "--kv", "float,int8", "--cold", "--json"]) == 0
+    plain, coded = json.loads(capsys.readouterr().out)["models"]
+    assert [plain["name"], coded["name"]] == [name, f"{name} kv int8"]
+    positions = 2 * 2 * 2 * (4 + 3)  # layers, keys and values, heads, tokens
+    assert [found["cache_bytes"] for found in plain["batches"]] == [positions * 4 * 32, 2 * positions * 4 * 32]
+    assert [found["cache_bytes"] for found in coded["batches"]] == [positions * 36, 2 * positions * 36]
+    assert coded["cold_seconds"] > 0
+
+
 def test_a_person_reads_a_table(tmp_path, capsys):
     names = [folder(tmp_path / ("a" * 60))]
     assert run(["bench", *names, *SHORT, "--cold"]) == 0
@@ -67,6 +78,7 @@ def test_random_models_hold_what_they_are_named_after(precision: str):
         (["--shape", "30M", "--scheme", "int5"], "`--scheme int5` is not known"),
         (["--shape", "30M", "--batch", "one"], "`--batch one`"),
         (["--shape", "30M", "--batch", "0"], "`--batch` is 0"),
+        (["--shape", "30M", "--kv", "int3"], "`--kv int3` is not known"),
         (["--shape", "30M", "-n", "0"], "`--tokens` is 0"),
         (["--shape", "30M", "-n", "4000"], "the model's context is 2048".replace("the model", "a model")),
         (["--shape", "bert-base"], "an encoder's"),

@@ -83,6 +83,15 @@ def test_a_prompts_completion_stays_its_own(make_loaded, kind: str, config: Gene
         assert [found.ids for found in generate(loaded, prompts(), settings)] == expected
 
 
+@pytest.mark.parametrize("kind", ["rope", "windows", "relative"])
+def test_keys_and_values_in_eight_bits_are_held_as_they_are(make_loaded, kind: str):
+    loaded, config, prefix = make_loaded(kind), dataclasses.replace(GREEDY, kv="int8"), Prefix()
+    expected = [alone(loaded, prompt, config) for prompt in prompts()]
+    for _ in range(2):
+        assert [found.ids for found in generate(loaded, prompts(), config, prefix=prefix)] == expected
+    assert {part.dtype for part in prefix.parts} == {torch.int8, torch.float32}
+
+
 @pytest.mark.parametrize("kind", ["rope", "windows", "query-layer", "relative"])
 def test_a_long_header_is_read_in_parts(make_loaded, monkeypatch, kind: str):
     loaded = make_loaded(kind)

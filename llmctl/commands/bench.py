@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmctl.commands.common import command_app, find_model, note, result, result_json, table
+from llmctl.errors import UsageError
 
 app = command_app()
 
@@ -26,6 +27,12 @@ def bench(
     batch: Annotated[str, typer.Option(help="Rows side by side, several with commas.")] = "1,4,16",
     prompt: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 128,
     tokens: Annotated[int, typer.Option("-n", "--tokens", help="Tokens that follow it.")] = 32,
+    data: Annotated[
+        str,
+        typer.Option(
+            "-d", "--data", help="A text: also tell its loss when written token by token, and without rounding."
+        ),
+    ] = "",
     cold: Annotated[bool, typer.Option("--cold", help="Also time a fresh process up to its first token.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of the products; 0 leaves torch's number.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of MODEL: auto, float32, bfloat16 or float16.")] = "auto",
@@ -41,9 +48,13 @@ def bench(
       llmctl bench --shape 30M --kv float,int8 --prompt 1024
 
       llmctl bench teacher.safetensors student.safetensors --batch 1 --cold
+
+      llmctl bench latest --kv float,int8 --data book.txt
     """
     sizes = parse_batches(batch)
     shapes = [name for name in shape.split(",") if name]
+    if data and shapes:
+        raise UsageError("--data needs models that know its language, --shape draws their weights", "name models")
     paths = [find_model(name, "generate", quiet=quiet) for name in models or []]
     if not paths and not shapes:
         paths = [find_model(None, "generate", quiet=quiet)]
@@ -58,7 +69,7 @@ def bench(
     config = engine.BenchConfig(prompt, tokens, sizes)
     kinds = kv.split(",")
     engine.check_kv(kinds)
-    subjects = [engine.load_subject(path, dtype, kind) for path in paths for kind in kinds]
+    subjects = [engine.load_subject(path, dtype, kind, data) for path in paths for kind in kinds]
     for name in shapes:
         found = shape_config(name)
         for precision in scheme.split(","):
@@ -82,8 +93,6 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
     Raises: UsageError for what is none.
     """
-    from llmctl.errors import UsageError
-
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -116,6 +125,11 @@ def render(record: Mapping[str, Any]) -> list[str]:
         if model["cold_seconds"] is not None:
             facts.append(f"cold {model['cold_seconds']:.1f} s")
         lines.append(f"{model['name'][-NAME_WIDTH:]}: {', '.join(facts)}")
+        if loss := model["loss"]:
+            lines.append(
+                f"  loss {loss['read']:.3f} read, {loss['written']:.3f} written: perplexity "
+                f"{100 * loss['perplexity_change']:+.2f} %, same best token {100 * loss['same_best_frac']:.1f} %"
+            )
     rate = record["read_bytes_per_second"] / 1e9
     lines.append(f"{record['threads']} threads read {rate:.1f} GB/s; ratio: writing, to the first model")
     return lines

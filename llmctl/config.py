@@ -538,6 +538,7 @@ class GenerateConfig:
     beams: int = setting(1, "beam width of an encoder_decoder; 1 is off")
     length_penalty: float = setting(1.0, "beam scores are divided by length ** this")
     batch_size: int = setting(16, "prompts decoded together")
+    kv: str = setting("float", "how keys and values of past tokens are held: float is the model's precision, or int8")
 
 
 EvaluationName = Literal[

@@ -46,6 +46,13 @@ def generate(
     batch_size: Annotated[
         int, typer.Option(help="Prompts decoded together; 1 answers line by line.")
     ] = DEFAULT.batch_size,
+    kv: Annotated[
+        str,
+        typer.Option(
+            help="Keys and values of past tokens: float (the model's precision), or int8: half of bfloat16's memory, a "
+            "little slower on short texts."
+        ),
+    ] = DEFAULT.kv,
     whole: Annotated[bool, typer.Option("--whole", help="All of standard input is one prompt.")] = False,
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")
@@ -89,6 +96,7 @@ def generate(
         beams=beams,
         length_penalty=length_penalty,
         batch_size=batch_size,
+        kv=kv,
     )
     is_piped = prompt in (None, "-")
     if is_piped and prompt is None and sys.stdin.isatty():
@@ -174,6 +182,7 @@ def write(
 ) -> None:
     """Complete the prompts window by window, so that a long pipe is answered from the start; `turn`: they are messages."""
     from llmctl.engine.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
+    from llmctl.engine.prefix import Prefix
 
     end = "\0" if null else "\n"
     encode = turn.encode if turn else partial(encode_prompt, loaded)
@@ -195,12 +204,13 @@ def write(
     # Prompts of like length share a batch, so more are read at once; the first batch does not wait for them. One at a
     # time means that each line is answered before the next is asked for.
     largest = config.batch_size * WINDOW_BATCHES if config.batch_size > 1 else 1
-    size = config.batch_size
+    size, prefix = config.batch_size, Prefix()
     while window := list(islice(prompts, size)):
         size = min(2 * size, largest)
         try:
             ends = turn.ends if turn else ()
-            completions = list(generate(loaded, window, config, on_text if is_one else None, ends=ends))
+            heard = on_text if is_one else None
+            completions = list(generate(loaded, window, config, heard, ends=ends, prefix=prefix))
         except KeyboardInterrupt:
             if stream or unseen:
                 write_text("".join(unseen) + end)

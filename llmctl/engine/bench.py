@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from torch import nn
 from llmctl.engine.decoders import make_decoder
 from llmctl.engine.models import load_model
 from llmctl.engine.session import Session
+from llmctl.engine.step_loss import StepLoss, read_rows, rows_of, step_loss
 from llmctl.errors import LlmctlError, UsageError
+from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
@@ -46,9 +48,21 @@ class Subject:
     model: LanguageModel
     decoder: Decoder | None
     memory_bytes: int
+    kv: str = "float"
+    loss: StepLoss | None = None
     prefill_seconds: dict[int, float] = field(default_factory=dict)
     step_seconds: dict[int, float] = field(default_factory=dict)
     cold_seconds: float | None = None
+
+
+def check_kv(kinds: Sequence[str]) -> None:
+    """Refuse ways to hold keys and values that are not known, before a model is made.
+
+    Raises: UsageError naming the value.
+    """
+    for kind in kinds:
+        if kind not in CACHES:
+            raise UsageError(f"`--kv {kind}` is not known", f"one or more of {', '.join(CACHES)}, with commas")
 
 
 def check(config: BenchConfig, models: Sequence[LanguageModel]) -> None:
@@ -72,24 +86,33 @@ def check(config: BenchConfig, models: Sequence[LanguageModel]) -> None:
             )
 
 
-def subject_of(name: str, make: Callable[[], LanguageModel]) -> Subject:
-    """Make a model and make it ready, noting what the process grows by."""
+def subject_of(name: str, make: Callable[[], LanguageModel], kv: str = "float") -> Subject:
+    """Make a model and make it ready, noting what the process grows by; `kv`: how keys and values are held."""
     before = resident_bytes()
-    model = make()
-    subject = Subject(name, model, make_decoder(model), 0)
+    return ready(name, make(), kv, before)
+
+
+def load_subject(path: Path, dtype: str, kv: str = "float", data: str = "") -> Subject:
+    """Load a model and make it ready; with `data`, measure what writing a text costs in loss."""
+    before = resident_bytes()
+    loaded = load_model(path, device="cpu", dtype=dtype, able="generate", packed=True)
+    subject = ready(str(path), loaded.model, kv, before)
+    if data:
+        ids_BT = rows_of(loaded, data)
+        read = read_rows(load_model(path, device="cpu", dtype="float32").model, ids_BT)
+        subject.loss = step_loss(subject.model, ids_BT, read, subject.decoder, kv)
+    return subject
+
+
+def ready(name: str, model: LanguageModel, kv: str, before_bytes: int) -> Subject:
+    """Make a model ready for decoding; `before_bytes`: what the process held without it."""
+    subject = Subject(name if kv == "float" else f"{name} kv {kv}", model, make_decoder(model), 0, kv)
     with torch.inference_mode():  # some layers lay their weights out anew when they are first used
         session = begin(subject, BenchConfig(8, 2), 1)
         session.begin()
         session.step(torch.zeros(1, dtype=torch.long))
-    subject.memory_bytes = max(0, resident_bytes() - before)
+    subject.memory_bytes = max(0, resident_bytes() - before_bytes)
     return subject
-
-
-def load_subject(path: Path, dtype: str) -> Subject:
-    """Load a model and make it ready."""
-    return subject_of(
-        str(path), lambda: load_model(path, device="cpu", dtype=dtype, able="generate", packed=True).model
-    )
 
 
 def resident_bytes() -> int:
@@ -105,7 +128,7 @@ def begin(subject: Subject, config: BenchConfig, batch: int) -> Session:
     """Return a session of prompts of one length."""
     n_vocabulary = subject.model.config.vocab_size
     prompts = [[(7 * row + 3 * place) % n_vocabulary for place in range(config.prompt_tokens)] for row in range(batch)]
-    return Session(subject.model, prompts, config.new_tokens, decoder=subject.decoder)
+    return Session(subject.model, prompts, config.new_tokens, decoder=subject.decoder, kv=subject.kv)
 
 
 @torch.inference_mode()
@@ -159,7 +182,7 @@ def read_per_token(model: LanguageModel) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def cold_seconds(path: Path, dtype: str) -> float:
+def cold_seconds(path: Path, dtype: str, kv: str = "float") -> float:
     """Return the seconds from the start of a fresh process to the first token of a short prompt.
 
     Raises: LlmctlError if the process fails.
@@ -167,7 +190,7 @@ def cold_seconds(path: Path, dtype: str) -> float:
     command = [sys.executable, "-m", "llmctl", "generate", "-m", str(path), "--ids", "-q", "-n", "1", "-t", "0"]
     begun = time.perf_counter()
     done = subprocess.run(
-        [*command, "--dtype", dtype, "--device", "cpu", "1 1"], capture_output=True, text=True, check=False
+        [*command, "--dtype", dtype, "--kv", kv, "--device", "cpu", "1 1"], capture_output=True, text=True, check=False
     )
     seconds = time.perf_counter() - begun
     if done.returncode:
@@ -190,7 +213,7 @@ def report(subjects: Sequence[Subject], config: BenchConfig) -> dict[str, Any]:
 def describe(subject: Subject, first: Subject, config: BenchConfig, rate: float) -> dict[str, Any]:
     """Return the figures of one model; ratios are to the first one's, more is faster."""
     read_bytes = read_per_token(subject.model)
-    steps = subject.step_seconds
+    steps, loss = subject.step_seconds, subject.loss
     return {
         "name": subject.name,
         "memory_bytes": subject.memory_bytes,
@@ -198,9 +221,12 @@ def describe(subject: Subject, first: Subject, config: BenchConfig, rate: float)
         "roofline_frac": read_bytes / rate / steps[1] if 1 in steps else None,
         "first_token_seconds": subject.prefill_seconds.get(1),
         "cold_seconds": subject.cold_seconds,
+        "is_compiled": subject.decoder is not None and subject.decoder.native is not None,
+        "loss": None if loss is None else asdict(loss) | {"perplexity_change": loss.perplexity_change},
         "batches": [
             {
                 "batch": batch,
+                "cache_bytes": begin(subject, config, batch).cache.n_bytes,
                 "prefill_tokens_per_second": batch * config.prompt_tokens / subject.prefill_seconds[batch],
                 "decode_tokens_per_second": batch / steps[batch],
                 "prefill_ratio": first.prefill_seconds[batch] / subject.prefill_seconds[batch],

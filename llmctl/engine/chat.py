@@ -14,6 +14,7 @@ from llmctl.engine.chat_ids import encode_prompt_chat, end_of_turn_ids
 from llmctl.engine.chat_template import ChatTemplate, template_of
 from llmctl.engine.generate import Completion, Prompt, encode_prompt, generate
 from llmctl.engine.models import Loaded
+from llmctl.engine.prefix import Prefix
 from llmctl.errors import UsageError
 
 ROOM_FRAC = 4
@@ -75,6 +76,7 @@ class Chat:
         self.template = template_of(loaded) if loaded.model.config.family == "decoder" else None
         self.turn = Turn(self.template) if self.template else None
         self.config = self.turn.config(config) if self.turn else config
+        self.prefix = Prefix()  # each turn begins with all that was said before it
         self.system = ""
         self.instruct(system)
 
@@ -113,7 +115,7 @@ class Chat:
 
         prompt = Prompt(self.n_asked, ids, text)
         try:
-            finish = next(generate(self.loaded, [prompt], self.config, hear, ends=ends)).finish
+            finish = next(generate(self.loaded, [prompt], self.config, hear, ends=ends, prefix=self.prefix)).finish
         except KeyboardInterrupt:
             finish = "interrupted"
         answer = "".join(heard)

@@ -1,7 +1,7 @@
 """Text out of decoders and encoder-decoders: batched, cached, streamed; sampling or beam search.
 
 A prompt's result does not depend on what else is in its batch: rows are padded on the left and masked, and every
-prompt draws from its own random numbers, seeded by (seed, number of the prompt).
+prompt draws from its own random numbers, seeded by (seed, number of the prompt). What prompts begin with alike is read once.
 """
 
 import codecs
@@ -16,6 +16,7 @@ from llmctl.engine import sampling
 from llmctl.engine.beam import beam_search
 from llmctl.engine.fill import encode_around
 from llmctl.engine.models import Loaded
+from llmctl.engine.prefix import Prefix
 from llmctl.engine.session import Session
 from llmctl.errors import UsageError
 from llmctl.tokenizer.base import Tokenizer
@@ -106,20 +107,24 @@ def generate(
     on_text: OnText | None = None,
     *,
     ends: Collection[int] = (),
+    prefix: Prefix | None = None,
 ) -> Iterator[Completion]:
     """Yield the completions of prompts in their order; `on_text` gets (index, new text) as it comes.
 
-    `ends` are ids that end a text beside the model's own, such as what ends a turn of a conversation.
+    `ends` are ids that end a text beside the model's own, such as what ends a turn of a conversation. A `prefix` carries a
+    beginning over from one call to the next, while the model's weights stay as they are; without one it ends with the call.
 
     Raises: UsageError as `check_prompts`.
     """
     check_prompts(loaded, prompts, config)
+    prefix = Prefix() if prefix is None else prefix
     step = config.batch_size * WINDOW_BATCHES
     for start in range(0, len(prompts), step):
         window = sorted(prompts[start : start + step], key=lambda prompt: len(prompt.ids))
         done: dict[int, Completion] = {}
         for first in range(0, len(window), config.batch_size):
-            for completion in run_batch(loaded, window[first : first + config.batch_size], config, on_text, ends):
+            batch = window[first : first + config.batch_size]
+            for completion in run_batch(loaded, batch, config, on_text, ends, prefix):
                 done[completion.index] = completion
         yield from (done[prompt.index] for prompt in prompts[start : start + step])
 
@@ -131,22 +136,34 @@ def run_batch(
     config: GenerateConfig,
     on_text: OnText | None,
     more_ends: Collection[int] = (),
+    prefix: Prefix | None = None,
 ) -> list[Completion]:
-    """Complete prompts together."""
+    """Complete prompts together; without a `prefix` every one is read to its end."""
     ends = end_ids(loaded) | set(more_ends)
     ids = [prompt.ids for prompt in prompts]
     excluded = without_text(loaded, ends)
     session = Session(
-        loaded.model, ids, config.max_tokens, copies=config.beams, excluded=excluded, decoder=loaded.decoder
+        loaded.model,
+        ids,
+        config.max_tokens,
+        copies=config.beams,
+        excluded=excluded,
+        decoder=loaded.decoder,
+        prefix=prefix,
+        kv=config.kv,
     )
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)
+        session.keep(ids[0])
         return [
             finish_beam(loaded, prompt, found, config, session.limit(prompt.ids), ends)
             for prompt, found in zip(prompts, results, strict=True)
         ]
     rows = [Row(prompt, make_stream(loaded, prompt, config)) for prompt in prompts]
-    return sample(session, rows, config, ends, on_text)
+    try:
+        return sample(session, rows, config, ends, on_text)
+    finally:  # a turn of a conversation that was interrupted is part of it all the same
+        session.keep([*ids[0], *rows[0].ids])
 
 
 def without_text(loaded: Loaded, ends: Collection[int]) -> list[int]:

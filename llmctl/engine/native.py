@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmctl.engine.products import processor_name
 from llmctl.errors import LlmctlError, MissingCompilerError
 from llmctl.files import atomic_path, cache_folder
-from llmctl.model.cache import KVCache
+from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
 from llmctl.model.positions import rope_tables
 from llmctl.quant.linear import QuantLinear
@@ -81,7 +81,7 @@ class CModel(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
-        ("cache_is_bfloat16", ctypes.c_int32),
+        ("cache_kind", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
         ("layers", ctypes.POINTER(CLayer)),
         ("norm", ctypes.c_void_p),
@@ -154,6 +154,7 @@ def load_library(path: Path) -> Library:
         ctypes.c_void_p,
         ctypes.c_int64,
         *pointers,
+        *pointers,
         *longs,
         *pointers,
         ctypes.c_void_p,
@@ -221,12 +222,13 @@ class Step:
     def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
         """Return the logits (B, V) after one more token per row, or None for more rows than pay."""
         B, position = len(tokens_B), cache.length
-        is_bfloat16 = cache.keys[0].dtype == torch.bfloat16
-        if B > MOST_ROWS or tokens_B.device.type != "cpu" or not (is_bfloat16 or cache.keys[0].dtype == torch.float32):
+        kind = KINDS.get(str(cache.keys[0].dtype).removeprefix("torch."))
+        if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None:
             return None
+        scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
         x_BD = self.decoder.model.embed(tokens_B).float().contiguous()
         logits_BV = torch.empty(B, self.config.vocab_size)
-        self.model.cache_is_bfloat16, self.model.n_threads = int(is_bfloat16), torch.get_num_threads()
+        self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
         cos, sin = self._rope(cache)
         self.library.llmctl_step(
             self.model,
@@ -234,6 +236,7 @@ class Step:
             B,
             pointers_to(cache.keys),
             pointers_to(cache.values),
+            *map(pointers_to, scales),
             cache.max_len,
             position,
             cos,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmctl.config import GenerateConfig
 from llmctl.errors import ArtifactError, UsageError
+from llmctl.model.cache import CACHES
 
 LARGEST_BATCH = 65536
 """More prompts side by side than any machine decodes; a typing error beyond that would only exhaust its memory."""
@@ -36,6 +37,7 @@ def check(config: GenerateConfig) -> None:
             not 1 <= config.batch_size <= LARGEST_BATCH,
             f"--batch-size is {config.batch_size}, it must be from 1 to {LARGEST_BATCH}",
         ),
+        (config.kv not in CACHES, f"--kv is {config.kv}, it must be one of {', '.join(CACHES)}"),
     ]
     drawing = {
         "--top-k": config.top_k != 0,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmctl.model.cache import KVCache
+from llmctl.engine.prefix import Prefix
+from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
@@ -20,7 +21,7 @@ class Session:
     """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
 
     Tokens in `excluded`, such as those that only pad a vocabulary, are never likely. With a `decoder` made of the model the
-    same comes sooner.
+    same comes sooner. With a `prefix` a beginning that is held, or that the prompts share, is not read again; `kv`: see `CACHES`.
 
     Shapes: logits (B * copies, V), the copies of a prompt side by side.
     """
@@ -34,16 +35,20 @@ class Session:
         copies: int = 1,
         excluded: Sequence[int] = (),
         decoder: Decoder | None = None,
+        prefix: Prefix | None = None,
+        kv: str = "float",
     ) -> None:
         self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
         self.is_decoder = model.config.family == "decoder"
+        self.prefix = prefix if self.is_decoder else None
         self.device, self.dtype = model.device, model.dtype
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
         # A row may go on until it alone fills the context, whatever the others' lengths.
         self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
         n_positions = max(lengths) + self.n_new
-        self.cache = KVCache(model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
+        self.kv = kv
+        self.cache = CACHES[kv](model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
         self.memory_documents_BS: Tensor | None = None
         self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
 
@@ -75,6 +80,11 @@ class Session:
         self.positions_B1 = self.positions_B1[rows_B]
         if self.memory_documents_BS is not None:
             self.memory_documents_BS = self.memory_documents_BS[rows_B]
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """Hold a prompt that was alone, as far as it was read, for those that begin like it; `ids`: with what followed."""
+        if self.prefix is not None and len(self.prompts) == 1:
+            self.prefix.hold(ids[: self.cache.length], self.cache)
 
     def _decode(
         self,
@@ -116,8 +126,9 @@ class Session:
         positions_BT = (documents_BT.cumsum(dim=1) - 1).clamp(min=0).to(self.device)
         is_ragged = bool((documents_BT == 0).any())
         ids_BT, documents_BT = ids_BT.to(self.device), documents_BT.to(self.device)
+        n_known = self._reuse(documents_BT if is_ragged else None)
         hidden = None
-        for start in range(0, longest, PREFILL_TOKENS):
+        for start in range(n_known, longest, PREFILL_TOKENS):
             part = slice(start, start + PREFILL_TOKENS)
             hidden = self._decode(
                 ids_BT[:, part],
@@ -127,6 +138,20 @@ class Session:
         assert hidden is not None
         self.positions_B1 = positions_BT[:, -1:]
         return self._logits(hidden)
+
+    def _reuse(self, documents_BT: Tensor | None) -> int:
+        """Fill the cache with what need not be read, and return how many positions that is."""
+        if self.prefix is None:
+            return 0
+        if shared := self.prefix.shared(self.prompts):
+            alone = Session(self.model, [shared], 1, decoder=self.decoder, prefix=self.prefix, kv=self.kv)
+            alone.begin()
+            alone.keep(shared)
+        n_known = self.prefix.put(self.cache, self.prompts)
+        if n_known:
+            self.cache.mark(n_known, None if documents_BT is None else documents_BT[:, :n_known])
+            self.cache.advance(n_known)
+        return n_known
 
     def _begin_encoder_decoder(self) -> Tensor:
         longest = max(map(len, self.prompts))

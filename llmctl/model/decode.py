@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, attend
-from llmctl.model.cache import KVCache
+from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.positions import rope_tables
 from llmctl.model.transformer import ACTIVATIONS, Block, LanguageModel, Stack
 from llmctl.quant.joined import join_quantised
@@ -195,16 +195,14 @@ class SelfAttention:
             cos, sin = step.rope
             both_BTAH = torch.addcmul(both_BTAH * cos, both_BTAH.roll(H // 2, -1), sin)
         q_BTNH, k_BTKH, v_BTKH = both_BTAH.narrow(2, 0, N), both_BTAH.narrow(2, N, K), all_BTAH.narrow(2, N + K, K)
-        past, cache = step.cache.length, step.cache
-        keys_BKSH, values_BKSH = cache.keys[self.layer], cache.values[self.layer]
-        keys_BKSH.narrow(2, past, T).copy_(k_BTKH.transpose(1, 2))
-        values_BKSH.narrow(2, past, T).copy_(v_BTKH.transpose(1, 2))
-        start, stop = 0, past + T
+        cache, start, stop = step.cache, 0, step.cache.length + T
+        cache.write(self.layer, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2))
         if step.masks is None and self.window:
             start = max(0, stop - self.window)
-        keys_BKSH, values_BKSH = keys_BKSH.narrow(2, start, stop - start), values_BKSH.narrow(2, start, stop - start)
         mask = Mask() if step.masks is None else step.masks[self.window]
-        return self.out(look(q_BTNH, keys_BKSH, values_BKSH, mask, self.scale))
+        if T == 1 and isinstance(cache, Int8KVCache):
+            return self.out(look_at_codes(q_BTNH, *cache.coded(self.layer, start, stop), mask, self.scale))
+        return self.out(look(q_BTNH, *cache.read(self.layer, start, stop), mask, self.scale))
 
 
 class CrossAttention:
@@ -242,6 +240,23 @@ def look(q_BTNH: Tensor, keys_BKSH: Tensor, values_BKSH: Tensor, mask: Mask, sca
         q_BKRH, keys_BKSH, values_BKSH = widened(q_BKRH), widened(keys_BKSH), widened(values_BKSH)
     y_BKRH = F.scaled_dot_product_attention(q_BKRH, keys_BKSH, values_BKSH, attn_mask=mask.tensor, scale=scale)
     return y_BKRH.to(q_BTNH.dtype).reshape(B, 1, N * H)
+
+
+def look_at_codes(
+    q_B1NH: Tensor, keys_BKSH: Tensor, k_BKS1: Tensor, values_BKSH: Tensor, v_BKS1: Tensor, mask: Mask, scale: float
+) -> Tensor:
+    """Return attention's output with the heads joined (B, 1, N*H), at one position, over keys and values in 8 bits.
+
+    A position's scales are one number for its whole key or value, so that scores and probabilities take them, not the
+    many numbers that the codes mean.
+    """
+    B, _, N, H = q_B1NH.shape
+    q_BKRH = q_B1NH.reshape(B, keys_BKSH.shape[1], -1, H).float()
+    scores_BKRS = (q_BKRH @ keys_BKSH.float().mT).mul_(k_BKS1.mT * scale)
+    if mask.tensor is not None:
+        scores_BKRS.masked_fill_(~mask.tensor, float("-inf"))
+    y_BKRH = scores_BKRS.softmax(dim=-1).mul_(v_BKS1.mT) @ values_BKSH.float()
+    return y_BKRH.to(q_B1NH.dtype).reshape(B, 1, N * H)
 
 
 def widened(x: Tensor) -> Tensor:

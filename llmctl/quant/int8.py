@@ -11,12 +11,12 @@ LARGEST = 127.0
 
 
 def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes (O, I) and float32 scales (O, 1), so that codes * scales is nearest to the weight.
+    """Return int8 codes (..., O, I) and float32 scales (..., O, 1), so that codes * scales is nearest to the numbers.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, symmetric and per output channel.
     """
     wide_OI = weight_OI.float()
-    scales_O1 = (wide_OI.abs().amax(dim=1, keepdim=True) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+    scales_O1 = (wide_OI.abs().amax(dim=-1, keepdim=True) / LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
     return (wide_OI / scales_O1).round_().to(torch.int8), scales_O1
 
 

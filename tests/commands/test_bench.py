@@ -5,11 +5,12 @@ import json
 import pytest
 
 from llmctl.cli import run
-from llmctl.config import ModelConfig
+from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.engine.bench import read_per_token
 from llmctl.engine.random_models import random_model
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.tokenizer.train import train_tokenizer
 
 SHAPE = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_positions": 32}
 SHORT = ["--prompt", "4", "-n", "3", "--batch", "1,2"]
@@ -21,10 +22,10 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def folder(path, **fields):
+def folder(path, files=None, **fields):
     model = LanguageModel(ModelConfig(**(SHAPE | fields)))
     initialise(model, 0)
-    write_artifact(path, model.config, model.state_dict(), files={}, provenance={})
+    write_artifact(path, model.config, model.state_dict(), files=files or {}, provenance={})
     return str(path)
 
 
@@ -42,6 +43,33 @@ def test_two_models_side_by_side(tmp_path, capsys):
     assert first["read_bytes_per_token"] > second["read_bytes_per_token"]
     assert 0 < first["roofline_frac"] < 1
     assert first["cold_seconds"] is None
+
+
+def test_keys_and_values_of_both_kinds_side_by_side(tmp_path, capsys):
+    name = folder(tmp_path / "a")
+    assert run(["bench", name, *SHORT, "--kv", "float,int8", "--cold", "--json"]) == 0
+    plain, coded = json.loads(capsys.readouterr().out)["models"]
+    assert [plain["name"], coded["name"]] == [name, f"{name} kv int8"]
+    positions = 2 * 2 * 2 * (4 + 3)  # layers, keys and values, heads, tokens
+    assert [found["cache_bytes"] for found in plain["batches"]] == [positions * 4 * 32, 2 * positions * 4 * 32]
+    assert [found["cache_bytes"] for found in coded["batches"]] == [positions * 36, 2 * positions * 36]
+    assert coded["cold_seconds"] > 0
+
+
+def test_a_text_tells_what_writing_costs(tmp_path, capsys):
+    tokenizer = train_tokenizer(["a list of strings\n"] * 20, TokenizerConfig(vocab_size=300))
+    name = folder(tmp_path / "a", files=tokenizer.files(), vocab_size=tokenizer.vocab_size, bos_id=2)
+    (tmp_path / "text.txt").write_text("a list of strings\n" * 30)
+    arguments = ["bench", name, *SHORT, "--kv", "float,int8", "-d", str(tmp_path / "text.txt")]
+    assert run([*arguments, "--json"]) == 0
+    plain, coded = (model["loss"] for model in json.loads(capsys.readouterr().out)["models"])
+    assert plain["n_tokens"] == coded["n_tokens"] > 40
+    assert plain["read"] == coded["read"] == pytest.approx(plain["written"], abs=1e-4)
+    assert coded["written"] != plain["written"]
+    assert run(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 79 for line in lines)
+    assert sum("same best token" in line for line in lines) == 2
 
 
 def test_a_person_reads_a_table(tmp_path, capsys):
@@ -67,6 +95,8 @@ def test_random_models_hold_what_they_are_named_after(precision: str):
         (["--shape", "30M", "--scheme", "int5"], "`--scheme int5` is not known"),
         (["--shape", "30M", "--batch", "one"], "`--batch one`"),
         (["--shape", "30M", "--batch", "0"], "`--batch` is 0"),
+        (["--shape", "30M", "-d", "text.txt"], "--shape draws their weights"),
+        (["--shape", "30M", "--kv", "int3"], "`--kv int3` is not known"),
         (["--shape", "30M", "-n", "0"], "`--tokens` is 0"),
         (["--shape", "30M", "-n", "4000"], "the model's context is 2048".replace("the model", "a model")),
         (["--shape", "bert-base"], "an encoder's"),

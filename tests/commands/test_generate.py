@@ -125,6 +125,7 @@ def test_a_model_without_a_tokenizer_says_what_it_takes(call, models):
         (["a", "--repetition-penalty", "nan"], 2, "--repetition-penalty is nan"),
         (["a", "--min-p", "1.5"], 2, "--min-p is 1.5"),
         (["a", "--beams", "0"], 2, "--beams is 0"),
+        (["a", "--kv", "int3"], 2, "--kv is int3, it must be one of float, int8"),
         (["a", "--batch-size", "99999999999999999999"], 2, "--batch-size is 99999999999999999999"),
         (["a\udcffb"], 2, "byte 1 (0xff)"),
         (["", "--ids"], 2, "prompt 1 is empty"),
@@ -264,6 +265,13 @@ def test_what_a_search_would_ignore_is_refused(call, models, option: list[str]):
     status, out, err = call("a", "-m", str(models / "plain"), "-q", "--beams", "3", *option)
     assert (status, out) == (2, "")
     assert f"{option[0]} has no part" in err
+
+
+def test_keys_and_values_in_eight_bits_write_lines_too(call, models):
+    options = ["-m", str(models / "plain"), "-q", "-n", "8", "-t", "0", "--kv", "int8"]
+    status, together, _ = call("-", *options, stdin=b"a\nof strings\n\n")
+    assert (status, together.count("\n")) == (0, 3)
+    assert call("-", *options, "--batch-size", "1", stdin=b"a\nof strings\n\n")[1] == together
 
 
 def test_the_names_of_other_tools_are_understood(call, models):

@@ -15,6 +15,7 @@ from llmctl.engine.generate import Prompt, TextStream, encode_prompt, generate, 
 from llmctl.engine.session import Session
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import write_artifact
+from llmctl.model.cache import CACHES
 from llmctl.tokenizer.load import load_tokenizer
 from tests.engine.conftest import KINDS
 
@@ -71,6 +72,26 @@ def test_a_long_prompt_in_parts_gives_the_same(make_loaded, monkeypatch, kind: s
     whole = [completion.ids for completion in generate(loaded, prompts(), GREEDY)]
     monkeypatch.setattr(session_module, "PREFILL_TOKENS", 3)
     assert [completion.ids for completion in generate(loaded, prompts(), GREEDY)] == whole
+
+
+@pytest.mark.parametrize("config", [GREEDY, DRAWN, dataclasses.replace(GREEDY, beams=3, max_tokens=6)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_in_eight_bits_leave_a_completion_its_own(make_loaded, kind: str, config: GenerateConfig):
+    loaded, config = make_loaded(kind), dataclasses.replace(config, kv="int8")
+    together = list(generate(loaded, prompts(), config))
+    assert together == [next(generate(loaded, [prompt], config)) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_values_in_eight_bits_leave_the_logits_near(make_loaded, kind: str):
+    loaded, found = make_loaded(kind), []
+    for kv in CACHES:
+        with torch.inference_mode():
+            session = Session(loaded.model, PROMPTS, 8, decoder=loaded.decoder, kv=kv)
+            logits = [session.begin(), *[session.step(torch.tensor([5, 300, 280, 7 + n])) for n in range(4)]]
+            session.select(torch.tensor([3, 1, 1]))
+            found.append(torch.cat([*logits, session.step(torch.tensor([301, 9, 10]))]))
+    assert 0 < (found[1] - found[0]).norm() < 0.06 * found[0].norm()  # weights drawn wide: attention is nearly hard
 
 
 def test_the_context_ends_a_text_where_it_would_alone(make_loaded):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from llmctl.engine.convert import import_model
+from llmctl.engine.session import Session
+from llmctl.model.cache import CACHES
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,26 @@ def test_logits_and_greedy_text(kind, folder, reference, tmp_path, load, greedy,
     figure(f"stories260K ({kind})", "greedy text equal", f"{sum(equal)} of {len(equal)}")
     assert difference < 1e-4
     assert all(equal)
+
+
+@torch.inference_mode()
+def test_keys_and_values_in_eight_bits(folder, reference, load, figure):
+    model, nats, n_equal, n_tokens = load(folder / "hf"), dict.fromkeys(CACHES, 0.0), 0, 0
+    for row in reference[0]:
+        sessions = {kv: Session(model, [row["ids"]], 220, kv=kv) for kv in CACHES}
+        logits = {kv: session.begin()[0] for kv, session in sessions.items()}
+        for token in row["greedy_new_ids"]:
+            best = logits["float"].topk(2)
+            is_equal = int(logits["int8"].argmax()) == int(best.indices[0])
+            assert is_equal or float(best.values[0] - best.values[1]) < 0.25
+            n_equal, n_tokens = n_equal + is_equal, n_tokens + 1
+            for kv, session in sessions.items():
+                nats[kv] -= float(logits[kv].log_softmax(0)[token])
+                logits[kv] = session.step(torch.tensor([token]))[0]
+    figure("stories260K (--kv int8)", "same best token", f"{n_equal} of {n_tokens}")
+    figure("stories260K (--kv int8)", "nats more a token", f"{(nats['int8'] - nats['float']) / n_tokens:.4f}")
+    assert n_equal > 0.95 * n_tokens
+    assert abs(nats["int8"] - nats["float"]) < 0.005 * n_tokens
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("q8_0", 0.3), ("q4_1", 3.5)])

@@ -15,6 +15,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -45,7 +47,7 @@ struct Layer {
 struct Model {
   int64_t n_layers, width, d_ff, n_heads, n_kv_heads, head_dim;
   float eps, scale;
-  int32_t cache_is_bfloat16;
+  int32_t cache_kind;  // FLOAT32, BFLOAT16 or INT8
   int32_t n_threads;
   const Layer* layers;
   const float* norm;
@@ -55,6 +57,7 @@ struct Model {
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
 
 inline float widen(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16;
@@ -75,10 +78,22 @@ inline Floats load(const uint16_t* p) {
   Words words = __builtin_convertvector(*(const Halves*)p, Words) << 16;
   return (Floats)words;
 }
+inline Floats load(const int8_t* p) {  // __builtin_convertvector would go number by number (g++ 12)
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  __m256 halves[2];
+  for (int i = 0; i < 2; i++) halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i))));
+  Floats floats;
+  memcpy(&floats, halves, sizeof floats);
+  return floats;
+#else
+  return __builtin_convertvector(*(const Bytes*)p, Floats);
+#endif
+}
 inline float get(float number) { return number; }
 inline float get(uint16_t number) { return widen(number); }
-inline void put(float* p, float number) { *p = number; }
-inline void put(uint16_t* p, float number) { *p = narrow(number); }
+inline float get(int8_t number) { return number; }
 
 inline float total(Floats v) {
 #if defined(__AVX512F__)
@@ -121,6 +136,18 @@ void dots(const Number* w, const float* x, long n, float* y) {  // row by row, a
   for (long r = 0; r < 4; r++) y[r] = dot(w + r * n, x, n);
 }
 
+inline float largest(const float* x, long n) {  // of the magnitudes
+  int32_t most = 0;  // as whole numbers, so that a NaN is the largest and stays one
+  for (long i = 0; i < n; i++) {
+    int32_t bits;
+    memcpy(&bits, x + i, 4);
+    most = std::max(most, bits & 0x7fffffff);
+  }
+  float number;
+  memcpy(&number, &most, 4);
+  return number;
+}
+
 // One thread's inputs of a product: a row as it is and, for coded weights, in 8 bits.
 struct Input {
   std::vector<float> x, scale, sum;            // scale: of blocks of 64; sum: of 32 inputs, as real numbers
@@ -138,15 +165,8 @@ struct Input {
 void round_inputs(Input& in, long n, bool split) {
   for (long block = 0; block < n / BLOCK; block++) {
     const float* x = in.x.data() + block * BLOCK;
-    int32_t largest = 0;  // as whole numbers, so that a NaN is the largest and stays one
-    for (long i = 0; i < BLOCK; i++) {
-      int32_t bits;
-      memcpy(&bits, x + i, 4);
-      largest = std::max(largest, bits & 0x7fffffff);
-    }
-    float most;
-    memcpy(&most, &largest, 4);
-    float scale = most / 127.f, inverse = largest ? 127.f / most : 0.f;
+    float most = largest(x, BLOCK);
+    float scale = most / 127.f, inverse = most == 0 ? 0.f : 127.f / most;
     int8_t q[BLOCK], *out = in.codes.data() + block * BLOCK;
     for (long i = 0; i < BLOCK; i++) q[i] = (int8_t)(int32_t)std::nearbyintf(x[i] * inverse);
     int32_t first = 0, second = 0;
@@ -348,6 +368,17 @@ struct Barrier {
   }
 };
 
+// A key or value of one head into the cache; in 8 bits with a scale of its own.
+inline void keep(const float* x, long H, float* p, float*) { memcpy(p, x, H * sizeof(float)); }
+inline void keep(const float* x, long H, uint16_t* p, float*) {
+  for (long i = 0; i < H; i++) p[i] = narrow(x[i]);
+}
+inline void keep(const float* x, long H, int8_t* p, float* scale) {
+  float most = largest(x, H);
+  *scale = std::max(most / 127.f, std::numeric_limits<float>::min());  // in this order a NaN stays one
+  for (long i = 0; i < H; i++) p[i] = (int8_t)(int32_t)std::nearbyintf(x[i] / *scale);
+}
+
 void turn(float* head, const float* cos, const float* sin, long H) {
   for (long i = 0; i < H / 2; i++) {
     float a = head[i], b = head[i + H / 2];
@@ -358,26 +389,32 @@ void turn(float* head, const float* cos, const float* sin, long H) {
 
 // One key head of one row: keeps the new key and value and lets its query heads look at all of them.
 template <class Number>
-void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number* values, long n_places, long position,
-            long window, const float* cos, const float* sin, std::vector<float>& scores) {
+void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number* values, float* key_scales,
+            float* value_scales, long n_places, long position, long window, const float* cos, const float* sin,
+            std::vector<float>& scores) {
+  constexpr bool is_coded = std::is_same<Number, int8_t>::value;
   long H = m.head_dim, R = m.n_heads / m.n_kv_heads, start = window ? std::max(0L, position + 1 - window) : 0;
   float *key = qkv + (m.n_heads + k) * H, *value = qkv + (m.n_heads + m.n_kv_heads + k) * H;
   keys += k * n_places * H, values += k * n_places * H;
+  if (is_coded) key_scales += k * n_places, value_scales += k * n_places;
   if (cos) turn(key, cos, sin, H);
-  for (long i = 0; i < H; i++) put(keys + position * H + i, key[i]), put(values + position * H + i, value[i]);
+  keep(key, H, keys + position * H, is_coded ? key_scales + position : nullptr);
+  keep(value, H, values + position * H, is_coded ? value_scales + position : nullptr);
   scores.resize(position + 1);
   for (long r = 0; r < R; r++) {
     float* query = qkv + (k * R + r) * H;
     if (cos) turn(query, cos, sin, H);
     float most = -INFINITY, sum = 0;
     for (long t = start; t <= position; t++) {
-      scores[t] = dot(keys + t * H, query, H) * m.scale;
+      scores[t] = dot(keys + t * H, query, H) * m.scale * (is_coded ? key_scales[t] : 1.f);
       most = std::max(most, scores[t]);
     }
     for (long t = start; t <= position; t++) {
       scores[t] = power_of_e(scores[t] - most);
       sum += scores[t];
     }
+    if (is_coded)
+      for (long t = start; t <= position; t++) scores[t] *= value_scales[t];
     float* y = out + (k * R + r) * H;
     long i = 0;
     for (; i + 16 <= H; i += 16) {
@@ -400,9 +437,10 @@ void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number
 extern "C" {
 
 // Writes the logits (B, V) of the tokens whose embeddings are x (B, D), which is overwritten. keys, values: by layer, (B, K,
-// n_places, H). cos, sin: H/2 numbers, or null for no rotation.
-void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, void* const* values, int64_t n_places,
-                 int64_t position, const float* cos, const float* sin, float* logits) {
+// n_places, H); of codes key_scales, value_scales by layer, (B, K, n_places). cos, sin: H/2 numbers, or null for no rotation.
+void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, void* const* values, float* const* key_scales,
+                 float* const* value_scales, int64_t n_places, int64_t position, const float* cos, const float* sin,
+                 float* logits) {
   const Model& m = *model;
   long D = m.width, F = m.d_ff, H = m.head_dim, K = m.n_kv_heads, A = m.n_heads * H, Q = A + 2 * K * H;
   std::vector<float> qkv(B * Q + 16), attended(B * A + 16), middle(B * F + 16);
@@ -448,10 +486,15 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
       for (long unit = B * K * id / n_threads; unit < B * K * (id + 1) / n_threads; unit++) {
         long b = unit / K, k = unit % K, offset = b * K * n_places * H;
         float *from = qkv.data() + b * Q, *to = attended.data() + b * A;
-        if (m.cache_is_bfloat16)
-          attend(m, from, to, k, (uint16_t*)keys[l] + offset, (uint16_t*)values[l] + offset, n_places, position, layer.window, cos, sin, scores);
-        else
-          attend(m, from, to, k, (float*)keys[l] + offset, (float*)values[l] + offset, n_places, position, layer.window, cos, sin, scores);
+        auto attend_to = [&](auto* all_keys, auto* all_values, float* k_scales, float* v_scales) {
+          attend(m, from, to, k, all_keys + offset, all_values + offset, k_scales, v_scales, n_places, position,
+                 layer.window, cos, sin, scores);
+        };
+        switch (m.cache_kind) {
+          case INT8: attend_to((int8_t*)keys[l], (int8_t*)values[l], key_scales[l] + offset / H, value_scales[l] + offset / H); break;
+          case BFLOAT16: attend_to((uint16_t*)keys[l], (uint16_t*)values[l], nullptr, nullptr); break;
+          default: attend_to((float*)keys[l], (float*)values[l], nullptr, nullptr);
+        }
       }
       barrier.wait();
       take(layer.out, attended.data(), nullptr);

@@ -1,0 +1,92 @@
+"""What it saves to read a beginning that prompts share once: CPU-seconds without and with, in one run.
+
+    python benchmarks/prefix.py --shape 30M --scheme fp32,bf16,int4 [--prompts 64] [--header 400] [--rest 20] [-n 16]
+
+Random weights; a header and a rest of its own for every prompt, in batches of 16 as `llmctl generate -` makes them, greedy.
+Rounds alternate and the least CPU time counts, of all threads together. Then a conversation of 8 turns: `--rest` tokens
+are said and `-n` answered, and each turn begins with all that was before it. Without a compiled step, whose part would hide this one.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from llmctl.engine.decoders import make_decoder
+from llmctl.engine.prefix import Prefix
+from llmctl.engine.random_models import random_model, shape_config
+from llmctl.engine.session import Session
+from llmctl.model.decode import Decoder
+from llmctl.model.transformer import LanguageModel
+
+BATCH, N_TURNS = 16, 8
+
+
+def ids(n: int, start: int) -> list[int]:
+    return [(7 * place + start) % 997 for place in range(n)]
+
+
+@torch.inference_mode()
+def answer(
+    model: LanguageModel, decoder: Decoder, rows: list[list[int]], n_new: int, prefix: Prefix | None
+) -> list[int]:
+    """Return what follows the first row."""
+    session = Session(model, rows, n_new, decoder=decoder, prefix=prefix)
+    tokens_B, said = session.begin().argmax(dim=1), []
+    for _ in range(n_new - 1):
+        said.append(int(tokens_B[0]))
+        tokens_B = session.step(tokens_B).argmax(dim=1)
+    session.keep([*rows[0], *said])
+    return [*said, int(tokens_B[0])]
+
+
+Answer = Callable[[list[list[int]]], list[int]]
+
+
+def pipe(reply: Answer, options: argparse.Namespace) -> None:
+    rows = [[*ids(options.header, 3), *ids(options.rest, row)] for row in range(options.prompts)]
+    for start in range(0, len(rows), BATCH):
+        reply(rows[start : start + BATCH])
+
+
+def talk(reply: Answer, options: argparse.Namespace) -> None:
+    said = ids(options.header, 3)
+    for turn in range(N_TURNS):
+        said = [*said, *ids(options.rest, turn)]
+        said = [*said, *reply([said])]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="30M")
+    parser.add_argument("--scheme", default="fp32")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--header", type=int, default=400)
+    parser.add_argument("--rest", type=int, default=20)
+    parser.add_argument("-n", "--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for scheme in options.scheme.split(","):
+        model = random_model(shape_config(options.shape), scheme)
+        decoder = make_decoder(model)
+        assert decoder is not None
+        decoder.native = None
+        for work in (pipe, talk):
+            best = {"without": float("inf"), "with": float("inf")}
+            for _ in range(options.rounds):
+                for name in ("without", "with"):
+                    held, begun = Prefix() if name == "with" else None, time.process_time()
+                    work(lambda rows, held=held: answer(model, decoder, rows, options.tokens, held), options)  # noqa: B023
+                    best[name] = min(best[name], time.process_time() - begun)
+            ratio = best["without"] / best["with"]
+            print(
+                f"{options.shape} {scheme:<5} {work.__name__}: {best['without']:7.2f} s without, "
+                f"{best['with']:7.2f} s with it, {ratio:.2f} times"
+            )
+
+
+if __name__ == "__main__":
+    main()

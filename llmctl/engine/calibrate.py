@@ -54,7 +54,7 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
             in_blocks |= {f"{name}.{inner}" for inner in mine}
             moments = observe(block, streams) if streams else {}
             if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
-                equalise(block, mine, moments)
+                equalise(block, mine, moments, method)
             for inner, scheme in mine.items():
                 choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
@@ -92,7 +92,7 @@ def needs_data(plan: Plan, method: str) -> bool:
     return method in NEEDS_DATA or any(scheme.activations for scheme in plan.values())
 
 
-def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments]) -> None:
+def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
     """Move scales between the layers of a block where that loses less; the moments become those of the new inputs."""
     if not isinstance(block, Block):
         return
@@ -103,7 +103,8 @@ def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments]) -> None:
         maps: list[Any] = [block.get_submodule(name) for name in readers]
         weights = [one.weight.float() for one in maps]
         schemes = [mine[name] for name in readers]
-        factors_I = best_factors(weights, schemes, moments[readers[0]], partial(shared_factors, joint=joint))
+        share = partial(shared_factors, joint=joint)
+        factors_I = best_factors(weights, schemes, moments[readers[0]], share, METHODS[method])
         if factors_I is not None:
             fold(joint, maps, factors_I)
             divided = moments[readers[0]].divided(factors_I)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.quant.grid import decode
-from llmctl.quant.methods import Moments, nearest, output_error
+from llmctl.quant.methods import Method, Moments, nearest, output_error
 from llmctl.quant.products import rounded_inputs
 from llmctl.quant.schemes import Scheme
 
@@ -19,8 +19,13 @@ POWERS = tuple(step / 10 for step in range(11))
 Share = Callable[[Tensor], Tensor]
 
 
-def best_factors(weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: Moments, share: Share) -> Tensor | None:
+def best_factors(
+    weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: Moments, share: Share, method: Method = nearest
+) -> Tensor | None:
     """Return the factors (I,) with which maps that read the same inputs lose the least, or None where 1 is best.
+
+    They are sought with weights that are rounded to the nearest, and taken where the method that will choose the codes is
+    better for them too: what GPTQ makes up for, they can make worse.
 
     weights: (O, I) float32. share: makes factors equal where they have to be.
     Source: AWQ, arXiv:2306.00978, eq. 4 and 5: powers of the inputs' mean size; where inputs are rounded too, SmoothQuant,
@@ -38,13 +43,22 @@ def best_factors(weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: 
         lost = sum(lost_by(weight, scheme, moments, factors_I) for weight, scheme in zip(weights, schemes, strict=True))
         if lost < least:
             best, least = (factors_I if power else None), lost
-    return best
+    if best is None or rounds_inputs or method is nearest:
+        return best
+    with_them, without = (
+        sum(
+            lost_by(weight, scheme, moments, factors_I, method) for weight, scheme in zip(weights, schemes, strict=True)
+        )
+        for factors_I in (best, torch.ones_like(best))
+    )
+    return best if with_them < without else None
 
 
-def lost_by(weight_OI: Tensor, scheme: Scheme, moments: Moments, factors_I: Tensor) -> float:
-    """Return the share of the output that rounding loses with the factors."""
+def lost_by(weight_OI: Tensor, scheme: Scheme, moments: Moments, factors_I: Tensor, method: Method = nearest) -> float:
+    """Return the share of the output that a method loses with the factors."""
     scaled_OI = weight_OI * factors_I
-    meant_OI = decode(nearest(scaled_OI, scheme), scheme)
+    inputs = None if method is nearest else moments.divided(factors_I)
+    meant_OI = decode(method(scaled_OI, scheme, inputs), scheme)
     if not scheme.activations or moments.sample_NI is None:
         return output_error(weight_OI, meant_OI / factors_I, moments)
     codes_NI, scales_N1 = rounded_inputs(moments.sample_NI / factors_I)

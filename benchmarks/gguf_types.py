@@ -1,17 +1,27 @@
 """What every GGUF type costs a model: size, bits, and how far its predictions of a text move from the original's.
 
-    python benchmarks/gguf_types.py MODEL TEXT [--dither]
+    python benchmarks/gguf_types.py MODEL TEXT [--dither] [--beside QUANTISED ...] [--rows 12]
 
 Rows of 256 tokens are spread over the text. `--dither` first moves every weight by a random part of a four-bit step: a
-model that was published on a 4-bit grid flatters every format with that grid.
+model that was published on a 4-bit grid flatters every format with that grid. Where llama-cpp-python can be imported,
+the types that llama.cpp itself makes of the same weights take part; `--beside` names what `llmctl quantize` made of them.
+Sizes are those of the tensors alone.
 """
 
+import argparse
+import contextlib
+import ctypes
 import gzip
-import sys
+import importlib.util
+import os
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import gguf
 import torch
+from safetensors import safe_open
 
 from llmctl.engine.convert import import_model
 from llmctl.engine.export_gguf import export_gguf
@@ -20,7 +30,10 @@ from llmctl.engine.models import load_model
 from llmctl.formats.artifact import read_artifact, write_artifact
 from llmctl.formats.gguf_write import TYPES
 
-ROW_TOKENS, N_ROWS = 256, 12
+LLAMA_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "Q3_K_M": 12}
+"""Numbers of `llama_ftype` in llama.cpp's header."""
+
+ROW_TOKENS = 256
 
 
 def dithered(source: Path, out: Path) -> Path:
@@ -35,24 +48,68 @@ def dithered(source: Path, out: Path) -> Path:
     return write_artifact(out, artifact.config, state, files=artifact.files, provenance={})
 
 
+def by_llama(source: Path, out: Path, kind: str) -> None:
+    """Have llama.cpp write a GGUF file in a type of its own."""
+    from llama_cpp import llama_model_quantize, llama_model_quantize_default_params
+
+    settings = llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = LLAMA_TYPES[kind], 1
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        status = llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings))
+    assert status == 0, f"llama.cpp does not make {kind} of this model"
+
+
+def files(source: Path, work: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """Yield the name of every type with what writes a file of it."""
+    for kind in TYPES:
+        yield kind, partial(export_gguf, source, kind=kind, force=True)
+    if importlib.util.find_spec("llama_cpp"):
+        export_gguf(source, work / "f32.gguf", kind="f32", force=True)
+        for kind in LLAMA_TYPES:
+            yield f"llama.cpp {kind}", partial(by_llama, work / "f32.gguf", kind=kind)
+
+
+def tensor_bytes(path: Path) -> int:
+    """Return the bytes of the tensors in a file of either format."""
+    if path.suffix == ".gguf":
+        return int(sum(tensor.n_bytes for tensor in gguf.GGUFReader(str(path)).tensors))
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+
+
 def main() -> None:
-    source, text = Path(sys.argv[1]), Path(sys.argv[2])
-    content = gzip.decompress(text.read_bytes()) if text.suffix == ".gz" else text.read_bytes()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--dither", action="store_true")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[])
+    parser.add_argument("--rows", type=int, default=12)
+    asked = parser.parse_args()
+    content = gzip.decompress(asked.text.read_bytes()) if asked.text.suffix == ".gz" else asked.text.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        source = dithered(source, work / "dithered") if "--dither" in sys.argv else source
-        original = load_model(source, device="cpu")
+        source = dithered(asked.model, work / "dithered") if asked.dither else asked.model
+        original = load_model(source, device="cpu", dtype="float32")
         assert original.tokenizer is not None
-        ids = original.tokenizer.encode(content.decode()[:200_000])
-        step = max(ROW_TOKENS, len(ids) // N_ROWS)
+        ids = original.tokenizer.encode(content.decode()[:2_000_000])
+        step = max(ROW_TOKENS, len(ids) // asked.rows)
         rows = [ids[start : start + ROW_TOKENS] for start in range(0, len(ids) - ROW_TOKENS, step)]
         before = logits_of(original.model, rows)
-        for kind in TYPES:
-            record = export_gguf(source, work / "m.gguf", kind=kind, force=True)
-            back = load_model(import_model(work / "m.gguf", work / "back", force=True), device="cpu")
-            kl, top1 = distance(before, logits_of(back.model, rows))
-            size = f"{record['bytes'] / 1e6:.1f} MB, {record['bits_per_weight']:.2f} bits per weight"
-            print(f"{kind:<6} {size}, KL {kl:.3g} nats/token, {top1:.1%} same best token", flush=True)
+
+        def show(name: str, path: Path, model: Path) -> None:
+            kl, top1 = distance(before, logits_of(load_model(model, device="cpu", dtype="float32").model, rows))
+            size = tensor_bytes(path)
+            bits = 8 * size / original.model.n_parameters
+            size_told = f"{size:>13,} bytes, {bits:5.2f} bits per weight"
+            print(f"{name:<24} {size_told}, KL {kl:.3g} nats/token, {top1:.1%} same best token", flush=True)
+
+        for name, write in files(source, work):
+            path = work / "m.gguf"
+            path.unlink(missing_ok=True)
+            write(path)
+            show(name, path, import_model(path, work / "back", force=True))
+        for path in asked.beside:
+            show(path.name, path, path)
 
 
 main()

@@ -148,6 +148,7 @@ class Finetuning(Job):
             self.model = rounding(self.model, self.schemes)
             say(f"training through the rounding of {len(self.schemes)} layers to {self.config.qat}")
         self.model.train()
+        self.held = self.model.schemes
         if self.config.method != "full":
             layers = self.adapt(self.model)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -236,7 +237,7 @@ class Finetuning(Job):
         """Return the trained model in one piece, whatever processes it was shared out to."""
         model = LanguageModel(self.model.config)
         if self.config.method != "full":
-            model.quantise(self.base.artifact.schemes)
+            model.quantise(self.held)
             self.adapt(model)
         model.load_state_dict(super().weights(weights))
         return model

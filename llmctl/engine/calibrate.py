@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.engine.importance import Batches, read
+from llmctl.errors import ArtifactError
 from llmctl.model.equalise import fold, joints, shared_factors
 from llmctl.model.transformer import Block, LanguageModel
 from llmctl.quant.factors import best_factors
@@ -61,6 +62,16 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
         if name not in in_blocks:
             choose(found, model, name, name, scheme, "clip" if method != "nearest" else "nearest", None)
     return found
+
+
+def refuse_unfinite(model: LanguageModel, name: str) -> None:
+    """Refuse weights that no grid can hold.
+
+    Raises: ArtifactError naming the tensor.
+    """
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
 
 
 def needs_data(plan: Plan, method: str) -> bool:

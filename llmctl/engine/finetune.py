@@ -22,6 +22,7 @@ from llmctl.engine.heads import with_head
 from llmctl.engine.job import Job, Say
 from llmctl.engine.learner import learned_state, rounding
 from llmctl.engine.loop import Fitted
+from llmctl.engine.machine import give_back_memory
 from llmctl.engine.models import Loaded, load_model
 from llmctl.engine.objectives import Classification, Objective
 from llmctl.engine.packed_base import BASE, BITS, write_packed_base
@@ -136,6 +137,8 @@ class Finetuning(Job):
         told = {}
         if self.config.method in QUANTISES and not self.base.artifact.schemes:
             told = write_packed_base(self.base, self.packed_base(folder))
+            del self.base  # all of the full weights goes before the next are there
+            give_back_memory()
             self.base = self.open_base(self.packed_base(folder))
         base = {"path": self.config.model, "sha256": identity_of(self.base.artifact)}
         corpus.provenance["base"] = base | told

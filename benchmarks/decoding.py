@@ -1,12 +1,14 @@
-"""Tokens per second of decoding at batch 1, ours beside transformers and llama.cpp, on one shape in one run.
+"""Tokens per second of decoding at batch 1, ours beside transformers, llama.cpp and CTranslate2, on one shape in one run.
 
     python benchmarks/decoding.py --shape 135M --threads 2 [--rounds 6] [--only NAME ...]
 
 All engines run models of random weights of the same shape, after a prompt of 64 tokens. Rounds alternate between engines
 and the best round of each counts: other processes make a machine slower for seconds at a time, so that figures of
 different runs do not compare. Ours come twice: by torch alone, and `+` by the step that `llmctl doctor --compile` makes.
-transformers and llama-cpp-python take part where they can be imported. llama.cpp's 4 bits are Q4_0, groups of 32 with a
-scale; ours are groups of 64 with scale and zero. All heads are in 8 bits where the blocks are coded.
+transformers, llama-cpp-python and ctranslate2 take part where they can be imported; transformers also with its forward
+pass compiled over a StaticCache, where torch.compile works, which takes a minute before the first round. llama.cpp's
+4 bits are Q4_0, groups of 32 with a scale; ours are groups of 64 with scale and zero. CTranslate2's 8 bits have a scale per
+output and inputs rounded to 8 bits, which the compiled step's have too. All heads are in 8 bits where the blocks are coded.
 """
 
 import argparse
@@ -53,8 +55,9 @@ def ours(config: ModelConfig, precision: str, *, compiled: bool) -> Engine:
     return run
 
 
-def transformers(config: ModelConfig, dtype: torch.dtype) -> Engine:
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+def llama(config: ModelConfig, dtype: torch.dtype):
+    """Return transformers' model of a shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -69,16 +72,79 @@ def transformers(config: ModelConfig, dtype: torch.dtype) -> Engine:
     torch.set_default_dtype(dtype)
     model = LlamaForCausalLM(shape).eval()
     torch.set_default_dtype(torch.float32)
+    return model
+
+
+def transformers(config: ModelConfig, dtype: torch.dtype) -> Engine:
+    from transformers import DynamicCache
+
+    model = llama(config, dtype)
 
     @torch.inference_mode()
     def run(n_tokens: int) -> float:
-        cache = DynamicCache(config=shape)
+        cache = DynamicCache(config=model.config)
         token = model(torch.tensor([PROMPT]), past_key_values=cache).logits[:, -1:].argmax(dim=-1)
         begun = time.perf_counter()
         for _ in range(n_tokens):
             token = model(token, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
             token.tolist()
         return (time.perf_counter() - begun) / n_tokens
+
+    return run
+
+
+def transformers_compiled(config: ModelConfig, dtype: torch.dtype) -> Engine:
+    from transformers import StaticCache
+
+    model = llama(config, dtype)
+    cache = StaticCache(config=model.config, max_cache_len=256)
+    step = torch.compile(model.forward, dynamic=False, fullgraph=True, options={"freezing": True})  # its fastest here
+
+    @torch.no_grad()  # the cache is written in place by compiled and by usual code, which inference tensors do not stand
+    def run(n_tokens: int) -> float:
+        cache.reset()
+        token = model(torch.tensor([PROMPT]), past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+        places = torch.arange(len(PROMPT), len(PROMPT) + n_tokens).split(1)
+        begun = time.perf_counter()
+        for place in places:
+            token = step(token, past_key_values=cache, position_ids=place[None]).logits[:, -1:].argmax(dim=-1)
+            token.tolist()
+        return (time.perf_counter() - begun) / n_tokens
+
+    run(2)  # what a first call compiles, it may compile again for the second
+    return run
+
+
+def ctranslate2(config: ModelConfig, kind: str, threads: int, folder: Path) -> Engine:
+    """Return CTranslate2's generator of what its converter makes of transformers' model."""
+    import ctranslate2 as lib
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"<{token}>": token for token in range(config.vocab_size)}
+    source, target = folder / "source", folder / f"ctranslate2-{kind}"
+    if not source.exists():
+        llama(config, torch.float32).save_pretrained(source)
+        marks = {"unk_token": "<0>", "bos_token": "<1>", "eos_token": "<2>"}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<0>")), **marks
+        )
+        tokenizer.save_pretrained(source)
+    lib.converters.TransformersConverter(str(source)).convert(str(target), quantization=kind)
+    generator = lib.Generator(str(target), device="cpu", compute_type=kind, intra_threads=threads, inter_threads=1)
+    prompt = [f"<{token}>" for token in PROMPT]
+
+    def run(n_tokens: int) -> float:
+        times: list[float] = []
+        generator.generate_batch(
+            [prompt],
+            max_length=n_tokens + 1,
+            min_length=n_tokens + 1,
+            include_prompt_in_result=False,
+            callback=lambda _: times.append(time.perf_counter()),
+        )
+        assert len(times) == n_tokens + 1
+        return (times[-1] - times[0]) / n_tokens
 
     return run
 
@@ -181,6 +247,13 @@ def engines(config: ModelConfig, threads: int, folder: Path) -> Iterator[tuple[s
     if importlib.util.find_spec("transformers"):
         yield "transformers fp32", lambda: transformers(config, torch.float32)
         yield "transformers bf16", lambda: transformers(config, torch.bfloat16)
+        yield "compiled fp32", lambda: transformers_compiled(config, torch.float32)
+        yield "compiled bf16", lambda: transformers_compiled(config, torch.bfloat16)
+    if importlib.util.find_spec("transformers") and importlib.util.find_spec("ctranslate2"):
+        from ctranslate2 import get_supported_compute_types
+
+        for kind in sorted({"float32", "bfloat16", "int8"} & get_supported_compute_types("cpu")):
+            yield f"CTranslate2 {kind}", lambda k=kind: ctranslate2(config, k, threads, folder)
     if importlib.util.find_spec("llama_cpp"):
         for kind in ("BF16", "Q8_0", "Q4_0"):
             yield f"llama.cpp {kind}", lambda k=kind: llama_cpp(config, k, threads, folder)

@@ -329,8 +329,10 @@ class TaskConfig:
 class FinetuneConfig(TaskConfig):
     """Everything `llmctl finetune` reads."""
 
-    method: Literal["full", "lora", "dora"] = setting(
-        "full", "train all weights, or an adapter beside frozen ones; those of a base in few bits stay in them"
+    method: Literal["full", "lora", "dora", "qlora", "qdora"] = setting(
+        "full",
+        "train all weights, or an adapter beside frozen ones; those of a base in few bits stay in them; qlora, qdora: of "
+        "another base they are rounded to 4 bits before",
     )
     pooling: Literal["auto", "first", "mean", "last"] = setting(
         "auto", "classify: the state under the head; auto is what the model's published classifier takes"
@@ -339,7 +341,7 @@ class FinetuneConfig(TaskConfig):
         "", "train through the rounding of this scheme, and write the model in few bits (quantization-aware training)"
     )
     merge: bool = setting(False, "write the whole model with the adapter in its weights, not the adapter")
-    adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora)")
+    adapter: AdapterConfig = section(AdapterConfig, "the adapter (lora, dora, qlora, qdora)")
 
 
 @dataclass(frozen=True)

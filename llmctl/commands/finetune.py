@@ -26,7 +26,9 @@ def finetune(
     qat: Annotated[
         str | None, typer.Option(help="Train through the rounding to int8, int4, int3, ..., and write few bits.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="full, or an adapter: lora, dora.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, or an adapter: lora, dora, or qlora, qdora on 4 bits.")
+    ] = None,
     val: Annotated[list[str] | None, typer.Option(help="Examples that are held out; else a share of the data.")] = None,
     labels: Annotated[
         str | None, typer.Option(help="classify: the labels, with commas between, or a file with one per line.")

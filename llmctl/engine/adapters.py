@@ -164,11 +164,11 @@ def save_adapter(
 
 
 def name_for(base: Path, out: Path) -> str:
-    """Return how an adapter names its base: from its own folder where both lie under this directory, else in full.
+    """Return how an adapter names its base: from its own folder where it lies in it or both under here, else in full.
 
     What is moved together stays together; links such as `runs/latest` will mean another model one day.
     """
     here, base, out = Path.cwd().resolve(), base.resolve(), out.resolve()
-    if base.is_relative_to(here) and out.is_relative_to(here):
+    if base.is_relative_to(out) or (base.is_relative_to(here) and out.is_relative_to(here)):
         return os.path.relpath(base, out)
     return str(base)

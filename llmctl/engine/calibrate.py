@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.engine.importance import Batches, read
+from llmctl.errors import ArtifactError
 from llmctl.formats.quantization import EMBEDDING, HEAD
 from llmctl.model.equalise import fold, joints, shared_factors
 from llmctl.model.transformer import Block, LanguageModel
@@ -85,6 +86,16 @@ def read_head(model: LanguageModel, batches: Batches) -> Moments:
     for batch in batches:
         moments.add(model.head_input(read(model, batch)))
     return moments
+
+
+def refuse_unfinite(model: LanguageModel, name: str) -> None:
+    """Refuse weights that no grid can hold.
+
+    Raises: ArtifactError naming the tensor.
+    """
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
 
 
 def needs_data(plan: Plan, method: str) -> bool:

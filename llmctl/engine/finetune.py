@@ -22,8 +22,10 @@ from llmctl.engine.heads import with_head
 from llmctl.engine.job import Job, Say
 from llmctl.engine.learner import learned_state, rounding
 from llmctl.engine.loop import Fitted
+from llmctl.engine.machine import give_back_memory
 from llmctl.engine.models import Loaded, load_model
 from llmctl.engine.objectives import Classification, Objective
+from llmctl.engine.packed_base import BASE, BITS, write_packed_base
 from llmctl.engine.pretrain import label_prediction
 from llmctl.engine.quantize_settings import plan_of
 from llmctl.engine.runs import Run
@@ -50,6 +52,9 @@ FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
 SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
 DEFAULT_EPOCHS = 3.0
 
+QUANTISES = ("qlora", "qdora")
+"""Methods that hold the base in four bits, also where it was not."""
+
 
 def settle(config: FinetuneConfig) -> FinetuneConfig:
     """Give a run the budget, the rows and the learning rate that its model asks for, so that its recipe says them.
@@ -61,7 +66,8 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
     train, optim = config.train, config.optim
     artifact = read_model(Path(config.model))
     shape = artifact.config
-    if config.qat or (artifact.schemes and config.method != "full"):  # neither has a copy in bfloat16
+    in_few_bits = config.method in QUANTISES or (artifact.schemes and config.method != "full")
+    if config.qat or in_few_bits:  # neither has a copy in bfloat16
         train = replace(train, master_weights=False)
     if not (train.steps or train.tokens or train.minutes or train.epochs):
         train = replace(train, epochs=DEFAULT_EPOCHS)
@@ -112,16 +118,30 @@ class Finetuning(Job):
 
         Raises: UsageError for a model that has no tokenizer or cannot be trained on the task.
         """
+        return self.open_base(Path(self.config.model))
+
+    def open_base(self, path: Path) -> Loaded:
+        """Load what lies under the adapter, or what all weights are trained of."""
         packed = self.config.method != "full"  # an adapter leaves the base in its few bits
-        base = load_model(Path(self.config.model), device="cpu", dtype="float32", packed=packed)
+        base = load_model(path, device="cpu", dtype="float32", packed=packed)
         check_task(self.config, base)
         return base
 
+    def packed_base(self, folder: Path) -> Path:
+        """Return where a base lies that the run has put in few bits: with the adapter, or with what goes at the end."""
+        return (folder if self.config.merge else folder.parent) / BASE
+
     def prepare(self, folder: Path, say: Say) -> None:
-        """Read, examine, split and encode the examples."""
+        """Read, examine, split and encode the examples; put the base in few bits where the method asks for it."""
         corpus = prepare_task(self.config, self.base, folder, say, shows_example=self.shows_example)
+        told = {}
+        if self.config.method in QUANTISES and not self.base.artifact.schemes:
+            told = write_packed_base(self.base, self.packed_base(folder))
+            del self.base  # all of the full weights goes before the next are there
+            give_back_memory()
+            self.base = self.open_base(self.packed_base(folder))
         base = {"path": self.config.model, "sha256": identity_of(self.base.artifact)}
-        corpus.provenance["base"] = base
+        corpus.provenance["base"] = base | told
         keep_corpus(corpus, folder)
 
     def load(self, folder: Path, say: Say) -> None:
@@ -130,10 +150,12 @@ class Finetuning(Job):
         Raises: ArtifactError if the model is not the one that the run was begun with.
         """
         self.corpus = open_corpus(folder)
+        if self.is_packed_here:
+            self.base = self.open_base(self.packed_base(folder))
         begun_with = self.corpus.provenance["base"]["sha256"]
         if identity_of(self.base.artifact) != begun_with:
             raise ArtifactError(
-                f"`{self.config.model}` is not the model that this run was begun with ({begun_with[:12]})",
+                f"`{self.base.artifact.path}` is not the model that this run was begun with ({begun_with[:12]})",
                 "put it back, or start a new run",
             )
         self.model = self.base.model
@@ -148,12 +170,19 @@ class Finetuning(Job):
             self.model = rounding(self.model, self.schemes)
             say(f"training through the rounding of {len(self.schemes)} layers to {self.config.qat}")
         self.model.train()
+        self.held = self.model.schemes
         if self.config.method != "full":
             layers = self.adapt(self.model)
             trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
             share = trained / self.model.n_parameters
-            what = f"{self.config.method} of rank {self.config.adapter.rank} on {len(layers)} layers"
+            held = f" held in {BITS} bits" if self.is_packed_here else ""
+            what = f"{self.config.method} of rank {self.config.adapter.rank} on {len(layers)} layers{held}"
             say(f"{what}: {trained:,} parameters trained, {share:.2%} of all")
+
+    @property
+    def is_packed_here(self) -> bool:
+        """Whether the base is one that this run has put in few bits."""
+        return "quantised_from" in self.corpus.provenance["base"]
 
     @cached_property
     def schemes(self) -> dict[str, Scheme]:
@@ -171,7 +200,7 @@ class Finetuning(Job):
             alpha=adapter.alpha,
             targets=adapter.targets,
             dropout=adapter.dropout,
-            dora=self.config.method == "dora",
+            dora=self.config.method.endswith("dora"),
             seed=self.config.train.seed,
         )
 
@@ -236,7 +265,7 @@ class Finetuning(Job):
         """Return the trained model in one piece, whatever processes it was shared out to."""
         model = LanguageModel(self.model.config)
         if self.config.method != "full":
-            model.quantise(self.base.artifact.schemes)
+            model.quantise(self.held)
             self.adapt(model)
         model.load_state_dict(super().weights(weights))
         return model
@@ -254,6 +283,14 @@ class Finetuning(Job):
         facts: dict[str, Any] = {"method": self.config.method, "base": self.config.model}
         facts["n_trained"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return facts | {"findings": self.corpus.provenance.get("findings", {})}
+
+    def card_note(self, summary: Mapping[str, Any]) -> str:
+        """Return in a sentence which base the adapter is of, where that is another than the model that was named."""
+        if not self.is_packed_here:
+            return super().card_note(summary)
+        if self.config.merge:
+            return f"The adapter is merged into weights in {BITS} bits, multiplied out, not into those of `{summary['base']}`."
+        return f"The adapter is of the base in `{BASE}`, `{summary['base']}` in {BITS} bits, and of no other."
 
     def closing(self, summary: Mapping[str, Any], run: Run) -> str:
         """Return the task's figure before and after, and a command to use the model."""

@@ -12,6 +12,7 @@ from llmctl.engine.models import Loaded
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import read_headers
 from llmctl.formats.families import family_for
+from llmctl.formats.quantization import HEAD
 from llmctl.formats.safetensors import read_tensors
 from llmctl.model.transformer import LanguageModel
 
@@ -38,7 +39,7 @@ def head_config(config: ModelConfig, labels: Labels, n_outputs: int, pooling: st
 
 
 def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, seed: int) -> LanguageModel:
-    """Return the model with a head for the labels; the body's weights are the base's own.
+    """Return the model with a head for the labels; the body's weights are the base's own, in its few bits if it has them.
 
     A head that is there already is kept. A new one is drawn anew, except that a published pooler is taken over.
     Raises: ArtifactError if the model has a head for other labels.
@@ -50,6 +51,7 @@ def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, see
     config = head_config(model.config, labels, n_outputs, pooling)
     with torch.random.fork_rng(devices=[]):
         classifier = LanguageModel(config)
+    classifier.quantise({name: scheme for name, scheme in model.schemes.items() if name != HEAD})
     state = classifier.state_dict()
     state |= {name: tensor for name, tensor in model.state_dict().items() if name in state}
     generator = torch.Generator().manual_seed(seed)

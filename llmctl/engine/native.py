@@ -28,10 +28,13 @@ from llmctl.quant.linear import QuantLinear
 Library = ctypes.CDLL
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
     # Sums may be reordered, as torch's own are; -ffast-math as a whole would change the process that loads this.
     *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
 )
+HERE = "native"
+"""The processor of this machine, to its compiler."""
+
 MOST_ROWS = 4
 """Rows up to which the compiled step is used: it reads a weight once and multiplies row by row."""
 
@@ -94,18 +97,23 @@ def source_path() -> Path:
     return Path(__file__).parent / "cpp" / "decode.cpp"
 
 
-def library_path() -> Path:
+def library_path(processor: str = HERE) -> Path:
     """Return where the library for this source, processor and set of flags lies."""
     features = ""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = [source_path().read_text(encoding="utf-8"), " ".join(FLAGS), processor_name(), features]
+    parts = [source_path().read_text(encoding="utf-8"), " ".join(flags_for(processor)), processor_name(), features]
     return cache_folder() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 
-def compile_library() -> Path:
-    """Compile the step for this machine and return its file; a few seconds.
+def flags_for(processor: str) -> tuple[str, ...]:
+    """Return the compiler's flags for a processor."""
+    return (*FLAGS, f"-march={processor}")
+
+
+def compile_library(processor: str = HERE) -> Path:
+    """Compile the step for this machine, or for another processor as compilers name it, and return its file; a few seconds.
 
     Raises: MissingCompilerError without a compiler; LlmctlError with the compiler's first complaint.
     """
@@ -115,10 +123,13 @@ def compile_library() -> Path:
         raise MissingCompilerError(
             f"no C++ compiler found (looked for {named or ', '.join(COMPILERS)})", "install g++, or name one with CXX"
         )
-    target = library_path()
+    target = library_path(processor)
     with atomic_path(target) as temporary:
         done = subprocess.run(
-            [compiler, *FLAGS, str(source_path()), "-o", str(temporary)], capture_output=True, text=True, check=False
+            [compiler, *flags_for(processor), str(source_path()), "-o", str(temporary)],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])

@@ -176,12 +176,15 @@ def random_layer(scheme: Scheme, n_out: int, n_in: int, generator: torch.Generat
 
 
 def randomise(layer: QuantLinear, generator: torch.Generator) -> None:
-    """Draw the codes of a layer; its weights are about as large as a model's at the beginning."""
+    """Draw codes, scales and zeros of a layer; its weights are about as large as a model's at the beginning.
+
+    No two scales are the same, so that a product that mixes them up is wrong.
+    """
     for name, buffer in layer.named_buffers(recurse=False):
         if name in ("weight_packed", "weight_zero_point"):
             buffer.random_(-(2**31), 2**31 - 1, generator=generator)
         elif name == "weight_scale":
-            buffer.fill_(0.07 / layer.scheme.levels)
+            buffer.uniform_(0.5, 1.5, generator=generator).mul_(0.07 / layer.scheme.levels)
 
 
 def give_table(model: nn.Module, table: Table) -> None:

@@ -16,7 +16,7 @@ import torch
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.engine.adapted import read_model
 from llmctl.engine.batch import to_device
-from llmctl.engine.calibrate import calibrate, needs_data
+from llmctl.engine.calibrate import calibrate, needs_data, refuse_unfinite
 from llmctl.engine.job import Say
 from llmctl.engine.learner import learned_state, learner, stored_state
 from llmctl.engine.loop import Fitted, Training
@@ -27,7 +27,6 @@ from llmctl.engine.quantize_report import make_report, render
 from llmctl.engine.quantize_settings import check_quantize, plan_of
 from llmctl.engine.runs import Run
 from llmctl.engine.taught import Taught
-from llmctl.errors import ArtifactError
 from llmctl.files import write_json
 from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
 from llmctl.formats.parameters import parameter_shapes
@@ -249,16 +248,6 @@ class Quantizing(Taught):
         if self.shape.n_labels:
             use = f'llmctl classify -m {model} "a text"'
         return "\n".join([*render(self.report.record), f"report: {run.path / 'report.json'}", f"next: {use}"])
-
-
-def refuse_unfinite(model: LanguageModel, name: str) -> None:
-    """Refuse weights that no grid can hold.
-
-    Raises: ArtifactError naming the tensor.
-    """
-    for key, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
 
 
 def other_bits(model: LanguageModel, plan: Mapping[str, Scheme], inside: set[str]) -> int:

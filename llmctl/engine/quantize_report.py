@@ -1,5 +1,6 @@
 """What a quantization reports: the model before and after, side by side, measured on the same rows and this machine."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from llmctl.engine.metrics import FIGURES, rounded
 from llmctl.engine.products import Measured, give_table
 from llmctl.engine.speed import reading_speed, writing_speed
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.parameters import parameter_shapes
+from llmctl.formats.quantization import PARTS, WEIGHT
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
 
@@ -68,17 +71,12 @@ def stored_bytes(artifact: Artifact) -> int:
 
 def layer_bits(artifact: Artifact, schemes: Mapping[str, Scheme]) -> float:
     """Return the bits per weight of the matrices inside the blocks, scales and zeros counted."""
-    bits = weights = 0
-    for name, (_, _, entry) in artifact.tensors.items():
-        module, _, part = name.rpartition(".")
-        if module in schemes and "layers." in name and part != "weight_shape":
-            bits += 8 * (entry.end - entry.begin)
-            if part == "weight_packed":
-                scheme = schemes[module]
-                groups = artifact.tensors[f"{module}.weight_scale"][2].shape[1]
-                n_in = groups * scheme.group if scheme.group else entry.shape[1] * 32 // scheme.bits
-                weights += entry.shape[0] * n_in
-    return bits / max(weights, 1)
+    shapes = parameter_shapes(artifact.config)
+    inside = [name for name in schemes if "layers." in name]
+    parts = [f"{name}.{part}" for name in inside for part in (WEIGHT, *PARTS)]
+    found = [artifact.tensors[part][2] for part in parts if part in artifact.tensors]
+    weights = sum(math.prod(shapes[f"{name}.weight"]) for name in inside)
+    return 8 * sum(entry.end - entry.begin for entry in found) / max(weights, 1)
 
 
 def missed(record: Mapping[str, Any], gate: str) -> str:

@@ -58,7 +58,9 @@ def random_model(config: ModelConfig, precision: str) -> LanguageModel:
             module.to_empty(device="cpu", recurse=False)
             module.to(dtype)
             for parameter in module.parameters(recurse=False) if parameters else ():
-                nn.init.ones_(parameter) if parameter.dim() == 1 else parameter.data.uniform_(-0.02, 0.02)
+                nn.init.ones_(parameter) if parameter.dim() == 1 else nn.init.uniform_(
+                    parameter, -0.02, 0.02, generator
+                )
         elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
     materialise_buffers(model)

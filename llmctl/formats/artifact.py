@@ -22,18 +22,26 @@ from llmctl.formats.families import family_of
 from llmctl.formats.family import FamilyFormat, token_ids
 from llmctl.formats.parameters import Shape, parameter_shapes, stored_shape, to_parameters, to_stored
 from llmctl.formats.quantization import (
+    HEAD_SCALE,
+    IN_BYTES,
+    IN_WORDS,
     KEY,
+    PACKED,
     PARTS,
+    WEIGHT,
     WHOLE_DTYPES,
     Schemes,
     dequantised,
     family_with,
+    fits_bytes,
+    in_words,
     part_shapes,
     read_schemes,
-    with_shapes,
+    stored_parts,
     write_schemes,
 )
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors, write_safetensors
+from llmctl.quant.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +133,7 @@ class Artifact:
         for path in {path for path, _, _ in self.tensors.values()}:
             names = {there: name for name, (file, there, _) in self.tensors.items() if file == path}
             published |= {names[there]: tensor for there, tensor in read_tensors(path, names).items()}
-        return published
+        return in_words(published, self.schemes)
 
 
 def most_common_dtype(entries: Iterable[TensorEntry]) -> str:
@@ -156,8 +164,10 @@ def read_artifact(path: Path) -> Artifact:
     if config.n_layers + config.n_decoder_layers > len(tensors):  # before anything grows with a number that lies
         raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
     schemes = read_schemes(hf, config, where)
-    wanted = stored_shapes(family, config, schemes)
-    check_tensors(family, config, tensors, path, wanted)
+    forms = {name: form_in(tensors, name, scheme) for name, scheme in schemes.items()}
+    wanted = stored_shapes(family, config, schemes, forms)
+    whole = {f"{name}.{WEIGHT}": "I8" for name, form in forms.items() if form == IN_BYTES}
+    check_tensors(family, config, tensors, path, wanted, whole)
     return Artifact(
         path=path,
         architecture=family.architecture,
@@ -176,7 +186,15 @@ def weights_of(schemes: Schemes) -> set[str]:
     return {f"{name}.weight" for name in schemes}
 
 
-def stored_shapes(family: FamilyFormat, config: ModelConfig, schemes: Schemes) -> dict[str, Shape]:
+def form_in(tensors: Mapping[str, Any], name: str, scheme: Scheme) -> str:
+    """Return how a file holds the codes of a module."""
+    has_bytes = f"{name}.{WEIGHT}" in tensors and f"{name}.{PACKED}" not in tensors
+    return IN_BYTES if has_bytes and fits_bytes(scheme) else IN_WORDS
+
+
+def stored_shapes(
+    family: FamilyFormat, config: ModelConfig, schemes: Schemes, forms: Mapping[str, str]
+) -> dict[str, Shape]:
     """Return name -> shape of everything that has to be stored."""
     shapes = parameter_shapes(config)
     packed = weights_of(schemes)
@@ -185,7 +203,7 @@ def stored_shapes(family: FamilyFormat, config: ModelConfig, schemes: Schemes) -
     assert not lost, f"{family.architecture} does not store {few(sorted(lost))} by itself"
     kept = {name: shape for name, shape in wanted.items() if name not in packed}
     for name, scheme in schemes.items():
-        parts = part_shapes(scheme, shapes[f"{name}.weight"])
+        parts = part_shapes(scheme, shapes[f"{name}.weight"], forms[name])
         kept |= {f"{name}.{part}": shape for part, shape in parts.items()}
     return kept
 
@@ -309,15 +327,18 @@ def check_tensors(
     tensors: Mapping[str, tuple[Path, str, TensorEntry]],
     path: Path,
     wanted: Mapping[str, Shape],
+    whole: Mapping[str, str],
 ) -> None:
     """Check names and shapes of the stored tensors against the configuration, before any is read.
 
+    whole: the dtypes of weights that are codes.
     Raises: ArtifactError naming the first few that are missing, left over, or of another shape.
     """
     missing = [name for name in wanted if name not in tensors]
     if missing:
         raise mismatch(path, family, f"missing: {few(missing)}")
-    extra = [name for name in tensors if name not in wanted and not family.is_ignored(name, config)]
+    shared = {HEAD_SCALE} if config.tie_embeddings else set()
+    extra = [name for name in tensors if name not in {*wanted, *shared} and not family.is_ignored(name, config)]
     if extra:
         raise mismatch(path, family, f"not part of it: {few(extra)}")
     found = {name: tensors[name][2] for name in wanted}
@@ -326,19 +347,19 @@ def check_tensors(
     ]
     if wrong:
         raise mismatch(path, family, f"of another shape: {few(wrong)}")
-    other = [f"{name} {entry.dtype}" for name, entry in found.items() if not is_of_kind(name, entry.dtype)]
+    other = [f"{name} {entry.dtype}" for name, entry in found.items() if not is_of_kind(name, entry.dtype, whole)]
     if other:
         raise mismatch(
             path,
             family,
-            f"packed codes that are not int32, or others that are not floating-point numbers: {few(other)}",
+            f"codes that are no whole numbers of their width, or others that are not floating-point numbers: {few(other)}",
         )
 
 
-def is_of_kind(name: str, dtype: str) -> bool:
-    """Tell whether a tensor has numbers of its kind: whole ones where codes are packed, else floating-point ones."""
-    whole = WHOLE_DTYPES.get(name.rpartition(".")[2])
-    return dtype == whole if whole else dtype in ("F32", "F16", "BF16", "F64")
+def is_of_kind(name: str, dtype: str, whole: Mapping[str, str]) -> bool:
+    """Tell whether a tensor has numbers of its kind: whole ones where they are codes, else floating-point ones."""
+    wanted = whole.get(name) or WHOLE_DTYPES.get(name.rpartition(".")[2])
+    return dtype == wanted if wanted else dtype in ("F32", "F16", "BF16", "F64")
 
 
 def mismatch(path: Path, family: FamilyFormat, what: str) -> ArtifactError:
@@ -379,7 +400,7 @@ def write_artifact(
     family = family_with(config, schemes)
     packed = weights_of(schemes)
     layout = [stored for stored in family.layout(config) if stored.name not in packed]
-    tensors = to_stored(layout, state) | with_shapes(state, schemes, config)
+    tensors = to_stored(layout, state) | stored_parts(state, schemes, config)
     quantisation = {KEY: write_schemes(schemes, config)} if schemes else {}
     hf_text = json_text(hf_config(family, config, tensors) | quantisation)
     beside = with_generation_config(config, files)

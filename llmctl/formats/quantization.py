@@ -1,7 +1,12 @@
 """Weights in few bits on disk: which modules have them, under what scheme, in which tensors.
 
-`config.json` says it in `quantization_config` as compressed-tensors does (format `pack-quantized`), so that what fits
-there opens in transformers and vLLM. Modules go by the names of our parameters.
+`config.json` says it in `quantization_config` as compressed-tensors does, so that what fits there opens in transformers
+and vLLM. Modules go by the names of our parameters. Codes lie packed in words (`pack-quantized`) or, eight bits of them,
+one a byte (`int-quantized`); both are read wherever they stand.
+
+transformers 5.24 has two ways to open such a file, and what is written here is what one of them takes. The usual one
+knows rounded inputs and embeddings in bytes only, and makes no room for packed zeros, which its library packs when it
+saves. With `dequantize` it multiplies weights out as it reads, zeros and all, by one scheme for the whole file.
 """
 
 import re
@@ -20,10 +25,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "quantization_config"
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+METHOD = "compressed-tensors"
+IN_WORDS, IN_BYTES, IN_BOTH = "pack-quantized", "int-quantized", "mixed-precision"
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+WEIGHT = "weight"
 PARTS = (PACKED, SCALE, ZERO)
+HEAD_SCALE = f"{HEAD}.{SCALE}"
 WHOLE_DTYPES = {PACKED: "I32", ZERO: "I32", SHAPE: "I64"}
 
 Schemes = Mapping[str, Scheme]
@@ -55,25 +63,51 @@ def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
     return family if all(f"{name}.weight" in plain for name in schemes) else NATIVE
 
 
-def part_shapes(scheme: Scheme, shape: Shape) -> dict[str, Shape]:
+def fits_bytes(scheme: Scheme) -> bool:
+    """Tell whether codes can lie one a byte, as signed numbers."""
+    return scheme.bits == 8 and scheme.symmetric and not scheme.group
+
+
+def form_of(name: str, scheme: Scheme) -> str:
+    """Return how the codes of a module are written."""
+    wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
+    return IN_BYTES if wants_bytes and fits_bytes(scheme) else IN_WORDS
+
+
+def shares_bytes(schemes: Schemes, config: ModelConfig) -> bool:
+    """Tell whether a tied head reads codes that lie in bytes; it then has the scales beside it once more.
+
+    transformers ties the codes, and each of the two is multiplied out by scales of its own.
+    """
+    is_tied = config.tie_embeddings and not config.n_labels
+    return is_tied and EMBEDDING in schemes and form_of(EMBEDDING, schemes[EMBEDDING]) == IN_BYTES
+
+
+def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str, Shape]:
     """Return the tensors that hold a matrix (O, I), and their shapes."""
     n_out, n_in = shape
     n_groups = scheme.n_groups(n_in)
+    if form == IN_BYTES:
+        return {WEIGHT: shape, SCALE: (n_out, n_groups)}
     shapes: dict[str, Shape] = {PACKED: (n_out, -(-n_in * scheme.bits // 32)), SCALE: (n_out, n_groups), SHAPE: (2,)}
     return shapes if scheme.symmetric else shapes | {ZERO: (-(-n_out * scheme.bits // 32), n_groups)}
 
 
 def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
     """Return what `config.json` says of quantised modules."""
-    groups: dict[Scheme, list[str]] = {}
+    groups: dict[tuple[Scheme, str], list[str]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
+        groups.setdefault((scheme, form_of(name, scheme)), []).append(name)
     linear = set(linear_modules(config)) - {HEAD}
+    shares = shares_bytes(schemes, config)
     written = {}
-    for number, (scheme, names) in enumerate(groups.items()):
+    # What is meant by a kind of module comes before what is meant by name.
+    ordered = sorted(groups.items(), key=lambda group: set(group[1]) != linear)
+    for number, ((scheme, form), names) in enumerate(ordered):
         targets = ["Linear"] if set(names) == linear else names
         written[f"group_{number}"] = {
-            "targets": targets,
+            "targets": [*targets, HEAD] if shares and EMBEDDING in names else targets,
+            "format": form,
             "weights": {
                 "num_bits": scheme.bits,
                 "type": "int",
@@ -94,14 +128,17 @@ def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
             },
             "output_activations": None,
         }
-    return {
+    forms = {form for _, form in groups}
+    record = {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": forms.pop() if len(forms) == 1 else IN_BOTH,
         "quantization_status": "compressed",
         "config_groups": written,
-        "ignore": [] if HEAD in schemes else [HEAD],
+        "ignore": [] if HEAD in schemes or shares else [HEAD],
         "kv_cache_scheme": None,
     }
+    has_zeros = any(not scheme.symmetric for scheme in schemes.values())
+    return record | ({"dequantize": True} if has_zeros and len(groups) == 1 else {})
 
 
 def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict[str, Scheme]:
@@ -115,8 +152,8 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
     if not isinstance(record, dict) or record.get("quant_method") != METHOD:
         method = record.get("quant_method") if isinstance(record, dict) else record
         raise refused(where, "quant_method", method, METHOD)
-    if record.get("format") != FORMAT:
-        raise refused(where, "format", record.get("format"), FORMAT)
+    if record.get("format") not in (IN_WORDS, IN_BYTES, IN_BOTH):
+        raise refused(where, "format", record.get("format"), f"{IN_WORDS}, {IN_BYTES} and {IN_BOTH}")
     groups = record.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise refused(where, "config_groups", groups, "an object with groups")
@@ -161,6 +198,8 @@ def matching(patterns: Any, names: Collection[str], where: str) -> set[str]:
 def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
     """Return the scheme of a group."""
     weights, inputs = group.get("weights"), group.get("input_activations")
+    if group.get("format") not in (None, IN_WORDS, IN_BYTES):
+        raise refused(where, "format", group["format"], f"{IN_WORDS} and {IN_BYTES}")
     if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
         raise refused(where, "weights", weights, "static integers")
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
@@ -203,13 +242,35 @@ def dequantised(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, 
     return state
 
 
-def with_shapes(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelConfig) -> dict[str, "Tensor"]:
-    """Return the packed tensors of quantised modules as they are stored, each with its matrix's shape."""
+def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
+    """Return the tensors of a file with all codes packed in words, as modules hold them."""
     import torch
 
-    shapes = parameter_shapes(config)
-    stored: dict[str, Tensor] = {}
+    from llmctl.quant.packing import pack
+
+    found = dict(tensors)
     for name, scheme in schemes.items():
+        codes_OI = found.pop(f"{name}.{WEIGHT}", None)
+        if codes_OI is not None:
+            found[f"{name}.{PACKED}"] = pack(codes_OI.view(torch.uint8) ^ scheme.middle, scheme.bits)
+            found[f"{name}.{SHAPE}"] = torch.tensor(codes_OI.shape)
+    return found
+
+
+def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelConfig) -> dict[str, "Tensor"]:
+    """Return the tensors of quantised modules as they are stored."""
+    import torch
+
+    from llmctl.quant.packing import unpack
+
+    shapes = parameter_shapes(config)
+    stored: dict[str, Tensor] = {HEAD_SCALE: state[f"{EMBEDDING}.{SCALE}"]} if shares_bytes(schemes, config) else {}
+    for name, scheme in schemes.items():
+        if form_of(name, scheme) == IN_BYTES:
+            n_in = shapes[f"{name}.weight"][1]
+            codes_OI = unpack(state[f"{name}.{PACKED}"], scheme.bits, n_in) ^ scheme.middle
+            stored |= {f"{name}.{WEIGHT}": codes_OI.view(torch.int8), f"{name}.{SCALE}": state[f"{name}.{SCALE}"]}
+            continue
         stored |= {
             f"{name}.{part}": state[f"{name}.{part}"]
             for part in PARTS

@@ -376,6 +376,14 @@ class LanguageModel(nn.Module):
         """A parameter that is there whatever is held in few bits: norms are not."""
         return next(self.parameters())
 
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """The schemes of what is held in few bits, as `quantise` takes them."""
+        found = {name: module.scheme for name, module in self.named_modules() if isinstance(module, QuantWeight)}
+        if self.config.tie_embeddings:
+            found.pop("lm_head", None)
+        return found
+
     def quantise(self, schemes: Mapping[str, Scheme]) -> None:
         """Replace modules by empty ones that hold their weight in few bits; a tied head goes with the embedding.
 

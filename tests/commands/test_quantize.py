@@ -57,7 +57,7 @@ def test_the_size_on_disk_is_what_the_bits_say(teachers, capsys, scheme):
     packed = sum(
         entry.end - entry.begin
         for name, (_, _, entry) in artifact.tensors.items()
-        if name.rpartition(".")[2] in ("weight_packed", "weight_scale", "weight_zero_point")
+        if name.rpartition(".")[0] in artifact.schemes and not name.endswith((".weight_shape", ".bias"))
     )
     assert theory <= packed <= 1.02 * theory
     assert report(capsys)["models"]["after"]["bytes"] == sum(

@@ -177,15 +177,9 @@ def test_a_run_repeats_byte_for_byte(models):
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "task", "method"),
-    [("bert", "classify", "lora"), ("decoder", "chat", "full"), ("encoder_decoder", "qa", "dora")],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(models, family, task, method, monkeypatch):
+def interrupt(monkeypatch, *job) -> None:
+    """Begin a run and stop it at its eighth step."""
     import llmctl.engine.train as engine
-
-    data = {"classify": classes, "chat": chats, "qa": questions}[task]()
-    whole = run(models[family], data, task, f"method={method}", out=Path("whole"))
 
     class Stopping(Silent):
         def step(self, record, total_steps, eta_seconds) -> None:  # noqa: ARG002
@@ -195,8 +189,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(models, family, task, method, mo
     with monkeypatch.context() as patch:
         patch.setattr(engine, "make_progress", lambda **_: Stopping())
         with pytest.raises(InterruptedRunError) as caught:
-            run(models[family], data, task, f"method={method}")
+            run(*job)
     assert "llmctl finetune --resume" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [("bert", "classify", "lora"), ("decoder", "chat", "full"), ("encoder_decoder", "qa", "dora")],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(models, family, task, method, monkeypatch):
+    data = {"classify": classes, "chat": chats, "qa": questions}[task]()
+    whole = run(models[family], data, task, f"method={method}", out=Path("whole"))
+    interrupt(monkeypatch, models[family], data, task, f"method={method}")
     again = resume("finetune", str(find_run("latest")), command="", quiet=True)
     assert again is not None
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
@@ -373,10 +377,12 @@ def test_a_metric_of_texts_chooses_the_best_step(models):
     assert all("token_f1" in line for line in lines if line["kind"] == "eval")
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "classify"), ("encoder_decoder", "qa")])
-def test_two_processes_give_the_adapter_of_one(models, here, family, task):
+@pytest.mark.parametrize(
+    ("family", "task", "method"), [("bert", "classify", "lora"), ("encoder_decoder", "qa", "qlora")]
+)
+def test_two_processes_give_the_adapter_of_one(models, here, family, task, method):
     data = classes() if task == "classify" else questions()
-    flags = [part for setting in (*SMALL, "method=lora", "train.threads=1") for part in ("--set", setting)]
+    flags = [part for setting in (*SMALL, f"method={method}", "train.threads=1") for part in ("--set", setting)]
     command = [*LLMCTL, "finetune", str(models[family]), str(data), "--task", task, "--deterministic", *flags]
     one = finish([*command, "-o", "one", "--json"], cwd=here)
     two = finish([*command, "-o", "two", "--json", "--nproc", "2"], cwd=here)

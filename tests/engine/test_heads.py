@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from llmctl.config import QuantizeConfig, WeightsConfig
 from llmctl.data.labels import Labels
+from llmctl.engine.calibrate import calibrate
 from llmctl.engine.heads import head_config, published_pooler, with_head
+from llmctl.engine.learner import stored_state
 from llmctl.engine.models import load_model
+from llmctl.engine.quantize_settings import plan_of
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import read_artifact, write_artifact
 from llmctl.formats.families import family_for
@@ -33,6 +37,20 @@ def test_a_family_gets_the_head_of_its_published_classifier(models, family):
     body, state = base.model.state_dict(), classifier.state_dict()
     assert all(torch.equal(state[name], body[name]) for name in state if not name.startswith("classifier"))
     assert head_config(base.model.config, LABELS, 3, "mean").pooling == "mean"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_body_in_few_bits_stays_what_it_was(models, tmp_path, family):
+    base = load_model(models[family], device="cpu", dtype="float32")
+    plan = plan_of(base.model.config, QuantizeConfig(weights=WeightsConfig(scheme="int4")))
+    found = calibrate(base.model, plan, "clip", [], lambda _: None)
+    state, files = stored_state(base.model, found, plan), base.artifact.files
+    out = write_artifact(tmp_path / "m", base.model.config, state, files=files, provenance={}, schemes=plan)
+    packed = load_model(out, device="cpu", dtype="float32", packed=True)
+    classifier = with_head(packed, LABELS, 3, pooling="auto", seed=0)
+    assert set(classifier.schemes) == set(packed.model.schemes) - {"lm_head"}
+    body, state = packed.model.state_dict(), classifier.state_dict()
+    assert all(torch.equal(state[name], body[name]) for name in state if not name.startswith("classifier"))
 
 
 def test_a_published_pooler_is_taken_over(models, tmp_path):

@@ -1,6 +1,7 @@
 """The compiled step, where a compiler is at hand: right, kept under its own name, and never in the way."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,23 @@ from llmctl.engine.session import Session
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 
+WANTS = {
+    "haswell": {"avx2", "fma", "bmi2", "movbe"},
+    "alderlake": {"avx2", "fma", "bmi2", "movbe", "avx_vnni", "gfni"},
+    "x86-64-v4": {"avx2", "fma", "bmi2", "movbe", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
+    "x86-64": {"sse2"},
+}
+"""What a processor must have to run what is compiled for another."""
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not there")
 SHAPE = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_positions": 32}
+
+
+def features() -> set[str]:
+    """Return what this processor says it can do; nothing where it is no x86."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +60,18 @@ def test_it_gives_the_logits_that_torch_gives(library, precision: str, fields: d
     if "head_dim" in fields and precision not in {"fp32", "bf16", "fp32/int8"}:
         fields = {"n_kv_heads": 1, "head_dim": 48}
     assert error_of(library, precision, **fields) < LARGEST_ERRORS[precision]
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", WANTS)
+def test_narrower_processors_get_the_same(processor: str, cache):
+    """AVX2 or AVX-512 without products of bytes, AVX2 with them, and neither: what other machines compile."""
+    if not WANTS[processor] <= features():
+        pytest.skip(f"this processor does not run what is compiled for `{processor}`")
+    library = load_library(compile_library(processor))
+    for precision, largest in LARGEST_ERRORS.items():
+        assert error_of(library, precision) < largest
+    assert error_of(library, "int4", n_kv_heads=1, head_dim=48, vocab_size=97) < LARGEST_ERRORS["int4"]
 
 
 @needs_compiler

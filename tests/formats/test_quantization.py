@@ -74,6 +74,7 @@ def test_what_is_not_read_is_named(models: dict[str, Path]) -> None:
     for change, named in [
         ({"quant_method": "gptq"}, "gptq"),
         ({"format": "marlin-24"}, "marlin-24"),
+        ({"config_groups": {"a": group | {"format": "nvfp4-pack-quantized"}}}, "nvfp4"),
         ({"config_groups": {}}, "config_groups"),
         ({"config_groups": {"a": group | {"weights": group["weights"] | {"num_bits": 16}}}}, "num_bits"),
         ({"config_groups": {"a": group | {"weights": group["weights"] | {"type": "float"}}}}, "float"),
@@ -90,6 +91,44 @@ def test_the_tensors_of_a_matrix_take_what_the_scheme_says() -> None:
     shapes = part_shapes(scheme, (96, 128))
     bits = 32 * 96 * shapes["weight_packed"][1] + 16 * 96 * 2 + 32 * shapes["weight_zero_point"][0] * 2
     assert bits == scheme.size_bits(96, 128)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "int8"])
+def test_codes_are_read_from_bytes_and_from_words(models: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Other tools write either; what is packed here was written in bytes."""
+    from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+
+    path = quantised(models["decoder"], tmp_path / "small", SCHEMES[name])
+    first, file = read_artifact(path), path / "model.safetensors"
+    header, text = read_header(file), json.loads((path / "config.json").read_text())
+    found = {key: tensor.clone() for key, tensor in read_tensors(file, header.tensors).items()}
+    assert found["model.embed_tokens.weight"].dtype == torch.int8
+    assert torch.equal(found.pop("lm_head.weight_scale"), found["model.embed_tokens.weight_scale"])
+    packed_state = first.packed_state()
+    for module in first.schemes:
+        codes = found.pop(f"{module}.weight", None)
+        if codes is not None:
+            found[f"{module}.weight_packed"] = packed_state[f"{module}.weight_packed"].clone()
+            found[f"{module}.weight_shape"] = torch.tensor(codes.shape)
+    for group in text["quantization_config"]["config_groups"].values():
+        del group["format"]
+    text["quantization_config"]["format"] = "pack-quantized"
+    write_safetensors(file, found, header.metadata | {"llmctl.config": json.dumps(text)})
+    last = read_artifact(path)
+    assert first.schemes == last.schemes
+    assert all(torch.equal(tensor, last.packed_state()[key]) for key, tensor in packed_state.items())
+
+
+def test_bytes_of_another_kind_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+
+    path = quantised(models["decoder"], tmp_path / "small", SCHEMES["w8a8"]) / "model.safetensors"
+    header, name = read_header(path), "model.layers.0.self_attn.q_proj.weight"
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(path, header.tensors).items()}
+    for wrong, match in ((tensors[name].float(), "no whole numbers"), (tensors[name][:-1].clone(), "another shape")):
+        write_safetensors(path, tensors | {name: wrong}, header.metadata)
+        with pytest.raises(ArtifactError, match=match):
+            read_artifact(path)
 
 
 def test_a_damaged_packed_tensor_is_refused(models: dict[str, Path], tmp_path: Path) -> None:

@@ -54,10 +54,18 @@ struct Model {
   Matrix head;
 };
 
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
+// As many numbers as a register has room for: wider vectors go through memory.
+#if defined(__AVX512F__)
+constexpr long LANES = 16;
+#elif defined(__AVX2__)
+constexpr long LANES = 8;
+#else
+constexpr long LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 
 inline float widen(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16;
@@ -82,11 +90,7 @@ inline Floats load(const int8_t* p) {  // __builtin_convertvector would go numbe
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)
-  __m256 halves[2];
-  for (int i = 0; i < 2; i++) halves[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i))));
-  Floats floats;
-  memcpy(&floats, halves, sizeof floats);
-  return floats;
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 #else
   return __builtin_convertvector(*(const Bytes*)p, Floats);
 #endif
@@ -100,7 +104,7 @@ inline float total(Floats v) {
   return _mm512_reduce_add_ps((__m512)v);
 #else
   float sum = 0;
-  for (int i = 0; i < 16; i++) sum += v[i];
+  for (int i = 0; i < LANES; i++) sum += v[i];
   return sum;
 #endif
 }
@@ -119,13 +123,13 @@ template <class Number>
 float dot(const Number* w, const float* x, long n) {
   Floats a{}, b{}, c{}, d{};
   long i = 0;
-  for (; i + 64 <= n; i += 64) {
+  for (; i + 4 * LANES <= n; i += 4 * LANES) {
     a += load(w + i) * load(x + i);
-    b += load(w + i + 16) * load(x + i + 16);
-    c += load(w + i + 32) * load(x + i + 32);
-    d += load(w + i + 48) * load(x + i + 48);
+    b += load(w + i + LANES) * load(x + i + LANES);
+    c += load(w + i + 2 * LANES) * load(x + i + 2 * LANES);
+    d += load(w + i + 3 * LANES) * load(x + i + 3 * LANES);
   }
-  for (; i + 16 <= n; i += 16) a += load(w + i) * load(x + i);
+  for (; i + LANES <= n; i += LANES) a += load(w + i) * load(x + i);
   float sum = total((a + b) + (c + d));
   for (; i < n; i++) sum += get(w[i]) * x[i];
   return sum;
@@ -181,26 +185,16 @@ void round_inputs(Input& in, long n, bool split) {
 
 #if defined(__AVX2__)
 inline __m256i bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
 // Sums of four products of unsigned and signed bytes, added to 8 numbers.
 inline __m256i add_products(__m256i sums, __m256i u, __m256i s) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   return _mm256_dpbusd_epi32(sums, u, s);
-#elif defined(__AVXVNNI__)
+#else
   return _mm256_dpbusd_avx_epi32(sums, u, s);
-#else  // the short way would saturate with codes of 8 bits
-  __m256i low = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(u)), _mm256_cvtepi8_epi16(_mm256_castsi256_si128(s)));
-  __m256i high = _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(u, 1)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(s, 1)));
-  return _mm256_add_epi32(sums, _mm256_hadd_epi32(low, high));
 #endif
 }
-inline float total(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-}
-inline __m256 multiply_add(__m256i whole, __m256 scale, __m256 sum) {
-  return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(whole), scale), sum);
-}
+// A block's 64 products as 8 sums, those of the first half of the bytes before those of the second.
 inline __m256i block4(const uint8_t* w, const int8_t* q) {
   const __m256i low = _mm256_set1_epi8(15);
   __m256i v = bytes(w);
@@ -209,6 +203,24 @@ inline __m256i block4(const uint8_t* w, const int8_t* q) {
 }
 inline __m256i block8(const uint8_t* w, const int8_t* q) {
   return add_products(add_products(_mm256_setzero_si256(), bytes(w), bytes(q)), bytes(w + 32), bytes(q + 32));
+}
+#else  // by way of sums of two in 16 bits, which saturate: at most 4 * 15 * 127, and 2 * 128 * 127 where codes are made signed
+#define SIGNED_BYTES
+inline __m256i in_fours(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+inline __m256i block4(const uint8_t* w, const int8_t* q) {
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256i v = bytes(w);
+  __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(v, low), bytes(q));
+  return in_fours(_mm256_add_epi16(even, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), low), bytes(q + 32))));
+}
+inline __m256i half8(const uint8_t* w, const int8_t* q) {
+  __m256i s = _mm256_xor_si256(bytes(w), _mm256_set1_epi8(-128));
+  return in_fours(_mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(bytes(q), s)));
+}
+inline __m256i block8(const uint8_t* w, const int8_t* q) { return _mm256_add_epi32(half8(w, q), half8(w + 32, q + 32)); }
+#endif
+inline __m256 multiply_add(__m256i whole, __m256 scale, __m256 sum) {
+  return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(whole), scale), sum);
 }
 inline __m256 pair(const float* p) {  // two scales, four lanes each
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(p[0])), _mm_set1_ps(p[1]), 1);
@@ -221,6 +233,12 @@ inline __m256 first_lanes(const float* p, long n) {  // the first n of 8 numbers
   const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), places));
 }
+#endif
+
+#if defined(SIGNED_BYTES)
+constexpr float ZERO8 = 0;
+#else
+constexpr float ZERO8 = 128;  // the code of zero in 8 bits, as `sums8` leaves it
 #endif
 
 constexpr long AHEAD = 4096;  // bytes that memory is asked for before they are needed
@@ -314,7 +332,7 @@ void rows4(const Matrix& m, Input& in, long n, float* y) {
 
 void rows8(const Matrix& m, Input& in, long n, float* y) {
   sums8((const uint8_t*)m.weight + n * m.n_in, m.n_in, in.codes.data(), in.scale.data(), y);
-  for (long r = 0; r < ROWS; r++) y[r] = widen(m.scale[n + r]) * (y[r] - 128.f * in.whole_sum);
+  for (long r = 0; r < ROWS; r++) y[r] = widen(m.scale[n + r]) * (y[r] - ZERO8 * in.whole_sum);
 }
 
 void prepare(const Matrix& m, Input& in) {
@@ -417,7 +435,7 @@ void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number
       for (long t = start; t <= position; t++) scores[t] *= value_scales[t];
     float* y = out + (k * R + r) * H;
     long i = 0;
-    for (; i + 16 <= H; i += 16) {
+    for (; i + LANES <= H; i += LANES) {
       Floats a{}, b{};
       long t = start;
       for (; t + 2 <= position + 1; t += 2) a += scores[t] * load(values + t * H + i), b += scores[t + 1] * load(values + (t + 1) * H + i);

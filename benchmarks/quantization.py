@@ -32,6 +32,7 @@ ROWS: dict[str, list[str]] = {
     "int4 g32 gptq": ["--bits", "4", "--group", "32", "--method", "gptq"],
     "int4-sym g32 gptq": ["--scheme", "int4-sym", "--method", "gptq"],
     "int4 g64 learned": ["--bits", "4", "--method", "learned"],
+    "int4 g64 learned weights": ["--bits", "4", "--method", "learned", "--set", "weights.learn=weights"],
     "mixed 4.3 gptq": ["--bits", "4", "--target-bpw", "4.3125"],
     "int3 g64 nearest": ["--bits", "3", "--method", "nearest"],
     "int3 g64 gptq": ["--bits", "3", "--method", "gptq"],

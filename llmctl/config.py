@@ -479,6 +479,10 @@ class WeightsConfig:
     method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "learned"] = setting(
         "auto", "how codes are chosen; auto: nearest for 8 bits, else gptq; learned: trained to say what the model said"
     )
+    learn: Literal["scales", "weights"] = setting(
+        "scales",
+        "what `learned` trains: scales and norms under the codes that GPTQ chose, or the weights behind the codes too",
+    )
     embedding: Literal["int8", "int4", "float"] = setting(
         "int8", "embedding and head over the vocabulary: int8, int4, or float (16 bits)"
     )

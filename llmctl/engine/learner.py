@@ -8,11 +8,12 @@ from torch import Tensor
 from llmctl.engine.calibrate import Calibrated, calibrate
 from llmctl.formats.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, load_tensors, put_module
-from llmctl.quant.learned import LearnedLinear, learned_codes
+from llmctl.quant.learned import LearnedLinear, ScaledLinear, learned_codes
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import PARTS, packed, unpacked
 
-LEARNED_PARTS = ("weight", "ratio", "scales_OG", "zeros_OG")
+LEARNED_PARTS = ("weight", "codes_OI", "ratio", "scales_OG", "zeros_OG")
+"""Tensors of a layer that learns: the weight, or the codes that stay."""
 
 
 def is_inside(name: str) -> bool:
@@ -20,8 +21,13 @@ def is_inside(name: str) -> bool:
     return "layers." in name or "query_layer." in name
 
 
-def learner(model: LanguageModel, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> LanguageModel:
-    """Turn a model into one that learns codes, and return it: it begins with those of a packed state."""
+def learner(
+    model: LanguageModel, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme], *, weights: bool = True
+) -> LanguageModel:
+    """Turn a model into one that learns codes, and return it: it begins with those of a packed state.
+
+    weights: whether codes may become others; else only scales learn, and vectors such as norms and biases.
+    """
     shapes = parameter_shapes(model.config)
     tables = {name: scheme for name, scheme in schemes.items() if not is_inside(name)}
     whole = model.state_dict()
@@ -30,7 +36,8 @@ def learner(model: LanguageModel, state: Mapping[str, Tensor], schemes: Mapping[
         if not is_inside(name):
             continue
         n_out, n_in = shapes[f"{name}.weight"]
-        layer = LearnedLinear(n_in, n_out, scheme, bias=f"{name}.bias" in whole)
+        kind = LearnedLinear if weights else ScaledLinear
+        layer = kind(n_in, n_out, scheme, bias=f"{name}.bias" in whole)
         codes = unpacked(parts_of(state, name), scheme, n_out, n_in)
         layer.put(codes, whole[f"{name}.weight"].float())
         put_module(model, name, layer)
@@ -39,6 +46,9 @@ def learner(model: LanguageModel, state: Mapping[str, Tensor], schemes: Mapping[
     given = {name: state.get(name, whole.get(name)) for name in own if name not in inner}
     found = {name: tensor for name, tensor in given.items() if tensor is not None}
     load_tensors(model, {name: tensor for name, tensor in own.items() if name in inner} | found)
+    for name, parameter in model.named_parameters():
+        if not weights and parameter.dim() > 1 and not name.endswith(".ratio"):
+            parameter.requires_grad_(False)
     return model
 
 
@@ -52,16 +62,10 @@ def learned_state(trained: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) 
     state = dict(trained)
     for name, scheme in schemes.items():
         if is_inside(name):
-            parts = [state.pop(f"{name}.{part}").float() for part in LEARNED_PARTS]
-            state |= pack_learned(name, parts, scheme)
+            parts = {part: state.pop(f"{name}.{part}") for part in LEARNED_PARTS if f"{name}.{part}" in state}
+            codes = learned_codes(parts, scheme)
+            state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, scheme).items()}
     return small_in_16_bits(state)
-
-
-def pack_learned(name: str, parts: list[Tensor], scheme: Scheme) -> dict[str, Tensor]:
-    """Return the packed tensors of what a layer has become."""
-    weight_OI, ratio_OG, scales_OG, zeros_OG = parts
-    codes = learned_codes(weight_OI, ratio_OG, scales_OG, zeros_OG, scheme)
-    return {f"{name}.{part}": tensor for part, tensor in packed(codes, scheme).items()}
 
 
 def small_in_16_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

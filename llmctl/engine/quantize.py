@@ -131,7 +131,8 @@ class Quantizing(Taught):
             model = LanguageModel(self.shape)
             load_tensors(model, self.teacher.model.state_dict())
             chosen = read_artifact(run / "parts" / CHOSEN)
-            self.model = learner(model, chosen.packed_state(), chosen.schemes)
+            weights = self.config.weights.learn == "weights"
+            self.model = learner(model, chosen.packed_state(), chosen.schemes, weights=weights)
             self.model.train()
         else:
             self.load_packed(CHOSEN)

@@ -18,7 +18,10 @@ from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 SMALL_GROUPS = (*GROUPS, 16, 8)
 REFERENCE_LR, REFERENCE_PARAMETERS = 3e-4, 1e6
 SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
-"""The peak learning rate falls with the root of the model's size (learned)."""
+"""The peak learning rate of weights falls with the root of the model's size (learned)."""
+
+SCALES_LR = 2e-3
+"""That of scales, which learn as logarithms, is a share of any scale."""
 
 DEFAULT_STEPS = 200
 """Steps where codes are learned and no budget is given."""
@@ -61,8 +64,8 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         train = replace(train, dtype="float32")
     optim = config.optim
     if not optim.lr:
-        rate = REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5
-        optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
+        rate = min(max(REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5, SMALLEST_LR), LARGEST_LR)
+        optim = replace(optim, lr=SCALES_LR if weights.learn == "scales" else float(f"{rate:.2g}"))
     weights = replace(weights, method=method)
     return replace(config, task=task, loss=loss, train=train, optim=optim, weights=weights)
 
@@ -84,6 +87,10 @@ def check_quantize(config: QuantizeConfig) -> None:
         (
             weights.calibration_rows < 1,
             f"`weights.calibration_rows` is {weights.calibration_rows}, it must be at least 1",
+        ),
+        (
+            weights.learn == "weights" and weights.method != "learned",
+            f"`weights.learn` is for `weights.method` learned, which is {weights.method}",
         ),
         (weights.group < -1, f"`weights.group` is {weights.group}, it must be -1, 0 or more"),
         (weights.target_bpw < 0, f"`weights.target_bpw` is {weights.target_bpw}, it is negative"),

@@ -1,9 +1,10 @@
-"""A linear layer that trains through its own rounding: the weight behind the codes, and the scales of the grid.
+"""Linear layers that learn what they are rounded to: the scales of fixed codes, or the weight behind the codes as well.
 
-Source: LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5 (gradients of weight and scale); fixed zeros and training of
-weights beside scales: EfficientQAT, Chen et al. 2024, arXiv:2407.11062.
+Source: LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5 (gradients of weight and scale); fixed zeros, weights beside
+scales, and scales alone under fixed codes: EfficientQAT, Chen et al. 2024, arXiv:2407.11062, section 3.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,13 +43,34 @@ class _Rounded(torch.autograd.Function):
         return (grad * inside).flatten(1), (grad * off).sum(dim=2), None, None
 
 
-class LearnedLinear(nn.Module):
-    """A linear layer whose weight is rounded to a grid in every pass, and learns all the same.
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
+        ctx.save_for_backward(codes_OI, zeros_OG)  # bytes: the steps are made anew in the backward pass
+        return _steps(codes_OI, zeros_OG).mul_(scales_OG[..., None]).flatten(1)
 
-    Parameters: weight (O, I), bias, and ratio (O, G): the logarithm of what the grid's scales are multiplied by, so that
-    one learning rate fits scales of any size.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_OI: Tensor) -> tuple[Tensor | None, ...]:
+        steps = _steps(*ctx.saved_tensors)
+        return None, steps.mul_(grad_OI.unflatten(1, steps.shape[1:])).sum(dim=2), None
+
+
+def _steps(codes_OI: Tensor, zeros_OG: Tensor) -> Tensor:
+    return codes_OI.float().unflatten(1, (zeros_OG.shape[1], -1)).sub_(zeros_OG[..., None])
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer whose codes stay and whose scales learn.
+
+    Codes that make up for each other's errors, as GPTQ's, are lost when weights cross their thresholds one by one; their
+    scales can only become better fitted.
+
+    Parameters: bias, and ratio (O, G): the logarithm of what the grid's scales are multiplied by, so that one learning rate
+    fits scales of any size. Buffers: codes (O, I) uint8, scales and zeros (O, G).
     """
 
+    codes_OI: Tensor
     scales_OG: Tensor
     zeros_OG: Tensor
 
@@ -56,11 +78,46 @@ class LearnedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.scheme = n_in, n_out, scheme
         n_groups = scheme.n_groups(n_in)
-        self.weight = nn.Parameter(torch.zeros(n_out, n_in))
         self.ratio = nn.Parameter(torch.zeros(n_out, n_groups))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+        self.register_buffer("codes_OI", torch.zeros(n_out, n_in, dtype=torch.uint8))
         self.register_buffer("scales_OG", torch.ones(n_out, n_groups))
         self.register_buffer("zeros_OG", torch.zeros(n_out, n_groups))
+
+    def put(self, codes: Codes, original_OI: Tensor) -> None:
+        """Begin with codes that were chosen."""
+        del original_OI
+        with torch.no_grad():
+            self.codes_OI.copy_(codes.codes_OI)
+            self.ratio.zero_()
+            self.scales_OG.copy_(codes.grid.scales_OG)
+            self.zeros_OG.copy_(codes.grid.zeros_OG)
+
+    def scales(self) -> Tensor:
+        """Return the scales (O, G) as a file will hold them; the gradient goes past the rounding."""
+        exact = self.scales_OG * self.ratio.exp()
+        return exact + (rounded_scales(exact.detach()) - exact.detach())
+
+    def rounded(self) -> Tensor:
+        """Return the weight (O, I) that the codes mean."""
+        weight: Tensor = _Scaled.apply(self.codes_OI, self.scales(), self.zeros_OG)  # type: ignore[no-untyped-call]
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b of the weight that the codes mean."""
+        return F.linear(x, self.rounded(), self.bias)
+
+
+class LearnedLinear(ScaledLinear):
+    """A linear layer whose weight is rounded to a grid in every pass, and learns all the same, beside its scales.
+
+    Parameters: weight (O, I) in place of the codes.
+    """
+
+    def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
+        super().__init__(n_in, n_out, scheme, bias=bias)
+        del self.codes_OI
+        self.weight = nn.Parameter(torch.zeros(n_out, n_in))
 
     def put(self, codes: Codes, original_OI: Tensor) -> None:
         """Begin with codes that were chosen, each weight as near to the original as its code allows."""
@@ -74,22 +131,16 @@ class LearnedLinear(nn.Module):
             self.scales_OG.copy_(codes.grid.scales_OG)
             self.zeros_OG.copy_(codes.grid.zeros_OG)
 
-    def scales(self) -> Tensor:
-        """Return the scales (O, G) as a file will hold them; the gradient goes past the rounding."""
-        exact = self.scales_OG * self.ratio.exp()
-        return exact + (rounded_scales(exact.detach()) - exact.detach())
-
     def rounded(self) -> Tensor:
         """Return the weight (O, I) that the codes mean."""
         weight: Tensor = _Rounded.apply(self.weight, self.scales(), self.zeros_OG, self.scheme.levels)  # type: ignore[no-untyped-call]
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b of the rounded weight."""
-        return F.linear(x, self.rounded(), self.bias)
 
-
-def learned_codes(weight_OI: Tensor, ratio_OG: Tensor, scales_OG: Tensor, zeros_OG: Tensor, scheme: Scheme) -> Codes:
-    """Return the codes of what a `LearnedLinear` has become."""
-    grid = Grid(rounded_scales(scales_OG * ratio_OG.exp()), zeros_OG.to(torch.uint8))
-    return Codes(encode(weight_OI, grid, scheme), grid)
+def learned_codes(tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
+    """Return the codes of what a layer has become, of its tensors by their names in it."""
+    scales_OG = rounded_scales(tensors["scales_OG"].float() * tensors["ratio"].float().exp())
+    grid = Grid(scales_OG, tensors["zeros_OG"].to(torch.uint8))
+    return Codes(
+        tensors["codes_OI"] if "codes_OI" in tensors else encode(tensors["weight"].float(), grid, scheme), grid
+    )

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmctl.quant.grid import decode
-from llmctl.quant.learned import LearnedLinear, learned_codes
+from llmctl.quant.learned import LearnedLinear, ScaledLinear, learned_codes
 from llmctl.quant.methods import nearest
 from llmctl.quant.schemes import SCHEMES
 
@@ -15,8 +15,8 @@ def layer_of(name: str) -> tuple[LearnedLinear, torch.Tensor]:
     return layer, original
 
 
-def codes_of(layer: LearnedLinear):
-    return learned_codes(layer.weight.detach(), layer.ratio.detach(), layer.scales_OG, layer.zeros_OG, layer.scheme)
+def codes_of(layer: ScaledLinear):
+    return learned_codes({name: tensor.detach() for name, tensor in layer.state_dict().items()}, layer.scheme)
 
 
 @pytest.mark.parametrize("name", ["int4", "int4-sym", "int3", "int2"])
@@ -64,3 +64,41 @@ def test_gradients_are_those_of_the_paper() -> None:
     per_scale = 1.0 * (1 - 0.6) + 10.0 * 2 + 100.0 * -1
     assert layer.ratio.grad is not None
     assert float(layer.ratio.grad) == pytest.approx(per_scale * 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int2"])
+def test_scales_learn_under_codes_that_stay(name: str) -> None:
+    scheme, generator = SCHEMES[name], torch.Generator().manual_seed(0)
+    original = torch.randn(24, 64, generator=generator) * 0.1
+    chosen = nearest(original, scheme)
+    layer = ScaledLinear(64, 24, scheme, bias=True)
+    layer.put(chosen, original)
+    assert torch.equal(layer.rounded(), decode(chosen, scheme))
+    x = torch.randn(128, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - x @ original.T).square().mean()
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+    found = codes_of(layer)
+    assert torch.equal(found.codes_OI, chosen.codes_OI)
+    assert torch.allclose(layer.rounded(), decode(found, scheme), atol=1e-6)
+
+
+def test_the_gradient_of_a_scale_is_that_of_plain_torch() -> None:
+    layer = ScaledLinear(64, 8, SCHEMES["int4"], bias=False)
+    original = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
+    codes = nearest(original, SCHEMES["int4"])
+    layer.put(codes, original)
+    weights = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+    (layer.rounded() * weights).sum().backward()
+    scales = codes.grid.scales_OG.clone().requires_grad_()
+    steps = codes.codes_OI.float() - codes.grid.zeros_OG.float()  # one group a row
+    ((steps * scales) * weights).sum().backward()
+    assert layer.ratio.grad is not None
+    assert scales.grad is not None
+    torch.testing.assert_close(layer.ratio.grad, scales.grad * codes.grid.scales_OG)

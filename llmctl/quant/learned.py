@@ -84,6 +84,11 @@ class ScaledLinear(nn.Module):
         self.register_buffer("scales_OG", torch.ones(n_out, n_groups))
         self.register_buffer("zeros_OG", torch.zeros(n_out, n_groups))
 
+    @property
+    def n_more(self) -> int:
+        """How many more numbers the weight stands for than there are parameters for it."""
+        return self.codes_OI.numel() - self.ratio.numel()
+
     def put(self, codes: Codes, original_OI: Tensor) -> None:
         """Begin with codes that were chosen."""
         del original_OI
@@ -118,6 +123,11 @@ class LearnedLinear(ScaledLinear):
         super().__init__(n_in, n_out, scheme, bias=bias)
         del self.codes_OI
         self.weight = nn.Parameter(torch.zeros(n_out, n_in))
+
+    @property
+    def n_more(self) -> int:
+        """None: those of the scales are no part of the weight."""
+        return -self.ratio.numel()
 
     def put(self, codes: Codes, original_OI: Tensor) -> None:
         """Begin with codes that were chosen, each weight as near to the original as its code allows."""

@@ -89,6 +89,12 @@ def test_scales_learn_under_codes_that_stay(name: str) -> None:
     assert torch.allclose(layer.rounded(), decode(found, scheme), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [ScaledLinear, LearnedLinear])
+def test_it_counts_the_numbers_of_its_weight(kind) -> None:
+    layer = kind(64, 24, SCHEMES["int4-sym"], bias=False)
+    assert sum(parameter.numel() for parameter in layer.parameters()) + layer.n_more == 64 * 24
+
+
 def test_the_gradient_of_a_scale_is_that_of_plain_torch() -> None:
     layer = ScaledLinear(64, 8, SCHEMES["int4"], bias=False)
     original = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))

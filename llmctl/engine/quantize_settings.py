@@ -16,8 +16,8 @@ from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
 from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
-REFERENCE_LR, REFERENCE_PARAMETERS = 3e-4, 1e6
-SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
+REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
+SMALLEST_LR, LARGEST_LR = 1e-6, 1e-3
 """The peak learning rate of weights falls with the root of the model's size (learned)."""
 
 SCALES_LR = 2e-3

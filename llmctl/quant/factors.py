@@ -24,8 +24,8 @@ def best_factors(
 ) -> Tensor | None:
     """Return the factors (I,) with which maps that read the same inputs lose the least, or None where 1 is best.
 
-    They are sought with weights that are rounded to the nearest, and taken where the method that will choose the codes is
-    better for them too: what GPTQ makes up for, they can make worse.
+    They are sought with weights that are rounded to the nearest, and taken where every map is better for them with the
+    method that will choose its codes too: what GPTQ makes up for, they can make worse.
 
     weights: (O, I) float32. share: makes factors equal where they have to be.
     Source: AWQ, arXiv:2306.00978, eq. 4 and 5: powers of the inputs' mean size; where inputs are rounded too, SmoothQuant,
@@ -36,22 +36,24 @@ def best_factors(
     if rounds_inputs and moments.sample_NI is not None:
         size_I = moments.sample_NI.abs().amax(dim=0).clamp(min=1e-6)
     weight_I = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0).clamp(min=1e-6)
+    pairs = list(zip(weights, schemes, strict=True))
+
+    def lost(factors_I: Tensor, chosen: Method = nearest) -> Tensor:
+        return torch.tensor([lost_by(weight, scheme, moments, factors_I, chosen) for weight, scheme in pairs])
+
+    ones_I = torch.ones_like(size_I)
+    # Each map counts by what it loses anyway: keys and queries, which lose little, are not to pay for values.
+    before = torch.ones(len(pairs)) if rounds_inputs else lost(ones_I).clamp(min=1e-12)
     best, least = None, float("inf")
     for power in POWERS:
         factors_I = size_I.pow(power) / (weight_I.pow(1 - power) if rounds_inputs and power else 1.0)
         factors_I = share(factors_I / (factors_I.amax() * factors_I.amin()).sqrt())
-        lost = sum(lost_by(weight, scheme, moments, factors_I) for weight, scheme in zip(weights, schemes, strict=True))
-        if lost < least:
-            best, least = (factors_I if power else None), lost
+        found = float((lost(factors_I) / before).sum())
+        if found < least:
+            best, least = (factors_I if power else None), found
     if best is None or rounds_inputs or method is nearest:
         return best
-    with_them, without = (
-        sum(
-            lost_by(weight, scheme, moments, factors_I, method) for weight, scheme in zip(weights, schemes, strict=True)
-        )
-        for factors_I in (best, torch.ones_like(best))
-    )
-    return best if with_them < without else None
+    return best if bool((lost(best, method) < lost(ones_I, method)).all()) else None
 
 
 def lost_by(weight_OI: Tensor, scheme: Scheme, moments: Moments, factors_I: Tensor, method: Method = nearest) -> float:

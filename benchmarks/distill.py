@@ -69,6 +69,7 @@ def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
     folder = f"signals-{kind}"
+    plain = ("--set", "loss.match=none")  # signals hold no states of other layers
     made = bench.run(
         "distill",
         "cache",
@@ -81,12 +82,13 @@ def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
         valid,
         "--kind",
         kind,
+        *plain,
         *more,
         "-o",
         folder,
     )
     return {"bytes_per_token": made["bytes_per_token"]} | half(
-        bench, f"half-{kind}", "--set", f"teacher.cache={folder}"
+        bench, f"half-{kind}", *plain, "--set", f"teacher.cache={folder}"
     )
 
 
@@ -149,7 +151,8 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "half": lambda bench: half(bench, "half", "--baseline"),
     "half-seed-1": lambda bench: half(bench, "half-seed-1", "--seed", 1),
     "half-seed-2": lambda bench: half(bench, "half-seed-2", "--seed", 2),
-    "half-ce": lambda bench: half(bench, "half-ce", "--set", "loss.weight=0"),
+    "half-logits": lambda bench: half(bench, "half-logits", "--set", "loss.match=none"),
+    "half-ce": lambda bench: half(bench, "half-ce", "--set", "loss.weight=0", "--set", "loss.match=none"),
     "half-sampled": lambda bench: signals(bench, "sampled"),
     "half-topk": lambda bench: signals(bench, "topk"),
     "encoder": encoder,

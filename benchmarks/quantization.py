@@ -21,6 +21,7 @@ PART_BYTES = {"wiki": 120_000, "smollm2": 32_000}
 ROWS: dict[str, list[str]] = {
     "int8": ["--bits", "8"],
     "int8, float tables": ["--bits", "8", "--embedding", "float"],
+    "int8 gptq": ["--bits", "8", "--method", "gptq"],
     "w8a8": ["--scheme", "w8a8"],
     "int4 g64 nearest": ["--bits", "4", "--method", "nearest"],
     "int4 g64 hqq": ["--bits", "4", "--method", "hqq"],

@@ -477,7 +477,7 @@ class WeightsConfig:
         -1, "inputs that share a scale; 0 is the row; -1 the scheme's, or what divides a layer's inputs"
     )
     method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "learned"] = setting(
-        "auto", "how codes are chosen; auto: nearest for 8 bits, else gptq; learned: trained to say what the model said"
+        "auto", "how codes are chosen; auto: nearest for int8, else gptq; learned: trained to say what the model said"
     )
     learn: Literal["scales", "weights"] = setting(
         "scales",

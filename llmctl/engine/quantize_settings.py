@@ -42,7 +42,9 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         task = "classify" if model.n_labels else made_for if made_for in TASKS else "text"
     method = weights.method
     if method == "auto":
-        wide = SCHEMES[weights.scheme].bits == 8 and not (weights.target_bpw or weights.target_size)
+        scheme = SCHEMES[weights.scheme]
+        # Inputs in few bits are measured on data anyway.
+        wide = scheme.bits == 8 and not (scheme.activations or weights.target_bpw or weights.target_size)
         method = "nearest" if wide else "gptq"
     bare = is_bare(artifact)
     loss = replace(

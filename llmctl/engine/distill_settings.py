@@ -125,8 +125,14 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
             f"`loss.relation_heads` is {loss.relation_heads}, the attention of teacher and student is not divisible by it",
         ),
         (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
-        (config.student.calibration_rows < 1, "`student.calibration_rows` must be at least 1"),
-        (config.student.refit_tokens < 0, "`student.refit_tokens` must be at least 0"),
+        (
+            config.student.calibration_rows < 1,
+            f"`student.calibration_rows` is {config.student.calibration_rows}, it must be at least 1",
+        ),
+        (
+            config.student.refit_tokens < 0,
+            f"`student.refit_tokens` is {config.student.refit_tokens}, it must be at least 0",
+        ),
         (
             not 0 < loss.match_layer <= (teacher.n_decoder_layers or teacher.n_layers),
             f"`loss.match_layer` is {loss.match_layer}, the teacher has {teacher.n_decoder_layers or teacher.n_layers}",

@@ -8,7 +8,7 @@ Source: layers replaced by linear maps that go into the feed-forward part before
 arXiv:2505.02819, section 3; maps solved for anew after units are gone, SlimGPT, Ling et al. 2024, arXiv:2412.18110.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ Stream = tuple[Any, ...]
 
 
 @torch.no_grad()
-def refit(teacher: LanguageModel, student: LanguageModel, kept: Kept, batches: Batches) -> None:
-    """Solve for a student's maps into its stream, in place.
+def refit(
+    teacher: LanguageModel, student: LanguageModel, kept: Kept, batches: Batches, say: Callable[[str], None]
+) -> None:
+    """Solve for a student's maps into its stream, in place; `say` hears of every block.
 
     kept: what of the teacher the student consists of. Both are on the CPU, in float32 and in their evaluation mode.
     """
@@ -52,6 +54,9 @@ def refit(teacher: LanguageModel, student: LanguageModel, kept: Kept, batches: B
             wanted, theirs = written(segment[-1], last, theirs)
             fit(block, last, own, wanted, kept.channels, real)
             own = passed([block], own)
+            say(
+                f"solved for the maps of {prefix.removeprefix('model.').replace('.', ' ')}layer {place + 1} of {len(blocks)}"
+            )
 
 
 def is_cut(kept: Kept, prefix: str) -> bool:

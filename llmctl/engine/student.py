@@ -62,7 +62,7 @@ def cut_student(
     load_tensors(student, state)
     report |= {"loss_cut": mean_loss(student)}
     if refit_batches:
-        refit(model.eval(), student.eval(), kept, refit_batches)
+        refit(model.eval(), student.eval(), kept, refit_batches, say)
         state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     report |= {"loss_after": mean_loss(student), "d_model": smaller.d_model, "n_heads": smaller.n_heads}
     report |= {"d_ff": smaller.d_ff, "n_kv_heads": smaller.n_kv_heads}

@@ -20,7 +20,7 @@ from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm
 from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
 from llmctl.model.shapes import complete, window_of
-from llmctl.quant.learned import ScaledLinear
+from llmctl.quant.learned import TunedLinear
 from llmctl.quant.linear import QuantEmbedding, QuantLinear
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import PARTS, QuantWeight
@@ -371,7 +371,7 @@ class LanguageModel(nn.Module):
         """How many numbers the weights stand for, a tied one counted once, one in few bits like any other."""
         held = {id(one.weight_packed): one.n_out * one.n_in for one in self.modules() if isinstance(one, QuantWeight)}
         plain = sum(parameter.numel() for parameter in self.parameters())
-        return plain + sum(held.values()) + sum(one.n_more for one in self.modules() if isinstance(one, ScaledLinear))
+        return plain + sum(held.values()) + sum(one.n_more for one in self.modules() if isinstance(one, TunedLinear))
 
     @property
     def some_parameter(self) -> Tensor:

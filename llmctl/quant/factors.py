@@ -13,8 +13,8 @@ from llmctl.quant.methods import Method, Moments, nearest, output_error
 from llmctl.quant.products import rounded_inputs
 from llmctl.quant.schemes import Scheme
 
-POWERS = tuple(step / 10 for step in range(11))
-"""Exponents that are tried; 0 leaves everything as it is."""
+POWERS = tuple(step / 10 for step in range(1, 11))
+"""Exponents that are tried."""
 
 Share = Callable[[Tensor], Tensor]
 
@@ -42,15 +42,16 @@ def best_factors(
         return torch.tensor([lost_by(weight, scheme, moments, factors_I, chosen) for weight, scheme in pairs])
 
     ones_I = torch.ones_like(size_I)
+    alone = lost(ones_I)
     # Each map counts by what it loses anyway: keys and queries, which lose little, are not to pay for values.
-    before = torch.ones(len(pairs)) if rounds_inputs else lost(ones_I).clamp(min=1e-12)
-    best, least = None, float("inf")
+    unit = torch.ones_like(alone) if rounds_inputs else alone.clamp(min=1e-12)
+    best, least = None, float((alone / unit).sum())
     for power in POWERS:
-        factors_I = size_I.pow(power) / (weight_I.pow(1 - power) if rounds_inputs and power else 1.0)
+        factors_I = size_I.pow(power) / (weight_I.pow(1 - power) if rounds_inputs else 1.0)
         factors_I = share(factors_I / (factors_I.amax() * factors_I.amin()).sqrt())
-        found = float((lost(factors_I) / before).sum())
+        found = float((lost(factors_I) / unit).sum())
         if found < least:
-            best, least = (factors_I if power else None), found
+            best, least = factors_I, found
     if best is None or rounds_inputs or method is nearest:
         return best
     return best if bool((lost(best, method) < lost(ones_I, method)).all()) else None

@@ -60,17 +60,13 @@ def _steps(codes_OI: Tensor, zeros_OG: Tensor) -> Tensor:
     return codes_OI.float().unflatten(1, (zeros_OG.shape[1], -1)).sub_(zeros_OG[..., None])
 
 
-class ScaledLinear(nn.Module):
-    """A linear layer whose codes stay and whose scales learn.
-
-    Codes that make up for each other's errors, as GPTQ's, are lost when weights cross their thresholds one by one; their
-    scales can only become better fitted.
+class TunedLinear(nn.Module):
+    """What linear layers whose scales learn have in common.
 
     Parameters: bias, and ratio (O, G): the logarithm of what the grid's scales are multiplied by, so that one learning rate
-    fits scales of any size. Buffers: codes (O, I) uint8, scales and zeros (O, G).
+    fits scales of any size. Buffers: scales and zeros (O, G).
     """
 
-    codes_OI: Tensor
     scales_OG: Tensor
     zeros_OG: Tensor
 
@@ -80,23 +76,22 @@ class ScaledLinear(nn.Module):
         n_groups = scheme.n_groups(n_in)
         self.ratio = nn.Parameter(torch.zeros(n_out, n_groups))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
-        self.register_buffer("codes_OI", torch.zeros(n_out, n_in, dtype=torch.uint8))
         self.register_buffer("scales_OG", torch.ones(n_out, n_groups))
         self.register_buffer("zeros_OG", torch.zeros(n_out, n_groups))
 
     @property
     def n_more(self) -> int:
         """How many more numbers the weight stands for than there are parameters for it."""
-        return self.codes_OI.numel() - self.ratio.numel()
+        held = sum(one.numel() for name, one in self.named_parameters() if name != "bias")
+        return self.in_features * self.out_features - held
 
+    @torch.no_grad()
     def put(self, codes: Codes, original_OI: Tensor) -> None:
-        """Begin with codes that were chosen."""
+        """Begin with codes that were chosen for a weight."""
         del original_OI
-        with torch.no_grad():
-            self.codes_OI.copy_(codes.codes_OI)
-            self.ratio.zero_()
-            self.scales_OG.copy_(codes.grid.scales_OG)
-            self.zeros_OG.copy_(codes.grid.zeros_OG)
+        self.ratio.zero_()
+        self.scales_OG.copy_(codes.grid.scales_OG)
+        self.zeros_OG.copy_(codes.grid.zeros_OG)
 
     def scales(self) -> Tensor:
         """Return the scales (O, G) as a file will hold them; the gradient goes past the rounding."""
@@ -105,41 +100,53 @@ class ScaledLinear(nn.Module):
 
     def rounded(self) -> Tensor:
         """Return the weight (O, I) that the codes mean."""
-        weight: Tensor = _Scaled.apply(self.codes_OI, self.scales(), self.zeros_OG)  # type: ignore[no-untyped-call]
-        return weight
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b of the weight that the codes mean."""
         return F.linear(x, self.rounded(), self.bias)
 
 
-class LearnedLinear(ScaledLinear):
-    """A linear layer whose weight is rounded to a grid in every pass, and learns all the same, beside its scales.
+class ScaledLinear(TunedLinear):
+    """A linear layer whose codes stay, uint8 (O, I), and whose scales learn.
 
-    Parameters: weight (O, I) in place of the codes.
+    Codes that make up for each other's errors, as GPTQ's, are lost when weights cross their thresholds one by one; their
+    scales can only become better fitted.
     """
+
+    codes_OI: Tensor
 
     def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
         super().__init__(n_in, n_out, scheme, bias=bias)
-        del self.codes_OI
+        self.register_buffer("codes_OI", torch.zeros(n_out, n_in, dtype=torch.uint8))
+
+    @torch.no_grad()
+    def put(self, codes: Codes, original_OI: Tensor) -> None:
+        """Begin with codes that were chosen."""
+        super().put(codes, original_OI)
+        self.codes_OI.copy_(codes.codes_OI)
+
+    def rounded(self) -> Tensor:
+        """Return the weight (O, I) that the codes mean."""
+        weight: Tensor = _Scaled.apply(self.codes_OI, self.scales(), self.zeros_OG)  # type: ignore[no-untyped-call]
+        return weight
+
+
+class LearnedLinear(TunedLinear):
+    """A linear layer whose weight (O, I), a parameter, is rounded to a grid in every pass, and learns all the same."""
+
+    def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
+        super().__init__(n_in, n_out, scheme, bias=bias)
         self.weight = nn.Parameter(torch.zeros(n_out, n_in))
 
-    @property
-    def n_more(self) -> int:
-        """None: those of the scales are no part of the weight."""
-        return -self.ratio.numel()
-
+    @torch.no_grad()
     def put(self, codes: Codes, original_OI: Tensor) -> None:
         """Begin with codes that were chosen, each weight as near to the original as its code allows."""
-        scheme = self.scheme
-        meant = decode(codes, scheme)
-        room = grouped(torch.ones_like(meant), scheme) * (codes.grid.scales_OG * NEAREST)[..., None]
+        super().put(codes, original_OI)
+        meant = decode(codes, self.scheme)
+        room = grouped(torch.ones_like(meant), self.scheme) * (codes.grid.scales_OG * NEAREST)[..., None]
         reach = room.flatten(1)
-        with torch.no_grad():
-            self.weight.copy_(meant + (original_OI - meant).clamp(-reach, reach))
-            self.ratio.zero_()
-            self.scales_OG.copy_(codes.grid.scales_OG)
-            self.zeros_OG.copy_(codes.grid.zeros_OG)
+        self.weight.copy_(meant + (original_OI - meant).clamp(-reach, reach))
 
     def rounded(self) -> Tensor:
         """Return the weight (O, I) that the codes mean."""

@@ -31,7 +31,7 @@ def states(model: LanguageModel, one: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_nothing_is_solved_for_where_nothing_is_gone(name):
     model = build(name).float()
     student = cut_out(model, Kept())
-    refit(model, student, Kept(), [batch(model)])
+    refit(model, student, Kept(), [batch(model)], print)
     assert torch.equal(outputs(student), outputs(model))
 
 
@@ -47,7 +47,7 @@ def test_a_student_comes_nearer_to_its_teacher(name):
     kept = narrow(model, shape, importance, {prefix: tuple(range(1 if decoders else 2))})
     student = cut_out(model, kept)
     wanted, before = states(model, one), states(student, one)
-    refit(model, student, kept, [one])
+    refit(model, student, kept, [one], print)
     after = states(student, one)
     assert (after - wanted).square().mean() < 0.8 * (before - wanted).square().mean()
 
@@ -63,7 +63,7 @@ def test_units_that_say_the_same_are_taken_over_without_loss():
     student, one = cut_out(model, kept), batch(model)
     ids = torch.randint(model.config.vocab_size, (64, 16), generator=torch.Generator().manual_seed(0))
     before = (states(student, one) - states(model, one)).square().mean()
-    refit(model, student, kept, [{"input_ids_BT": ids}])
+    refit(model, student, kept, [{"input_ids_BT": ids}], print)
     after = (states(student, one) - states(model, one)).square().mean()
     assert after < 1e-2 * before  # what is left is the ridge
 
@@ -78,7 +78,7 @@ def test_padding_has_no_say():
     for filler in (0, 1):
         padded = torch.where(documents == 0, filler, ids)
         students.append(cut_out(model, kept))
-        refit(model, students[-1], kept, [{"input_ids_BT": padded, "documents_BT": documents}])
+        refit(model, students[-1], kept, [{"input_ids_BT": padded, "documents_BT": documents}], print)
     assert torch.allclose(*(one.model.layers[0].mlp.down_proj.weight for one in students), atol=1e-6)
 
 

@@ -23,6 +23,14 @@ pytestmark = [
 ]
 
 ALL = AdapterConfig().targets
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """PEFT draws its new tensors from torch's own generator: the same ones in every run."""
+    torch.manual_seed(0)
+
+
 IDS = torch.randint(4, 40, (3, 9), generator=torch.Generator().manual_seed(7))
 IDS[:, -1] = 2
 
@@ -75,7 +83,8 @@ def ours(model: LanguageModel, *, hidden: bool = False) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+    """Compare up to what float32 rounds away of the largest of the values, which small ones are differences of."""
+    torch.testing.assert_close(a, b, atol=2e-5 * max(1.0, float(b.abs().max())), rtol=1e-5)
 
 
 ADAPTED = [architecture for architecture in CONFIGS if not architecture.startswith("Llmctl")]

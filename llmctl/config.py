@@ -476,8 +476,12 @@ class WeightsConfig:
     group: int = setting(
         -1, "inputs that share a scale; 0 is the row; -1 the scheme's, or what divides a layer's inputs"
     )
-    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "learned"] = setting(
-        "auto", "how codes are chosen; auto: nearest for int8, else gptq; learned: trained to say what the model said"
+    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "guided", "learned"] = (
+        setting(
+            "auto",
+            "how codes are chosen; auto: nearest for int8, else guided (gptq, each error counted as predictions lose by it, and"
+            " refined); learned: trained to say what the model said",
+        )
     )
     learn: Literal["scales", "weights"] = setting(
         "scales",

@@ -26,7 +26,8 @@ def quantize(
     scheme: Annotated[str | None, typer.Option(help="int8, w8a8, int4, int4-sym, int3 or int2.")] = None,
     group: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0 is the whole row.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="nearest, clip, weighted, hqq, awq, gptq, awq-gptq or learned; else by bits.")
+        str | None,
+        typer.Option(help="nearest, clip, weighted, hqq, awq, gptq, awq-gptq, guided or learned; else by bits."),
     ] = None,
     target_size: Annotated[
         str | None, typer.Option(help="Share bits out among layers within a size of the model: 60MB.")

@@ -3,6 +3,7 @@
 No more than one layer's moments, and the streams of the calibration rows, are held at a time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmctl.engine.fisher import token_weights
 from llmctl.engine.importance import Batches, read
 from llmctl.errors import ArtifactError
-from llmctl.formats.quantization import EMBEDDING, HEAD
+from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
 from llmctl.model.equalise import fold, joints, shared_factors
 from llmctl.model.transformer import Block, LanguageModel
 from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes, decode
-from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, Moments, output_error
+from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, WEIGHS, Moments, output_error
 from llmctl.quant.schemes import Scheme
 
 Plan = Mapping[str, Scheme]
@@ -47,24 +49,27 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
     found, model = Calibrated(), model.eval()
     in_blocks: set[str] = set()
     sees_data = needs_data(plan, method)
+    weights = token_weights(model, filter(is_inside, plan), batches) if method in WEIGHS else {}
     for prefix, blocks in chains(model):
         streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
         for number, block in enumerate(blocks):
             name = names_of(model)[block]
             mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
             in_blocks |= {f"{name}.{inner}" for inner in mine}
-            moments = observe(block, streams) if streams else {}
-            if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
-                equalise(block, mine, moments, method)
-            for inner, scheme in mine.items():
-                choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
+            moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in mine}) if streams else {}
+            with torch.autocast("cpu", enabled=False):  # at most the passes through the model are in few digits
+                if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
+                    equalise(block, mine, moments, method)
+                for inner, scheme in mine.items():
+                    choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
             say(f"{prefix}layer {number + 1} of {len(blocks)}")
     table = table_of(model)
     for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
         is_read = name == table and method in NEEDS_DATA  # what comes into the head has gone through all others
         inputs = read_head(model, batches) if is_read else None
-        choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
+        with torch.autocast("cpu", enabled=False):
+            choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
     return found
 
 
@@ -118,8 +123,8 @@ def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: 
         factors_I = best_factors(weights, schemes, moments[readers[0]], share, METHODS[method])
         if factors_I is not None:
             fold(joint, maps, factors_I)
-            divided = moments[readers[0]].divided(factors_I)
-            moments |= dict.fromkeys(readers, divided)
+            divided = {id(moments[name]): moments[name].divided(factors_I) for name in readers}
+            moments |= {name: divided[id(moments[name])] for name in readers}
 
 
 def choose(
@@ -181,20 +186,29 @@ def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
     return out
 
 
-def observe(block: nn.Module, streams: Sequence[Sequence[Any]]) -> dict[str, Moments]:
-    """Return the moments of what comes into the linear maps of a block; those that read the same share them."""
+def observe(
+    block: nn.Module, streams: Sequence[Sequence[Any]], weights: Mapping[str, list[Tensor] | None]
+) -> dict[str, Moments]:
+    """Return the moments of what comes into the linear maps of a block; those that read the same share them.
+
+    weights: of every position, for each stream, of the maps that have some.
+    """
     moments: dict[str, Moments] = {}
     last: list[tuple[Tensor, Moments]] = []
+    seen: Counter[str] = Counter()
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if last and last[0][0] is args[0]:
+            own = weights.get(name)
+            if own is None and last and last[0][0] is args[0]:
                 moments[name] = last[0][1]
                 return
             n_in: int = module.in_features  # type: ignore[assignment]
             mine = moments.setdefault(name, Moments.empty(n_in, args[0].device))
-            mine.add(args[0])
-            last[:] = [(args[0], mine)]
+            mine.add(args[0], None if own is None else own[seen[name]])
+            seen[name] += 1
+            if own is None:
+                last[:] = [(args[0], mine)]
 
         return hook
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmctl.engine.calibrate import Calibrated, calibrate
 from llmctl.formats.parameters import parameter_shapes
+from llmctl.formats.quantization import is_inside
 from llmctl.model.transformer import LanguageModel, load_tensors, put_module
 from llmctl.quant.learned import LearnedLinear, ScaledLinear, learned_codes
 from llmctl.quant.schemes import Scheme
@@ -14,11 +15,6 @@ from llmctl.quant.weight import PARTS, packed, unpacked
 
 LEARNED_PARTS = ("weight", "codes_OI", "ratio", "scales_OG", "zeros_OG")
 """Tensors of a layer that learns: the weight, or the codes that stay."""
-
-
-def is_inside(name: str) -> bool:
-    """Tell whether a module is part of a block; embedding and heads keep the codes that were chosen."""
-    return "layers." in name or "query_layer." in name
 
 
 def learner(

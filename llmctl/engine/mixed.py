@@ -3,8 +3,7 @@
 How much is measured on a few batches: to second order, the divergence from the full model that a change of a layer's outputs
 makes is half the mean square of that change along the gradient of the log-probability of what the model itself would say.
 
-Source: the Fisher information as the curvature of the divergence, Martens 2014, arXiv:1412.1193, section 6; allocation by
-marginal returns: Shoham and Gersho 1988, doi:10.1109/29.90373.
+Source: as in `fisher.py`; allocation by marginal returns: Shoham and Gersho 1988, doi:10.1109/29.90373.
 """
 
 import re
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmctl.engine.fisher import go_back
 from llmctl.engine.importance import Batches
-from llmctl.engine.learner import is_inside
 from llmctl.errors import UsageError
+from llmctl.formats.quantization import is_inside
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.grid import decode
 from llmctl.quant.methods import clipped
@@ -72,7 +72,7 @@ def measure_costs(model: LanguageModel, choices: Mapping[str, list[Scheme]], bat
     model.eval().requires_grad_(True)
     try:
         for batch in batches:
-            n_labels += step(model, batch, generator)
+            n_labels += go_back(model, batch, generator)
     finally:
         for handle in handles:
             handle.remove()
@@ -81,22 +81,6 @@ def measure_costs(model: LanguageModel, choices: Mapping[str, list[Scheme]], bat
     return {
         name: {scheme: total / max(n_labels, 1) / 2 for scheme, total in each.items()} for name, each in costs.items()
     }
-
-
-def step(model: LanguageModel, batch: Mapping[str, Tensor], generator: torch.Generator) -> int:
-    """Go back from what the model itself would say at every label, and return how many there were."""
-    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-    if model.config.n_labels:
-        outputs_BL = model.classify(**inputs)
-        draws = torch.multinomial(outputs_BL.detach().softmax(dim=-1), 1, generator=generator)
-        outputs_BL.log_softmax(dim=-1).gather(1, draws).sum().backward()
-        return len(outputs_BL)
-    hidden_BTD = model.hidden(**inputs)
-    places = (batch["labels"].flatten() >= 0).nonzero().squeeze(1)
-    logits_NV = model.head(hidden_BTD.flatten(0, 1)[places])
-    draws = torch.multinomial(logits_NV.detach().softmax(dim=-1), 1, generator=generator)
-    logits_NV.log_softmax(dim=-1).gather(1, draws).sum().backward()
-    return len(places)
 
 
 def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:

@@ -17,6 +17,7 @@ from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.engine.adapted import read_model
 from llmctl.engine.batch import to_device
 from llmctl.engine.calibrate import calibrate, needs_data, refuse_unfinite
+from llmctl.engine.distill_settings import is_bare
 from llmctl.engine.job import Say
 from llmctl.engine.learner import learned_state, learner, stored_state
 from llmctl.engine.loop import Fitted, Training
@@ -86,6 +87,8 @@ class Quantizing(Taught):
         method, rows = self.method, self.config.weights.calibration_rows
         plan = self.shared_out(model, say)
         batches = self.batches(model, rows) if needs_data(plan, method) else []
+        if is_bare(self.teacher.artifact):  # it predicts no labels
+            batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
         with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
             found = calibrate(model, plan, method, batches, say)
         write_artifact(
@@ -121,7 +124,7 @@ class Quantizing(Taught):
     def method(self) -> str:
         """How codes are chosen, before they are learned if they are."""
         method = self.config.weights.method
-        return "gptq" if method == "learned" else method
+        return "guided" if method == "learned" else method
 
     def load_part(self, part: str, run: Path, say: Say) -> None:
         """Load the model in few bits."""

@@ -45,7 +45,7 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         scheme = SCHEMES[weights.scheme]
         # Inputs in few bits are measured on data anyway.
         wide = scheme.bits == 8 and not (scheme.activations or weights.target_bpw or weights.target_size)
-        method = "nearest" if wide else "gptq"
+        method = "nearest" if wide else "guided"
     bare = is_bare(artifact)
     loss = replace(
         loss,

@@ -38,6 +38,11 @@ Schemes = Mapping[str, Scheme]
 """Module -> scheme; a tied head goes by the embedding's name alone."""
 
 
+def is_inside(name: str) -> bool:
+    """Tell whether a module is part of a block, not a table or a head."""
+    return "layers." in name or "query_layer." in name
+
+
 def linear_modules(config: ModelConfig) -> dict[str, Shape]:
     """Return the linear maps of a complete config's model and their shapes (O, I), the head over the vocabulary included.
 

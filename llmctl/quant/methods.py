@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmctl.quant.grid import Codes, Grid, encode, rounded_scales, search, whole_range
+from llmctl.quant.grid import Codes, Grid, decode, encode, grouped, rounded_scales, search, whole_range
 from llmctl.quant.schemes import Scheme
 
 BLOCK = 128
@@ -17,6 +17,9 @@ BLOCK = 128
 
 DAMPING = 0.01
 """What is added to the diagonal of the second moments, as a share of its mean (GPTQ)."""
+
+TURNS, RIDGE = 3, 1e-6
+"""Turns of fitting scales and codes to each other, and what keeps the scales' equations solvable, as a share (guided)."""
 
 SAMPLE_ROWS = 256
 """Inputs that are kept as they are."""
@@ -42,10 +45,11 @@ class Moments:
         """Return moments of nothing."""
         return cls(torch.zeros(n_in, n_in, device=device), torch.zeros(n_in, device=device))
 
-    def add(self, inputs: Tensor) -> None:
-        """Take inputs (..., I) in."""
+    def add(self, inputs: Tensor, weights_N: Tensor | None = None) -> None:
+        """Take inputs (..., I) in; weights, 1 on average, tell how much each of them counts in the second moments."""
         rows_NI = inputs.detach().flatten(0, -2).float()
-        self.second_II.addmm_(rows_NI.T, rows_NI)
+        left_NI = rows_NI if weights_N is None else rows_NI * weights_N[:, None]
+        self.second_II.addmm_(left_NI.T, rows_NI)
         self.absolute_I += rows_NI.abs().sum(dim=0)
         self.count += len(rows_NI)
         if self.sample_NI is None:
@@ -64,6 +68,15 @@ class Moments:
     def mean(self) -> Tensor:
         """The mean second moments (I, I)."""
         return self.second_II / max(self.count, 1)
+
+    @property
+    def damped(self) -> Tensor:
+        """The mean second moments (I, I) with a larger diagonal: what comes in on other texts differs a little."""
+        second_II = self.mean.clone()
+        diagonal_I = second_II.diagonal()
+        diagonal_I[diagonal_I == 0] = 1.0
+        diagonal_I += DAMPING * diagonal_I.mean()
+        return second_II
 
     @property
     def importance(self) -> Tensor:
@@ -116,13 +129,9 @@ def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     `static_groups`.
     """
     assert moments is not None
-    second_II = moments.mean.clone()
+    second_II = moments.damped
     weight_OI, grid = weight_OI.clone(), search(weight_OI, scheme, moments.importance)
-    diagonal_I = second_II.diagonal()
-    unused = diagonal_I == 0
-    diagonal_I[unused] = 1.0
-    diagonal_I += DAMPING * diagonal_I.mean()
-    order = diagonal_I.argsort(descending=True, stable=True)
+    order = second_II.diagonal().argsort(descending=True, stable=True)
     inverse_II = inverse_root(second_II[order][:, order])
     n_in = weight_OI.shape[1]
     groups_I = order // (scheme.group or n_in)
@@ -141,6 +150,72 @@ def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
             rest_OI[:, column + 1 : last].addr_(error_O, inverse_II[column, column + 1 : last], alpha=-1)
         rest_OI[:, last:].addmm_(errors_OB, inverse_II[first:last, last:], alpha=-1)
     return Codes(codes_OI[:, order.argsort()].contiguous(), grid)
+
+
+def guided(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
+    """Go on from where `gptq` ends: scales are fitted to all codes at once, and codes to each other, in turns.
+
+    No turn makes the error in the outputs larger. The moments are to be weighted by what errors cost, see
+    `engine/fisher.py`. Source: column after column, each to the best of its values while the others stay: QuantEase, Behdin
+    et al. 2023, arXiv:2309.01885, algorithm 2.
+    """
+    assert moments is not None
+    codes, second_II = gptq(weight_OI, scheme, moments), moments.damped
+    for _ in range(TURNS):
+        codes = descended(weight_OI, scheme, fitted(weight_OI, scheme, codes, second_II), second_II)
+    return fitted(weight_OI, scheme, codes, second_II)
+
+
+def fitted(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Codes:
+    """Return codes with the scales of least error in the outputs, each row's groups together: linear least squares."""
+    scales_OG, zeros_OG = codes.grid
+    n_groups = scales_OG.shape[1]
+    steps_OGg = grouped(codes.codes_OI, scheme).float() - zeros_OG[..., None]
+    steps_OI, wanted_OI = steps_OGg.flatten(1), weight_OI @ second_II
+    size = steps_OGg.shape[2]
+    products = []
+    for group in range(n_groups):
+        moved_OI = steps_OGg[:, group] @ second_II[group * size : (group + 1) * size]
+        products.append(grouped(moved_OI * steps_OI, scheme).sum(dim=2))
+    curvature_OGG, slope_OG = torch.stack(products, dim=1), grouped(wanted_OI * steps_OI, scheme).sum(dim=2)
+    # A group whose codes are all zeros has no scale to find: it keeps its own.
+    diagonal_OG = curvature_OGG.diagonal(dim1=1, dim2=2)
+    empty_OG = diagonal_OG <= 0
+    diagonal_OG += torch.where(empty_OG, 1.0, RIDGE * diagonal_OG)
+    found_OG = torch.linalg.solve(curvature_OGG, slope_OG[..., None]).squeeze(2)
+    usable_OG = (found_OG > 0) & found_OG.isfinite() & ~empty_OG
+    better = Codes(codes.codes_OI, Grid(rounded_scales(torch.where(usable_OG, found_OG, scales_OG)), zeros_OG))
+    # Scales that could not be taken leave the others of their row without what those were to make up for.
+    loses_O = errors(weight_OI, better, scheme, second_II) > errors(weight_OI, codes, scheme, second_II)
+    return Codes(codes.codes_OI, Grid(torch.where(loses_O[:, None], scales_OG, better.grid.scales_OG), zeros_OG))
+
+
+def descended(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Codes:
+    """Return codes after every column took, in its turn, the values of least error in the outputs given all others."""
+    n_in = weight_OI.shape[1]
+    groups_I = torch.arange(n_in) // (scheme.group or n_in)
+    scales_OI, zeros_OI = codes.grid.scales_OG[:, groups_I], codes.grid.zeros_OG[:, groups_I].float()
+    places_OI = codes.codes_OI.float()
+    slope_OI = (weight_OI - (places_OI - zeros_OI) * scales_OI) @ second_II
+    steps_OI = scales_OI * second_II.diagonal()
+    for first in range(0, n_in, BLOCK):
+        last = min(first + BLOCK, n_in)
+        slope_OB, inner_BB = slope_OI[:, first:last].clone(), second_II[first:last, first:last]
+        moved_OB = torch.empty_like(slope_OB)
+        for column in range(first, last):
+            place_O, near = places_OI[:, column], column - first
+            better_O = (place_O + slope_OB[:, near] / steps_OI[:, column]).round_().clamp_(0, scheme.levels)
+            moved_OB[:, near] = (better_O - place_O) * scales_OI[:, column]
+            places_OI[:, column] = better_O
+            slope_OB.addr_(moved_OB[:, near], inner_BB[near], alpha=-1)
+        slope_OI.addmm_(moved_OB, second_II[first:last], alpha=-1)
+    return Codes(places_OI.to(torch.uint8), codes.grid)
+
+
+def errors(weight_OI: Tensor, codes: Codes, scheme: Scheme, second_II: Tensor) -> Tensor:
+    """Return the mean square that every output (O,) is off by."""
+    off_OI = decode(codes, scheme) - weight_OI
+    return ((off_OI @ second_II) * off_OI).sum(dim=1)
 
 
 def inverse_root(second_II: Tensor) -> Tensor:
@@ -194,11 +269,15 @@ METHODS: Mapping[str, Method] = {
     "awq": weighted,
     "gptq": gptq,
     "awq-gptq": gptq,
+    "guided": guided,
 }
 """Methods by name. awq: scales move into the layer before, see `quant/factors.py`, and then as `weighted`, or as `gptq`."""
 
-NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq")
+NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq", "guided")
 """Methods that look at what comes into a layer."""
 
 EQUALISES = ("awq", "awq-gptq")
 """Methods for which scales move first."""
+
+WEIGHS = ("guided",)
+"""Methods for which inputs count as much as errors cost there."""

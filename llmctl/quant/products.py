@@ -71,7 +71,9 @@ def unpacked_8(layer: QuantWeight) -> Product:
     bytes_OI = layer.weight_packed.view(torch.uint8)
 
     def product(x: Tensor) -> Tensor:
-        parts = [F.linear(x, part.to(x.dtype).sub_(middle)) for part in bytes_OI.split(rows_of(layer))]
+        # To flip a byte's upper bit is to subtract the middle: a pass over bytes, not over numbers.
+        signed = ((part ^ middle).view(torch.int8) for part in bytes_OI.split(rows_of(layer)))
+        parts = [F.linear(x, part.to(x.dtype)) for part in signed]
         return torch.cat(parts, dim=-1).mul_(scales_O.to(x.dtype))
 
     return product
@@ -89,12 +91,14 @@ def unpacked_4(layer: QuantWeight) -> Product:
         for start in range(0, layer.n_out, n_rows):
             part = slice(start, start + n_rows)
             bytes_PB = bytes_OB[part]
-            weight_P2B = x.new_empty(len(bytes_PB), 2, bytes_PB.shape[1])
+            # In float32, which torch is faster in than in bfloat16 where groups are short; rounded once either way.
+            weight_P2B = x.new_empty(len(bytes_PB), 2, bytes_PB.shape[1], dtype=torch.float32)
             weight_P2B[:, 0].copy_(bytes_PB & 15)
             weight_P2B[:, 1].copy_(bytes_PB >> 4)
             groups_P2Gh = weight_P2B.view(len(bytes_PB), 2, n_groups, -1)
-            groups_P2Gh.sub_(zeros_OG[part, None, :, None]).mul_(layer.weight_scale[part, None, :, None])
-            outputs.append(F.linear(halves, weight_P2B.flatten(1)))
+            zeros, scales = zeros_OG[part, None, :, None].float(), layer.weight_scale[part, None, :, None].float()
+            groups_P2Gh.sub_(zeros).mul_(scales)
+            outputs.append(F.linear(halves, weight_P2B.flatten(1).to(x.dtype)))
         return torch.cat(outputs, dim=-1)
 
     return product

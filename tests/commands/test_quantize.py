@@ -65,7 +65,7 @@ def test_the_size_on_disk_is_what_the_bits_say(teachers, capsys, scheme):
     )
 
 
-@pytest.mark.parametrize("method", ["nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq"])
+@pytest.mark.parametrize("method", ["nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "guided"])
 def test_methods_leave_a_model_in_four_bits(teachers, capsys, method):
     assert quantize(teachers["decoder"], "--bits", "4", "--method", method, "--json") == 0
     assert 0 < report(capsys)["models"]["after"]["kl"] < 0.5
@@ -267,7 +267,7 @@ def test_codes_are_learned_and_what_is_measured_is_what_is_written(teachers, cap
 
 def test_codes_stay_where_only_scales_learn(teachers, capsys):
     options = ["--bits", "4", "--set", "train.dtype=float32", "--json"]
-    assert quantize(teachers["decoder"], *options, "--method", "gptq", out="chosen.safetensors") == 0
+    assert quantize(teachers["decoder"], *options, "--method", "guided", out="chosen.safetensors") == 0
     assert quantize(teachers["decoder"], *options, "--method", "learned", "--steps", "4", out="tuned.safetensors") == 0
     capsys.readouterr()
     chosen, tuned = (read_artifact(Path(f"{name}.safetensors")).packed_state() for name in ("chosen", "tuned"))

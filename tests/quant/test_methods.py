@@ -1,8 +1,19 @@
 import pytest
 import torch
 
-from llmctl.quant.grid import decode, encode, search, whole_range
-from llmctl.quant.methods import METHODS, NEEDS_DATA, Moments, gptq, output_error, weighted
+from llmctl.quant.grid import Codes, decode, encode, search, whole_range
+from llmctl.quant.methods import (
+    METHODS,
+    NEEDS_DATA,
+    WEIGHS,
+    Moments,
+    descended,
+    errors,
+    fitted,
+    gptq,
+    output_error,
+    weighted,
+)
 from llmctl.quant.schemes import SCHEMES, Scheme
 
 
@@ -66,9 +77,56 @@ def test_methods_that_see_inputs_lose_less_of_the_output(name: str) -> None:
     scheme, found = SCHEMES[name], moments()
     lost = {
         method: output_error(weight(), decode(METHODS[method](weight(), scheme, found), scheme), found)
-        for method in ("nearest", "clip", "weighted", "gptq")
+        for method in ("nearest", "clip", "weighted", "gptq", "guided")
     }
-    assert lost["gptq"] < lost["weighted"] < lost["nearest"]
+    assert 1.03 * lost["guided"] < lost["gptq"] < lost["weighted"] < lost["nearest"]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-sym", "int2"])
+def test_scales_fit_all_codes_of_a_row_at_once(name: str) -> None:
+    scheme, second_II = SCHEMES[name], moments().damped
+    codes = gptq(weight(), scheme, moments())
+    found = fitted(weight(), scheme, codes, second_II)
+    assert torch.equal(found.codes_OI, codes.codes_OI)
+    n_groups = codes.grid.scales_OG.shape[1]
+    root_II = torch.linalg.cholesky(second_II.double()).T
+    steps_OGg = codes.codes_OI.double().unflatten(1, (n_groups, -1)) - codes.grid.zeros_OG[..., None]
+    for row in (0, 17, 47):
+        parts_GI = torch.block_diag(*steps_OGg[row][:, None])
+        wanted_G = torch.linalg.lstsq(root_II @ parts_GI.T, root_II @ weight()[row].double()[:, None]).solution[:, 0]
+        torch.testing.assert_close(found.grid.scales_OG[row].double(), wanted_G, rtol=2**-8, atol=0)
+    before = errors(weight(), codes, scheme, second_II)  # eight bits leave little that the digits of a scale can mend
+    assert errors(weight(), found, scheme, second_II).sum() < before.sum() * (1.01 if scheme.bits == 8 else 1.0)
+
+
+def test_a_scale_that_would_be_none_is_kept() -> None:
+    scheme, original = SCHEMES["int4"], weight()
+    codes = gptq(original, scheme, moments())
+    codes.codes_OI[:, :64] = codes.grid.zeros_OG[:, :1]  # one group says nothing
+    codes.codes_OI[5, 64:] = scheme.levels - codes.codes_OI[5, 64:]  # and one the opposite
+    found = fitted(original, scheme, codes, moments().damped)
+    assert torch.equal(found.grid.scales_OG[:, 0], codes.grid.scales_OG[:, 0])
+    assert torch.isfinite(found.grid.scales_OG).all()
+    before = errors(original, codes, scheme, moments().damped)
+    assert (errors(original, found, scheme, moments().damped) <= before).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-sym", "int2"])
+def test_codes_end_where_no_other_code_is_better(name: str) -> None:
+    scheme, original, second_II = SCHEMES[name], weight(n_out=12), moments().damped
+    codes = gptq(original, scheme, moments())
+    lost = [errors(original, codes, scheme, second_II)]
+    for _ in range(30):
+        codes = descended(original, scheme, codes, second_II)
+        lost.append(errors(original, codes, scheme, second_II))
+        assert (lost[-1] <= lost[-2] * (1 + 1e-5)).all()
+    assert lost[-1].sum() < 0.98 * lost[0].sum()
+    for column in range(0, 128, 7):
+        for change in (-1, 1):
+            other = codes.codes_OI.clone().int()
+            other[:, column] = (other[:, column] + change).clamp(0, scheme.levels)
+            changed = errors(original, Codes(other.to(torch.uint8), codes.grid), scheme, second_II)
+            assert (changed >= lost[-1] * (1 - 1e-5)).all()
 
 
 def test_gptq_takes_inputs_that_were_never_there() -> None:
@@ -88,4 +146,13 @@ def test_rows_of_zeros_stay_zeros() -> None:
 
 
 def test_the_table_says_which_methods_need_data() -> None:
-    assert set(NEEDS_DATA) < set(METHODS)
+    assert set(WEIGHS) < set(NEEDS_DATA) < set(METHODS)
+
+
+def test_an_input_counts_as_often_as_its_weight_says() -> None:
+    inputs = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    weights = torch.tensor([2.0, 0.0, 1.0, 1.0, 2.0, 0.0])
+    found, repeated = Moments.empty(16), Moments.empty(16)
+    found.add(inputs, weights)
+    repeated.add(inputs[[0, 0, 2, 3, 4, 4]])
+    torch.testing.assert_close(found.mean, repeated.mean)

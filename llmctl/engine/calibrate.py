@@ -40,13 +40,21 @@ class Calibrated:
 
 
 @torch.no_grad()
-def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say) -> Calibrated:
+def calibrate(
+    model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say, *, is_narrow: bool = False
+) -> Calibrated:
     """Return codes for the modules of a plan; the model's own weights become what the codes mean.
 
     The head over the vocabulary, or the embedding that is one, is chosen by what comes out of the quantised blocks. Other
-    modules outside them take the clipped range.
+    modules outside them take the clipped range. is_narrow: whether batches go through the model in bfloat16.
     """
-    found, model = Calibrated(), model.eval()
+    # Without its cache: weights change between two passes through a block, and the second is to see that.
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow, cache_enabled=False):
+        return _calibrate(model.eval(), plan, method, batches, say)
+
+
+def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say) -> Calibrated:
+    found = Calibrated()
     in_blocks: set[str] = set()
     sees_data = needs_data(plan, method)
     weights = token_weights(model, filter(is_inside, plan), batches) if method in WEIGHS else {}
@@ -57,7 +65,7 @@ def calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, s
             mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
             in_blocks |= {f"{name}.{inner}" for inner in mine}
             moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in mine}) if streams else {}
-            with torch.autocast("cpu", enabled=False):  # at most the passes through the model are in few digits
+            with torch.autocast("cpu", enabled=False):
                 if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
                     equalise(block, mine, moments, method)
                 for inner, scheme in mine.items():

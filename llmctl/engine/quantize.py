@@ -89,8 +89,7 @@ class Quantizing(Taught):
         batches = self.batches(model, rows) if needs_data(plan, method) else []
         if is_bare(self.teacher.artifact):  # it predicts no labels
             batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
-            found = calibrate(model, plan, method, batches, say)
+        found = calibrate(model, plan, method, batches, say, is_narrow=is_native(torch.bfloat16))
         write_artifact(
             path,
             model.config,

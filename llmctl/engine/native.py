@@ -16,14 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from llmctl.engine.products import processor_name
+from llmctl.engine.machine import processor_name
 from llmctl.errors import LlmctlError, MissingCompilerError
 from llmctl.files import atomic_path, cache_folder
+from llmctl.losses.products import is_native
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
 from llmctl.model.positions import rope_tables
 from llmctl.quant.linear import QuantLinear
+from llmctl.quant.products import Kind, Product, rows_of
+from llmctl.quant.schemes import Scheme
+from llmctl.quant.weight import QuantWeight
 
 Library = ctypes.CDLL
 COMPILERS = ("c++", "g++", "clang++")
@@ -170,6 +175,14 @@ def load_library(path: Path) -> Library:
         *pointers,
         ctypes.c_void_p,
     ]
+    library.llmctl_unpack.restype = None
+    library.llmctl_unpack.argtypes = [
+        ctypes.POINTER(CMatrix),
+        *longs,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    ]
     return library
 
 
@@ -288,23 +301,62 @@ class Step:
             ):
                 return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None)
         layer = getattr(product, "__self__", None)
-        if isinstance(layer, QuantLinear) and layer.bias is None and layer.n_in % BLOCK == 0:
+        if isinstance(layer, QuantLinear) and layer.bias is None:
             return self._coded(layer)
         self.is_whole = False
         return CMatrix()
 
     def _coded(self, layer: QuantLinear) -> CMatrix:
-        scheme, zeros = layer.scheme, None
-        is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
-        is_int4 = scheme.bits == 4 and scheme.group in (32, 64, 128) and layer.n_in % scheme.group == 0
-        if not (is_int8 or is_int4) or layer.n_out < ROWS or not layer.weight_packed.is_contiguous():
+        if not is_known_code(layer.scheme, layer.n_out, layer.n_in) or not layer.weight_packed.is_contiguous():
             self.is_whole = False
             return CMatrix()
-        if not scheme.symmetric:
-            zeros = self._keep(layer.codes().grid.zeros_OG.contiguous())
-        kind = KINDS["int8" if is_int8 else "int4"]
-        weight, scale = self._keep(layer.weight_packed), self._keep(layer.weight_scale.contiguous())
-        return CMatrix(kind, scheme.group, layer.n_out, layer.n_in, weight, scale, zeros)
+        return coded(layer, self.kept)
+
+
+def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:
+    """Tell whether the library knows how a weight is coded."""
+    is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
+    is_int4 = scheme.bits == 4 and scheme.group in (32, 64, 128) and n_in % scheme.group == 0
+    return (is_int8 or is_int4) and n_out >= ROWS and n_in % BLOCK == 0
+
+
+def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
+    """Return a weight in few bits as the library sees it; the tensors it points into are added to those kept."""
+    zeros = None if layer.scheme.symmetric else layer.codes().grid.zeros_OG.contiguous()
+    weight, scales = layer.weight_packed, layer.weight_scale.contiguous()
+    kept += [weight, scales] if zeros is None else [weight, scales, zeros]
+    kind = KINDS["int4" if layer.scheme.bits == 4 else "int8"]
+    pointers = (one if one is None else one.data_ptr() for one in (weight, scales, zeros))
+    return CMatrix(kind, layer.scheme.group, layer.n_out, layer.n_in, *pointers)
+
+
+def compiled_kinds(library: Library | None) -> dict[str, Kind]:
+    """Return the way to multiply for which the library unpacks the weight: in bfloat16 where that is fast, or as x is."""
+    if library is None:
+        return {}
+
+    def make(layer: QuantWeight) -> Product:
+        kept: list[Tensor] = []
+        matrix, n_rows = coded(layer, kept), rows_of(layer)
+
+        def product(x: Tensor, _: list[Tensor] = kept) -> Tensor:
+            is_narrow = x.dtype == torch.bfloat16 or is_native(torch.bfloat16)
+            inputs = x.bfloat16() if is_narrow else x.float()
+            outputs, threads = [], torch.get_num_threads()
+            for first in range(0, layer.n_out, n_rows):
+                last = min(first + n_rows, layer.n_out)
+                weight_PI = torch.empty(last - first, layer.n_in, dtype=inputs.dtype)
+                kind = KINDS["bfloat16" if is_narrow else "float32"]
+                library.llmctl_unpack(matrix, first, last, threads, kind, weight_PI.data_ptr())
+                outputs.append(F.linear(inputs, weight_PI))
+            return torch.cat(outputs, dim=-1).to(x.dtype)
+
+        return product
+
+    def fits(scheme: Scheme, n_out: int, n_in: int) -> bool:
+        return is_known_code(scheme, n_out, n_in) and not scheme.activations
+
+    return {"compiled": Kind(make, fits)}
 
 
 def pointers_to(tensors: list[Tensor]) -> Any:

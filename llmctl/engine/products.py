@@ -5,7 +5,6 @@ cache; processor, threads and versions are part of its keys, and without it the 
 """
 
 import json
-import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmctl import __version__
+from llmctl.engine.machine import processor_name
+from llmctl.engine.native import compiled_kinds, find_library
 from llmctl.errors import OutputError
 from llmctl.files import cache_folder, write_bytes
 from llmctl.quant.linear import QuantLinear
-from llmctl.quant.products import PRODUCTS, ROWS, Product, Table, fitting, plain
+from llmctl.quant.products import PRODUCTS, ROWS, Product, Table, plain
 from llmctl.quant.schemes import SCHEMES, Scheme
 
 LARGEST_SIDE = 2048
@@ -54,15 +55,6 @@ def machine_key() -> str:
     )
 
 
-def processor_name() -> str:
-    """Return the processor's name as the system gives it."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def products_path() -> Path:
     """Return the file with what was measured."""
     return cache_folder() / "products.json"
@@ -89,16 +81,18 @@ def is_measured(content: Any) -> bool:
     )
 
 
-class Measured:
+class Measured(Table):
     """A table of products, filled as it is asked; with `again`, what the file says is measured anew."""
 
     def __init__(self, *, again: bool = False) -> None:
-        self.machine = machine_key()
+        compiled = compiled_kinds(find_library())
+        self.kinds = {**PRODUCTS, **compiled}
+        self.machine = machine_key() + (" | compiled" if compiled else "")
         self.known = {} if again else read_measured().get(self.machine, {})
 
     def __call__(self, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
         """Return the fastest product that is right."""
-        names = fitting(scheme, n_out, n_in)
+        names = self.fitting(scheme, n_out, n_in)
         if names == ["plain"]:
             return "plain"
         times = self.times(scheme, n_out, n_in, n_rows)
@@ -109,7 +103,7 @@ class Measured:
         n_out, n_in = measured_side(n_out), measured_side(n_in)
         problem = f"{name_of(scheme)} {n_out}x{n_in} {n_rows}"
         if problem not in self.known:
-            self.known[problem] = measure(scheme, n_out, n_in, n_rows)
+            self.known[problem] = measure(self, scheme, n_out, n_in, n_rows)
             self._store()
         return self.known[problem]
 
@@ -132,17 +126,17 @@ def name_of(scheme: Scheme) -> str:
 
 
 @torch.inference_mode()
-def measure(scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> Seconds:
+def measure(table: Table, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> Seconds:
     """Return the seconds of every product of a random weight that is right."""
     generator = torch.Generator().manual_seed(0)
     layer = random_layer(scheme, n_out, n_in, generator)
     x_NI = torch.randn(n_rows, n_in, generator=generator)
     expected_NO = plain(layer)(x_NI)
     products: dict[str, Product] = {}
-    for name in fitting(scheme, n_out, n_in):
+    for name in table.fitting(scheme, n_out, n_in):
         if name != "plain":
             with suppress(RuntimeError, TypeError, AttributeError):  # this torch or this processor does not know it
-                product = PRODUCTS[name].make(layer)
+                product = table.kinds[name].make(layer)
                 error = (product(x_NI) - expected_NO).norm() / expected_NO.norm()
                 if float(error) < LARGEST_ERROR:
                     products[name] = product

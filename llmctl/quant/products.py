@@ -16,8 +16,6 @@ from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import QuantWeight
 
 Product = Callable[[Tensor], Tensor]
-Table = Callable[[Scheme, int, int, int], str]
-"""From scheme, outputs, inputs and rows, one of `ROWS`, to a name in `PRODUCTS`."""
 
 ROWS = (1, 4, 16, 64, 256)
 """Numbers of rows that are told apart: x counts as the next larger one, and as the largest beyond."""
@@ -210,19 +208,26 @@ PRODUCTS: Mapping[str, Kind] = {
 """All of them are for a CPU; elsewhere there is the plain one."""
 
 
-def fitting(scheme: Scheme, n_out: int, n_in: int) -> list[str]:
-    """Return the products that a weight can have."""
-    return [name for name, kind in PRODUCTS.items() if kind.fits(scheme, n_out, n_in)]
+class Table:
+    """Which product serves a weight at a number of rows, one of `ROWS`; here what is fastest on most processors."""
+
+    kinds: Mapping[str, Kind] = PRODUCTS
+
+    def fitting(self, scheme: Scheme, n_out: int, n_in: int) -> list[str]:
+        """Return the products that a weight can have."""
+        return [name for name, kind in self.kinds.items() if kind.fits(scheme, n_out, n_in)]
+
+    def __call__(self, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
+        """Return the name of a product, one of `kinds`."""
+        names = self.fitting(scheme, n_out, n_in)
+        if "int8_both" in names:
+            return "int8_both"
+        many = "unpacked" if "unpacked" in names else "plain"
+        few = next((name for name in ("int8_rows", "int4_groups") if name in names), many)
+        return few if n_rows <= FEW_ROWS else many
 
 
-def usual(scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
-    """Return what is fastest on most processors."""
-    names = fitting(scheme, n_out, n_in)
-    if "int8_both" in names:
-        return "int8_both"
-    many = "unpacked" if "unpacked" in names else "plain"
-    few = next((name for name in ("int8_rows", "int4_groups") if name in names), many)
-    return few if n_rows <= FEW_ROWS else many
+usual = Table()
 
 
 def counted_as(n_rows: int) -> int:
@@ -249,7 +254,7 @@ class ByRows:
         name = self.table(layer.scheme, layer.n_out, layer.n_in, counted_as(n_rows))
         if name not in self.made:
             with torch.inference_mode(mode=False), torch.no_grad():
-                self.made[name] = PRODUCTS[name].make(layer)
+                self.made[name] = self.table.kinds[name].make(layer)
         self.of_rows[n_rows] = self.made[name]
         return self.made[name]
 

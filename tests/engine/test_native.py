@@ -1,6 +1,7 @@
 """The compiled step, where a compiler is at hand: right, kept under its own name, and never in the way."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,17 @@ import torch
 
 from llmctl.cli import run
 from llmctl.config import ModelConfig
-from llmctl.engine import native, native_check
+from llmctl.engine import native, native_check, products
 from llmctl.engine.decoders import make_decoder
-from llmctl.engine.native import compile_library, find_library, library_path, load_library, make_native
+from llmctl.engine.native import compile_library, compiled_kinds, find_library, library_path, load_library, make_native
 from llmctl.engine.native_check import LARGEST_ERRORS, compile_and_check, error_of
 from llmctl.engine.prefix import Prefix
+from llmctl.engine.products import Measured, random_layer
 from llmctl.engine.random_models import random_model
 from llmctl.engine.session import Session
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
+from llmctl.quant.schemes import SCHEMES
 
 WANTS = {
     "haswell": {"avx2", "fma", "bmi2", "movbe"},
@@ -72,6 +75,46 @@ def test_narrower_processors_get_the_same(processor: str, cache):
     for precision, largest in LARGEST_ERRORS.items():
         assert error_of(library, precision) < largest
     assert error_of(library, "int4", n_kv_heads=1, head_dim=48, vocab_size=97) < LARGEST_ERRORS["int4"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", ["native", *WANTS])
+def test_weights_are_multiplied_out_to_the_last_bit(processor: str, cache, monkeypatch):
+    """On every processor, in every order of the halves of a byte: products with one input of 1 are weights."""
+    if not WANTS.get(processor, set()) <= features():
+        pytest.skip(f"this processor does not run what is compiled for `{processor}`")
+    kinds = compiled_kinds(load_library(compile_library(processor)))
+    schemes = [SCHEMES[name] for name in ("int8", "int4", "int4-sym")]
+    schemes += [replace(schemes[1], group=group) for group in (32, 128)]
+    for scheme in schemes:
+        layer = random_layer(scheme, 37, 384, torch.Generator().manual_seed(3))
+        for is_fast, dtype in (
+            (True, torch.float32),
+            (False, torch.float32),
+            (False, torch.bfloat16),
+            (False, torch.float16),
+        ):
+            monkeypatch.setattr(native, "is_native", lambda _, is_fast=is_fast: is_fast)
+            narrow = torch.bfloat16 if is_fast or dtype == torch.bfloat16 else torch.float32
+            found = kinds["compiled"].make(layer)(torch.eye(384, dtype=dtype))
+            assert found.dtype == dtype
+            assert torch.equal(found, layer.dequantised(narrow).T.to(dtype))
+        assert kinds["compiled"].make(layer)(torch.ones(2, 3, 384)).shape == (2, 3, 37)
+
+
+@needs_compiler
+def test_products_of_what_is_compiled_are_measured_and_kept_apart(library, cache, monkeypatch):
+    plain = Measured()
+    monkeypatch.setattr(products, "find_library", lambda: library)
+    table = Measured()
+    assert table.machine != plain.machine
+    times = table.times(SCHEMES["int4"], 256, 256, 64)
+    assert "compiled" in times
+    assert "compiled" not in plain.times(SCHEMES["int4"], 256, 256, 64)
+    layer = random_layer(SCHEMES["int4"], 256, 256, torch.Generator().manual_seed(0))
+    layer.table = table
+    x = torch.randn(64, 256)
+    torch.testing.assert_close(layer(x), x @ layer.dequantised(torch.float32).T, rtol=0.02, atol=0.02)
 
 
 @needs_compiler

@@ -7,7 +7,7 @@ import torch
 
 from llmctl.engine import products
 from llmctl.engine.products import Measured, measure, products_path, random_layer, render_survey
-from llmctl.quant.products import PRODUCTS, ROWS, counted_as, fitting, plain, usual
+from llmctl.quant.products import PRODUCTS, ROWS, counted_as, plain, usual
 from llmctl.quant.schemes import SCHEMES
 
 
@@ -23,7 +23,7 @@ def test_every_product_that_fits_is_right(name: str, n_rows: int):
     layer = random_layer(SCHEMES[name], 96, 256, torch.Generator().manual_seed(0))
     x = torch.randn(2, n_rows, 256, generator=torch.Generator().manual_seed(1)).bfloat16().float()
     expected = plain(layer)(x)
-    for product in fitting(layer.scheme, 96, 256):
+    for product in usual.fitting(layer.scheme, 96, 256):
         got = PRODUCTS[product].make(layer)(x)
         assert got.shape == expected.shape
         assert got.dtype == x.dtype
@@ -49,7 +49,7 @@ def test_a_wrong_product_is_not_taken(monkeypatch):
     kind = PRODUCTS["int4_groups"]
     wrong["int4_groups"] = type(kind)(lambda layer: lambda x: 1.1 * plain(layer)(x), kind.fits)
     monkeypatch.setattr(products, "PRODUCTS", wrong)
-    assert "int4_groups" not in measure(SCHEMES["int4"], 256, 256, 1)
+    assert "int4_groups" not in measure(Measured(), SCHEMES["int4"], 256, 256, 1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"b": {"plain": "fast"}}}'])
@@ -72,7 +72,7 @@ def test_rows_are_counted_as_the_next_larger_number():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_without_a_table_a_product_that_fits_is_taken(name: str):
     for shape in ((256, 256), (17, 64)):
-        assert all(usual(SCHEMES[name], *shape, n_rows) in fitting(SCHEMES[name], *shape) for n_rows in ROWS)
+        assert all(usual(SCHEMES[name], *shape, n_rows) in usual.fitting(SCHEMES[name], *shape) for n_rows in ROWS)
 
 
 def test_the_survey_is_a_table_of_few_columns():

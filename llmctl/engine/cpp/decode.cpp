@@ -450,9 +450,73 @@ void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number
   }
 }
 
+// What codes 0 to 15 of a group mean.
+inline void values_of(float scale, float zero, float* values) {
+  for (int code = 0; code < 16; code++) values[code] = (code - zero) * scale;
+}
+
+// A group of 4-bit codes, two in a byte, as numbers.
+void spread4(const uint8_t* bytes, long n_bytes, const float* values, float* y) {
+#if defined(__AVX512F__)
+  const __m512 table = _mm512_loadu_ps(values);
+  for (long i = 0; i < n_bytes; i += 8) {
+    __m512i codes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(bytes + i)));
+    codes = _mm512_or_si512(codes, _mm512_slli_epi64(codes, 28));  // the upper half of a byte into the upper word
+    _mm512_storeu_ps(y + 2 * i, _mm512_permutexvar_ps(codes, table));  // of an index, the lowest four bits count
+  }
+#else
+  for (long i = 0; i < n_bytes; i++) y[2 * i] = values[bytes[i] & 15], y[2 * i + 1] = values[bytes[i] >> 4];
+#endif
+}
+
+void spread4(const uint8_t* bytes, long n_bytes, const float* values, uint16_t* y) {
+  uint16_t halves[32];
+  for (int code = 0; code < 16; code++) halves[code] = halves[16 + code] = narrow(values[code]);
+#if defined(__AVX512BW__)
+  const __m512i table = _mm512_loadu_si512(halves), half = _mm512_set1_epi32(0x000f000f);
+  for (long i = 0; i < n_bytes; i += 16) {
+    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(bytes + i)));
+    codes = _mm512_and_si512(_mm512_or_si512(codes, _mm512_slli_epi32(codes, 12)), half);
+    _mm512_storeu_si512(y + 2 * i, _mm512_permutexvar_epi16(codes, table));
+  }
+#else
+  for (long i = 0; i < n_bytes; i++) y[2 * i] = halves[bytes[i] & 15], y[2 * i + 1] = halves[bytes[i] >> 4];
+#endif
+}
+
+inline void put(float number, float* y) { *y = number; }
+inline void put(float number, uint16_t* y) { *y = narrow(number); }
+
+// Outputs first to last of a coded matrix, multiplied out.
+template <class Number>
+void unpack(const Matrix& m, long first, long last, int n_threads, Number* y) {
+  const uint8_t* codes = (const uint8_t*)m.weight;
+#pragma omp parallel for num_threads(n_threads) schedule(static)
+  for (long r = first; r < last; r++) {
+    Number* out = y + (r - first) * m.n_in;
+    if (m.kind == INT8) {
+      float scale = widen(m.scale[r]);
+      for (long i = 0; i < m.n_in; i++) put((float)(codes[r * m.n_in + i] - 128) * scale, out + i);
+      continue;
+    }
+    long n_groups = m.n_in / m.group;
+    for (long g = 0; g < n_groups; g++) {
+      float values[16];
+      values_of(widen(m.scale[r * n_groups + g]), m.zero ? m.zero[r * n_groups + g] : 8, values);
+      spread4(codes + (r * m.n_in + g * m.group) / 2, m.group / 2, values, out + g * m.group);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
+
+// Writes outputs first to last of a coded matrix, (last - first, I), as numbers of a kind: FLOAT32 or BFLOAT16.
+void llmctl_unpack(const Matrix* matrix, int64_t first, int64_t last, int32_t n_threads, int32_t kind, void* y) {
+  if (kind == BFLOAT16) unpack(*matrix, first, last, n_threads, (uint16_t*)y);
+  else unpack(*matrix, first, last, n_threads, (float*)y);
+}
 
 // Writes the logits (B, V) of the tokens whose embeddings are x (B, D), which is overwritten. keys, values: by layer, (B, K,
 // n_places, H); of codes key_scales, value_scales by layer, (B, K, n_places). cos, sin: H/2 numbers, or null for no rotation.

@@ -32,24 +32,35 @@ def token_weights(model: LanguageModel, names: Iterable[str], batches: Batches, 
     all outputs of a map in one group.
     """
     found: dict[str, list[Tensor]] = {}
-    generator = torch.Generator().manual_seed(seed)
-    handles = [
-        model.get_submodule(name).register_full_backward_hook(squares(found.setdefault(name, []))) for name in names
-    ]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = {name: squares(found.setdefault(name, [])) for name in names}
+    listen(model, hooks, batches, seed)
+    return {name: tempered(parts) for name, parts in found.items() if len(parts) == len(batches)}
+
+
+Hook = Callable[[nn.Module, Any, tuple[Tensor, ...]], None]
+
+
+def listen(model: LanguageModel, hooks: Mapping[str, Hook], batches: Batches, seed: int) -> int:
+    """Go back through a model from every batch, hooks hearing the gradients of what comes out of maps; return the labels.
+
+    Gradients of the parameters are not made.
+    """
+    generator, n_labels = torch.Generator().manual_seed(seed), 0
+    handles = [model.get_submodule(name).register_full_backward_hook(hook) for name, hook in hooks.items()]
     handles += [table.register_forward_hook(begin) for table in model.modules() if isinstance(table, nn.Embedding)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
     try:
         for batch in batches:
-            go_back(model, batch, generator)
+            n_labels += go_back(model, batch, generator)
     finally:
         for handle in handles:
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
         model.train(was_training)
-    return {name: tempered(parts) for name, parts in found.items() if len(parts) == len(batches)}
+    return n_labels
 
 
 def begin(_: nn.Module, __: Any, out: Tensor) -> Tensor:
@@ -57,7 +68,7 @@ def begin(_: nn.Module, __: Any, out: Tensor) -> Tensor:
     return out.requires_grad_()
 
 
-def squares(parts: list[Tensor]) -> Callable[..., None]:
+def squares(parts: list[Tensor]) -> Hook:
     """Return the hook that keeps the mean squares of the gradient of a map's output, position by position."""
 
     def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmctl.engine.fisher import go_back
+from llmctl.engine.fisher import Hook, listen
 from llmctl.engine.importance import Batches
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import is_inside
+from llmctl.losses.products import is_native
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.grid import decode
 from llmctl.quant.methods import clipped
@@ -61,23 +62,18 @@ def measure_costs(model: LanguageModel, choices: Mapping[str, list[Scheme]], bat
     """Return nats per token that each choice of each layer is expected to cost; the model stays as it is."""
     costs: Costs = {name: dict.fromkeys(schemes, 0.0) for name, schemes in choices.items()}
     inputs: dict[str, Tensor] = {}
-    handles = []
+    handles, hooks = [], {}
     for name, schemes in choices.items():
         layer: Any = model.get_submodule(name)
         changes = [decode(clipped(layer.weight.detach(), scheme), scheme) - layer.weight.detach() for scheme in schemes]
         handles.append(layer.register_forward_pre_hook(keeper(inputs, name)))
-        handles.append(layer.register_full_backward_hook(adder(inputs, name, changes, schemes, costs[name])))
-    generator, n_labels = torch.Generator().manual_seed(seed), 0
-    was_training = model.training
-    model.eval().requires_grad_(True)
+        hooks[name] = adder(inputs, name, changes, schemes, costs[name])
     try:
-        for batch in batches:
-            n_labels += go_back(model, batch, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
+            n_labels = listen(model, hooks, batches, seed)
     finally:
         for handle in handles:
             handle.remove()
-        model.zero_grad(set_to_none=True)
-        model.train(was_training)
     return {
         name: {scheme: total / max(n_labels, 1) / 2 for scheme, total in each.items()} for name, each in costs.items()
     }
@@ -94,13 +90,13 @@ def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 def adder(
     inputs: dict[str, Tensor], name: str, changes: list[Tensor], schemes: list[Scheme], costs: dict[Scheme, float]
-) -> Callable[..., None]:
+) -> Hook:
     """Return the hook that adds up what each change of a layer's weight would cost."""
 
     def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
         x_NI, grad_NO = inputs.pop(name).flatten(0, -2), grads[0].flatten(0, -2)
         for scheme, change_OI in zip(schemes, changes, strict=True):
-            costs[scheme] += float(((x_NI @ change_OI.T) * grad_NO).sum(dim=1).double().square().sum())
+            costs[scheme] += float(((x_NI @ change_OI.T).float() * grad_NO).sum(dim=1).double().square().sum())
 
     return hook
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.commands.common import AdapterNames, command_app, find_model, note
+from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note
 from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
 
@@ -50,6 +50,7 @@ def chat(
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
     min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = DEFAULT.min_p,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULT.seed,
+    kv: KeysAndValues = DEFAULT.kv,
     script: Annotated[
         str | None, typer.Option(metavar="FILE", help="Messages and commands, one a line, instead of a terminal; `-`.")
     ] = None,
@@ -86,7 +87,7 @@ def chat(
     from llmctl.engine.sampling import check
 
     config = GenerateConfig(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, kv=kv
     )
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)

@@ -16,6 +16,15 @@ AdapterNames = Annotated[
     list[str] | None, typer.Option("--adapter", help="An adapter's folder, or FOLDER=WEIGHT; may be repeated.")
 ]
 
+KeysAndValues = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        help="Keys and values of past tokens: float (the model's precision), or int8: half of bfloat16's memory, a little "
+        "slower on short texts.",
+    ),
+]
+
 
 def command_app(**settings: Any) -> typer.Typer:
     """Return the Typer app of one command file: plain help, `-h`, no completion clutter."""

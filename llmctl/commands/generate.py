@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import AdapterNames, command_app, find_model, note, result_json
+from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note, result_json
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
@@ -46,13 +46,7 @@ def generate(
     batch_size: Annotated[
         int, typer.Option(help="Prompts decoded together; 1 answers line by line.")
     ] = DEFAULT.batch_size,
-    kv: Annotated[
-        str,
-        typer.Option(
-            help="Keys and values of past tokens: float (the model's precision), or int8: half of bfloat16's memory, a "
-            "little slower on short texts."
-        ),
-    ] = DEFAULT.kv,
+    kv: KeysAndValues = DEFAULT.kv,
     whole: Annotated[bool, typer.Option("--whole", help="All of standard input is one prompt.")] = False,
     null: Annotated[
         bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")

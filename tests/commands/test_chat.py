@@ -319,6 +319,27 @@ def test_a_script_is_played(call, models, tmp_path):
     assert call("chat", *options, "--script", "-", stdin=text.encode())[1] == out
 
 
+def test_past_tokens_are_held_in_eight_bits_where_that_is_wanted(call, models):
+    status, out, _ = call(
+        "chat",
+        "-m",
+        str(models / "decoder"),
+        "-t",
+        "0",
+        "-n",
+        "12",
+        "-q",
+        "--kv",
+        "int8",
+        "--script",
+        "-",
+        stdin=b"a list\nof\n",
+    )
+    held = Chat(load_model(models / "decoder", packed=True), GenerateConfig(max_tokens=12, temperature=0.0, kv="int8"))
+    answers = [held.ask(text, lambda _: None).text for text in ("a list", "of")]
+    assert (status, out) == (0, "".join(f"{answer}\n" for answer in answers))
+
+
 def test_a_line_of_a_script_is_answered_while_the_pipe_stays_open(models):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [
@@ -387,6 +408,7 @@ def test_an_interrupt_ends_a_script(models, tmp_path):
         (["-m", "decoder"], b"a\n/save decoder\n", 8, "`decoder` exists"),
         (["-m", "decoder"], b"a\xff\n", 2, "byte 1"),
         (["-m", "decoder", "-t", "-1"], b"a\n", 2, "--temperature is -1"),
+        (["-m", "decoder", "--kv", "int3"], b"a\n", 2, "--kv is int3"),
         (["-m", "decoder", "small"], b"a\n", 2, "two models are named"),
         (["-m", "encoder_decoder", "-s", "x"], b"a\n", 2, "no system text"),
         (["nowhere"], b"a\n", 3, "`nowhere`"),
@@ -399,7 +421,7 @@ def test_mistakes_are_answered(call, monkeypatch, models, arguments: list[str], 
     got, _, err = call("chat", *arguments, "-n", "3", *more, stdin=script)
     assert got == status, err
     assert part in err
-    assert "hint: " in err or "--temperature" in err
+    assert "hint: " in err or "must be" in err
     assert "defect" not in err
 
 

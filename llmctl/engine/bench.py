@@ -156,15 +156,21 @@ def one_round(subject: Subject, config: BenchConfig, batch: int) -> tuple[float,
     return first - begun, (time.perf_counter() - first) / n_steps
 
 
-def read_rate() -> float:
-    """Return how fast this process's threads read memory, in bytes per second: the best of some ways to do it."""
-    numbers = torch.ones(READ_BYTES // 4)
+def read_rate(n_bytes: int = READ_BYTES) -> float:
+    """Return how fast this process's threads read a block of memory again and again, in bytes per second.
+
+    It is the best of some ways to do it. What is small enough for a processor's cache is read from there, as a small model's
+    weights are.
+    """
+    numbers = torch.ones(max(1, min(n_bytes, READ_BYTES) // 4))
+    n_times = min(max(1, READ_BYTES // (8 * numbers.nbytes)), 1000)
     best = 0.0
     for way in (torch.sum, lambda x: torch.dot(x, x), lambda x: x.amax()):
         for _ in range(3):
             begun = time.perf_counter()
-            way(numbers)
-            best = max(best, READ_BYTES / (time.perf_counter() - begun))
+            for _ in range(n_times):
+                way(numbers)
+            best = max(best, n_times * numbers.nbytes / (time.perf_counter() - begun))
     return best
 
 
@@ -200,17 +206,16 @@ def cold_seconds(path: Path, dtype: str, kv: str = "float") -> float:
 
 def report(subjects: Sequence[Subject], config: BenchConfig) -> dict[str, Any]:
     """Return the figures as one record."""
-    rate = read_rate()
     return {
         "threads": torch.get_num_threads(),
-        "read_bytes_per_second": rate,
+        "read_bytes_per_second": read_rate(),
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": config.new_tokens,
-        "models": [describe(subject, subjects[0], config, rate) for subject in subjects],
+        "models": [describe(subject, subjects[0], config) for subject in subjects],
     }
 
 
-def describe(subject: Subject, first: Subject, config: BenchConfig, rate: float) -> dict[str, Any]:
+def describe(subject: Subject, first: Subject, config: BenchConfig) -> dict[str, Any]:
     """Return the figures of one model; ratios are to the first one's, more is faster."""
     read_bytes = read_per_token(subject.model)
     steps, loss = subject.step_seconds, subject.loss
@@ -218,7 +223,7 @@ def describe(subject: Subject, first: Subject, config: BenchConfig, rate: float)
         "name": subject.name,
         "memory_bytes": subject.memory_bytes,
         "read_bytes_per_token": read_bytes,
-        "roofline_frac": read_bytes / rate / steps[1] if 1 in steps else None,
+        "roofline_frac": read_bytes / read_rate(read_bytes) / steps[1] if 1 in steps else None,
         "first_token_seconds": subject.prefill_seconds.get(1),
         "cold_seconds": subject.cold_seconds,
         "is_compiled": subject.decoder is not None and subject.decoder.native is not None,

@@ -18,26 +18,27 @@ from tasks import RECIPES, Bench, main, measured, smollm2
 PART_BYTES = {"wiki": 120_000, "smollm2": 32_000}
 """Held-out text; a part of the validation text, for the sake of the time."""
 
+METHODS = ("nearest", "hqq", "weighted", "awq", "gptq", "awq-gptq", "guided")
+
 ROWS: dict[str, list[str]] = {
     "int8": ["--bits", "8"],
     "int8, float tables": ["--bits", "8", "--embedding", "float"],
-    "int8 gptq": ["--bits", "8", "--method", "gptq"],
-    "w8a8": ["--scheme", "w8a8"],
-    "int4 g64 nearest": ["--bits", "4", "--method", "nearest"],
-    "int4 g64 hqq": ["--bits", "4", "--method", "hqq"],
-    "int4 g64 weighted": ["--bits", "4", "--method", "weighted"],
-    "int4 g64 awq": ["--bits", "4", "--method", "awq"],
-    "int4 g64 gptq": ["--bits", "4", "--method", "gptq"],
-    "int4 g64 awq-gptq": ["--bits", "4", "--method", "awq-gptq"],
-    "int4 g32 nearest": ["--bits", "4", "--group", "32", "--method", "nearest"],
-    "int4 g32 gptq": ["--bits", "4", "--group", "32", "--method", "gptq"],
-    "int4-sym g32 gptq": ["--scheme", "int4-sym", "--method", "gptq"],
+    **{f"int8 {method}": ["--bits", "8", "--method", method] for method in ("gptq", "guided")},
+    **{f"w8a8 {method}": ["--scheme", "w8a8", "--method", method] for method in ("nearest", "gptq", "guided")},
+    **{f"int4 g64 {method}": ["--bits", "4", "--method", method] for method in METHODS},
+    **{
+        f"int4 g32 {method}": ["--bits", "4", "--group", "32", "--method", method]
+        for method in ("nearest", "awq", "gptq", "guided")
+    },
+    **{f"int4-sym g32 {method}": ["--scheme", "int4-sym", "--method", method] for method in ("gptq", "guided")},
     "int4 g64 learned": ["--bits", "4", "--method", "learned"],
     "int4 g64 learned weights": ["--bits", "4", "--method", "learned", "--set", "weights.learn=weights"],
-    "mixed 4.3 gptq": ["--bits", "4", "--target-bpw", "4.3125"],
-    "int3 g64 nearest": ["--bits", "3", "--method", "nearest"],
-    "int3 g64 gptq": ["--bits", "3", "--method", "gptq"],
+    "mixed 4.3 guided": ["--bits", "4", "--target-bpw", "4.3125"],
+    "mixed 4.6 guided": ["--bits", "4", "--target-bpw", "4.6"],
+    "mixed 4.6 learned": ["--bits", "4", "--target-bpw", "4.6", "--method", "learned"],
+    **{f"int3 g64 {method}": ["--bits", "3", "--method", method] for method in ("nearest", "awq", "gptq", "guided")},
     "int3 g64 learned": ["--bits", "3", "--method", "learned"],
+    "int3 g32 guided": ["--bits", "3", "--group", "32", "--method", "guided"],
 }
 
 

@@ -485,7 +485,7 @@ class WeightsConfig:
     )
     learn: Literal["scales", "weights"] = setting(
         "scales",
-        "what `learned` trains: scales and norms under the codes that GPTQ chose, or the weights behind the codes too",
+        "what `learned` trains: scales under the codes that were chosen, or the weights behind the codes too",
     )
     embedding: Literal["int8", "int4", "float"] = setting(
         "int8", "embedding and head over the vocabulary: int8, int4, or float (16 bits)"

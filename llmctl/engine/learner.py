@@ -22,7 +22,7 @@ def learner(
 ) -> LanguageModel:
     """Turn a model into one that learns codes, and return it: it begins with those of a packed state.
 
-    weights: whether codes may become others; else only scales learn, and vectors such as norms and biases.
+    weights: whether codes may become others; else only scales learn.
     """
     shapes = parameter_shapes(model.config)
     tables = {name: scheme for name, scheme in schemes.items() if not is_inside(name)}
@@ -43,7 +43,8 @@ def learner(
     found = {name: tensor for name, tensor in given.items() if tensor is not None}
     load_tensors(model, {name: tensor for name, tensor in own.items() if name in inner} | found)
     for name, parameter in model.named_parameters():
-        if not weights and parameter.dim() > 1 and not name.endswith(".ratio"):
+        # Norms and biases, of which each moves all that comes after, would be moved by noise more than they could mend.
+        if not weights and not name.endswith(".ratio"):
             parameter.requires_grad_(False)
     return model
 

@@ -20,7 +20,7 @@ REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
 SMALLEST_LR, LARGEST_LR = 1e-6, 1e-3
 """The peak learning rate of weights falls with the root of the model's size (learned)."""
 
-SCALES_LR = 2e-3
+SCALES_LR = 1e-3
 """That of scales, which learn as logarithms, is a share of any scale."""
 
 DEFAULT_STEPS = 200

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmctl.engine.fisher import token_weights
 from llmctl.engine.importance import Batches, read
+from llmctl.engine.progress import paced
 from llmctl.errors import ArtifactError
 from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
 from llmctl.model.equalise import fold, joints, shared_factors
@@ -57,9 +58,10 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
     found = Calibrated()
     in_blocks: set[str] = set()
     sees_data = needs_data(plan, method)
-    weights = token_weights(model, filter(is_inside, plan), batches) if method in WEIGHS else {}
+    weights = token_weights(model, filter(is_inside, plan), batches, say=say) if method in WEIGHS else {}
     for prefix, blocks in chains(model):
         streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
+        done = paced(say, f"{prefix}layer", len(blocks))
         for number, block in enumerate(blocks):
             name = names_of(model)[block]
             mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
@@ -71,7 +73,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
                 for inner, scheme in mine.items():
                     choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
-            say(f"{prefix}layer {number + 1} of {len(blocks)}")
+            done(number + 1)
     table = table_of(model)
     for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
         is_read = name == table and method in NEEDS_DATA  # what comes into the head has gone through all others

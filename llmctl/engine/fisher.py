@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.engine.importance import Batches
+from llmctl.engine.progress import paced
 from llmctl.model.transformer import LanguageModel
 
 CHUNK_TOKENS = 256
@@ -25,22 +26,31 @@ Weights = Mapping[str, list[Tensor]]
 """By map and batch, how much an error in its output counts at every position (N,), 1 on average."""
 
 
-def token_weights(model: LanguageModel, names: Iterable[str], batches: Batches, seed: int = 0) -> Weights:
+def token_weights(
+    model: LanguageModel,
+    names: Iterable[str],
+    batches: Batches,
+    *,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Weights:
     """Return how much errors in the outputs of linear maps count, position by position; the model stays as it is.
 
-    A map that no prediction depends on has no weights. Source: GuidedQuant, Kim et al. 2025, arXiv:2505.07004, eq. 7, with
-    all outputs of a map in one group.
+    A map that no prediction depends on has no weights. `say` hears how far it has come.
+    Source: GuidedQuant, Kim et al. 2025, arXiv:2505.07004, eq. 7, with all outputs of a map in one group.
     """
     found: dict[str, list[Tensor]] = {}
     hooks = {name: squares(found.setdefault(name, [])) for name in names}
-    listen(model, hooks, batches, seed)
+    listen(model, hooks, batches, say, seed)
     return {name: tempered(parts) for name, parts in found.items() if len(parts) == len(batches)}
 
 
 Hook = Callable[[nn.Module, Any, tuple[Tensor, ...]], None]
 
 
-def listen(model: LanguageModel, hooks: Mapping[str, Hook], batches: Batches, seed: int) -> int:
+def listen(
+    model: LanguageModel, hooks: Mapping[str, Hook], batches: Batches, say: Callable[[str], None], seed: int
+) -> int:
     """Go back through a model from every batch, hooks hearing the gradients of what comes out of maps; return the labels.
 
     Gradients of the parameters are not made.
@@ -51,9 +61,11 @@ def listen(model: LanguageModel, hooks: Mapping[str, Hook], batches: Batches, se
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
+    done = paced(say, "what errors cost: batch", len(batches))
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             n_labels += go_back(model, batch, generator)
+            done(number)
     finally:
         for handle in handles:
             handle.remove()

@@ -58,7 +58,13 @@ def candidates(plan: Mapping[str, Scheme], widths: Mapping[str, int]) -> dict[st
     return found
 
 
-def measure_costs(model: LanguageModel, choices: Mapping[str, list[Scheme]], batches: Batches, seed: int) -> Costs:
+def measure_costs(
+    model: LanguageModel,
+    choices: Mapping[str, list[Scheme]],
+    batches: Batches,
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> Costs:
     """Return nats per token that each choice of each layer is expected to cost; the model stays as it is."""
     costs: Costs = {name: dict.fromkeys(schemes, 0.0) for name, schemes in choices.items()}
     inputs: dict[str, Tensor] = {}
@@ -70,7 +76,7 @@ def measure_costs(model: LanguageModel, choices: Mapping[str, list[Scheme]], bat
         hooks[name] = adder(inputs, name, changes, schemes, costs[name])
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
-            n_labels = listen(model, hooks, batches, seed)
+            n_labels = listen(model, hooks, batches, say, seed)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,10 +5,13 @@ Everything goes to stderr. Knows numbers and strings only.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from llmctl.engine.metrics import sparkline
+
+SAY_SECONDS = 3.0
+"""How long something takes at least before, and between, lines on how far it has come."""
 
 
 class Progress(Protocol):
@@ -117,6 +120,20 @@ def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) ->
         f"{record['tokens_per_second']:,.0f} tok/s{utilisation}  {record['memory_bytes'] / 2**20:,.0f} MB  "
         f"eta {clock(eta_seconds)}"
     )
+
+
+def paced(say: Callable[[str], None], what: str, n_all: int) -> Callable[[int], None]:
+    """Return what takes the number of parts that are done, and says it with the time that is left; not too often."""
+    begun = said = time.monotonic()
+
+    def done(n_done: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= SAY_SECONDS:
+            said = now
+            say(f"{what} {n_done} of {n_all}, eta {clock((now - begun) / n_done * (n_all - n_done))}")
+
+    return done
 
 
 def clock(seconds: float) -> str:

@@ -180,16 +180,19 @@ class Quantizing(Taught):
     def conclude(self, fitted: Fitted, training: Training) -> None:
         """Measure the model before and after, on the same held-out rows and on this machine."""
         runtime, original = training.runtime, self.teachers[0].model
-        chosen = {"chosen": fitted.before} if self.trains else {}
+        models = {"before": original}
         if self.trains:
             runtime.lead(partial(self.keep_learned, fitted))
-            self.load_packed(LEARNED)
-        before = self.side_by_side({"before": original}, training)["before"]
+            for name, file in (("chosen", CHOSEN), ("after", LEARNED)):
+                self.load_packed(file)
+                models[name] = self.model
+        # The figures are to show the codes, not the rounding of what is multiplied by them.
+        found = self.side_by_side(models, training, exact=self.trains)
         score = self.score_of(original, training)
         batch = to_device(self.make_batches(shuffle=False).batch(range(1)), runtime.device)
         self.report = make_report(
             {"before": original, "after": self.model},
-            {"before": before | score, **chosen, "after": fitted.after},
+            {**found, "before": found["before"] | score, "after": fitted.after | found.get("after", {})},
             batch=batch,
             schemes=self.result.schemes,
             source=self.teacher.artifact,

@@ -64,12 +64,15 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     train = replace(train, seq_len=min(train.seq_len, model.max_positions))
     if method != "learned" and train.dtype == "auto":  # the figures are to show the codes, not the products' rounding
         train = replace(train, dtype="float32")
+    teacher = config.teacher
+    if teacher.dtype == "auto":  # what is learned is small beside what bfloat16 rounds away of the weights
+        teacher = replace(teacher, dtype="fp32")
     optim = config.optim
     if not optim.lr:
         rate = min(max(REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5, SMALLEST_LR), LARGEST_LR)
         optim = replace(optim, lr=SCALES_LR if weights.learn == "scales" else float(f"{rate:.2g}"))
     weights = replace(weights, method=method)
-    return replace(config, task=task, loss=loss, train=train, optim=optim, weights=weights)
+    return replace(config, task=task, teacher=teacher, loss=loss, train=train, optim=optim, weights=weights)
 
 
 def check_quantize(config: QuantizeConfig) -> None:

@@ -206,13 +206,19 @@ class Taught(Job):
         )
         return told | ({"template": template} if template else {})
 
-    def side_by_side(self, models: dict[str, LanguageModel], training: Training) -> dict[str, dict[str, float]]:
-        """Return the figures of models, and how far each is from the teacher, on the same held-out rows."""
+    def side_by_side(
+        self, models: dict[str, LanguageModel], training: Training, *, exact: bool = False
+    ) -> dict[str, dict[str, float]]:
+        """Return the figures of models, and how far each is from the teacher, on the same held-out rows.
+
+        exact: without rounding what goes through them to bfloat16 where training does.
+        """
         runtime, source = training.runtime, self.make_batches(shuffle=False)
+        is_narrow = runtime.dtype == torch.bfloat16 and not exact
 
         def figures(model: LanguageModel) -> dict[str, float]:
             objective = self.objective_of(model, is_plain=False, measures=self.config.loss.name != "none")
-            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16):
+            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=is_narrow):
                 return measure(
                     objective, objective, source, self.config.train, runtime, None, lambda: None, sharded=False
                 )

@@ -265,6 +265,18 @@ def test_codes_are_learned_and_what_is_measured_is_what_is_written(teachers, cap
     assert abs(losses[0] - losses[1]) < 0.6  # two bits of random weights
 
 
+def test_what_is_learned_in_bfloat16_is_reported_without_its_rounding(teachers, capsys):
+    learned = ["--bits", "4", "--method", "learned", "--steps", "2", "--json", "--set", "train.dtype=bfloat16"]
+    assert quantize(teachers["decoder"], *learned, out="one.safetensors") == 0
+    found = report(capsys)["models"]
+    plain = ["--bits", "4", "--json", "--set", "train.dtype=float32"]
+    assert quantize(teachers["decoder"], *plain, out="two.safetensors") == 0
+    wanted = report(capsys)["models"]
+    assert found["before"]["loss"] == pytest.approx(wanted["before"]["loss"], rel=1e-6)
+    for name in ("loss", "kl"):
+        assert found["chosen"][name] == pytest.approx(wanted["after"][name], rel=1e-4)
+
+
 def test_codes_stay_where_only_scales_learn(teachers, capsys):
     options = ["--bits", "4", "--set", "train.dtype=float32", "--json"]
     assert quantize(teachers["decoder"], *options, "--method", "guided", out="chosen.safetensors") == 0

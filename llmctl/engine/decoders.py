@@ -1,6 +1,6 @@
 """Make a model ready for decoding: its products measured, its weights joined, and a compiled step where there is one."""
 
-from llmctl.engine.native import find_library, make_native
+from llmctl.engine.native import make_native
 from llmctl.engine.products import Measured, give_table
 from llmctl.model.decode import Decoder, covers
 from llmctl.model.transformer import LanguageModel
@@ -10,9 +10,9 @@ def make_decoder(model: LanguageModel) -> Decoder | None:
     """Return a decoder that takes the model's weights over, or None for a model of another kind."""
     if not covers(model.config):
         return None
-    give_table(model, Measured())
+    table = Measured()
+    give_table(model, table)
     decoder = Decoder(model)
-    library = find_library()
-    if library is not None:
-        decoder.native = make_native(library, decoder)
+    if table.library is not None:
+        decoder.native = make_native(table.library, decoder)
     return decoder

@@ -85,7 +85,8 @@ class Measured(Table):
     """A table of products, filled as it is asked; with `again`, what the file says is measured anew."""
 
     def __init__(self, *, again: bool = False) -> None:
-        compiled = compiled_kinds(find_library())
+        self.library = find_library()
+        compiled = compiled_kinds(self.library)
         self.kinds = {**PRODUCTS, **compiled}
         self.machine = machine_key() + (" | compiled" if compiled else "")
         self.known = {} if again else read_measured().get(self.machine, {})

@@ -251,6 +251,8 @@ class Quantizing(Taught):
         model = shlex.quote(summary["model"])
         use = {"encoder": f'llmctl fill -m {model} "a <mask> text"'}.get(self.shape.family)
         use = use or f'llmctl generate -m {model} "a text"'
+        if is_bare(self.teacher.artifact):
+            use = f"llmctl evaluate {model} -d pairs.tsv --task similarity"
         if self.shape.n_labels:
             use = f'llmctl classify -m {model} "a text"'
         return "\n".join([*render(self.report.record), f"report: {run.path / 'report.json'}", f"next: {use}"])

@@ -9,6 +9,7 @@ flatters every format with that grid: `smollm2` first takes them off it by a sho
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,29 @@ PART_BYTES = {"wiki": 120_000, "smollm2": 32_000}
 
 METHODS = ("nearest", "hqq", "weighted", "awq", "gptq", "awq-gptq", "guided")
 
+LARGE_SETTINGS = (
+    *("weights.calibration_rows=64", "train.seq_len=256"),
+    *("train.steps=100", "train.batch_size=4", "train.eval_every=50"),
+)
+"""Of the larger model, for the sake of the time: what it is calibrated on, and what it learns from."""
+
+STUDIED = ("nearest", "awq", "gptq", "guided")
+
 ROWS: dict[str, list[str]] = {
     "int8": ["--bits", "8"],
     "int8, float tables": ["--bits", "8", "--embedding", "float"],
-    **{f"int8 {method}": ["--bits", "8", "--method", method] for method in ("gptq", "guided")},
+    **{f"int8 {method}": ["--bits", "8", "--method", method] for method in ("gptq", "guided", "learned")},
     **{f"w8a8 {method}": ["--scheme", "w8a8", "--method", method] for method in ("nearest", "gptq", "guided")},
     **{f"int4 g64 {method}": ["--bits", "4", "--method", method] for method in METHODS},
-    **{
-        f"int4 g32 {method}": ["--bits", "4", "--group", "32", "--method", method]
-        for method in ("nearest", "awq", "gptq", "guided")
-    },
+    **{f"int4 g32 {method}": ["--bits", "4", "--group", "32", "--method", method] for method in (*STUDIED, "learned")},
     **{f"int4-sym g32 {method}": ["--scheme", "int4-sym", "--method", method] for method in ("gptq", "guided")},
     "int4 g64 learned": ["--bits", "4", "--method", "learned"],
     "int4 g64 learned weights": ["--bits", "4", "--method", "learned", "--set", "weights.learn=weights"],
     "mixed 4.3 guided": ["--bits", "4", "--target-bpw", "4.3125"],
     "mixed 4.6 guided": ["--bits", "4", "--target-bpw", "4.6"],
     "mixed 4.6 learned": ["--bits", "4", "--target-bpw", "4.6", "--method", "learned"],
-    **{f"int3 g64 {method}": ["--bits", "3", "--method", method] for method in ("nearest", "awq", "gptq", "guided")},
-    "int3 g64 learned": ["--bits", "3", "--method", "learned"],
-    "int3 g32 guided": ["--bits", "3", "--group", "32", "--method", "guided"],
+    **{f"int3 g64 {method}": ["--bits", "3", "--method", method] for method in (*STUDIED, "learned")},
+    **{f"int3 g32 {method}": ["--bits", "3", "--group", "32", "--method", method] for method in (*STUDIED, "learned")},
 }
 
 
@@ -49,9 +54,9 @@ def held_out(bench: Bench, name: str) -> Path:
     return part
 
 
-def row(bench: Bench, model: object, calib: Path, val: Path, *options: object) -> dict[str, Any]:
+def row(bench: Bench, model: object, out: str, calib: Path, val: Path, *options: object) -> dict[str, Any]:
     """Quantize once, and return the figures that matter."""
-    found = bench.run("quantize", model, "--calib", calib, "--val", val, *options, "-o", "quantised", "-f")
+    found = bench.run("quantize", model, "--calib", calib, "--val", val, *options, "-o", out, "-f")
     report = found["report"]
     before, after = report["models"]["before"], report["models"]["after"]
     figures = {name: after[name] for name in ("perplexity", "kl", "agreement", "bytes") if name in after}
@@ -68,30 +73,38 @@ def row(bench: Bench, model: object, calib: Path, val: Path, *options: object) -
     }
 
 
-def each(bench: Bench, model: object, calib: Path, val: Path, *options: object) -> None:
-    """Print a line for every scheme and method."""
+def each(bench: Bench, model: str, calib: Path, val: Path, names: str, *options: object) -> None:
+    """Print a line for every scheme and method whose name begins so."""
     for name, own in ROWS.items():
-        print(
-            json.dumps({"model": str(model), "row": name, **row(bench, model, calib, val, *own, *options)}), flush=True
-        )
+        out = slug(name)
+        if not out.startswith(names):
+            continue
+        found = row(bench, model, f"quantised-{out}", calib, val, *own, *options)
+        print(json.dumps({"model": model, "row": name, **found}), flush=True)
 
 
-def decoder(bench: Bench) -> dict[str, Any]:
+def slug(name: str) -> str:
+    """Return a name as a folder may have it."""
+    return "-".join(name.replace(",", "").split())
+
+
+def decoder(bench: Bench, names: str = "") -> dict[str, Any]:
     """The decoder of WikiText-2 that distillation starts from."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, _ = wiki(bench)
-    each(bench, "wiki-teacher", train, held_out(bench, "wiki"), "--set", "train.seq_len=128")
+    each(bench, "wiki-teacher", train, held_out(bench, "wiki"), names, "--set", "train.seq_len=128")
     return {}
 
 
-def large(bench: Bench) -> dict[str, Any]:
-    """SmolLM2, off its grid."""
+def large(bench: Bench, names: str = "") -> dict[str, Any]:
+    """SmolLM2, off its grid; codes that learn do so for as long as a processor allows."""
     train, _ = wiki(bench)
     part = held_out(bench, "smollm2")
     if not (bench.work / "smollm2-off").exists():
         recipe = RECIPES / "finetune" / "smollm2-off-grid.yaml"
         bench.run("finetune", smollm2(bench), train, "-r", recipe, "--val", part, "-o", "smollm2-off")
-    each(bench, "smollm2-off", train, part, "--set", "weights.calibration_rows=64")
+    options = [option for setting in LARGE_SETTINGS for option in ("--set", setting)]
+    each(bench, "smollm2-off", train, part, names, *options)
     return {}
 
 
@@ -108,8 +121,16 @@ def sentences(bench: Bench) -> dict[str, Any]:
     return found
 
 
-RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {"wiki": decoder, "smollm2": large, "minilm": sentences}
-"""The runs by name."""
+KINDS = ("int8", "w8a8", "int4-g64", "int4-g32", "int4-sym", "mixed", "int3-g64", "int3-g32")
+
+RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "wiki": decoder,
+    "smollm2": large,
+    "minilm": sentences,
+    **{f"wiki-{kind}": partial(decoder, names=kind) for kind in KINDS},
+    **{f"smollm2-{kind}": partial(large, names=kind) for kind in KINDS},
+}
+"""The runs by name; those that end in a kind of code are a part of the others."""
 
 
 if __name__ == "__main__":

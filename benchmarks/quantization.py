@@ -27,23 +27,32 @@ LARGE_SETTINGS = (
 )
 """Of the larger model, for the sake of the time: what it is calibrated on, and what it learns from."""
 
-STUDIED = ("nearest", "awq", "gptq", "guided")
+STUDIED = ("nearest", "awq", "gptq", "guided", "learned")
+PUBLISHED = ["--group", "64", "--set", "weights.scale_bits=16"]
+"""Groups and scales as other tools have them."""
 
 ROWS: dict[str, list[str]] = {
     "int8": ["--bits", "8"],
     "int8, float tables": ["--bits", "8", "--embedding", "float"],
     **{f"int8 {method}": ["--bits", "8", "--method", method] for method in ("gptq", "guided", "learned")},
     **{f"w8a8 {method}": ["--scheme", "w8a8", "--method", method] for method in ("nearest", "gptq", "guided")},
-    **{f"int4 g64 {method}": ["--bits", "4", "--method", method] for method in METHODS},
-    **{f"int4 g32 {method}": ["--bits", "4", "--group", "32", "--method", method] for method in (*STUDIED, "learned")},
+    **{f"int6 {method}": ["--bits", "6", "--method", method] for method in ("nearest", "guided")},
+    **{f"int5 {method}": ["--bits", "5", "--method", method] for method in ("nearest", "guided")},
+    **{f"int4 g32 {method}": ["--bits", "4", "--method", method] for method in STUDIED},
+    "int4 g32 learned weights": ["--bits", "4", "--method", "learned", "--set", "weights.learn=weights"],
+    **{f"int4 g64 {method}": ["--bits", "4", "--group", "64", "--method", method] for method in ("gptq", "guided")},
+    **{
+        f"int4 g64 s16 {method}": ["--bits", "4", *PUBLISHED, "--method", method]
+        for method in ("nearest", "hqq", "weighted", "awq", "gptq", "awq-gptq", "guided")
+    },
     **{f"int4-sym g32 {method}": ["--scheme", "int4-sym", "--method", method] for method in ("gptq", "guided")},
-    "int4 g64 learned": ["--bits", "4", "--method", "learned"],
-    "int4 g64 learned weights": ["--bits", "4", "--method", "learned", "--set", "weights.learn=weights"],
-    "mixed 4.3 guided": ["--bits", "4", "--target-bpw", "4.3125"],
-    "mixed 4.6 guided": ["--bits", "4", "--target-bpw", "4.6"],
-    "mixed 4.6 learned": ["--bits", "4", "--target-bpw", "4.6", "--method", "learned"],
-    **{f"int3 g64 {method}": ["--bits", "3", "--method", method] for method in (*STUDIED, "learned")},
-    **{f"int3 g32 {method}": ["--bits", "3", "--group", "32", "--method", method] for method in (*STUDIED, "learned")},
+    **{
+        f"mixed {bits} {method}": ["--bits", "4", "--target-bpw", bits, "--method", method]
+        for bits, method in (("4.3", "guided"), ("4.6", "guided"), ("4.6", "learned"))
+    },
+    **{f"int3 g32 {method}": ["--bits", "3", "--method", method] for method in STUDIED},
+    "int3 g64 guided": ["--bits", "3", "--group", "64", "--method", "guided"],
+    "mixed 3.6 guided": ["--bits", "3", "--target-bpw", "3.6"],
 }
 
 
@@ -121,7 +130,7 @@ def sentences(bench: Bench) -> dict[str, Any]:
     return found
 
 
-KINDS = ("int8", "w8a8", "int4-g64", "int4-g32", "int4-sym", "mixed", "int3-g64", "int3-g32")
+KINDS = ("int8", "w8a8", "int6", "int5", "int4-g32", "int4-g64", "int4-sym", "mixed", "int3")
 
 RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "wiki": decoder,

@@ -337,7 +337,7 @@ class FinetuneConfig(TaskConfig):
     pooling: Literal["auto", "first", "mean", "last"] = setting(
         "auto", "classify: the state under the head; auto is what the model's published classifier takes"
     )
-    qat: Literal["", "int8", "int4", "int4-sym", "int3", "int2"] = setting(
+    qat: Literal["", "int8", "int6", "int5", "int4", "int4-sym", "int3", "int2"] = setting(
         "", "train through the rounding of this scheme, and write the model in few bits (quantization-aware training)"
     )
     merge: bool = setting(False, "write the whole model with the adapter in its weights, not the adapter")
@@ -470,11 +470,14 @@ class DistillConfig(TaughtConfig):
 class WeightsConfig:
     """How weights are held in few bits, and how their codes are chosen."""
 
-    scheme: Literal["int8", "w8a8", "int4", "int4-sym", "int3", "int2"] = setting(
-        "int8", "int8, w8a8 (inputs in eight bits too), int4, int4-sym (no zeros), int3, or int2"
+    scheme: Literal["int8", "w8a8", "int6", "int5", "int4", "int4-sym", "int3", "int2"] = setting(
+        "int8", "int8, w8a8 (inputs in eight bits too), int6, int5, int4, int4-sym (no zeros), int3, or int2"
     )
     group: int = setting(
         -1, "inputs that share a scale; 0 is the row; -1 the scheme's, or what divides a layer's inputs"
+    )
+    scale_bits: int = setting(
+        0, "bits of a scale: 16 as other tools read them, or 8, multiples of a power of two by row; 0 is the scheme's"
     )
     method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "guided", "learned"] = (
         setting(

@@ -22,8 +22,8 @@ def quantize(
     *,
     options: Options,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A model folder, a file or a run.")] = None,
-    bits: Annotated[int | None, typer.Option("-b", "--bits", help="8, 4, 3 or 2: int8, int4, int3, int2.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="int8, w8a8, int4, int4-sym, int3 or int2.")] = None,
+    bits: Annotated[int | None, typer.Option("-b", "--bits", help="8, 6, 5, 4, 3 or 2: int8 ... int2.")] = None,
+    scheme: Annotated[str | None, typer.Option(help="int8, w8a8, int4-sym, or int6 ... int2.")] = None,
     group: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0 is the whole row.")] = None,
     method: Annotated[
         str | None,
@@ -65,7 +65,7 @@ def quantize(
     if bits is not None and scheme is not None:
         raise UsageError("--bits and --scheme say the same", "leave one out")
     if bits is not None and bits not in BY_BITS:
-        raise UsageError(f"`--bits {bits}` is not known", "8, 4, 3 or 2")
+        raise UsageError(f"`--bits {bits}` is not known", "8, 6, 5, 4, 3 or 2")
     flags: dict[str, Any] = {
         "weights.scheme": scheme if bits is None else BY_BITS[bits],
         "weights.group": group,

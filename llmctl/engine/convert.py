@@ -15,6 +15,7 @@ from llmctl.engine.adapted import read_model
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact, write_artifact
 from llmctl.formats.quantization import PARTS, Schemes
+from llmctl.quant.schemes import SCALE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,14 +58,16 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
         form = "a file X.safetensors" if to == "single" else "a folder"
         raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")
     artifact = read_model(source)
-    state = artifact.packed_state()
+    state, schemes = artifact.packed_state(), artifact.schemes
+    if to == "hf":  # others know scales of 16 bits only; ours are such numbers, whatever holds them
+        schemes = {name: replace(scheme, scale_bits=SCALE_BITS) for name, scheme in schemes.items()}
     return write_artifact(
         out,
         artifact.config,
         state,
         files=artifact.files,
         provenance=artifact.provenance,
-        schemes=artifact.schemes,
+        schemes=schemes,
         force=force,
     )
 

@@ -1,5 +1,7 @@
 """Bits per layer under a budget: those get more whose rounding would move the model's predictions more.
 
+Layers that are multiplied as one, as they read the same inputs, get the same.
+
 How much is measured on a few batches: to second order, the divergence from the full model that a change of a layer's outputs
 makes is half the mean square of that change along the gradient of the log-probability of what the model itself would say.
 
@@ -16,16 +18,28 @@ from torch import Tensor, nn
 
 from llmctl.engine.fisher import Hook, listen
 from llmctl.engine.importance import Batches
+from llmctl.engine.observe import Observer
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import is_inside
 from llmctl.losses.products import is_native
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.grid import decode
-from llmctl.quant.methods import clipped
-from llmctl.quant.schemes import SCHEMES, Scheme
+from llmctl.quant.methods import COMPENSATES, Moments, clipped, errors, gptq
+from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 
-CANDIDATES = ("int2", "int3", "int4", "int8")
-"""Schemes that a layer may get, from the smallest."""
+WIDTHS = {2: (1,), 3: (1, 2), 4: (1, 2), 5: (2,), 6: (2,)}
+"""Bits that a layer may get in groups, and how many times as wide as the plan's these are; eight bits are for whole rows.
+
+With more bits the scales of narrow groups cost more than they bring."""
+
+PROBE_BITS = 4
+"""Bits in which it is seen how far a layer's errors make up for each other; with other bits it is about as far."""
+
+PART_WEIGHTS = 1 << 30
+"""Changes of weights, two bytes each, that are held at the same time; a larger model is gone through several times."""
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of a module that become one product, by the ends of their names."""
 
 SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)i?B?", re.ASCII | re.IGNORECASE)
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
@@ -45,17 +59,20 @@ def parse_size(text: str) -> int:
 
 
 def candidates(plan: Mapping[str, Scheme], widths: Mapping[str, int]) -> dict[str, list[Scheme]]:
-    """Return the schemes that every layer of a plan may get, its group kept where it is one; the smallest first."""
-    found = {}
-    for name, planned in plan.items():
-        if not is_inside(name):
-            continue
-        found[name] = [
-            replace(scheme, group=planned.group) if scheme.group and planned.group else scheme
-            for scheme in map(SCHEMES.__getitem__, CANDIDATES)
-        ]
-        found[name] = [scheme if scheme.fits(widths[name]) else replace(scheme, group=0) for scheme in found[name]]
-    return found
+    """Return the schemes that every layer of a plan may get: with its groups, or twice as wide ones, and int8."""
+    return {name: schemes_like(planned, widths[name]) for name, planned in plan.items() if is_inside(name)}
+
+
+def schemes_like(planned: Scheme, width: int) -> list[Scheme]:
+    """Return the schemes for a layer of so many inputs, the smallest first."""
+    base = planned if planned.group else SCHEMES["int4"]
+    group = base.group if base.fits(width) else 0
+    sizes = {
+        times: times * group if times * group <= max(GROUPS) and width % (times * group or 1) == 0 else group
+        for times in (1, 2)
+    }
+    found = {replace(base, bits=bits, group=sizes[times]) for bits, each in WIDTHS.items() for times in each}
+    return sorted({*found, SCHEMES["int8"]}, key=lambda scheme: scheme.size_bits(1, width))
 
 
 def measure_costs(
@@ -64,15 +81,53 @@ def measure_costs(
     batches: Batches,
     seed: int,
     say: Callable[[str], None] = lambda _: None,
+    *,
+    method: str = "",
 ) -> Costs:
-    """Return nats per token that each choice of each layer is expected to cost; the model stays as it is."""
+    """Return nats per token that each choice of each layer is expected to cost; the model stays as it is.
+
+    method: how codes will be chosen, one of `METHODS`. Where errors make up for each other, each layer's costs are less by
+    what that brings there in four bits: much where few directions of its inputs are excited.
+    """
+    costs: Costs = {}
+    for part in parts_of(model, choices):
+        costs |= measure_part(model, part, batches, seed, say, method)
+    return costs
+
+
+def parts_of(model: LanguageModel, choices: Mapping[str, list[Scheme]]) -> list[dict[str, list[Scheme]]]:
+    """Return the choices in parts whose changes are held in memory at the same time."""
+    parts: list[dict[str, list[Scheme]]] = []
+    held = PART_WEIGHTS
+    for name, schemes in choices.items():
+        n_weights = model.get_parameter(f"{name}.weight").numel() * len(schemes)
+        if held + n_weights > PART_WEIGHTS:
+            parts.append({})
+            held = 0
+        parts[-1][name] = schemes
+        held += n_weights
+    return parts
+
+
+def measure_part(
+    model: LanguageModel,
+    choices: Mapping[str, list[Scheme]],
+    batches: Batches,
+    seed: int,
+    say: Callable[[str], None],
+    method: str,
+) -> Costs:
+    """Return the costs of some layers."""
     costs: Costs = {name: dict.fromkeys(schemes, 0.0) for name, schemes in choices.items()}
-    inputs: dict[str, Tensor] = {}
+    seen, inputs = Observer(), dict[str, Tensor]()
     handles, hooks = [], {}
     for name, schemes in choices.items():
         layer: Any = model.get_submodule(name)
-        changes = [decode(clipped(layer.weight.detach(), scheme), scheme) - layer.weight.detach() for scheme in schemes]
+        weight_OI = layer.weight.detach()
+        changes = [(decode(clipped(weight_OI, scheme), scheme) - weight_OI).bfloat16() for scheme in schemes]
         handles.append(layer.register_forward_pre_hook(keeper(inputs, name)))
+        if method in COMPENSATES:
+            handles.append(layer.register_forward_pre_hook(seen.hook(name)))
         hooks[name] = adder(inputs, name, changes, schemes, costs[name])
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
@@ -80,9 +135,23 @@ def measure_costs(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: {scheme: total / max(n_labels, 1) / 2 for scheme, total in each.items()} for name, each in costs.items()
-    }
+    found: Costs = {}
+    for name, each in costs.items():
+        weight_OI = model.get_parameter(f"{name}.weight").detach().float()
+        share = left_over(weight_OI, choices[name], seen.moments[name]) if name in seen.moments else 1.0
+        found[name] = {scheme: share * total / max(n_labels, 1) / 2 for scheme, total in each.items()}
+    return found
+
+
+def left_over(weight_OI: Tensor, schemes: list[Scheme], moments: Moments) -> float:
+    """Return the share of a layer's error that is left where the errors of its codes make up for each other (GPTQ)."""
+    scheme = next((scheme for scheme in schemes if scheme.bits == PROBE_BITS), schemes[-1])
+    second_II = moments.damped
+    without, with_it = (
+        float(errors(weight_OI, method(weight_OI, scheme, moments), scheme, second_II).sum())
+        for method in (clipped, gptq)
+    )
+    return with_it / without if without > 0 else 1.0
 
 
 def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
@@ -102,7 +171,8 @@ def adder(
     def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
         x_NI, grad_NO = inputs.pop(name).flatten(0, -2), grads[0].flatten(0, -2)
         for scheme, change_OI in zip(schemes, changes, strict=True):
-            costs[scheme] += float(((x_NI @ change_OI.T).float() * grad_NO).sum(dim=1).double().square().sum())
+            moved_NO = x_NI @ change_OI.to(x_NI.dtype).T
+            costs[scheme] += float((moved_NO.float() * grad_NO).sum(dim=1).double().square().sum())
 
     return hook
 
@@ -116,9 +186,16 @@ def allocate(
 
     Raises: UsageError with the smallest budget that can be.
     """
-    chosen = {name: next(iter(each)) for name, each in costs.items()}
-    sizes = {name: {scheme: scheme.size_bits(*shapes[name]) for scheme in each} for name, each in costs.items()}
-    used = sum(sizes[name][scheme] for name, scheme in chosen.items())
+    units: dict[str, list[str]] = {}
+    for name in costs:
+        units.setdefault(unit_of(name), []).append(name)
+    losses, sizes = {}, {}
+    for unit, names in units.items():
+        shared = [scheme for scheme in costs[names[0]] if all(scheme in costs[name] for name in names)]
+        losses[unit] = {scheme: sum(costs[name][scheme] for name in names) for scheme in shared}
+        sizes[unit] = {scheme: sum(scheme.size_bits(*shapes[name]) for name in names) for scheme in shared}
+    chosen = {unit: min(each, key=each.__getitem__) for unit, each in sizes.items()}
+    used = sum(sizes[unit][scheme] for unit, scheme in chosen.items())
     weights = sum(shapes[name][0] * shapes[name][1] for name in costs)
     if used > budget_bits:
         raise UsageError(
@@ -127,13 +204,19 @@ def allocate(
         )
     while True:
         steps = []
-        for name, scheme in chosen.items():
-            for other, cost in costs[name].items():
-                more = sizes[name][other] - sizes[name][scheme]
-                if more > 0 and used + more <= budget_bits and costs[name][scheme] > cost:
-                    steps.append(((costs[name][scheme] - cost) / more, name, other))
+        for unit, scheme in chosen.items():
+            for other, loss in losses[unit].items():
+                more = sizes[unit][other] - sizes[unit][scheme]
+                if more > 0 and used + more <= budget_bits and losses[unit][scheme] > loss:
+                    steps.append(((losses[unit][scheme] - loss) / more, unit, other))
         if not steps:
-            return chosen
-        _, name, other = max(steps, key=lambda step: step[0])
-        used += sizes[name][other] - sizes[name][chosen[name]]
-        chosen[name] = other
+            return {name: chosen[unit] for unit, names in units.items() for name in names}
+        _, unit, other = max(steps, key=lambda step: step[0])
+        used += sizes[unit][other] - sizes[unit][chosen[unit]]
+        chosen[unit] = other
+
+
+def unit_of(name: str) -> str:
+    """Return a name that layers have in common which get the same bits."""
+    parent, _, last = name.rpartition(".")
+    return next((f"{parent}.{ends[0]}" for ends in TOGETHER if last in ends), name)

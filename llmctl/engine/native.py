@@ -26,8 +26,9 @@ from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
 from llmctl.model.positions import rope_tables
 from llmctl.quant.linear import QuantLinear
+from llmctl.quant.packing import pack
 from llmctl.quant.products import Kind, Product, rows_of
-from llmctl.quant.schemes import Scheme
+from llmctl.quant.schemes import GROUPS, Scheme
 from llmctl.quant.weight import QuantWeight
 
 Library = ctypes.CDLL
@@ -46,7 +47,10 @@ MOST_ROWS = 4
 BLOCK, ROWS = 64, 4
 """Inputs that are rounded together, and outputs that are multiplied together."""
 
-KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+INT4_BITS, MOST_BITS = 4, 6
+"""Bits of codes in groups: up to the first they lie two in a byte, up to the second one in a byte."""
+
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bytes": 4}
 
 
 class CMatrix(ctypes.Structure):
@@ -316,18 +320,25 @@ class Step:
 def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:
     """Tell whether the library knows how a weight is coded."""
     is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
-    is_int4 = scheme.bits == 4 and scheme.group in (32, 64, 128) and n_in % scheme.group == 0
-    return (is_int8 or is_int4) and n_out >= ROWS and n_in % BLOCK == 0
+    has_groups = scheme.bits <= MOST_BITS and scheme.group in GROUPS and n_in % scheme.group == 0
+    return (is_int8 or has_groups) and n_out >= ROWS and n_in % BLOCK == 0
 
 
 def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
     """Return a weight in few bits as the library sees it; the tensors it points into are added to those kept."""
-    zeros = None if layer.scheme.symmetric else layer.codes().grid.zeros_OG.contiguous()
-    weight, scales = layer.weight_packed, layer.weight_scale.contiguous()
-    kept += [weight, scales] if zeros is None else [weight, scales, zeros]
-    kind = KINDS["int4" if layer.scheme.bits == 4 else "int8"]
-    pointers = (one if one is None else one.data_ptr() for one in (weight, scales, zeros))
-    return CMatrix(kind, layer.scheme.group, layer.n_out, layer.n_in, *pointers)
+    scheme, weight, zeros = layer.scheme, layer.weight_packed, None
+    kind = "int8" if not scheme.group else "int4" if scheme.bits <= INT4_BITS else "bytes"
+    if scheme.group and not (scheme.symmetric and scheme.bits == INT4_BITS):
+        codes_OI, (_, zeros_OG) = layer.codes()
+        zeros = zeros_OG.contiguous()
+        if scheme.bits < INT4_BITS:
+            weight = pack(codes_OI, INT4_BITS)
+        elif scheme.bits > INT4_BITS:
+            weight = codes_OI.view(layer.n_out, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
+    held = [weight, layer.weight_scale.contiguous(), zeros]
+    kept += [one for one in held if one is not None]
+    pointers = (one if one is None else one.data_ptr() for one in held)
+    return CMatrix(KINDS[kind], scheme.group, layer.n_out, layer.n_in, *pointers)
 
 
 def compiled_kinds(library: Library | None) -> dict[str, Kind]:

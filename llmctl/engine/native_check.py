@@ -13,6 +13,7 @@ from llmctl.engine.random_models import random_model
 from llmctl.errors import LlmctlError
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
+from llmctl.quant.schemes import GROUPS, SCHEMES
 
 SHAPE = ModelConfig(
     vocab_size=96,
@@ -20,7 +21,7 @@ SHAPE = ModelConfig(
     n_layers=2,
     n_heads=4,
     n_kv_heads=2,
-    d_ff=192,
+    d_ff=256,
     max_positions=64,
     attention_windows=(0, 5),
 )
@@ -30,6 +31,7 @@ LARGEST_ERRORS: Mapping[str, float] = {
     "int8": 0.03,
     "int4": 0.03,
     "int4-sym": 0.03,
+    **dict.fromkeys(("int3", "int5", "int6"), 0.05),
     "fp32/int8": 0.01,
 }
 """Of the logits, in the norm, by precision, or precision/how keys and values are held.
@@ -61,14 +63,19 @@ def compile_and_check() -> Path:
 
 def errors_of(library: Library) -> dict[str, float]:
     """Return the relative error of the compiled step after some tokens of three rows, as `LARGEST_ERRORS`."""
-    return {held: error_of(library, held) for held in LARGEST_ERRORS}
+    return {held: max(error_of(library, held, group) for group in groups_of(held)) for held in LARGEST_ERRORS}
+
+
+def groups_of(held: str) -> tuple[int, ...]:
+    """Return the sizes of groups that are tried of what is held so; 0 is the only one of what has none."""
+    return GROUPS if held in SCHEMES and SCHEMES[held].group else (0,)
 
 
 @torch.inference_mode()
-def error_of(library: Library, held: str, **fields: Any) -> float:
-    """Return the relative error of the logits of a small model; `held` as in `LARGEST_ERRORS`."""
+def error_of(library: Library, held: str, group: int = 0, **fields: Any) -> float:
+    """Return the relative error of the logits of a small model; `held` as in `LARGEST_ERRORS`; group: 0 is the scheme's."""
     precision, _, kv = held.partition("/")
-    decoder = Decoder(random_model(replace(SHAPE, **fields), precision))
+    decoder = Decoder(random_model(replace(SHAPE, **fields), precision, group=group))
     step = make_native(library, decoder)
     if step is None:
         return float("inf")

@@ -23,7 +23,7 @@ from llmctl.quant.schemes import SCHEMES
 BASE = "base-int4"
 """The folder of the base inside that of the run."""
 
-WEIGHTS = WeightsConfig(scheme="int4", method="clip", embedding="float")
+WEIGHTS = WeightsConfig(scheme="int4", scale_bits=16, method="clip", embedding="float")
 """As in the paper embedding and heads stay in 16 bits."""
 
 BITS = SCHEMES[WEIGHTS.scheme].bits

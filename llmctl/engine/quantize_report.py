@@ -16,7 +16,7 @@ from llmctl.engine.products import Measured, give_table
 from llmctl.engine.speed import reading_speed, writing_speed
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.parameters import parameter_shapes
-from llmctl.formats.quantization import PARTS, WEIGHT
+from llmctl.formats.quantization import EXPONENT, PARTS, WEIGHT
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
 
@@ -73,7 +73,7 @@ def layer_bits(artifact: Artifact, schemes: Mapping[str, Scheme]) -> float:
     """Return the bits per weight of the matrices inside the blocks, scales and zeros counted."""
     shapes = parameter_shapes(artifact.config)
     inside = [name for name in schemes if "layers." in name]
-    parts = [f"{name}.{part}" for name in inside for part in (WEIGHT, *PARTS)]
+    parts = [f"{name}.{part}" for name in inside for part in (WEIGHT, *PARTS, EXPONENT)]
     found = [artifact.tensors[part][2] for part in parts if part in artifact.tensors]
     weights = sum(math.prod(shapes[f"{name}.weight"]) for name in inside)
     return 8 * sum(entry.end - entry.begin for entry in found) / max(weights, 1)

@@ -13,7 +13,7 @@ from llmctl.engine.mixed import parse_size
 from llmctl.engine.student_shape import count
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
-from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
+from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
 REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
@@ -97,6 +97,14 @@ def check_quantize(config: QuantizeConfig) -> None:
             weights.learn == "weights" and weights.method != "learned",
             f"`weights.learn` is for `weights.method` learned, which is {weights.method}",
         ),
+        (
+            weights.scale_bits not in (0, 8, SCALE_BITS),
+            f"`weights.scale_bits` is {weights.scale_bits}, it must be 0, 8 or {SCALE_BITS}",
+        ),
+        (
+            weights.scale_bits == 8 and not SCHEMES[weights.scheme].group,
+            f"`weights.scale_bits` 8 is for schemes with groups, {weights.scheme} has one scale per output",
+        ),
         (weights.group < -1, f"`weights.group` is {weights.group}, it must be -1, 0 or more"),
         (weights.target_bpw < 0, f"`weights.target_bpw` is {weights.target_bpw}, it is negative"),
         (
@@ -136,6 +144,9 @@ def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
     if weights.group >= 0:
         scheme = replace(scheme, group=weights.group)
     table = None if weights.embedding == "float" else SCHEMES[weights.embedding]
+    if weights.scale_bits:
+        scheme = replace(scheme, scale_bits=weights.scale_bits)
+        table = table and replace(table, scale_bits=weights.scale_bits if table.group else SCALE_BITS)
     plan: dict[str, Scheme] = {}
     modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
     for name, (_, n_in) in modules.items():

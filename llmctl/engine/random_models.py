@@ -1,5 +1,6 @@
 """Models of a given shape and precision whose weights mean nothing, for measuring."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from llmctl.errors import UsageError
 from llmctl.model.presets import preset_config
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.linear import QuantLinear
-from llmctl.quant.schemes import SCHEMES
+from llmctl.quant.schemes import SCHEMES, Scheme
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,10 +35,11 @@ def shape_config(name: str) -> ModelConfig:
     return config
 
 
-def random_model(config: ModelConfig, precision: str) -> LanguageModel:
+def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> LanguageModel:
     """Return a model of a shape with weights that mean nothing: in `DTYPES`' precisions or a scheme of `SCHEMES`.
 
-    A scheme is for the blocks; the head is held in 8 bits then, and activations in float32.
+    A scheme, with groups of another size where one is given, is for the blocks; the head is held in 8 bits then, and
+    activations in float32.
     Raises: UsageError for a precision that is not known.
     """
     if precision not in DTYPES and precision not in SCHEMES:
@@ -49,7 +51,8 @@ def random_model(config: ModelConfig, precision: str) -> LanguageModel:
     if precision in SCHEMES:
         head = QuantLinear(config.d_model, config.vocab_size, SCHEMES["int8"], bias=config.logits_bias)
         model.lm_head = head  # type: ignore[assignment]
-        quantise_blocks(model, precision)
+        scheme = SCHEMES[precision]
+        quantise_blocks(model, replace(scheme, group=group or scheme.group))
     dtype = DTYPES.get(precision, torch.float32)
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -69,13 +72,11 @@ def random_model(config: ModelConfig, precision: str) -> LanguageModel:
     return model.eval()
 
 
-def quantise_blocks(model: LanguageModel, scheme: str) -> None:
+def quantise_blocks(model: LanguageModel, scheme: Scheme) -> None:
     """Put layers of random codes in the place of the matrices of the blocks."""
     for stack in model.stacks():
         for module in list(stack.layers.modules()):
             for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and SCHEMES[scheme].fits(child.in_features):
-                    layer = QuantLinear(
-                        child.in_features, child.out_features, SCHEMES[scheme], bias=child.bias is not None
-                    )
+                if type(child) is nn.Linear and scheme.fits(child.in_features):
+                    layer = QuantLinear(child.in_features, child.out_features, scheme, bias=child.bias is not None)
                     setattr(module, name, layer)

@@ -38,6 +38,7 @@ from llmctl.formats.quantization import (
     part_shapes,
     read_schemes,
     stored_parts,
+    whole_dtypes,
     write_schemes,
 )
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors, write_safetensors
@@ -140,7 +141,7 @@ def most_common_dtype(entries: Iterable[TensorEntry]) -> str:
     """Return the dtype that takes the most bytes."""
     n_bytes: dict[str, int] = {}
     for entry in entries:
-        if entry.dtype[:1] != "I":  # packed codes
+        if entry.dtype[:1] not in "IU":  # codes
             n_bytes[entry.dtype] = n_bytes.get(entry.dtype, 0) + entry.end - entry.begin
     return max(sorted(n_bytes), key=lambda dtype: n_bytes[dtype]) if n_bytes else "F32"
 
@@ -166,8 +167,7 @@ def read_artifact(path: Path) -> Artifact:
     schemes = read_schemes(hf, config, where)
     forms = {name: form_in(tensors, name, scheme) for name, scheme in schemes.items()}
     wanted = stored_shapes(family, config, schemes, forms)
-    whole = {f"{name}.{WEIGHT}": "I8" for name, form in forms.items() if form == IN_BYTES}
-    check_tensors(family, config, tensors, path, wanted, whole)
+    check_tensors(family, config, tensors, path, wanted, whole_dtypes(schemes, forms))
     return Artifact(
         path=path,
         architecture=family.architecture,

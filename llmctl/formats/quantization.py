@@ -19,7 +19,7 @@ from llmctl.formats.families import family_for
 from llmctl.formats.family import FamilyFormat
 from llmctl.formats.native import NATIVE
 from llmctl.formats.parameters import Shape, parameter_shapes
-from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, Scheme
+from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, SCALE_BITS, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +27,16 @@ if TYPE_CHECKING:
 KEY = "quantization_config"
 METHOD = "compressed-tensors"
 IN_WORDS, IN_BYTES, IN_BOTH = "pack-quantized", "int-quantized", "mixed-precision"
+SMALL_SCALES = "llmctl-pack-quantized"
+"""Codes in words whose scales are in eight bits, which is ours alone: by this name others refuse it.
+
+A method that it does not know transformers leaves out, and goes on with weights that mean nothing.
+"""
+
+FORMS = (IN_WORDS, IN_BYTES, SMALL_SCALES)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
+EXPONENT = "weight_scale_exponent"
 WEIGHT = "weight"
 PARTS = (PACKED, SCALE, ZERO)
 HEAD_SCALE = f"{HEAD}.{SCALE}"
@@ -70,11 +78,25 @@ def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
 
 def fits_bytes(scheme: Scheme) -> bool:
     """Tell whether codes can lie one a byte, as signed numbers."""
-    return scheme.bits == 8 and scheme.symmetric and not scheme.group
+    return scheme.bits == 8 and scheme.symmetric and not scheme.group and not has_small_scales(scheme)
+
+
+def has_small_scales(scheme: Scheme) -> bool:
+    """Tell whether scales are codes too, each row with an exponent."""
+    return scheme.scale_bits < SCALE_BITS
+
+
+def whole_dtypes(schemes: Schemes, forms: Mapping[str, str]) -> dict[str, str]:
+    """Return the dtypes of the tensors that hold whole numbers under a name that others of them use for real ones."""
+    found = {f"{name}.{WEIGHT}": "I8" for name, form in forms.items() if form == IN_BYTES}
+    small = [name for name, scheme in schemes.items() if has_small_scales(scheme)]
+    return found | {f"{name}.{SCALE}": "U8" for name in small} | {f"{name}.{EXPONENT}": "I8" for name in small}
 
 
 def form_of(name: str, scheme: Scheme) -> str:
     """Return how the codes of a module are written."""
+    if has_small_scales(scheme):
+        return SMALL_SCALES
     wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
     return IN_BYTES if wants_bytes and fits_bytes(scheme) else IN_WORDS
 
@@ -95,6 +117,8 @@ def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str,
     if form == IN_BYTES:
         return {WEIGHT: shape, SCALE: (n_out, n_groups)}
     shapes: dict[str, Shape] = {PACKED: (n_out, -(-n_in * scheme.bits // 32)), SCALE: (n_out, n_groups), SHAPE: (2,)}
+    if has_small_scales(scheme):
+        shapes[EXPONENT] = (n_out, 1)
     return shapes if scheme.symmetric else shapes | {ZERO: (-(-n_out * scheme.bits // 32), n_groups)}
 
 
@@ -157,8 +181,8 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
     if not isinstance(record, dict) or record.get("quant_method") != METHOD:
         method = record.get("quant_method") if isinstance(record, dict) else record
         raise refused(where, "quant_method", method, METHOD)
-    if record.get("format") not in (IN_WORDS, IN_BYTES, IN_BOTH):
-        raise refused(where, "format", record.get("format"), f"{IN_WORDS}, {IN_BYTES} and {IN_BOTH}")
+    if record.get("format") not in (*FORMS, IN_BOTH):
+        raise refused(where, "format", record.get("format"), f"{', '.join(FORMS)} and {IN_BOTH}")
     groups = record.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise refused(where, "config_groups", groups, "an object with groups")
@@ -203,8 +227,8 @@ def matching(patterns: Any, names: Collection[str], where: str) -> set[str]:
 def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
     """Return the scheme of a group."""
     weights, inputs = group.get("weights"), group.get("input_activations")
-    if group.get("format") not in (None, IN_WORDS, IN_BYTES):
-        raise refused(where, "format", group["format"], f"{IN_WORDS} and {IN_BYTES}")
+    if group.get("format") not in (None, *FORMS):
+        raise refused(where, "format", group["format"], " and ".join(FORMS))
     if not isinstance(weights, dict) or weights.get("type", "int") != "int" or weights.get("dynamic"):
         raise refused(where, "weights", weights, "static integers")
     bits, strategy, size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
@@ -224,7 +248,9 @@ def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
     ):
         raise refused(where, "input_activations", inputs, "8 bits, symmetric, dynamic, per token")
     group_size = int(size or 0) if strategy == "group" else 0
-    return Scheme(bits, group_size, symmetric=bool(weights.get("symmetric", True)), activations=8 if inputs else 0)
+    symmetric, activations = bool(weights.get("symmetric", True)), 8 if inputs else 0
+    scale_bits = 8 if group.get("format") == SMALL_SCALES else SCALE_BITS
+    return Scheme(bits, group_size, symmetric=symmetric, activations=activations, scale_bits=scale_bits)
 
 
 def refused(where: str, key: str, value: Any, read: str) -> ArtifactError:
@@ -248,9 +274,10 @@ def dequantised(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, 
 
 
 def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
-    """Return the tensors of a file with all codes packed in words, as modules hold them."""
+    """Return the tensors of a file with all codes packed in words and scales multiplied out, as modules hold them."""
     import torch
 
+    from llmctl.quant.grid import scales_of
     from llmctl.quant.packing import pack
 
     found = dict(tensors)
@@ -259,6 +286,9 @@ def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Te
         if codes_OI is not None:
             found[f"{name}.{PACKED}"] = pack(codes_OI.view(torch.uint8) ^ scheme.middle, scheme.bits)
             found[f"{name}.{SHAPE}"] = torch.tensor(codes_OI.shape)
+        if has_small_scales(scheme):
+            scales_OG = scales_of(found[f"{name}.{SCALE}"], found.pop(f"{name}.{EXPONENT}"))
+            found[f"{name}.{SCALE}"] = scales_OG.bfloat16()
     return found
 
 
@@ -266,6 +296,7 @@ def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelC
     """Return the tensors of quantised modules as they are stored."""
     import torch
 
+    from llmctl.quant.grid import scale_codes
     from llmctl.quant.packing import unpack
 
     shapes = parameter_shapes(config)
@@ -281,5 +312,7 @@ def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelC
             for part in PARTS
             if part in part_shapes(scheme, (1, scheme.group or 1))
         }
+        if has_small_scales(scheme):
+            stored[f"{name}.{SCALE}"], stored[f"{name}.{EXPONENT}"] = scale_codes(state[f"{name}.{SCALE}"])
         stored[f"{name}.{SHAPE}"] = torch.tensor(shapes[f"{name}.weight"], dtype=torch.int64)
     return stored

@@ -1,6 +1,6 @@
 """Scales and zeros: where the few values lie that a group of weights can take, and which of them each weight takes.
 
-Scales are bfloat16 numbers from the beginning, so that what is measured here is what a file holds and a kernel uses.
+Scales are what a file holds and a kernel uses from the beginning, so that what is measured here is what comes of it.
 """
 
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmctl.quant.schemes import Scheme
+from llmctl.quant.schemes import SCALE_BITS, Scheme
 
 SEARCH_STEPS = 20
 NARROWEST = 0.5
@@ -17,12 +17,15 @@ NARROWEST = 0.5
 ROUNDS = 2
 """Times that scales are fitted to the codes and codes to the scales after the search."""
 
+SMALLEST, LARGEST_SCALE = 1e-30, 255
+"""Of a scale, and of one in eight bits, in units of its row's power of two."""
+
 CHUNK_WEIGHTS = 1 << 22
 """Weights that are searched at a time."""
 
 
 class Grid(NamedTuple):
-    """Scales (O, G) float32, each a bfloat16 number, and zeros (O, G) uint8."""
+    """Scales (O, G) float32, each a number that a file can hold, and zeros (O, G) uint8."""
 
     scales_OG: Tensor
     zeros_OG: Tensor
@@ -40,9 +43,29 @@ def grouped(weight_OI: Tensor, scheme: Scheme) -> Tensor:
     return weight_OI.unflatten(1, (scheme.n_groups(weight_OI.shape[1]), -1))
 
 
-def rounded_scales(scales: Tensor) -> Tensor:
-    """Return the nearest numbers that a file can hold, never 0."""
-    return scales.clamp(min=1e-30).bfloat16().float()
+def rounded_scales(scales_OG: Tensor, scheme: Scheme) -> Tensor:
+    """Return the nearest numbers that a file can hold, never 0: bfloat16, or multiples of a power of two, by row."""
+    if scheme.scale_bits == SCALE_BITS:
+        return scales_OG.clamp(min=SMALLEST).bfloat16().float()
+    return scales_of(*scale_codes(scales_OG))
+
+
+def scale_codes(scales_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales as uint8 codes (O, G), the largest of a row from 128 on, and exponents (O, 1) int8 of two.
+
+    Codes of eight bits times a power of two are bfloat16 numbers, and rounding them again changes nothing.
+    """
+    scales_OG = scales_OG.float().clamp(min=SMALLEST)
+    largest_O1 = scales_OG.amax(dim=1, keepdim=True)
+    exponents_O1 = torch.frexp(largest_O1).exponent - 8
+    exponents_O1 += torch.ldexp(largest_O1, -exponents_O1).round_() > LARGEST_SCALE
+    codes_OG = torch.ldexp(scales_OG, -exponents_O1).round_().clamp_(1, LARGEST_SCALE)
+    return codes_OG.to(torch.uint8), exponents_O1.to(torch.int8)
+
+
+def scales_of(codes_OG: Tensor, exponents_O1: Tensor) -> Tensor:
+    """Return the scales (O, G) float32 that `scale_codes` means."""
+    return torch.ldexp(codes_OG.float(), exponents_O1)
 
 
 def whole_range(weight_OI: Tensor, scheme: Scheme, share: float = 1.0) -> Grid:
@@ -50,10 +73,10 @@ def whole_range(weight_OI: Tensor, scheme: Scheme, share: float = 1.0) -> Grid:
     groups_OGg = grouped(weight_OI, scheme)
     if scheme.symmetric:
         # The lowest code, one step further out than the highest, is left to those that search.
-        scales_OG = rounded_scales(groups_OGg.abs().amax(dim=2) * (share / (scheme.levels // 2)))
+        scales_OG = rounded_scales(groups_OGg.abs().amax(dim=2) * (share / (scheme.levels // 2)), scheme)
         return Grid(scales_OG, torch.full_like(scales_OG, scheme.middle, dtype=torch.uint8))
     low_OG, high_OG = groups_OGg.amin(dim=2).clamp(max=0) * share, groups_OGg.amax(dim=2).clamp(min=0) * share
-    scales_OG = rounded_scales((high_OG - low_OG) / scheme.levels)
+    scales_OG = rounded_scales((high_OG - low_OG) / scheme.levels, scheme)
     return Grid(scales_OG, (-low_OG / scales_OG).round_().clamp_(0, scheme.levels).to(torch.uint8))
 
 
@@ -95,9 +118,10 @@ def _search(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None) -> G
         power_OG = (steps_OGg.square() * weights_1Gg).sum(dim=2)
         fitted_OG = (groups_OGg * steps_OGg * weights_1Gg).sum(dim=2) / power_OG
         usable = (power_OG > 0) & (fitted_OG > 0)
-        grid = Grid(rounded_scales(torch.where(usable, fitted_OG, best.scales_OG)), best.zeros_OG)
+        grid = Grid(rounded_scales(torch.where(usable, fitted_OG, best.scales_OG), scheme), best.zeros_OG)
         best, best_OG = _better(best, best_OG, grid, _error(groups_OGg, weights_1Gg, grid, scheme))
-    return best
+    # Groups of a row may have scales of two grids now.
+    return Grid(rounded_scales(best.scales_OG, scheme), best.zeros_OG)
 
 
 def _places(groups_OGg: Tensor, grid: Grid, scheme: Scheme) -> Tensor:

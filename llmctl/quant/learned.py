@@ -96,7 +96,7 @@ class TunedLinear(nn.Module):
     def scales(self) -> Tensor:
         """Return the scales (O, G) as a file will hold them; the gradient goes past the rounding."""
         exact = self.scales_OG * self.ratio.exp()
-        return exact + (rounded_scales(exact.detach()) - exact.detach())
+        return exact + (rounded_scales(exact.detach(), self.scheme) - exact.detach())
 
     def rounded(self) -> Tensor:
         """Return the weight (O, I) that the codes mean."""
@@ -156,7 +156,7 @@ class LearnedLinear(TunedLinear):
 
 def learned_codes(tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
     """Return the codes of what a layer has become, of its tensors by their names in it."""
-    scales_OG = rounded_scales(tensors["scales_OG"].float() * tensors["ratio"].float().exp())
+    scales_OG = rounded_scales(tensors["scales_OG"].float() * tensors["ratio"].float().exp(), scheme)
     grid = Grid(scales_OG, tensors["zeros_OG"].to(torch.uint8))
     return Codes(
         tensors["codes_OI"] if "codes_OI" in tensors else encode(tensors["weight"].float(), grid, scheme), grid

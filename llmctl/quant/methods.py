@@ -184,7 +184,7 @@ def fitted(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -
     diagonal_OG += torch.where(empty_OG, 1.0, RIDGE * diagonal_OG)
     found_OG = torch.linalg.solve(curvature_OGG, slope_OG[..., None]).squeeze(2)
     usable_OG = (found_OG > 0) & found_OG.isfinite() & ~empty_OG
-    better = Codes(codes.codes_OI, Grid(rounded_scales(torch.where(usable_OG, found_OG, scales_OG)), zeros_OG))
+    better = Codes(codes.codes_OI, Grid(rounded_scales(torch.where(usable_OG, found_OG, scales_OG), scheme), zeros_OG))
     # Scales that could not be taken leave the others of their row without what those were to make up for.
     loses_O = errors(weight_OI, better, scheme, second_II) > errors(weight_OI, codes, scheme, second_II)
     return Codes(codes.codes_OI, Grid(torch.where(loses_O[:, None], scales_OG, better.grid.scales_OG), zeros_OG))
@@ -257,7 +257,7 @@ def half_quadratic(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = 
     power_OG = steps.square().sum(dim=2)
     fitted_OG = (groups_OGg * steps).sum(dim=2) / power_OG
     kept = torch.where((power_OG > 0) & (fitted_OG > 0), fitted_OG, grid.scales_OG)
-    moved = Grid(rounded_scales(kept), moved.zeros_OG)
+    moved = Grid(rounded_scales(kept, scheme), moved.zeros_OG)
     return Codes(encode(weight_OI, moved, scheme), moved)
 
 
@@ -278,6 +278,9 @@ NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq", "guided")
 
 EQUALISES = ("awq", "awq-gptq")
 """Methods for which scales move first."""
+
+COMPENSATES = ("gptq", "awq-gptq", "guided")
+"""Methods by which columns make up for what others lose."""
 
 WEIGHS = ("guided",)
 """Methods for which inputs count as much as errors cost there."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmctl.quant.schemes import Scheme
+from llmctl.quant.schemes import GROUPS, Scheme
 from llmctl.quant.weight import QuantWeight
 
 Product = Callable[[Tensor], Tensor]
@@ -26,6 +26,12 @@ FEW_ROWS = 32
 UNPACKED_WEIGHTS = 1 << 20
 
 LARGEST_CODE = 127.0
+
+INT4_BITS, INT4_ZERO = 4, 8
+"""Of torch's int4 kernel: its codes, and the one that means zero."""
+
+MOST_BITS_OF_STEPS = 6
+"""Bits of a code up to which the steps from zero are made of two halves of four bits, with room for the sign."""
 
 
 def rounded_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +60,7 @@ def unpacked(layer: QuantWeight) -> Product:
         return unpacked_8(layer)
     if scheme.bits == 4 and layer.n_in % 8 == 0:
         return unpacked_4(layer)
-    return plain(layer)
+    return unpacked_steps(layer) if scheme.bits <= MOST_BITS_OF_STEPS else plain(layer)
 
 
 def narrow(layer: QuantWeight) -> Product:
@@ -100,6 +106,28 @@ def unpacked_4(layer: QuantWeight) -> Product:
         return torch.cat(outputs, dim=-1)
 
     return product
+
+
+def unpacked_steps(layer: QuantWeight) -> Product:
+    """Multiply by what a byte per weight says: how many steps of its scale it is from zero."""
+    steps_OI, n_groups = steps_of(layer), layer.scheme.n_groups(layer.n_in)
+    scales_OG1 = layer.weight_scale[..., None]
+
+    def product(x: Tensor) -> Tensor:
+        outputs, n_rows = [], rows_of(layer)
+        for steps_PI, scales_PG1 in zip(steps_OI.split(n_rows), scales_OG1.split(n_rows), strict=True):
+            groups_PGg = steps_PI.float().view(len(steps_PI), n_groups, -1).mul_(scales_PG1)
+            outputs.append(F.linear(x, groups_PGg.flatten(1).to(x.dtype)))
+        return torch.cat(outputs, dim=-1)
+
+    return product
+
+
+def steps_of(layer: QuantWeight) -> Tensor:
+    """Return how many steps of its scale every weight is from zero (O, I) int8; at most `MOST_BITS_OF_STEPS`."""
+    codes_OI, (_, zeros_OG) = layer.codes()
+    groups_OGg = codes_OI.view(torch.int8).view(*zeros_OG.shape, -1)
+    return (groups_OGg - zeros_OG.view(torch.int8)[..., None]).flatten(1)
 
 
 def rows_of(layer: QuantWeight) -> int:
@@ -155,19 +183,31 @@ def int8_onednn(layer: QuantWeight) -> Product:
 
 
 def int4_groups(layer: QuantWeight) -> Product:
-    """Return the product of torch's int4 kernel for few rows."""
+    """Return the product of torch's int4 kernel for few rows; wider codes are two of them, whose values add up."""
     codes_OI, (scales_OG, zeros_OG) = layer.codes()
-    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)  # noqa: SLF001
-    # The kernel's codes are signed ones: its zero is the value of code 8.
-    middles_OG = (layer.scheme.middle - zeros_OG.float()) * scales_OG
-    scales_GO2 = torch.stack([scales_OG, middles_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
+    if layer.scheme.bits == INT4_BITS:
+        halves = [int4_half(layer, codes_OI, scales_OG, (INT4_ZERO - zeros_OG.float()) * scales_OG)]
+    else:  # steps in place of codes and zeros, whose products with scales would be rounded
+        steps_OI, none_OG = steps_of(layer).int() + INT4_ZERO, torch.zeros_like(scales_OG)
+        upper_OI = steps_OI >> INT4_BITS
+        halves = [int4_half(layer, steps_OI - (upper_OI << INT4_BITS), scales_OG, none_OG)]
+        if layer.scheme.bits > INT4_BITS:
+            halves.append(int4_half(layer, upper_OI + INT4_ZERO, scales_OG * 2**INT4_BITS, none_OG))
 
     def product(x: Tensor) -> Tensor:
         rows_NI = x.reshape(-1, layer.n_in).bfloat16()
-        y_NO = torch.ops.aten._weight_int4pack_mm_for_cpu(rows_NI, words, layer.scheme.group, scales_GO2)  # noqa: SLF001
+        y_NO = halves[0](rows_NI) if len(halves) == 1 else halves[0](rows_NI) + halves[1](rows_NI)
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
+
+
+def int4_half(layer: QuantWeight, codes_OI: Tensor, scales_OG: Tensor, middles_OG: Tensor) -> Product:
+    """Return the kernel's product for codes below 16; middles: the values of the code that is its zero."""
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)  # noqa: SLF001
+    scales_GO2 = torch.stack([scales_OG, middles_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
+    kernel = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
+    return lambda rows_NI: kernel(rows_NI, words, layer.scheme.group, scales_GO2)
 
 
 def signed_codes(layer: QuantWeight) -> Tensor:
@@ -181,8 +221,8 @@ def is_int8(scheme: Scheme, n_out: int, n_in: int) -> bool:
 
 
 def is_int4(scheme: Scheme, n_out: int, n_in: int) -> bool:
-    """Tell whether there are int4 kernels."""
-    has_groups = scheme.bits == 4 and scheme.group in (32, 64, 128) and not scheme.activations
+    """Tell whether int4 kernels serve, one or two for a weight."""
+    has_groups = scheme.bits <= MOST_BITS_OF_STEPS and scheme.group in GROUPS and not scheme.activations
     return has_groups and scheme.fits(n_in) and n_out % 16 == 0 and n_in % 32 == 0
 
 

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SCALE_BITS = 16
+"""Of a scale that is a bfloat16 number by itself."""
+
+EXPONENT_BITS = 8
+"""Of the power of two, one for a row, that a row's scales in fewer bits are multiples of."""
+
 GROUPS = (128, 64, 32)
 """Group sizes that kernels know, the widest first."""
 
@@ -19,13 +24,15 @@ class Scheme:
 
     bits: of a code. group: neighbouring inputs that share a scale; 0 is the whole row. symmetric: the zero is the
     middle code and is not stored. activations: 8 where inputs are rounded to eight bits, token by token, when they are
-    multiplied; 0 where they stay as they are.
+    multiplied; 0 where they stay as they are. scale_bits: of a scale; with 8, scales are multiples of a power of two that
+    their row has in common.
     """
 
     bits: int
     group: int = 0
     symmetric: bool = True
     activations: int = 0
+    scale_bits: int = SCALE_BITS
 
     @property
     def levels(self) -> int:
@@ -47,20 +54,20 @@ class Scheme:
 
     def size_bits(self, n_out: int, n_in: int) -> int:
         """Return the bits of a matrix (O, I) by the theory: codes, scales, and zeros where they are stored."""
-        per_group = SCALE_BITS + (0 if self.symmetric else self.bits)
-        return n_out * (n_in * self.bits + self.n_groups(n_in) * per_group)
+        per_group = self.scale_bits + (0 if self.symmetric else self.bits)
+        per_row = EXPONENT_BITS if self.scale_bits < SCALE_BITS else 0
+        return n_out * (n_in * self.bits + self.n_groups(n_in) * per_group + per_row)
 
 
 SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(8),
     "w8a8": Scheme(8, activations=8),
-    "int4": Scheme(4, 64, symmetric=False),
     "int4-sym": Scheme(4, 32),
-    "int3": Scheme(3, 64, symmetric=False),
-    "int2": Scheme(2, 32, symmetric=False),
+    **{f"int{bits}": Scheme(bits, 32, symmetric=False, scale_bits=8) for bits in (6, 5, 4, 3, 2)},
 }
-"""Names of schemes. int8 and w8a8: one scale per output (Jacob et al. 2018, arXiv:1712.05877); the others: groups with a
-zero of their own, or symmetric ones, as GPTQ's and llama.cpp's files have them. int2 is for study."""
+"""Names of schemes. int8 and w8a8: one scale per output (Jacob et al. 2018, arXiv:1712.05877). int4-sym: groups as llama.cpp's
+Q4_0 and many published models have them. The others: groups with a zero of their own, and scales that are held in few bits
+themselves (QLoRA's double quantization, arXiv:2305.14314, section 3; llama.cpp's K-quants). int2 is for study."""
 
-BY_BITS = {8: "int8", 4: "int4", 3: "int3", 2: "int2"}
+BY_BITS = {bits: f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)}
 """What a number of bits alone means."""

@@ -92,7 +92,7 @@ def test_random_models_hold_what_they_are_named_after(precision: str):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shape", "30M", "--scheme", "int5"], "`--scheme int5` is not known"),
+        (["--shape", "30M", "--scheme", "int7"], "`--scheme int7` is not known"),
         (["--shape", "30M", "--batch", "one"], "`--batch one`"),
         (["--shape", "30M", "--batch", "0"], "`--batch` is 0"),
         (["--shape", "30M", "-d", "text.txt"], "--shape draws their weights"),

@@ -45,11 +45,11 @@ def test_every_family_gets_smaller_and_stays_what_it_was(teachers, capsys, famil
     assert off[8] < 0.01
 
 
-@pytest.mark.parametrize("scheme", ["int8", "w8a8", "int4", "int4-sym", "int3", "int2"])
+@pytest.mark.parametrize("scheme", ["int8", "w8a8", "int6", "int5", "int4", "int4-sym", "int3", "int2"])
 def test_the_size_on_disk_is_what_the_bits_say(teachers, capsys, scheme):
     assert quantize(teachers["decoder"], "--scheme", scheme, "--json") == 0
     artifact = read_artifact(Path("small"))
-    bits = {"int8": 8, "w8a8": 8, "int4": 4, "int4-sym": 4, "int3": 3, "int2": 2}[scheme]
+    bits = {"int8": 8, "w8a8": 8, "int6": 6, "int5": 5, "int4": 4, "int4-sym": 4, "int3": 3, "int2": 2}[scheme]
     inner = {name: each for name, each in artifact.schemes.items() if "layers." in name}
     assert {each.bits for each in inner.values()} == {bits}
     shapes = {name: read_artifact(teachers["decoder"]).tensors[f"{name}.weight"][2].shape for name in artifact.schemes}
@@ -130,11 +130,13 @@ def test_modules_can_be_kept(teachers):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "5"], "--bits 5"),
+        (["--bits", "7"], "--bits 7"),
         (["--scheme", "int4", "--bits", "4"], "leave one out"),
-        (["--scheme", "int5"], "int5"),
+        (["--scheme", "int7"], "int7"),
         (["--bits", "4", "--group", "24"], "groups of 24 do not divide the 32 inputs"),
         (["--bits", "4", "--method", "magic"], "magic"),
+        (["--bits", "4", "--set", "weights.scale_bits=6"], "`weights.scale_bits` is 6, it must be 0, 8 or 16"),
+        (["--bits", "8", "--set", "weights.scale_bits=8"], "`weights.scale_bits` 8 is for schemes with groups"),
         (["--bits", "4", "--set", "weights.keep=*"], "nothing is left"),
         (["--bits", "4", "--set", "weights.calibration_rows=0"], "calibration_rows"),
         (["--bits", "4", "--max-drop", "much"], "much"),

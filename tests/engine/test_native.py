@@ -12,7 +12,7 @@ from llmctl.config import ModelConfig
 from llmctl.engine import native, native_check, products
 from llmctl.engine.decoders import make_decoder
 from llmctl.engine.native import compile_library, compiled_kinds, find_library, library_path, load_library, make_native
-from llmctl.engine.native_check import LARGEST_ERRORS, compile_and_check, error_of
+from llmctl.engine.native_check import LARGEST_ERRORS, compile_and_check, error_of, errors_of
 from llmctl.engine.prefix import Prefix
 from llmctl.engine.products import Measured, random_layer
 from llmctl.engine.random_models import random_model
@@ -72,8 +72,8 @@ def test_narrower_processors_get_the_same(processor: str, cache):
     if not WANTS[processor] <= features():
         pytest.skip(f"this processor does not run what is compiled for `{processor}`")
     library = load_library(compile_library(processor))
-    for precision, largest in LARGEST_ERRORS.items():
-        assert error_of(library, precision) < largest
+    for precision, error in errors_of(library).items():
+        assert error < LARGEST_ERRORS[precision]
     assert error_of(library, "int4", n_kv_heads=1, head_dim=48, vocab_size=97) < LARGEST_ERRORS["int4"]
 
 
@@ -84,8 +84,9 @@ def test_weights_are_multiplied_out_to_the_last_bit(processor: str, cache, monke
     if not WANTS.get(processor, set()) <= features():
         pytest.skip(f"this processor does not run what is compiled for `{processor}`")
     kinds = compiled_kinds(load_library(compile_library(processor)))
-    schemes = [SCHEMES[name] for name in ("int8", "int4", "int4-sym")]
-    schemes += [replace(schemes[1], group=group) for group in (32, 128)]
+    schemes = [SCHEMES[name] for name in ("int8", "int6", "int5", "int4", "int4-sym", "int3", "int2")]
+    schemes += [replace(SCHEMES[name], group=group) for name in ("int6", "int4") for group in (64, 128)]
+    schemes.append(replace(SCHEMES["int5"], symmetric=True))
     for scheme in schemes:
         layer = random_layer(scheme, 37, 384, torch.Generator().manual_seed(3))
         for is_fast, dtype in (

@@ -62,7 +62,7 @@ def test_it_is_an_adapter_on_the_model_that_quantize_makes(teachers, quantised, 
     run(teachers["decoder"], data, task, f"method={quantised}", out=Path("one"))
     Path("text.txt").write_text("\n\n".join(f"the good cat {number} sat on a bad mat." for number in range(200)))
     rows = ["--calib", "text.txt", "--set", "train.seq_len=48", "--set", "data.split=blank"]
-    how = ["--bits", "4", "--method", "clip", "--embedding", "float"]
+    how = ["--bits", "4", "--set", "weights.scale_bits=16", "--method", "clip", "--embedding", "float"]
     assert llmctl(["quantize", str(teachers["decoder"]), *how, *rows, "-q", "-o", "small"]) == 0
     made, expected = load_file(Path("one") / BASE / "model.safetensors"), load_file("small/model.safetensors")
     assert made.keys() == expected.keys()

@@ -35,7 +35,7 @@ def test_the_fastest_right_one_is_chosen_and_kept(cache):
     name = table(SCHEMES["int4"], 320, 256, 1)
     problems = json.loads(products_path().read_text())[table.machine]
     ((problem, times),) = problems.items()
-    assert problem == "4-bit group 64 zeros inputs 0 512x256 1"
+    assert problem == "4-bit group 32 zeros inputs 0 512x256 1"
     own = {product: seconds for product, seconds in times.items() if product in PRODUCTS}
     assert own[name] == min(own.values())
     # What the file says is believed: nothing is measured twice.

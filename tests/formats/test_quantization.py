@@ -1,6 +1,8 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from llmctl.cli import run
 from llmctl.engine.models import load_model
 from llmctl.errors import ArtifactError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
 from llmctl.formats.quantization import EMBEDDING, linear_modules, part_shapes, read_schemes, write_schemes
 from llmctl.quant.methods import nearest
 from llmctl.quant.schemes import SCHEMES, Scheme
@@ -30,7 +32,7 @@ def quantised(source: Path, out: Path, scheme: Scheme, *, embedding: Scheme | No
     return write_artifact(out, artifact.config, state, files=artifact.files, provenance={}, schemes=schemes)
 
 
-@pytest.mark.parametrize("name", ["int8", "w8a8", "int4", "int4-sym", "int3", "int2"])
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int6", "int5", "int4", "int4-sym", "int3", "int2"])
 def test_schemes_survive_config_json(models: dict[str, Path], name: str) -> None:
     config = read_artifact(models["decoder"]).config
     scheme = replace(SCHEMES[name], group=SCHEMES[name].group and 32)  # the width of the tiny model
@@ -86,11 +88,44 @@ def test_what_is_not_read_is_named(models: dict[str, Path]) -> None:
             read_schemes({"quantization_config": good | change}, config, "here")
 
 
-def test_the_tensors_of_a_matrix_take_what_the_scheme_says() -> None:
-    scheme = SCHEMES["int4"]
+@pytest.mark.parametrize("scheme", [Scheme(4, 64, symmetric=False), *SCHEMES.values()])
+def test_the_tensors_of_a_matrix_take_what_the_scheme_says(scheme: Scheme) -> None:
+    widths = {
+        "weight_packed": 32,
+        "weight_scale": scheme.scale_bits,
+        "weight_zero_point": 32,
+        "weight_scale_exponent": 8,
+    }
     shapes = part_shapes(scheme, (96, 128))
-    bits = 32 * 96 * shapes["weight_packed"][1] + 16 * 96 * 2 + 32 * shapes["weight_zero_point"][0] * 2
+    bits = sum(width * math.prod(shapes[name]) for name, width in widths.items() if name in shapes)
     assert bits == scheme.size_bits(96, 128)
+
+
+def groups_of(artifact: Artifact) -> list[dict[str, Any]]:
+    return list(artifact.hf["quantization_config"]["config_groups"].values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_in_eight_bits_are_ours_and_survive(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    scheme = Scheme(5, 16, symmetric=False, scale_bits=8)
+    first = read_artifact(quantised(models[family], tmp_path / "small", scheme))
+    assert "llmctl-pack-quantized" in {group["format"] for group in groups_of(first)}
+    name = next(name for name in first.schemes if "layers." in name)
+    entries = {part: first.tensors[f"{name}.{part}"][2].dtype for part in ("weight_scale", "weight_scale_exponent")}
+    assert entries == {"weight_scale": "U8", "weight_scale_exponent": "I8"}
+    original = read_artifact(models[family]).state()[f"{name}.weight"].float()
+    state = first.packed_state()
+    meant = nearest(original, scheme).grid.scales_OG
+    assert torch.equal(state[f"{name}.weight_scale"].float(), meant)
+
+    # For others scales are written out, and mean the same.
+    assert run(["export", str(tmp_path / "small"), "--to", "hf", "-o", str(tmp_path / "wide")]) == 0
+    last = read_artifact(tmp_path / "wide")
+    assert {group["format"] for group in groups_of(last)} == {"pack-quantized", "int-quantized"}
+    assert {each.scale_bits for each in last.schemes.values()} == {16}
+    wide = last.packed_state()
+    assert state.keys() == wide.keys()
+    assert all(torch.equal(state[key], wide[key]) for key in state)
 
 
 @pytest.mark.parametrize("name", ["w8a8", "int8"])

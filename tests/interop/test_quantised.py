@@ -46,7 +46,7 @@ def plain(folder: Path, tokenizer, **more) -> Path:
 
 def in_few_bits(source: Path, out: Path, **weights) -> Path:
     base = load_model(source)
-    plan = plan_of(base.model.config, QuantizeConfig(weights=WeightsConfig(**weights)))
+    plan = plan_of(base.model.config, QuantizeConfig(weights=WeightsConfig(**({"scale_bits": 16} | weights))))
     state = stored_state(base.model, calibrate(base.model, plan, "nearest", [], lambda _: None), plan)
     return write_artifact(out, base.model.config, state, files=base.artifact.files, provenance={}, schemes=plan)
 
@@ -83,6 +83,25 @@ def test_transformers_computes_what_we_compute(tmp_path, tokenizer, scheme, embe
     found = theirs.state_dict()
     for name, weight in meant(path).items():
         torch.testing.assert_close(found[name].float(), weight, rtol=0.01, atol=1e-6)
+
+
+@pytest.mark.parametrize("embedding", ["float", "int8"])
+def test_scales_in_eight_bits_are_not_taken_for_others(tmp_path, tokenizer, embedding):
+    from transformers import AutoModelForCausalLM
+
+    source = plain(tmp_path / "whole", tokenizer)
+    path = in_few_bits(source, tmp_path / "small", scheme="int4", scale_bits=8, embedding=embedding)
+    with pytest.raises(Exception, match="llmctl"):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_transformers_opens_what_is_exported_of_scales_in_eight_bits(tmp_path, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    source = plain(tmp_path / "whole", tokenizer)
+    path = in_few_bits(source, tmp_path / "small", scheme="int4", scale_bits=8, embedding="float")
+    assert run(["export", str(path), "--to", "hf", "-o", str(tmp_path / "wide")]) == 0
+    compare(path, AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32), off=0.02)
 
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])

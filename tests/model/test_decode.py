@@ -131,7 +131,7 @@ def quantised(model: LanguageModel, scheme: Scheme) -> LanguageModel:
     return model
 
 
-@pytest.mark.parametrize("name", ["int8", "w8a8", "int4", "int4-sym", "int3"])
+@pytest.mark.parametrize("name", ["int8", "w8a8", "int6", "int4", "int4-sym", "int3"])
 def test_quantised_layers_are_joined_too(build, ids, name: str):
     shape = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 192, "attention_bias": True, "n_layers": 1}
     model = quantised(build(**shape).float(), SCHEMES[name])

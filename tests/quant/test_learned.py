@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -96,9 +98,10 @@ def test_it_counts_the_numbers_of_its_weight(kind) -> None:
 
 
 def test_the_gradient_of_a_scale_is_that_of_plain_torch() -> None:
-    layer = ScaledLinear(64, 8, SCHEMES["int4"], bias=False)
+    scheme = replace(SCHEMES["int4"], group=64)
+    layer = ScaledLinear(64, 8, scheme, bias=False)
     original = torch.randn(8, 64, generator=torch.Generator().manual_seed(2))
-    codes = nearest(original, SCHEMES["int4"])
+    codes = nearest(original, scheme)
     layer.put(codes, original)
     weights = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
     (layer.rounded() * weights).sum().backward()

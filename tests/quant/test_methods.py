@@ -38,7 +38,7 @@ def test_what_lies_on_a_grid_stays_where_it_is(method: str, scheme: Scheme) -> N
         assert torch.nn.functional.mse_loss(decode(again, scheme), on_grid) < 1e-4
         return
     error = output_error(on_grid, decode(again, scheme), moments())
-    assert error < {8: 1e-5, 4: 2e-3, 3: 2e-2, 2: 6e-2}[scheme.bits]
+    assert error < {8: 1e-5, 6: 2e-4, 5: 6e-4, 4: 2e-3, 3: 2e-2, 2: 6e-2}[scheme.bits]
 
 
 def test_eight_bits_are_within_half_a_step_of_the_weight() -> None:
@@ -94,13 +94,14 @@ def test_scales_fit_all_codes_of_a_row_at_once(name: str) -> None:
     for row in (0, 17, 47):
         parts_GI = torch.block_diag(*steps_OGg[row][:, None])
         wanted_G = torch.linalg.lstsq(root_II @ parts_GI.T, root_II @ weight()[row].double()[:, None]).solution[:, 0]
-        torch.testing.assert_close(found.grid.scales_OG[row].double(), wanted_G, rtol=2**-8, atol=0)
+        unit = 0.0 if scheme.scale_bits == 16 else float(wanted_G.max()) / 128
+        torch.testing.assert_close(found.grid.scales_OG[row].double(), wanted_G, rtol=2**-8, atol=unit / 2)
     before = errors(weight(), codes, scheme, second_II)  # eight bits leave little that the digits of a scale can mend
     assert errors(weight(), found, scheme, second_II).sum() < before.sum() * (1.01 if scheme.bits == 8 else 1.0)
 
 
 def test_a_scale_that_would_be_none_is_kept() -> None:
-    scheme, original = SCHEMES["int4"], weight()
+    scheme, original = Scheme(4, 64, symmetric=False), weight()
     codes = gptq(original, scheme, moments())
     codes.codes_OI[:, :64] = codes.grid.zeros_OG[:, :1]  # one group says nothing
     codes.codes_OI[5, 64:] = scheme.levels - codes.codes_OI[5, 64:]  # and one the opposite

@@ -1,6 +1,6 @@
-// A token through all layers of a Llama-like decoder in one call: weights in 4 or 8 bits, bfloat16 or float32.
+// A token through all layers of a Llama-like decoder in one call: weights in few bits, bfloat16 or float32.
 //
-// Weights are read where the model's files have them: rows of codes, the lowest bits first. Inputs of coded weights are
+// Weights of 4 and 8 bits are read where the model's files have them: rows of codes, the lowest bits first. Inputs of coded weights are
 // rounded to 8 bits in blocks of 64 (as llama.cpp's Q8_0 does in blocks of 32), so that products are sums of whole numbers.
 // One parallel region for a whole token; every thread norms and rounds the inputs for itself, which costs less than to wait
 // for another. Compiled for the machine it runs on; without the instructions it wants, plain loops do the same.
@@ -27,15 +27,15 @@ namespace {
 
 constexpr long BLOCK = 64;  // inputs that are rounded with one scale
 
-enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
+enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BYTES = 4 };
 
 struct Matrix {  // O outputs x I inputs
   int32_t kind;
-  int32_t group;          // INT4: inputs that share a scale; 32, 64 or 128
+  int32_t group;          // INT4, BYTES: inputs that share a scale; 32, 64 or 128
   int64_t n_out, n_in;
-  const void* weight;     // INT8, INT4: unsigned codes
-  const uint16_t* scale;  // bfloat16: (O,) of INT8, (O, G) of INT4
-  const uint8_t* zero;    // (O, G) of INT4; null means 8 everywhere
+  const void* weight;     // unsigned codes; of BYTES below 64, one a byte, the even ones of 64 inputs before the odd ones
+  const uint16_t* scale;  // bfloat16: (O,) of INT8, (O, G) of INT4 and BYTES
+  const uint8_t* zero;    // (O, G) of INT4 and BYTES; null means 8 everywhere
 };
 
 struct Layer {
@@ -204,7 +204,8 @@ inline __m256i block4(const uint8_t* w, const int8_t* q) {
 inline __m256i block8(const uint8_t* w, const int8_t* q) {
   return add_products(add_products(_mm256_setzero_si256(), bytes(w), bytes(q)), bytes(w + 32), bytes(q + 32));
 }
-#else  // by way of sums of two in 16 bits, which saturate: at most 4 * 15 * 127, and 2 * 128 * 127 where codes are made signed
+inline __m256i block6(const uint8_t* w, const int8_t* q) { return block8(w, q); }
+#else  // by way of sums of two in 16 bits, which saturate: at most 4 * 63 * 127, and 2 * 128 * 127 where codes are made signed
 #define SIGNED_BYTES
 inline __m256i in_fours(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline __m256i block4(const uint8_t* w, const int8_t* q) {
@@ -212,6 +213,9 @@ inline __m256i block4(const uint8_t* w, const int8_t* q) {
   __m256i v = bytes(w);
   __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(v, low), bytes(q));
   return in_fours(_mm256_add_epi16(even, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), low), bytes(q + 32))));
+}
+inline __m256i block6(const uint8_t* w, const int8_t* q) {
+  return in_fours(_mm256_add_epi16(_mm256_maddubs_epi16(bytes(w), bytes(q)), _mm256_maddubs_epi16(bytes(w + 32), bytes(q + 32))));
 }
 inline __m256i half8(const uint8_t* w, const int8_t* q) {
   __m256i s = _mm256_xor_si256(bytes(w), _mm256_set1_epi8(-128));
@@ -244,10 +248,14 @@ constexpr float ZERO8 = 128;  // the code of zero in 8 bits, as `sums8` leaves i
 constexpr long AHEAD = 4096;  // bytes that memory is asked for before they are needed
 constexpr long ROWS = 4;  // rows of a matrix that are multiplied together, so that inputs are loaded once
 
-// y[r] = sum over blocks of scale[r][block] (codes . inputs) - sum over groups of shift[r][group].
+// y[r] = sum over blocks of scale[r][block] (codes . inputs) - sum over groups of shift[r][group]; codes are two in a byte, or
+// `wide`.
+template <bool wide>
 void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale, const float* shift, long n_scales,
            long blocks, bool halves, float* y) {
+  constexpr long step = wide ? 64 : 32;  // bytes of a block
 #if defined(__AVX2__)
+  auto block = [](const uint8_t* p, const int8_t* x) { return wide ? block6(p, x) : block4(p, x); };
   __m256 sums[ROWS];
 #pragma GCC unroll 4
   for (long r = 0; r < ROWS; r++) {
@@ -258,12 +266,12 @@ void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale
     for (long i = 0; i < blocks; i++)
 #pragma GCC unroll 4
       for (long r = 0; r < ROWS; r++)
-        sums[r] = multiply_add(block4(w + r * row_bytes + 32 * i, q + 64 * i), pair(scale + r * n_scales + 2 * i), sums[r]);
+        sums[r] = multiply_add(block(w + r * row_bytes + step * i, q + 64 * i), pair(scale + r * n_scales + 2 * i), sums[r]);
   else
     for (long i = 0; i < blocks; i++)
 #pragma GCC unroll 4
       for (long r = 0; r < ROWS; r++)
-        __builtin_prefetch(w + r * row_bytes + 32 * i + AHEAD), sums[r] = multiply_add(block4(w + r * row_bytes + 32 * i, q + 64 * i), _mm256_set1_ps(scale[r * n_scales + i]), sums[r]);
+        __builtin_prefetch(w + r * row_bytes + step * i + AHEAD), sums[r] = multiply_add(block(w + r * row_bytes + step * i, q + 64 * i), _mm256_set1_ps(scale[r * n_scales + i]), sums[r]);
   _mm_storeu_ps(y, totals(sums[0], sums[1], sums[2], sums[3]));
 #else
   for (long r = 0; r < ROWS; r++, w += row_bytes, scale += n_scales, shift += n_scales) {
@@ -271,8 +279,11 @@ void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale
     for (long g = 0; g < n_scales; g++) sum -= shift[g];
     for (long i = 0; i < blocks; i++) {
       int32_t first = 0, second = 0;
-      for (long j = 0; j < 16; j++) first += (w[32 * i + j] & 15) * q[64 * i + j] + (w[32 * i + j] >> 4) * q[64 * i + 32 + j];
-      for (long j = 16; j < 32; j++) second += (w[32 * i + j] & 15) * q[64 * i + j] + (w[32 * i + j] >> 4) * q[64 * i + 32 + j];
+      for (long j = 0; j < 32; j++) {
+        const uint8_t* p = w + step * i + j;
+        int32_t even = wide ? p[0] : p[0] & 15, odd = wide ? p[32] : p[0] >> 4;
+        (j < 16 ? first : second) += even * q[64 * i + j] + odd * q[64 * i + 32 + j];
+      }
       sum += halves ? scale[2 * i] * first + scale[2 * i + 1] * second : scale[i] * (first + second);
     }
     y[r] = sum;
@@ -327,7 +338,11 @@ void rows4(const Matrix& m, Input& in, long n, float* y) {
       scaled[i] = s * x_scale[i];
       shift[i] = s * (zero ? (float)zero[i / per_group] : 8.f) * x_sum[i];
     }
-  sums4((const uint8_t*)m.weight + n * m.n_in / 2, m.n_in / 2, in.codes.data(), scaled, shift, n_scales, m.n_in / BLOCK, halves, y);
+  const uint8_t* codes = (const uint8_t*)m.weight;
+  if (m.kind == BYTES)
+    sums4<true>(codes + n * m.n_in, m.n_in, in.codes.data(), scaled, shift, n_scales, m.n_in / BLOCK, halves, y);
+  else
+    sums4<false>(codes + n * m.n_in / 2, m.n_in / 2, in.codes.data(), scaled, shift, n_scales, m.n_in / BLOCK, halves, y);
 }
 
 void rows8(const Matrix& m, Input& in, long n, float* y) {
@@ -336,11 +351,11 @@ void rows8(const Matrix& m, Input& in, long n, float* y) {
 }
 
 void prepare(const Matrix& m, Input& in) {
-  if (m.kind != INT8 && m.kind != INT4) return;
-  round_inputs(in, m.n_in, m.kind == INT4);
+  if (m.kind == FLOAT32 || m.kind == BFLOAT16) return;
+  round_inputs(in, m.n_in, m.kind != INT8);
   in.whole_sum = 0;
   for (long i = 0; i < m.n_in / 32; i++) in.whole_sum += in.sum[i];
-  if (m.kind != INT4) return;
+  if (m.kind == INT8) return;
   bool halves = m.group == 32;
   long n_scales = m.n_in / (halves ? 32 : BLOCK);
   for (long r = 0; r < ROWS; r++)
@@ -500,6 +515,18 @@ void unpack(const Matrix& m, long first, long last, int n_threads, Number* y) {
       continue;
     }
     long n_groups = m.n_in / m.group;
+    if (m.kind == BYTES) {
+      const uint16_t* scale = m.scale + r * n_groups;
+      const uint8_t* zero = m.zero + r * n_groups;
+      for (long first = 0; first < m.n_in; first += 32) {  // every input's group is that of the first of 32
+        float s = widen(scale[first / m.group]), z = zero[first / m.group];
+        const uint8_t* even = codes + r * m.n_in + first / BLOCK * BLOCK + first % BLOCK / 2;
+        uint8_t ordered[32];
+        for (long i = 0; i < 16; i++) ordered[2 * i] = even[i], ordered[2 * i + 1] = even[32 + i];
+        for (long i = 0; i < 32; i++) put((ordered[i] - z) * s, out + first + i);
+      }
+      continue;
+    }
     for (long g = 0; g < n_groups; g++) {
       float values[16];
       values_of(widen(m.scale[r * n_groups + g]), m.zero ? m.zero[r * n_groups + g] : 8, values);

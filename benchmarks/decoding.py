@@ -7,7 +7,7 @@ and the best round of each counts: other processes make a machine slower for sec
 different runs do not compare. Ours come twice: by torch alone, and `+` by the step that `llmctl doctor --compile` makes.
 transformers, llama-cpp-python and ctranslate2 take part where they can be imported; transformers also with its forward
 pass compiled over a StaticCache, where torch.compile works, which takes a minute before the first round. llama.cpp's
-4 bits are Q4_0, groups of 32 with a scale; ours are groups of 64 with scale and zero. CTranslate2's 8 bits have a scale per
+4 bits are Q4_0, groups of 32 with a scale; ours are groups of 32 with scale and zero. CTranslate2's 8 bits have a scale per
 output and inputs rounded to 8 bits, which the compiled step's have too. All heads are in 8 bits where the blocks are coded.
 """
 

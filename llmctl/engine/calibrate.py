@@ -3,6 +3,7 @@
 No more than one layer's moments, and the streams of the calibration rows, are held at a time.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from llmctl.engine.fisher import token_weights
 from llmctl.engine.importance import Batches, read
-from llmctl.engine.observe import Observer
 from llmctl.engine.progress import paced
 from llmctl.errors import ArtifactError
 from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
@@ -199,13 +199,34 @@ def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
 def observe(
     block: nn.Module, streams: Sequence[Sequence[Any]], weights: Mapping[str, list[Tensor] | None]
 ) -> dict[str, Moments]:
-    """Return the moments of what comes into the linear maps of a block, with weights as `Observer` takes them."""
-    observer = Observer(weights)
-    handles = [module.register_forward_pre_hook(observer.hook(name)) for name, module in linears(block)]
+    """Return the moments of what comes into the linear maps of a block; those that read the same share them.
+
+    weights: of every position, for each stream, of the maps that have some.
+    """
+    moments: dict[str, Moments] = {}
+    last: list[tuple[Tensor, Moments]] = []
+    seen: Counter[str] = Counter()
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            own = weights.get(name)
+            if own is None and last and last[0][0] is args[0]:
+                moments[name] = last[0][1]
+                return
+            n_in: int = module.in_features  # type: ignore[assignment]
+            mine = moments.setdefault(name, Moments.empty(n_in, args[0].device))
+            mine.add(args[0], None if own is None else own[seen[name]])
+            seen[name] += 1
+            if own is None:
+                last[:] = [(args[0], mine)]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears(block)]
     try:
         for stream in streams:
             run(block, stream)
     finally:
         for handle in handles:
             handle.remove()
-    return observer.moments
+    return moments

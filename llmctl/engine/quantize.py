@@ -114,8 +114,7 @@ class Quantizing(Taught):
             budget = 8 * parse_size(weights.target_size) - rest
         say(f"measuring what bits are worth in {len(choices)} layers")
         batches = self.batches(model, min(weights.calibration_rows, SENSITIVITY_ROWS))
-        costs = measure_costs(model, choices, batches, self.config.train.seed, say, method=self.method)
-        chosen = allocate(costs, sizes, budget, rest)
+        chosen = allocate(measure_costs(model, choices, batches, self.config.train.seed, say), sizes, budget, rest)
         counts = Counter(scheme.bits for scheme in chosen.values())
         say("layers: " + ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items())))
         return plan | chosen

@@ -279,8 +279,5 @@ NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq", "guided")
 EQUALISES = ("awq", "awq-gptq")
 """Methods for which scales move first."""
 
-COMPENSATES = ("gptq", "awq-gptq", "guided")
-"""Methods by which columns make up for what others lose."""
-
 WEIGHS = ("guided",)
 """Methods for which inputs count as much as errors cost there."""

@@ -227,8 +227,22 @@ inline __m256 multiply_add(__m256i whole, __m256 scale, __m256 sum) {
   return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(whole), scale), sum);
 }
 inline __m256 pair(const float* p) {  // two scales, four lanes each
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_set1_ps(p[0])), _mm_set1_ps(p[1]), 1);
+  double both;
+  memcpy(&both, p, 8);
+  return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+inline __m512 two_scales(const float* p) {  // eight lanes each
+  double both;
+  memcpy(&both, p, 8);
+  const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  return _mm512_permutevar_ps(_mm512_castpd_ps(_mm512_set1_pd(both)), places);
+}
+inline __m512 four_scales(const float* p) {  // four lanes each
+  const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), places);
+}
+#endif
 inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
   __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
@@ -248,12 +262,49 @@ constexpr float ZERO8 = 128;  // the code of zero in 8 bits, as `sums8` leaves i
 constexpr long AHEAD = 4096;  // bytes that memory is asked for before they are needed
 constexpr long ROWS = 4;  // rows of a matrix that are multiplied together, so that inputs are loaded once
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// As `sums4` below for two codes in a byte, two blocks at a time.
+void sums4_in_pairs(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale, const float* shift, long n_scales,
+                    long blocks, bool halves, float* y) {
+  const __m512i low = _mm512_set1_epi8(15);
+  __m512 sums[ROWS];
+  for (long r = 0; r < ROWS; r++) {
+    sums[r] = _mm512_setzero_ps();
+    for (long g = 0; g < n_scales; g += 16) {
+      __mmask16 mask = n_scales - g < 16 ? (1u << (n_scales - g)) - 1 : 0xffff;
+      sums[r] = _mm512_sub_ps(sums[r], _mm512_maskz_loadu_ps(mask, shift + r * n_scales + g));
+    }
+  }
+  for (long i = 0; i < blocks; i += 2) {
+    bool alone = i + 1 == blocks;  // its products are in the lower half of the register, and zeros in the upper
+    __mmask64 mask = alone ? 0xffffffffu : ~0ull;
+    __m512i a = _mm512_loadu_si512(q + 64 * i), b = alone ? _mm512_setzero_si512() : _mm512_loadu_si512(q + 64 * i + 64);
+    __m512i even = _mm512_shuffle_i64x2(a, b, 0x44), odd = _mm512_shuffle_i64x2(a, b, 0xee);
+#pragma GCC unroll 4
+    for (long r = 0; r < ROWS; r++) {
+      const uint8_t* p = w + r * row_bytes + 32 * i;
+      const float* s = scale + r * n_scales;
+      __builtin_prefetch(p + AHEAD);
+      __m512i v = _mm512_maskz_loadu_epi8(mask, p);
+      __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(v, low), even);
+      whole = _mm512_dpbusd_epi32(whole, _mm512_and_si512(_mm512_srli_epi16(v, 4), low), odd);
+      __m512 scales = halves ? four_scales(s + 2 * i) : two_scales(s + i);
+      sums[r] = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), scales), sums[r]);
+    }
+  }
+  for (long r = 0; r < ROWS; r++) y[r] = _mm512_reduce_add_ps(sums[r]);
+}
+#endif
+
 // y[r] = sum over blocks of scale[r][block] (codes . inputs) - sum over groups of shift[r][group]; codes are two in a byte, or
 // `wide`.
 template <bool wide>
 void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale, const float* shift, long n_scales,
            long blocks, bool halves, float* y) {
   constexpr long step = wide ? 64 : 32;  // bytes of a block
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  if (!wide) return sums4_in_pairs(w, row_bytes, q, scale, shift, n_scales, blocks, halves, y);
+#endif
 #if defined(__AVX2__)
   auto block = [](const uint8_t* p, const int8_t* x) { return wide ? block6(p, x) : block4(p, x); };
   __m256 sums[ROWS];
@@ -266,7 +317,7 @@ void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale
     for (long i = 0; i < blocks; i++)
 #pragma GCC unroll 4
       for (long r = 0; r < ROWS; r++)
-        sums[r] = multiply_add(block(w + r * row_bytes + step * i, q + 64 * i), pair(scale + r * n_scales + 2 * i), sums[r]);
+        __builtin_prefetch(w + r * row_bytes + step * i + AHEAD), sums[r] = multiply_add(block(w + r * row_bytes + step * i, q + 64 * i), pair(scale + r * n_scales + 2 * i), sums[r]);
   else
     for (long i = 0; i < blocks; i++)
 #pragma GCC unroll 4

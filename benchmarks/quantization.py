@@ -56,6 +56,15 @@ ROWS: dict[str, list[str]] = {
 }
 
 
+WIDE = {
+    f"int{bits} g{group} {method}": ["--bits", str(bits), "--group", str(group), "--method", method]
+    for bits in (4, 3)
+    for group in (128, 32)
+    for method in STUDIED
+}
+"""For a model whose rows are whole groups of 128, which those of the others are not."""
+
+
 def held_out(bench: Bench, name: str) -> Path:
     """Return the first part of the validation text."""
     part = bench.work / f"valid-{name}.txt"
@@ -82,9 +91,11 @@ def row(bench: Bench, model: object, out: str, calib: Path, val: Path, *options:
     }
 
 
-def each(bench: Bench, model: str, calib: Path, val: Path, names: str, *options: object) -> None:
+def each(
+    bench: Bench, model: str, calib: Path, val: Path, names: str, *options: object, rows: dict[str, list[str]] = ROWS
+) -> None:
     """Print a line for every scheme and method whose name begins so."""
-    for name, own in ROWS.items():
+    for name, own in rows.items():
         out = slug(name)
         if not out.startswith(names):
             continue
@@ -102,6 +113,15 @@ def decoder(bench: Bench, names: str = "") -> dict[str, Any]:
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, _ = wiki(bench)
     each(bench, "wiki-teacher", train, held_out(bench, "wiki"), names, "--set", "train.seq_len=128")
+    return {}
+
+
+def wide(bench: Bench, names: str = "") -> dict[str, Any]:
+    """A decoder of 3.9 million parameters, in narrow groups and wide ones."""
+    make_teacher(bench, "wiki-256", "wikitext-256.yaml")
+    train, _ = wiki(bench)
+    part = held_out(bench, "wiki")
+    each(bench, "wiki-256", train, part, names, "--set", "train.seq_len=128", rows=WIDE)
     return {}
 
 
@@ -148,6 +168,7 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "smollm2": large,
     "smollm2-best": best,
     "minilm": sentences,
+    "wiki-wide": wide,
     **{f"wiki-{kind}": partial(decoder, names=kind) for kind in KINDS},
     **{f"smollm2-{kind}": partial(large, names=kind) for kind in KINDS},
 }

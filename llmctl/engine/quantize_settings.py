@@ -20,8 +20,9 @@ REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
 SMALLEST_LR, LARGEST_LR = 1e-6, 1e-3
 """The peak learning rate of weights falls with the root of the model's size (learned)."""
 
-SCALES_LR = 1e-3
-"""That of scales, which learn as logarithms, is a share of any scale."""
+SCALES_LR, SCALES_BITS = 1e-3, 4
+"""That of scales, which learn as logarithms, is a share of any scale; with every bit more the same share moves the outermost
+codes by twice as many steps, and is half as large."""
 
 DEFAULT_STEPS = 200
 """Steps where codes are learned and no budget is given."""
@@ -70,7 +71,8 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     optim = config.optim
     if not optim.lr:
         rate = min(max(REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5, SMALLEST_LR), LARGEST_LR)
-        optim = replace(optim, lr=SCALES_LR if weights.learn == "scales" else float(f"{rate:.2g}"))
+        of_scales = SCALES_LR * 2.0 ** min(0, SCALES_BITS - SCHEMES[weights.scheme].bits)
+        optim = replace(optim, lr=float(f"{of_scales if weights.learn == 'scales' else rate:.2g}"))
     weights = replace(weights, method=method)
     return replace(config, task=task, teacher=teacher, loss=loss, train=train, optim=optim, weights=weights)
 

@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--beside", type=Path, nargs="*", default=[])
     parser.add_argument("--rows", type=int, default=12)
+    parser.add_argument("--types", nargs="*", help='no others than these, such as q4_K or "llama.cpp Q4_K_M"')
     asked = parser.parse_args()
     content = gzip.decompress(asked.text.read_bytes()) if asked.text.suffix == ".gz" else asked.text.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +105,8 @@ def main() -> None:
             print(f"{name:<24} {size_told}, KL {kl:.3g} nats/token, {top1:.1%} same best token", flush=True)
 
         for name, write in files(source, work):
+            if asked.types is not None and name not in asked.types:
+                continue
             path = work / "m.gguf"
             path.unlink(missing_ok=True)
             write(path)

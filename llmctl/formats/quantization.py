@@ -40,7 +40,7 @@ EXPONENT = "weight_scale_exponent"
 WEIGHT = "weight"
 PARTS = (PACKED, SCALE, ZERO)
 HEAD_SCALE = f"{HEAD}.{SCALE}"
-WHOLE_DTYPES = {PACKED: "I32", ZERO: "I32", SHAPE: "I64"}
+WHOLE_DTYPES = {PACKED: "I32", ZERO: "I32", SHAPE: "I64", EXPONENT: "I8"}
 
 Schemes = Mapping[str, Scheme]
 """Module -> scheme; a tied head goes by the embedding's name alone."""
@@ -78,24 +78,19 @@ def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
 
 def fits_bytes(scheme: Scheme) -> bool:
     """Tell whether codes can lie one a byte, as signed numbers."""
-    return scheme.bits == 8 and scheme.symmetric and not scheme.group and not has_small_scales(scheme)
-
-
-def has_small_scales(scheme: Scheme) -> bool:
-    """Tell whether scales are codes too, each row with an exponent."""
-    return scheme.scale_bits < SCALE_BITS
+    return scheme.bits == 8 and scheme.symmetric and not scheme.group and not scheme.has_small_scales
 
 
 def whole_dtypes(schemes: Schemes, forms: Mapping[str, str]) -> dict[str, str]:
     """Return the dtypes of the tensors that hold whole numbers under a name that others of them use for real ones."""
     found = {f"{name}.{WEIGHT}": "I8" for name, form in forms.items() if form == IN_BYTES}
-    small = [name for name, scheme in schemes.items() if has_small_scales(scheme)]
-    return found | {f"{name}.{SCALE}": "U8" for name in small} | {f"{name}.{EXPONENT}": "I8" for name in small}
+    small = [name for name, scheme in schemes.items() if scheme.has_small_scales]
+    return found | {f"{name}.{SCALE}": "U8" for name in small}
 
 
 def form_of(name: str, scheme: Scheme) -> str:
     """Return how the codes of a module are written."""
-    if has_small_scales(scheme):
+    if scheme.has_small_scales:
         return SMALL_SCALES
     wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
     return IN_BYTES if wants_bytes and fits_bytes(scheme) else IN_WORDS
@@ -117,7 +112,7 @@ def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str,
     if form == IN_BYTES:
         return {WEIGHT: shape, SCALE: (n_out, n_groups)}
     shapes: dict[str, Shape] = {PACKED: (n_out, -(-n_in * scheme.bits // 32)), SCALE: (n_out, n_groups), SHAPE: (2,)}
-    if has_small_scales(scheme):
+    if scheme.has_small_scales:
         shapes[EXPONENT] = (n_out, 1)
     return shapes if scheme.symmetric else shapes | {ZERO: (-(-n_out * scheme.bits // 32), n_groups)}
 
@@ -286,7 +281,7 @@ def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Te
         if codes_OI is not None:
             found[f"{name}.{PACKED}"] = pack(codes_OI.view(torch.uint8) ^ scheme.middle, scheme.bits)
             found[f"{name}.{SHAPE}"] = torch.tensor(codes_OI.shape)
-        if has_small_scales(scheme):
+        if scheme.has_small_scales:
             scales_OG = scales_of(found[f"{name}.{SCALE}"], found.pop(f"{name}.{EXPONENT}"))
             found[f"{name}.{SCALE}"] = scales_OG.bfloat16()
     return found
@@ -312,7 +307,7 @@ def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelC
             for part in PARTS
             if part in part_shapes(scheme, (1, scheme.group or 1))
         }
-        if has_small_scales(scheme):
+        if scheme.has_small_scales:
             stored[f"{name}.{SCALE}"], stored[f"{name}.{EXPONENT}"] = scale_codes(state[f"{name}.{SCALE}"])
         stored[f"{name}.{SHAPE}"] = torch.tensor(shapes[f"{name}.weight"], dtype=torch.int64)
     return stored

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmctl.quant.schemes import SCALE_BITS, Scheme
+from llmctl.quant.schemes import Scheme
 
 SEARCH_STEPS = 20
 NARROWEST = 0.5
@@ -45,9 +45,9 @@ def grouped(weight_OI: Tensor, scheme: Scheme) -> Tensor:
 
 def rounded_scales(scales_OG: Tensor, scheme: Scheme) -> Tensor:
     """Return the nearest numbers that a file can hold, never 0: bfloat16, or multiples of a power of two, by row."""
-    if scheme.scale_bits == SCALE_BITS:
-        return scales_OG.clamp(min=SMALLEST).bfloat16().float()
-    return scales_of(*scale_codes(scales_OG))
+    if scheme.has_small_scales:
+        return scales_of(*scale_codes(scales_OG))
+    return scales_OG.clamp(min=SMALLEST).bfloat16().float()
 
 
 def scale_codes(scales_OG: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,11 @@ class Scheme:
         """The code of zero where the scheme is symmetric."""
         return 2 ** (self.bits - 1)
 
+    @property
+    def has_small_scales(self) -> bool:
+        """Whether scales are codes too, each row with an exponent."""
+        return self.scale_bits < SCALE_BITS
+
     def n_groups(self, n_in: int) -> int:
         """Return the groups of a row."""
         return n_in // self.group if self.group else 1
@@ -55,7 +60,7 @@ class Scheme:
     def size_bits(self, n_out: int, n_in: int) -> int:
         """Return the bits of a matrix (O, I) by the theory: codes, scales, and zeros where they are stored."""
         per_group = self.scale_bits + (0 if self.symmetric else self.bits)
-        per_row = EXPONENT_BITS if self.scale_bits < SCALE_BITS else 0
+        per_row = EXPONENT_BITS if self.has_small_scales else 0
         return n_out * (n_in * self.bits + self.n_groups(n_in) * per_group + per_row)
 
 

@@ -9,7 +9,7 @@ Source: as in `fisher.py`; allocation by marginal returns: Shoham and Gersho 198
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -150,6 +150,25 @@ def adder(
     return hook
 
 
+def check_budget(
+    choices: Mapping[str, Iterable[Scheme]],
+    shapes: Mapping[str, tuple[int, ...]],
+    budget_bits: float,
+    rest_bits: float = 0,
+) -> None:
+    """Refuse a budget below what the smallest choice of every layer takes; rest_bits as in `allocate`.
+
+    Raises: UsageError with the smallest budget that can be.
+    """
+    least = sum(min(scheme.size_bits(*shapes[name]) for scheme in each) for name, each in choices.items())
+    weights = sum(shapes[name][0] * shapes[name][1] for name in choices)
+    if least > budget_bits:
+        raise UsageError(
+            f"the model cannot be held in {(budget_bits + rest_bits) / 8e6:,.3f} MB",
+            f"the smallest possible is {(least + rest_bits) / 8e6:,.3f} MB, {least / weights:.2f} bits per weight in the blocks",
+        )
+
+
 def allocate(
     costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget_bits: float, rest_bits: float = 0
 ) -> dict[str, Scheme]:
@@ -157,8 +176,9 @@ def allocate(
 
     rest_bits: of the parts of the model whose bits are settled, for the message.
 
-    Raises: UsageError with the smallest budget that can be.
+    Raises: UsageError as `check_budget`.
     """
+    check_budget(costs, shapes, budget_bits, rest_bits)
     units: dict[str, list[str]] = {}
     for name in costs:
         units.setdefault(unit_of(name), []).append(name)
@@ -169,12 +189,6 @@ def allocate(
         sizes[unit] = {scheme: sum(scheme.size_bits(*shapes[name]) for name in names) for scheme in shared}
     chosen = {unit: min(each, key=each.__getitem__) for unit, each in sizes.items()}
     used = sum(sizes[unit][scheme] for unit, scheme in chosen.items())
-    weights = sum(shapes[name][0] * shapes[name][1] for name in costs)
-    if used > budget_bits:
-        raise UsageError(
-            f"the model cannot be held in {(budget_bits + rest_bits) / 8e6:,.3f} MB",
-            f"the smallest possible is {(used + rest_bits) / 8e6:,.3f} MB, {used / weights:.2f} bits per weight in the blocks",
-        )
     while True:
         steps = []
         for unit, scheme in chosen.items():

@@ -21,7 +21,7 @@ from llmctl.engine.distill_settings import is_bare
 from llmctl.engine.job import Say
 from llmctl.engine.learner import learned_state, learner, stored_state
 from llmctl.engine.loop import Fitted, Training
-from llmctl.engine.mixed import allocate, candidates, measure_costs, parse_size
+from llmctl.engine.mixed import allocate, candidates, check_budget, measure_costs, parse_size
 from llmctl.engine.models import load_model
 from llmctl.engine.objectives import Objective
 from llmctl.engine.quantize_report import make_report, render
@@ -60,8 +60,10 @@ class Quantizing(Taught):
         return self.config.weights.method == "learned"
 
     def check(self) -> None:
-        """Refuse settings that exclude each other."""
+        """Refuse settings that exclude each other, and a target that cannot be met."""
         check_quantize(self.config)
+        if self.has_target:
+            check_budget(*self.budget)
 
     @cached_property
     def plan(self) -> dict[str, Scheme]:
@@ -102,22 +104,32 @@ class Quantizing(Taught):
 
     def shared_out(self, model: LanguageModel, say: Say) -> dict[str, Scheme]:
         """Return the plan, its bits shared out among the layers where there is a target."""
-        weights, shapes = self.config.weights, parameter_shapes(self.shape)
         plan = dict(self.plan)
-        if not (weights.target_bpw or weights.target_size):
+        if not self.has_target:
             return plan
-        sizes = {name: shapes[f"{name}.weight"] for name in plan}
-        choices = candidates(plan, {name: size[1] for name, size in sizes.items()})
-        budget = weights.target_bpw * sum(sizes[name][0] * sizes[name][1] for name in choices)
-        rest = other_bits(model, plan, set(choices))
-        if weights.target_size:
-            budget = 8 * parse_size(weights.target_size) - rest
+        choices, sizes, budget, rest = self.budget
         say(f"measuring what bits are worth in {len(choices)} layers")
-        batches = self.batches(model, min(weights.calibration_rows, SENSITIVITY_ROWS))
+        batches = self.batches(model, min(self.config.weights.calibration_rows, SENSITIVITY_ROWS))
         chosen = allocate(measure_costs(model, choices, batches, self.config.train.seed, say), sizes, budget, rest)
         counts = Counter(scheme.bits for scheme in chosen.values())
         say("layers: " + ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items())))
         return plan | chosen
+
+    @property
+    def has_target(self) -> bool:
+        """Whether layers share bits out within a budget."""
+        return bool(self.config.weights.target_bpw or self.config.weights.target_size)
+
+    @property
+    def budget(self) -> tuple[dict[str, list[Scheme]], dict[str, tuple[int, ...]], float, int]:
+        """What layers may get, their shapes, the bits that they share out, and those of everything else."""
+        weights, shapes = self.config.weights, parameter_shapes(self.shape)
+        sizes = {name: shapes[f"{name}.weight"] for name in self.plan}
+        choices = candidates(self.plan, {name: size[1] for name, size in sizes.items()})
+        rest = other_bits(self.shape, self.plan, set(choices))
+        if weights.target_size:
+            return choices, sizes, 8 * parse_size(weights.target_size) - rest, rest
+        return choices, sizes, weights.target_bpw * sum(math.prod(sizes[name]) for name in choices), rest
 
     @property
     def method(self) -> str:
@@ -258,12 +270,12 @@ class Quantizing(Taught):
         return "\n".join([*render(self.report.record), f"report: {run.path / 'report.json'}", f"next: {use}"])
 
 
-def other_bits(model: LanguageModel, plan: Mapping[str, Scheme], inside: set[str]) -> int:
+def other_bits(config: ModelConfig, plan: Mapping[str, Scheme], inside: set[str]) -> int:
     """Return the bits of what is not shared out: tables, heads, vectors."""
-    shapes = parameter_shapes(model.config)
+    shapes = parameter_shapes(config)
     bits = sum(scheme.size_bits(*shapes[f"{name}.weight"]) for name, scheme in plan.items() if name not in inside)
     held = {f"{name}.weight" for name in plan}
-    if model.config.tie_embeddings:
+    if config.tie_embeddings:
         held.add("lm_head.weight")
     return bits + sum(
         (16 if len(shape) > 1 else 32) * math.prod(shape) for name, shape in shapes.items() if name not in held

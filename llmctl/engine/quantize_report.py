@@ -112,5 +112,6 @@ def render(record: Mapping[str, Any]) -> list[str]:
     ]
     slower = [name for name in ("reading", "writing") if record.get(f"{name}_ratio", 1.0) < 1.0]
     if slower:
-        facts.append(f"{' and '.join(slower)} is slower on this machine than before")
+        verb = "is" if len(slower) == 1 else "are"
+        facts.append(f"{' and '.join(slower)} {verb} slower on this machine than before")
     return [*lines, *facts]

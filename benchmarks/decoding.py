@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmctl.benchmarking.random_models import random_model, shape_config
 from llmctl.config import ModelConfig
-from llmctl.engine.decoders import make_decoder
-from llmctl.engine.native import compile_library, load_library, make_native
-from llmctl.engine.random_models import random_model, shape_config
-from llmctl.engine.session import Session
 from llmctl.errors import LlmctlError
+from llmctl.inference.session import Session
+from llmctl.kernels.compiled_step import compile_library, load_library, make_native
+from llmctl.kernels.decoder import make_decoder
 
 PROMPT = [(7 * place + 3) % 1000 for place in range(64)]
 Engine = Callable[[int], float]

@@ -109,7 +109,7 @@ def measure(name, peers, vocab, rows, threads, repetitions, dtype):
     """Return the figures of an implementation in this process."""
     import torch
 
-    from llmctl.engine.machine import forget_peak_memory, peak_since_forgotten
+    from llmctl.machine import forget_peak_memory, peak_since_forgotten
 
     torch.set_num_threads(threads)
     dtype = getattr(torch, dtype)

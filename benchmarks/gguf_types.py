@@ -23,12 +23,12 @@ import gguf
 import torch
 from safetensors import safe_open
 
-from llmctl.engine.convert import import_model
-from llmctl.engine.export_gguf import export_gguf
-from llmctl.engine.gguf_proof import distance, logits_of
-from llmctl.engine.models import load_model
+from llmctl.artifacts.load import load_model
+from llmctl.converting.convert import import_model
+from llmctl.converting.export_gguf import export_gguf
+from llmctl.converting.gguf_check import distance, logits_of
 from llmctl.formats.artifact import read_artifact, write_artifact
-from llmctl.formats.gguf_write import TYPES
+from llmctl.formats.gguf.write import TYPES
 
 LLAMA_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "Q3_K_M": 12}
 """Numbers of `llama_ftype` in llama.cpp's header."""

@@ -49,13 +49,13 @@ def job(row: dict[str, Any]) -> dict[str, float]:
     from llmctl.data.batches import CausalBatches, Ids, MaskedBatches
     from llmctl.data.masking import Masking
     from llmctl.data.stream import PackedRows
-    from llmctl.engine import runtime
-    from llmctl.engine.flops import Rows
-    from llmctl.engine.loop import Training, fit
-    from llmctl.engine.memory import memory
-    from llmctl.engine.objectives import LabelPrediction
-    from llmctl.engine.progress import Silent
+    from llmctl.distributed import runtime
+    from llmctl.model.flops import Rows
+    from llmctl.model.training_memory import memory
     from llmctl.model.transformer import LanguageModel, initialise
+    from llmctl.runs.progress import Silent
+    from llmctl.training.loop import Training, fit
+    from llmctl.training.objectives import LabelPrediction
 
     class Memory:
         def __init__(self) -> None:
@@ -163,7 +163,7 @@ def main() -> None:
         import torch.distributed as dist
 
         if dist.is_initialized():
-            from llmctl.engine.runtime import leave
+            from llmctl.distributed.runtime import leave
 
             leave(0)
         return

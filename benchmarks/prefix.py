@@ -13,10 +13,10 @@ from collections.abc import Callable
 
 import torch
 
-from llmctl.engine.decoders import make_decoder
-from llmctl.engine.prefix import Prefix
-from llmctl.engine.random_models import random_model, shape_config
-from llmctl.engine.session import Session
+from llmctl.benchmarking.random_models import random_model, shape_config
+from llmctl.inference.prefix import Prefix
+from llmctl.inference.session import Session
+from llmctl.kernels.decoder import make_decoder
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 

@@ -29,15 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.config import ModelConfig, OptimConfig
-from llmctl.engine.estimate import GPU_FLOPS
-from llmctl.engine.flops import row_flops
-from llmctl.engine.machine import choose_dtype, product_rate
-from llmctl.engine.objectives import LabelPrediction
-from llmctl.engine.optim import make_optimizers
+from llmctl.jobs.estimate import GPU_FLOPS
 from llmctl.losses.base import IGNORE
+from llmctl.machine import choose_dtype, product_rate
+from llmctl.model.flops import row_flops
 from llmctl.model.presets import preset_config
 from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.training.objectives import LabelPrediction
+from llmctl.training.optim import make_optimizers
 
 DATA_SHEETS = {"H100": "H100 SXM", "H200": "H100 SXM", "A100": "A100"}
 """Part of a GPU's name -> the row with its published rate; an H200 is an H100 with more memory."""

@@ -28,7 +28,7 @@ def main() -> None:
     is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()
     # A launcher may have threads that wait for a host which is gone, and would wait for them.
     if is_rank or "torch.distributed.launcher.api" in sys.modules:
-        from llmctl.engine.runtime import leave
+        from llmctl.distributed.runtime import leave
 
         leave(code)
     sys.exit(code)

@@ -166,7 +166,7 @@ def given_value(error: Exception, args: Sequence[str]) -> str:
 
 def show(message: str, hint: str, exit_code: int) -> int:
     """Write one error in the house's form to stderr, or leave it to the process that started this one among others."""
-    from llmctl.engine.ranks import tell_launcher
+    from llmctl.distributed.ranks import tell_launcher
 
     text = f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else "")
     if not tell_launcher(text, os.environ):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.models import make_loaded, text_tokenizer  # noqa: F401
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -37,7 +39,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return the folders of tiny random models, one of every family, each with a tokenizer."""
-    from tests.engine.tuning import write_models
+    from tests.support.tuning import write_models
 
     return write_models(tmp_path_factory.mktemp("models"))
 

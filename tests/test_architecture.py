@@ -85,7 +85,7 @@ def test_packages_stay_in_their_rooms(package: str, rooms: set[str]):
     users = {module_of(path) for path in SOURCES if any(name.split(".")[0] == package for name in imports_of(path))}
     assert {room(module) for module in users} <= rooms
     if package == "accelerate":
-        assert users <= {"llmctl.engine.runtime", "llmctl.engine.launch"}
+        assert users <= {"llmctl.distributed.runtime", "llmctl.distributed.launch"}
 
 
 def test_print_only_in_commands():

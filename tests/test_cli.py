@@ -291,7 +291,7 @@ def test_places_that_cannot_be_written_are_named(capsys, tmp_path, monkeypatch):
 
 
 def test_a_run_in_use_is_busy(capsys, tmp_path):
-    from llmctl.engine.runs import create_run
+    from llmctl.runs.folder import create_run
 
     held = create_run("pretrain", "x")
     (held.path / "recipe.yaml").write_text("train: {steps: 1}\n")

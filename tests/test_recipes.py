@@ -10,7 +10,7 @@ import yaml
 
 from llmctl.cli import run
 from llmctl.config import TRAINING
-from llmctl.engine.failures import FINAL, LOST_PEER
+from llmctl.distributed.failures import FINAL, LOST_PEER
 from llmctl.recipe import load
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

@@ -61,8 +61,8 @@ def bench(
 
     import torch
 
-    from llmctl.engine import bench as engine
-    from llmctl.engine.random_models import random_model, shape_config
+    from llmctl.benchmarking import bench as engine
+    from llmctl.benchmarking.random_models import random_model, shape_config
 
     if threads > 0:
         torch.set_num_threads(threads)

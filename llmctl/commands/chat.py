@@ -16,7 +16,7 @@ from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from llmctl.engine.chat import Chat
+    from llmctl.inference.chat import Chat
 
 app = command_app()
 DEFAULT = GenerateConfig()
@@ -80,11 +80,11 @@ def chat(
         raise UsageError(f"two models are named: `{name}` and `{model}`", "name one")
     lines = None if script is None else script_lines(script)
     path = find_model(model if name is None else name, "generate", quiet=quiet, adapters=adapter)
+    from llmctl.artifacts.adapters import apply_adapters
+    from llmctl.artifacts.load import load_model
     from llmctl.commands.generate import argument
-    from llmctl.engine.adapters import apply_adapters
-    from llmctl.engine.chat import PLAIN_NOTE, Chat
-    from llmctl.engine.models import load_model
-    from llmctl.engine.sampling import check
+    from llmctl.inference.chat import PLAIN_NOTE, Chat
+    from llmctl.inference.sampling import check
 
     config = GenerateConfig(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, kv=kv

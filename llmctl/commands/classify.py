@@ -12,7 +12,7 @@ from llmctl.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llmctl.engine.classify import Classified
+    from llmctl.inference.classify import Classified
 
 app = command_app()
 WINDOW_TEXTS = 256
@@ -53,8 +53,8 @@ def classify(
     else:
         texts = iter([(argument(text), *([] if pair is None else [argument(pair)]))])
     path = find_model(model, "classify", quiet=quiet)
-    from llmctl.engine.classify import classify as classify_texts
-    from llmctl.engine.models import load_model
+    from llmctl.artifacts.load import load_model
+    from llmctl.inference.classify import classify as classify_texts
 
     loaded = load_model(path, device=device, dtype=dtype, able="classify", packed=True)
     n_cut = 0

@@ -9,7 +9,7 @@ from llmctl.commands.training import Options, run_training, with_model, with_opt
 
 if TYPE_CHECKING:
     from llmctl.config import DistillConfig
-    from llmctl.engine.job import Job
+    from llmctl.jobs.job import Job
     from llmctl.recipe import Resolved
 
 app = command_app()
@@ -79,8 +79,8 @@ def distill(
         resolved = with_model(resolved, model, quiet=options.quiet)
 
     def make_job(resolved: "Resolved[DistillConfig]") -> "Job":
-        from llmctl.engine.distill import Distilling
-        from llmctl.engine.distill_settings import settle
+        from llmctl.distilling.settings import settle
+        from llmctl.jobs.distill import Distilling
 
         return Distilling(settle(resolved.config))
 
@@ -89,7 +89,7 @@ def distill(
 
 def check_config(config: "DistillConfig") -> None:
     """Refuse settings that exclude each other."""
-    from llmctl.engine.distill import Distilling
-    from llmctl.engine.distill_settings import settle
+    from llmctl.distilling.settings import settle
+    from llmctl.jobs.distill import Distilling
 
     Distilling(settle(config)).check()

@@ -62,7 +62,7 @@ def cache(
     resolved = load(DistillConfig, recipe=recipe, settings=set_ or [], flags=flags)
     resolved = with_model(resolved, model, quiet=quiet)
     note("loading torch", quiet=quiet)
-    from llmctl.engine.distill_cache import make_cache
+    from llmctl.jobs.distill_cache import make_cache
 
     store = make_cache(resolved.config, out, lambda text: note(text, quiet=quiet))
     told = {

@@ -37,7 +37,7 @@ def doctor(
 
       llmctl doctor --distributed --nnodes 2 --node-rank 0 --master 10.0.0.1:29500
     """
-    from llmctl.engine.launch import Layout
+    from llmctl.distributed.launch import Layout
     from llmctl.errors import UsageError
 
     if timeout < 1:
@@ -46,7 +46,7 @@ def doctor(
     if not distributed and is_parent:
         raise UsageError("`--nproc` and `--nnodes` check several processes", "add --distributed")
     if is_parent:
-        from llmctl.engine.doctor import Group, start_ranks
+        from llmctl.benchmarking.doctor import Group, start_ranks
 
         argv = ["doctor", "--distributed", "--timeout", str(timeout), *["--json"] * json]
         return start_ranks(Group(nproc, nnodes, node_rank, master), argv)
@@ -57,7 +57,7 @@ def doctor(
 
 def compile_step() -> None:
     """Compile the decoding step and try it."""
-    from llmctl.engine.native_check import compile_and_check
+    from llmctl.benchmarking.compiled_step_check import compile_and_check
 
     note("compiling the decoding step")
     note(f"compiled and right: {compile_and_check()}; LLMCTL_NATIVE=0 leaves it out")
@@ -65,8 +65,8 @@ def compile_step() -> None:
 
 def examine_here(*, json: bool) -> int:
     """Report on this machine."""
-    from llmctl.engine.doctor import examine_machine, render_machine
-    from llmctl.engine.products import render_survey, survey
+    from llmctl.benchmarking.doctor import examine_machine, render_machine
+    from llmctl.kernels.product_table import render_survey, survey
 
     found = {**examine_machine(), "products": survey()}
     result_json(found) if json else result("\n".join([*render_machine(found), *render_survey(found["products"])]))
@@ -78,7 +78,7 @@ def examine_ranks(timeout: int, *, json: bool) -> int:
 
     Raises: UsageError in all of them if the runs folder is not shared; LlmctlError if a sum is wrong.
     """
-    from llmctl.engine.doctor import examine_group, render_group
+    from llmctl.benchmarking.doctor import examine_group, render_group
     from llmctl.errors import LlmctlError, UsageError
 
     runtime, found = examine_group(timeout)

@@ -13,7 +13,7 @@ from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
     from llmctl.config import EvaluateConfig
-    from llmctl.engine.evaluate import Evaluation
+    from llmctl.evaluating.evaluate import Evaluation
 
 app = command_app()
 
@@ -100,8 +100,8 @@ def evaluate(
     if max_drop is not None and len(paths) < 2:
         raise UsageError("`--max-drop` compares models, and there is one", "llmctl evaluate BEFORE AFTER --max-drop 1%")
     note("loading torch", quiet=quiet)
-    from llmctl.engine import evaluate as engine
-    from llmctl.engine.gate import parse_gate
+    from llmctl.evaluating import evaluate as engine
+    from llmctl.metrics.gate import parse_gate
 
     gate = None if max_drop is None else parse_gate(max_drop)
     evaluations = []
@@ -124,8 +124,8 @@ def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
 
     Raises: NotFoundError for one that does not exist; UsageError for data among them.
     """
+    from llmctl.artifacts.load import find_named
     from llmctl.commands.common import find_model
-    from llmctl.engine.models import find_named
 
     if not names:
         return [find_model(None, "any", quiet=quiet)]
@@ -138,7 +138,7 @@ def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
 
 def show(evaluations: Sequence["Evaluation"], *, json: bool) -> None:
     """Print the figures, as a table whose first is the main one, or as one JSON object."""
-    from llmctl.engine.metrics import is_higher_better
+    from llmctl.metrics.figures import is_higher_better
 
     first = evaluations[0]
     if json:
@@ -196,7 +196,7 @@ def fitted(columns: Sequence[str], rows: Sequence[Mapping[str, str]], width: int
 
 def run_harness(paths: Sequence[Path], tasks: str, config: "EvaluateConfig", *, json: bool, quiet: bool) -> int:
     """Run tasks of lm-evaluation-harness and print what they give."""
-    from llmctl.engine.harness import run_tasks
+    from llmctl.evaluating.harness import run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     records = [run_tasks(path, names, config, quiet=quiet) for path in paths]

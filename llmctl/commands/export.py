@@ -39,7 +39,7 @@ def export(
       llmctl export teacher --to gguf --type q4_K -o teacher.gguf
     """
     if to == "gguf":
-        from llmctl.engine.export_gguf import export_gguf
+        from llmctl.converting.export_gguf import export_gguf
 
         record = export_gguf(model, out, kind=kind or "f16", force=force)
         for line in told(record):
@@ -54,7 +54,7 @@ def export(
 
 def write(model: Path, out: Path | None, to: str, kind: str | None, *, force: bool) -> Path:
     """Write a safetensors file or folder."""
-    from llmctl.engine.convert import export_model
+    from llmctl.converting.convert import export_model
 
     if kind is not None:
         raise UsageError(f"`--type {kind}` is of GGUF files, not of `--to {to}`", "--to gguf, or leave --type out")

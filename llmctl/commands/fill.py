@@ -46,10 +46,10 @@ def fill(
 
     texts = read_prompts(whole=False, null=False) if is_piped else iter([argument(text)])
     path = find_model(model, "fill", quiet=quiet, adapters=adapter)
-    from llmctl.engine.adapters import apply_adapters
-    from llmctl.engine.fill import Filled, put_in
-    from llmctl.engine.fill import fill as fill_in
-    from llmctl.engine.models import load_model
+    from llmctl.artifacts.adapters import apply_adapters
+    from llmctl.artifacts.load import load_model
+    from llmctl.inference.fill import Filled, put_in
+    from llmctl.inference.fill import fill as fill_in
 
     loaded = load_model(path, device=device, dtype=dtype, able="fill", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="fill")

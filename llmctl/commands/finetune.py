@@ -9,7 +9,7 @@ from llmctl.commands.training import Options, run_training, with_model, with_opt
 
 if TYPE_CHECKING:
     from llmctl.config import FinetuneConfig
-    from llmctl.engine.job import Job
+    from llmctl.jobs.job import Job
     from llmctl.recipe import Resolved
 
 app = command_app()
@@ -83,14 +83,14 @@ def finetune(
         resolved = with_model(resolved, model, quiet=options.quiet)
         refuse_single_file(resolved.config, options.out)
     if dry_run and not options.print_config:
-        from llmctl.engine.dry_finetune import examine
+        from llmctl.jobs.finetune_dry_run import examine
 
         report = examine(resolved.config, shows_example=show_example)
         result_json(report.to_dict()) if options.json else result(report.render())
         return 0
 
     def make_job(resolved: "Resolved[FinetuneConfig]") -> "Job":
-        from llmctl.engine.finetune import Finetuning, settle
+        from llmctl.jobs.finetune import Finetuning, settle
 
         return Finetuning(settle(resolved.config), shows_example=show_example)
 
@@ -110,6 +110,6 @@ def refuse_single_file(config: "FinetuneConfig", out: Any) -> None:
 
 def check_config(config: "FinetuneConfig") -> None:
     """Refuse settings that exclude each other."""
-    from llmctl.engine.finetune import Finetuning, settle
+    from llmctl.jobs.finetune import Finetuning, settle
 
     Finetuning(settle(config)).check()

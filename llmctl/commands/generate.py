@@ -14,9 +14,9 @@ from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmctl.engine.chat import Turn
-    from llmctl.engine.generate import Completion
-    from llmctl.engine.models import Loaded
+    from llmctl.artifacts.load import Loaded
+    from llmctl.inference.chat import Turn
+    from llmctl.inference.generate import Completion
 
 app = command_app()
 DEFAULT = GenerateConfig()
@@ -101,9 +101,9 @@ def generate(
         raise UsageError("--chat takes text, --ids takes token ids", "leave one out")
     texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
     path = find_model(model, "generate", quiet=quiet, adapters=adapter)
-    from llmctl.engine.adapters import apply_adapters
-    from llmctl.engine.models import load_model
-    from llmctl.engine.sampling import check
+    from llmctl.artifacts.adapters import apply_adapters
+    from llmctl.artifacts.load import load_model
+    from llmctl.inference.sampling import check
 
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
@@ -117,8 +117,8 @@ def generate(
 
 def turn_of(loaded: "Loaded", system: str, *, quiet: bool) -> "Turn":
     """Return how messages are put to a model, and say so where it was not trained for it."""
-    from llmctl.engine.chat import PLAIN_NOTE, Turn
-    from llmctl.engine.chat_template import template_of
+    from llmctl.inference.chat import PLAIN_NOTE, Turn
+    from llmctl.inference.chat_template import template_of
 
     template = template_of(loaded)
     note(PLAIN_NOTE, quiet=quiet or not template.is_plain)
@@ -175,8 +175,8 @@ def write(
     turn: "Turn | None" = None,
 ) -> None:
     """Complete the prompts window by window, so that a long pipe is answered from the start; `turn`: they are messages."""
-    from llmctl.engine.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
-    from llmctl.engine.prefix import Prefix
+    from llmctl.inference.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
+    from llmctl.inference.prefix import Prefix
 
     end = "\0" if null else "\n"
     encode = turn.encode if turn else partial(encode_prompt, loaded)

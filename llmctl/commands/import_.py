@@ -27,7 +27,7 @@ def import_(
 
       llmctl import ./bert-base-uncased -o bert.safetensors --dtype bfloat16
     """
-    from llmctl.engine.convert import import_model
+    from llmctl.converting.convert import import_model
     from llmctl.formats.describe import describe
 
     path = import_model(source, out, dtype=dtype, force=force)

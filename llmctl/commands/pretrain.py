@@ -9,7 +9,7 @@ from llmctl.commands.training import Options, run_training, with_options
 
 if TYPE_CHECKING:
     from llmctl.config import PretrainConfig
-    from llmctl.engine.job import Job
+    from llmctl.jobs.job import Job
     from llmctl.recipe import Resolved
 
 app = command_app()
@@ -58,7 +58,7 @@ def pretrain(
     }
     resolved = options.resolve(PretrainConfig, flags)
     if dry_run and not options.print_config:
-        from llmctl.engine.plan import dry_run as plan
+        from llmctl.jobs.dry_run import dry_run as plan
 
         estimate = plan(resolved.config, n_processes=options.nproc * options.nnodes)
         result_json(estimate.to_dict()) if options.json else result(estimate.render())
@@ -68,14 +68,14 @@ def pretrain(
 
 def make_job(resolved: "Resolved[PretrainConfig]") -> "Job":
     """Return the job of a new run."""
-    from llmctl.engine.checks import with_budget
-    from llmctl.engine.pretrain import Pretraining
+    from llmctl.jobs.pretrain import Pretraining
+    from llmctl.training.settings import with_budget
 
     return Pretraining(with_budget(resolved.config))
 
 
 def check_config(config: "PretrainConfig") -> None:
     """Refuse settings that exclude each other."""
-    from llmctl.engine.checks import check
+    from llmctl.training.settings import check
 
     check(config)

@@ -10,7 +10,7 @@ from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
     from llmctl.config import QuantizeConfig
-    from llmctl.engine.job import Job
+    from llmctl.jobs.job import Job
     from llmctl.recipe import Resolved
 
 app = command_app()
@@ -83,8 +83,8 @@ def quantize(
         resolved = with_model(resolved, model, quiet=options.quiet)
 
     def make_job(resolved: "Resolved[QuantizeConfig]") -> "Job":
-        from llmctl.engine.quantize import Quantizing
-        from llmctl.engine.quantize_settings import settle
+        from llmctl.jobs.quantize import Quantizing
+        from llmctl.quantizing.settings import settle
 
         return Quantizing(settle(resolved.config))
 
@@ -93,6 +93,6 @@ def quantize(
 
 def check_config(config: "QuantizeConfig") -> None:
     """Refuse settings that exclude each other."""
-    from llmctl.engine.quantize_settings import check_quantize, settle
+    from llmctl.quantizing.settings import check_quantize, settle
 
     check_quantize(settle(config))

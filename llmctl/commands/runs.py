@@ -56,8 +56,8 @@ def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON array."
 
       llmctl runs ls --json
     """
-    from llmctl.engine.history import list_runs
-    from llmctl.engine.models import runs_folder
+    from llmctl.artifacts.load import runs_folder
+    from llmctl.runs.history import list_runs
 
     found, others = list_runs()
     rows = [run.row() for run in found]
@@ -126,7 +126,7 @@ def show(
 
       llmctl runs show 0001 --json
     """
-    from llmctl.engine.history import find, in_full
+    from llmctl.runs.history import find, in_full
 
     record = in_full(find(run))
     if json:
@@ -164,8 +164,8 @@ def report(record: Mapping[str, Any]) -> Iterator[str]:
 
 def course(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the evaluations as a table, and the training loss as a line of bars."""
-    from llmctl.engine.history import spread
-    from llmctl.engine.metrics import FIGURES, sparkline
+    from llmctl.metrics.figures import FIGURES, sparkline
+    from llmctl.runs.history import spread
 
     if record["evaluations"]:
         names = [name for name in FIGURES if any(number_in(line, name) for line in record["evaluations"])]
@@ -198,7 +198,7 @@ def evaluation_cells(line: Mapping[str, Any], labels: Mapping[str, str]) -> dict
 
 def result_of(row: Mapping[str, Any]) -> str:
     """Return the figure that a run is judged by, with its name."""
-    from llmctl.engine.metrics import FIGURES
+    from llmctl.metrics.figures import FIGURES
 
     if row["figure"] is None:
         return "-"
@@ -246,7 +246,7 @@ def diff(
 
       llmctl runs diff 0001 latest --json
     """
-    from llmctl.engine.history import compare, find
+    from llmctl.runs.history import compare, find
 
     record = compare(find(a), find(b))
     if json:
@@ -296,7 +296,7 @@ def rm(
 
       llmctl runs rm 0003 --checkpoints -y
     """
-    from llmctl.engine.removal import choose, remove
+    from llmctl.runs.removal import choose, remove
 
     chosen = choose(names, checkpoints=checkpoints)
     going = [removal for removal in chosen if not removal.kept]
@@ -355,13 +355,13 @@ def moment(begun: str | None) -> str:
 
 def time_taken(seconds: float | None) -> str:
     """Return seconds as m:ss."""
-    from llmctl.engine.progress import clock
+    from llmctl.runs.progress import clock
 
     return "-" if seconds is None else clock(seconds)
 
 
 def size_of(n_bytes: int) -> str:
     """Return bytes as a person reads them."""
-    from llmctl.engine.estimate import size
+    from llmctl.jobs.estimate import size
 
     return size(n_bytes)

@@ -48,7 +48,7 @@ def tokenize(
     path = find_model(model, "any", quiet=model is not None)
     tokenizer = load_tokenizer(path)
     from llmctl.commands.generate import read_prompts
-    from llmctl.engine.tokenize import decode_lines, encode_lines, measure
+    from llmctl.preparing.tokenize import decode_lines, encode_lines, measure
 
     lines = read_prompts(whole=False, null=False)
     if stats:
@@ -92,7 +92,7 @@ def train(
       llmctl tokenize train 'poems/*.jsonl.gz' -o tok --model-type unigram
     """
     from llmctl.config import PretrainConfig
-    from llmctl.engine.tokenize import train as make
+    from llmctl.preparing.tokenize import train as make
     from llmctl.recipe import load
 
     flags = {"tokenizer.vocab_size": vocab_size, "tokenizer.model_type": model_type}
@@ -132,7 +132,7 @@ def encode(
     """
     from llmctl.config import PretrainConfig
     from llmctl.data.shards import parse_part
-    from llmctl.engine.tokenize import encode_corpus
+    from llmctl.preparing.tokenize import encode_corpus
     from llmctl.recipe import load
 
     data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data

@@ -15,9 +15,9 @@ import typer
 from llmctl.commands.common import find_model, note, result, result_json
 
 if TYPE_CHECKING:
-    from llmctl.engine.job import Job
-    from llmctl.engine.launch import Layout
-    from llmctl.engine.outcome import Trained
+    from llmctl.distributed.launch import Layout
+    from llmctl.jobs.finish import Trained
+    from llmctl.jobs.job import Job
     from llmctl.recipe import Resolved
 
 # How a host takes its place among others; `doctor` asks for them too.
@@ -155,7 +155,7 @@ def run_training(
 
     `check` refuses a new run's config before other processes are started for it.
     """
-    from llmctl.engine.launch import Layout
+    from llmctl.distributed.launch import Layout
     from llmctl.errors import GateError
     from llmctl.recipe import dump
 
@@ -187,12 +187,12 @@ def train(
     command: str, resolved: "Resolved[Any]", make_job: MakeJob, run: str | None, options: Options
 ) -> "Trained | None":
     """Train in this process: begin a run, or go on with `run`."""
-    from llmctl.engine.ranks import is_guest
+    from llmctl.distributed.ranks import is_guest
     from llmctl.recipe import given_values
 
     quiet, verbose = options.quiet, options.verbose
     note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
-    from llmctl.engine import train as engine
+    from llmctl.jobs import runner as engine
 
     line = shlex.join(["llmctl", command, *sys.argv[2:]])
     if run is None:
@@ -204,10 +204,10 @@ def train(
 
 def start_others(layout: "Layout", config: Any, *, quiet: bool) -> int:
     """Run this command in several processes; a batch that cannot be shared out is refused before."""
-    from llmctl.engine.launch import relaunch
+    from llmctl.distributed.launch import relaunch
 
     if config is not None:
-        from llmctl.engine.parallel import check_layout
+        from llmctl.distributed.gradients import check_layout
 
         check_layout(config.train, config.parallel, layout.nproc * layout.nnodes)
     note(f"starting {layout.nproc} processes", quiet=quiet)
@@ -216,8 +216,8 @@ def start_others(layout: "Layout", config: Any, *, quiet: bool) -> int:
 
 def is_over(run: str, *, quiet: bool) -> bool:
     """Tell whether a run has ended with a model, and print it if so."""
-    from llmctl.engine.ranks import is_guest
-    from llmctl.engine.runs import is_finished
+    from llmctl.distributed.ranks import is_guest
+    from llmctl.runs.folder import is_finished
 
     if not is_finished(Path(run)):
         return False
@@ -246,7 +246,7 @@ def refuse_shared_stdin(recipe: str | None, n_processes: int) -> None:
 
     Raises: UsageError for `-r -` beside several processes.
     """
-    from llmctl.engine.ranks import LAUNCHED, read_ranks
+    from llmctl.distributed.ranks import LAUNCHED, read_ranks
     from llmctl.errors import UsageError
 
     if recipe == "-" and (n_processes > 1 or LAUNCHED in os.environ or read_ranks(os.environ).world_size > 1):
@@ -258,7 +258,7 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
 
     Under our launcher that has looked already, and a restart finds its own run.
     """
-    from llmctl.engine.ranks import LAUNCHED
+    from llmctl.distributed.ranks import LAUNCHED
     from llmctl.errors import OutputError
 
     if out is None or force or LAUNCHED in os.environ:

@@ -24,7 +24,7 @@ def use(
 
       llmctl use
     """
-    from llmctl.engine.models import default_file, find_named
+    from llmctl.artifacts.load import default_file, find_named
     from llmctl.errors import NotFoundError
     from llmctl.files import write_text
 
@@ -35,7 +35,7 @@ def use(
         result(place.read_text(encoding="utf-8").strip())
         return
     path = Path(find_named(model, "any")).resolve()
-    from llmctl.engine.adapted import read_model
+    from llmctl.artifacts.with_adapters import read_model
 
     read_model(path)
     write_text(place, f"{path}\n")

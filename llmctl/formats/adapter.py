@@ -40,10 +40,10 @@ from llmctl.formats.artifact import (
     read_small,
     refuse_pickle,
 )
-from llmctl.formats.classifiers import CLASSIFIERS
-from llmctl.formats.family import Published
-from llmctl.formats.native import checked
-from llmctl.formats.parameters import parameter_shapes
+from llmctl.formats.families.classifiers import CLASSIFIERS
+from llmctl.formats.families.family import Published
+from llmctl.formats.families.native import checked
+from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from llmctl.formats.adapter_names import (
     target_modules,
 )
 from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name, refuse_overwrite
-from llmctl.formats.native import write_config as native_values
+from llmctl.formats.families.native import write_config as native_values
 from llmctl.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:

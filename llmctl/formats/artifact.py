@@ -18,9 +18,9 @@ from llmctl import __version__
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError, OutputError
 from llmctl.files import atomic_path, json_text, write_bytes, writing
-from llmctl.formats.families import family_of
-from llmctl.formats.family import FamilyFormat, token_ids
-from llmctl.formats.parameters import Shape, parameter_shapes, stored_shape, to_parameters, to_stored
+from llmctl.formats.families.family import FamilyFormat, token_ids
+from llmctl.formats.families.parameters import Shape, parameter_shapes, stored_shape, to_parameters, to_stored
+from llmctl.formats.families.table import family_of
 from llmctl.formats.quantization import (
     HEAD_SCALE,
     IN_BYTES,

@@ -102,7 +102,7 @@ def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, An
 
 def describe_gguf(path: Path) -> dict[str, Any]:
     """Return the same of a GGUF file, of any architecture."""
-    from llmctl.formats.gguf import read_gguf_header
+    from llmctl.formats.gguf.container import read_gguf_header
 
     header = read_gguf_header(path)
     data = header.metadata

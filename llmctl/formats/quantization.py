@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families import family_for
-from llmctl.formats.family import FamilyFormat
-from llmctl.formats.native import NATIVE
-from llmctl.formats.parameters import Shape, parameter_shapes
+from llmctl.formats.families.family import FamilyFormat
+from llmctl.formats.families.native import NATIVE
+from llmctl.formats.families.parameters import Shape, parameter_shapes
+from llmctl.formats.families.table import family_for
 from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, SCALE_BITS, Scheme
 
 if TYPE_CHECKING:

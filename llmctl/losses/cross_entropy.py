@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.losses.products import add_gradients, logits
+from llmctl.losses.logits import add_gradients, logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

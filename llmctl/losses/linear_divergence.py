@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llmctl.losses.divergences import Divergence
+from llmctl.losses.logits import add_gradients, logits
 from llmctl.losses.measures import Measures
-from llmctl.losses.products import add_gradients, logits
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 
 Told = Sequence[DenseTeacher] | SparseTeacher

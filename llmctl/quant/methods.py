@@ -156,7 +156,7 @@ def guided(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     """Go on from where `gptq` ends: scales are fitted to all codes at once, and codes to each other, in turns.
 
     No turn makes the error in the outputs larger. The moments are to be weighted by what errors cost, see
-    `engine/fisher.py`. Source: column after column, each to the best of its values while the others stay: QuantEase, Behdin
+    `model/fisher.py`. Source: column after column, each to the best of its values while the others stay: QuantEase, Behdin
     et al. 2023, arXiv:2309.01885, algorithm 2.
     """
     assert moments is not None

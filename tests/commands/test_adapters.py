@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.artifacts.adapters import save_adapter
+from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig, TokenizerConfig
-from llmctl.engine.adapters import save_adapter
-from llmctl.engine.models import load_model
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.lora import adapter_state, add_adapters
 from llmctl.model.transformer import LanguageModel, initialise

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.artifacts.load import load_model
 from llmctl.commands.chat import show_answer
 from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
 from llmctl.data.conversations import Message, read_conversations
-from llmctl.engine.chat import Chat
-from llmctl.engine.chat_ids import encode_prompt_chat
-from llmctl.engine.chat_template import template_of
-from llmctl.engine.generate import Prompt, generate
-from llmctl.engine.models import load_model
 from llmctl.formats.artifact import write_artifact
+from llmctl.inference.chat import Chat
+from llmctl.inference.chat_ids import encode_prompt_chat
+from llmctl.inference.chat_template import template_of
+from llmctl.inference.generate import Prompt, generate
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
-from tests.engine.chats import MISTRAL, talk
+from tests.support.chats import MISTRAL, talk
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 120

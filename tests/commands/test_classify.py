@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.artifacts.heads import with_head
+from llmctl.artifacts.load import load_model
 from llmctl.data.labels import Labels
-from llmctl.engine.classify import classify
-from llmctl.engine.heads import with_head
-from llmctl.engine.models import load_model
 from llmctl.formats.artifact import write_artifact
+from llmctl.inference.classify import classify
 
 
 @pytest.fixture

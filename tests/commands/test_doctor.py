@@ -9,7 +9,7 @@ import pytest
 
 from llmctl.cli import run
 from llmctl.quant.products import PRODUCTS
-from tests.engine.jobs import LLMCTL, environment, finish, running
+from tests.support.jobs import LLMCTL, environment, finish, running
 
 KEYS = {
     "llmctl",

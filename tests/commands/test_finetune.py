@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.cli import run
-from tests.engine.tuning import SMALL
+from tests.support.tuning import SMALL
 
 FLAGS = [part for setting in (*SMALL, "train.steps=2") for part in ("--set", setting)]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.artifacts.load import load_model
 from llmctl.cli import run
 from llmctl.commands.generate import write
 from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
-from llmctl.engine.generate import Prompt, encode_prompt, generate
-from llmctl.engine.models import load_model
 from llmctl.formats.artifact import write_artifact
+from llmctl.inference.generate import Prompt, encode_prompt, generate
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

@@ -175,7 +175,7 @@ def test_too_little_text_to_calibrate_on_is_refused(teachers, capsys):
 
 def test_nothing_is_computed_again_with_other_numbers(teachers):
     """What the model computes is what its codes mean, in the file as in memory."""
-    from llmctl.engine.models import load_model
+    from llmctl.artifacts.load import load_model
 
     assert quantize(teachers["decoder"], "--bits", "4") == 0
     loaded = load_model(Path("small"), packed=True)

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from llmctl.cli import run
-from llmctl.engine.runs import open_run
+from llmctl.runs.folder import open_run
 
 FIRST, SECOND, KILLED = "0001-pretrain-clm-tiny", "0002-pretrain-mlm-tiny", "0003-pretrain-clm-tiny"
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.artifacts.load import default_file, resolve_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig
-from llmctl.engine.models import default_file, resolve_model
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 

@@ -25,14 +25,15 @@ from typing import Any
 import torch
 
 from llmctl.config import PretrainConfig
-from llmctl.engine import checkpoint, runtime
-from llmctl.engine.checks import with_budget
-from llmctl.engine.metrics import MetricsFile
-from llmctl.engine.pretrain import Pretraining
-from llmctl.engine.runs import read_record
-from llmctl.engine.train import begin, resume
+from llmctl.distributed import runtime
 from llmctl.errors import StoppedError
+from llmctl.jobs.pretrain import Pretraining
+from llmctl.jobs.runner import begin, resume
+from llmctl.metrics.figures import MetricsFile
 from llmctl.recipe import load
+from llmctl.runs import checkpoint
+from llmctl.runs.folder import read_record
+from llmctl.training.settings import with_budget
 from tests.crash import forked
 
 SETTINGS = {

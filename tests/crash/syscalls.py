@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-from llmctl.engine import checkpoint
 from llmctl.errors import OutputError
+from llmctl.runs import checkpoint
 from tests.crash import forked
 
 CALLS = (

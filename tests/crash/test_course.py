@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from llmctl.engine import checkpoint
-from llmctl.engine.loop import fit
-from llmctl.engine.metrics import MetricsFile
+from llmctl.metrics.figures import MetricsFile
+from llmctl.runs import checkpoint
+from llmctl.training.loop import fit
 from tests.crash.test_items import Scenario
-from tests.engine.test_loop import Stopping
+from tests.training.test_loop import Stopping
 
 PLAIN = Scenario(-1, {"steps": 8, "eval_every": 4})
 ONE_BAD = Scenario(-1, {"steps": 8, "eval_every": 4}, poisoned={4: "nan"})

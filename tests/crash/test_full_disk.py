@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.engine.metrics import MetricsFile
+from llmctl.metrics.figures import MetricsFile
 from tests.crash.kill import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]

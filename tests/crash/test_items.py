@@ -20,16 +20,16 @@ import pytest
 import torch
 
 from llmctl.config import OptimConfig
-from llmctl.engine import checkpoint
-from llmctl.engine.loop import Training, fit
-from llmctl.engine.metrics import MetricsFile
-from llmctl.engine.objectives import Objective
-from llmctl.engine.state import State
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, LlmctlError, NotFoundError
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 from llmctl.losses.base import Loss
+from llmctl.metrics.figures import MetricsFile
 from llmctl.model.transformer import LanguageModel, initialise
-from tests.engine.test_loop import Stopping, training
+from llmctl.runs import checkpoint
+from llmctl.training.loop import Training, fit
+from llmctl.training.objectives import Objective
+from llmctl.training.state import State
+from tests.training.test_loop import Stopping, training
 
 POISONS = ("none", "nan", "loss", "gradient", "ascent")
 

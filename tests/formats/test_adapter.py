@@ -21,10 +21,10 @@ from llmctl.formats.adapter import (
 from llmctl.formats.adapter_names import LowRank, architecture_of, compiled, from_pattern, target_modules
 from llmctl.formats.adapter_write import write_adapter
 from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact, write_artifact
-from llmctl.formats.parameters import parameter_shapes
+from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 from llmctl.model.transformer import LanguageModel, initialise
-from tests.formats.test_families import CONFIGS, SHAPE
+from tests.formats.families.test_table import CONFIGS, SHAPE
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head_dense")
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from llmctl.artifacts.load import load_model
 from llmctl.cli import run
-from llmctl.engine.models import load_model
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
 from llmctl.formats.quantization import EMBEDDING, linear_modules, part_shapes, read_schemes, write_schemes

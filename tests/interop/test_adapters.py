@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.artifacts.adapters import load_adapter, save_adapter
+from llmctl.artifacts.load import load_model
 from llmctl.config import AdapterConfig
-from llmctl.engine.adapters import load_adapter, save_adapter
-from llmctl.engine.models import load_model
 from llmctl.formats.artifact import read_artifact, write_artifact
 from llmctl.model.lora import LoRALinear, adapter_modules, adapter_state, add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel
-from tests.formats.test_families import CONFIGS
+from tests.formats.families.test_table import CONFIGS
 from tests.interop.test_classifiers import random_classifier
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llmctl.data.conversations import Message
-from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat
-from llmctl.engine.chat_template import chat_template
+from llmctl.inference.chat_ids import encode_conversation, encode_prompt_chat
+from llmctl.inference.chat_template import chat_template
 from llmctl.tokenizer.load import load_tokenizer
-from tests.engine.chats import CONVERSATIONS, MARKED, TEMPLATES
+from tests.support.chats import CONVERSATIONS, MARKED, TEMPLATES
 
 pytestmark = pytest.mark.interop
 transformers = pytest.importorskip("transformers", reason="needs the extra `interop`")

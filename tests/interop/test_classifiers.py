@@ -5,9 +5,9 @@ import torch
 
 from llmctl.config import ModelConfig
 from llmctl.formats.artifact import read_artifact, write_artifact
-from llmctl.formats.classifiers import CLASSIFIERS
+from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.model.transformer import LanguageModel
-from tests.formats.test_families import CONFIGS
+from tests.formats.families.test_table import CONFIGS
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
 pytestmark = pytest.mark.interop

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
+from llmctl.artifacts.load import load_model
 from llmctl.config import EvaluateConfig, ModelConfig, TokenizerConfig
 from llmctl.data.examples import read_examples
-from llmctl.engine.evaluate_choices import evaluate_choice
-from llmctl.engine.evaluate_text import evaluate_text
-from llmctl.engine.models import load_model
+from llmctl.evaluating.choices import evaluate_choice
+from llmctl.evaluating.text import evaluate_text
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig, TokenizerConfig
-from llmctl.engine.export_gguf import export_gguf
-from llmctl.engine.gguf_proof import PROBES
-from llmctl.engine.models import load_model
+from llmctl.converting.export_gguf import export_gguf
+from llmctl.converting.gguf_check import PROBES
 from llmctl.formats.artifact import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
-from tests.formats.bpe import TEXTS, byte_level
+from tests.support.bpe import TEXTS, byte_level
 
 pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
 pytestmark = pytest.mark.interop
@@ -44,7 +44,7 @@ def test_transformers_loads_it_with_the_same_logits(case, kind, pieces, tmp_path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         str(tmp_path), gguf_file="m.gguf", dtype="float32"
     ).eval()
-    from llmctl.engine.convert import import_model
+    from llmctl.converting.convert import import_model
 
     ours = load_model(import_model(tmp_path / "m.gguf", tmp_path / "back"), device="cpu").model
     ids = torch.arange(90)[None] * 3 % pieces.vocab_size

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.artifacts.load import load_model
+from llmctl.artifacts.with_adapters import read_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig, QuantizeConfig, TokenizerConfig, WeightsConfig
-from llmctl.engine.adapted import read_model
-from llmctl.engine.calibrate import calibrate
-from llmctl.engine.learner import stored_state
-from llmctl.engine.models import load_model
-from llmctl.engine.quantize_settings import plan_of
 from llmctl.formats.artifact import read_artifact, write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.quant.schemes import Scheme
+from llmctl.quantizing.calibrate import calibrate
+from llmctl.quantizing.fake_quant import stored_state
+from llmctl.quantizing.settings import plan_of
 from llmctl.tokenizer.train import train_tokenizer
 
 pytest.importorskip("compressed_tensors", reason="pip install 'llmctl[interop]'")

@@ -7,8 +7,8 @@ import torch
 
 from llmctl.config import ModelConfig
 from llmctl.formats.artifact import read_artifact, write_artifact
-from llmctl.formats.classifiers import CLASSIFIERS
-from llmctl.formats.families import FAMILIES
+from llmctl.formats.families.classifiers import CLASSIFIERS
+from llmctl.formats.families.table import FAMILIES
 from llmctl.model.transformer import LanguageModel, initialise
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from llmctl.losses.divergences import DIVERGENCES, Divergence
 from llmctl.losses.linear_divergence import linear_divergence
+from llmctl.losses.logits import choose_way
 from llmctl.losses.measures import N_BINS
-from llmctl.losses.products import choose_way
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 from tests.losses.test_divergences import NAMES, textbook
 
@@ -308,7 +308,7 @@ def test_peak_memory_is_a_quarter_of_the_naive_form(tmp_path):
 import sys, torch
 from torch.nn import functional as F
 torch.set_num_threads(1)
-from llmctl.engine.machine import forget_peak_memory, peak_since_forgotten
+from llmctl.machine import forget_peak_memory, peak_since_forgotten
 from llmctl.losses.divergences import Divergence
 from llmctl.losses.linear_divergence import linear_divergence
 from llmctl.losses.teachers import DenseTeacher

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.families import family_for
+from llmctl.formats.families.table import family_for
 from llmctl.model.presets import ALIASES, FAMILIES, PRESETS, Parameters, count_parameters, get_preset, preset_config
 from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.engine.jobs import LLMCTL, Job, finish, pretrain, running, weights, write_text
+from tests.support.jobs import LLMCTL, Job, finish, pretrain, running, weights, write_text
 
 STEPS = 200
 TIMEOUT_SECONDS = 15

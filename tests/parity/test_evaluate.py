@@ -5,12 +5,12 @@ from itertools import islice
 
 import pytest
 
+from llmctl.artifacts.load import load_model
 from llmctl.config import ColumnsConfig, EvaluateConfig
+from llmctl.converting.convert import import_model
 from llmctl.data.examples import read_examples
-from llmctl.engine.convert import import_model
-from llmctl.engine.evaluate import evaluate
-from llmctl.engine.evaluate_choices import continuations
-from llmctl.engine.models import load_model
+from llmctl.evaluating.choices import continuations
+from llmctl.evaluating.evaluate import evaluate
 
 pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
 SMOL = "SmolLM2-135M-Instruct Q4_1"

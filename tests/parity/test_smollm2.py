@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from llmctl.converting.convert import import_model
+from llmctl.converting.export_gguf import export_gguf
 from llmctl.data.conversations import Message
-from llmctl.engine.chat_ids import encode_conversation, encode_prompt_chat, end_of_turn_ids
-from llmctl.engine.chat_template import chat_template
-from llmctl.engine.convert import import_model
-from llmctl.engine.export_gguf import export_gguf
+from llmctl.inference.chat_ids import encode_conversation, encode_prompt_chat, end_of_turn_ids
+from llmctl.inference.chat_template import chat_template
 from llmctl.tokenizer.load import load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.engine.convert import import_model
-from llmctl.engine.session import Session
+from llmctl.converting.convert import import_model
+from llmctl.inference.session import Session
 from llmctl.model.cache import CACHES
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from llmctl.config import DistillConfig
-from llmctl.engine.convert import import_model
-from llmctl.engine.distill import Distilling
-from llmctl.engine.distill_cache import make_cache
-from llmctl.engine.distill_settings import settle
-from llmctl.engine.teacher import Teacher
-from llmctl.engine.teacher_cache import InOrder, Spec, signals_of, states_of
-from llmctl.losses.products import logits
+from llmctl.converting.convert import import_model
+from llmctl.distilling.settings import settle
+from llmctl.distilling.teacher import Teacher
+from llmctl.distilling.teacher_cache import InOrder, Spec, signals_of, states_of
+from llmctl.jobs.distill import Distilling
+from llmctl.jobs.distill_cache import make_cache
+from llmctl.losses.logits import logits
 from llmctl.recipe import load as load_recipe
 
 CPU = torch.device("cpu")

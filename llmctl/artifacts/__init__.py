@@ -1,0 +1,1 @@
+"""Find a model, load it, put adapters on it."""

@@ -1,0 +1,1 @@
+"""Measure speed and check this machine."""

@@ -1,0 +1,67 @@
+"""How fast a model is on this machine: tokens read, and tokens written one by one."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmctl.inference.session import Session
+from llmctl.kernels.decoder import make_decoder
+from llmctl.model.transformer import LanguageModel
+
+TIMINGS = 5
+"""Forward passes that are timed; the median counts."""
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 32
+"""A short text that is gone on from, and by how much, to time writing."""
+
+
+@torch.inference_mode()
+def reading_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float:
+    """Return how many tokens of a batch a model reads per second, without its head."""
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
+    ids = inputs.get("decoder_input_ids_BT", inputs["input_ids_BT"])
+    was_training = model.training
+    model.eval()
+    seconds = [timed(lambda: model.hidden(**inputs), ids.device) for _ in range(TIMINGS + 1)]  # the first warms up
+    model.train(was_training)
+    return float(ids.numel() / median(seconds[1:]))
+
+
+@torch.inference_mode()
+def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | None:
+    """Return how many tokens a second a model adds to one text; None for one that does not write.
+
+    The model is made ready for decoding and is not to be trained afterwards.
+    """
+    if model.config.family == "encoder" or model.config.n_labels:
+        return None
+    was_training = model.training
+    model.eval()
+    n_new = min(NEW_TOKENS, model.config.max_positions - PROMPT_TOKENS)
+    if n_new < 2:
+        return None
+    prompt = batch["input_ids_BT"][0, :PROMPT_TOKENS].tolist()
+    session = Session(model, [prompt], n_new, decoder=make_decoder(model))
+    tokens_B = session.begin().argmax(dim=1)
+    seconds = []
+    for _ in range(n_new - 1):
+        begun = time.perf_counter()
+        tokens_B = session.step(tokens_B).argmax(dim=1)
+        seconds.append(time.perf_counter() - begun)
+    model.train(was_training)
+    return 1 / median(seconds)
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that work takes, to its end also on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun

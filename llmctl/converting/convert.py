@@ -1,0 +1,133 @@
+"""Bring models in and out: published folders, GGUF and single files into our artifact, and it into either form.
+
+Nothing is trained or rounded here unless a dtype is asked for; torch is only loaded for tensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import ModelConfig
+from llmctl.errors import UsageError
+from llmctl.formats.artifact import Artifact, write_artifact
+from llmctl.formats.quantization import PARTS, Schemes
+from llmctl.quant.schemes import SCALE_BITS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16", "float16")
+MASKS = ("[MASK]", "<mask>", "<|mask|>")
+
+
+def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = False) -> Path:
+    """Write a published model as our artifact and return where it is.
+
+    Weights keep the dtype they are stored in, GGUF becomes float32, unless `dtype` names another.
+
+    Raises: NotFoundError, ArtifactError, MissingExtraError from reading; OutputError from writing; UsageError.
+    """
+    if dtype and dtype not in DTYPES:
+        raise UsageError(f"the dtype `{dtype}` is not known", f"--dtype takes {', '.join(DTYPES)}")
+    if source.suffix == ".gguf" and source.is_file():
+        config, state, files, origin = read_gguf(source)
+        earlier: Mapping[str, Any] = {}
+        schemes: Schemes = {}
+    else:
+        artifact = read_model(source)
+        config, state, files = artifact.config, artifact.packed_state(), artifact.files
+        origin, earlier, schemes = origin_of(artifact), artifact.provenance, artifact.schemes
+    config = with_mask_id(config, files)
+    provenance = {**earlier, "imported": origin}
+    state = cast(state, dtype)
+    return write_artifact(out, config, state, files=files, provenance=provenance, schemes=schemes, force=force)
+
+
+def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Path:
+    """Write a model in the other form, one file (`single`) or a Hugging Face folder (`hf`), tensor for tensor.
+
+    Raises: UsageError when `out` does not fit the form; NotFoundError, ArtifactError, OutputError.
+    """
+    if to not in ("single", "hf"):
+        raise UsageError(f"there is no form `{to}`", "--to takes single, hf or gguf")
+    if (to == "single") != (out.suffix == ".safetensors"):
+        form = "a file X.safetensors" if to == "single" else "a folder"
+        raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")
+    artifact = read_model(source)
+    state, schemes = artifact.packed_state(), artifact.schemes
+    if to == "hf":  # others know scales of 16 bits only; ours are such numbers, whatever holds them
+        schemes = {name: replace(scheme, scale_bits=SCALE_BITS) for name, scheme in schemes.items()}
+    return write_artifact(
+        out,
+        artifact.config,
+        state,
+        files=artifact.files,
+        provenance=artifact.provenance,
+        schemes=schemes,
+        force=force,
+    )
+
+
+def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, bytes], dict[str, Any]]:
+    """Return configuration, float32 state, tokenizer files and origin of a GGUF file."""
+    from llmctl.formats.gguf.container import read_gguf_header
+    from llmctl.formats.gguf.model import gguf_config, gguf_state
+    from llmctl.formats.gguf.tokenizer import tokenizer_files
+
+    header = read_gguf_header(path)
+    config = gguf_config(header)
+    files = tokenizer_files(header.metadata, config.vocab_size, config.max_positions)
+    kept = ("general.name", "general.license", "general.architecture")
+    origin = {"format": "gguf", "weights": {path.name: sha256(path)}}
+    origin |= {key: header.metadata[key] for key in kept if isinstance(header.metadata.get(key), str)}
+    return config, gguf_state(header, config), files, origin
+
+
+def origin_of(artifact: Artifact) -> dict[str, Any]:
+    """Return where an imported model comes from: names without folders, so that equal imports are equal bytes."""
+    files = sorted({path for path, _, _ in artifact.tensors.values()})
+    return {
+        "format": "safetensors",
+        "general.architecture": artifact.architecture,
+        "weights": {path.name: sha256(path) for path in files},
+    }
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cast(state: dict[str, "Tensor"], dtype: str) -> dict[str, "Tensor"]:
+    """Return the state in the dtype of this name, an empty one leaves it as it is; packed tensors stay what they are."""
+    if not dtype:
+        return state
+    import torch
+
+    wanted = getattr(torch, dtype)
+    return {name: tensor if name.rpartition(".")[2] in PARTS else tensor.to(wanted) for name, tensor in state.items()}
+
+
+def with_mask_id(config: ModelConfig, files: Mapping[str, bytes]) -> ModelConfig:
+    """Fill in an encoder's mask token, which many published configurations leave to the tokenizer."""
+    if config.family != "encoder" or config.mask_id >= 0:
+        return config
+    ids = special_ids(files)
+    return replace(config, mask_id=next((ids[mask] for mask in MASKS if mask in ids), -1))
+
+
+def special_ids(files: Mapping[str, bytes]) -> dict[str, int]:
+    """Return token -> id of the added tokens of tokenizer.json, or of all lines of vocab.txt."""
+    if "vocab.txt" in files:
+        lines = files["vocab.txt"].decode(errors="replace").splitlines()
+        return {line: index for index, line in enumerate(lines)}
+    try:
+        added = json.loads(files.get("tokenizer.json", b"{}")).get("added_tokens", [])
+        return {str(token["content"]): int(token["id"]) for token in added}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}

@@ -1,0 +1,158 @@
+"""Cut a student out of a model: which layers go, and what the others lose, by measurements on a few batches."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.config import ModelConfig
+from llmctl.distilling.refit import refit
+from llmctl.model.cut import Kept, cut, prefixes
+from llmctl.model.importance import Batches, Importance, rank, stack_of
+from llmctl.model.transformer import LanguageModel, load_tensors
+
+GREEDY_LAYERS = 12
+"""Of deeper models the layers that go are chosen by their influence: trying each takes too long."""
+
+MeanLoss = Callable[[LanguageModel], float]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What was cut out: its shape, its state, and how it was chosen."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def cut_student(
+    model: LanguageModel,
+    shape: ModelConfig,
+    batches: Batches,
+    mean_loss: MeanLoss,
+    *,
+    pick: str,
+    say: Callable[[str], None],
+    refit_batches: Batches = (),
+) -> Cut:
+    """Cut a shape out of a model.
+
+    mean_loss: the loss of a model on the same batches. refit_batches: those on which the maps into the stream are solved
+    for anew; without any they stay as they were cut. pick: `greedy` lets the layer go whose absence costs least, one
+    after the other; `influence` those that change the stream least; `uniform` keeps evenly spaced ones; `auto` is greedy
+    where that is few enough trials. The first layer stays, and by influence the last.
+    """
+    config = model.config
+    report: dict[str, Any] = {"loss_before": mean_loss(model)}
+    importance = rank(model, batches)
+    layers: dict[str, tuple[int, ...]] = {}
+    for prefix, n_layers in prefixes(config).items():
+        wanted = prefixes(shape)[prefix]
+        if wanted < n_layers:
+            way = pick if pick != "auto" else "greedy" if n_layers <= GREEDY_LAYERS else "influence"
+            layers[prefix] = choose_layers(model, prefix, wanted, importance, mean_loss, way)
+            report[f"{prefix}layers"] = list(layers[prefix])
+            report["pick"] = way
+    kept = narrow(model, shape, importance, layers)
+    smaller, state = cut(config, model.state_dict(), kept)
+    student = LanguageModel(smaller)
+    load_tensors(student, state)
+    report |= {"loss_cut": mean_loss(student)}
+    if refit_batches:
+        refit(model.eval(), student.eval(), kept, refit_batches, say)
+        state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    report |= {"loss_after": mean_loss(student), "d_model": smaller.d_model, "n_heads": smaller.n_heads}
+    report |= {"d_ff": smaller.d_ff, "n_kv_heads": smaller.n_kv_heads}
+    if kept.channels is not None:
+        report["channels"] = kept.channels.tolist()
+    solved = f", {report['loss_after']:.3f} with its maps solved for anew" if refit_batches else ""
+    say(
+        f"cut: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
+        f"{told(layers, config)}"
+    )
+    return Cut(smaller, state, report)
+
+
+def told(layers: Mapping[str, Sequence[int]], config: ModelConfig) -> str:
+    """Return which layers stay, in words."""
+    parts = []
+    for prefix, kept in layers.items():
+        name = prefix.removeprefix("model.").rstrip(".")
+        of = prefixes(config)[prefix]
+        parts.append(f"{name + ' ' if name else ''}layers {', '.join(str(layer + 1) for layer in kept)} of {of}")
+    return f"; {'; '.join(parts)} stay" if parts else ""
+
+
+def choose_layers(
+    model: LanguageModel, prefix: str, wanted: int, importance: Importance, mean_loss: MeanLoss, way: str
+) -> tuple[int, ...]:
+    """Return the layers of a stack that stay, in their order."""
+    n_layers = prefixes(model.config)[prefix]
+    if way == "uniform":
+        step = (n_layers - 1) / max(1, wanted - 1)
+        return tuple(round(place * step) for place in range(wanted))
+    layers = list(range(n_layers))
+    if way == "influence":
+        scores = [importance.influence[f"{prefix}layers.{layer}"] for layer in layers]
+        ends = {0} if wanted < 2 else {0, n_layers - 1}
+        order = sorted((layer for layer in layers if layer not in ends), key=lambda layer: -scores[layer])
+        return tuple(sorted([*ends, *order[: wanted - len(ends)]]))
+    while len(layers) > wanted:
+        trials = {layer: loss_without(model, prefix, layers, layer, mean_loss) for layer in layers[1:]}
+        layers.remove(min(trials, key=lambda layer: trials[layer]))
+    return tuple(layers)
+
+
+def loss_without(model: LanguageModel, prefix: str, layers: Sequence[int], missing: int, mean_loss: MeanLoss) -> float:
+    """Return the loss with some layers of a stack, without one of them; the model is as before afterwards."""
+    stack = stack_of(model, prefix)
+    whole = stack.layers
+    stack.layers = nn.ModuleList(whole[layer] for layer in layers if layer != missing)
+    try:
+        return mean_loss(model)
+    finally:
+        stack.layers = whole
+
+
+def narrow(
+    model: LanguageModel, shape: ModelConfig, importance: Importance, layers: dict[str, tuple[int, ...]]
+) -> Kept:
+    """Return what stays, with the channels, heads and units that do most."""
+    config = model.config
+    channels = best(importance.channels, shape.d_model) if shape.d_model < config.d_model else None
+    units: dict[str, Tensor] = {}
+    if shape.d_ff < config.d_ff:
+        units = {name: best(scores, shape.d_ff) for name, scores in importance.units.items()}
+    groups: dict[str, Tensor] = {}
+    if shape.n_kv_heads < config.n_kv_heads:
+        groups = {name: best(scores, shape.n_kv_heads) for name, scores in shared(config, importance.groups).items()}
+    return Kept(layers, channels, groups, units, norm_factors(importance, channels))
+
+
+def shared(config: ModelConfig, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the scores of heads; under one table of relative positions all self-attentions of a stack share them."""
+    if config.positions != "relative":
+        return dict(groups)
+    result = dict(groups)
+    for prefix in prefixes(config):
+        own = [name for name in groups if name.startswith(f"{prefix}layers.") and name.endswith("self_attn")]
+        total = torch.stack([groups[name] for name in own]).sum(dim=0)
+        result |= dict.fromkeys(own, total)
+    return result
+
+
+def best(scores: Tensor, n: int) -> Tensor:
+    """Return the numbers of the n largest scores, in their order."""
+    return scores.topk(n).indices.sort().values
+
+
+def norm_factors(importance: Importance, channels: Tensor | None) -> dict[str, float]:
+    """Return factors that keep what norms give for the channels that stay, whose mean square is another than all's."""
+    if channels is None:
+        return {}
+    return {
+        name: float((squares[channels].mean() / squares.mean()).sqrt()) for name, squares in importance.energy.items()
+    }

@@ -1,0 +1,290 @@
+"""What a student learns: a teacher's distribution of the next token, of labels, or its hidden states.
+
+Objectives over the student alone; a teacher is asked from inside `forward` and is no part of the module, so that
+wrappers which exchange or shard parameters see one model. Signals that were written down before stand in for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmctl.config import DistillLossConfig
+from llmctl.distilling.on_policy import Writer
+from llmctl.distilling.teacher import Seen, Teacher, inputs_of
+from llmctl.losses.base import IGNORE, Loss
+from llmctl.losses.cross_entropy import linear_cross_entropy
+from llmctl.losses.divergences import Divergence
+from llmctl.losses.linear_divergence import Told, linear_divergence
+from llmctl.losses.matching import hidden_match, relation_match
+from llmctl.losses.measures import N_BINS
+from llmctl.losses.teachers import DenseTeacher, SparseTeacher
+from llmctl.metrics.figures import Sums
+from llmctl.model.attention import Attended
+from llmctl.model.transformer import LanguageModel
+from llmctl.training.objectives import Classification, Objective
+
+BINS = tuple(f"bin_{what}_{place}" for what in ("count", "confidence", "correct") for place in range(N_BINS))
+MEASURED = ("kl", "agreement", "overlap", *BINS)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """What is matched besides predictions: `hidden`, `relation` or nothing.
+
+    labels_frac: predicted labels per position, which turns a sum over positions into one over labels, so that the
+    mean of both is taken over the same count, however a batch is cut. channels: the teacher's hidden channels that the
+    student has; None is all of them.
+    """
+
+    kind: str = "none"
+    weight: float = 1.0
+    layer: int = 0
+    relation_heads: int = 0
+    labels_frac: float = 1.0
+    channels: Tensor | None = None
+
+
+def make_divergence(config: DistillLossConfig, progress: float = 0.0) -> Divergence:
+    """Return the divergence of a recipe; `progress` moves TAID's target from the student to the teacher."""
+    share = config.taid_start + (1 - config.taid_start) * progress
+    return Divergence(
+        config.name,
+        temperature=config.temperature,
+        beta=config.beta,
+        skew=config.skew,
+        head_mass=config.head_mass,
+        taid_share=share,
+    )
+
+
+def calibration_error(bins_3N: NDArray[Any]) -> float:
+    """Return the expected calibration error of (count, sum of confidences, number right) per bin.
+
+    Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
+    """
+    count = float(bins_3N[0].sum())
+    return float(np.abs(bins_3N[1] - bins_3N[2]).sum()) / max(count, 1.0)
+
+
+def real_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return where the stack under the head reads real tokens, bool (B, T)."""
+    name = "decoder_" if "decoder_input_ids_BT" in batch else ""
+    documents_BT = batch.get(f"{name}documents_BT")
+    return (
+        torch.ones_like(batch[f"{name}input_ids_BT"], dtype=torch.bool) if documents_BT is None else documents_BT != 0
+    )
+
+
+class _WithTeachers(Objective):
+    """What the objectives below share: a student, its teachers, and what is matched between them."""
+
+    def __init__(self, model: LanguageModel, teachers: Sequence[Teacher], matching: Matching) -> None:
+        super().__init__()
+        self.model = model
+        self.teachers = tuple(teachers)
+        self.matching = matching
+
+    def see(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Attended | None, list[Seen]]:
+        """Return the student's hidden states and what its last layer attends with, and what the teachers see."""
+        inputs = inputs_of(batch)
+        attended: Attended | None = None
+        layer = 0
+        if self.matching.kind == "relation":
+            attended = {len(self.model.stacks()[-1].layers) - 1: None}
+            layer = self.matching.layer
+        hidden_BTD = self.model.hidden(**inputs, attended=attended)
+        seen = [teacher.see(inputs, layer if place == 0 else 0) for place, teacher in enumerate(self.teachers)]
+        return hidden_BTD, attended, seen
+
+    def matched(
+        self, batch: Mapping[str, Tensor], hidden_BTD: Tensor, attended: Attended | None, seen: Sequence[Seen]
+    ) -> Tensor:
+        """Return what is matched, summed over positions and scaled to labels."""
+        matching = self.matching
+        valid_BT = real_positions(batch)
+        if matching.kind == "hidden":
+            told_BTD = seen[0].hidden_BTD
+            if matching.channels is not None:
+                told_BTD = told_BTD[..., matching.channels.to(told_BTD.device)]
+            total = hidden_match(hidden_BTD[valid_BT], told_BTD[valid_BT])
+        else:
+            assert attended is not None
+            (own,) = attended.values()
+            assert own is not None
+            assert seen[0].qkv is not None
+            name = "decoder_" if "decoder_input_ids_BT" in batch else ""
+            total = relation_match(
+                own,
+                seen[0].qkv,
+                matching.relation_heads,
+                batch.get(f"{name}documents_BT"),
+                causal=self.model.config.family != "encoder",
+            )
+        return matching.weight * matching.labels_frac * total
+
+
+class Distillation(_WithTeachers):
+    """Learn a teacher's distribution over the vocabulary at every label, mixed with the label itself.
+
+    The held-out loss is the cross-entropy of the data, as everywhere, so that figures compare; beside it stand the
+    divergence from the teacher and how far the two agree.
+    """
+
+    token_bytes: Tensor
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        teachers: Sequence[Teacher],
+        config: DistillLossConfig,
+        token_bytes: Tensor,
+        *,
+        matching: Matching | None = None,
+        chunk_tokens: int = 256,
+        vocab_size: int = 0,
+        writer: Writer | None = None,
+        head: DenseTeacher | None = None,
+    ) -> None:
+        super().__init__(model, teachers, matching or Matching())
+        self.config, self.chunk_tokens, self.writer = config, chunk_tokens, writer
+        self.vocab_size = vocab_size or None
+        self.head = head
+        self.parts = ("bytes", "correct", "nats", *(MEASURED if self.teachers else ()))
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        """Return the loss summed over labels; in evaluation also how teacher and student compare."""
+        n_given = (batch["labels"] != IGNORE).sum()
+        if self.training and self.writer is not None:
+            batch = self.writer.write(self.model, batch)
+        hidden_BTD, attended, seen = self.see(batch)
+        labels = batch["labels"].flatten()
+        places = (labels != IGNORE).nonzero().squeeze(1)
+        hidden_ND, labels = hidden_BTD.flatten(0, 1)[places], labels[places]
+        told = self.told(batch, seen, places)
+        if told is None:
+            return self.untold(hidden_ND, labels)
+        sums = linear_divergence(
+            self.model.head_input(hidden_ND),
+            self.model.lm_head.weight,
+            told,
+            labels,
+            make_divergence(self.config, self.progress if self.training else 1.0),
+            weight=self.config.weight,
+            bias_V=self.model.lm_head.bias,
+            chunk_tokens=self.chunk_tokens,
+            vocab_size=self.vocab_size,
+            measure=not self.training and bool(self.teachers),
+        )
+        total = sums.total
+        if self.matching.kind != "none":
+            total = total + self.matched(batch, hidden_BTD, attended, seen)
+        if self.training and self.writer is not None:
+            # The loop divides by the labels that the data came with; what was written has fewer.
+            total = total * (n_given / max(1, len(labels)))
+        parts = {
+            "bytes": self.token_bytes[labels].sum(dtype=torch.float64),
+            "correct": sums.correct,
+            "nats": sums.cross_entropy,
+        }
+        if sums.measures is not None:
+            found = sums.measures
+            parts |= {"kl": found.kl, "agreement": found.agreement, "overlap": found.overlap}
+            parts |= dict(zip(BINS, found.bins.flatten(), strict=True))
+        return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
+
+    def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> Told | None:
+        """Return what the loss hears of the teachers at the labels: of themselves, or as it was written down."""
+        if "teacher_ids" in batch:
+            return SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
+        if "teacher_hidden" in batch:
+            assert self.head is not None
+            # Batches know no bfloat16; what was written in it comes back as it was.
+            return [replace(self.head, hidden_ND=batch["teacher_hidden"].to(self.head.weight_VD.dtype))]
+        if not self.teachers:
+            return None
+        return [
+            teacher.dense(view.hidden_BTD.flatten(0, 1)[places])
+            for teacher, view in zip(self.teachers, seen, strict=True)
+        ]
+
+    def untold(self, hidden_ND: Tensor, labels: Tensor) -> Loss:
+        """Return the loss of the labels, where nothing is known of a teacher: held-out rows beside a cache."""
+        head = self.model.lm_head
+        nats, correct = linear_cross_entropy(
+            self.model.head_input(hidden_ND), head.weight, labels, bias_V=head.bias, chunk_tokens=self.chunk_tokens
+        )
+        parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct, "nats": nats}
+        return Loss(nats, torch.tensor(float(len(labels)), dtype=torch.float64, device=nats.device), parts)
+
+    def figures(self, nats: float, count: float, parts: Mapping[str, float], outputs: NDArray[Any]) -> dict[str, float]:
+        """Return the figures of label prediction, and those of teacher and student beside each other."""
+        del outputs
+        labels = max(count, 1.0)
+        figures = Sums(parts["nats"], count, parts["bytes"], parts["correct"]).figures()
+        if not self.teachers:
+            return figures
+        figures["distill_loss"] = nats / labels
+        figures |= {name: parts[name] / labels for name in ("kl", "agreement", "overlap")}
+        bins_3N = np.array([parts[name] for name in BINS]).reshape(3, N_BINS)
+        return figures | {"calibration_error": calibration_error(bins_3N)}
+
+
+class StateDistillation(_WithTeachers):
+    """Learn a teacher's states where it predicts no tokens: a sentence encoder.
+
+    Rows are read without masks: what was hidden from an encoder that predicts is put back.
+    """
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        """Return what is matched, summed over positions and scaled to labels."""
+        labels_BT = batch["labels"]
+        whole = dict(batch) | {"input_ids_BT": torch.where(labels_BT == IGNORE, batch["input_ids_BT"], labels_BT)}
+        hidden_BTD, attended, seen = self.see(whole)
+        total = self.matched(whole, hidden_BTD, attended, seen).double()
+        return Loss(total, (labels_BT != IGNORE).sum(dtype=torch.float64), {})
+
+
+class LabelDistillation(Classification):
+    """Learn a teacher's distribution over labels, or its numbers, mixed with the labels of the data.
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; several labels are several distributions over yes and no.
+    """
+
+    def __init__(
+        self, model: LanguageModel, teachers: Sequence[Teacher], config: DistillLossConfig, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__(model, label_smoothing)
+        self.teachers, self.config = tuple(teachers), config
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        """Return the loss summed over rows; in evaluation that of the labels alone."""
+        inputs = inputs_of(batch)
+        logits_BL = self.model.classify(**inputs).float()
+        if not self.training:
+            return self.loss(logits_BL, batch)
+        with torch.no_grad():
+            told = [teacher.model.classify(**inputs).float() for teacher in self.teachers]
+        weight = self.config.weight
+        return self.loss(logits_BL, batch, weight * self.divergence(logits_BL, told), 1 - weight)
+
+    def divergence(self, logits_BL: Tensor, told: Sequence[Tensor]) -> Tensor:
+        """Return how far the student is from its teachers, per row."""
+        problem, heat = self.model.config.problem, self.config.temperature
+        if problem == "regression":
+            return (logits_BL - torch.stack(list(told)).mean(dim=0)).square().mean(dim=1)
+        if problem == "multi":
+            own_BL = logits_BL / heat
+            want_BL = torch.stack([torch.sigmoid(one / heat) for one in told]).mean(dim=0)
+            floor_BL = F.binary_cross_entropy(want_BL, want_BL, reduction="none")
+            losses_BL = F.binary_cross_entropy_with_logits(own_BL, want_BL, reduction="none") - floor_BL
+            return heat**2 * losses_BL.mean(dim=1)
+        want_BL = torch.stack([(one / heat).softmax(dim=1) for one in told]).mean(dim=0)
+        own_BL = (logits_BL / heat).log_softmax(dim=1)
+        return heat**2 * (torch.xlogy(want_BL, want_BL) - want_BL * own_BL).sum(dim=1)

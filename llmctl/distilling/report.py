@@ -1,0 +1,194 @@
+"""What a distillation reports: teacher, student and baselines side by side, measured on the same rows, here.
+
+Every figure is measured or counted from sizes; what was not measured is not there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmctl.benchmarking.speed import reading_speed
+from llmctl.distilling.student_shape import count
+from llmctl.machine import peak_memory_bytes
+from llmctl.metrics.figures import FIGURES, rounded
+from llmctl.metrics.gate import parse_gate
+from llmctl.model.transformer import LanguageModel
+
+FLOAT_BYTES = 4
+ROWS: tuple[str, ...] = (
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "accuracy",
+    "f1",
+    "mcc",
+    "spearman",
+    "pearson",
+    "bleu",
+    "rouge_l",
+    "token_f1",
+    "kl",
+    "agreement",
+    "overlap",
+    "calibration_error",
+)
+"""Figures in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of `report.json`, and which gate was missed."""
+
+    record: dict[str, Any]
+    missed: str = ""
+
+
+def make_report(
+    models: Mapping[str, LanguageModel],
+    measured: Mapping[str, Mapping[str, float]],
+    *,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    scratch: Mapping[str, Mapping[str, Any]],
+    batch: Mapping[str, Tensor],
+    metric: str,
+    steps: int,
+    rows: int,
+    flops: tuple[float, float],
+    stages: int,
+    gate: str,
+    cut: Mapping[str, Any],
+    cost_ratio: float,
+    device: torch.device,
+) -> Report:
+    """Return the report of a run.
+
+    before, after: the student's figures as the loop has them. scratch: those of the baselines by name. flops: of a
+    row, the student's and the teachers' share. rows: of a step. measured: empty where the teacher reads other tokens.
+    """
+    sides: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        n_parameters = count(model.config)  # quantized layers hold none
+        sides[name] = {
+            "n_parameters": n_parameters,
+            "bytes_float32": FLOAT_BYTES * n_parameters,
+        }
+        if name == "student" or measured:
+            sides[name] |= {"tokens_per_second": reading_speed(model, batch), **rounded(measured.get(name, {}))}
+    sides["student"] = {**rounded(after), **sides["student"]}
+    record: dict[str, Any] = {
+        "metric": metric,
+        "models": sides,
+        "student_before_training": rounded(before),
+        "cut": dict(cut),
+        "parameters_frac": sides["student"]["n_parameters"] / sides["teacher"]["n_parameters"],
+        "speed_ratio": sides["student"]["tokens_per_second"] / sides["teacher"]["tokens_per_second"]
+        if measured
+        else None,
+        "steps": steps * stages,
+        "flops": {
+            "student": flops[0] * rows * steps * stages,
+            "teachers": flops[1] * rows * steps * stages,
+            "teachers_frac": flops[1] / (flops[0] + flops[1]),
+        },
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    tuned = {name: dict(found) for name, found in scratch.items() if name.startswith("scratch-lr")}
+    if tuned:
+        best = min(tuned, key=lambda name: tuned[name]["loss"])
+        record["baseline"] = {
+            "losses": {name: rounded(found)["loss"] for name, found in tuned.items()},
+            "best": best,
+            "equal_tokens": rounded(tuned[best]),
+            "gap_recovered": recovered(sides, tuned[best]["loss"]),
+        }
+        if "scratch-compute" in scratch:
+            longer = scratch["scratch-compute"]
+            record["baseline"] |= {
+                "equal_compute": rounded(longer),
+                "equal_compute_steps_ratio": cost_ratio,
+                "gap_recovered_equal_compute": recovered(sides, longer["loss"]),
+            }
+    return Report(record, missed(record, gate))
+
+
+def recovered(sides: Mapping[str, Mapping[str, Any]], scratch_loss: float) -> float | None:
+    """Return the share of the gap between a model from scratch and the teacher that the student closes, by the loss."""
+    gap = scratch_loss - sides["teacher"].get("loss", scratch_loss)
+    return None if gap <= 0 else (scratch_loss - sides["student"]["loss"]) / gap
+
+
+def missed(record: Mapping[str, Any], gate: str) -> str:
+    """Return what is wrong with the student by the gate, or nothing."""
+    if not gate or "loss" not in record["models"]["teacher"]:
+        return ""
+    metric, sides = record["metric"], record["models"]
+    name = metric if metric in sides["teacher"] else "loss"
+    teacher, student = sides["teacher"][name], sides["student"][name]
+    if parse_gate(gate).holds(name, teacher, student):
+        return ""
+    return f"{name}: the student has {student:.6g} against {teacher:.6g} of its teacher, a drop of more than {gate}"
+
+
+def render(record: Mapping[str, Any]) -> list[str]:
+    """Return the report as a table of at most 79 columns: a row per figure, a column per model."""
+    sides: dict[str, Mapping[str, Any]] = {
+        "teacher": record["models"]["teacher"],
+        "cut": {"n_parameters": record["models"]["student"]["n_parameters"]} | record["student_before_training"],
+        "student": record["models"]["student"],
+    }
+    if "baseline" in record:
+        sides["scratch"] = record["baseline"]["equal_tokens"]
+        if "equal_compute" in record["baseline"]:
+            sides["+compute"] = record["baseline"]["equal_compute"]
+    lines = [row("", {name: name for name in sides})]
+    lines.append(
+        row(
+            "parameters",
+            {name: f"{side['n_parameters']:,}" if "n_parameters" in side else "" for name, side in sides.items()},
+        )
+    )
+    lines.append(
+        row(
+            "tokens/s",
+            {
+                name: f"{side['tokens_per_second']:,.0f}" if "tokens_per_second" in side else ""
+                for name, side in sides.items()
+            },
+        )
+    )
+    for name in ROWS:
+        if any(name in side for side in (sides["teacher"], sides["student"])):
+            figure = FIGURES[name]
+            cells = {side: shown(values.get(name), figure.form) for side, values in sides.items()}
+            lines.append(row(figure.label, cells))
+    total = record["flops"]["student"] + record["flops"]["teachers"]
+    facts = [
+        f"{record['parameters_frac']:.0%} of the parameters"
+        + (f", {record['speed_ratio']:.2f}x the speed" if record["speed_ratio"] else ""),
+        f"{total:.2g} FLOPs, {record['flops']['teachers_frac']:.0%} of them the teacher's",
+        f"peak memory {record['peak_memory_bytes'] / 1e6:,.0f} MB",
+    ]
+    if "baseline" in record:
+        found = record["baseline"]
+        gap = found["gap_recovered"]
+        text = "-" if gap is None else f"{gap:.1%}"
+        more = found.get("gap_recovered_equal_compute")
+        facts.append(
+            f"share of the gap from scratch to teacher that is closed: {text}"
+            + (f" ({more:.1%} against scratch with equal compute)" if more is not None else "")
+        )
+    return [*lines, *facts]
+
+
+def shown(value: Any, form: str) -> str:
+    """Return a figure as the table has it."""
+    return "" if value is None else format(value, form)
+
+
+def row(label: str, cells: Mapping[str, str]) -> str:
+    """Return one line of the table."""
+    return (label.ljust(18) + "".join(cell.rjust(12) for cell in cells.values())).rstrip()

@@ -1,0 +1,189 @@
+"""What a distillation is, before anything is built: settings that teacher and student decide, and those that cannot be."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from llmctl.artifacts.load import find_named
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import DistillConfig, ModelConfig
+from llmctl.distilling.student_shape import count, parse_student
+from llmctl.errors import UsageError
+from llmctl.formats.artifact import Artifact
+from llmctl.metrics.gate import parse_gate
+from llmctl.model.shapes import complete
+from llmctl.training.settings import check_shared
+
+DEFAULT_STEPS = 400
+"""Steps of each part where no budget is given."""
+
+REFERENCE_LR, REFERENCE_PARAMETERS = 5e-3, 1e6
+SMALLEST_LR, LARGEST_LR = 5e-5, 6e-3
+"""The peak learning rate falls with the root of the student's size."""
+
+WARM = 2.0
+"""Temperature where a distribution is narrow: masked words and labels (DistilBERT, arXiv:1910.01108)."""
+
+HALF = 0.45
+"""A student of less than this share of its teacher is cut in two steps (Model-Optimizer's guide; NVIDIA 2025)."""
+
+TASKS = ("chat", "classify", "translate", "summarize", "qa")
+
+
+def is_bare(artifact: Artifact) -> bool:
+    """Tell whether a model predicts nothing: an encoder that is published without a head, as sentence encoders are."""
+    return artifact.config.family == "encoder" and "For" not in artifact.architecture
+
+
+def student_model(config: DistillConfig) -> Path | None:
+    """Return the student that is there, where a model is named in place of a shape."""
+    text = config.student.shape
+    return Path(text) if Path(text).exists() else None
+
+
+def settle(config: DistillConfig) -> DistillConfig:
+    """Fill in what teacher and student decide, so that the recipe of the run says it.
+
+    Raises: NotFoundError or ArtifactError for a teacher that is not there or damaged; UsageError for a student that
+        cannot be.
+    """
+    artifact = read_model(Path(config.model))
+    teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
+    made_for = artifact.provenance.get("objective")
+    task = config.task
+    if task == "auto":
+        task = "classify" if teacher.n_labels else made_for if made_for in TASKS else "text"
+    given = student_model(config)
+    shape = read_model(given).config if given else parse_student(student.shape, teacher)
+    if student.init == "auto":
+        student = replace(student, init="prune")
+    n_student, n_teacher = count(shape), count(teacher)
+    stages = config.stages
+    if not stages:
+        stages = 2 if n_student < HALF * n_teacher and student.init == "prune" and not given else 1
+    name = loss.name
+    if name == "auto":
+        name = "none" if is_bare(artifact) else "fkl"
+    match = loss.match
+    if match == "auto":
+        has_states = teacher.family == "encoder" and not teacher.n_labels and not config.teacher.cache
+        match = "relation" if has_states and name != "seq" else "none"
+        if name == "none":
+            match = "hidden"
+    is_warm = (teacher.family == "encoder" or bool(teacher.n_labels)) and not config.teacher.cache
+    loss = replace(
+        loss,
+        name=name,
+        match=match,
+        temperature=loss.temperature or (WARM if is_warm else 1.0),
+        match_layer=loss.match_layer or (teacher.n_decoder_layers or teacher.n_layers),
+        relation_heads=loss.relation_heads or relation_heads(complete(teacher), complete(shape)),
+    )
+    if not (train.steps or train.tokens or train.minutes or train.epochs):
+        train = replace(train, steps=DEFAULT_STEPS)
+    train = replace(train, seq_len=min(train.seq_len, shape.max_positions, teacher.max_positions))
+    if not optim.lr:
+        rate = REFERENCE_LR * (REFERENCE_PARAMETERS / n_student) ** 0.5
+        optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
+    return replace(config, task=task, stages=stages, student=student, loss=loss, train=train, optim=optim)
+
+
+def splits(n_heads: int, *shapes: ModelConfig) -> bool:
+    """Tell whether queries and keys of all shapes can be cut into so many heads."""
+    widths = [heads * shape.head_dim for shape in shapes for heads in (shape.n_heads, shape.n_kv_heads)]
+    return n_heads > 0 and not any(width % n_heads for width in widths)
+
+
+def relation_heads(teacher: ModelConfig, student: ModelConfig) -> int:
+    """Return into how many heads relations are split: the teacher's, or as many as both can be cut into."""
+    return next(heads for heads in range(teacher.n_heads, 0, -1) if splits(heads, teacher, student))
+
+
+def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
+    """Refuse settings that exclude each other, or that this teacher and this student do not have.
+
+    Raises: UsageError listing all of them.
+    """
+    loss, train = config.loss, config.train
+    if config.max_drop:
+        parse_gate(config.max_drop)
+    artifact = read_model(Path(config.model))
+    teacher = artifact.config
+    has_words = not teacher.n_labels and loss.name not in ("none", "seq")
+    budget = train.minutes and not (train.steps or train.tokens or train.epochs)
+    check_shared(
+        config,
+        (not 0 <= loss.weight <= 1, f"`loss.weight` is {loss.weight}, not in [0, 1]"),
+        (loss.temperature <= 0, f"`loss.temperature` is {loss.temperature}, it must be positive"),
+        (not 0 < loss.beta < 1, f"`loss.beta` is {loss.beta}, not between 0 and 1"),
+        (not 0 < loss.skew < 1, f"`loss.skew` is {loss.skew}, not between 0 and 1"),
+        (not 0 < loss.head_mass < 1, f"`loss.head_mass` is {loss.head_mass}, not between 0 and 1"),
+        (not 0 <= loss.taid_start < 1, f"`loss.taid_start` is {loss.taid_start}, not in [0, 1)"),
+        (not 0 <= loss.on_policy <= 1, f"`loss.on_policy` is {loss.on_policy}, not in [0, 1]"),
+        (loss.match_weight < 0, f"`loss.match_weight` is {loss.match_weight}, it is negative"),
+        (
+            loss.match == "relation" and not splits(loss.relation_heads, complete(teacher), complete(shape)),
+            f"`loss.relation_heads` is {loss.relation_heads}, the attention of teacher and student is not divisible by it",
+        ),
+        (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
+        (
+            config.student.calibration_rows < 1,
+            f"`student.calibration_rows` is {config.student.calibration_rows}, it must be at least 1",
+        ),
+        (
+            config.student.refit_tokens < 0,
+            f"`student.refit_tokens` is {config.student.refit_tokens}, it must be at least 0",
+        ),
+        (
+            not 0 < loss.match_layer <= (teacher.n_decoder_layers or teacher.n_layers),
+            f"`loss.match_layer` is {loss.match_layer}, the teacher has {teacher.n_decoder_layers or teacher.n_layers}",
+        ),
+        (
+            loss.on_policy > 0 and (teacher.family != "decoder" or not has_words),
+            "`loss.on_policy` is for decoders that learn a divergence",
+        ),
+        (
+            loss.on_policy > 0 and config.parallel.strategy == "fsdp",
+            "`loss.on_policy` needs the whole model in every process: not with `parallel.strategy` fsdp",
+        ),
+        (
+            bool(teacher.n_labels) and loss.name != "fkl",
+            f"`loss.name` {loss.name} is for models of text, `{config.model}` has {teacher.n_labels} labels: fkl",
+        ),
+        (bool(teacher.n_labels) and loss.match != "none", "`loss.match` is for models of text, not of labels"),
+        (is_bare(artifact) and loss.name != "none", f"`{config.model}` predicts no words: `loss.name` none"),
+        (loss.name == "none" and loss.match == "none", "`loss.name` and `loss.match` are both none"),
+        (
+            loss.name == "none" and config.task != "text",
+            f"`loss.name` none learns from plain text, `--task {config.task}` is for a divergence",
+        ),
+        (
+            loss.name == "seq" and (teacher.family == "encoder" or bool(teacher.n_labels)),
+            f"`loss.name` seq needs a teacher that writes, `{config.model}` does not",
+        ),
+        (
+            bool(config.teacher.cache) and (not has_words or loss.match != "none" or loss.on_policy > 0),
+            "`teacher.cache` holds what a teacher said of the data's tokens: `loss.match` none and no `loss.on_policy`",
+        ),
+        (
+            bool(config.teacher.cache) and loss.temperature != 1.0,
+            f"`loss.temperature` is {loss.temperature}, `teacher.cache` knows 1",
+        ),
+        (
+            bool(config.teacher.cache) and loss.name != "fkl",
+            f"`loss.name` is {loss.name}, with `teacher.cache` it is fkl",
+        ),
+        (not 1 <= config.teacher.draws <= 255, f"`teacher.draws` is {config.teacher.draws}, not in [1, 255]"),
+        (config.teacher.top_k < 1, f"`teacher.top_k` is {config.teacher.top_k}, it must be at least 1"),
+        (
+            config.baseline.enabled and bool(budget),
+            "`baseline` needs a budget in steps, tokens or epochs, so that both get the same",
+        ),
+        (
+            config.baseline.enabled and not all(factor > 0 for factor in config.baseline.lr_factors),
+            f"`baseline.lr_factors` are {config.baseline.lr_factors}, they must be positive",
+        ),
+    )
+    if not config.data.paths and config.task != "text":
+        raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+    for name in config.teacher.more:
+        find_named(name, "any")

@@ -1,0 +1,254 @@
+"""What a student looks like: from a share of the teacher's parameters, or from numbers.
+
+A share is met by fewer layers first and a narrower feed-forward part to land on it, since that is what heals fastest and
+what makes a model faster; the width of the stream and the heads are cut where that is not enough. Of an encoder-decoder
+the decoder goes first: it takes most of the time (DistilBART, Shleifer and Rush 2020, arXiv:2010.13002).
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+
+from llmctl.config import ModelConfig
+from llmctl.errors import UsageError
+from llmctl.formats.families.parameters import parameter_shapes
+from llmctl.formats.families.table import family_for
+from llmctl.model.shapes import complete
+
+KEYS = {
+    "layers": "n_layers",
+    "encoder_layers": "n_layers",
+    "decoder_layers": "n_decoder_layers",
+    "dim": "d_model",
+    "heads": "n_heads",
+    "kv_heads": "n_kv_heads",
+    "ffn": "d_ff",
+}
+NUMBER = re.compile(r"0*[1-9]\d{0,8}", re.ASCII)
+SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%", re.ASCII)
+NARROWEST_FFN = 0.6
+"""Share of the feed-forward units that stay at least where a share of the parameters is asked for."""
+
+WIDTH_WEIGHT = 4
+"""Power of the share of the width beside the share of layers: all layers have learned their whole width."""
+
+TOLERANCE = 0.02
+HINT = "50%, or layers=6,dim=512,heads=8,ffn=1408, or a model that is there"
+
+
+def count(config: ModelConfig) -> int:
+    """Return the parameters of a shape, a tied weight counted once."""
+    sizes = {name: math.prod(dims) for name, dims in parameter_shapes(config).items()}
+    if config.tie_embeddings and not config.n_labels:
+        sizes.pop("lm_head.weight", None)
+    return sum(sizes.values())
+
+
+def parse_student(text: str, teacher: ModelConfig) -> ModelConfig:
+    """Return the shape that a text means: `50%`, or `layers=6,dim=512`.
+
+    Raises: UsageError naming what is wrong with it.
+    """
+    teacher = complete(teacher)
+    share = SHARE.fullmatch(text.strip())
+    if share:
+        frac = float(share[1]) / 100
+        if not 0 < frac <= 1:
+            raise UsageError(f"`--student {text}` is not between 0% and 100% of the teacher", HINT)
+        return within_budget(teacher, frac, text)
+    values = read_numbers(text, teacher)
+    return checked(teacher, values, text)
+
+
+def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
+    """Return the sizes that a text names, by the config's names.
+
+    Raises: UsageError for a key or number that cannot be.
+    """
+    values: dict[str, int] = {}
+    has_both = False
+    for part in text.split(","):
+        key, sign, number = part.partition("=")
+        key, number = key.strip(), number.strip()
+        if not sign or key not in KEYS:
+            near = get_close_matches(key, KEYS, n=1)
+            meant = f", did you mean `{near[0]}`?" if near else ""
+            raise UsageError(f"`--student {text}`: `{part.strip()}` is neither a share nor a size{meant}", HINT)
+        if not NUMBER.fullmatch(number):
+            raise UsageError(f"`--student {text}`: `{key}` is `{number[:20]}`, it must be a number of at least 1", HINT)
+        if KEYS[key] in values:
+            raise UsageError(f"`--student {text}` says `{key}` twice", HINT)
+        if key in ("decoder_layers", "encoder_layers") and teacher.family != "encoder_decoder":
+            raise UsageError(f"`--student {text}`: the teacher has one stack, its layers are `layers`", HINT)
+        values[KEYS[key]] = int(number)
+        has_both |= key == "layers" and teacher.family == "encoder_decoder"
+    if has_both:
+        values.setdefault("n_decoder_layers", min(values["n_layers"], teacher.n_decoder_layers))
+    return values
+
+
+def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelConfig:
+    """Return a shape of these sizes, what belongs together filled in.
+
+    Raises: UsageError for one that is no part of the teacher or that no published architecture has.
+    """
+    for name, value in values.items():
+        if value > getattr(teacher, name):
+            key = next(key for key, known in KEYS.items() if known == name)
+            raise UsageError(
+                f"`--student {text}`: `{key}` is {value}, the teacher has {getattr(teacher, name)}",
+                "a student is a part of its teacher; --student MODEL takes any other model of its tokenizer",
+            )
+    size = teacher.n_heads // teacher.n_kv_heads
+    if "n_heads" in values and "n_kv_heads" not in values:
+        values["n_kv_heads"] = values["n_heads"] // size
+    if "n_kv_heads" in values and "n_heads" not in values:
+        values["n_heads"] = values["n_kv_heads"] * size
+    if not has_free_heads(teacher):
+        if "d_model" in values and "n_heads" not in values:
+            values["n_heads"] = values["n_kv_heads"] = max(1, values["d_model"] // teacher.head_dim)
+        elif "n_heads" in values and "d_model" not in values:
+            values["d_model"] = values["n_heads"] * teacher.head_dim
+        heads, dim = values.get("n_heads", teacher.n_heads), values.get("d_model", teacher.d_model)
+        if heads * teacher.head_dim != dim:
+            raise UsageError(
+                f"`--student {text}`: dim {dim} is not {heads} heads of {teacher.head_dim}, as this architecture has them",
+                f"dim={heads * teacher.head_dim} goes with heads={heads}",
+            )
+    if "n_heads" in values and (values["n_kv_heads"] < 1 or values["n_heads"] != values["n_kv_heads"] * size):
+        raise UsageError(
+            f"`--student {text}`: {values['n_heads']} heads are not whole groups of {size}",
+            f"heads={max(1, values['n_heads'] // size) * size}",
+        )
+    heads, dim = values.get("n_heads", teacher.n_heads), values.get("d_model", teacher.d_model)
+    if dim % heads:
+        raise UsageError(
+            f"`--student {text}`: dim {dim} is not divisible by {heads} heads", f"dim={max(1, dim // heads) * heads}"
+        )
+    if dim < teacher.d_model and teacher.positions == "sinusoidal":
+        raise UsageError(
+            f"`--student {text}`: a narrower model has another table of sinusoidal positions", "leave dim away"
+        )
+    return buildable(resized(teacher, values), teacher, text)
+
+
+def has_free_heads(teacher: ModelConfig) -> bool:
+    """Tell whether the width of the heads together may differ from that of the stream in this architecture."""
+    wider = replace(teacher, d_model=3 * teacher.n_heads * teacher.head_dim)
+    return family_for(wider) is family_for(teacher)
+
+
+def resized(teacher: ModelConfig, values: dict[str, int]) -> ModelConfig:
+    """Return the teacher's shape with other sizes, and what follows from them."""
+    changes: dict[str, object] = dict(values)
+    if "d_model" in values and teacher.logits_scale == teacher.d_model**-0.5:
+        changes["logits_scale"] = values["d_model"] ** -0.5
+    return complete(replace(teacher, **changes))  # type: ignore[arg-type]
+
+
+def buildable(shape: ModelConfig, teacher: ModelConfig, text: str) -> ModelConfig:
+    """Return a shape that the teacher's architecture has, so that what opens the one opens the other.
+
+    Raises: UsageError.
+    """
+    if family_for(shape) is not family_for(teacher):
+        raise UsageError(f"`--student {text}` is no shape of {family_for(teacher).architecture}", HINT)
+    return shape
+
+
+def within_budget(teacher: ModelConfig, frac: float, text: str) -> ModelConfig:
+    """Return the best shape with a share of the parameters.
+
+    Raises: UsageError with the smallest share that is possible.
+    """
+    total = count(teacher)
+    budget = frac * total
+    if frac > 1 - TOLERANCE / 2:
+        return teacher
+    shapes = [shape for wide in widths(teacher) for shape in depths(wide, teacher, budget)]
+    fitting = [shape for shape in shapes if count(shape) <= budget * (1 + TOLERANCE)]
+    near = [shape for shape in fitting if count(shape) >= budget * (1 - TOLERANCE)]
+    if near:
+        return buildable(max(near, key=lambda shape: preference(shape, teacher)), teacher, text)
+    if fitting:
+        return buildable(max(fitting, key=count), teacher, text)
+    smallest = resized(list(widths(teacher))[-1], {"n_layers": 1, "d_ff": 8} | only_pairs(teacher, 1))
+    raise UsageError(
+        f"`--student {text}` is {budget:,.0f} parameters, the smallest part of this teacher has {count(smallest):,}",
+        f"{100 * count(smallest) / total + 1:.0f}% or more: most of it is the vocabulary",
+    )
+
+
+def preference(shape: ModelConfig, teacher: ModelConfig) -> tuple[float, float]:
+    """Return what makes a shape better: an encoder that stays whole, then the mildest worst cut of all its sizes."""
+    layers = (shape.n_layers + shape.n_decoder_layers) / (teacher.n_layers + teacher.n_decoder_layers)
+    units = (shape.d_ff / shape.d_model) / (teacher.d_ff / teacher.d_model)
+    width = (shape.d_model / teacher.d_model) ** WIDTH_WEIGHT
+    return float(shape.n_layers) * (teacher.family == "encoder_decoder"), min(layers, units, width)
+
+
+def only_pairs(teacher: ModelConfig, n_layers: int) -> dict[str, int]:
+    """Return the decoder's layers where there is a decoder beside an encoder."""
+    return {"n_decoder_layers": n_layers} if teacher.family == "encoder_decoder" else {}
+
+
+def depths(wide: ModelConfig, teacher: ModelConfig, budget: float) -> Iterator[ModelConfig]:
+    """Yield shapes of every depth, with as many feed-forward units as the budget has room for."""
+    unit = step_of(teacher.d_ff)
+    decoders = range(1, teacher.n_decoder_layers + 1) if teacher.family == "encoder_decoder" else (0,)
+    for n_layers in range(1, teacher.n_layers + 1):
+        for n_decoder in decoders:
+            layers = {"n_layers": n_layers} | ({"n_decoder_layers": n_decoder} if n_decoder else {})
+            full = resized(wide, layers)
+            slope = (count(full) - count(replace(full, d_ff=full.d_ff - 1))) or 1
+            room = full.d_ff + (budget - count(full)) / slope
+            units = min(full.d_ff, int(room // unit * unit) if room < full.d_ff else full.d_ff)
+            if units >= NARROWEST_FFN * full.d_ff:
+                yield replace(full, d_ff=units)
+
+
+def widths(teacher: ModelConfig) -> Iterator[ModelConfig]:
+    """Yield the teacher's shape at its own width, then narrower ones."""
+    yield teacher
+    if teacher.positions == "sinusoidal":  # the table of a narrower model is another one
+        return
+    size = teacher.n_heads // teacher.n_kv_heads
+    for groups in range(teacher.n_kv_heads - 1, 0, -1):
+        heads = groups * size
+        dim, rest = divmod(teacher.d_model * heads, teacher.n_heads)
+        if rest:
+            continue
+        units = max(8, round(teacher.d_ff * groups / teacher.n_kv_heads / 8) * 8)
+        yield resized(teacher, {"d_model": dim, "n_heads": heads, "n_kv_heads": groups, "d_ff": units})
+
+
+def step_of(width: int) -> int:
+    """Return what a width is a multiple of: 64 where that is fine enough, less in small models."""
+    return next((step for step in (64, 32, 16) if width >= 12 * step), 8)
+
+
+def shape_between(teacher: ModelConfig, student: ModelConfig, share: float) -> ModelConfig:
+    """Return the shape on the way from teacher (0) to student (1)."""
+    teacher, student = complete(teacher), complete(student)
+    if share in (0.0, 1.0):
+        return student if share else teacher
+
+    def between(name: str, step: int = 1) -> int:
+        first, last = getattr(teacher, name), getattr(student, name)
+        here = first + (last - first) * share
+        return last if first == last else min(first, max(last, round(here / step) * step))
+
+    values = {"n_layers": between("n_layers"), "d_ff": between("d_ff", step_of(teacher.d_ff))}
+    if teacher.family == "encoder_decoder":
+        values["n_decoder_layers"] = between("n_decoder_layers")
+    size = teacher.n_heads // teacher.n_kv_heads
+    values["n_kv_heads"] = between("n_kv_heads")
+    values["n_heads"] = values["n_kv_heads"] * size
+    values["d_model"] = student.d_model
+    if student.d_model < teacher.d_model:  # a multiple of the heads, as everywhere
+        heads = values["n_heads"]
+        wide = heads * teacher.head_dim if not has_free_heads(teacher) else between("d_model") // heads * heads
+        values["d_model"] = max(student.d_model // heads * heads, wide)
+    return resized(teacher, values)

@@ -1,0 +1,211 @@
+"""Build a cache of what a teacher says, and read it in place of the teacher.
+
+A row's signals depend on the row alone: rows go through the teacher in the same company whenever they are made, and draws
+come from numbers that belong to (seed, address). So a cache that was interrupted ends up the same, byte for byte.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmctl.distilling.draws import draw, uniforms
+from llmctl.distilling.teacher import Teacher, inputs_of
+from llmctl.errors import DivergedError, UsageError
+from llmctl.files import ensure_writable
+from llmctl.formats.safetensors import write_safetensors
+from llmctl.formats.teacher_signals import (
+    HEAD,
+    ROWS_PER_SHARD,
+    Arrays,
+    SignalStore,
+    as_array,
+    check_begun,
+    differences,
+    finished_labels,
+    id_dtype,
+    pack_sampled,
+    write_manifest,
+    write_shard,
+)
+from llmctl.losses.base import IGNORE
+from llmctl.losses.logits import logits
+from llmctl.preparing.corpus import Corpus
+from llmctl.training.batch import Batch, BatchSource, to_device
+
+ROWS_TOGETHER = 8
+"""Rows that the teacher reads at once; a divisor of a shard's rows."""
+
+CHUNK_LABELS = 256
+"""Labels whose probabilities exist at the same time."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is kept of a teacher: its kind, draws of `sampled`, tokens of `topk`, the seed of the draws, how it computes."""
+
+    kind: str = "sampled"
+    draws: int = 32
+    top_k: int = 64
+    seed: int = 0
+    teacher_dtype: str = "float32"
+
+    def record(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        told: dict[str, Any] = {"kind": self.kind, "teacher_dtype": self.teacher_dtype}
+        if self.kind == "sampled":
+            told |= {"draws": self.draws, "seed": self.seed}
+        return told | ({"top_k": self.top_k} if self.kind == "topk" else {})
+
+
+@torch.no_grad()
+def build_cache(
+    teacher: Teacher,
+    source: BatchSource,
+    folder: Path,
+    spec: Spec,
+    identity: Mapping[str, Any],
+    *,
+    vocab_size: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> SignalStore:
+    """Write the signals of all rows of a source into a folder, or those that are missing or damaged.
+
+    source: rows in their order, so that a row's number is its address. identity: what the cache is of; kept in the
+    manifest and asked for when it is used.
+    Raises: UsageError if the folder holds signals of something else; OutputError if the disk refuses.
+    """
+    ensure_writable(folder)
+    told = {**spec.record(), "vocab_size": vocab_size, "n_rows": source.n_rows, "identity": dict(identity)}
+    check_begun(folder, told)
+    n_shards = -(-source.n_rows // ROWS_PER_SHARD)
+    if spec.kind == "hidden":
+        head = teacher.dense(torch.zeros(1, teacher.model.config.d_model, device=device, dtype=teacher.dtype))
+        tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
+        write_safetensors(folder / HEAD, tensors, {})
+    n_labels = 0
+    for number in range(n_shards):
+        rows = range(number * ROWS_PER_SHARD, min(source.n_rows, (number + 1) * ROWS_PER_SHARD))
+        finished = finished_labels(folder, number)
+        if finished is not None:
+            n_labels += sum(finished)
+            continue
+        counts: list[int] = []
+        parts: list[Arrays] = []
+        for start in range(rows.start, rows.stop, ROWS_TOGETHER):
+            some = range(start, min(start + ROWS_TOGETHER, rows.stop))
+            batch = source.batch(some)
+            row_counts = (batch["labels"] != IGNORE).sum(axis=1).tolist()
+            counts += row_counts
+            hidden_ND = states_of(teacher, batch, device)
+            for row, states_LD in zip(some, hidden_ND.split(row_counts), strict=True):
+                parts.append(signals_of(teacher, states_LD, spec, row, vocab_size))
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        write_shard(folder, number, counts, joined, told)
+        n_labels += sum(counts)
+        say(f"teacher signals of {rows.stop:,} of {source.n_rows:,} rows")
+    write_manifest(folder, told | {"n_labels": n_labels}, n_shards)
+    return SignalStore.open(folder)
+
+
+def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
+    """Return a teacher's states at the labels of a batch (N, D), row by row.
+
+    Raises: DivergedError if some are not finite: nothing can be learned from them.
+    """
+    tensors = to_device(batch, device)
+    places = (tensors["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+    states_ND = teacher.see(inputs_of(tensors)).hidden_BTD.flatten(0, 1)[places]
+    if not states_ND.isfinite().all():
+        raise DivergedError(
+            "the teacher's hidden states are not finite: they have nan or inf", "teacher.dtype=fp32, or another teacher"
+        )
+    return states_ND
+
+
+def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_size: int) -> Arrays:
+    """Return the signals of one row's labels."""
+    told = teacher.dense(states_LD)
+    if spec.kind == "hidden":
+        # As the teacher computed it: half the bytes in bfloat16, and nothing is lost.
+        hidden_LD = told.hidden_ND.cpu()
+        return {"hidden": as_array(hidden_LD if hidden_LD.dtype == torch.bfloat16 else hidden_LD.float())}
+    numbers_Ln = (
+        torch.from_numpy(uniforms(spec.seed, row, len(states_LD), spec.draws)) if spec.kind == "sampled" else None
+    )
+    parts: list[Arrays] = []
+    for start in range(0, max(1, len(states_LD)), CHUNK_LABELS):
+        hidden_CD = told.hidden_ND[start : start + CHUNK_LABELS]
+        weight_VD = told.weight_VD[:vocab_size]
+        bias_V = None if told.bias_V is None else told.bias_V[:vocab_size]
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        out_CV = torch.empty(len(hidden_CD), vocab_size, dtype=wide, device=hidden_CD.device)
+        log_p_CV = logits(hidden_CD, weight_VD, bias_V, out_CV).log_softmax(dim=1)
+        if numbers_Ln is not None:
+            numbers_Cn = numbers_Ln[start : start + CHUNK_LABELS].to(log_p_CV.device)
+            parts.append(pack_sampled(draw(log_p_CV.exp(), numbers_Cn).cpu().numpy(), vocab_size))
+        else:
+            logs_CK, ids_CK = log_p_CV.topk(min(spec.top_k, vocab_size), dim=1)
+            # Summed over what is outside: taken from 1, little would be left of its digits.
+            tail_C = log_p_CV.scatter(1, ids_CK, float("-inf")).logsumexp(dim=1)
+            parts.append(
+                {
+                    "ids": ids_CK.cpu().numpy().astype(id_dtype(vocab_size)),
+                    "logs": logs_CK.half().cpu().numpy(),
+                    "tail": tail_C.clamp(min=-60000).half().cpu().numpy(),
+                }
+            )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+class InOrder:
+    """The rows of a source with addresses, by address, once."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.n_rows = source, source.n_rows
+        self.numbers = {source.address(number): number for number in range(source.n_rows)}
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows at these addresses."""
+        return self.source.batch([self.numbers[number] for number in numbers])
+
+
+class CachedBatches:
+    """The batches of a source with what a teacher said of their labels, in the order of the labels."""
+
+    def __init__(self, source: Any, store: SignalStore) -> None:
+        self.source, self.store, self.n_rows = source, store, source.n_rows
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Return the batch of the rows with these numbers."""
+        addresses = [self.source.address(number) for number in numbers]
+        return self.source.batch(numbers) | self.store.signals(addresses)
+
+
+def content_of(corpus: Corpus) -> str:
+    """Return the sha256 of what a corpus trains on: tokens, targets, and which documents are taken."""
+    digest = hashlib.sha256(corpus.train.astype("<i8").tobytes())
+    for shards in (corpus.documents, corpus.targets):
+        digest.update(b"none" if shards is None else shards.content_sha256().encode())
+    return digest.hexdigest()
+
+
+def check_cache(store: SignalStore, identity: Mapping[str, Any], n_rows: int) -> None:
+    """Refuse signals of another teacher, tokenizer, corpus or packing.
+
+    Raises: UsageError naming what differs, with both values.
+    """
+    made_of = {**store.record["identity"], "rows": store.n_rows}
+    wanted = {**json.loads(json.dumps(identity)), "rows": n_rows}
+    if differing := differences(made_of, wanted):
+        raise UsageError(
+            f"the signals in `{store.folder}` are of something else: {differing}",
+            "make them with the same teacher, data and row settings: llmctl distill cache",
+        )

@@ -1,0 +1,1 @@
+"""Measure models on data, one file per kind of task."""

@@ -1,0 +1,114 @@
+"""Labels and numbers: what a classification head says of texts, and how near two texts are."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmctl.artifacts.load import Loaded
+from llmctl.config import EvaluateConfig
+from llmctl.data.examples import Example
+from llmctl.data.labels import Labels, read_names
+from llmctl.errors import UsageError
+from llmctl.evaluating.result import Measured
+from llmctl.inference.rows import Row, encode_rows, longest_row, row_outputs
+from llmctl.metrics import scores
+
+
+def evaluate_classify(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
+    """Measure a classifier: accuracy, F1 and Matthews' correlation, or the correlations of a number; and the loss.
+
+    The loss is that of training, a mean over rows: cross-entropy; of several labels the mean of the binary
+    cross-entropies; of a number the squared error.
+    """
+    model = loaded.model.config
+    if not model.n_labels:
+        raise UsageError(
+            f"`{loaded.artifact.path}` has no classification head", "llmctl finetune --task classify makes one"
+        )
+    labels = labels_for(loaded, config)
+    targets = torch.tensor([labels.encode(example) for example in examples], dtype=torch.float64)
+    rows = _rows(loaded, examples, config)
+    outputs_NL = row_outputs(loaded, rows, config.batch_size).double()
+    return _measured(examples, rows, label_figures(labels.problem, outputs_NL, targets))
+
+
+def labels_for(loaded: Loaded, config: EvaluateConfig) -> Labels:
+    """Return the labels of a classifier: those it was given, its own, or its outputs' numbers.
+
+    Raises: UsageError when the given ones are not as many as its outputs.
+    """
+    model = loaded.model.config
+    if model.problem == "regression":
+        return Labels("regression")
+    names = read_names(config.labels) if config.labels else model.labels
+    names = names or tuple(map(str, range(model.n_labels)))
+    if len(names) != model.n_labels:
+        raise UsageError(
+            f"`{config.labels}` names {len(names)} labels, `{loaded.artifact.path}` has {model.n_labels}",
+            "give the file of the labels it was trained on",
+        )
+    return Labels(model.problem, names)
+
+
+def label_figures(problem: str, outputs_NL: Tensor, targets: Tensor) -> dict[str, float]:
+    """Return the figures of a head's outputs (N, L) against targets (N,), or (N, L) where labels are several."""
+    if problem == "regression":
+        numbers = targets.reshape(len(targets), -1)
+        loss = float((outputs_NL - numbers).square().mean())
+        return correlations(outputs_NL[:, 0], numbers[:, 0]) | {"loss": loss}
+    n_labels = outputs_NL.shape[1]
+    if problem == "multi":
+        found = (outputs_NL > 0).long()
+        loss = float(F.binary_cross_entropy_with_logits(outputs_NL, targets))
+    else:
+        found = outputs_NL.argmax(dim=1)
+        loss = float(F.cross_entropy(outputs_NL, targets.long()))
+    figures = {"accuracy": scores.accuracy(found, targets), "f1": scores.f1_score(found, targets, n_labels)}
+    if problem == "single":
+        figures["mcc"] = scores.matthews(found, targets)
+    return figures | {"loss": loss}
+
+
+def evaluate_similarity(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
+    """Measure how well the nearness of two texts agrees with numbers: the correlations of a head's or of cosines.
+
+    A model with a head for one number reads both texts together. Any other model reads each alone, and the number is
+    the cosine of their pooled states (Reimers & Gurevych 2019, arXiv:1908.10084).
+    """
+    model = loaded.model.config
+    labels = Labels("regression")
+    gold = torch.tensor([labels.encode(example) for example in examples], dtype=torch.float64)
+    if model.n_labels:
+        if model.problem != "regression" or model.n_labels != 1:
+            raise UsageError(
+                f"the head of `{loaded.artifact.path}` gives {model.n_labels} labels, not a number", "--task classify"
+            )
+        rows = _rows(loaded, examples, config)
+        found = row_outputs(loaded, rows, config.batch_size)[:, 0]
+        return _measured(examples, rows, correlations(found, gold))
+    limit = longest_row(loaded, config.seq_len)
+    texts = [(example.inputs[role],) for role in ("text", "pair") for example in examples]
+    rows = encode_rows(loaded, texts, limit)
+    states_ND = row_outputs(loaded, rows, config.batch_size, pooling=config.pooling).double()
+    found = F.cosine_similarity(states_ND[: len(examples)], states_ND[len(examples) :])
+    return _measured(examples, rows, correlations(found, gold))
+
+
+def correlations(found: Tensor, wanted: Tensor) -> dict[str, float]:
+    """Return the correlations of numbers with numbers (N,)."""
+    return {"spearman": scores.spearman(found, wanted), "pearson": scores.pearson(found, wanted)}
+
+
+def _rows(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> list[Row]:
+    texts = [tuple(example.inputs[role] for role in ("text", "pair") if role in example.inputs) for example in examples]
+    return encode_rows(loaded, texts, longest_row(loaded, config.seq_len))
+
+
+def _measured(examples: Sequence[Example], rows: Sequence[Row], figures: dict[str, float]) -> Measured:
+    n_empty = sum(not all(text.strip() for text in example.inputs.values()) for example in examples)
+    n_tokens = sum(len(row.ids) for row in rows)
+    # Texts that are read alone stand behind each other: all the first ones, then all the second ones.
+    cut = {number % len(examples) for number, row in enumerate(rows) if row.n_cut}
+    return Measured(figures, len(examples), n_tokens, n_empty, len(cut))

@@ -1,0 +1,1 @@
+"""Published model families: names and configuration of their files."""

@@ -1,0 +1,62 @@
+"""Our own format, for every model that no published family expresses: config.json holds the fields of ModelConfig."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from llmctl.config import ModelConfig
+from llmctl.errors import ArtifactError
+from llmctl.formats.families.family import FamilyFormat
+from llmctl.formats.families.llama import layout
+
+NAME = "LlmctlForLanguageModel"
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Read the fields of ModelConfig, each checked for its type and choices."""
+    known = {field.name for field in fields(ModelConfig)}
+    return ModelConfig(**{name: checked(name, value) for name, value in values.items() if name in known})
+
+
+def checked(name: str, value: Any) -> Any:
+    """Return a field's value if it is of the field's type.
+
+    Raises: ArtifactError naming the field.
+    """
+    kind = get_type_hints(ModelConfig)[name]
+    choices = get_args(kind)
+    if get_origin(kind) is tuple:
+        fits = isinstance(value, list) and all(type(item) is choices[0] for item in value)
+    elif kind is float:
+        fits = type(value) in (int, float)
+    elif kind in (int, bool):
+        fits = type(value) is kind and (kind is bool or abs(value) < 2**31)
+    else:
+        fits = value in choices
+    if not fits:
+        listed = get_origin(kind) is Literal
+        allowed = f"one of {', '.join(map(str, choices))}" if listed else "a value of its type"
+        raise ArtifactError(f"the configuration of {NAME} has `{name}` {str(value)[:60]!r}", f"what is read: {allowed}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """Write the fields of ModelConfig."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+
+
+def matches(config: ModelConfig) -> bool:
+    """Match everything."""
+    del config
+    return True
+
+
+NATIVE = FamilyFormat(
+    architecture=NAME,
+    model_type="llmctl",
+    source="llmctl",
+    read_config=read_config,
+    write_config=write_config,
+    matches=matches,
+    layout=layout,
+)

@@ -1,0 +1,254 @@
+"""Write a decoder as a GGUF file that llama.cpp runs: which models, which weight formats, metadata and tensors.
+
+The inverse of `gguf_model.py`; the container is written by the package `gguf`, the blocks by `quant/gguf_blocks.py`.
+Nothing is believed of the result here: `converting/gguf_check.py` reads it back.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmctl.config import ModelConfig
+from llmctl.errors import ArtifactError, MissingExtraError, UsageError
+from llmctl.formats.families.llama import is_kin
+from llmctl.formats.families.parameters import Shape, parameter_shapes
+from llmctl.formats.gguf.container import BLOCKS
+from llmctl.formats.gguf.model import architecture_for, n_paired_heads, tensor_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+ALIGNMENT = 32
+QUANTISATION_VERSION = 2  # of ggml's block layouts
+
+
+class FileType(NamedTuple):
+    """What `--type` means: the blocks of matrices, those of the head, and llama.cpp's number of the whole."""
+
+    block: str
+    head: str
+    number: int
+
+
+# The head of a model in four or five bits has six or eight, as in llama.cpp: its errors are not averaged by a next layer.
+TYPES = {
+    "f32": FileType("F32", "F32", 0),
+    "f16": FileType("F16", "F16", 1),
+    "bf16": FileType("BF16", "BF16", 32),
+    "q8_0": FileType("Q8_0", "Q8_0", 7),
+    "q6_K": FileType("Q6_K", "Q6_K", 18),
+    "q5_0": FileType("Q5_0", "Q6_K", 8),
+    "q4_1": FileType("Q4_1", "Q6_K", 3),
+    "q4_0": FileType("Q4_0", "Q6_K", 2),
+    "q4_K": FileType("Q4_K", "Q6_K", 14),
+}
+# What holds a tensor whose rows are no whole blocks, as in llama.cpp.
+NARROWER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(("Q8_0", "Q5_0", "Q4_1", "Q4_0"), "F16")
+N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
+EXPORTED = (
+    "what is exported: decoders of Llama's block (llama), with normalised queries and keys too (qwen3); "
+    "--to single or hf takes every model"
+)
+
+
+@dataclass
+class Written:
+    """What was written: the weights that its bytes stand for and the blocks they are in, under our names, and their bytes."""
+
+    meant: dict[str, "Tensor"] = field(default_factory=dict)
+    blocks: dict[str, "Planned"] = field(default_factory=dict)
+    n_bytes: int = 0
+
+
+class Planned(NamedTuple):
+    """The block of a tensor, and the one it would have if its rows were whole ones of it."""
+
+    block: str
+    wanted: str
+
+
+def find_type(name: str) -> str:
+    """Return the type of this name, however it is capitalised.
+
+    Raises: UsageError listing those there are.
+    """
+    found = next((known for known in TYPES if known.lower() == name.lower()), None)
+    if found is None:
+        raise UsageError(f"there is no GGUF type `{name}`", f"--type takes {', '.join(TYPES)}")
+    return found
+
+
+def check_kind(config: ModelConfig, architecture: str, path: Path) -> None:
+    """Refuse a model that llama.cpp's `llama` and `qwen3` do not express.
+
+    Raises: ArtifactError naming the model's kind and what is exported.
+    """
+    obstacle = obstacle_in(config)
+    if obstacle:
+        raise ArtifactError(f"`{path}` ({architecture}) {obstacle}, which is not exported as GGUF", EXPORTED)
+
+
+def obstacle_in(config: ModelConfig) -> str:
+    """Return what about a model is neither `llama` nor `qwen3`; nothing where it is one of them."""
+    if config.n_labels:
+        return "is a classifier"
+    if config.family != "decoder":
+        return f"is an {config.family.replace('_', '-')}"
+    if not is_kin(config):
+        return "is of another block than Llama's"
+    if config.attention_bias or config.mlp_bias or config.logits_bias:
+        return "has biases"
+    return "" if config.activation == "silu" else f"has the activation {config.activation}"
+
+
+def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> dict[str, Any]:
+    """Return the metadata of a model; `general` are names and licence without their prefix."""
+    values: dict[str, Any] = {f"general.{key}": text for key, text in general.items()}
+    values |= {
+        "general.type": "model",
+        "general.file_type": TYPES[kind].number,
+        "general.quantization_version": QUANTISATION_VERSION,
+    }
+    sizes = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_positions,
+        "embedding_length": config.d_model,
+        "block_count": config.n_layers,
+        "feed_forward_length": config.d_ff,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+    }
+    prefix = architecture_for(config).name
+    return values | {f"{prefix}.{key}": value for key, value in sizes.items()}
+
+
+def plan_blocks(config: ModelConfig, kind: str) -> dict[str, Planned]:
+    """Return llama.cpp's name of every tensor -> its block; vectors stay in float32."""
+    head = "token_embd.weight" if config.tie_embeddings else "output.weight"
+    shapes, plan = parameter_shapes(config), {}
+    for there, name in tensor_names(config).items():
+        wanted = TYPES[kind].head if there == head else TYPES[kind].block
+        wanted = wanted if len(shapes[name]) > 1 else "F32"
+        plan[there] = Planned(fitting_block(wanted, shapes[name]), wanted)
+    return plan
+
+
+def fitting_block(block: str, shape: Shape) -> str:
+    """Return the block of this name, or the next of those that fill the rows."""
+    while shape[-1] % N_ELEMENTS[block]:
+        block = NARROWER[block]
+    return block
+
+
+def write_gguf(
+    path: Path, config: ModelConfig, state: Mapping[str, "Tensor"], values: Mapping[str, Any], kind: str
+) -> Written:
+    """Write the file, tensor by tensor, and return what its weights are meant to be.
+
+    Shapes: `state` is that of `LanguageModel(config)`, a config that passes `check_kind`; `values` the metadata of
+    model and tokenizer.
+    Raises: MissingExtraError without the package `gguf`; ArtifactError for weights that are not finite or too large.
+    """
+    gguf = gguf_module()
+    writer = gguf.GGUFWriter(path, architecture_for(config).name)
+    writer.add_custom_alignment(ALIGNMENT)
+    for key, value in values.items():
+        put(writer, key, value)
+    names, plan, written = tensor_names(config), plan_blocks(config, kind), Written()
+    shapes = parameter_shapes(config)
+    try:
+        for there, (block, _) in plan.items():
+            declare(writer, there, shapes[names[there]], gguf.GGMLQuantizationType[block], gguf.GGML_QUANT_SIZES)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for there, planned in plan.items():
+            name = names[there]
+            stored, meant = checked(name, state[name].detach().float().contiguous(), planned.block)
+            n_heads = n_paired_heads(config, name)
+            writer.write_tensor_data(paired(stored, n_heads) if n_heads else stored)
+            written.meant[name], written.blocks[name] = meant, planned
+            written.n_bytes += stored.nbytes
+    finally:
+        writer.close()
+    return written
+
+
+def gguf_module() -> Any:
+    """Return the package `gguf`.
+
+    Raises: MissingExtraError naming the extra.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingExtraError("writing GGUF files", "gguf", "gguf") from error
+    return gguf
+
+
+def put(writer: Any, key: str, value: Any) -> None:
+    """Add one metadata value in the type that llama.cpp's own converters give it."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def declare(writer: Any, name: str, shape: Shape, block: Any, sizes: Mapping[Any, tuple[int, int]]) -> None:
+    """Announce a tensor, whose bytes come later."""
+    import numpy as np
+
+    n_elements, n_bytes = sizes[block]
+    row_bytes = shape[-1] // n_elements * n_bytes
+    byte_shape = (*shape[:-1], row_bytes)
+    writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=block)
+
+
+def checked(name: str, weight: "Tensor", block: str) -> tuple["NDArray[np.uint8]", "Tensor"]:
+    """Return a tensor's bytes and what they stand for.
+
+    Raises: ArtifactError for weights that are not finite, or too large for a block's 16-bit scales.
+    """
+    if not weight.isfinite().all():
+        raise ArtifactError(f"`{name}` has NaN or infinite numbers", "fetch or train the model again")
+    stored, meant = encoded(weight, block)
+    if not meant.isfinite().all():
+        largest = float(weight.abs().max())
+        raise ArtifactError(f"`{name}` has weights up to {largest:.4g}, too large for {block}", "--type bf16 or f32")
+    return stored, meant
+
+
+def encoded(weight: "Tensor", block: str) -> tuple["NDArray[np.uint8]", "Tensor"]:
+    """Return a tensor's bytes, row by row, and the weights in float32 that they stand for."""
+    import torch
+
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    if block in plain:
+        rounded = weight.to(plain[block])
+        return rounded.view(torch.uint8).numpy(), rounded.float()
+    from llmctl.quant.gguf_blocks import encode
+
+    blocks = encode(weight, block)
+    return blocks.bytes_OB.numpy(), blocks.values_OI
+
+
+def paired(rows: "NDArray[np.uint8]", n_heads: int) -> "NDArray[np.uint8]":
+    """Reorder rows (N*H, B) from halves of a head to interleaved rotary pairs; the inverse of `half_split`."""
+    import numpy as np
+
+    halves = rows.reshape(n_heads, 2, rows.shape[0] // n_heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))

@@ -1,0 +1,192 @@
+"""A tokenizer as the metadata of a GGUF file: the inverse of `gguf_tokenizer.py`.
+
+A sentencepiece BPE model becomes `llama`, a byte-level BPE `tokenizer.json` becomes `gpt2` with the name of its
+pre-tokenizer. What llama.cpp would split otherwise is refused: ids that differ are noticed by nobody.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llmctl.errors import ArtifactError
+from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+
+EXPORTED = (
+    "what is exported: sentencepiece BPE with byte pieces and without normalisation, as llmctl trains it, and byte-level "
+    f"BPE with the pre-tokenizer of {', '.join(PRE_TOKENIZERS)}"
+)
+Tokens = list[tuple[str, int]]
+
+# Fields of sentencepiece_model.proto.
+PIECES, TRAINER, NORMALIZER = 1, 2, 3
+PIECE, SCORE, TYPE = 1, 2, 3
+MODEL_TYPE, AS_SUFFIX = 3, 24
+CHARSMAP, DUMMY_PREFIX, EXTRA_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+
+
+def tokenizer_values(
+    files: Mapping[str, bytes], vocab_size: int, ids: Mapping[str, int], *, adds_bos: bool, template: str | None
+) -> dict[str, Any]:
+    """Return the metadata of the tokenizer that these files make up.
+
+    ids: llama.cpp's name of a role (bos, eos, unknown, padding) -> its token. Rows of the embedding without a token get
+    unused ones.
+    Raises: ArtifactError for a tokenizer that llama.cpp's `llama` and `gpt2` do not express.
+    """
+    if "tokenizer.model" in files:
+        values, tokens = sentencepiece_values(files["tokenizer.model"])
+        names = {index: name for index, name in added_names(files).items() if index >= len(tokens)}
+    else:
+        values, tokens, names = *byte_level_values(files.get("tokenizer.json", b"{}")), {}
+    if len(tokens) > vocab_size:
+        raise ArtifactError(f"the tokenizer has {len(tokens):,} tokens, the model {vocab_size:,} rows for them")
+    for index in range(len(tokens), vocab_size):
+        tokens.append((names[index], CONTROL) if index in names else (f"[PAD{index}]", UNUSED))
+    values |= {"tokens": [token for token, _ in tokens], "token_type": [kind for _, kind in tokens]}
+    if "scores" in values:
+        values["scores"] += [0.0] * (vocab_size - len(values["scores"]))
+    values |= {f"{role}_token_id": index for role, index in ids.items()}
+    values |= {"add_bos_token": adds_bos, "add_eos_token": False}
+    told = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return told | {"tokenizer.chat_template": template} if template else told
+
+
+def refuse(what: str) -> ArtifactError:
+    """Return the error for a tokenizer that is not exported."""
+    return ArtifactError(f"the tokenizer {what}, which is not exported as GGUF", EXPORTED)
+
+
+def added_names(files: Mapping[str, bytes]) -> dict[int, str]:
+    """Return id -> name of the tokens that tokenizer_config.json puts behind a sentencepiece model."""
+    try:
+        added = json.loads(files.get("tokenizer_config.json", b"{}")).get("added_tokens_decoder", {})
+        return {int(index): str(token["content"]) for index, token in added.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+# --- sentencepiece ---------------------------------------------------------------------------------------------------
+
+
+def sentencepiece_values(proto: bytes) -> tuple[dict[str, Any], Tokens]:
+    """Return the metadata and the tokens, with their types, of a sentencepiece model.
+
+    Source: sentencepiece_model.proto of google/sentencepiece; its defaults hold where a field is missing.
+    """
+    tokens: Tokens = []
+    scores: list[float] = []
+    trainer: dict[int, Any] = {}
+    normalizer: dict[int, Any] = {}
+    for number, value in fields(proto):
+        if number == PIECES:
+            piece = dict(fields(value))
+            tokens.append((piece[PIECE].decode(), piece.get(TYPE, NORMAL)))
+            scores.append(struct.unpack("<f", piece[SCORE])[0] if SCORE in piece else 0.0)
+        elif number in (TRAINER, NORMALIZER):
+            (trainer if number == TRAINER else normalizer).update(fields(value))
+    check_sentencepiece(trainer, normalizer, {kind for _, kind in tokens})
+    prefix = bool(normalizer.get(DUMMY_PREFIX, 1))
+    return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}, tokens
+
+
+def check_sentencepiece(trainer: Mapping[int, Any], normalizer: Mapping[int, Any], kinds: set[int]) -> None:
+    """Refuse what llama.cpp does otherwise.
+
+    Raises: ArtifactError.
+    """
+    kind = MODEL_TYPES.get(trainer.get(MODEL_TYPE, 1), "unknown")
+    if kind not in ("bpe", "char"):
+        raise refuse(f"is a sentencepiece model of the type {kind}")
+    if normalizer.get(CHARSMAP) or normalizer.get(EXTRA_SPACES, 1) or not normalizer.get(ESCAPE_SPACES, 1):
+        raise refuse("is a sentencepiece model that changes the text (normalisation, or spaces taken out)")
+    if trainer.get(AS_SUFFIX):
+        raise refuse("is a sentencepiece model that ends words with spaces")
+    if BYTE not in kinds:
+        raise refuse("is a sentencepiece model without byte pieces")
+
+
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (number, value) of a protocol buffer's fields: an int, or bytes.
+
+    Raises: ArtifactError for what is none.
+    """
+    position = 0
+    try:
+        while position < len(message):
+            key, position = varint(message, position)
+            if key & 7 == 0:
+                value, position = varint(message, position)
+                yield key >> 3, value
+                continue
+            size, position = varint(message, position) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], position)
+            if position + size > len(message):
+                raise IndexError
+            yield key >> 3, message[position : position + size]
+            position += size
+    except (IndexError, KeyError):
+        raise ArtifactError("`tokenizer.model` is not a sentencepiece model", "fetch it again") from None
+
+
+def varint(message: bytes, position: int) -> tuple[int, int]:
+    """Return a variable-length integer and the position behind it."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
+        if byte < 128:
+            return value, position
+
+
+# --- byte-level BPE --------------------------------------------------------------------------------------------------
+
+
+def byte_level_values(content: bytes) -> tuple[dict[str, Any], Tokens]:
+    """Return the metadata and the tokens, with their types, of a byte-level BPE `tokenizer.json`."""
+    tokenizer = json.loads(content)
+    model, added = tokenizer.get("model", {}), tokenizer.get("added_tokens", [])
+    pre = pre_tokenizer_name(tokenizer)
+    changed = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
+    if changed or model.get("byte_fallback"):
+        raise refuse(f"has the setting `{(*changed, 'byte_fallback')[0]}`")
+    if any(token.get(key) for token in added for key in ("single_word", "lstrip", "rstrip")):
+        raise refuse("has special tokens that swallow the space beside them")
+    kinds = dict.fromkeys(model["vocab"], NORMAL)
+    kinds |= {token["content"]: CONTROL if token.get("special") else USER_DEFINED for token in added}
+    places = {index: token for token, index in model["vocab"].items()} | {t["id"]: t["content"] for t in added}
+    tokens = [
+        (places[index], kinds[places[index]]) if index in places else (f"[PAD{index}]", UNUSED)
+        for index in range(max(places) + 1)
+    ]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if not merges:
+        raise refuse("has no merges")
+    return {"model": "gpt2", "pre": pre, "merges": merges}, tokens
+
+
+def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
+    """Return llama.cpp's name of how a text is cut before pieces are merged.
+
+    Raises: ArtifactError for a way that has none here.
+    """
+    model = tokenizer.get("model", {})
+    if model.get("type") != "BPE" or (tokenizer.get("decoder") or {}).get("type") != "ByteLevel":
+        raise refuse(f"is a `tokenizer.json` of the kind {model.get('type')}, not byte-level BPE")
+    found = steps_of(tokenizer.get("pre_tokenizer")), steps_of(tokenizer.get("normalizer"))
+    for name, row in PRE_TOKENIZERS.items():
+        is_same = found == (steps_of(row.steps), steps_of(row.normalizer))
+        if is_same and bool(model.get("ignore_merges")) == row.ignore_merges:
+            return name
+    raise refuse("cuts words in a way of its own")
+
+
+def steps_of(part: Mapping[str, Any] | None) -> list[Any]:
+    """Return the steps of a pre-tokenizer or normaliser without what does not change the ids."""
+    if not part:
+        return []
+    if part["type"] == "Sequence":
+        inner = part.get("pretokenizers", part.get("normalizers", []))
+        return [step for each in inner for step in steps_of(each)]
+    step = {key: value for key, value in part.items() if key != "trim_offsets"}
+    return [{"use_regex": True} | step] if part["type"] == "ByteLevel" else [step]

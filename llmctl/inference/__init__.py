@@ -1,0 +1,1 @@
+"""Models in use: generate, chat, fill, classify."""

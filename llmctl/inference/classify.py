@@ -1,0 +1,46 @@
+"""Labels and numbers that a classification head gives to texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmctl.artifacts.load import Loaded
+from llmctl.inference.rows import encode_rows, longest_row, row_outputs
+from llmctl.inference.sampling import require_finite
+
+THRESHOLD = 0.5
+"""Probability above which one of several labels is given."""
+
+
+@dataclass(frozen=True)
+class Classified:
+    """What a head says of a text: its labels with their probabilities, the likeliest first, or a number.
+
+    chosen: the likeliest label, or those above a half where several can be; of numbers none.
+    """
+
+    texts: tuple[str, ...]
+    probabilities: dict[str, float]
+    chosen: tuple[str, ...]
+    values: tuple[float, ...] = ()
+    n_cut: int = 0
+
+
+def classify(loaded: Loaded, texts: Sequence[tuple[str, ...]], *, batch_size: int = 32) -> list[Classified]:
+    """Classify texts, or pairs of them; a result does not depend on what else is in its batch."""
+    config = loaded.model.config
+    rows = encode_rows(loaded, texts, longest_row(loaded))
+    outputs_NL = row_outputs(loaded, rows, batch_size)
+    require_finite(outputs_NL.amax(dim=1))
+    names = config.labels or tuple(str(number) for number in range(config.n_labels))
+    results = []
+    for parts, row, outputs_L in zip(texts, rows, outputs_NL, strict=True):
+        if config.problem == "regression":
+            results.append(Classified(parts, {}, (), tuple(outputs_L.tolist()), row.n_cut))
+            continue
+        shares = (outputs_L.sigmoid() if config.problem == "multi" else outputs_L.softmax(dim=0)).tolist()
+        ranked = sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1])
+        chosen = [name for name, share in ranked if share > THRESHOLD]
+        if config.problem == "single":
+            chosen = [ranked[0][0]]
+        results.append(Classified(parts, dict(ranked), tuple(chosen), (), row.n_cut))
+    return results

@@ -1,0 +1,344 @@
+"""Text out of decoders and encoder-decoders: batched, cached, streamed; sampling or beam search.
+
+A prompt's result does not depend on what else is in its batch: rows are padded on the left and masked, and every
+prompt draws from its own random numbers, seeded by (seed, number of the prompt). What prompts begin with alike is read once.
+"""
+
+import codecs
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmctl.artifacts.load import Loaded
+from llmctl.config import GenerateConfig
+from llmctl.errors import UsageError
+from llmctl.inference import sampling
+from llmctl.inference.beam import beam_search
+from llmctl.inference.fill import encode_around
+from llmctl.inference.prefix import Prefix
+from llmctl.inference.session import Session
+from llmctl.tokenizer.base import Tokenizer
+
+WINDOW_BATCHES = 8
+"""Batches of prompts that are sorted by length together; results come out in the order of the prompts."""
+
+OnText = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A numbered prompt as token ids, special tokens included."""
+
+    index: int
+    ids: list[int]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What followed a prompt: new ids (the end token left out), their text, and why it ended.
+
+    finish: `eos`, `stop` (a stop string), `length` (max_tokens), or `context` (the model's longest sequence).
+    """
+
+    index: int
+    prompt: str
+    ids: list[int]
+    text: str
+    finish: str
+
+
+def encode_prompt(loaded: Loaded, text: str) -> list[int]:
+    """Return a prompt's ids as the model was trained to see the beginning of a text, or a whole source.
+
+    In a source `<extra_id_0>`, `<extra_id_1>`, ... are the gaps to fill of a model trained on spans.
+    Raises: UsageError for a model without a tokenizer.
+    """
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "--ids takes and gives token ids")
+    if loaded.model.config.family == "encoder_decoder":
+        sentinels = {f"<extra_id_{n}>": index for n, index in enumerate(tokenizer.sentinel_ids())}
+        return [*encode_around(tokenizer, text, sentinels), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+    ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
+    if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs something to go on from
+        return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+    return ids
+
+
+def end_ids(loaded: Loaded) -> set[int]:
+    """Return the ids that end a text: the config's, and those of `generation_config.json`."""
+    more = loaded.json_file("generation_config.json").get("eos_token_id")
+    ids = [loaded.model.config.eos_id, *(more if isinstance(more, list) else [more])]
+    return {index for index in ids if isinstance(index, int) and index >= 0}
+
+
+def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig) -> None:
+    """Refuse settings and prompts that cannot work, before anything runs.
+
+    Raises: UsageError naming the prompt, its length and the limit.
+    """
+    sampling.check(config)
+    if config.stop and loaded.tokenizer is None:
+        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer, so that no --stop can be seen in its ids")
+    limit, n_vocabulary = loaded.model.config.max_positions, loaded.model.config.vocab_size
+    is_decoder = loaded.model.config.family == "decoder"
+    for prompt in prompts:
+        if not prompt.ids:
+            raise UsageError(f"prompt {prompt.index + 1} is empty, and the model has no token to begin with")
+        if len(prompt.ids) > limit - int(is_decoder):
+            raise UsageError(
+                f"prompt {prompt.index + 1} has {len(prompt.ids)} tokens, the model's context is {limit}",
+                "shorten it, or use a model with a longer context",
+            )
+        wrong = [index for index in prompt.ids if not 0 <= index < n_vocabulary]
+        if wrong:
+            raise UsageError(
+                f"prompt {prompt.index + 1} has the token id {wrong[0]}, the vocabulary ends at {n_vocabulary - 1}"
+            )
+
+
+def generate(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    on_text: OnText | None = None,
+    *,
+    ends: Collection[int] = (),
+    prefix: Prefix | None = None,
+) -> Iterator[Completion]:
+    """Yield the completions of prompts in their order; `on_text` gets (index, new text) as it comes.
+
+    `ends` are ids that end a text beside the model's own, such as what ends a turn of a conversation. A `prefix` carries a
+    beginning over from one call to the next, while the model's weights stay as they are; without one it ends with the call.
+
+    Raises: UsageError as `check_prompts`.
+    """
+    check_prompts(loaded, prompts, config)
+    prefix = Prefix() if prefix is None else prefix
+    step = config.batch_size * WINDOW_BATCHES
+    for start in range(0, len(prompts), step):
+        window = sorted(prompts[start : start + step], key=lambda prompt: len(prompt.ids))
+        done: dict[int, Completion] = {}
+        for first in range(0, len(window), config.batch_size):
+            batch = window[first : first + config.batch_size]
+            for completion in run_batch(loaded, batch, config, on_text, ends, prefix):
+                done[completion.index] = completion
+        yield from (done[prompt.index] for prompt in prompts[start : start + step])
+
+
+@torch.inference_mode()
+def run_batch(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    on_text: OnText | None,
+    more_ends: Collection[int] = (),
+    prefix: Prefix | None = None,
+) -> list[Completion]:
+    """Complete prompts together; without a `prefix` every one is read to its end."""
+    ends = end_ids(loaded) | set(more_ends)
+    ids = [prompt.ids for prompt in prompts]
+    excluded = without_text(loaded, ends)
+    session = Session(
+        loaded.model,
+        ids,
+        config.max_tokens,
+        copies=config.beams,
+        excluded=excluded,
+        decoder=loaded.decoder,
+        prefix=prefix,
+        kv=config.kv,
+    )
+    if config.beams > 1:
+        results = beam_search(session, len(prompts), config, ends)
+        session.keep(ids[0])
+        return [
+            finish_beam(loaded, prompt, found, config, session.limit(prompt.ids), ends)
+            for prompt, found in zip(prompts, results, strict=True)
+        ]
+    rows = [Row(prompt, make_stream(loaded, prompt, config)) for prompt in prompts]
+    try:
+        return sample(session, rows, config, ends, on_text)
+    finally:  # a turn of a conversation that was interrupted is part of it all the same
+        session.keep([*ids[0], *rows[0].ids])
+
+
+def without_text(loaded: Loaded, ends: Collection[int]) -> list[int]:
+    """Return the ids beyond the tokenizer's, which only pad a vocabulary; an end token that was added there stays."""
+    if loaded.tokenizer is None:
+        return []
+    return [index for index in range(loaded.tokenizer.vocab_size, loaded.model.config.vocab_size) if index not in ends]
+
+
+@dataclass
+class Row:
+    """A prompt that is being completed."""
+
+    prompt: Prompt
+    stream: "TextStream"
+    ids: list[int] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+    def completion(self, finish: str) -> Completion:
+        """Return what the row has become."""
+        return Completion(self.prompt.index, self.prompt.text, self.ids, self.stream.text, finish)
+
+
+def sample(
+    session: Session, rows: list[Row], config: GenerateConfig, ends: set[int], on_text: OnText | None
+) -> list[Completion]:
+    """Draw token after token; rows that end leave the batch."""
+    done = []
+    for row in rows:
+        # Two numbers side by side: neighbouring prompts must not share a stream.
+        row.generator.manual_seed((config.seed * 1_000_003 + row.prompt.index) % (1 << 63))
+    logits_BV = session.begin()
+    seen_BV = None
+    if config.repetition_penalty != 1.0:
+        # A word of the source is no repetition in its translation.
+        texts = [row.prompt.ids if session.is_decoder else [] for row in rows]
+        seen_BV = mark_seen(texts, logits_BV)
+    while rows:
+        tokens_B = sampling.choose(logits_BV, seen_BV, config, [row.generator for row in rows])
+        staying = []
+        for position, token in enumerate(tokens_B.tolist()):
+            row = rows[position]
+            finish = advance(row, token, config, ends, session.limit(row.prompt.ids), on_text)
+            if finish:
+                done.append(row.completion(finish))
+            else:
+                staying.append(position)
+        if len(staying) < len(rows):
+            rows = [rows[position] for position in staying]
+            kept = torch.tensor(staying, dtype=torch.long, device=tokens_B.device)
+            tokens_B = tokens_B[kept]
+            seen_BV = None if seen_BV is None else seen_BV[kept]
+            if rows:
+                session.select(kept)
+        if rows:
+            if seen_BV is not None:
+                seen_BV.scatter_(1, tokens_B[:, None], True)
+            logits_BV = session.step(tokens_B)
+    return done
+
+
+def advance(row: Row, token: int, config: GenerateConfig, ends: set[int], limit: int, on_text: OnText | None) -> str:
+    """Take a token into a row and return why it ends, or an empty string."""
+    finish = ""
+    if token in ends:
+        finish = "eos"
+    else:
+        row.ids.append(token)
+        new = row.stream.feed(token)
+        if row.stream.is_stopped:
+            finish = "stop"
+        elif len(row.ids) >= config.max_tokens:
+            finish = "length"
+        elif len(row.ids) >= limit:
+            finish = "context"
+        if on_text is not None and new:
+            on_text(row.prompt.index, new)
+    if finish:
+        rest = row.stream.close()
+        if on_text is not None and rest:
+            on_text(row.prompt.index, rest)
+    return finish
+
+
+def mark_seen(texts: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
+    """Return which tokens each text holds, bool, of the logits' shape and on their device (B, V)."""
+    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+    for row, ids in enumerate(texts):
+        seen_BV[row, list(ids)] = True
+    return seen_BV
+
+
+def finish_beam(
+    loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig, limit: int, ends: Collection[int]
+) -> Completion:
+    """Turn the best beam into a completion; `limit` is how many tokens the context had room for."""
+    ended = bool(ids) and ids[-1] in ends
+    ids = ids[:-1] if ended else ids
+    stream = make_stream(loaded, prompt, config)
+    for position, token in enumerate(ids):
+        stream.feed(token)
+        if stream.is_stopped:
+            return Completion(prompt.index, prompt.text, ids[: position + 1], stream.text, "stop")
+    stream.close()
+    full = "length" if len(ids) >= config.max_tokens or len(ids) < limit else "context"
+    return Completion(prompt.index, prompt.text, ids, stream.text, "eos" if ended else full)
+
+
+def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "TextStream":
+    """Return the stream of a prompt's completion, which begins a text of its own unless it goes on from the prompt's."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        return TextStream(None, config.stop)
+    known = [index for index in prompt.ids if index < tokenizer.vocab_size]
+    begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(known)
+    return TextStream(tokenizer, config.stop, begins=begins)
+
+
+class TextStream:
+    """Turns tokens into text as they come: no broken characters, stop strings cut off even across tokens.
+
+    `text` is everything given out so far. Without a tokenizer there is no text. With `begins`, the space that a
+    tokenizer itself puts before the first word of a text is left out again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], *, begins: bool = False) -> None:
+        self.tokenizer, self.stop, self.begins = tokenizer, [text for text in stop if text], begins
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text, self.held = "", ""
+        self.is_stopped = False
+
+    def feed(self, token: int) -> str:
+        """Take a token and return the text that is certain to stay."""
+        if self.tokenizer is None or self.is_stopped:
+            return ""
+        data = self.tokenizer.decode_bytes([token])
+        if self.begins and data:
+            self.begins = False
+            data = data.removeprefix(b"" if self.tokenizer.decode([token]).startswith(" ") else b" ")
+        return self._give(self.held + self.decoder.decode(data))
+
+    def close(self) -> str:
+        """Return what was held back; an incomplete character becomes U+FFFD."""
+        if self.is_stopped:
+            return ""
+        rest = self._give(self.held + self.decoder.decode(b"", final=True))
+        tail, self.held = self.held, ""  # nothing is held once a stop string was found
+        self.text += tail
+        return rest + tail
+
+    def _give(self, pending: str) -> str:
+        places = [place for place in (pending.find(stop) for stop in self.stop) if place >= 0]
+        if places:
+            self.is_stopped, self.held = True, ""
+            new = pending[: min(places)]
+        else:
+            n_held = max((overlap(pending, stop) for stop in self.stop), default=0)
+            new, self.held = pending[: len(pending) - n_held], pending[len(pending) - n_held :]
+        self.text += new
+        return new
+
+
+def overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of `text` could be the beginning of `stop`."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+def parse_ids(text: str, index: int) -> list[int]:
+    """Return the token ids that a prompt of `--ids` holds.
+
+    Raises: UsageError naming what is not a number.
+    """
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError as error:
+        raise UsageError(
+            f"prompt {index + 1} is not token ids: {error}", "--ids takes numbers separated by spaces"
+        ) from None

@@ -1,0 +1,169 @@
+"""A batch of prompts being decoded: the first pass over them, then one token per row at a time.
+
+Hides from sampling and beam search whether the model is a decoder or an encoder-decoder, and how rows are padded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmctl.inference.prefix import Prefix
+from llmctl.model.cache import CACHES
+from llmctl.model.decode import Decoder
+from llmctl.model.transformer import LanguageModel
+
+PREFILL_TOKENS = 512
+"""Positions of a prompt that are processed at a time, which bounds the memory of the attention scores."""
+
+
+class Session:
+    """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
+
+    Tokens in `excluded`, such as those that only pad a vocabulary, are never likely. With a `decoder` made of the model the
+    same comes sooner. With a `prefix` a beginning that is held, or that the prompts share, is not read again; `kv`: see `CACHES`.
+
+    Shapes: logits (B * copies, V), the copies of a prompt side by side.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        copies: int = 1,
+        excluded: Sequence[int] = (),
+        decoder: Decoder | None = None,
+        prefix: Prefix | None = None,
+        kv: str = "float",
+    ) -> None:
+        self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
+        self.is_decoder = model.config.family == "decoder"
+        self.prefix = prefix if self.is_decoder else None
+        self.device, self.dtype = model.device, model.dtype
+        self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
+        lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
+        # A row may go on until it alone fills the context, whatever the others' lengths.
+        self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
+        n_positions = max(lengths) + self.n_new
+        self.kv = kv
+        self.cache = CACHES[kv](model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
+        self.memory_documents_BS: Tensor | None = None
+        self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
+
+    def limit(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens can follow a prompt before the model's context is full."""
+        return self.model.config.max_positions - (len(prompt) if self.is_decoder else 0)
+
+    def begin(self) -> Tensor:
+        """Process the prompts and return the logits of what follows each."""
+        logits_BV = self._begin_decoder() if self.is_decoder else self._begin_encoder_decoder()
+        if self.copies > 1:
+            rows = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.copies)
+            self.select(rows)
+            logits_BV = logits_BV[rows]
+        return logits_BV
+
+    def step(self, tokens_B: Tensor) -> Tensor:
+        """Append one token per row and return the logits of what follows."""
+        if self.is_decoder:
+            self.positions_B1 = self.positions_B1 + 1
+            if self.decoder is not None:
+                return self._allowed(self.decoder.logits(tokens_B, self.cache, self.positions_B1))
+            return self._logits(self._decode(tokens_B[:, None], positions_BT=self.positions_B1))
+        return self._logits(self._decode(tokens_B[:, None]))
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep these rows, in this order, a row perhaps more than once."""
+        self.cache.select(rows_B)
+        self.positions_B1 = self.positions_B1[rows_B]
+        if self.memory_documents_BS is not None:
+            self.memory_documents_BS = self.memory_documents_BS[rows_B]
+
+    def keep(self, ids: Sequence[int]) -> None:
+        """Hold a prompt that was alone, as far as it was read, for those that begin like it; `ids`: with what followed."""
+        if self.prefix is not None and len(self.prompts) == 1:
+            self.prefix.hold(ids[: self.cache.length], self.cache)
+
+    def _decode(
+        self,
+        ids_BT: Tensor,
+        *,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        memory_BSD: Tensor | None = None,
+    ) -> Tensor:
+        documents_BS = self.memory_documents_BS
+        if self.decoder is not None:
+            return self.decoder.hidden(
+                ids_BT,
+                self.cache,
+                positions_BT=positions_BT,
+                documents_BT=documents_BT,
+                memory_BSD=memory_BSD,
+                memory_documents_BS=documents_BS,
+            )
+        if self.is_decoder:
+            return self.model.hidden(ids_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=self.cache)
+        return self.model.decode(ids_BT, memory_BSD, memory_documents_BS=documents_BS, cache=self.cache)
+
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        return self._allowed(self.model.head(hidden_BTD[:, -1]))
+
+    def _allowed(self, logits_BV: Tensor) -> Tensor:
+        if self.excluded is not None:
+            logits_BV.index_fill_(1, self.excluded, float("-inf"))
+        return logits_BV
+
+    def _begin_decoder(self) -> Tensor:
+        longest = max(map(len, self.prompts))
+        ids_BT = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+        documents_BT = torch.zeros_like(ids_BT)
+        for row, prompt in enumerate(self.prompts):
+            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
+            documents_BT[row, longest - len(prompt) :] = 1
+        positions_BT = (documents_BT.cumsum(dim=1) - 1).clamp(min=0).to(self.device)
+        is_ragged = bool((documents_BT == 0).any())
+        ids_BT, documents_BT = ids_BT.to(self.device), documents_BT.to(self.device)
+        n_known = self._reuse(documents_BT if is_ragged else None)
+        hidden = None
+        for start in range(n_known, longest, PREFILL_TOKENS):
+            part = slice(start, start + PREFILL_TOKENS)
+            hidden = self._decode(
+                ids_BT[:, part],
+                documents_BT=documents_BT[:, part] if is_ragged else None,
+                positions_BT=positions_BT[:, part],
+            )
+        assert hidden is not None
+        self.positions_B1 = positions_BT[:, -1:]
+        return self._logits(hidden)
+
+    def _reuse(self, documents_BT: Tensor | None) -> int:
+        """Fill the cache with what need not be read, and return how many positions that is."""
+        if self.prefix is None:
+            return 0
+        if shared := self.prefix.shared(self.prompts):
+            alone = Session(self.model, [shared], 1, decoder=self.decoder, prefix=self.prefix, kv=self.kv)
+            alone.begin()
+            alone.keep(shared)
+        n_known = self.prefix.put(self.cache, self.prompts)
+        if n_known:
+            self.cache.mark(n_known, None if documents_BT is None else documents_BT[:, :n_known])
+            self.cache.advance(n_known)
+        return n_known
+
+    def _begin_encoder_decoder(self) -> Tensor:
+        longest = max(map(len, self.prompts))
+        ids_BS = torch.zeros(len(self.prompts), longest, dtype=torch.long)
+        documents_BS = torch.zeros_like(ids_BS)
+        for row, prompt in enumerate(self.prompts):
+            ids_BS[row, : len(prompt)] = torch.tensor(prompt)
+            documents_BS[row, : len(prompt)] = 1
+        documents_BS = documents_BS.to(self.device)
+        is_ragged = bool((documents_BS == 0).any())
+        self.memory_documents_BS = documents_BS if is_ragged else None
+        memory_BSD = self.model.encode(ids_BS.to(self.device), documents_BS=self.memory_documents_BS)
+        start = max(self.model.config.decoder_start_id, 0)
+        ids_B1 = torch.full((len(self.prompts), 1), start, dtype=torch.long, device=self.device)
+        return self._logits(self._decode(ids_B1, memory_BSD=memory_BSD))

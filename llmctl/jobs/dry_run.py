@@ -1,0 +1,161 @@
+"""`--dry-run`: the estimate of a pretraining run from its config alone; no data is read, nothing is built."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
+from llmctl.distributed.runtime import Runtime
+from llmctl.errors import MemoryLimitError
+from llmctl.jobs.estimate import Estimate, estimate
+from llmctl.machine import available_memory, choose_dtype, name_of, product_rate
+from llmctl.model.flops import Rows, row_flops
+from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
+from llmctl.model.training_memory import memory
+from llmctl.tokenizer.train import VOCAB_SIZES
+from llmctl.training.settings import DEFAULT_STEPS, check, model_config
+
+
+def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
+    """Return the estimate of a run.
+
+    A published system brings its own vocabulary, context and number of tokens where the config does not say.
+    Raises: UsageError for settings that cannot be.
+    """
+    check(config)
+    name = "tiny" if config.model.preset == "auto" else config.model.preset
+    preset, shape = shape_of(config, name)
+    shape = replace(shape, vocab_size=shape.vocab_size or config.tokenizer.vocab_size or VOCAB_SIZES[0])
+    train = config.train
+    if preset is not None and not preset.dims_only and train.seq_len == TrainConfig().seq_len:
+        train = replace(train, seq_len=shape.max_positions)
+    if "max_positions" not in config.model.overrides:  # training widens the context to its rows
+        shape = replace(shape, max_positions=max(shape.max_positions, train.seq_len))
+    config = replace(config, train=train)
+    dtype = choose_dtype(train.dtype, on_cpu=True)
+    rate = product_rate(dtype)
+    rows = rows_of(config, shape)
+    sharing = sharing_of(config, n_processes)
+    described: dict[str, Any] = {}
+    if n_processes > 1:
+        described = {"n_devices": (n_processes,), "layout": layout_of(config, n_processes)}
+    free = available_memory(torch.device("cpu"), n_processes)
+    return estimate(
+        name,
+        shape,
+        rows,
+        steps=n_steps(config, preset, shape, rows, rate),
+        micro_batch_size=train.micro_batch_size,
+        chunk_tokens=train.loss_chunk_tokens,
+        optimizer=config.optim.name,
+        dtype=name_of(dtype),
+        cpu_flops=rate,
+        fitting_rows=most_rows(config, shape, rows, n_processes, dtype.itemsize, free)[0],
+        **described,
+        **sharing,
+    )
+
+
+def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
+    """Return how devices share the work, as `estimate.memory` wants it; one device shares with none."""
+    parallel = config.parallel
+    return {
+        "sharded": n_processes == 1 or parallel.strategy == "fsdp",
+        "n_chunks": parallel.gradient_chunks if parallel.deterministic else 0,
+        "recompute": parallel.activation_checkpointing,
+    }
+
+
+def layout_of(config: PretrainConfig, n_processes: int) -> str:
+    """Return the layout in words."""
+    extra = ", deterministic" if config.parallel.deterministic else ""
+    recompute = ", activations computed again" if config.parallel.activation_checkpointing else ""
+    return f"{n_processes} processes, {config.parallel.strategy}{extra}{recompute}"
+
+
+def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelConfig]:
+    """Return the preset's row and shape, or the shape of a model on disk, whose weights stay there."""
+    if Path(name).exists() and name.lower() not in {*PRESETS, *ALIASES}:
+        return None, read_model(Path(name)).config
+    return get_preset(name), model_config(config)
+
+
+def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
+    """Return the rows of a step; those of pairs are taken as full on both sides, which real ones are at most."""
+    train, data = config.train, config.data
+    if shape.family != "encoder_decoder":
+        is_encoder = shape.family == "encoder"
+        label_frac = data.mask_frac if is_encoder else 1.0
+        return Rows(train.batch_size, train.seq_len, label_frac=label_frac, packed=is_encoder or data.isolate)
+    source = target = train.seq_len
+    if config.objective == "span":
+        n_noise = max(1, round(train.seq_len * data.mask_frac))
+        n_spans = max(1, round(n_noise / data.mean_span_tokens))
+        # Either side has a sentinel per span and ends with its end-of-text token.
+        source, target = train.seq_len - n_noise + n_spans + 1, n_noise + n_spans + 1
+    return Rows(train.batch_size, source, target, packed=True)
+
+
+def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, rows: Rows, rate: float) -> int:
+    """Return the steps of the budget that is named, else of the published tokens, else the default.
+
+    Minutes become the steps that products alone would allow on this machine.
+    """
+    train = config.train
+    limits = [train.steps] if train.steps else []
+    if train.tokens and not train.steps:
+        limits.append(math.ceil(train.tokens / (train.batch_size * train.seq_len)))
+    if train.minutes:
+        step_flops = rows.batch_size * row_flops(shape, rows.source, rows.target, rows.label_frac)
+        limits.append(max(1, int(train.minutes * 60 * rate / step_flops)))
+    if not limits and preset is not None and preset.tokens:
+        limits.append(math.ceil(preset.tokens / (rows.batch_size * rows.n_tokens)))
+    return min(limits, default=DEFAULT_STEPS[config.objective])
+
+
+MEMORY_FRAC = 0.85
+"""Share of the free memory that a micro-batch is chosen for."""
+
+
+def most_rows(
+    config: Any, shape: ModelConfig, rows: Rows, n_processes: int, product_bytes: int, free_bytes: float
+) -> tuple[int, int]:
+    """Return the most rows per micro-batch that fit, and the bytes they need; 0 rows with what one row needs if none.
+
+    They divide this process's share of the batch, so that all micro-batches are of one size.
+    """
+    own_rows = max(1, -(-config.train.batch_size // n_processes))
+    needed = 0
+    for n_rows in sorted((n for n in range(1, own_rows + 1) if own_rows % n == 0), reverse=True):
+        needed = memory(
+            shape,
+            rows,
+            micro_batch_size=n_rows,
+            chunk_tokens=config.train.loss_chunk_tokens,
+            optimizer=config.optim.name,
+            product_bytes=product_bytes,
+            n_devices=n_processes,
+            **sharing_of(config, n_processes),
+        ).peak
+        if needed <= MEMORY_FRAC * free_bytes:
+            return n_rows, needed
+    return 0, needed
+
+
+def fitting_rows(config: Any, shape: ModelConfig, rows: Rows, runtime: Runtime) -> int:
+    """Return the most rows per micro-batch whose step fits into the free memory.
+
+    Raises: MemoryLimitError if not even one row does.
+    """
+    free = available_memory(runtime.device, runtime.ranks.local_world_size)
+    n_rows, needed = most_rows(config, shape, rows, runtime.world_size, runtime.dtype.itemsize, free)
+    if n_rows:
+        return n_rows
+    raise MemoryLimitError(
+        f"one row of {config.train.seq_len} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
+        "lower train.seq_len or the model's size, or share it out with --parallel fsdp on more processes",
+    )

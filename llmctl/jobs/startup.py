@@ -1,0 +1,141 @@
+"""What the processes of one run do together before the first step: open its folder, and make sure that all agree."""
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from llmctl import __version__
+from llmctl.distributed.ranks import LAUNCHED
+from llmctl.distributed.runtime import Runtime, is_lost_peer
+from llmctl.errors import MemoryLimitError, StoppedError, UsageError
+from llmctl.files import is_seen
+from llmctl.jobs.finish import recipe_sha256
+from llmctl.jobs.job import Job
+from llmctl.machine import is_out_of_memory
+from llmctl.runs.folder import Run, read_record
+from llmctl.runs.progress import Progress
+
+
+def begun_before() -> str:
+    """Return the run that processes of the same launch have begun before they were started again, or nothing."""
+    path = os.environ.get(LAUNCHED)
+    return Path(path).read_text(encoding="utf-8").strip() if path and Path(path).is_file() else ""
+
+
+def note_begun(path: Path) -> None:
+    """Note a run for processes that are started again."""
+    if os.environ.get(LAUNCHED):
+        Path(os.environ[LAUNCHED]).write_text(str(path.resolve()), encoding="utf-8")
+
+
+def agree_on_start(runtime: Runtime, action: str) -> str:
+    """Make sure that all processes are to do the same; return the run that they have begun before, or nothing.
+
+    Raises: UsageError if some begin and some go on: they would wait for each other in different places.
+    """
+    with losing_peers(runtime):
+        told = runtime.gather([action, begun_before()])
+    if len({each for each, _ in told}) > 1:
+        table = ", ".join(f"rank {rank} is to {each}" for rank, (each, _) in enumerate(told))
+        raise UsageError(f"the processes do not agree: {table}", "start the same command on all hosts")
+    return str(told[0][1])
+
+
+@contextmanager
+def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
+    """Turn the loss of another process into an error that says how to go on.
+
+    Raises: StoppedError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if runtime.world_size == 1 or not is_lost_peer(error):
+            raise
+        raise StoppedError(
+            f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
+            f"go on from the last checkpoint with: llmctl {read_record(run).get('command', 'pretrain')} --resume {run}"
+            if run
+            else "start all of them again",
+        ) from error
+
+
+@contextmanager
+def naming_memory(runtime: Runtime) -> Iterator[None]:
+    """Turn the end of the memory into an error that says what needs less of it.
+
+    Raises: MemoryLimitError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"the memory of {runtime.device.type} is used up ({str(error).strip().splitlines()[0][:160]})",
+            "--batch-size auto fits micro-batches to the memory; --set parallel.activation_checkpointing=true and "
+            "--parallel fsdp need less of it",
+        ) from error
+
+
+def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
+    """Let the first process make or open a run, which the others then see.
+
+    Raises: whatever the first one raises, in all of them; UsageError if the folder is not shared.
+    """
+    opened: list[Run] = []
+
+    def begin() -> str:
+        opened.append(action())
+        return str(opened[0].path)
+
+    with losing_peers(runtime):
+        path = Path(runtime.lead(begin))
+        blind = [rank for rank, sees in enumerate(runtime.gather(is_seen(path / "run.json"))) if not sees]
+    if blind:
+        raise UsageError(
+            f"the run folder `{path}` is not there for rank {', '.join(map(str, blind))}",
+            "all hosts must share it: name a folder on a shared file system with -o, and start everywhere in the same place",
+        )
+    return opened[0] if opened else Run(path, read_record(path))
+
+
+def compare_processes(runtime: Runtime, job: Job, progress: Progress) -> None:
+    """Make sure that all processes are about to do the same.
+
+    Raises: UsageError with what differs.
+    """
+    if runtime.world_size == 1:
+        return
+    own = {
+        "llmctl": __version__,
+        "code": code_sha256(),
+        "torch": torch.__version__,
+        "recipe": recipe_sha256(job.config),
+    } | job.identity()
+    rows = runtime.gather(own | {"host": socket.gethostname()})
+    odd = [name for name in own if len({row[name] for row in rows}) > 1]
+    if odd:
+        table = "; ".join(
+            f"{name}: " + ", ".join(f"rank {rank} {row[name][:12]}" for rank, row in enumerate(rows)) for name in odd
+        )
+        raise UsageError(f"the processes do not agree: {table}", "start all of them with the same command and install")
+    milliseconds = runtime.probe()
+    hosts = len({row["host"] for row in rows})
+    progress.say(
+        f"{runtime.world_size} processes on {hosts} host{'s' * (hosts > 1)}, {runtime.parallel.strategy}, "
+        f"{torch.get_num_threads()} threads each, 4 MiB summed in {milliseconds:.0f} ms"
+    )
+
+
+def code_sha256() -> str:
+    """Return the sha256 over the package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Compiled decoding step and the choice of matmul kernels."""

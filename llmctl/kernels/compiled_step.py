@@ -1,0 +1,375 @@
+"""A decoding step compiled for this machine, by its own compiler, when the user asks for it (`llmctl doctor --compile`).
+
+What is compiled lies in the user's cache, under a name that changes with the source, the processor and the flags, and is
+used from then on by whatever decodes; `LLMCTL_NATIVE=0` leaves it out. Nothing needs it, and nothing fails without it.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llmctl.errors import LlmctlError, MissingCompilerError
+from llmctl.files import atomic_path, cache_folder
+from llmctl.losses.logits import is_native
+from llmctl.machine import processor_name
+from llmctl.model.cache import Int8KVCache, KVCache
+from llmctl.model.decode import Decoder, Dense, Native, join
+from llmctl.model.positions import rope_tables
+from llmctl.quant.linear import QuantLinear
+from llmctl.quant.packing import pack
+from llmctl.quant.products import Kind, Product, rows_of
+from llmctl.quant.schemes import GROUPS, Scheme
+from llmctl.quant.weight import QuantWeight
+
+Library = ctypes.CDLL
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = (
+    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    # Sums may be reordered, as torch's own are; -ffast-math as a whole would change the process that loads this.
+    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
+)
+HERE = "native"
+"""The processor of this machine, to its compiler."""
+
+MOST_ROWS = 4
+"""Rows up to which the compiled step is used: it reads a weight once and multiplies row by row."""
+
+BLOCK, ROWS = 64, 4
+"""Inputs that are rounded together, and outputs that are multiplied together."""
+
+INT4_BITS, MOST_BITS = 4, 6
+"""Bits of codes in groups: up to the first they lie two in a byte, up to the second one in a byte."""
+
+KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bytes": 4}
+
+
+class CMatrix(ctypes.Structure):
+    """As in decode.cpp."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("n_out", ctypes.c_int64),
+        ("n_in", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("zero", ctypes.c_void_p),
+    )
+
+
+class CLayer(ctypes.Structure):
+    """As in decode.cpp."""
+
+    _fields_ = (
+        ("qkv", CMatrix),
+        ("out", CMatrix),
+        ("up", CMatrix),
+        ("down", CMatrix),
+        ("norm_attention", ctypes.c_void_p),
+        ("norm_mlp", ctypes.c_void_p),
+        ("window", ctypes.c_int64),
+    )
+
+
+class CModel(ctypes.Structure):
+    """As in decode.cpp."""
+
+    _fields_ = (
+        ("n_layers", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("d_ff", ctypes.c_int64),
+        ("n_heads", ctypes.c_int64),
+        ("n_kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("cache_kind", ctypes.c_int32),
+        ("n_threads", ctypes.c_int32),
+        ("layers", ctypes.POINTER(CLayer)),
+        ("norm", ctypes.c_void_p),
+        ("head", CMatrix),
+    )
+
+
+def source_path() -> Path:
+    """Return the file that is compiled."""
+    return Path(__file__).parent / "cpp" / "decode.cpp"
+
+
+def library_path(processor: str = HERE) -> Path:
+    """Return where the library for this source, processor and set of flags lies."""
+    features = ""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = [source_path().read_text(encoding="utf-8"), " ".join(flags_for(processor)), processor_name(), features]
+    return cache_folder() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+
+
+def flags_for(processor: str) -> tuple[str, ...]:
+    """Return the compiler's flags for a processor."""
+    return (*FLAGS, f"-march={processor}")
+
+
+def compile_library(processor: str = HERE) -> Path:
+    """Compile the step for this machine, or for another processor as compilers name it, and return its file; a few seconds.
+
+    Raises: MissingCompilerError without a compiler; LlmctlError with the compiler's first complaint.
+    """
+    named = os.environ.get("CXX")
+    compiler = next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
+    if compiler is None:
+        raise MissingCompilerError(
+            f"no C++ compiler found (looked for {named or ', '.join(COMPILERS)})", "install g++, or name one with CXX"
+        )
+    target = library_path(processor)
+    with atomic_path(target) as temporary:
+        done = subprocess.run(
+            [compiler, *flags_for(processor), str(source_path()), "-o", str(temporary)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise LlmctlError(
+                f"`{compiler}` cannot compile the decoding step: {complaint}", "a newer g++ may; CXX names it"
+            )
+    return target
+
+
+def find_library() -> Library | None:
+    """Return the compiled library where there is one for this machine and it is wanted, else None."""
+    if os.environ.get("LLMCTL_NATIVE") == "0":
+        return None
+    path = library_path()
+    if not path.is_file():
+        return None
+    with suppress(OSError, AttributeError):
+        return load_library(path)
+    return None
+
+
+def load_library(path: Path) -> Library:
+    """Open a compiled library.
+
+    Raises: OSError, AttributeError where it is none of ours.
+    """
+    library = ctypes.CDLL(str(path))
+    library.llmctl_step.restype = None
+    pointers = [ctypes.c_void_p] * 2
+    longs = ctypes.c_int64, ctypes.c_int64
+    library.llmctl_step.argtypes = [
+        ctypes.POINTER(CModel),
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        *pointers,
+        *pointers,
+        *longs,
+        *pointers,
+        ctypes.c_void_p,
+    ]
+    library.llmctl_unpack.restype = None
+    library.llmctl_unpack.argtypes = [
+        ctypes.POINTER(CMatrix),
+        *longs,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+def make_native(library: Library, decoder: Decoder) -> Native | None:
+    """Return the compiled step of a decoder, or None for a model that it does not know."""
+    config = decoder.config
+    is_known = (
+        config.family == "decoder"
+        and config.positions in {"rope", "none"}
+        and (config.norm, config.norm_position) == ("rmsnorm", "pre")
+        and (config.gated, config.activation) == (True, "silu")
+        and not any((config.attention_bias, config.mlp_bias, config.logits_bias, config.qk_norm))
+        and not any((config.head_transform, config.embedding_norm, config.n_token_types))
+        and config.logits_scale == 1.0
+        and config.d_ff % ROWS == 0
+    )
+    if not is_known:
+        return None
+    step = Step(library, decoder)
+    return step if step.is_whole else None
+
+
+class Step:
+    """A model as the library sees it: pointers into tensors that this object keeps."""
+
+    def __init__(self, library: Library, decoder: Decoder) -> None:
+        self.library, self.decoder, self.config = library, decoder, decoder.config
+        self.kept: list[Tensor] = []
+        self.is_whole = True  # until a matrix turns up that the library cannot read
+        config = decoder.config
+        layers = (CLayer * len(decoder.layers))()
+        for place, layer in enumerate(decoder.layers):
+            layers[place] = CLayer(
+                self._matrix(layer.attention.qkv),
+                self._matrix(layer.attention.out),
+                self._matrix(layer.up),
+                self._matrix(layer.down),
+                self._numbers(layer.block.input_layernorm),
+                self._numbers(layer.block.post_attention_layernorm),
+                layer.block.window,
+            )
+        head: nn.Module = decoder.model.lm_head
+        self.layers = layers
+        self.model = CModel(
+            len(layers),
+            config.d_model,
+            config.d_ff,
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+            config.norm_eps,
+            config.attention_scale,
+            0,
+            1,
+            layers,
+            self._numbers(decoder.stack.norm),
+            self._matrix(join([head])),
+        )
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
+        """Return the logits (B, V) after one more token per row, or None for more rows than pay."""
+        B, position = len(tokens_B), cache.length
+        kind = KINDS.get(str(cache.keys[0].dtype).removeprefix("torch."))
+        if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None:
+            return None
+        scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
+        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()
+        logits_BV = torch.empty(B, self.config.vocab_size)
+        self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
+        cos, sin = self._rope(cache)
+        self.library.llmctl_step(
+            self.model,
+            x_BD.data_ptr(),
+            B,
+            pointers_to(cache.keys),
+            pointers_to(cache.values),
+            *map(pointers_to, scales),
+            cache.max_len,
+            position,
+            cos,
+            sin,
+            logits_BV.data_ptr(),
+        )
+        cache.advance(1)
+        return logits_BV
+
+    def _rope(self, cache: KVCache) -> tuple[int | None, int | None]:
+        if self.config.positions != "rope":
+            return None, None
+        if self.tables is None or len(self.tables[0]) < cache.max_len:
+            cos_SH, sin_SH = rope_tables(torch.arange(cache.max_len), self.config.head_dim, self.config.rope_theta)
+            half = self.config.head_dim // 2
+            self.tables = cos_SH[:, :half].contiguous(), sin_SH[:, :half].contiguous()
+        offset = cache.length * (self.config.head_dim // 2) * 4
+        return self.tables[0].data_ptr() + offset, self.tables[1].data_ptr() + offset
+
+    def _numbers(self, norm: nn.Module) -> int:
+        assert isinstance(norm.weight, Tensor)
+        return self._keep(norm.weight.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _matrix(self, product: Callable[[Tensor], Tensor]) -> CMatrix:
+        if isinstance(product, Dense):
+            weight_OI = product.weight_OI.detach()
+            name = str(weight_OI.dtype).removeprefix("torch.")
+            is_readable = product.bias_O is None and len(weight_OI) >= ROWS
+            if (
+                is_readable
+                and name in ("float32", "bfloat16")
+                and weight_OI.is_contiguous()
+                and weight_OI.device.type == "cpu"
+            ):
+                return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None)
+        layer = getattr(product, "__self__", None)
+        if isinstance(layer, QuantLinear) and layer.bias is None:
+            return self._coded(layer)
+        self.is_whole = False
+        return CMatrix()
+
+    def _coded(self, layer: QuantLinear) -> CMatrix:
+        if not is_known_code(layer.scheme, layer.n_out, layer.n_in) or not layer.weight_packed.is_contiguous():
+            self.is_whole = False
+            return CMatrix()
+        return coded(layer, self.kept)
+
+
+def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:
+    """Tell whether the library knows how a weight is coded."""
+    is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
+    has_groups = scheme.bits <= MOST_BITS and scheme.group in GROUPS and n_in % scheme.group == 0
+    return (is_int8 or has_groups) and n_out >= ROWS and n_in % BLOCK == 0
+
+
+def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
+    """Return a weight in few bits as the library sees it; the tensors it points into are added to those kept."""
+    scheme, weight, zeros = layer.scheme, layer.weight_packed, None
+    kind = "int8" if not scheme.group else "int4" if scheme.bits <= INT4_BITS else "bytes"
+    if scheme.group and not (scheme.symmetric and scheme.bits == INT4_BITS):
+        codes_OI, (_, zeros_OG) = layer.codes()
+        zeros = zeros_OG.contiguous()
+        if scheme.bits < INT4_BITS:
+            weight = pack(codes_OI, INT4_BITS)
+        elif scheme.bits > INT4_BITS:
+            weight = codes_OI.view(layer.n_out, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
+    held = [weight, layer.weight_scale.contiguous(), zeros]
+    kept += [one for one in held if one is not None]
+    pointers = (one if one is None else one.data_ptr() for one in held)
+    return CMatrix(KINDS[kind], scheme.group, layer.n_out, layer.n_in, *pointers)
+
+
+def compiled_kinds(library: Library | None) -> dict[str, Kind]:
+    """Return the way to multiply for which the library unpacks the weight: in bfloat16 where that is fast, or as x is."""
+    if library is None:
+        return {}
+
+    def make(layer: QuantWeight) -> Product:
+        kept: list[Tensor] = []
+        matrix, n_rows = coded(layer, kept), rows_of(layer)
+
+        def product(x: Tensor, _: list[Tensor] = kept) -> Tensor:
+            is_narrow = x.dtype == torch.bfloat16 or is_native(torch.bfloat16)
+            inputs = x.bfloat16() if is_narrow else x.float()
+            outputs, threads = [], torch.get_num_threads()
+            for first in range(0, layer.n_out, n_rows):
+                last = min(first + n_rows, layer.n_out)
+                weight_PI = torch.empty(last - first, layer.n_in, dtype=inputs.dtype)
+                kind = KINDS["bfloat16" if is_narrow else "float32"]
+                library.llmctl_unpack(matrix, first, last, threads, kind, weight_PI.data_ptr())
+                outputs.append(F.linear(inputs, weight_PI))
+            return torch.cat(outputs, dim=-1).to(x.dtype)
+
+        return product
+
+    def fits(scheme: Scheme, n_out: int, n_in: int) -> bool:
+        return is_known_code(scheme, n_out, n_in) and not scheme.activations
+
+    return {"compiled": Kind(make, fits)}
+
+
+def pointers_to(tensors: list[Tensor]) -> Any:
+    """Return an array of the tensors' addresses."""
+    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

@@ -1,0 +1,1 @@
+"""Metrics as quotients of sums, and task scores."""

@@ -1,0 +1,1 @@
+"""Text and examples to shards of token ids."""

@@ -1,0 +1,194 @@
+"""Examples of every task as the ids that a model is trained on, one generator per kind of data.
+
+What training sees is what using the model gives it: texts are encoded by the functions that `generate`, `chat` and
+`evaluate` call. What is odd about an example is noted in the findings; it is never cut or left out in silence.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from llmctl.artifacts.load import Loaded
+from llmctl.config import TaskConfig
+from llmctl.data.conversations import Conversation, Message
+from llmctl.data.examples import Example
+from llmctl.data.labels import Labels
+from llmctl.data.templates import fill_template
+from llmctl.errors import UsageError
+from llmctl.inference.chat_ids import encode_conversation, end_of_turn_ids
+from llmctl.inference.chat_template import ChatTemplate
+from llmctl.inference.generate import encode_prompt
+from llmctl.inference.rows import encode_rows, require_tokenizer
+from llmctl.preparing.diagnostics import Findings
+
+AT_ONCE = 512
+"""Examples that are encoded together."""
+
+
+@dataclass(frozen=True)
+class ExampleRow:
+    """An example as ids.
+
+    ids: what the model reads; trained: which of them a decoder is to say; target: what an encoder-decoder is to say;
+    values: the numbers that a head is to give; first_length: where the second text of a pair begins; key, answer: what
+    makes two examples the same, and what makes them contradict each other.
+    """
+
+    where: str
+    ids: list[int]
+    key: str
+    answer: str
+    trained: list[bool] = field(default_factory=list)
+    target: list[int] = field(default_factory=list)
+    values: tuple[float, ...] = ()
+    first_length: int = 0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What examples of a run are encoded with."""
+
+    config: TaskConfig
+    base: Loaded
+    findings: Findings
+    template: str = ""
+    chat: ChatTemplate | None = None
+    labels: Labels = Labels("single")
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of a row."""
+        return self.config.train.seq_len
+
+    def too_long(self, where: str, n_tokens: int) -> bool:
+        """Note an example that is too long, and tell whether it is left out.
+
+        Raises: UsageError where such examples are refused.
+        """
+        policy = self.config.data.too_long
+        if policy == "refuse":
+            raise UsageError(
+                f"{where} has {n_tokens:,} tokens, `train.seq_len` is {self.limit:,}",
+                "--seq-len N, or --set data.too_long=cut or drop",
+            )
+        self.findings.note("dropped" if policy == "drop" else "cut", where)
+        return policy == "drop"
+
+
+def labelled_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
+    """Yield texts, or pairs of them, with their labels."""
+    examples = iter(examples)
+    while window := list(islice(examples, AT_ONCE)):
+        texts = [
+            tuple(example.inputs[name] for name in ("text", "pair") if name in example.inputs) for example in window
+        ]
+        rows = encode_rows(encoder.base, texts, encoder.limit)
+        for example, parts, row in zip(window, texts, rows, strict=True):
+            value = encoder.labels.encode(example)
+            if not any(part.strip() for part in parts):
+                encoder.findings.note("empty", example.where)
+                continue
+            if row.n_cut and encoder.too_long(example.where, len(row.ids) + row.n_cut):
+                continue
+            values = tuple(map(float, value)) if isinstance(value, list) else (float(value),)
+            for name in named_labels(encoder.labels, values):
+                encoder.findings.labels[name] += 1
+            first = row.types.index(1) if 1 in row.types else len(row.ids)
+            yield ExampleRow(example.where, row.ids, "\0".join(parts), repr(values), values=values, first_length=first)
+
+
+def named_labels(labels: Labels, values: Sequence[float]) -> list[str]:
+    """Return the names of an example's labels; numbers have none."""
+    if labels.problem == "regression":
+        return []
+    if labels.problem == "single":
+        return [labels.names[int(values[0])]]
+    return [name for name, value in zip(labels.names, values, strict=True) if value]
+
+
+def source_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
+    """Yield sources with their targets, for an encoder-decoder; end tokens are added where batches are made."""
+    tokenizer, limit = require_tokenizer(encoder.base), encoder.limit - 1
+    for example in examples:
+        source, answer = fill_template(encoder.template, example.inputs), first_answer(example)
+        if not source.strip() or not answer.strip():
+            encoder.findings.note("empty", example.where)
+            continue
+        ids, target = encode_prompt(encoder.base, source)[:-1], tokenizer.encode(answer)
+        longest = max(len(ids), len(target))
+        if longest > limit and encoder.too_long(example.where, longest + 1):
+            continue
+        yield ExampleRow(example.where, ids[:limit], source, answer, target=target[:limit])
+
+
+def prompt_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
+    """Yield prompts that a decoder goes on from, with the answers it is to give; a prompt is cut at its beginning."""
+    tokenizer = require_tokenizer(encoder.base)
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for example in examples:
+        prompt, text = fill_template(encoder.template, example.inputs), first_answer(example)
+        if not any(part.strip() for part in example.inputs.values()) or not text.strip():
+            encoder.findings.note("empty", example.where)
+            continue
+        ids = encode_prompt(encoder.base, prompt)
+        answer = [*tokenizer.encode_next(f" {text}", after_special=False), *end]
+        over = len(ids) + len(answer) - encoder.limit - 1
+        if over > 0:
+            if encoder.too_long(example.where, len(ids) + len(answer)):
+                continue
+            n_first = int(ids[0] == tokenizer.bos_id)
+            kept = max(len(ids) - over, n_first + 1)
+            ids = [*ids[:n_first], *ids[len(ids) - kept + n_first :]]
+            answer = answer[: max(encoder.limit + 1 - len(ids), 0)]
+        trained = [False] * len(ids) + [True] * len(answer)
+        yield from trained_row(encoder, ExampleRow(example.where, ids + answer, prompt, text, trained))
+
+
+def conversation_rows(encoder: Encoder, conversations: Iterable[Conversation]) -> Iterator[ExampleRow]:
+    """Yield conversations in which every answer of the assistant is trained; a long one is cut at its end."""
+    assert encoder.chat is not None
+    ends = end_of_turn_ids(encoder.chat)
+    for conversation in conversations:
+        messages = list(conversation.messages)
+        if encoder.config.system and messages[0].role != "system":
+            messages.insert(0, Message("system", encoder.config.system))
+        spoken = [message.content for message in messages if message.role == "assistant"]
+        if not any(text.strip() for text in spoken):
+            encoder.findings.note("empty", conversation.where)
+            continue
+        ids, trained = encode_conversation(encoder.chat, messages, where=conversation.where)
+        note_ends(encoder.findings, ids, trained, ends, conversation.where)
+        last = max((place for place, is_trained in enumerate(trained) if is_trained), default=0)
+        ids, trained = ids[: last + 1], trained[: last + 1]  # what a template writes after the last answer
+        if len(ids) > encoder.limit + 1:
+            if encoder.too_long(conversation.where, len(ids)):
+                continue
+            ids, trained = ids[: encoder.limit + 1], trained[: encoder.limit + 1]
+        key = "\0".join(message.content for message in messages if message.role != "assistant")
+        yield from trained_row(encoder, ExampleRow(conversation.where, ids, key, "\0".join(spoken), trained))
+
+
+def note_ends(findings: Findings, ids: Sequence[int], trained: Sequence[bool], ends: set[int], where: str) -> None:
+    """Note an answer without an end, from which no model learns to stop, and one that ends twice."""
+    closing = [
+        place for place, is_trained in enumerate(trained) if is_trained and not (trained[place + 1 :] or [False])[0]
+    ]
+    if any(ids[place] not in ends for place in closing):
+        findings.note("endless", where)
+    if any(place and trained[place - 1] and {ids[place], ids[place - 1]} <= ends for place in closing):
+        findings.note("ended_twice", where)
+
+
+def trained_row(encoder: Encoder, row: ExampleRow) -> Iterator[ExampleRow]:
+    """Yield a row, or note that it has nothing to learn; the first token of a row is predicted by none."""
+    if any(row.trained[1:]):
+        yield row
+    else:
+        encoder.findings.note("untrained", row.where)
+
+
+def first_answer(example: Example) -> str:
+    """Return the wanted text; of several the first."""
+    if isinstance(example.target, list):
+        return str(example.target[0]) if example.target else ""
+    return str(example.target)

@@ -1,0 +1,212 @@
+"""From the user's examples to a corpus: encoded, split, examined, and kept in a run folder.
+
+Rows are written as they are read; only what tells two examples apart is kept of each.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.artifacts.load import Loaded
+from llmctl.config import TaskConfig
+from llmctl.data.conversations import read_conversations
+from llmctl.data.examples import read_examples
+from llmctl.data.labels import Labels, labels_of, read_names
+from llmctl.data.shards import RowWriter
+from llmctl.data.templates import template_for
+from llmctl.errors import UsageError
+from llmctl.inference.chat_template import ChatTemplate, chat_template
+from llmctl.inference.rows import require_tokenizer
+from llmctl.preparing.corpus import Corpus, is_once, pairs_sha256, split_groups, spool
+from llmctl.preparing.diagnostics import Findings
+from llmctl.preparing.example_rows import (
+    Encoder,
+    ExampleRow,
+    conversation_rows,
+    labelled_rows,
+    prompt_rows,
+    source_rows,
+)
+
+FEWEST = 2
+"""Examples that are needed: one to train on, one to hold out."""
+
+
+def prepare_examples(config: TaskConfig, folder: Path, base: Loaded) -> tuple[Corpus, Findings, ExampleRow]:
+    """Read, encode and split the examples of a run; return the corpus, what was found, and the first example.
+
+    Raises: UsageError for data that cannot be used, naming file, line and column; whatever the readers raise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    findings = Findings()
+    paths, val_paths = (
+        [spool_examples(path, folder / f"{kind}-{n}") if is_once(path) else path for n, path in enumerate(part)]
+        for kind, part in (("pipe", config.data.paths), ("val-pipe", config.data.val_paths))
+    )
+    encoder, rows_of = make_encoder(config, base, findings, [*paths, *val_paths])
+    tokenizer = require_tokenizer(base)
+    identity = {"tokenizer_sha256": tokenizer.sha256, "source_sha256": pairs_sha256([*paths, *val_paths])}
+    kept = Kept(folder, base.model.config.vocab_size, identity)
+    n_train = kept.take(rows_of(paths))
+    n_rows = kept.take(rows_of(val_paths)) if val_paths else n_train
+    if n_rows < FEWEST or (val_paths and n_train in (0, n_rows)):
+        raise UsageError(
+            f"the data has {n_train} usable examples to train on and {n_rows - n_train} held out",
+            "; ".join(findings.problems()) or "give at least two examples",
+        )
+    held_out = np.arange(n_train, n_rows)
+    if not val_paths:
+        held_out = split_groups(kept.keys, config.data.val_frac, config.train.seed)
+    kept.examine(findings, held_out)
+    provenance = {
+        "paths": list(config.data.paths),
+        "sha256": identity["source_sha256"],
+        "examples": n_rows,
+        "task": task_record(encoder),
+    }
+    corpus = kept.finish(provenance, base, held_out)
+    findings.n_rows, findings.n_held_out = n_rows, len(held_out)
+    assert kept.first is not None
+    return corpus, findings, kept.first
+
+
+def spool_examples(path: str, base: Path) -> str:
+    """Keep piped examples under a name that says what they are: JSON lines, or lines of text."""
+    spooled = spool(path, base)
+    with spooled.open("rb") as file:
+        is_json = file.read(1) in (b"{", b"[")
+    named = base.with_suffix(".jsonl" if is_json else ".txt")
+    shutil.copyfile(spooled, named)
+    return str(named)
+
+
+def task_record(encoder: Encoder) -> dict[str, Any]:
+    """Return what of a task other processes, and users of the model, have to know."""
+    record: dict[str, Any] = {"name": encoder.config.task}
+    if encoder.config.task == "classify":
+        record |= {"problem": encoder.labels.problem, "labels": list(encoder.labels.names)}
+    if encoder.template:
+        record["template"] = encoder.template
+    return record
+
+
+RowsOf = Callable[[list[str]], Iterator[ExampleRow]]
+
+
+def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths: list[str]) -> tuple[Encoder, RowsOf]:
+    """Return what examples are encoded with, and what makes rows of files."""
+    task, family = config.task, base.model.config.family
+    if task == "chat":
+        encoder = Encoder(config, base, findings, chat=chat_of(base))
+        return encoder, lambda paths: conversation_rows(
+            encoder, read_conversations(paths, messages_key=config.columns.messages)
+        )
+    if task == "classify":
+        labels = find_labels(config, base, all_paths)
+        encoder = Encoder(config, base, findings, labels=labels)
+        return encoder, lambda paths: labelled_rows(encoder, read_examples(paths, task, config.columns))
+    encoder = Encoder(config, base, findings, template=template_for(task, family, config.template))
+    make = source_rows if family == "encoder_decoder" else prompt_rows
+    return encoder, lambda paths: make(encoder, read_examples(paths, task, config.columns))
+
+
+def chat_of(base: Loaded) -> ChatTemplate:
+    """Return the chat template of a model, or the plain one."""
+    return chat_template(require_tokenizer(base), base.artifact.files, begins_with_bos=base.begins_with_bos)
+
+
+def find_labels(config: TaskConfig, base: Loaded, paths: list[str]) -> Labels:
+    """Return the labels: the user's, those of the model's head, or those that the data has."""
+    problem = None if config.problem == "auto" else config.problem
+    names: tuple[str, ...] = config.labels
+    if len(names) == 1 and Path(names[0]).is_file():
+        names = read_names(names[0])
+    head = base.model.config
+    if not names and head.n_labels and head.labels:
+        names, problem = head.labels, problem or head.problem
+    return labels_of(read_examples(paths, "classify", config.columns), names, problem)
+
+
+class Kept:
+    """Rows on their way to disk, and what is kept of each."""
+
+    def __init__(self, folder: Path, vocab_size: int, identity: dict[str, str]) -> None:
+        self.folder, self.vocab_size, self.identity = folder, vocab_size, identity
+        self.writers: dict[str, RowWriter] = {}
+        self.values: list[tuple[float, ...]] = []
+        self.first_lengths: list[int] = []
+        self.keys: list[str] = []
+        self.answers: list[str] = []
+        self.places: list[str] = []
+        self.first: ExampleRow | None = None
+        self.n_tokens = self.n_trained = 0
+
+    def take(self, rows: Iterable[ExampleRow]) -> int:
+        """Write rows, and return how many there are now."""
+        rows = iter(rows)
+        head = next(rows, None)
+        if self.first is None:
+            self.first = head
+        for row in chain([head] if head else [], rows):
+            self.add(row)
+        return len(self.keys)
+
+    def add(self, row: ExampleRow) -> None:
+        """Write one row."""
+        self.writer("documents").add(row.ids)
+        if row.trained:
+            self.writer("targets").add(row.trained)
+        elif row.target:
+            self.writer("targets").add(row.target)
+        self.values.append(row.values)
+        self.first_lengths.append(row.first_length)
+        self.keys.append(digest(row.key))
+        self.answers.append(digest(row.answer))
+        self.places.append(row.where)
+        self.n_tokens += len(row.ids) + len(row.target)
+        self.n_trained += sum(row.trained[1:]) + len(row.target)
+
+    def writer(self, name: str) -> RowWriter:
+        """Return the writer of a part."""
+        if name not in self.writers:
+            self.writers[name] = RowWriter(self.folder / name, self.vocab_size, self.identity)
+        return self.writers[name]
+
+    def examine(self, findings: Findings, held_out: NDArray[np.int64]) -> None:
+        """Note examples that are there twice, that contradict each other, and that are on both sides of the split."""
+        is_held_out = np.zeros(len(self.keys), dtype=bool)
+        is_held_out[held_out] = True
+        seen: dict[str, dict[str, bool]] = {}
+        for place, (key, answer, held) in enumerate(zip(self.keys, self.answers, is_held_out.tolist(), strict=True)):
+            others = seen.setdefault(key, {})
+            if answer in others:
+                findings.note("duplicated", self.places[place])
+            elif others and self.values[place]:  # of texts, several may be right
+                findings.note("contradicted", self.places[place])
+            if held and not all(others.values()):
+                findings.note("leaked", self.places[place])
+            others[answer] = others.get(answer, True) and held
+        findings.n_tokens, findings.n_trained_tokens = self.n_tokens, self.n_trained
+
+    def finish(self, provenance: dict[str, Any], base: Loaded, held_out: NDArray[np.int64]) -> Corpus:
+        """Return the corpus."""
+        parts = {name: writer.finish() for name, writer in self.writers.items()}
+        arrays: dict[str, NDArray[Any]] = {}
+        if self.values[0]:
+            arrays["values"] = np.array(self.values, dtype=np.float64)
+            arrays["first_lengths"] = np.array(self.first_lengths, dtype=np.int64)
+        train = np.setdiff1d(np.arange(len(self.keys)), held_out)
+        return Corpus(
+            require_tokenizer(base), parts["documents"], parts.get("targets"), train, held_out, provenance, arrays
+        )
+
+
+def digest(text: str) -> str:
+    """Return what stands for a text where only its identity matters."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

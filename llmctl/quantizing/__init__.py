@@ -1,0 +1,1 @@
+"""Quantize the weights of a model: calibration, bit allocation, report."""

@@ -1,0 +1,232 @@
+"""Choose the codes of a model, layer by layer: what comes into a layer has gone through the quantised ones before it.
+
+No more than one layer's moments, and the streams of the calibration rows, are held at a time.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.errors import ArtifactError
+from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
+from llmctl.model.equalise import fold, joints, shared_factors
+from llmctl.model.fisher import token_weights
+from llmctl.model.importance import Batches, read
+from llmctl.model.transformer import Block, LanguageModel
+from llmctl.quant.factors import best_factors
+from llmctl.quant.grid import Codes, decode
+from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, WEIGHS, Moments, output_error
+from llmctl.quant.schemes import Scheme
+from llmctl.runs.progress import paced
+
+Plan = Mapping[str, Scheme]
+Say = Callable[[str], None]
+
+
+class _CaughtError(Exception):
+    """The inputs of a block are known; the rest of the pass is not needed."""
+
+
+@dataclass
+class Calibrated:
+    """Codes by module, and the share of each layer's output that they lose, where inputs were seen."""
+
+    codes: dict[str, Codes] = field(default_factory=dict)
+    lost: dict[str, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def calibrate(
+    model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say, *, is_narrow: bool = False
+) -> Calibrated:
+    """Return codes for the modules of a plan; the model's own weights become what the codes mean.
+
+    The head over the vocabulary, or the embedding that is one, is chosen by what comes out of the quantised blocks. Other
+    modules outside them take the clipped range. is_narrow: whether batches go through the model in bfloat16.
+    """
+    # Without its cache: weights change between two passes through a block, and the second is to see that.
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow, cache_enabled=False):
+        return _calibrate(model.eval(), plan, method, batches, say)
+
+
+def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say) -> Calibrated:
+    found = Calibrated()
+    in_blocks: set[str] = set()
+    sees_data = needs_data(plan, method)
+    weights = token_weights(model, filter(is_inside, plan), batches, say=say) if method in WEIGHS else {}
+    for prefix, blocks in chains(model):
+        streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
+        done = paced(say, f"{prefix}layer", len(blocks))
+        for number, block in enumerate(blocks):
+            name = names_of(model)[block]
+            mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
+            in_blocks |= {f"{name}.{inner}" for inner in mine}
+            moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in mine}) if streams else {}
+            with torch.autocast("cpu", enabled=False):
+                if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
+                    equalise(block, mine, moments, method)
+                for inner, scheme in mine.items():
+                    choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
+            streams = [(run(block, stream), *stream[1:]) for stream in streams]
+            done(number + 1)
+    table = table_of(model)
+    for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
+        is_read = name == table and method in NEEDS_DATA  # what comes into the head has gone through all others
+        inputs = read_head(model, batches) if is_read else None
+        with torch.autocast("cpu", enabled=False):
+            choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
+    return found
+
+
+def fallback(method: str) -> str:
+    """Return the method for what is chosen without a look at its inputs."""
+    return "clip" if method in NEEDS_DATA else method
+
+
+def table_of(model: LanguageModel) -> str:
+    """Return the name of the table that the head multiplies by; nothing where there is none."""
+    if model.config.n_labels:
+        return ""
+    return EMBEDDING if model.config.tie_embeddings else HEAD
+
+
+def read_head(model: LanguageModel, batches: Batches) -> Moments:
+    """Return the moments of what comes into the head."""
+    moments = Moments.empty(model.config.d_model, model.device)
+    for batch in batches:
+        moments.add(model.head_input(read(model, batch)))
+    return moments
+
+
+def refuse_unfinite(model: LanguageModel, name: str) -> None:
+    """Refuse weights that no grid can hold.
+
+    Raises: ArtifactError naming the tensor.
+    """
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
+
+
+def needs_data(plan: Plan, method: str) -> bool:
+    """Tell whether codes are chosen by what comes into the layers."""
+    return method in NEEDS_DATA or any(scheme.activations for scheme in plan.values())
+
+
+def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
+    """Move scales between the layers of a block where that loses less; the moments become those of the new inputs."""
+    if not isinstance(block, Block):
+        return
+    for joint in joints(block):
+        readers = [name for name in joint.readers if name in mine and name in moments]
+        if len(readers) < len(joint.readers) or not moments[readers[0]].count:
+            continue
+        maps: list[Any] = [block.get_submodule(name) for name in readers]
+        weights = [one.weight.float() for one in maps]
+        schemes = [mine[name] for name in readers]
+        share = partial(shared_factors, joint=joint)
+        factors_I = best_factors(weights, schemes, moments[readers[0]], share, METHODS[method])
+        if factors_I is not None:
+            fold(joint, maps, factors_I)
+            divided = {id(moments[name]): moments[name].divided(factors_I) for name in readers}
+            moments |= {name: divided[id(moments[name])] for name in readers}
+
+
+def choose(
+    found: Calibrated, root: nn.Module, inner: str, name: str, scheme: Scheme, method: str, moments: Moments | None
+) -> None:
+    """Choose the codes of a module and put what they mean in its place."""
+    weight: Tensor = root.get_submodule(inner).weight  # type: ignore[assignment]
+    if moments is None or moments.count == 0:  # never reached, as cross-attention without a memory
+        method = fallback(method)
+    original = weight.float()
+    codes = METHODS[method](original, scheme, moments)
+    meant = decode(codes, scheme)
+    if moments is not None and moments.count:
+        found.lost[name] = output_error(original, meant, moments)
+    found.codes[name] = codes
+    weight.copy_(meant)
+
+
+def chains(model: LanguageModel) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yield runs of blocks that hand their stream on, with a name for people; encoders come before decoders."""
+    for stack in model.stacks():
+        prefix = "" if len(model.stacks()) == 1 else "decoder " if stack.causal else "encoder "
+        yield prefix, list(stack.layers)
+        if stack.config.query_layer:
+            yield f"{prefix}query ", [stack.query_layer]
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Return module -> name."""
+    return {module: name for name, module in model.named_modules()}
+
+
+def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Return the linear maps of a block by their names in it."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Return what a block is called with when the model reads a batch."""
+    caught: list[tuple[Any, ...]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args)
+        raise _CaughtError
+
+    handle = block.register_forward_pre_hook(hook)
+    try:
+        read(model, batch)
+    except _CaughtError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
+    """Return what a block makes of a stream."""
+    out: Tensor = block(*stream)
+    return out
+
+
+def observe(
+    block: nn.Module, streams: Sequence[Sequence[Any]], weights: Mapping[str, list[Tensor] | None]
+) -> dict[str, Moments]:
+    """Return the moments of what comes into the linear maps of a block; those that read the same share them.
+
+    weights: of every position, for each stream, of the maps that have some.
+    """
+    moments: dict[str, Moments] = {}
+    last: list[tuple[Tensor, Moments]] = []
+    seen: Counter[str] = Counter()
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            own = weights.get(name)
+            if own is None and last and last[0][0] is args[0]:
+                moments[name] = last[0][1]
+                return
+            n_in: int = module.in_features  # type: ignore[assignment]
+            mine = moments.setdefault(name, Moments.empty(n_in, args[0].device))
+            mine.add(args[0], None if own is None else own[seen[name]])
+            seen[name] += 1
+            if own is None:
+                last[:] = [(args[0], mine)]
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears(block)]
+    try:
+        for stream in streams:
+            run(block, stream)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return moments

@@ -1,0 +1,173 @@
+"""What a quantization is, before anything is built: settings that the model decides, and those that cannot be."""
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import ModelConfig, QuantizeConfig
+from llmctl.distilling.settings import TASKS, is_bare
+from llmctl.distilling.student_shape import count
+from llmctl.errors import UsageError
+from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
+from llmctl.metrics.gate import parse_gate
+from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
+from llmctl.quantizing.bit_allocation import parse_size
+from llmctl.training.settings import check_shared
+
+SMALL_GROUPS = (*GROUPS, 16, 8)
+REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
+SMALLEST_LR, LARGEST_LR = 1e-6, 1e-3
+"""The peak learning rate of weights falls with the root of the model's size (learned)."""
+
+SCALES_LR, SCALES_BITS = 1e-3, 4
+"""That of scales, which learn as logarithms, is a share of any scale; with every bit more the same share moves the outermost
+codes by twice as many steps, and is half as large."""
+
+DEFAULT_STEPS = 200
+"""Steps where codes are learned and no budget is given."""
+
+OUTSIDE = ("head_dense", "classifier_dense")
+"""Maps between the blocks and a head; they are few and get the head's bits."""
+
+
+def settle(config: QuantizeConfig) -> QuantizeConfig:
+    """Fill in what the model decides, so that the recipe of the run says it.
+
+    Raises: NotFoundError or ArtifactError for a model that is not there or damaged.
+    """
+    artifact = read_model(Path(config.model))
+    model, train, weights, loss = artifact.config, config.train, config.weights, config.loss
+    task, made_for = config.task, artifact.provenance.get("objective")
+    if task == "auto":
+        task = "classify" if model.n_labels else made_for if made_for in TASKS else "text"
+    method = weights.method
+    if method == "auto":
+        scheme = SCHEMES[weights.scheme]
+        # Inputs in few bits are measured on data anyway.
+        wide = scheme.bits == 8 and not (scheme.activations or weights.target_bpw or weights.target_size)
+        method = "nearest" if wide else "guided"
+    bare = is_bare(artifact)
+    loss = replace(
+        loss,
+        name=("none" if bare else "fkl") if loss.name == "auto" else loss.name,
+        match=("hidden" if bare else "none") if loss.match == "auto" else loss.match,
+        temperature=loss.temperature or 1.0,
+        match_layer=loss.match_layer or (model.n_decoder_layers or model.n_layers),
+        relation_heads=loss.relation_heads or model.n_heads,
+    )
+    if method == "learned" and not (train.steps or train.tokens or train.minutes or train.epochs):
+        train = replace(train, steps=DEFAULT_STEPS)
+    if method == "learned":  # codes are told from the weights behind them, which must not be rounded themselves
+        train = replace(
+            train, master_weights=False, metric=train.metric or ("kl" if loss.name != "none" and task == "text" else "")
+        )
+    train = replace(train, seq_len=min(train.seq_len, model.max_positions))
+    if method != "learned" and train.dtype == "auto":  # the figures are to show the codes, not the products' rounding
+        train = replace(train, dtype="float32")
+    teacher = config.teacher
+    if teacher.dtype == "auto":  # what is learned is small beside what bfloat16 rounds away of the weights
+        teacher = replace(teacher, dtype="fp32")
+    optim = config.optim
+    if not optim.lr:
+        rate = min(max(REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5, SMALLEST_LR), LARGEST_LR)
+        of_scales = SCALES_LR * 2.0 ** min(0, SCALES_BITS - SCHEMES[weights.scheme].bits)
+        optim = replace(optim, lr=float(f"{of_scales if weights.learn == 'scales' else rate:.2g}"))
+    weights = replace(weights, method=method)
+    return replace(config, task=task, teacher=teacher, loss=loss, train=train, optim=optim, weights=weights)
+
+
+def check_quantize(config: QuantizeConfig) -> None:
+    """Refuse settings that exclude each other, or that this model does not have.
+
+    Raises: UsageError listing all of them.
+    """
+    if config.max_drop:
+        parse_gate(config.max_drop)
+    artifact = read_model(Path(config.model))
+    if artifact.schemes:
+        bits = ", ".join(sorted({str(scheme.bits) for scheme in artifact.schemes.values()}))
+        raise UsageError(f"`{config.model}` is in few bits already ({bits})", "name the model that it was made from")
+    weights = config.weights
+    check_shared(
+        config,
+        (
+            weights.calibration_rows < 1,
+            f"`weights.calibration_rows` is {weights.calibration_rows}, it must be at least 1",
+        ),
+        (
+            weights.learn == "weights" and weights.method != "learned",
+            f"`weights.learn` is for `weights.method` learned, which is {weights.method}",
+        ),
+        (
+            weights.scale_bits not in (0, 8, SCALE_BITS),
+            f"`weights.scale_bits` is {weights.scale_bits}, it must be 0, 8 or {SCALE_BITS}",
+        ),
+        (
+            weights.scale_bits == 8 and not SCHEMES[weights.scheme].group,
+            f"`weights.scale_bits` 8 is for schemes with groups, {weights.scheme} has one scale per output",
+        ),
+        (weights.group < -1, f"`weights.group` is {weights.group}, it must be -1, 0 or more"),
+        (weights.target_bpw < 0, f"`weights.target_bpw` is {weights.target_bpw}, it is negative"),
+        (
+            bool(weights.target_bpw and weights.target_size),
+            "`weights.target_bpw` and `weights.target_size` are two budgets",
+        ),
+        (
+            bool(weights.target_bpw or weights.target_size) and bool(SCHEMES[weights.scheme].activations),
+            "bits are shared out among weights alone: not with w8a8",
+        ),
+        (
+            weights.method == "learned" and bool(SCHEMES[weights.scheme].activations),
+            "`weights.method` learned is for weights alone: not with w8a8",
+        ),
+        (
+            bool(weights.target_bpw or weights.target_size) and is_bare(artifact),
+            f"`{config.model}` predicts nothing by which it could be told what bits are worth: no target",
+        ),
+        (config.loss.name == "seq", "`loss.name` seq is for students"),
+        (bool(config.teacher.cache), "`teacher.cache` is for students: the model itself is there"),
+        (config.loss.on_policy > 0, "`loss.on_policy` is for students"),
+    )
+    if weights.target_size:
+        parse_size(weights.target_size)
+    plan_of(artifact.config, config)
+    if not config.data.paths and config.task != "text":
+        raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+
+
+def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
+    """Return the scheme of every module that is to be held in few bits; a tied head goes with the embedding.
+
+    Raises: UsageError for a group that does not divide a layer's inputs, or nothing left to do.
+    """
+    weights = config.weights
+    scheme = SCHEMES[weights.scheme]
+    if weights.group >= 0:
+        scheme = replace(scheme, group=weights.group)
+    table = None if weights.embedding == "float" else SCHEMES[weights.embedding]
+    if weights.scale_bits:
+        scheme = replace(scheme, scale_bits=weights.scale_bits)
+        table = table and replace(table, scale_bits=weights.scale_bits if table.group else SCALE_BITS)
+    plan: dict[str, Scheme] = {}
+    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    for name, (_, n_in) in modules.items():
+        if name == "classifier" or any(fnmatchcase(name, pattern) for pattern in weights.keep):
+            continue
+        is_table = name in (EMBEDDING, HEAD, *OUTSIDE)
+        wanted = table if is_table else scheme
+        if wanted is None:
+            continue
+        if not wanted.fits(n_in):
+            if weights.group >= 0 and not is_table:
+                fitting = ", ".join(str(size) for size in SMALL_GROUPS if n_in % size == 0) or "0"
+                raise UsageError(
+                    f"groups of {weights.group} do not divide the {n_in} inputs of `{name}`", f"--group {fitting}"
+                )
+            wanted = replace(
+                wanted, group=next((size for size in SMALL_GROUPS if size < wanted.group and n_in % size == 0), 0)
+            )
+        plan[name] = wanted
+    if not plan:
+        raise UsageError("nothing is left to quantise", "weights.keep names all modules")
+    return plan

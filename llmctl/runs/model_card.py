@@ -1,0 +1,84 @@
+"""The model card: what a model is, how it was made, what it scored, how to load it; Markdown with YAML front matter.
+
+Knows only the numbers it is handed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmctl.metrics.figures import FIGURES
+
+PIPELINES = {"decoder": "text-generation", "encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
+LOADERS = {
+    "decoder": "AutoModelForCausalLM",
+    "encoder": "AutoModelForMaskedLM",
+    "encoder_decoder": "AutoModelForSeq2SeqLM",
+}
+USE = {
+    "decoder": 'llmctl generate -m {path} "The function returns"',
+    "encoder": 'llmctl fill -m {path} "a <mask> of strings"',
+    "encoder_decoder": 'llmctl generate -m {path} "your source text"',
+}
+
+
+HEAD_LOADER, HEAD_PIPELINE = "AutoModelForSequenceClassification", "text-classification"
+HEAD_USE = 'llmctl classify -m {path} "a text"'
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Return the card; `facts` holds name, family, architecture, objective, n_parameters, data, before, after, command."""
+    family = facts["family"]
+    before, after = facts["before"], facts["after"]
+    rows = "\n".join(
+        f"| {figure.label} | {before[key]:{figure.form}} | {after[key]:{figure.form}} |"
+        for key, figure in FIGURES.items()
+        if before.get(key) is not None and after.get(key) is not None
+    )
+    data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items() if key != "findings")
+    has_head = bool(facts.get("n_labels"))
+    loader = HEAD_LOADER if has_head else LOADERS[family]
+    load = ""
+    if facts["architecture"].startswith("Llmctl"):
+        load = "This architecture is read by llmctl only.\n"
+    else:
+        load = (
+            f"```python\nfrom transformers import AutoTokenizer, {loader}\n"
+            f'model = {loader}.from_pretrained("PATH")\ntokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
+        )
+    return f"""---
+library_name: transformers
+pipeline_tag: {HEAD_PIPELINE if has_head else PIPELINES[family]}
+tags: [llmctl, {facts["objective"]}]
+---
+
+# {facts["name"]}
+
+A {facts["architecture"]} with {facts["n_parameters"]:,} parameters, trained with `llmctl` on the objective
+`{facts["objective"]}` for {facts["steps"]:,} steps ({facts["tokens"]:,} tokens).
+
+![loss](loss.svg)
+
+| on held-out text | before | after |
+|---|--:|--:|
+{rows}
+
+{facts["note"]}
+
+## Data
+{data}
+
+## Made with
+```
+{facts["command"]}
+```
+The resolved recipe is in `recipe.yaml`, the course of the training in `metrics.jsonl`.
+
+## Use
+```
+{(HEAD_USE if has_head else USE[family]).format(path="PATH")}
+```
+{load}
+## Limits
+A small model trained on little text: it imitates the style of its data and knows nothing beyond it. Its output is
+not checked for truth or harm.
+"""

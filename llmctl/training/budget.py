@@ -1,0 +1,61 @@
+"""From a budget to a number of steps, and when to evaluate and save."""
+
+import time
+
+from llmctl.config import TrainConfig
+from llmctl.training.state import State
+
+UNKNOWN = 10**9
+"""The total while a budget of minutes has not been divided by a measured step yet."""
+
+
+class Planner:
+    """Turns a budget into a number of steps, which the learning rate needs to know before the end.
+
+    Steps, tokens and epochs give it at once. A budget of minutes is divided by the measured time of a step: first at step 4,
+    then at doubling steps until half the time is used; after that the plan only shrinks, if the machine gets slower.
+    """
+
+    RESERVE_FRAC = 0.06
+    """Share of the time left for the last evaluation and for writing the model."""
+
+    def __init__(self, config: TrainConfig, deadline: float | None, n_rows: int = 0) -> None:
+        self.config, self.deadline, self.n_rows = config, deadline, n_rows
+        self.next_revision = 4
+        self.begun: tuple[int, float] = (0, 0.0)
+
+    def begin(self, state: State) -> None:
+        """Set the total where it is not known from a checkpoint."""
+        self.begun = (state.step, time.monotonic())
+        self.next_revision = max(4, state.step + 4)
+        if state.total_steps:
+            return
+        config = self.config
+        by_tokens = -(-config.tokens // (config.batch_size * config.seq_len)) if config.tokens else 0
+        by_epochs = max(1, -(-int(config.epochs * self.n_rows) // config.batch_size)) if config.epochs else 0
+        state.total_steps = config.steps or by_tokens or by_epochs or UNKNOWN
+
+    def revise(self, state: State) -> None:
+        """Divide the time that is left by the time that a step takes."""
+        if self.deadline is None or state.step < self.next_revision:
+            return
+        now = time.monotonic()
+        n_steps, seconds = state.step - self.begun[0], now - self.begun[1]
+        left = (self.deadline - now) - self.RESERVE_FRAC * self.config.minutes * 60
+        planned = state.step + max(0, int(left / (seconds / n_steps)))
+        is_early = seconds < left
+        if is_early or planned < state.total_steps or state.total_steps == UNKNOWN:
+            limit = self.config.steps or UNKNOWN
+            state.total_steps = max(state.step, min(planned, limit))
+        self.next_revision = state.step * 2 if is_early else state.step + max(1, state.step // 20)
+
+    def is_check_due(self, state: State) -> bool:
+        """Tell whether this step is evaluated, and has not been yet."""
+        if state.step in (0, state.checked_step):
+            return False
+        every = self.config.eval_every or max(1, -(-state.total_steps // 10))
+        return state.step >= state.total_steps or state.step % every == 0
+
+    def is_save_due(self, state: State) -> bool:
+        """Tell whether this step gets a checkpoint that no evaluation makes."""
+        return bool(self.config.save_every) and state.step % self.config.save_every == 0

@@ -1,0 +1,67 @@
+"""The model that a run trains: a preset with its overrides, initialised for a tokenizer, or one that is there."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmctl.artifacts.load import load_model
+from llmctl.config import PretrainConfig
+from llmctl.errors import UsageError
+from llmctl.model.presets import ALIASES, PRESETS, get_preset
+from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.tokenizer.base import Tokenizer
+from llmctl.training.settings import check_family, model_config
+
+
+def load_base(config: PretrainConfig) -> Any:
+    """Load the model that `model.preset` names if it is a path, else return None."""
+    name = config.model.preset
+    if name == "auto" or name.lower() in PRESETS or name.lower() in ALIASES:
+        return None
+    if not Path(name).exists():
+        get_preset(name)  # raises, with the closest name
+    base = load_model(Path(name), device="cpu", dtype="float32")
+    check_family(config, base.model.config.family, name)
+    if base.tokenizer is None:
+        raise UsageError(f"`{name}` has no tokenizer, so its training cannot go on", "give it one with --tokenizer")
+    return base
+
+
+def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+    """Build and initialise the model for a tokenizer: its vocabulary and ids, and a context of at least a row."""
+    shape = model_config(config)
+    check_family(config, shape.family, config.model.preset)
+    wanted = config.model.overrides.get("vocab_size", 0)
+    if wanted and wanted < tokenizer.vocab_size:
+        raise UsageError(
+            f"`model.vocab_size` {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}",
+            "leave model.vocab_size away, or lower tokenizer.vocab_size",
+        )
+    context = shape.max_positions
+    if "max_positions" not in config.model.overrides:
+        context = max(context, config.train.seq_len)
+    if context < config.train.seq_len:
+        raise UsageError(
+            f"`train.seq_len` {config.train.seq_len} is longer than `model.max_positions` {context}",
+            f"--set model.max_positions={config.train.seq_len}",
+        )
+    bos = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+    pad = -1 if tokenizer.pad_id is None else tokenizer.pad_id
+    shape = replace(
+        shape,
+        vocab_size=wanted or tokenizer.vocab_size,
+        max_positions=context,
+        pad_id=pad,
+        bos_id=bos,
+        eos_id=-1 if tokenizer.eos_id is None else tokenizer.eos_id,
+        mask_id=-1 if tokenizer.mask_id is None else tokenizer.mask_id,
+        decoder_start_id=max(pad, 0) if shape.family == "encoder_decoder" else -1,
+    )
+    model = LanguageModel(shape)
+    initialise(model, config.train.seed)
+    return model
+
+
+def label(config: PretrainConfig) -> str:
+    """Return a short name for the run folder."""
+    return "tiny" if config.model.preset == "auto" else Path(config.model.preset).name.removesuffix(".safetensors")

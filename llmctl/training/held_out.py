@@ -1,0 +1,64 @@
+"""Figures on held-out rows: the same batches on any number of processes, added up exactly."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from llmctl.config import TrainConfig
+from llmctl.distributed.runtime import Runtime
+from llmctl.distributed.sharding import reshard
+from llmctl.training.batch import BatchSource, idle, to_device
+from llmctl.training.objectives import Objective
+
+EVAL_ROWS = 16
+"""Rows measured together where no micro-batch says otherwise."""
+
+
+def measure(
+    module: nn.Module,
+    objective: Objective,
+    source: BatchSource,
+    config: TrainConfig,
+    runtime: Runtime,
+    max_tokens: int | None,
+    give_way: Callable[[], None],
+    *,
+    sharded: bool,
+) -> dict[str, float]:
+    """Return an objective's figures on all rows, or on evenly spread ones of `max_tokens`; dropout off.
+
+    `module` is the objective as it is wrapped. `give_way` is called between batches, by all processes together, and may raise.
+    """
+    n_rows = source.n_rows
+    wanted = n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // config.seq_len))
+    rows = [index * n_rows // wanted for index in range(wanted)]
+    size = config.micro_batch_size if config.micro_batch_size > 0 else min(config.batch_size, EVAL_ROWS)
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    sums = torch.zeros(len(batches), 2 + len(objective.parts), dtype=torch.float64, device=runtime.device)
+    outputs = torch.zeros(len(rows), objective.n_outputs, dtype=torch.float64, device=runtime.device)
+    module.eval()
+    try:
+        # Gathered weights must not be inference tensors: training uses them again.
+        with torch.no_grad() if sharded else torch.inference_mode():
+            for start in range(0, len(batches), runtime.world_size):
+                give_way()
+                index = start + runtime.rank
+                if index < len(batches):
+                    loss = module(to_device(source.batch(batches[index]), runtime.device))
+                    parts = (loss.sum, loss.count, *(loss.parts[name] for name in objective.parts))
+                    sums[index] = torch.stack([part.double() for part in parts])
+                    if loss.outputs is not None:
+                        first = index * size
+                        outputs[first : first + len(loss.outputs)] = loss.outputs.double()
+                elif sharded:  # every pass gathers weights, so all processes must make as many
+                    module(to_device(idle(source.batch(batches[0])), runtime.device))
+    finally:
+        module.train()
+        if sharded:
+            reshard(module)
+    nats, count, *totals = [math.fsum(column) for column in runtime.sum(sums).T.tolist()]
+    if objective.n_outputs:
+        outputs = runtime.sum(outputs)
+    return objective.figures(nats, count, dict(zip(objective.parts, totals, strict=True)), outputs.cpu().numpy())

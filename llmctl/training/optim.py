@@ -1,0 +1,167 @@
+"""Optimizers and the learning rate as a pure function of the step: there is no scheduler state to lose."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmctl.config import OptimConfig
+from llmctl.distributed.sharding import own_rows
+from llmctl.errors import ArtifactError
+from llmctl.runs.checkpoint import Checkpoint
+from llmctl.training.muon import Muon
+
+STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
+"""What each optimizer keeps of every parameter."""
+
+NOT_FOR_MUON = ("embed", "lm_head", "relative_bias", "classifier", "lora_")
+"""Parts of parameter names: tables, heads and thin factors are not maps that Muon's geometry is made for."""
+
+
+def make_optimizers(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.optim.Optimizer]:
+    """Return the optimizers by name: `adamw`, and `muon` for the hidden matrices if configured.
+
+    Weight decay falls on matrices only. `dtype` is that of muon's products. A group's `lr_scale` is what layer decay
+    leaves of the learning rate. Source: AdamW, arXiv:1711.05101; layer decay: Howard and Ruder 2018, arXiv:1801.06146,
+    section 3.2, in the form of ELECTRA, arXiv:2003.10555.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    muon = [(name, p) for name, p in named if config.name == "muon" and is_for_muon(name, p)]
+    chosen = {id(p) for _, p in muon}
+    rest = [(name, p) for name, p in named if id(p) not in chosen]
+    scales = layer_scales([name for name, _ in model.named_parameters()], config.layer_decay)
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if muon:
+        optimizers["muon"] = Muon(
+            grouped(muon, scales, config.weight_decay),
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            dtype=dtype,
+        )
+    if rest:
+        matrices, vectors = [(n, p) for n, p in rest if p.dim() >= 2], [(n, p) for n, p in rest if p.dim() < 2]
+        optimizers["adamw"] = torch.optim.AdamW(
+            [*grouped(matrices, scales, config.weight_decay), *grouped(vectors, scales, 0.0)],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+    return optimizers
+
+
+def grouped(
+    named: Sequence[tuple[str, nn.Parameter]], scales: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return parameter groups, one per scale of the learning rate, in the order of the parameters."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named:
+        groups.setdefault(scales[name], []).append(parameter)
+    return [{"params": ps, "weight_decay": weight_decay, "lr_scale": scale} for scale, ps in groups.items()]
+
+
+def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
+    """Return each parameter's factor on the learning rate: 1 for the head, less by `decay` with every layer below.
+
+    Embeddings are below the first layer. The decoder of an encoder-decoder stands on top of its encoder.
+    """
+    places = {name: re.match(r"(.*\.)layers\.(\d+)\.", name) for name in names}
+    found = {(place[1], int(place[2])) for place in places.values() if place}
+    bottom_up = sorted(found, key=lambda layer: ("decoder" in layer[0], layer[1]))
+    layers = {layer: depth for depth, layer in enumerate(bottom_up, start=1)}
+    top = len(layers) + 1
+
+    def depth_of(name: str) -> int:
+        place = places[name]
+        if place:
+            return layers[place[1], int(place[2])]
+        return 0 if "embed" in name or "relative_bias" in name else top
+
+    return {name: decay ** (top - depth_of(name)) for name in names}
+
+
+def is_for_muon(name: str, parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter is a hidden matrix."""
+    return parameter.dim() == 2 and not any(part in name for part in NOT_FOR_MUON)
+
+
+def peak_rates(config: OptimConfig) -> dict[str, float]:
+    """Return the peak learning rate of each optimizer."""
+    return {"muon": config.muon_lr, "adamw": config.lr}
+
+
+def schedule(step: int, total_steps: int, config: OptimConfig) -> float:
+    """Return the learning rate of a step (counted from 0) as a share of its peak.
+
+    Source: cosine, arXiv:1608.03983; warmup-stable-decay, arXiv:2404.06395, with the linear decay of arXiv:2405.18392.
+    """
+    warmup_steps = max(1, round(config.warmup_frac * total_steps))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    low = config.min_lr_frac
+    if config.schedule == "cosine":
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "linear":
+        return low + (1 - low) * (1 - min(done, 1.0))
+    if config.schedule == "wsd" and config.decay_frac > 0:
+        left = (total_steps - step) / max(1.0, config.decay_frac * total_steps)
+        return low + (1 - low) * min(1.0, max(left, 0.0))
+    return 1.0
+
+
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: OptimConfig, share: float) -> None:
+    """Set every optimizer's learning rate to this share of its peak."""
+    for name, rate in peak_rates(config).items():
+        if name in optimizers:
+            for group in optimizers[name].param_groups:
+                group["lr"] = rate * share * group["lr_scale"]
+
+
+def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> Iterable[tuple[str, torch.Tensor]]:
+    """Yield every tensor of the optimizers' state under `optimizer/parameter name/key`."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer_name, optimizer in optimizers.items():
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                yield f"{optimizer_name}/{names[id(parameter)]}/{key}", torch.as_tensor(value)
+
+
+def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], saved: Checkpoint) -> None:
+    """Put back what `named_state` gave; keys are matched by parameter name, and a process takes its own rows.
+
+    What a parameter has by now and had not then (at a rollback to before the first step) is forgotten.
+    Raises: ArtifactError if the checkpoint is of other optimizers or parameters, or lacks a part of their state.
+    """
+    parameters = dict(model.named_parameters())
+    states: dict[tuple[str, str], dict[str, Any]] = {}
+    for key in saved.names("optimizer"):
+        optimizer_name, parameter_name, entry = key.split("/")
+        if optimizer_name not in optimizers or parameter_name not in parameters:
+            raise ArtifactError(
+                f"checkpoint `{saved.path}` holds state of `{key}`, which this run does not have",
+                "resume with the recipe that the run was begun with",
+            )
+        parameter = parameters[parameter_name]
+        shape = saved.shape("optimizer", key)
+        states.setdefault((optimizer_name, parameter_name), {})[entry] = (
+            own_rows(parameter, lambda *rows, key=key: saved.read("optimizer", key, *rows))
+            if shape == tuple(parameter.shape)
+            else saved.read("optimizer", key)
+        )
+    for optimizer in optimizers.values():
+        optimizer.state.clear()
+    for (optimizer_name, parameter_name), state in states.items():
+        missing = sorted(STATE_KEYS[optimizer_name] - set(state))
+        if missing:
+            raise ArtifactError(
+                f"checkpoint `{saved.path}` has no `{optimizer_name}/{parameter_name}/{missing[0]}`",
+                "resume from an older checkpoint",
+            )
+        optimizers[optimizer_name].state[parameters[parameter_name]] = state

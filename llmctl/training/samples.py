@@ -1,0 +1,65 @@
+"""Samples during training: fixed prompts that the model continues at every evaluation, so that one sees it learn."""
+
+from collections.abc import Callable
+
+import torch
+
+from llmctl.artifacts.load import Loaded
+from llmctl.config import GenerateConfig, PretrainConfig
+from llmctl.formats.artifact import Artifact
+from llmctl.inference.fill import fill
+from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.model.transformer import LanguageModel
+from llmctl.preparing.corpus import Corpus
+
+SAMPLE_TOKENS = 40
+DEFAULT_PROMPTS = {
+    "clm": ("The function returns",),
+    "mlm": ("Return a <mask> of strings.",),
+    "span": ("Return a <extra_id_0> of strings.",),
+    "seq2seq": ("os.path.join(a, *p)",),
+}
+Sampler = Callable[[], list[dict[str, str]]]
+
+
+def make_sampler(config: PretrainConfig, corpus: Corpus, model: LanguageModel, folder: Artifact) -> Sampler:
+    """Return a function that writes samples with the model as it is when called; it leaves no trace in training."""
+    prompts = config.train.sample_prompts or own_prompts(config, corpus)
+    loaded = Loaded(model, corpus.tokenizer, folder)
+
+    def write() -> list[dict[str, str]]:
+        model.eval()
+        try:
+            with torch.inference_mode():
+                return [
+                    {"prompt": prompt, "text": text}
+                    for prompt, text in zip(prompts, answers(loaded, config, prompts), strict=True)
+                ]
+        finally:
+            model.train()
+
+    return write
+
+
+def own_prompts(config: PretrainConfig, corpus: Corpus) -> tuple[str, ...]:
+    """Return the prompts of the embedded corpus, or the beginning of a held-out document of the user's own."""
+    if not config.data.paths:
+        return DEFAULT_PROMPTS[config.objective]
+    index = int(corpus.held_out[0])
+    ids = [int(i) for i in corpus.documents.document(index)[:12] if corpus.tokenizer.token_bytes()[int(i)]]
+    text = corpus.tokenizer.decode(ids)
+    if config.objective == "mlm":
+        return (corpus.tokenizer.decode(ids[:4]) + "<mask>" + corpus.tokenizer.decode(ids[5:]),)
+    return (text,)
+
+
+def answers(loaded: Loaded, config: PretrainConfig, prompts: tuple[str, ...]) -> list[str]:
+    """Return the model's answers: continuations, filled masks, spans or targets."""
+    if config.objective == "mlm":
+        return [
+            filled.filled for filled in fill(loaded, [p if "<mask>" in p else p + "<mask>" for p in prompts], top_k=1)
+        ]
+    settings = GenerateConfig(max_tokens=SAMPLE_TOKENS, temperature=0.0)
+    limit = loaded.model.config.max_positions - 1
+    encoded = [Prompt(n, encode_prompt(loaded, text)[:limit], text) for n, text in enumerate(prompts)]
+    return [completion.text for completion in generate(loaded, encoded, settings)]

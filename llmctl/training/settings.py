@@ -1,0 +1,155 @@
+"""Which settings make sense, by themselves, with the data at hand, and beside those of a run that goes on.
+
+Knows no model and no device; everything here is decided before anything is built.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmctl.config import Family, ModelConfig, PretrainConfig, TaskConfig
+from llmctl.errors import UsageError
+from llmctl.model.presets import get_preset, preset_config
+from llmctl.preparing.corpus import Corpus
+from llmctl.training.objectives import OBJECTIVES
+
+DEFAULT_STEPS = {"clm": 300, "mlm": 350, "span": 200, "seq2seq": 400}
+"""Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
+
+FIXED = {
+    "objective",
+    "model",
+    "tokenizer",
+    "data",
+    "task",
+    "method",
+    "problem",
+    "labels",
+    "pooling",
+    "template",
+    "system",
+    "adapter",
+    "columns",
+    "student",
+    "loss",
+    "teacher",
+    "stages",
+    "baseline",
+    "weights",
+}
+"""Sections of a recipe that no run changes on its way."""
+
+
+def with_budget(config: PretrainConfig) -> PretrainConfig:
+    """Give a run without a budget the default number of steps."""
+    train = config.train
+    if train.steps or train.tokens or train.minutes or train.epochs:
+        return config
+    return replace(config, train=replace(train, steps=DEFAULT_STEPS[config.objective]))
+
+
+def check(config: PretrainConfig) -> None:
+    """Refuse settings that exclude each other before anything is read.
+
+    Raises: UsageError listing all of them.
+    """
+    data = config.data
+    check_shared(
+        config,
+        (not 0 < data.mask_frac < 1, f"`data.mask_frac` is {data.mask_frac}, it must be between 0 and 1"),
+        (data.mean_span_tokens < 1, f"`data.mean_span_tokens` is {data.mean_span_tokens}, it must be at least 1"),
+    )
+
+
+def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -> None:
+    """Refuse what no training command can do, and `more`: pairs of whether something is wrong and the sentence for it.
+
+    Raises: UsageError listing all of them.
+    """
+    train, data, optim = config.train, config.data, config.optim
+    fits_micro = train.micro_batch_size <= 0 or train.batch_size % train.micro_batch_size == 0
+    checks = [
+        (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
+        (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
+        (
+            min(train.steps, train.tokens, train.minutes, train.epochs) < 0,
+            "a budget (`train.steps`, `tokens`, `minutes`, `epochs`) is negative",
+        ),
+        (
+            not fits_micro,
+            f"`train.batch_size` {train.batch_size} is not divisible by `train.micro_batch_size` {train.micro_batch_size}",
+        ),
+        (not 0 < data.val_frac < 1, f"`data.val_frac` is {data.val_frac}, it must be between 0 and 1"),
+        (train.log_every < 1, f"`train.log_every` is {train.log_every}, it must be at least 1"),
+        (train.loss_chunk_tokens < 1, f"`train.loss_chunk_tokens` is {train.loss_chunk_tokens}, it must be at least 1"),
+        (not 0 <= train.label_smoothing < 1, f"`train.label_smoothing` is {train.label_smoothing}, not in [0, 1)"),
+        (not 0 < optim.layer_decay <= 1, f"`optim.layer_decay` is {optim.layer_decay}, not in (0, 1]"),
+        (optim.lr <= 0, f"`optim.lr` is {optim.lr}, it must be positive"),
+    ]
+    problems = [sentence for wrong, sentence in [*checks, *more] if wrong]
+    if problems:
+        raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
+
+
+def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
+    """Refuse text that is too short to learn from.
+
+    Raises: UsageError with the numbers.
+    """
+    n_tokens = int(corpus.documents.lengths[corpus.train].sum())
+    if len(corpus.train) == 0 or n_tokens < 2:
+        raise UsageError(
+            f"the training part of the data has {n_tokens} tokens", "give more text, or a smaller --set data.val_frac"
+        )
+    if config.objective == "mlm" and corpus.tokenizer.mask_id is None:
+        raise UsageError(
+            "the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one"
+        )
+    if config.objective == "span" and not corpus.tokenizer.sentinel_ids():
+        raise UsageError(
+            "the tokenizer has no <extra_id_0>, ... tokens, which `--objective span` needs",
+            "llmctl tokenize train --set n_sentinels=32 makes one, or leave --tokenizer away",
+        )
+
+
+def model_config(config: PretrainConfig) -> ModelConfig:
+    """Return the shape to train: the preset in the objective's family, with the overrides, not yet a vocabulary."""
+    name = "tiny" if config.model.preset == "auto" else config.model.preset
+    family = config.model.overrides.get("family", OBJECTIVES[config.objective].families[0])
+    shape = preset_config(name, family if get_preset(name).dims_only else None)
+    return replace(shape, **config.model.overrides)
+
+
+def check_family(config: PretrainConfig, family: Family, name: str) -> None:
+    """Refuse a model that the objective cannot train.
+
+    Raises: UsageError naming both.
+    """
+    allowed = OBJECTIVES[config.objective].families
+    if family not in allowed:
+        fitting = [row for row, entry in OBJECTIVES.items() if family in entry.families]
+        raise UsageError(
+            f"`{name}` is of the family {family}, but `--objective {config.objective}` trains {' or '.join(allowed)}",
+            f"--objective {' or '.join(fitting)} trains it",
+        )
+
+
+def refuse_changes(path: Path, changes: Mapping[str, tuple[Any, Any]], allowed: Sequence[str]) -> None:
+    """Keep a run from going on with another recipe unless its user says that he means it.
+
+    Raises: UsageError with the difference.
+    """
+
+    def show(keys: Sequence[str]) -> str:
+        return "; ".join(f"`{key}` {changes[key][0]} -> {changes[key][1]}" for key in keys)
+
+    fatal = [key for key in changes if key.split(".")[0] in FIXED]
+    if fatal:
+        raise UsageError(f"this would be another run than `{path}`: {show(fatal)}", "start a new run")
+    refused = [key for key in changes if key not in allowed]
+    if refused:
+        flags = " ".join(f"--allow-change {key}" for key in refused)
+        raise UsageError(
+            f"the recipe differs from that of `{path}`: {show(refused)}", f"{flags} goes on with it changed"
+        )

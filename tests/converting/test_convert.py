@@ -1,0 +1,99 @@
+"""Models in and out: the maths stays, the origin is noted, and what goes round comes back byte for byte."""
+
+import json
+
+import pytest
+import torch
+
+from llmctl.config import ModelConfig
+from llmctl.converting.convert import export_model, import_model
+from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
+from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.model.transformer import LanguageModel, initialise
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = LanguageModel(ModelConfig(vocab_size=30, d_model=16, n_layers=2, n_heads=2))
+    initialise(model, 2)
+    return write_artifact(
+        tmp_path / "source", model.config, model.state_dict(), files={"vocab.txt": b"a\nb\n"}, provenance={"a": 1}
+    )
+
+
+def test_single_and_folder_go_round_byte_for_byte(folder, tmp_path):
+    single = export_model(folder, tmp_path / "x.safetensors", to="single")
+    back = export_model(single, tmp_path / "back", to="hf")
+    assert single.read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert {path.name: path.read_bytes() for path in back.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+
+
+def test_the_form_must_fit_the_name(folder, tmp_path):
+    for to, name in (("single", "x"), ("hf", "x.safetensors"), ("onnx", "x")):
+        with pytest.raises(UsageError, match=to):
+            export_model(folder, tmp_path / name, to=to)
+    export_model(folder, tmp_path / "x", to="hf")
+    with pytest.raises(OutputError, match="exists already"):
+        export_model(folder, tmp_path / "x", to="hf")
+    export_model(folder, tmp_path / "x", to="hf", force=True)
+
+
+def test_a_model_can_be_exported_onto_itself(folder):
+    before = (folder / "model.safetensors").read_bytes()
+    export_model(folder, folder, to="hf", force=True)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_dtype_is_kept_unless_asked_for(folder, tmp_path):
+    kept = read_artifact(import_model(folder, tmp_path / "kept"))
+    rounded = read_artifact(import_model(folder, tmp_path / "rounded", dtype="bfloat16"))
+    assert (kept.dtype, rounded.dtype) == ("F32", "BF16")
+    name = "model.norm.weight"
+    assert torch.equal(rounded.state()[name], kept.state()[name].bfloat16().float())
+    assert read_artifact(import_model(tmp_path / "rounded", tmp_path / "again")).dtype == "BF16"
+    with pytest.raises(UsageError, match="float8"):
+        import_model(folder, tmp_path / "other", dtype="float8")
+
+
+def test_the_origin_is_noted_and_equal_imports_are_equal_bytes(folder, tmp_path):
+    one, two = (import_model(folder, tmp_path / name / "m.safetensors") for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    provenance = read_artifact(one).provenance
+    assert provenance["a"] == 1
+    assert list(provenance["imported"]["weights"]) == ["model.safetensors"]
+    assert len(provenance["imported"]["weights"]["model.safetensors"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"vocab.txt": b"[PAD]\na\n[MASK]\n"}, 2),
+        ({"tokenizer.json": json.dumps({"added_tokens": [{"content": "<mask>", "id": 7}]}).encode()}, 7),
+        ({"tokenizer.json": b"["}, -1),
+        ({}, -1),
+    ],
+)
+def test_an_encoders_mask_token_is_found(files, expected, tmp_path):
+    model = LanguageModel(ModelConfig(vocab_size=30, d_model=16, n_layers=1, n_heads=2, family="encoder"))
+    out = write_artifact(tmp_path / "m", model.config, model.state_dict(), files=files, provenance={})
+    assert read_artifact(import_model(out, tmp_path / "imported")).config.mask_id == expected
+
+
+def test_gguf_and_folder_of_the_same_model_agree(shared_data, tmp_path):
+    models = shared_data / "models" / "stories260K"
+    whole = read_artifact(import_model(models / "hf", tmp_path / "hf"))
+    gguf = read_artifact(import_model(models / "gguf" / "stories260K-f32.gguf", tmp_path / "m.safetensors"))
+    assert gguf.config == whole.config
+    assert all(torch.equal(gguf.state()[name], tensor) for name, tensor in whole.state().items())
+    assert gguf.files.keys() == whole.files.keys()
+
+
+def test_what_cannot_be_read_leaves_nothing(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ArtifactError):
+        import_model(tmp_path / "bad.gguf", tmp_path / "out")
+    with pytest.raises(NotFoundError):
+        import_model(tmp_path / "nowhere.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]

@@ -1,0 +1,400 @@
+"""Distillation end to end: students of every family are cut, learn, are reported on, and resume bit for bit."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmctl.artifacts.load import load_model
+from llmctl.config import DistillConfig
+from llmctl.distilling.settings import settle
+from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
+from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.jobs.distill import Distilling
+from llmctl.jobs.finish import Trained
+from llmctl.jobs.runner import begin, resume
+from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.recipe import load
+from llmctl.runs.folder import find_run
+from llmctl.runs.history import History
+from tests.support.jobs import LLMCTL, environment, running, weights
+from tests.support.tuning import FAMILIES
+
+TINY = [
+    "train.batch_size=8",
+    "train.steps=8",
+    "train.eval_every=4",
+    "train.seq_len=48",
+    "train.dtype=float32",
+    "train.device=cpu",
+    "optim.lr=0.003",
+    "student.calibration_rows=4",
+    "data.split=blank",
+    "loss.relation_heads=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(
+        "\n\n".join(f"the good cat {i} sat on a bad mat. 猫坐在垫子上。" * 3 for i in range(60)), encoding="utf-8"
+    )
+    return tmp_path
+
+
+def config_of(teacher: Path, *settings: str) -> DistillConfig:
+    given = [*TINY, f"model={teacher}", "data.paths=[text.txt]", *settings]
+    return settle(load(DistillConfig, settings=given, environment={}).config)
+
+
+def run(teacher: Path, *settings: str, out: Path | None = None) -> Trained:
+    trained = begin(Distilling(config_of(teacher, *settings)), {}, command="", out=out, quiet=True)
+    assert trained is not None
+    return trained
+
+
+def pairs(n: int = 60) -> str:
+    path = Path("pairs.tsv")
+    path.write_text("".join(f"the cat {i}\t猫 {i} good\n" for i in range(n)), encoding="utf-8")
+    return f"data.paths=[{path}]"
+
+
+def classes(n: int = 40) -> str:
+    rows = [{"text": f"cat {i} is {word}", "label": word} for i in range(n) for word in ("good", "bad", "猫")]
+    Path("classes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return "data.paths=[classes.jsonl]"
+
+
+def with_labels(path: Path, problem: str = "single") -> Path:
+    """Write a classifier on a model's shape and return its folder."""
+    artifact = read_artifact(path)
+    labels = ("bad", "good", "猫")
+    config = replace(artifact.config, n_labels=3, labels=labels, problem=problem)
+    model = LanguageModel(config)
+    initialise(model, 2)
+    return write_artifact(Path("classifier"), model.config, model.state_dict(), files=artifact.files, provenance={})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_every_family_comes_closer_to_its_teacher(teachers, family):
+    settings = ["loss.name=none", "loss.match=hidden"] if family == "bert" else []
+    settings.append("student.refit_tokens=0")  # what is solved for is so near already that few steps make it no nearer
+    trained = run(teachers[family], "student.shape=layers=1", "train.steps=24", *settings)
+    report = json.loads((trained.path / "report.json").read_text(encoding="utf-8"))
+    assert trained.summary["report"] == report
+    teacher, student = report["models"]["teacher"], report["models"]["student"]
+    assert student["n_parameters"] < teacher["n_parameters"]
+    before = report["student_before_training"]
+    if family == "bert":  # no head of its own: only states are learned
+        assert trained.summary["after"]["loss"] < before["loss"]
+        return
+    assert student["kl"] < before["kl"]
+    assert teacher["kl"] == pytest.approx(0, abs=1e-6)
+    assert teacher["agreement"] == 1
+    assert 0 <= student["overlap"] <= 1
+    assert report["flops"]["teachers"] > 0
+    # The files are what was measured.
+    found = load_model(trained.path, device="cpu", dtype="float32")
+    assert found.model.config == LanguageModel(found.model.config).config
+    assert sum(p.numel() for p in found.model.parameters()) == student["n_parameters"]
+
+
+@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd", "skl", "srkl", "akl", "taid", "tvd"])
+def test_every_divergence_trains(teachers, name):
+    trained = run(teachers["decoder"], "student.shape=layers=1", f"loss.name={name}", "loss.weight=0.5")
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+
+
+def test_a_classifier_teaches_its_labels(teachers):
+    teacher = with_labels(teachers["decoder"])
+    trained = run(teacher, classes(), "student.shape=layers=1", "train.steps=16", "loss.weight=0.5")
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+    assert load_model(trained.path).model.config.labels == ("bad", "good", "猫")
+
+
+@pytest.mark.parametrize(("problem", "label"), [("multi", "good"), ("regression", 0.5)])
+def test_labels_of_other_kinds(teachers, problem, label):
+    teacher = with_labels(teachers["encoder"], problem)
+    artifact = read_artifact(teacher)
+    if problem == "regression":
+        model = LanguageModel(replace(artifact.config, n_labels=1, labels=()))
+        initialise(model, 2)
+        teacher = write_artifact(Path("one"), model.config, model.state_dict(), files=artifact.files, provenance={})
+    rows = [{"text": f"cat {i}", "label": [label] if problem == "multi" else i / 10} for i in range(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    trained = run(teacher, "data.paths=[rows.jsonl]", "student.shape=layers=1", f"problem={problem}")
+    assert trained.summary["steps"] == 8
+
+
+def test_pairs_are_distilled(teachers):
+    trained = run(
+        teachers["encoder_decoder"],
+        pairs(),
+        "task=translate",
+        "student.shape=decoder_layers=1",
+        "student.refit_tokens=0",
+        "train.steps=24",
+    )
+    after, before = trained.summary["after"], trained.summary["before"]
+    assert after["kl"] < before["kl"]
+    config = load_model(trained.path).model.config
+    assert (config.n_layers, config.n_decoder_layers) == (2, 1)
+
+
+def test_the_teacher_does_not_change(teachers):
+    before = weights(teachers["decoder"])
+    config = config_of(teachers["decoder"], "student.shape=layers=1")
+    job = Distilling(config)
+    begin(job, {}, command="", out=None, quiet=True)
+    assert weights(teachers["decoder"]) == before
+    state = load_model(teachers["decoder"], device="cpu", dtype="float32").model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in job.teachers[0].model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in job.teachers[0].model.parameters())
+
+
+def test_relations_of_an_encoder_are_matched_beside_its_predictions(teachers):
+    config = config_of(teachers["encoder"], "student.shape=layers=1")
+    assert (config.loss.match, config.loss.match_layer, config.loss.temperature) == ("relation", 2, 2.0)
+    matched = run(teachers["encoder"], "student.shape=layers=1")
+    plain = run(teachers["encoder"], "student.shape=layers=1", "loss.match=none")
+    assert weights(matched.path) != weights(plain.path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maps_solved_for_bring_a_student_of_every_family_closer_before_any_training(teachers, family):
+    figure = "kl"
+    settings = ["student.shape=layers=1", "train.steps=1"]
+    if family == "bert":
+        settings, figure = [*settings, "loss.name=none", "loss.match=hidden"], "loss"
+    plain, fitted = (
+        run(teachers[family], *settings, f"student.refit_tokens={n}").summary["report"]["student_before_training"]
+        for n in (0, 4096)
+    )
+    assert fitted[figure] < 0.9 * plain[figure]
+
+
+@pytest.mark.parametrize(("dtype", "kl"), [("bf16", 3e-3), ("int8", 3e-3)])
+def test_a_teacher_in_fewer_bits_says_nearly_the_same(teachers, dtype, kl):
+    full = run(teachers["decoder"], "student.shape=layers=1")
+    narrow = run(teachers["decoder"], "student.shape=layers=1", f"teacher.dtype={dtype}")
+    assert weights(full.path) != weights(narrow.path)
+    assert narrow.summary["after"]["loss"] == pytest.approx(full.summary["after"]["loss"], abs=0.02)
+    assert abs(narrow.summary["after"]["kl"] - full.summary["after"]["kl"]) < kl
+    sizes = {found.summary["report"]["models"]["teacher"]["n_parameters"] for found in (full, narrow)}
+    assert len(sizes) == 1
+
+
+def test_teachers_are_averaged(teachers, here):
+    artifact = read_artifact(teachers["decoder"])
+    other = LanguageModel(artifact.config)
+    initialise(other, 7)
+    write_artifact(here / "other", other.config, other.state_dict(), files=artifact.files, provenance={})
+    trained = run(teachers["decoder"], "student.shape=layers=1", "teacher.more=[other]")
+    alone = run(teachers["decoder"], "student.shape=layers=1")
+    assert weights(trained.path) != weights(alone.path)
+
+
+def test_batches_that_the_student_writes(teachers):
+    trained = run(teachers["decoder"], "student.shape=layers=1", "loss.on_policy=1", "loss.name=rkl")
+    again = run(teachers["decoder"], "student.shape=layers=1", "loss.on_policy=1", "loss.name=rkl")
+    assert weights(trained.path) == weights(again.path)
+
+
+def test_baselines_and_stages_and_the_gap(teachers):
+    settings = ["student.shape=layers=1", "stages=2", "baseline.enabled=true", "baseline.lr_factors=[1,3]"]
+    trained = run(teachers["decoder"], *settings)
+    baseline = trained.summary["report"]["baseline"]
+    assert set(baseline["losses"]) == {"scratch-lr-1", "scratch-lr-3"}
+    assert baseline["best"] == min(baseline["losses"], key=baseline["losses"].get)
+    assert baseline["equal_compute_steps_ratio"] > 1
+    loss = {name: side["loss"] for name, side in trained.summary["report"]["models"].items()}
+    scratch = baseline["equal_tokens"]["loss"]
+    if scratch > loss["teacher"]:
+        expected = (scratch - loss["student"]) / (scratch - loss["teacher"])
+        assert baseline["gap_recovered"] == pytest.approx(expected, rel=1e-4)
+    lines = (trained.path / "parts" / "scratch-lr-1" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert not (trained.path / "parts" / "stage-1" / "checkpoints").exists()
+    # Both stages of the student together have as many steps as a baseline.
+    assert max(json.loads(line)["step"] for line in lines) == 16
+    assert trained.summary["report"]["steps"] == 16
+
+
+def test_a_given_student_goes_on_from_its_weights(teachers, here):
+    artifact = read_artifact(teachers["decoder"])
+    other = LanguageModel(replace(artifact.config, n_layers=1))
+    initialise(other, 5)
+    write_artifact(here / "small", other.config, other.state_dict(), files=artifact.files, provenance={})
+    trained = run(teachers["decoder"], "student.shape=small", "train.steps=1", "optim.lr=1e-12")
+    found = load_model(trained.path, device="cpu", dtype="float32").model.state_dict()
+    assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in other.state_dict().items())
+
+
+def test_another_tokenizer_is_refused(teachers, here):
+    from llmctl.config import TokenizerConfig
+    from llmctl.tokenizer.train import train_tokenizer
+
+    artifact = read_artifact(teachers["decoder"])
+    tokenizer = train_tokenizer(["another text of dogs and hills 狗"] * 50, TokenizerConfig(vocab_size=300))
+    model = LanguageModel(replace(artifact.config, n_layers=1))
+    write_artifact(here / "other", model.config, model.state_dict(), files=tokenizer.files(), provenance={})
+    with pytest.raises(UsageError, match="different tokenizers") as caught:
+        run(teachers["decoder"], "student.shape=other")
+    assert "seq" in caught.value.hint
+    with pytest.raises(UsageError, match="different tokenizers"):
+        run(teachers["decoder"], "student.shape=layers=1", "teacher.more=[other]")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("decoder", ["loss.weight=2"], "loss.weight"),
+        ("decoder", ["loss.temperature=-1"], "loss.temperature"),
+        ("decoder", ["loss.beta=1"], "loss.beta"),
+        ("decoder", ["stages=-1"], "stages"),
+        ("decoder", ["student.shape=layers=9"], "layers"),
+        ("decoder", ["student.shape=0%"], "0%"),
+        ("decoder", ["max_drop=lots"], "lots"),
+        ("decoder", ["task=translate", "data.paths=[]"], "needs data"),
+        ("decoder", ["loss.match_layer=7"], "match_layer"),
+        ("encoder", ["loss.relation_heads=7"], "relation_heads"),
+        ("encoder", ["loss.on_policy=0.5"], "on_policy"),
+        ("encoder", ["loss.name=seq"], "seq"),
+        ("encoder", ["task=translate"], "encoder"),
+        ("decoder", ["baseline.enabled=true", "train.steps=0", "train.minutes=1"], "baseline"),
+        ("decoder", ["loss.name=none", "loss.match=none"], "both none"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(teachers, here, family, settings, message):
+    with pytest.raises(UsageError, match=message):
+        run(teachers[family], *settings)
+    assert not any((here / "runs").glob("*/model.safetensors")) if (here / "runs").exists() else True
+
+
+def test_a_gate_is_missed_and_the_student_is_there(teachers):
+    missed = run(teachers["decoder"], "student.shape=layers=1", "max_drop=0%", "train.steps=1", "optim.lr=1e-9")
+    report = missed.summary["report"]["models"]
+    worse = report["student"]["loss"] > report["teacher"]["loss"]
+    assert bool(missed.missed) == worse
+    assert (missed.path / "model.safetensors").exists()
+    assert run(teachers["decoder"], "student.shape=layers=1", "max_drop=1000%").missed == ""
+
+
+def test_an_interrupted_run_goes_on_to_the_same_student(teachers, monkeypatch):
+    settings = [
+        "student.shape=layers=1",
+        "stages=2",
+        "train.save_every=1",
+        "baseline.enabled=true",
+        "baseline.lr_factors=[1]",
+    ]
+    whole = run(teachers["decoder"], *settings)
+
+    class Stopping(Distilling):
+        stops_in = "stage-1"
+
+        def make_objective(self):
+            objective = super().make_objective()
+            if self.part == self.stops_in:
+                forward = objective.forward
+
+                def stop(batch):
+                    if objective.training and objective.progress >= 0.5:
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return forward(batch)
+
+                objective.forward = stop
+            return objective
+
+    for number, part in enumerate(("scratch-lr-1", "stage-1", "")):
+        Stopping.stops_in = part
+        out = Path(f"run-{number}")
+        with pytest.raises(InterruptedRunError):
+            begin(Stopping(config_of(teachers["decoder"], *settings)), {}, command="", out=out, quiet=True)
+        done = resume("distill", str(find_run(str(out))), command="", quiet=True)
+        assert done is not None
+        assert weights(done.path) == weights(whole.path)
+        assert done.summary["report"]["baseline"]["losses"] == whole.summary["report"]["baseline"]["losses"]
+
+
+def test_a_run_that_was_interrupted_before_its_first_step_says_so_and_goes_on(teachers):
+    class Stopping(Distilling):
+        def load_part(self, part, run, say):
+            super().load_part(part, run, say)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole = run(teachers["decoder"], "student.shape=layers=1")
+    with pytest.raises(KeyboardInterrupt):
+        begin(
+            Stopping(config_of(teachers["decoder"], "student.shape=layers=1")),
+            {},
+            command="",
+            out=Path("early"),
+            quiet=True,
+        )
+    found = find_run("early")
+    assert History(found).status == "interrupted"
+    done = resume("distill", str(found), command="", quiet=True)
+    assert done is not None
+    assert weights(done.path) == weights(whole.path)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_student(teachers, here):
+    settings = [*TINY, "train.save_every=1", "student.shape=layers=1", "train.steps=12"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    command = [*LLMCTL, "distill", str(teachers["decoder"]), "-d", "text.txt", *flags, "-v"]
+    with running([*command, "-o", "whole"], [*command, "-o", "killed"], env=environment()) as (whole, killed):
+        killed.wait_for("step 6/12")
+        killed.kill()
+        killed.end()
+        assert whole.end() == 0, whole.err
+    with running([*LLMCTL, "distill", "--resume", "killed"], env=environment()) as (resumed,):
+        assert resumed.end() == 0, resumed.err
+    assert weights(here / "killed") == weights(here / "whole")
+
+
+def test_another_teacher_under_the_same_name_is_told(teachers, here):
+    artifact = read_artifact(teachers["decoder"])
+    teacher = here / "teacher"
+    write_artifact(teacher, artifact.config, artifact.state(), files=artifact.files, provenance={})
+    trained = run(teacher, "student.shape=layers=1", out=here / "run")
+    record = json.loads((trained.path / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished"
+    job = Distilling(config_of(teacher, "student.shape=layers=1"))
+    job.prepare(here / "data", print)
+    other = LanguageModel(artifact.config)
+    initialise(other, 3)
+    write_artifact(teacher, other.config, other.state_dict(), files=artifact.files, provenance={}, force=True)
+    with pytest.raises(ArtifactError, match="not the teacher"):
+        Distilling(config_of(teacher, "student.shape=layers=1")).load(here / "data", print)
+
+
+def test_the_texts_of_a_teacher_are_learned(teachers, here):
+    settings = ["loss.name=seq", "task=translate", "teacher.beams=2", "teacher.max_tokens=12", "train.seq_len=32"]
+    trained = run(teachers["encoder_decoder"], pairs(), *settings, "student.shape=decoder_layers=1")
+    again = run(teachers["encoder_decoder"], pairs(), *settings, "student.shape=decoder_layers=1")
+    assert weights(trained.path) == weights(again.path)
+    assert trained.summary["report"]["flops"]["teachers"] == 0
+
+
+def test_texts_teach_a_student_of_another_tokenizer(teachers, here):
+    from llmctl.config import TokenizerConfig
+    from llmctl.tokenizer.train import train_tokenizer
+
+    artifact = read_artifact(teachers["decoder"])
+    tokenizer = train_tokenizer(
+        ["the good cat sat on a bad mat 猫坐在垫子上 dogs hills 狗"] * 50, TokenizerConfig(vocab_size=300)
+    )
+    shape = replace(artifact.config, n_layers=1, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=-1)
+    model = LanguageModel(replace(shape, bos_id=tokenizer.bos_id, mask_id=-1))
+    initialise(model, 4)
+    write_artifact(here / "other", model.config, model.state_dict(), files=tokenizer.files(), provenance={})
+    settings = ["loss.name=seq", "student.shape=other", "teacher.max_tokens=12", "train.steps=24"]
+    trained = run(teachers["decoder"], *settings)
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+    assert (trained.path / "tokenizer.model").read_bytes() == tokenizer.files()["tokenizer.model"]
+    assert "kl" not in trained.summary["report"]["models"]["student"]

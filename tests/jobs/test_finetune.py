@@ -1,0 +1,390 @@
+"""Fine-tuning end to end: every task, family and method learns, repeats, resumes, and is used as it was trained."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmctl.artifacts.load import Loaded, load_model
+from llmctl.config import FinetuneConfig
+from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
+from llmctl.formats.artifact import write_artifact
+from llmctl.inference.classify import classify
+from llmctl.jobs.finetune import Finetuning, settle
+from llmctl.jobs.finish import Trained
+from llmctl.jobs.runner import begin, resume
+from llmctl.losses.base import IGNORE
+from llmctl.preparing.examples import chat_of, prepare_examples
+from llmctl.recipe import load
+from llmctl.runs.folder import find_run
+from llmctl.runs.progress import Silent
+from llmctl.training.batch import to_device
+from llmctl.training.objectives import LabelPrediction
+from llmctl.training.task_data import task_batches
+from tests.support.jobs import LLMCTL, finish
+from tests.support.tuning import FAMILIES, SMALL
+
+WORDS = ("good", "bad", "猫")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_rows(name: str, rows: list[dict]) -> Path:
+    path = Path(name)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def classes(n: int = 40) -> Path:
+    return write_rows("classes.jsonl", [{"text": f"cat {i} is {w}", "label": w} for i in range(n) for w in WORDS])
+
+
+def questions(n: int = 60) -> Path:
+    rows = [{"question": f"what is {i}?", "context": f"the number {i}.", "answer": f"number {i}"} for i in range(n)]
+    return write_rows("questions.jsonl", rows)
+
+
+def chats(n: int = 60) -> Path:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {i}?"},
+                {"role": "assistant", "content": f"number {i}"},
+                {"role": "user", "content": "猫?"},
+                {"role": "assistant", "content": "good 猫"},
+            ]
+        }
+        for i in range(n)
+    ]
+    return write_rows("chats.jsonl", rows)
+
+
+def config_of(model: Path, data: Path, task: str, *settings: str) -> FinetuneConfig:
+    given = [*SMALL, f"model={model}", f"data.paths=[{data}]", f"task={task}", *settings]
+    return settle(load(FinetuneConfig, settings=given, environment={}).config)
+
+
+def run(model: Path, data: Path, task: str, *settings: str, out: Path | None = None) -> Trained:
+    trained = begin(Finetuning(config_of(model, data, task, *settings)), {}, command="", out=out, quiet=True)
+    assert trained is not None
+    return trained
+
+
+def outputs(path: Path, texts: list[tuple[str, ...]]) -> torch.Tensor:
+    loaded = load_model(path, device="cpu", dtype="float32")
+    found = classify(loaded, texts)
+    names = loaded.model.config.labels
+    return torch.tensor([[one.probabilities[name] for name in names] or list(one.values) for one in found])
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [*((family, "full") for family in FAMILIES), ("decoder", "lora"), ("bert", "lora"), ("encoder_decoder", "dora")],
+)
+def test_labels_are_learned_and_the_head_survives(models, family, method):
+    steps = 40 if method == "full" else 10
+    trained = run(models[family], classes(), "classify", f"method={method}", f"train.steps={steps}")
+    before, after = trained.summary["before"], trained.summary["after"]
+    assert after["loss"] < before["loss"]
+    if method == "full":  # beside random weights an adapter has little to hold on to
+        assert after["loss"] < 0.8 * before["loss"]
+        assert after["accuracy"] > 0.6 > before["accuracy"]
+    assert trained.summary["metric"] == "accuracy"
+    # What was written gives what was measured: the figures of the run are those of the files.
+    loaded = load_model(trained.path, device="cpu", dtype="float32")
+    assert loaded.model.config.labels == ("bad", "good", "猫")
+    found = classify(loaded, [(f"cat {i} is {w}",) for i in range(40) for w in WORDS])
+    right = [one.chosen[0] == WORDS[place % 3] for place, one in enumerate(found)]
+    assert np.mean(right) == pytest.approx(after["accuracy"], abs=0.25)
+    if method != "full":
+        assert trained.summary["n_trained"] < 0.5 * trained.summary["n_parameters"]
+        assert not (trained.path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("family", "method"), [("decoder", "dora"), ("bert", "lora"), ("encoder_decoder", "lora")])
+def test_an_adapter_and_the_merged_model_are_the_same(models, family, method):
+    texts = [("cat 3 is good",), ("猫",)]
+    short = (f"method={method}", "train.steps=4")
+    adapter = run(models[family], classes(), "classify", *short, out=Path("adapter"))
+    merged = run(models[family], classes(), "classify", *short, "merge=true", out=Path("merged"))
+    assert (merged.path / "model.safetensors").exists()
+    torch.testing.assert_close(outputs(adapter.path, texts), outputs(merged.path, texts), atol=1e-6, rtol=1e-5)
+
+
+def test_several_labels_and_numbers_are_learned(models):
+    several = write_rows(
+        "several.jsonl",
+        [
+            {"text": f"cat {i} {' '.join(c)}", "labels": list(c)}
+            for i in range(12)
+            for c in ("a", "ab", "b", "abc", "c")
+        ],
+    )
+    trained = run(models["encoder"], several, "classify", "train.steps=20")
+    assert trained.summary["metric"] == "f1"
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+    rows = [{"sentence1": f"{WORDS[i % 3]} {i}", "sentence2": "mat", "score": i % 3 + 0.5} for i in range(70)]
+    numbers = write_rows("numbers.jsonl", rows)
+    trained = run(models["encoder"], numbers, "classify", "train.steps=30", "data.val_frac=0.3")
+    assert trained.summary["metric"] == "spearman"
+    assert trained.summary["after"]["spearman"] > 0.6
+    assert len(outputs(trained.path, [("cat", "mat")])[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [
+        ("decoder", "chat", "lora"),
+        ("decoder", "qa", "full"),
+        ("encoder_decoder", "qa", "full"),
+    ],
+)
+def test_texts_are_learned(models, family, task, method):
+    data = chats() if task == "chat" else questions()
+    trained = run(models[family], data, task, f"method={method}", "train.metric=exact_match")
+    assert trained.summary["after"]["loss"] < 0.97 * trained.summary["before"]["loss"]
+    assert 0 <= trained.summary["after"]["exact_match"] <= 1
+    loaded = load_model(trained.path, device="cpu", dtype="float32")
+    assert loaded.tokenizer is not None
+    if task == "chat":
+        assert "chat_template.jinja" in loaded.artifact.files
+    elif method == "full":
+        assert "{question}" in loaded.artifact.provenance["template"]
+
+
+@pytest.mark.parametrize("family", ["decoder", "encoder", "encoder_decoder"])
+def test_text_goes_on_with_the_pretraining(models, family):
+    path = Path("text.txt")
+    path.write_text(
+        "\n".join(f"the good cat {i} sat on a bad mat. 猫坐在垫子上。" for i in range(200)), encoding="utf-8"
+    )
+    trained = run(models[family], path, "text", "data.split=line", "method=lora")
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+
+
+def test_a_run_repeats_byte_for_byte(models):
+    paths = [run(models["decoder"], chats(), "chat", "method=lora", out=Path(name)).path for name in ("a", "b")]
+    files = [(path / "adapter_model.safetensors").read_bytes() for path in paths]
+    assert files[0] == files[1]
+
+
+def interrupt(monkeypatch, *job) -> None:
+    """Begin a run and stop it at its eighth step."""
+    import llmctl.jobs.runner as engine
+
+    class Stopping(Silent):
+        def step(self, record, total_steps, eta_seconds) -> None:  # noqa: ARG002
+            if record["step"] == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "make_progress", lambda **_: Stopping())
+        with pytest.raises(InterruptedRunError) as caught:
+            run(*job)
+    assert "llmctl finetune --resume" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"),
+    [("bert", "classify", "lora"), ("decoder", "chat", "full"), ("encoder_decoder", "qa", "dora")],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(models, family, task, method, monkeypatch):
+    data = {"classify": classes, "chat": chats, "qa": questions}[task]()
+    whole = run(models[family], data, task, f"method={method}", out=Path("whole"))
+    interrupt(monkeypatch, models[family], data, task, f"method={method}")
+    again = resume("finetune", str(find_run("latest")), command="", quiet=True)
+    assert again is not None
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    assert tensors(again.path / name) == tensors(whole.path / name)
+    assert again.summary["after"] == whole.summary["after"]
+
+
+def tensors(path: Path) -> dict[str, bytes]:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def test_a_run_does_not_go_on_with_another_base(models, tmp_path, monkeypatch):
+    import shutil
+
+    import llmctl.jobs.runner as engine
+
+    base = tmp_path / "base"
+    shutil.copytree(models["decoder"], base)
+
+    class Stopping(Silent):
+        def step(self, record, total_steps, eta_seconds) -> None:  # noqa: ARG002
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "make_progress", lambda **_: Stopping())
+        with pytest.raises(InterruptedRunError):
+            run(base, chats(), "chat", "method=lora")
+    model = load_model(base, device="cpu", dtype="float32")
+    with torch.no_grad():
+        model.model.lm_head.weight.add_(1.0)
+    write_artifact(
+        base, model.model.config, model.model.state_dict(), files=model.artifact.files, provenance={}, force=True
+    )
+    with pytest.raises(ArtifactError, match="begun with"):
+        resume("finetune", str(find_run("latest")), command="", quiet=True)
+    with pytest.raises(UsageError, match="llmctl finetune"):
+        resume("pretrain", str(find_run("latest")), command="", quiet=True)
+
+
+def prepared(model: Path, data: Path, task: str, *settings: str):
+    config = config_of(model, data, task, *settings)
+    base = load_model(model, device="cpu", dtype="float32")
+    corpus, findings, first = prepare_examples(config, Path("prepared"), base)
+    return config, base, corpus, findings, first
+
+
+def total(base: Loaded, config: FinetuneConfig, corpus) -> tuple[float, float]:
+    objective = LabelPrediction(base.model, torch.zeros(base.model.config.vocab_size, dtype=torch.int32), 64).eval()
+    batches = task_batches(config, base, corpus, base.model.config, shuffle=False)
+    with torch.inference_mode():
+        losses = [objective(to_device(batches.batch([row]), torch.device("cpu"))) for row in range(batches.n_rows)]
+    return sum(float(loss.sum) for loss in losses), sum(float(loss.count) for loss in losses)
+
+
+@pytest.mark.parametrize(("task", "data"), [("chat", chats), ("qa", questions)])
+def test_examples_that_share_a_row_do_not_see_each_other(models, task, data):
+    config, base, corpus, _, _ = prepared(models["decoder"], data(), task, "data.val_frac=0.5", "train.seq_len=96")
+    packed, alone = (replace(config, data=replace(config.data, pack=pack)) for pack in ("always", "never"))
+    n_rows = [task_batches(one, base, corpus, base.model.config, shuffle=False).n_rows for one in (packed, alone)]
+    assert n_rows[0] < n_rows[1]
+    (nats, count), (nats_alone, count_alone) = total(base, packed, corpus), total(base, alone, corpus)
+    assert count == count_alone
+    assert nats == pytest.approx(nats_alone, rel=1e-5)
+
+
+def test_only_answers_are_trained_up_to_their_end(models):
+    config, base, corpus, _, _ = prepared(models["decoder"], chats(4), "chat", "data.pack=never")
+    assert base.tokenizer is not None
+    batch = task_batches(config, base, corpus, base.model.config, shuffle=False).batch([0])
+    labels = batch["labels"][0]
+    trained = labels[labels != IGNORE].tolist()
+    eos = base.tokenizer.eos_id
+    turns = [base.tokenizer.decode(part) for part in np.split(trained, np.flatnonzero(np.array(trained) == eos) + 1)]
+    number = int(corpus.held_out[0])
+    assert [turn.strip() for turn in turns if turn] == [f"number {number}", "good 猫"]
+    # What comes before the first answer is what generating begins from.
+    from llmctl.data.conversations import Message
+    from llmctl.inference.chat_ids import encode_prompt_chat
+
+    prompt = encode_prompt_chat(chat_of(base), [Message("user", f"what is {number}?")])
+    first = int(np.flatnonzero(labels != IGNORE)[0])
+    assert batch["input_ids_BT"][0][: first + 1].tolist() == prompt
+
+
+def test_findings_are_counted_with_their_places(models):
+    rows = [{"text": f"cat {i}", "label": "good"} for i in range(20)] + [
+        {"text": f"mat {i}", "label": "bad"} for i in range(20)
+    ]
+    rows += [
+        {"text": "cat 1", "label": "good"},
+        {"text": "cat 2", "label": "bad"},
+        {"text": " ", "label": "bad"},
+        {"text": "cat " * 200, "label": "bad"},
+        {"text": "rare", "label": "猫"},
+    ]
+    config, _, corpus, findings, first = prepared(models["encoder"], write_rows("odd.jsonl", rows), "classify")
+    found = findings.to_dict()
+    assert {kind: found[kind] for kind in ("duplicated", "contradicted", "empty", "cut", "dropped", "leaked")} == {
+        "duplicated": 1,
+        "contradicted": 1,
+        "empty": 1,
+        "cut": 1,
+        "dropped": 0,
+        "leaked": 0,
+    }
+    assert found["rows"] == len(corpus.train) + len(corpus.held_out) == 44
+    text = "\n".join(findings.lines())
+    for part in ("`odd.jsonl` line 41", "`odd.jsonl` line 42", "`odd.jsonl` line 43", "`odd.jsonl` line 44", "`猫` 1"):
+        assert part in text
+    assert first.where == "`odd.jsonl` line 1"
+    with pytest.raises(UsageError, match="more than once"):
+        run(models["encoder"], Path("odd.jsonl"), "classify", "data.strict=true")
+    with pytest.raises(UsageError, match="line 44 has"):
+        prepared(models["encoder"], Path("odd.jsonl"), "classify", "data.too_long=refuse")
+    dropped = prepared(models["encoder"], Path("odd.jsonl"), "classify", "data.too_long=drop")[3].to_dict()
+    assert (dropped["dropped"], dropped["cut"], dropped["rows"]) == (1, 0, 43)
+    del config
+
+
+def test_held_out_rows_that_are_also_trained_on_are_said(models):
+    train, val = (
+        classes(4),
+        write_rows("val.jsonl", [{"text": "cat 1 is good", "label": "good"}, {"text": "x", "label": "bad"}]),
+    )
+    _, _, corpus, findings, _ = prepared(models["encoder"], train, "classify", f"data.val_paths=[{val}]")
+    assert len(corpus.held_out) == 2
+    assert findings.to_dict()["leaked"] == 1
+
+
+def test_equal_texts_stay_on_one_side(models):
+    rows = [{"text": f"cat {i % 5}", "label": "good" if i % 2 else "bad"} for i in range(50)]
+    _, _, _, findings, _ = prepared(models["encoder"], write_rows("same.jsonl", rows), "classify", "data.val_frac=0.4")
+    assert findings.to_dict()["leaked"] == 0
+
+
+def test_what_cannot_be_is_refused(models):
+    for family, data, task, match in (
+        ("encoder", chats(), "chat", "encoder"),
+        ("encoder", questions(), "qa", "encoder"),
+        ("encoder_decoder", chats(), "chat", "for decoders"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            run(models[family], data, task)
+    with pytest.raises(UsageError, match="no parameter"):
+        run(models["encoder"], classes(), "classify", "train.freeze=layers.7")
+    trained = run(models["encoder"], classes(), "classify", "train.steps=2", out=Path("three"))
+    two = write_rows("two.jsonl", [{"text": f"cat {i}", "label": w} for i in range(9) for w in ("yes", "no")])
+    with pytest.raises(UsageError, match=r"line 1: column `label` is `yes`, not one of the labels `bad`"):
+        run(trained.path, two, "classify")
+    with pytest.raises(ArtifactError, match="3 outputs"):
+        run(trained.path, two, "classify", "labels=no,yes")
+    again = run(trained.path, classes(), "classify", "train.steps=2")
+    assert again.summary["before"]["accuracy"] == pytest.approx(trained.summary["after"]["accuracy"])
+    with pytest.raises(UsageError, match="classification head"):
+        run(trained.path, Path("two.jsonl"), "text")
+
+
+def test_frozen_parts_and_lower_layers_stay_closer_to_what_they_were(models):
+    trained = run(models["encoder"], classes(), "classify", "train.freeze=embeddings,layers.0", "train.steps=4")
+    old, new = tensors(models["encoder"] / "model.safetensors"), tensors(trained.path / "model.safetensors")
+    same = {name for name in old if name in new and old[name] == new[name]}
+    assert "model.embed_tokens.weight" in same
+    assert any(".layers.0." in name for name in same)
+    assert not any(".layers.1." in name and "proj" in name for name in same)
+
+
+def test_a_metric_of_texts_chooses_the_best_step(models):
+    trained = run(models["encoder_decoder"], questions(), "qa", "train.steps=6", "train.eval_every=2")
+    assert trained.summary["metric"] == "token_f1"
+    lines = [json.loads(line) for line in (trained.path / "metrics.jsonl").read_text().splitlines()]
+    assert all("token_f1" in line for line in lines if line["kind"] == "eval")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "method"), [("bert", "classify", "lora"), ("encoder_decoder", "qa", "qlora")]
+)
+def test_two_processes_give_the_adapter_of_one(models, here, family, task, method):
+    data = classes() if task == "classify" else questions()
+    flags = [part for setting in (*SMALL, f"method={method}", "train.threads=1") for part in ("--set", setting)]
+    command = [*LLMCTL, "finetune", str(models[family]), str(data), "--task", task, "--deterministic", *flags]
+    one = finish([*command, "-o", "one", "--json"], cwd=here)
+    two = finish([*command, "-o", "two", "--json", "--nproc", "2"], cwd=here)
+    assert tensors(here / "one" / "adapter_model.safetensors") == tensors(here / "two" / "adapter_model.safetensors")
+    assert json.loads(one.out)["after"] == json.loads(two.out)["after"]

@@ -1,0 +1,253 @@
+"""The compiled step, where a compiler is at hand: right, kept under its own name, and never in the way."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmctl.benchmarking import compiled_step_check as native_check
+from llmctl.benchmarking.compiled_step_check import LARGEST_ERRORS, compile_and_check, error_of, errors_of
+from llmctl.benchmarking.random_models import random_model
+from llmctl.cli import run
+from llmctl.config import ModelConfig
+from llmctl.inference.prefix import Prefix
+from llmctl.inference.session import Session
+from llmctl.kernels import compiled_step as native
+from llmctl.kernels import product_table as products
+from llmctl.kernels.compiled_step import (
+    compile_library,
+    compiled_kinds,
+    find_library,
+    library_path,
+    load_library,
+    make_native,
+)
+from llmctl.kernels.decoder import make_decoder
+from llmctl.kernels.product_table import Measured, random_layer
+from llmctl.model.cache import CACHES
+from llmctl.model.decode import Decoder
+from llmctl.quant.schemes import SCHEMES
+
+WANTS = {
+    "haswell": {"avx2", "fma", "bmi2", "movbe"},
+    "alderlake": {"avx2", "fma", "bmi2", "movbe", "avx_vnni", "gfni"},
+    "x86-64-v4": {"avx2", "fma", "bmi2", "movbe", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"},
+    "x86-64": {"sse2"},
+}
+"""What a processor must have to run what is compiled for another."""
+
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not there")
+SHAPE = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_positions": 32}
+
+
+def features() -> set[str]:
+    """Return what this processor says it can do; nothing where it is no x86."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMCTL_CACHE", str(folder))
+        return load_library(compile_library())
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "fields", [{}, {"positions": "none"}, {"n_kv_heads": 4}, {"vocab_size": 97}, {"n_kv_heads": 1, "head_dim": 20}]
+)
+@pytest.mark.parametrize("precision", LARGEST_ERRORS)
+def test_it_gives_the_logits_that_torch_gives(library, precision: str, fields: dict):
+    if "head_dim" in fields and precision not in {"fp32", "bf16", "fp32/int8"}:
+        fields = {"n_kv_heads": 1, "head_dim": 48}
+    assert error_of(library, precision, **fields) < LARGEST_ERRORS[precision]
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", WANTS)
+def test_narrower_processors_get_the_same(processor: str, cache):
+    """AVX2 or AVX-512 without products of bytes, AVX2 with them, and neither: what other machines compile."""
+    if not WANTS[processor] <= features():
+        pytest.skip(f"this processor does not run what is compiled for `{processor}`")
+    library = load_library(compile_library(processor))
+    for precision, error in errors_of(library).items():
+        assert error < LARGEST_ERRORS[precision]
+    assert error_of(library, "int4", n_kv_heads=1, head_dim=48, vocab_size=97) < LARGEST_ERRORS["int4"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("processor", ["native", *WANTS])
+def test_weights_are_multiplied_out_to_the_last_bit(processor: str, cache, monkeypatch):
+    """On every processor, in every order of the halves of a byte: products with one input of 1 are weights."""
+    if not WANTS.get(processor, set()) <= features():
+        pytest.skip(f"this processor does not run what is compiled for `{processor}`")
+    kinds = compiled_kinds(load_library(compile_library(processor)))
+    schemes = [SCHEMES[name] for name in ("int8", "int6", "int5", "int4", "int4-sym", "int3", "int2")]
+    schemes += [replace(SCHEMES[name], group=group) for name in ("int6", "int4") for group in (64, 128)]
+    schemes.append(replace(SCHEMES["int5"], symmetric=True))
+    for scheme in schemes:
+        layer = random_layer(scheme, 37, 384, torch.Generator().manual_seed(3))
+        for is_fast, dtype in (
+            (True, torch.float32),
+            (False, torch.float32),
+            (False, torch.bfloat16),
+            (False, torch.float16),
+        ):
+            monkeypatch.setattr(native, "is_native", lambda _, is_fast=is_fast: is_fast)
+            narrow = torch.bfloat16 if is_fast or dtype == torch.bfloat16 else torch.float32
+            found = kinds["compiled"].make(layer)(torch.eye(384, dtype=dtype))
+            assert found.dtype == dtype
+            assert torch.equal(found, layer.dequantised(narrow).T.to(dtype))
+        assert kinds["compiled"].make(layer)(torch.ones(2, 3, 384)).shape == (2, 3, 37)
+
+
+@needs_compiler
+def test_products_of_what_is_compiled_are_measured_and_kept_apart(library, cache, monkeypatch):
+    plain = Measured()
+    monkeypatch.setattr(products, "find_library", lambda: library)
+    table = Measured()
+    assert table.machine != plain.machine
+    times = table.times(SCHEMES["int4"], 256, 256, 64)
+    assert "compiled" in times
+    assert "compiled" not in plain.times(SCHEMES["int4"], 256, 256, 64)
+    layer = random_layer(SCHEMES["int4"], 256, 256, torch.Generator().manual_seed(0))
+    layer.table = table
+    x = torch.randn(64, 256)
+    torch.testing.assert_close(layer(x), x @ layer.dequantised(torch.float32).T, rtol=0.02, atol=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_any_number_of_threads_gives_the_same(library, n_threads: int):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        assert error_of(library, "fp32") < LARGEST_ERRORS["fp32"]
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"qk_norm": True},
+        {"attention_bias": True},
+        {"norm": "layernorm"},
+        {"norm_position": "post"},
+        {"gated": False},
+        {"activation": "gelu"},
+        {"positions": "learned"},
+        {"d_ff": 130},
+    ],
+)
+def test_models_that_it_does_not_know_are_left_to_torch(library, fields: dict):
+    decoder = Decoder(random_model(ModelConfig(**(SHAPE | fields)), "fp32"))
+    assert make_native(library, decoder) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv", CACHES)
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("lengths", [(5,), (5, 5), (5, 3), (4,) * 6])
+def test_a_session_uses_it_where_it_can(library, precision: str, lengths: tuple[int, ...], kv: str):
+    model = random_model(ModelConfig(**SHAPE), precision)
+    with_it, without = Decoder(model), Decoder(model)
+    calls = []
+    step = make_native(library, with_it)
+    assert step is not None
+    with_it.native = lambda tokens, cache: calls.append(len(tokens)) or step(tokens, cache)
+    prompts = [list(range(1, 1 + length)) for length in lengths]
+    with torch.inference_mode():
+        sessions = [Session(model, prompts, 8, decoder=decoder, excluded=[7], kv=kv) for decoder in (with_it, without)]
+        logits = [session.begin() for session in sessions]
+        for token in range(5):
+            tokens_B = torch.full((len(lengths),), token)
+            logits = [session.step(tokens_B) for session in sessions]
+            assert (logits[0][:, 7] == float("-inf")).all()
+            got, expected = (found.masked_fill(found.isinf(), 0) for found in logits)
+            assert (got - expected).norm() < (
+                0.03 if precision == "int4" else 0.01 if kv == "int8" else 1e-4
+            ) * expected.norm()
+            if token == 2 and len(lengths) > 1:
+                for session in sessions:
+                    session.select(torch.tensor([0, 0]))
+                lengths = lengths[:2]
+    assert bool(calls) == (len(set(lengths)) == 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+def test_it_goes_on_after_a_beginning_that_was_held(library, precision: str):
+    model = random_model(ModelConfig(**SHAPE), precision)
+    decoder, calls, prefix = Decoder(model), [], Prefix()
+    step = make_native(library, decoder)
+    assert step is not None
+    decoder.native = lambda tokens, cache: calls.append(len(tokens)) or step(tokens, cache)
+    prompts = [[*range(1, 23), 30 + row] for row in range(4)]
+    found = []
+    with torch.inference_mode():
+        for held in (None, prefix, prefix):
+            session = Session(model, prompts, 4, decoder=decoder, prefix=held)
+            logits = [session.begin(), *[session.step(torch.full((4,), token)) for token in range(3)]]
+            found.append(torch.stack([part.float() for part in logits]))
+    for got in found[1:]:
+        assert (got - found[0]).norm() < LARGEST_ERRORS[precision] * found[0].norm()
+    assert prefix.ids == list(range(1, 23))
+    assert calls == [4] * 9
+
+
+@needs_compiler
+def test_it_is_used_once_it_is_compiled_and_wanted(cache, monkeypatch, capsys):
+    model = random_model(ModelConfig(**SHAPE), "fp32")
+    assert find_library() is None
+    decoder = make_decoder(model)
+    assert decoder is not None
+    assert decoder.native is None
+    assert compile_and_check() == library_path()
+    decoder = make_decoder(model)
+    assert decoder is not None
+    assert decoder.native is not None
+    monkeypatch.setenv("LLMCTL_NATIVE", "0")
+    assert find_library() is None
+
+
+def test_a_file_that_is_no_library_is_left_alone(cache):
+    library_path().write_bytes(b"no library")
+    assert find_library() is None
+
+
+@needs_compiler
+def test_a_step_that_is_wrong_is_removed(cache, monkeypatch, capsys):
+    monkeypatch.setattr(native_check, "LARGEST_ERRORS", {"fp32": 0.0})
+    assert run(["doctor", "--compile"]) == 1
+    assert "its logits are off (fp32 by" in capsys.readouterr().err
+    assert not library_path().exists()
+
+
+def test_without_a_compiler_it_says_so(cache, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(cache))
+    monkeypatch.delenv("CXX", raising=False)
+    assert run(["doctor", "--compile"]) == 7
+    assert "no C++ compiler found" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_what_the_compiler_complains_about_is_told(cache, monkeypatch, capsys, tmp_path):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(native, "source_path", lambda: broken)
+    assert run(["doctor", "--compile"]) == 1
+    assert "error:" in capsys.readouterr().err
+    assert not list(cache.glob("*.so"))

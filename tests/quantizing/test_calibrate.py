@@ -1,0 +1,54 @@
+"""Codes are chosen layer by layer, by what comes out of the codes before."""
+
+import pytest
+import torch
+
+from llmctl.formats.quantization import linear_modules
+from llmctl.model.transformer import LanguageModel
+from llmctl.quant.methods import METHODS
+from llmctl.quant.schemes import SCHEMES
+from llmctl.quantizing import calibrate as module
+from llmctl.quantizing.calibrate import calibrate
+from tests.formats.families.test_table import CONFIGS, config_of
+
+
+def model_and_batches() -> tuple[LanguageModel, list[dict[str, torch.Tensor]]]:
+    torch.manual_seed(0)
+    model = LanguageModel(config_of(CONFIGS["LlamaForCausalLM"][0] | {"d_model": 64, "d_ff": 64}))
+    ids = torch.randint(4, 40, (6, 16), generator=torch.Generator().manual_seed(1))
+    return model, [{"input_ids_BT": part, "labels": part.roll(-1, 1)} for part in ids.split(2)]
+
+
+@torch.no_grad()
+def inputs_of(model: LanguageModel, name: str, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return what comes into a map (N, I)."""
+    inputs: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    for batch in batches:
+        model(batch["input_ids_BT"])
+    handle.remove()
+    return torch.cat(inputs)
+
+
+@pytest.mark.parametrize("method", ["gptq", "guided"])
+def test_what_comes_into_a_layer_has_gone_through_the_codes_before_it(method, monkeypatch):
+    """In float32 and, to its digits, in bfloat16: autocast would take the weights of the first pass from its cache."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def spy(weight, scheme, moments):
+        seen[-1][f"{len(seen[-1])}"] = moments.mean
+        return METHODS[method](weight, scheme, moments)
+
+    monkeypatch.setattr(module, "METHODS", dict(METHODS) | {method: spy})
+    for narrow in (False, True):
+        model, batches = model_and_batches()
+        names = [name for name in linear_modules(model.config) if "layers." in name]
+        seen.append({})
+        calibrate(model, dict.fromkeys(names, SCHEMES["int2"]), method, batches, lambda _: None, is_narrow=narrow)
+        if method == "gptq":  # whose moments are the plain ones
+            rows = inputs_of(model, f"model.layers.{model.config.n_layers - 1}.self_attn.q_proj", batches)
+            wanted = rows.T @ rows / len(rows)
+            found = seen[-1][f"{len(names) * (model.config.n_layers - 1) // model.config.n_layers}"]
+            assert (found - wanted).norm() < (0.05 if narrow else 1e-4) * wanted.norm()
+    for name, wide in seen[0].items():
+        assert (seen[1][name] - wide).norm() < 0.1 * wide.norm(), name

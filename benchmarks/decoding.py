@@ -27,7 +27,8 @@ from llmctl.benchmarking.random_models import random_model, shape_config
 from llmctl.config import ModelConfig
 from llmctl.errors import LlmctlError
 from llmctl.inference.session import Session
-from llmctl.kernels.compiled_step import compile_library, load_library, make_native
+from llmctl.kernels.compile import compile_library
+from llmctl.kernels.compiled_step import load_library, make_native
 from llmctl.kernels.decoder import make_decoder
 
 PROMPT = [(7 * place + 3) % 1000 for place in range(64)]

@@ -27,7 +27,8 @@ from llmctl.artifacts.load import load_model
 from llmctl.converting.convert import import_model
 from llmctl.converting.export_gguf import export_gguf
 from llmctl.converting.gguf_check import distance, logits_of
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.gguf.write import TYPES
 
 LLAMA_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "Q3_K_M": 12}

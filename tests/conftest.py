@@ -49,7 +49,8 @@ def teachers(models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     """Return the folders of models of every family with something to say: random ones whose layers matter."""
     from dataclasses import replace
 
-    from llmctl.formats.artifact import read_artifact, write_artifact
+    from llmctl.formats.artifact import read_artifact
+    from llmctl.formats.artifact_write import write_artifact
     from llmctl.model.transformer import LanguageModel, initialise
 
     paths = {}

@@ -1,4 +1,4 @@
-"""The floors of the house: imports point down, heavy packages stay behind functions, and `--help` is instant."""
+"""Floors: imports point down, heavy packages stay behind functions, and `--help` is instant."""
 
 import ast
 import subprocess
@@ -9,14 +9,49 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llmctl"
 FLOORS = [
-    {"__main__"},
-    {"cli"},
-    {"commands"},
-    {"engine"},
-    {"model", "data", "formats", "tokenizer", "recipe"},
-    {"config", "files", "losses", "quant"},
-    {"errors"},
+    {"__main__": "python -m llmctl"},
+    {"cli": "the command table; turns errors into exit codes"},
+    {"commands": "one file per subcommand: flags -> config -> one call -> result on stdout"},
+    {"jobs": "the commands that train, side by side; runner.py begins and resumes a run"},
+    {
+        "distilling": "teachers, students, the objectives between them",
+        "quantizing": "calibration, bit allocation, quantization report",
+    },
+    {
+        "training": "loop.py is the one training loop; objectives, optimizers, batches",
+        "evaluating": "evaluate.py and one file per kind of task",
+    },
+    {
+        "preparing": "text or examples -> tokenizer, shards, splits",
+        "converting": "import, export, GGUF and its check",
+        "benchmarking": "bench, doctor, network check",
+    },
+    {"inference": "generate, chat, fill, classify; sampling, KV cache sessions"},
+    {"artifacts": "find a model, load it, adapters, heads"},
+    {"runs": "run folders: checkpoints, journal, history, progress"},
+    {
+        "kernels": "compiled decoding step, choice of matmul kernels",
+        "formats": "files on disk: safetensors, model families, GGUF, adapters",
+        "data": "text files, tables, shards, streams, masking",
+    },
+    {
+        "distributed": "Accelerate, launcher, ranks, sharded tensors",
+        "metrics": "metrics as quotients of sums, BLEU, ROUGE, F1",
+        "model": "pure torch: one block, three families",
+        "tokenizer": "sentencepiece and Hugging Face tokenizers",
+        "recipe": "YAML, environment and flags -> config",
+    },
+    {
+        "config": "every setting once, with default and meaning",
+        "files": "atomic writes, JSON",
+        "losses": "pure functions of tensors",
+        "quant": "pure torch: grids, GPTQ, packing, quantized layers",
+        "machine": "precision, threads and memory of this process",
+    },
+    {"errors": "LlmctlError(message, hint) and its exit codes"},
 ]
+"""Rooms from top to bottom; an import goes to a lower floor, or stays inside its room."""
+
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -43,6 +78,23 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+def tree() -> str:
+    """Return the rooms and their floors as the README shows them."""
+    lines = ["llmctl/"]
+    for number, rooms in zip(range(len(FLOORS), 0, -1), FLOORS, strict=True):
+        for name, meaning in rooms.items():
+            shown = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
+            lines.append(f"  {number:>2}  {shown:<14} {meaning}")
+    return "\n".join(lines)
+
+
+LARGEST_ROOM = 0.15
+"""Share of the package's lines that one folder may hold."""
+
+APART = {"crash", "interop", "netns", "parity", "support"}
+"""Folders of tests that are about the whole program, and helpers of tests."""
+
+
 def own_modules() -> dict[str, set[str]]:
     known = {module_of(path) for path in SOURCES}
     return {module_of(path): imports_of(path) & known - {module_of(path), "llmctl"} for path in SOURCES}
@@ -50,6 +102,30 @@ def own_modules() -> dict[str, set[str]]:
 
 def test_every_room_has_a_floor():
     assert {room(module_of(path)) for path in SOURCES} - {""} <= set(LEVEL)
+
+
+def test_the_readme_shows_the_rooms():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    assert f"```\n{tree()}\n```" in readme, tree()
+
+
+def test_no_room_holds_too_much():
+    lines: dict[str, int] = {}
+    for path in SOURCES:
+        lines[room(module_of(path))] = lines.get(room(module_of(path)), 0) + len(path.read_text().splitlines())
+    assert max(lines.values()) <= LARGEST_ROOM * sum(lines.values()), lines
+
+
+def test_tests_mirror_the_package():
+    """A file of tests is named after the module that it tests, and lies where that lies."""
+    tests = Path(__file__).parent
+    modules = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in SOURCES}
+    for path in sorted(tests.rglob("test_*.py")):
+        where = path.relative_to(tests)
+        if where.parts[0] in APART or where.as_posix() in ("test_architecture.py", "test_readme.py", "test_recipes.py"):
+            continue
+        name = (where.parent / where.stem.removeprefix("test_")).as_posix()
+        assert any(module in (name, f"{name}_") or name.startswith(f"{module}_") for module in modules), where
 
 
 def test_imports_point_down():
@@ -79,7 +155,7 @@ def test_no_import_cycles():
 
 @pytest.mark.parametrize(
     ("package", "rooms"),
-    [("typer", {"cli", "commands"}), ("accelerate", {"engine"}), ("transformers", set()), ("pickle", set())],
+    [("typer", {"cli", "commands"}), ("accelerate", {"distributed"}), ("transformers", set()), ("pickle", set())],
 )
 def test_packages_stay_in_their_rooms(package: str, rooms: set[str]):
     users = {module_of(path) for path in SOURCES if any(name.split(".")[0] == package for name in imports_of(path))}

@@ -14,7 +14,7 @@ import pytest
 from llmctl import __version__
 from llmctl.cli import COMMANDS, report, run
 from llmctl.config import ModelConfig, TokenizerConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

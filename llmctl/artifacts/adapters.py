@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.artifacts.load import Ability, Loaded, find_named, fitting_tokenizer, require_family, without_weights
+from llmctl.artifacts.find import Ability, find_named, require_family
+from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import (
     adapt,
     architecture_on,

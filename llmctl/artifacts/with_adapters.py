@@ -22,7 +22,7 @@ from llmctl.formats.adapter import (
 )
 from llmctl.formats.adapter_names import Architecture, LowRank, architecture_of
 from llmctl.formats.artifact import Artifact, few, read_artifact
-from llmctl.formats.families.parameters import parameter_shapes
+from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ import torch
 from llmctl.benchmarking.random_models import random_model
 from llmctl.config import ModelConfig
 from llmctl.errors import LlmctlError
-from llmctl.kernels.compiled_step import Library, compile_library, load_library, make_native
+from llmctl.kernels.compile import Library, compile_library
+from llmctl.kernels.compiled_step import load_library, make_native
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.quant.schemes import GROUPS, SCHEMES

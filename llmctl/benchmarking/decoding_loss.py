@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llmctl.artifacts.load import Loaded
 from llmctl.data.sources import read_documents
 from llmctl.errors import UsageError
-from llmctl.inference.rows import require_tokenizer
+from llmctl.inference.encoding import require_tokenizer
 from llmctl.inference.session import Session
 from llmctl.kernels.compiled_step import MOST_ROWS
 from llmctl.model.decode import Decoder

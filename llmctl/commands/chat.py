@@ -108,7 +108,7 @@ def chat(
 def script_lines(name: str) -> Iterator[str]:
     """Return the lines of a script; a missing one is named at once."""
     from llmctl.commands.generate import read_prompts
-    from llmctl.data.sources import STDIN, numbered_lines, open_binary
+    from llmctl.data.text_files import STDIN, numbered_lines, open_binary
 
     if name == STDIN:  # answered line by line, while the pipe stays open
         return (line.removesuffix("\r") for line in read_prompts(whole=False, null=False))

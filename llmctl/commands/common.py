@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from llmctl.artifacts.load import Ability
+    from llmctl.artifacts.find import Ability
 
 # Of every command that uses a model as it is.
 AdapterNames = Annotated[
@@ -66,7 +66,7 @@ def find_model(name: str | None, able: "Ability", *, quiet: bool, adapters: Sequ
     Where only adapters are named, it is the base of the first.
     """
     from llmctl.artifacts.adapters import base_of
-    from llmctl.artifacts.load import announce, resolve_model
+    from llmctl.artifacts.find import announce, resolve_model
 
     if name is None and adapters:
         name = str(base_of(adapters))

@@ -46,7 +46,7 @@ def doctor(
     if not distributed and is_parent:
         raise UsageError("`--nproc` and `--nnodes` check several processes", "add --distributed")
     if is_parent:
-        from llmctl.benchmarking.doctor import Group, start_ranks
+        from llmctl.benchmarking.network_check import Group, start_ranks
 
         argv = ["doctor", "--distributed", "--timeout", str(timeout), *["--json"] * json]
         return start_ranks(Group(nproc, nnodes, node_rank, master), argv)
@@ -78,7 +78,7 @@ def examine_ranks(timeout: int, *, json: bool) -> int:
 
     Raises: UsageError in all of them if the runs folder is not shared; LlmctlError if a sum is wrong.
     """
-    from llmctl.benchmarking.doctor import examine_group, render_group
+    from llmctl.benchmarking.network_check import examine_group, render_group
     from llmctl.errors import LlmctlError, UsageError
 
     runtime, found = examine_group(timeout)

@@ -124,7 +124,7 @@ def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
 
     Raises: NotFoundError for one that does not exist; UsageError for data among them.
     """
-    from llmctl.artifacts.load import find_named
+    from llmctl.artifacts.find import find_named
     from llmctl.commands.common import find_model
 
     if not names:

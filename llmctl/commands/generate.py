@@ -130,14 +130,14 @@ def argument(text: str | None) -> str:
 
     Raises: UsageError naming the first byte that is not UTF-8.
     """
-    from llmctl.data.sources import decode_utf8
+    from llmctl.data.text_files import decode_utf8
 
     return decode_utf8(os.fsencode(text or ""), "argument")
 
 
 def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
     """Yield the prompts of standard input, decoded strictly."""
-    from llmctl.data.sources import decode_utf8
+    from llmctl.data.text_files import decode_utf8
 
     stdin = sys.stdin.buffer
     if whole:
@@ -175,7 +175,8 @@ def write(
     turn: "Turn | None" = None,
 ) -> None:
     """Complete the prompts window by window, so that a long pipe is answered from the start; `turn`: they are messages."""
-    from llmctl.inference.generate import WINDOW_BATCHES, Prompt, encode_prompt, generate, parse_ids
+    from llmctl.inference.encoding import encode_prompt
+    from llmctl.inference.generate import WINDOW_BATCHES, Prompt, generate, parse_ids
     from llmctl.inference.prefix import Prefix
 
     end = "\0" if null else "\n"

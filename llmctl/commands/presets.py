@@ -38,7 +38,8 @@ def presets(
 
 def describe(name: str) -> dict[str, Any]:
     """Return one preset as a flat record; a size that fits every family is counted as a decoder."""
-    from llmctl.model.presets import count_parameters, get_preset, preset_config
+    from llmctl.model.parameters import count_parameters
+    from llmctl.model.presets import get_preset, preset_config
     from llmctl.model.shapes import complete
 
     preset = get_preset(name)

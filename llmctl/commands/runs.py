@@ -56,7 +56,7 @@ def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON array."
 
       llmctl runs ls --json
     """
-    from llmctl.artifacts.load import runs_folder
+    from llmctl.runs.folder import runs_folder
     from llmctl.runs.history import list_runs
 
     found, others = list_runs()
@@ -164,8 +164,9 @@ def report(record: Mapping[str, Any]) -> Iterator[str]:
 
 def course(record: Mapping[str, Any]) -> Iterator[str]:
     """Yield the evaluations as a table, and the training loss as a line of bars."""
-    from llmctl.metrics.figures import FIGURES, sparkline
+    from llmctl.metrics.figures import FIGURES
     from llmctl.runs.history import spread
+    from llmctl.runs.loss_curve import sparkline
 
     if record["evaluations"]:
         names = [name for name in FIGURES if any(number_in(line, name) for line in record["evaluations"])]

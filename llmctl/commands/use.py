@@ -24,7 +24,7 @@ def use(
 
       llmctl use
     """
-    from llmctl.artifacts.load import default_file, find_named
+    from llmctl.artifacts.find import default_file, find_named
     from llmctl.errors import NotFoundError
     from llmctl.files import write_text
 

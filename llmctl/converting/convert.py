@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.artifact import Artifact, write_artifact
+from llmctl.formats.artifact import Artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import PARTS, Schemes
 from llmctl.quant.schemes import SCALE_BITS
 

@@ -11,7 +11,8 @@ from llmctl.config import ModelConfig
 from llmctl.converting.gguf_check import Proof, prove
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import atomic_path
-from llmctl.formats.artifact import Artifact, refuse_overwrite
+from llmctl.formats.artifact import Artifact
+from llmctl.formats.artifact_write import refuse_overwrite
 from llmctl.formats.gguf.write import Written, check_kind, find_type, gguf_module, model_values, write_gguf
 from llmctl.formats.gguf.write_tokenizer import tokenizer_values
 from llmctl.inference.chat_template import find_template

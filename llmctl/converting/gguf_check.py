@@ -21,7 +21,7 @@ from llmctl.config import ModelConfig
 from llmctl.converting.convert import read_gguf
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import Artifact
-from llmctl.inference.generate import encode_prompt
+from llmctl.inference.encoding import encode_prompt
 from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import tokenizer_from_files

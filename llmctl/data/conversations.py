@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llmctl.data import sources
+from llmctl.data import sources, tables
 from llmctl.errors import UsageError
 
 ROLES: Mapping[str, tuple[str, ...]] = {
@@ -49,7 +49,7 @@ def read_conversations(paths: Sequence[str], *, messages_key: str = "") -> Itera
     """
     found = False
     for name in sources.expand(paths):
-        for where, row in sources.read_rows(name):
+        for where, row in tables.read_rows(name):
             for conversation in _read_row(row, where, messages_key):
                 found = True
                 yield conversation
@@ -212,7 +212,7 @@ def _role(value: Any, key: str, place: str) -> str:
 def _text(value: Any, what: str, place: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{place}: {what} is {_kind(value)}, not text", "only text is read")
-    return sources.whole_characters(value)
+    return tables.whole_characters(value)
 
 
 def _kind(value: Any) -> str:

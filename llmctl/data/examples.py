@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from llmctl.config import ColumnsConfig
-from llmctl.data import pairs, sources
+from llmctl.data import pairs, sources, tables, text_files
 from llmctl.errors import UsageError
 
 
@@ -128,25 +128,25 @@ def _read_file(name: str, task: str, columns: ColumnsConfig) -> Iterator[Example
 
 
 def _is_lines(name: str) -> bool:
-    return name == sources.STDIN or not sources.is_table(name)
+    return name == text_files.STDIN or not tables.is_table(name)
 
 
 def _rows(name: str, task: str, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (where, row) of a file; every row is an object with named cells."""
-    if sources.is_csv(name) or _is_delimited(name) or (columns.names and _is_lines(name)):
-        yield from sources.read_cells(name, columns.names)
+    if text_files.is_csv(name) or _is_delimited(name) or (columns.names and _is_lines(name)):
+        yield from tables.read_cells(name, columns.names)
         return
     if _is_lines(name):
-        shown = "stdin" if name == sources.STDIN else name
+        shown = "stdin" if name == text_files.STDIN else name
         hint = f"name the columns of lines with tabs: --set columns.names={_usual(task)}"
         raise UsageError(f"`{shown}` is plain text without named columns", hint)
-    for where, row in sources.read_rows(name):
+    for where, row in tables.read_rows(name):
         for inner in _nested(row) if task == "qa" else [row]:
             yield where, _named(inner, where, columns)
 
 
 def _is_delimited(name: str) -> bool:
-    return name != sources.STDIN and name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv")
+    return name != text_files.STDIN and name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv")
 
 
 def _usual(task: str, n_columns: int = 0) -> str:
@@ -189,7 +189,7 @@ class _Finder:
 
     def __init__(self, name: str, task: str, columns: ColumnsConfig) -> None:
         self.task, self.columns = task, columns
-        self.delimited = _is_lines(name) or sources.is_csv(name)
+        self.delimited = _is_lines(name) or text_files.is_csv(name)
         self.found: dict[tuple[str, ...], dict[str, str]] = {}
 
     def roles_of(self, row: dict[str, Any], where: str) -> dict[str, str]:
@@ -232,7 +232,7 @@ def _usual_pair(there: tuple[str, ...]) -> dict[str, str]:
 
 
 def _text(row: dict[str, Any], column: str, where: str, role: str) -> str:
-    return sources.row_text(row, column, where, f"columns.{role}")
+    return tables.row_text(row, column, where, f"columns.{role}")
 
 
 def _texts(row: dict[str, Any], roles: dict[str, str], where: str, *names: str) -> dict[str, str]:
@@ -312,7 +312,7 @@ def _index(value: Any, options: tuple[str, ...], marks: tuple[str, ...], where: 
 def _with_answers(examples: Iterator[Example], rows: str, answers: str) -> Iterator[Example]:
     """Join rows with the lines of a file of answers."""
     sources.expand([answers])
-    lines = ((number, line.strip()) for number, line in sources.numbered_lines(answers) if line.strip())
+    lines = ((number, line.strip()) for number, line in text_files.numbered_lines(answers) if line.strip())
     for example in examples:
         number, line = next(lines, (0, ""))
         if not line:

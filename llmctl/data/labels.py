@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from llmctl.config import Problem
-from llmctl.data import sources
+from llmctl.data import sources, text_files
 from llmctl.data.examples import Example
 from llmctl.errors import UsageError
 
@@ -89,7 +89,7 @@ def read_names(path: str) -> tuple[str, ...]:
     """
     sources.expand([path])
     names: list[str] = []
-    for number, line in sources.numbered_lines(path):
+    for number, line in text_files.numbered_lines(path):
         name = line.strip()
         if name in names:
             raise UsageError(f"`{path}` line {number} names the label `{name}` again", "every line is another label")

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from llmctl.data import sources
+from llmctl.data import sources, tables, text_files
 from llmctl.errors import UsageError
 
 
@@ -37,8 +37,8 @@ def _read_path(path: str, source_key: str, target_key: str) -> Iterator[tuple[st
         yield from (pair for _, pair in parallel_lines(*files))
         return
     for name in sources.expand([path]):
-        if name != sources.STDIN and sources.is_table(name):
-            for where, row in sources.read_rows(name, (source_key, target_key)):
+        if name != text_files.STDIN and tables.is_table(name):
+            for where, row in tables.read_rows(name, (source_key, target_key)):
                 yield _sides(row, source_key, target_key, where)
         else:
             yield from (pair for _, pair in tab_lines(name, source_key, target_key))
@@ -52,8 +52,8 @@ def two_files(path: str) -> tuple[str, str] | None:
 
 def tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield (where, pair) of the lines `source<TAB>target` of a file or stdin; a header naming both keys is none."""
-    shown = "stdin" if name == sources.STDIN else name
-    for number, line in sources.numbered_lines(name):
+    shown = "stdin" if name == text_files.STDIN else name
+    for number, line in text_files.numbered_lines(name):
         text = line.rstrip("\r\n")
         cells = text.split("\t")
         if not text.strip() or (number == 1 and cells[:2] == [source_key, target_key]):
@@ -78,7 +78,7 @@ def parallel_lines(left: str, right: str) -> Iterator[tuple[str, tuple[str, str]
 
 
 def _texts(name: str) -> Iterator[str]:
-    for _, line in sources.numbered_lines(name):
+    for _, line in text_files.numbered_lines(name):
         yield line.rstrip("\r\n")
 
 
@@ -90,6 +90,6 @@ def _sides(row: Any, source_key: str, target_key: str, where: str) -> tuple[str,
     if isinstance(row.get("translation"), dict):  # the layout of the WMT sets: {"translation": {"de": ..., "en": ...}}
         row = row["translation"]
     return (
-        sources.row_text(row, source_key, where, "data.source_key"),
-        sources.row_text(row, target_key, where, "data.target_key"),
+        tables.row_text(row, source_key, where, "data.source_key"),
+        tables.row_text(row, target_key, where, "data.target_key"),
     )

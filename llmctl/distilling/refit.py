@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from llmctl.model.cut import Kept, prefixes
 from llmctl.model.importance import Batches, stack_of
-from llmctl.model.transformer import Block, LanguageModel
-from llmctl.quantizing.calibrate import catch, run
+from llmctl.model.stack import Block
+from llmctl.model.streams import catch, run
+from llmctl.model.transformer import LanguageModel
 
 RIDGE = 1e-2
 """What draws a map to the weights that were cut out, as a share of the mean square of what comes into it."""

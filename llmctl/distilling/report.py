@@ -4,46 +4,19 @@ Every figure is measured or counted from sizes; what was not measured is not the
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmctl.benchmarking.speed import reading_speed
-from llmctl.distilling.student_shape import count
 from llmctl.machine import peak_memory_bytes
 from llmctl.metrics.figures import FIGURES, rounded
-from llmctl.metrics.gate import parse_gate
+from llmctl.model.parameters import count
 from llmctl.model.transformer import LanguageModel
+from llmctl.runs.comparison import ROWS, Report, missed, row, shown
 
 FLOAT_BYTES = 4
-ROWS: tuple[str, ...] = (
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "accuracy",
-    "f1",
-    "mcc",
-    "spearman",
-    "pearson",
-    "bleu",
-    "rouge_l",
-    "token_f1",
-    "kl",
-    "agreement",
-    "overlap",
-    "calibration_error",
-)
-"""Figures in the order of the table."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """The record of `report.json`, and which gate was missed."""
-
-    record: dict[str, Any]
-    missed: str = ""
 
 
 def make_report(
@@ -121,18 +94,6 @@ def recovered(sides: Mapping[str, Mapping[str, Any]], scratch_loss: float) -> fl
     return None if gap <= 0 else (scratch_loss - sides["student"]["loss"]) / gap
 
 
-def missed(record: Mapping[str, Any], gate: str) -> str:
-    """Return what is wrong with the student by the gate, or nothing."""
-    if not gate or "loss" not in record["models"]["teacher"]:
-        return ""
-    metric, sides = record["metric"], record["models"]
-    name = metric if metric in sides["teacher"] else "loss"
-    teacher, student = sides["teacher"][name], sides["student"][name]
-    if parse_gate(gate).holds(name, teacher, student):
-        return ""
-    return f"{name}: the student has {student:.6g} against {teacher:.6g} of its teacher, a drop of more than {gate}"
-
-
 def render(record: Mapping[str, Any]) -> list[str]:
     """Return the report as a table of at most 79 columns: a row per figure, a column per model."""
     sides: dict[str, Mapping[str, Any]] = {
@@ -182,13 +143,3 @@ def render(record: Mapping[str, Any]) -> list[str]:
             + (f" ({more:.1%} against scratch with equal compute)" if more is not None else "")
         )
     return [*lines, *facts]
-
-
-def shown(value: Any, form: str) -> str:
-    """Return a figure as the table has it."""
-    return "" if value is None else format(value, form)
-
-
-def row(label: str, cells: Mapping[str, str]) -> str:
-    """Return one line of the table."""
-    return (label.ljust(18) + "".join(cell.rjust(12) for cell in cells.values())).rstrip()

@@ -3,15 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llmctl.artifacts.load import find_named
+from llmctl.artifacts.find import find_named
+from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig
-from llmctl.distilling.student_shape import count, parse_student
+from llmctl.distilling.student_shape import parse_student
 from llmctl.errors import UsageError
-from llmctl.formats.artifact import Artifact
 from llmctl.metrics.gate import parse_gate
+from llmctl.model.parameters import count
 from llmctl.model.shapes import complete
-from llmctl.training.settings import check_shared
+from llmctl.training.settings import TASKS, check_shared
 
 DEFAULT_STEPS = 400
 """Steps of each part where no budget is given."""
@@ -25,13 +26,6 @@ WARM = 2.0
 
 HALF = 0.45
 """A student of less than this share of its teacher is cut in two steps (Model-Optimizer's guide; NVIDIA 2025)."""
-
-TASKS = ("chat", "classify", "translate", "summarize", "qa")
-
-
-def is_bare(artifact: Artifact) -> bool:
-    """Tell whether a model predicts nothing: an encoder that is published without a head, as sentence encoders are."""
-    return artifact.config.family == "encoder" and "For" not in artifact.architecture
 
 
 def student_model(config: DistillConfig) -> Path | None:

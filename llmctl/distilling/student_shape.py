@@ -5,7 +5,6 @@ what makes a model faster; the width of the stream and the heads are cut where t
 the decoder goes first: it takes most of the time (DistilBART, Shleifer and Rush 2020, arXiv:2010.13002).
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,8 +12,8 @@ from difflib import get_close_matches
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.families.table import family_for
+from llmctl.model.parameters import count
 from llmctl.model.shapes import complete
 
 KEYS = {
@@ -36,14 +35,6 @@ WIDTH_WEIGHT = 4
 
 TOLERANCE = 0.02
 HINT = "50%, or layers=6,dim=512,heads=8,ffn=1408, or a model that is there"
-
-
-def count(config: ModelConfig) -> int:
-    """Return the parameters of a shape, a tied weight counted once."""
-    sizes = {name: math.prod(dims) for name, dims in parameter_shapes(config).items()}
-    if config.tie_embeddings and not config.n_labels:
-        sizes.pop("lm_head.weight", None)
-    return sum(sizes.values())
 
 
 def parse_student(text: str, teacher: ModelConfig) -> ModelConfig:

@@ -14,8 +14,8 @@ from llmctl.config import GenerateConfig, TaughtConfig
 from llmctl.errors import UsageError
 from llmctl.files import write_bytes
 from llmctl.inference.generate import Prompt, generate
-from llmctl.jobs.job import Say
 from llmctl.preparing.corpus import Corpus, Ints
+from llmctl.runs.progress import Say
 from llmctl.training.task_data import prepare_task
 
 PART_ROWS = 512

@@ -1,12 +1,23 @@
 """Tensors of which every process holds some rows: how a module becomes so, and whole tensors from and to shares."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llmctl.runs.checkpoint import Part
+
+class Part(NamedTuple):
+    """The rows from `start` on of a tensor whose whole shape is `shape`; a tensor of no dimension is whole."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    start: int = 0
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+    """Return tensors as parts that are all of themselves."""
+    return {name: Part(tensor, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def shard(module: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int, *, offloads: bool) -> None:

@@ -9,9 +9,9 @@ from llmctl.data.examples import Example
 from llmctl.data.templates import fill_template, template_for
 from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
-from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.inference.encoding import encode_prompt, longest_row, require_tokenizer
+from llmctl.inference.generate import Prompt, generate
 from llmctl.inference.likelihood import Known, likelihoods
-from llmctl.inference.rows import longest_row, require_tokenizer
 from llmctl.metrics import scores
 from llmctl.metrics.scores import References
 

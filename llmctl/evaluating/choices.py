@@ -12,9 +12,8 @@ from llmctl.data.examples import Example
 from llmctl.data.templates import fill_template, template_for
 from llmctl.evaluating.answers import chosen_template
 from llmctl.evaluating.result import Measured
-from llmctl.inference.generate import encode_prompt
+from llmctl.inference.encoding import encode_prompt, longest_row, require_tokenizer
 from llmctl.inference.likelihood import Known, Likelihood, likelihoods, split_ids
-from llmctl.inference.rows import longest_row, require_tokenizer
 from llmctl.metrics import scores
 
 

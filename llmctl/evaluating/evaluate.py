@@ -14,24 +14,26 @@ from typing import Any, Literal
 
 import torch
 
-from llmctl.artifacts.load import Loaded, a_model, choose_device, load_model
+from llmctl.artifacts.find import a_model
+from llmctl.artifacts.load import Loaded, choose_device, load_model
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import EvaluateConfig, Family, ModelConfig
 from llmctl.data.builtin import builtin_documents
 from llmctl.data.examples import TASKS, Example, read_examples
-from llmctl.data.sources import expand, is_pipe, read_documents
+from llmctl.data.sources import expand, read_documents
+from llmctl.data.text_files import is_pipe
 from llmctl.errors import GateError, UsageError
 from llmctl.evaluating.answers import FIGURES, evaluate_answers
 from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword
 from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity
 from llmctl.evaluating.result import Measured
 from llmctl.evaluating.text import evaluate_mask, evaluate_text
-from llmctl.inference.rows import longest_row, require_tokenizer
+from llmctl.inference.encoding import longest_row, require_tokenizer
 from llmctl.machine import forget_peak_memory, give_back_memory, peak_since_forgotten
 from llmctl.metrics.figures import is_higher_better, rounded
 from llmctl.metrics.gate import Gate
+from llmctl.runs.progress import Say
 
-Say = Callable[[str], None]
 EVERY: tuple[Family, ...] = ("decoder", "encoder", "encoder_decoder")
 
 

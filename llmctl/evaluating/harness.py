@@ -10,7 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts.load import a_model, choose_device
+from llmctl.artifacts.find import a_model
+from llmctl.artifacts.load import choose_device
 from llmctl.config import EvaluateConfig
 from llmctl.converting.convert import export_model
 from llmctl.data.sources import expand

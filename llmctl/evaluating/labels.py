@@ -12,7 +12,8 @@ from llmctl.data.examples import Example
 from llmctl.data.labels import Labels, read_names
 from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
-from llmctl.inference.rows import Row, encode_rows, longest_row, row_outputs
+from llmctl.inference.encoding import Row, encode_rows, longest_row
+from llmctl.inference.rows import row_outputs
 from llmctl.metrics import scores
 
 

@@ -11,8 +11,9 @@ from llmctl.config import EvaluateConfig
 from llmctl.data.masking import IGNORE, Masking, mask_tokens
 from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
+from llmctl.inference.encoding import longest_row, require_tokenizer
 from llmctl.inference.likelihood import Known, likelihoods, token_losses
-from llmctl.inference.rows import by_length, device_of, longest_row, padded, require_tokenizer
+from llmctl.inference.rows import by_length, device_of, padded
 from llmctl.metrics.figures import Sums
 
 WINDOWS = 64

@@ -43,8 +43,8 @@ from llmctl.formats.artifact import (
 from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.formats.families.family import Published
 from llmctl.formats.families.native import checked
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
+from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

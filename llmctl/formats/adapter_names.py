@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.families.table import family_for
+from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,8 @@ from llmctl.formats.adapter_names import (
     stack,
     target_modules,
 )
-from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name, refuse_overwrite
+from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name
+from llmctl.formats.artifact_write import refuse_overwrite
 from llmctl.formats.families.native import write_config as native_values
 from llmctl.formats.safetensors import write_safetensors
 

@@ -8,40 +8,35 @@ imports torch until tensors are asked for.
 
 import json
 import math
-from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Mapping
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import __version__
 from llmctl.config import ModelConfig
-from llmctl.errors import ArtifactError, NotFoundError, OutputError
-from llmctl.files import atomic_path, json_text, write_bytes, writing
-from llmctl.formats.families.family import FamilyFormat, token_ids
-from llmctl.formats.families.parameters import Shape, parameter_shapes, stored_shape, to_parameters, to_stored
+from llmctl.errors import ArtifactError, NotFoundError
+from llmctl.formats.families.family import FamilyFormat
+from llmctl.formats.families.parameters import stored_shape, to_parameters
 from llmctl.formats.families.table import family_of
 from llmctl.formats.quantization import (
     HEAD_SCALE,
     IN_BYTES,
     IN_WORDS,
-    KEY,
     PACKED,
     PARTS,
     WEIGHT,
     WHOLE_DTYPES,
     Schemes,
     dequantised,
-    family_with,
     fits_bytes,
     in_words,
     part_shapes,
     read_schemes,
-    stored_parts,
     whole_dtypes,
-    write_schemes,
 )
-from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors, write_safetensors
+from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
+from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -374,106 +369,3 @@ def few(items: list[str]) -> str:
     """Return the first three of a list for an error message."""
     rest = f", and {len(items) - 3} more" if len(items) > 3 else ""
     return ", ".join(f"`{item[:120]}`" for item in items[:3]) + rest
-
-
-def write_artifact(
-    out: Path,
-    config: ModelConfig,
-    state: Mapping[str, "Tensor"],
-    *,
-    files: Mapping[str, bytes],
-    provenance: Mapping[str, Any],
-    schemes: Schemes | None = None,
-    force: bool = False,
-) -> Path:
-    """Write a model as a folder, or as one file where `out` ends in .safetensors, and return `out`.
-
-    A new folder appears whole or not at all. Into an existing one (a run folder) each file is written whole, the
-    weights last; as their header carries the rest, they are right whenever the writing stops. Equal content gives
-    equal bytes.
-
-    Shapes: `config` is complete (`LanguageModel(config).config`), `state` its state, a tied head with or without; modules
-    that `schemes` names have their packed tensors there, and no weight.
-    Raises: OutputError when a model is there already and `force` is not given, or when the disk refuses.
-    """
-    schemes = schemes or {}
-    family = family_with(config, schemes)
-    packed = weights_of(schemes)
-    layout = [stored for stored in family.layout(config) if stored.name not in packed]
-    tensors = to_stored(layout, state) | stored_parts(state, schemes, config)
-    quantisation = {KEY: write_schemes(schemes, config)} if schemes else {}
-    hf_text = json_text(hf_config(family, config, tensors) | quantisation)
-    beside = with_generation_config(config, files)
-    metadata = {
-        "format": "pt",
-        "llmctl.version": __version__,
-        "llmctl.config": hf_text,
-        "llmctl.files": json.dumps({name: b64encode(data).decode() for name, data in beside.items()}, sort_keys=True),
-        "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
-    }
-    if schemes:  # packed tensors do not tell
-        shapes = parameter_shapes(config)
-        held = [stored_shape(stored, shapes) for stored in family.layout(config)]
-        metadata[COUNT] = str(sum(map(math.prod, held)))
-    if out.suffix == ".safetensors":
-        refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
-        write_safetensors(out, tensors, metadata)
-        return out
-    refuse_overwrite(out, any((out / name).exists() for name in (WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG)), force=force)
-    texts = {**beside, CONFIG: hf_text.encode()}
-    if not out.exists():
-        with atomic_path(out) as temporary:
-            write_folder(temporary, texts, lambda path: write_safetensors(path, tensors, metadata))
-        return out
-    write_folder(out, texts, lambda path: write_safetensors(path, tensors, metadata))
-    remove_stale(out, set(texts) if force else set(FILES))
-    return out
-
-
-def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callable[[Path], None]) -> None:
-    """Write the small files, then the weights."""
-    for name, data in texts.items():
-        assert is_name(name), name
-        write_bytes(folder / name, data)
-    write_weights(folder / WEIGHTS)
-
-
-def remove_stale(folder: Path, keep: set[str]) -> None:
-    """Remove what is left of another model that stood here: its shards, and tokenizer files not in `keep`."""
-    with writing(folder):
-        for stale in (folder / INDEX, *folder.glob("model-[0-9]*-of-[0-9]*.safetensors")):
-            stale.unlink(missing_ok=True)
-        for name in set(FILES) - keep:
-            (folder / name).unlink(missing_ok=True)
-
-
-def refuse_overwrite(out: Path, exists: bool, *, force: bool) -> None:
-    """Refuse to replace a model that the user did not say may go.
-
-    Raises: OutputError.
-    """
-    if out.suffix not in (".safetensors", ".gguf") and out.is_file():
-        raise OutputError(f"`{out}` is a file, a model folder was to be written there", "choose another place with -o")
-    if exists and not force:
-        raise OutputError(f"`{out}` exists already", "choose another place with -o, or replace it with -f")
-
-
-def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:
-    """Return config.json, with the dtype under its old and its new name."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        if not tensor.is_floating_point():
-            continue
-        name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + tensor.numel()
-    dtype = max(sorted(sizes), key=lambda name: sizes[name])
-    head = {"architectures": [family.architecture], "model_type": family.model_type}
-    return head | family.write_config(config) | {"torch_dtype": dtype, "dtype": dtype}
-
-
-def with_generation_config(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Add a generation_config.json from the token ids, where a model that generates has none; sort the files."""
-    known = {"generation_config.json": b""} if config.family == "encoder" else {}
-    ids = {key: value for key, value in token_ids(config).items() if value is not None and key != "mask_token_id"}
-    known = known or {"generation_config.json": json_text(ids).encode()}
-    return {name: data for name, data in sorted({**known, **files}.items()) if data or name in files}

@@ -17,8 +17,8 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.native import NATIVE
-from llmctl.formats.families.parameters import Shape, parameter_shapes
 from llmctl.formats.families.table import family_for
+from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, SCALE_BITS, Scheme
 
 if TYPE_CHECKING:

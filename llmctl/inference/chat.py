@@ -14,7 +14,8 @@ from llmctl.errors import UsageError
 from llmctl.inference import sampling
 from llmctl.inference.chat_ids import encode_prompt_chat, end_of_turn_ids
 from llmctl.inference.chat_template import ChatTemplate, template_of
-from llmctl.inference.generate import Completion, Prompt, encode_prompt, generate
+from llmctl.inference.encoding import encode_prompt
+from llmctl.inference.generate import Completion, Prompt, generate
 from llmctl.inference.prefix import Prefix
 
 ROOM_FRAC = 4

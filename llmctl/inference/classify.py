@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmctl.artifacts.load import Loaded
-from llmctl.inference.rows import encode_rows, longest_row, row_outputs
+from llmctl.inference.encoding import encode_rows, longest_row
+from llmctl.inference.rows import row_outputs
 from llmctl.inference.sampling import require_finite
 
 THRESHOLD = 0.5

@@ -1,13 +1,13 @@
 """Fill the masks of a text with an encoder: the likeliest tokens for every mask, seen with all the others masked."""
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from llmctl.artifacts.load import Loaded
 from llmctl.errors import UsageError
+from llmctl.inference.encoding import carries_spaces, encode_around, split_at
 from llmctl.inference.sampling import require_finite
 from llmctl.tokenizer.base import Tokenizer
 
@@ -21,34 +21,6 @@ class Filled:
     text: str
     filled: str
     masks: list[list[tuple[str, float]]]
-
-
-def encode_around(tokenizer: Tokenizer, text: str, specials: Mapping[str, int]) -> list[int]:
-    """Return a text's ids with the given words as their special tokens; all else is literal.
-
-    The space before such a word belongs to what the word stands for, where tokens carry their space.
-    """
-    parts = split_at(specials, text)
-    carried = len(parts) > 1 and carries_spaces(tokenizer)
-    ids = []
-    for number, part in enumerate(parts):
-        if number % 2:
-            ids.append(specials[part])
-        else:
-            ids += tokenizer.encode(part.removesuffix(" ") if carried and number < len(parts) - 1 else part)
-    return ids
-
-
-def split_at(words: Collection[str], text: str) -> list[str]:
-    """Return what stands before, between and after the given words, and at the odd places the words themselves."""
-    pattern = "|".join(re.escape(word) for word in words)
-    return re.split(f"({pattern})", text) if words else [text]
-
-
-def carries_spaces(tokenizer: Tokenizer) -> bool:
-    """Tell whether there are tokens such as ` word`; a vocabulary of single characters has none."""
-    pieces = (tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size))
-    return any(data[:1] == b" " and data.strip() for data in pieces)
 
 
 def mask_words(tokenizer: Tokenizer) -> set[str]:

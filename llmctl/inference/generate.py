@@ -4,7 +4,6 @@ A prompt's result does not depend on what else is in its batch: rows are padded 
 prompt draws from its own random numbers, seeded by (seed, number of the prompt). What prompts begin with alike is read once.
 """
 
-import codecs
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -16,10 +15,9 @@ from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 from llmctl.inference import sampling
 from llmctl.inference.beam import beam_search
-from llmctl.inference.fill import encode_around
 from llmctl.inference.prefix import Prefix
 from llmctl.inference.session import Session
-from llmctl.tokenizer.base import Tokenizer
+from llmctl.inference.text_stream import TextStream
 
 WINDOW_BATCHES = 8
 """Batches of prompts that are sorted by length together; results come out in the order of the prompts."""
@@ -48,24 +46,6 @@ class Completion:
     ids: list[int]
     text: str
     finish: str
-
-
-def encode_prompt(loaded: Loaded, text: str) -> list[int]:
-    """Return a prompt's ids as the model was trained to see the beginning of a text, or a whole source.
-
-    In a source `<extra_id_0>`, `<extra_id_1>`, ... are the gaps to fill of a model trained on spans.
-    Raises: UsageError for a model without a tokenizer.
-    """
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "--ids takes and gives token ids")
-    if loaded.model.config.family == "encoder_decoder":
-        sentinels = {f"<extra_id_{n}>": index for n, index in enumerate(tokenizer.sentinel_ids())}
-        return [*encode_around(tokenizer, text, sentinels), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-    ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
-    if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs something to go on from
-        return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
-    return ids
 
 
 def end_ids(loaded: Loaded) -> set[int]:
@@ -280,55 +260,6 @@ def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "Text
     known = [index for index in prompt.ids if index < tokenizer.vocab_size]
     begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(known)
     return TextStream(tokenizer, config.stop, begins=begins)
-
-
-class TextStream:
-    """Turns tokens into text as they come: no broken characters, stop strings cut off even across tokens.
-
-    `text` is everything given out so far. Without a tokenizer there is no text. With `begins`, the space that a
-    tokenizer itself puts before the first word of a text is left out again.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], *, begins: bool = False) -> None:
-        self.tokenizer, self.stop, self.begins = tokenizer, [text for text in stop if text], begins
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.text, self.held = "", ""
-        self.is_stopped = False
-
-    def feed(self, token: int) -> str:
-        """Take a token and return the text that is certain to stay."""
-        if self.tokenizer is None or self.is_stopped:
-            return ""
-        data = self.tokenizer.decode_bytes([token])
-        if self.begins and data:
-            self.begins = False
-            data = data.removeprefix(b"" if self.tokenizer.decode([token]).startswith(" ") else b" ")
-        return self._give(self.held + self.decoder.decode(data))
-
-    def close(self) -> str:
-        """Return what was held back; an incomplete character becomes U+FFFD."""
-        if self.is_stopped:
-            return ""
-        rest = self._give(self.held + self.decoder.decode(b"", final=True))
-        tail, self.held = self.held, ""  # nothing is held once a stop string was found
-        self.text += tail
-        return rest + tail
-
-    def _give(self, pending: str) -> str:
-        places = [place for place in (pending.find(stop) for stop in self.stop) if place >= 0]
-        if places:
-            self.is_stopped, self.held = True, ""
-            new = pending[: min(places)]
-        else:
-            n_held = max((overlap(pending, stop) for stop in self.stop), default=0)
-            new, self.held = pending[: len(pending) - n_held], pending[len(pending) - n_held :]
-        self.text += new
-        return new
-
-
-def overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` could be the beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)
 
 
 def parse_ids(text: str, index: int) -> list[int]:

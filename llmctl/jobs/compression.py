@@ -18,15 +18,15 @@ from llmctl.distilling.teacher_texts import write_texts
 from llmctl.distributed.runtime import Runtime
 from llmctl.errors import ArtifactError
 from llmctl.jobs.generation_scores import make_sampler, make_score
-from llmctl.jobs.job import Job, Say
-from llmctl.jobs.pretrain import label_prediction, token_bytes_of
+from llmctl.jobs.job import Job
 from llmctl.model.flops import Rows
 from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import keep_corpus, open_corpus
+from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource, to_device
 from llmctl.training.held_out import measure
 from llmctl.training.loop import Training
-from llmctl.training.objectives import Objective
+from llmctl.training.objectives import Objective, label_prediction, token_bytes_of
 from llmctl.training.samples import Sampler
 from llmctl.training.task_data import (
     check_task,
@@ -39,7 +39,7 @@ from llmctl.training.task_data import (
 )
 
 if TYPE_CHECKING:
-    from llmctl.distilling.report import Report
+    from llmctl.runs.comparison import Report
 
 
 class Taught(Job):

@@ -14,28 +14,29 @@ from typing import Any
 
 import torch
 
-from llmctl.artifacts.load import load_model
+from llmctl.artifacts.load import is_bare, load_model
 from llmctl.artifacts.with_adapters import identity_of, read_model
 from llmctl.config import DistillConfig, ModelConfig
 from llmctl.distilling.cut_student import cut_student
 from llmctl.distilling.objectives import Distillation
 from llmctl.distilling.report import make_report, render
-from llmctl.distilling.settings import check_distill, is_bare, student_model
-from llmctl.distilling.student_shape import count, parse_student, shape_between
+from llmctl.distilling.settings import check_distill, student_model
+from llmctl.distilling.student_shape import parse_student, shape_between
 from llmctl.distilling.teacher_cache import CachedBatches, check_cache, content_of
 from llmctl.files import write_json
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.teacher_signals import SignalStore
 from llmctl.jobs.compression import Taught
-from llmctl.jobs.job import Say
-from llmctl.jobs.pretrain import token_bytes_of
 from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.flops import row_flops
+from llmctl.model.parameters import count
 from llmctl.model.transformer import LanguageModel, initialise, load_tensors
 from llmctl.runs.folder import Run
+from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource, to_device
 from llmctl.training.loop import Fitted, Training
-from llmctl.training.objectives import Objective
+from llmctl.training.objectives import Objective, token_bytes_of
 from llmctl.training.task_data import (
     task_batches,
     task_rows,

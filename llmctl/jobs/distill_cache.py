@@ -15,8 +15,8 @@ from llmctl.errors import UsageError
 from llmctl.files import json_text, write_text
 from llmctl.formats.teacher_signals import SignalStore
 from llmctl.jobs.distill import Distilling
-from llmctl.jobs.job import Say
 from llmctl.machine import choose_dtype
+from llmctl.runs.progress import Say
 
 DATA = "data"
 ASKED = "asked.json"

@@ -17,6 +17,7 @@ from llmctl.model.flops import Rows, row_flops
 from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
 from llmctl.model.training_memory import memory
 from llmctl.tokenizer.train import VOCAB_SIZES
+from llmctl.training.batches import rows_of
 from llmctl.training.settings import DEFAULT_STEPS, check, model_config
 
 
@@ -82,22 +83,6 @@ def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelCon
     if Path(name).exists() and name.lower() not in {*PRESETS, *ALIASES}:
         return None, read_model(Path(name)).config
     return get_preset(name), model_config(config)
-
-
-def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
-    """Return the rows of a step; those of pairs are taken as full on both sides, which real ones are at most."""
-    train, data = config.train, config.data
-    if shape.family != "encoder_decoder":
-        is_encoder = shape.family == "encoder"
-        label_frac = data.mask_frac if is_encoder else 1.0
-        return Rows(train.batch_size, train.seq_len, label_frac=label_frac, packed=is_encoder or data.isolate)
-    source = target = train.seq_len
-    if config.objective == "span":
-        n_noise = max(1, round(train.seq_len * data.mask_frac))
-        n_spans = max(1, round(n_noise / data.mean_span_tokens))
-        # Either side has a sentinel per span and ends with its end-of-text token.
-        source, target = train.seq_len - n_noise + n_spans + 1, n_noise + n_spans + 1
-    return Rows(train.batch_size, source, target, packed=True)
 
 
 def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, rows: Rows, rate: float) -> int:

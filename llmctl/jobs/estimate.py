@@ -9,7 +9,7 @@ from typing import Any
 
 from llmctl.config import ModelConfig
 from llmctl.model.flops import Rows, row_flops
-from llmctl.model.presets import Parameters, count_parameters
+from llmctl.model.parameters import Parameters, count_parameters
 from llmctl.model.shapes import complete
 from llmctl.model.training_memory import FLOAT_BYTES, Memory, memory
 

@@ -17,14 +17,13 @@ from llmctl.artifacts.with_adapters import identity_of, read_model
 from llmctl.config import FinetuneConfig, QuantizeConfig, WeightsConfig
 from llmctl.distributed.runtime import Runtime
 from llmctl.errors import ArtifactError, UsageError
-from llmctl.formats.artifact import write_artifact
-from llmctl.formats.families.parameters import parameter_shapes
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.jobs.generation_scores import make_sampler, make_score
-from llmctl.jobs.job import Job, Say
-from llmctl.jobs.pretrain import label_prediction
+from llmctl.jobs.job import Job
 from llmctl.machine import give_back_memory
 from llmctl.model.flops import Rows
 from llmctl.model.lora import add_adapters, merge_adapters
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import keep_corpus, open_corpus
 from llmctl.preparing.examples import chat_of
@@ -33,9 +32,10 @@ from llmctl.quantizing.fake_quant import learned_state, rounding
 from llmctl.quantizing.qlora_base import BASE, BITS, write_packed_base
 from llmctl.quantizing.settings import plan_of
 from llmctl.runs.folder import Run
+from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource
 from llmctl.training.loop import Fitted
-from llmctl.training.objectives import Classification, Objective
+from llmctl.training.objectives import Classification, Objective, label_prediction
 from llmctl.training.samples import Sampler
 from llmctl.training.settings import check_shared
 from llmctl.training.task_data import (

@@ -17,10 +17,12 @@ from llmctl.distributed.runtime import describe_environment
 from llmctl.files import atomic_path, write_bytes
 from llmctl.formats.families.table import family_for
 from llmctl.jobs.job import Job
-from llmctl.metrics.figures import MetricsFile, loss_svg, rounded
+from llmctl.metrics.figures import rounded
 from llmctl.preparing.corpus import Corpus
 from llmctl.recipe import nested
 from llmctl.runs.folder import Run
+from llmctl.runs.loss_curve import loss_svg
+from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.model_card import model_card
 from llmctl.training.loop import Fitted, Training
 

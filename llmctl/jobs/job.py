@@ -12,18 +12,17 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from llmctl.distributed.runtime import Runtime
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.flops import Rows
 from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.preparing.corpus import Corpus
 from llmctl.runs.folder import Run
+from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource
 from llmctl.training.held_out import measure
 from llmctl.training.loop import Fitted, Training
 from llmctl.training.objectives import Objective
 from llmctl.training.samples import Sampler
-
-Say = Callable[[str], None]
 
 
 class Job(ABC):

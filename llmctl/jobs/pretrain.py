@@ -5,25 +5,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
+from llmctl.config import PretrainConfig
 from llmctl.distributed.runtime import Runtime
 from llmctl.formats.artifact import Artifact
-from llmctl.jobs.dry_run import rows_of
 from llmctl.jobs.finish import xz_comparison
 from llmctl.jobs.generation_scores import make_score
-from llmctl.jobs.job import Job, Say
+from llmctl.jobs.job import Job
 from llmctl.model.flops import Rows
-from llmctl.model.transformer import LanguageModel
-from llmctl.preparing.corpus import Corpus, keep_corpus, open_corpus, prepare_corpus
+from llmctl.preparing.corpus import keep_corpus, open_corpus, prepare_corpus
 from llmctl.runs.folder import Run
+from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource
-from llmctl.training.batches import label_flops, make_batches
+from llmctl.training.batches import label_flops, make_batches, rows_of
 from llmctl.training.build_model import build_model, label, load_base
-from llmctl.training.objectives import LabelPrediction, Objective
+from llmctl.training.objectives import Objective, label_prediction
 from llmctl.training.samples import Sampler, make_sampler, own_prompts
 from llmctl.training.settings import check, check_corpus
 
@@ -108,18 +103,3 @@ class Pretraining(Job):
             f"{before:.3f} -> {after:.3f} bits/byte on held-out text{xz}\n"
             f"next: llmctl {verb} -m {shlex.quote(summary['model'])} {shlex.quote(prompt)}"
         )
-
-
-def label_prediction(model: LanguageModel, corpus: Corpus, train: TrainConfig) -> LabelPrediction:
-    """Return label prediction over a corpus's tokens."""
-    return LabelPrediction(
-        model, token_bytes_of(corpus, model.config), train.loss_chunk_tokens, label_smoothing=train.label_smoothing
-    )
-
-
-def token_bytes_of(corpus: Corpus, config: ModelConfig) -> Tensor:
-    """Return the bytes of every token of a model's vocabulary (V,); ids that only pad it have none."""
-    token_bytes = np.zeros(config.vocab_size, dtype=np.int32)
-    known = corpus.tokenizer.token_bytes()
-    token_bytes[: len(known)] = known
-    return torch.from_numpy(token_bytes)

@@ -13,24 +13,25 @@ from typing import Any
 
 import torch
 
-from llmctl.artifacts.load import load_model
+from llmctl.artifacts.load import is_bare, load_model
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
-from llmctl.distilling.settings import is_bare
 from llmctl.files import write_json
-from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
-from llmctl.formats.families.parameters import parameter_shapes
+from llmctl.formats.artifact import Artifact, read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.jobs.compression import Taught
-from llmctl.jobs.job import Say
 from llmctl.losses.logits import is_native
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, load_tensors
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.bit_allocation import allocate, candidates, check_budget, measure_costs, parse_size
 from llmctl.quantizing.calibrate import calibrate, needs_data, refuse_unfinite
-from llmctl.quantizing.fake_quant import learned_state, learner, stored_state
+from llmctl.quantizing.fake_quant import learned_state, learner
+from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.report import make_report, render
 from llmctl.quantizing.settings import check_quantize, plan_of
 from llmctl.runs.folder import Run
+from llmctl.runs.progress import Say
 from llmctl.training.batch import to_device
 from llmctl.training.loop import Fitted, Training
 from llmctl.training.objectives import Objective

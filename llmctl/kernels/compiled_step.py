@@ -5,10 +5,7 @@ used from then on by whatever decodes; `LLMCTL_NATIVE=0` leaves it out. Nothing 
 """
 
 import ctypes
-import hashlib
 import os
-import shutil
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmctl.errors import LlmctlError, MissingCompilerError
-from llmctl.files import atomic_path, cache_folder
+from llmctl.kernels.compile import Library, library_path
 from llmctl.losses.logits import is_native
-from llmctl.machine import processor_name
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
 from llmctl.model.positions import rope_tables
@@ -30,16 +25,6 @@ from llmctl.quant.packing import pack
 from llmctl.quant.products import Kind, Product, rows_of
 from llmctl.quant.schemes import GROUPS, Scheme
 from llmctl.quant.weight import QuantWeight
-
-Library = ctypes.CDLL
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = (
-    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
-    # Sums may be reordered, as torch's own are; -ffast-math as a whole would change the process that loads this.
-    *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
-)
-HERE = "native"
-"""The processor of this machine, to its compiler."""
 
 MOST_ROWS = 4
 """Rows up to which the compiled step is used: it reads a weight once and multiplies row by row."""
@@ -99,53 +84,6 @@ class CModel(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         ("head", CMatrix),
     )
-
-
-def source_path() -> Path:
-    """Return the file that is compiled."""
-    return Path(__file__).parent / "cpp" / "decode.cpp"
-
-
-def library_path(processor: str = HERE) -> Path:
-    """Return where the library for this source, processor and set of flags lies."""
-    features = ""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = [source_path().read_text(encoding="utf-8"), " ".join(flags_for(processor)), processor_name(), features]
-    return cache_folder() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-
-
-def flags_for(processor: str) -> tuple[str, ...]:
-    """Return the compiler's flags for a processor."""
-    return (*FLAGS, f"-march={processor}")
-
-
-def compile_library(processor: str = HERE) -> Path:
-    """Compile the step for this machine, or for another processor as compilers name it, and return its file; a few seconds.
-
-    Raises: MissingCompilerError without a compiler; LlmctlError with the compiler's first complaint.
-    """
-    named = os.environ.get("CXX")
-    compiler = next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise MissingCompilerError(
-            f"no C++ compiler found (looked for {named or ', '.join(COMPILERS)})", "install g++, or name one with CXX"
-        )
-    target = library_path(processor)
-    with atomic_path(target) as temporary:
-        done = subprocess.run(
-            [compiler, *flags_for(processor), str(source_path()), "-o", str(temporary)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-            raise LlmctlError(
-                f"`{compiler}` cannot compile the decoding step: {complaint}", "a newer g++ may; CXX names it"
-            )
-    return target
 
 
 def find_library() -> Library | None:

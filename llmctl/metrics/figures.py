@@ -3,14 +3,10 @@
 Knows nothing of models. A figure is always a quotient of two global sums, never an average of averages.
 """
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from llmctl.files import write_text
 
 
 class Figure(NamedTuple):
@@ -91,46 +87,6 @@ class Sums:
         }
 
 
-class MetricsFile:
-    """`metrics.jsonl`: one object per line, appended and flushed, so that a killed run keeps what it wrote."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, record: Mapping[str, Any]) -> str:
-        """Add one line; return why it could not be written, or an empty string: training must not end for it."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
-        except OSError as error:
-            return str(error)
-        return ""
-
-    def cut_after(self, step: int, checked_step: int) -> None:
-        """Drop the lines of steps and evaluations that a resumed run will take again, the closing one among them."""
-
-        def stays(line: Mapping[str, Any]) -> bool:
-            if line.get("kind") != "eval":
-                return line["step"] <= step
-            return line["step"] <= checked_step and not (line.get("full") and line["step"])
-
-        if self.path.exists():
-            kept = [line for line in self.read() if stays(line)]
-            write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return all complete lines."""
-        # A killed run may leave half a character; its line is half a line, which is passed over below.
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        records = []
-        for line in text.split("\n"):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a killed run
-                continue
-        return records
-
-
 def rounded(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record with floats of six digits, and null where a number is not finite (JSON has no NaN)."""
 
@@ -140,52 +96,3 @@ def rounded(record: Mapping[str, Any]) -> dict[str, Any]:
         return value
 
     return {key: shorten(value) for key, value in record.items()}
-
-
-def sparkline(values: Sequence[float], width: int = 30, *, ascii_only: bool = False) -> str:
-    """Return the last `width` values as a line of bars, scaled to their own range."""
-    bars = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
-    recent = [value for value in values[-width:] if math.isfinite(value)]
-    if not recent:
-        return ""
-    low, high = min(recent), max(recent)
-    span = (high - low) or 1.0
-    return "".join(bars[min(len(bars) - 1, int((value - low) / span * len(bars)))] for value in recent)
-
-
-def loss_svg(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> str:
-    """Return a picture of the loss over the steps: training as a thin line, held-out as dots joined by a line."""
-    points = [*train, *held_out]
-    if not points:
-        return '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="360"/>\n'
-    width, height, left, top = 640, 360, 56, 24
-    inner_width, inner_height = width - left - 16, height - top - 40
-    last_step = max(1, *(step for step, _ in points))
-    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-    span = (high - low) or 1.0
-
-    def place(step: int, loss: float) -> str:
-        return f"{left + inner_width * step / last_step:.1f},{top + inner_height * (high - loss) / span:.1f}"
-
-    def path(series: Sequence[tuple[int, float]]) -> str:
-        return " ".join(place(step, loss) for step, loss in series)
-
-    ticks = "".join(
-        f'<text x="{left - 6}" y="{top + inner_height * share + 4:.1f}" text-anchor="end">{high - span * share:.2f}</text>'
-        f'<line x1="{left}" x2="{width - 16}" y1="{top + inner_height * share:.1f}" y2="{top + inner_height * share:.1f}" '
-        'stroke="#ddd"/>'
-        for share in (0.0, 0.25, 0.5, 0.75, 1.0)
-    )
-    dots = "".join(
-        '<circle r="3" fill="#c33" cx="{}" cy="{}"/>'.format(*place(step, loss).split(",")) for step, loss in held_out
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
-        f'font-size="11"><rect width="100%" height="100%" fill="white"/>{ticks}'
-        f'<polyline fill="none" stroke="#36c" stroke-width="1" points="{path(train)}"/>'
-        f'<polyline fill="none" stroke="#c33" stroke-width="1.5" points="{path(held_out)}"/>{dots}'
-        f'<text x="{left}" y="{height - 20}">0</text>'
-        f'<text x="{width - 16}" y="{height - 20}" text-anchor="end">{last_step} steps</text>'
-        f'<text x="{left}" y="14">loss, nats per label: <tspan fill="#36c">training</tspan>, '
-        f'<tspan fill="#c33">held out</tspan></text></svg>\n'
-    )

@@ -16,7 +16,8 @@ from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, attend
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.positions import rope_tables
-from llmctl.model.transformer import ACTIVATIONS, Block, LanguageModel, Stack
+from llmctl.model.stack import ACTIVATIONS, Block, Stack
+from llmctl.model.transformer import LanguageModel
 from llmctl.quant.joined import join_quantised
 from llmctl.quant.linear import QuantLinear
 

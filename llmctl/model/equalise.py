@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmctl.model.transformer import Block, FeedForward
+from llmctl.model.stack import Block, FeedForward
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from llmctl.model.importance import Batches
 from llmctl.model.transformer import LanguageModel
-from llmctl.runs.progress import paced
 
 CHUNK_TOKENS = 256
 """Positions whose logits exist at the same time."""
@@ -35,21 +34,21 @@ def token_weights(
     batches: Batches,
     *,
     seed: int = 0,
-    say: Callable[[str], None] = lambda _: None,
+    done: Callable[[int], None] = lambda _: None,
 ) -> Weights:
     """Return how much errors in the outputs of linear maps count, position by position; the model stays as it is.
 
-    A map that no prediction depends on has no weights. `say` hears how far it has come.
+    A map that no prediction depends on has no weights. `done` is called with the number of batches that are over.
     Source: GuidedQuant, Kim et al. 2025, arXiv:2505.07004, eq. 7, with all outputs of a map in one group.
     """
     found: dict[str, list[Tensor]] = {}
     hooks = {name: squares(found.setdefault(name, [])) for name in names}
-    listen(model, hooks, batches, say, seed)
+    listen(model, hooks, batches, done, seed)
     return {name: tempered(parts) for name, parts in found.items() if len(parts) == len(batches)}
 
 
 def listen(
-    model: LanguageModel, hooks: Mapping[str, Hook], batches: Batches, say: Callable[[str], None], seed: int
+    model: LanguageModel, hooks: Mapping[str, Hook], batches: Batches, done: Callable[[int], None], seed: int
 ) -> int:
     """Go back through a model from every batch, hooks hearing the gradients of what comes out of maps; return the labels.
 
@@ -61,7 +60,6 @@ def listen(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
-    done = paced(say, "what errors cost: batch", len(batches))
     try:
         for number, batch in enumerate(batches, start=1):
             n_labels += go_back(model, batch, generator)

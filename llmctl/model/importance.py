@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmctl.model.attention import Attention
-from llmctl.model.transformer import Block, FeedForward, LanguageModel, Stack
+from llmctl.model.stack import Block, FeedForward, Stack
+from llmctl.model.transformer import LanguageModel
 
 Batches = Sequence[Mapping[str, Tensor]]
 

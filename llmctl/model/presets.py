@@ -12,7 +12,6 @@ from typing import Any
 
 from llmctl.config import Family, ModelConfig
 from llmctl.errors import UsageError
-from llmctl.model.shapes import complete
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,6 @@ class Preset:
     n_parameters: int | None = None
     tokens: int = 0
     dims_only: bool = False
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """A model's parameters by what they cost.
-
-    embedding: tables that are looked up (tokens, positions, token types, queries). non_embedding: everything else,
-    an untied head included. matrices: the part of non_embedding that multiplies vectors, the untied head left out.
-    head: rows x columns of the matrix before the logits, tied or not.
-    """
-
-    total: int
-    embedding: int
-    non_embedding: int
-    matrices: int
-    head: int
 
 
 # The maths of each family's default block; the plain sizes below bring only dimensions.
@@ -313,58 +296,3 @@ def preset_config(name: str, family: Family | None = None) -> ModelConfig:
             f"the sizes {sizes} fit every family",
         )
     return config
-
-
-def count_parameters(config: ModelConfig) -> Parameters:
-    """Count a model's parameters without building it.
-
-    Raises: UsageError if the configuration contradicts itself.
-    """
-    config = complete(config)
-    norm = (2 if config.norm == "layernorm" else 1) * config.d_model
-    if config.family == "encoder_decoder":
-        stacks = [
-            _stack(config, config.n_layers, norm, cross=False),
-            _stack(config, config.n_decoder_layers, norm, cross=True),
-        ]
-    else:
-        stacks = [_stack(config, config.n_layers, norm, cross=False)]
-    head = config.vocab_size * config.d_model
-    tables = head + sum(stack[0] for stack in stacks)
-    matrices = sum(stack[1] for stack in stacks)
-    vectors = sum(stack[2] for stack in stacks) + config.vocab_size * config.logits_bias
-    if config.head_transform:
-        matrices += config.d_model**2
-        vectors += config.d_model + norm
-    non_embedding = matrices + vectors + (0 if config.tie_embeddings else head)
-    return Parameters(tables + non_embedding, tables, non_embedding, matrices, head)
-
-
-def _stack(config: ModelConfig, n_layers: int, norm: int, *, cross: bool) -> tuple[int, int, int]:
-    """Return the table, matrix and vector parameters of one stack of blocks."""
-    tables = config.n_token_types * config.d_model
-    if config.positions == "learned":
-        tables += (config.max_positions + config.position_offset) * config.d_model
-    if config.positions == "relative":
-        tables += config.n_relative_buckets * config.n_heads
-    if config.query_layer:
-        tables += config.max_positions * config.d_model
-    n_blocks = n_layers + config.query_layer
-    matrices, vectors = _block(config, norm, cross=cross)
-    outer_norms = config.embedding_norm + (config.norm_position == "pre")
-    return tables, n_blocks * matrices, n_blocks * vectors + outer_norms * norm
-
-
-def _block(config: ModelConfig, norm: int, *, cross: bool) -> tuple[int, int]:
-    """Return the matrix and vector parameters of one block."""
-    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    n_attentions, n_mlp = 1 + cross, 2 + config.gated
-    matrices = n_attentions * 2 * config.d_model * (q_width + kv_width) + n_mlp * config.d_model * config.d_ff
-    vectors = (2 + cross) * norm
-    if config.attention_bias:
-        vectors += n_attentions * (q_width + 2 * kv_width + config.d_model)
-    if config.qk_norm:
-        vectors += n_attentions * 2 * config.head_dim
-    if config.mlp_bias:
-        vectors += (n_mlp - 1) * config.d_ff + config.d_model
-    return matrices, vectors

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from llmctl.config import ModelConfig
 from llmctl.model.flops import Rows, Shape
-from llmctl.model.presets import count_parameters
+from llmctl.model.parameters import count_parameters
 from llmctl.model.shapes import complete
 
 FLOAT_BYTES = 4

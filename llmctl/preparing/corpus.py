@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from llmctl.config import DataConfig, PretrainConfig, TokenizerConfig
 from llmctl.data.builtin import builtin_documents, builtin_pairs, builtin_provenance
 from llmctl.data.pairs import read_pairs, two_files
-from llmctl.data.shards import ShardSet, is_shard_folder, write_shards
+from llmctl.data.shard_writer import write_shards
+from llmctl.data.shards import ShardSet, is_shard_folder
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import atomic_path, write_bytes, write_json
+from llmctl.runs.progress import Say
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer, tokenizer_from_files
 from llmctl.tokenizer.train import train_tokenizer
 
 Ints = NDArray[np.int64]
-Say = Callable[[str], None]
 
 MANY_CHARACTERS = 50_000_000
 """Text larger than this is worth starting a process per core for."""

@@ -17,8 +17,7 @@ from llmctl.data.templates import fill_template
 from llmctl.errors import UsageError
 from llmctl.inference.chat_ids import encode_conversation, end_of_turn_ids
 from llmctl.inference.chat_template import ChatTemplate
-from llmctl.inference.generate import encode_prompt
-from llmctl.inference.rows import encode_rows, require_tokenizer
+from llmctl.inference.encoding import encode_prompt, encode_rows, require_tokenizer
 from llmctl.preparing.diagnostics import Findings
 
 AT_ONCE = 512

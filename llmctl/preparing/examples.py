@@ -18,11 +18,11 @@ from llmctl.config import TaskConfig
 from llmctl.data.conversations import read_conversations
 from llmctl.data.examples import read_examples
 from llmctl.data.labels import Labels, labels_of, read_names
-from llmctl.data.shards import RowWriter
+from llmctl.data.shard_writer import RowWriter
 from llmctl.data.templates import template_for
 from llmctl.errors import UsageError
 from llmctl.inference.chat_template import ChatTemplate, chat_template
-from llmctl.inference.rows import require_tokenizer
+from llmctl.inference.encoding import require_tokenizer
 from llmctl.preparing.corpus import Corpus, is_once, pairs_sha256, split_groups, spool
 from llmctl.preparing.diagnostics import Findings
 from llmctl.preparing.example_rows import (

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any
 
 from llmctl.artifacts.load import Loaded
-from llmctl.inference.rows import require_tokenizer
+from llmctl.inference.encoding import require_tokenizer
 from llmctl.preparing.example_rows import ExampleRow
 from llmctl.tokenizer.base import Tokenizer
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from llmctl.config import DataConfig, TokenizerConfig
 from llmctl.data.builtin import builtin_documents, builtin_provenance
-from llmctl.data.shards import Part, ShardSet, is_begun, write_shards
+from llmctl.data.shard_writer import write_shards
+from llmctl.data.shards import Part, ShardSet, is_begun
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import OutputError, UsageError
 from llmctl.files import atomic_path, ensure_writable, write_bytes

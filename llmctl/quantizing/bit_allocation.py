@@ -25,6 +25,7 @@ from llmctl.model.transformer import LanguageModel
 from llmctl.quant.grid import decode
 from llmctl.quant.methods import clipped
 from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
+from llmctl.runs.progress import paced
 
 WIDTHS = {2: (1,), 3: (1, 2), 4: (1, 2), 5: (2,), 6: (2,)}
 """Bits that a layer may get in groups, and how many times as wide as the plan's these are; eight bits are for whole rows.
@@ -118,7 +119,7 @@ def measure_part(
         hooks[name] = adder(inputs, name, changes, schemes, costs[name])
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16)):
-            n_labels = listen(model, hooks, batches, say, seed)
+            n_labels = listen(model, hooks, batches, paced(say, "Fisher information: batch", len(batches)), seed)
     finally:
         for handle in handles:
             handle.remove()

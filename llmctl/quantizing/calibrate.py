@@ -4,7 +4,7 @@ No more than one layer's moments, and the streams of the calibration rows, are h
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,21 +15,18 @@ from torch import Tensor, nn
 from llmctl.errors import ArtifactError
 from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
 from llmctl.model.equalise import fold, joints, shared_factors
-from llmctl.model.fisher import token_weights
+from llmctl.model.fisher import Weights, token_weights
 from llmctl.model.importance import Batches, read
-from llmctl.model.transformer import Block, LanguageModel
+from llmctl.model.stack import Block
+from llmctl.model.streams import catch, chains, linears, names_of, run
+from llmctl.model.transformer import LanguageModel
 from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes, decode
 from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, WEIGHS, Moments, output_error
 from llmctl.quant.schemes import Scheme
-from llmctl.runs.progress import paced
+from llmctl.runs.progress import Say, paced
 
 Plan = Mapping[str, Scheme]
-Say = Callable[[str], None]
-
-
-class _CaughtError(Exception):
-    """The inputs of a block are known; the rest of the pass is not needed."""
 
 
 @dataclass
@@ -58,7 +55,10 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
     found = Calibrated()
     in_blocks: set[str] = set()
     sees_data = needs_data(plan, method)
-    weights = token_weights(model, filter(is_inside, plan), batches, say=say) if method in WEIGHS else {}
+    weights: Weights = {}
+    if method in WEIGHS:
+        done = paced(say, "Fisher information: batch", len(batches))
+        weights = token_weights(model, filter(is_inside, plan), batches, done=done)
     for prefix, blocks in chains(model):
         streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
         done = paced(say, f"{prefix}layer", len(blocks))
@@ -151,49 +151,6 @@ def choose(
         found.lost[name] = output_error(original, meant, moments)
     found.codes[name] = codes
     weight.copy_(meant)
-
-
-def chains(model: LanguageModel) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Yield runs of blocks that hand their stream on, with a name for people; encoders come before decoders."""
-    for stack in model.stacks():
-        prefix = "" if len(model.stacks()) == 1 else "decoder " if stack.causal else "encoder "
-        yield prefix, list(stack.layers)
-        if stack.config.query_layer:
-            yield f"{prefix}query ", [stack.query_layer]
-
-
-def names_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Return module -> name."""
-    return {module: name for name, module in model.named_modules()}
-
-
-def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Return the linear maps of a block by their names in it."""
-    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-
-
-def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Return what a block is called with when the model reads a batch."""
-    caught: list[tuple[Any, ...]] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-        caught.append(args)
-        raise _CaughtError
-
-    handle = block.register_forward_pre_hook(hook)
-    try:
-        read(model, batch)
-    except _CaughtError:
-        pass
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
-    """Return what a block makes of a stream."""
-    out: Tensor = block(*stream)
-    return out
 
 
 def observe(

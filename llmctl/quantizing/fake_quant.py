@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.quantization import is_inside
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, load_tensors, put_module
 from llmctl.quant.learned import LearnedLinear, ScaledLinear, learned_codes
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import PARTS, packed, unpacked
-from llmctl.quantizing.calibrate import Calibrated, calibrate
+from llmctl.quantizing.calibrate import calibrate
+from llmctl.quantizing.packed_state import small_in_16_bits, stored_state
 
 LEARNED_PARTS = ("weight", "codes_OI", "ratio", "scales_OG", "zeros_OG")
 """Tensors of a layer that learns: the weight, or the codes that stay."""
@@ -63,26 +63,6 @@ def learned_state(trained: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) 
             codes = learned_codes(parts, scheme)
             state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, scheme).items()}
     return small_in_16_bits(state)
-
-
-def small_in_16_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state whose float32 tables have 16 bits; vectors, and what is packed, stay as they are."""
-    return {
-        name: tensor.half() if tensor.dim() > 1 and tensor.dtype == torch.float32 else tensor
-        for name, tensor in state.items()
-    }
-
-
-def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, Tensor]:
-    """Return the state to write: packed tensors, 16-bit tables, and the small rest as it is."""
-    dropped = {f"{name}.weight" for name in plan}
-    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
-    state = small_in_16_bits(kept)
-    if model.config.tie_embeddings:
-        state.pop("lm_head.weight", None)
-    for name, codes in found.codes.items():
-        state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, plan[name]).items()}
-    return state
 
 
 def rounding(model: LanguageModel, schemes: Mapping[str, Scheme]) -> LanguageModel:

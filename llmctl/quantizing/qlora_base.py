@@ -14,10 +14,10 @@ from typing import Any
 from llmctl.artifacts.load import Loaded
 from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import QuantizeConfig, WeightsConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing.calibrate import calibrate, refuse_unfinite
-from llmctl.quantizing.fake_quant import stored_state
+from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import plan_of
 
 BASE = "base-int4"

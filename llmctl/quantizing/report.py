@@ -9,16 +9,16 @@ from torch import Tensor
 
 from llmctl.benchmarking.speed import reading_speed, writing_speed
 from llmctl.config import QuantizeConfig
-from llmctl.distilling.report import ROWS, Report, row, shown
 from llmctl.formats.artifact import Artifact
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.quantization import EXPONENT, PARTS, WEIGHT
 from llmctl.kernels.product_table import Measured, give_table
 from llmctl.machine import peak_memory_bytes
 from llmctl.metrics.figures import FIGURES, rounded
 from llmctl.metrics.gate import parse_gate
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
+from llmctl.runs.comparison import ROWS, Report, row, shown
 
 
 def make_report(

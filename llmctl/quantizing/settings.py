@@ -4,16 +4,16 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
-from llmctl.distilling.settings import TASKS, is_bare
-from llmctl.distilling.student_shape import count
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
 from llmctl.metrics.gate import parse_gate
+from llmctl.model.parameters import count
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
 from llmctl.quantizing.bit_allocation import parse_size
-from llmctl.training.settings import check_shared
+from llmctl.training.settings import TASKS, check_shared
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
 REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from llmctl.distributed.sharding import Part
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
 from llmctl.files import sync, write_json, writing
 from llmctl.formats.safetensors import read_tensors, write_safetensors
@@ -26,19 +27,6 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 KINDS = ("model", "optimizer")
 Result = TypeVar("Result")
-
-
-class Part(NamedTuple):
-    """The rows from `start` on of a tensor whose whole shape is `shape`; a tensor of no dimension is whole."""
-
-    tensor: Tensor
-    shape: tuple[int, ...]
-    start: int = 0
-
-
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    """Return tensors as parts that are all of themselves."""
-    return {name: Part(tensor, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 class Team(Protocol):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from llmctl.artifacts.load import runs_folder
 from llmctl.errors import BusyError, NotFoundError, UsageError
 from llmctl.files import discard, write_json, writing
 
@@ -180,3 +179,15 @@ def point_latest(path: Path) -> None:
     except OSError:  # a file system without symbolic links; the text file below serves it
         temporary.unlink(missing_ok=True)
     (folder / "LATEST").write_text(path.name + "\n", encoding="utf-8")
+
+
+def runs_folder() -> Path:
+    """Return where runs live: `LLMCTL_RUNS`, else `runs/` of the nearest parent that has one, else `./runs`."""
+    named = os.environ.get("LLMCTL_RUNS")
+    if named:
+        return Path(named)
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "runs").is_dir():
+            return Path(os.path.relpath(folder / "runs"))
+    return Path("runs")

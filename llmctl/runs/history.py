@@ -16,13 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts.load import runs_folder
 from llmctl.config import TRAINING, PretrainConfig
 from llmctl.errors import LlmctlError
 from llmctl.formats.safetensors import read_header
-from llmctl.metrics.figures import FIGURES, MetricsFile
+from llmctl.metrics.figures import FIGURES
 from llmctl.recipe import flatten, keys_of, read_recipe, values_of
-from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record
+from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record, runs_folder
+from llmctl.runs.metrics_file import MetricsFile
 
 NO_TOTAL_STEPS = 10**9
 """What the loop's plan holds until a budget of minutes is divided by the time of a step."""

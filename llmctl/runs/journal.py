@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmctl.metrics.figures import MetricsFile
+from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import Progress
 
 

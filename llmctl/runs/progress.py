@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from llmctl.metrics.figures import sparkline
+from llmctl.runs.loss_curve import sparkline
+
+Say = Callable[[str], None]
+"""Writes one line of progress."""
 
 SAY_SECONDS = 3.0
 """How long something takes at least before, and between, lines on how far it has come."""

@@ -6,7 +6,7 @@ from llmctl.config import ModelConfig, PretrainConfig
 from llmctl.data.batches import Batches, CausalBatches, Ids, MaskedBatches, PairBatches, SpanBatches
 from llmctl.data.masking import Masking
 from llmctl.data.stream import PackedRows, PairRows
-from llmctl.model.flops import Shape, flops_per_token
+from llmctl.model.flops import Rows, Shape, flops_per_token
 from llmctl.preparing.corpus import Corpus
 
 
@@ -59,3 +59,19 @@ def label_flops(config: PretrainConfig, model: ModelConfig) -> float:
     # The head works where labels are, and nowhere else.
     unlabelled = 1 - config.data.mask_frac if config.objective == "mlm" else 0.0
     return per_token - 6 * Shape.of(model).head * unlabelled
+
+
+def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
+    """Return the rows of a step; those of pairs are taken as full on both sides, which real ones are at most."""
+    train, data = config.train, config.data
+    if shape.family != "encoder_decoder":
+        is_encoder = shape.family == "encoder"
+        label_frac = data.mask_frac if is_encoder else 1.0
+        return Rows(train.batch_size, train.seq_len, label_frac=label_frac, packed=is_encoder or data.isolate)
+    source = target = train.seq_len
+    if config.objective == "span":
+        n_noise = max(1, round(train.seq_len * data.mask_frac))
+        n_spans = max(1, round(n_noise / data.mean_span_tokens))
+        # Either side has a sentinel per span and ends with its end-of-text token.
+        source, target = train.seq_len - n_noise + n_spans + 1, n_noise + n_spans + 1
+    return Rows(train.batch_size, source, target, packed=True)

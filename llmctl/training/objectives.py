@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmctl.config import Family
+from llmctl.config import Family, ModelConfig, TrainConfig
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.losses.cross_entropy import linear_cross_entropy
 from llmctl.metrics.figures import Sums
 from llmctl.metrics.scores import f1_score, matthews, pearson, spearman
 from llmctl.model.transformer import LanguageModel
+from llmctl.preparing.corpus import Corpus
 
 
 @dataclass(frozen=True)
@@ -171,3 +172,18 @@ class Classification(Objective):
                 found, wanted = found[:, 0], wanted[:, 0]
             figures["f1"] = f1_score(found, wanted, self.model.config.n_labels)
         return figures | {"n_labels": int(count)}
+
+
+def label_prediction(model: LanguageModel, corpus: Corpus, train: TrainConfig) -> LabelPrediction:
+    """Return label prediction over a corpus's tokens."""
+    return LabelPrediction(
+        model, token_bytes_of(corpus, model.config), train.loss_chunk_tokens, label_smoothing=train.label_smoothing
+    )
+
+
+def token_bytes_of(corpus: Corpus, config: ModelConfig) -> Tensor:
+    """Return the bytes of every token of a model's vocabulary (V,); ids that only pad it have none."""
+    token_bytes = np.zeros(config.vocab_size, dtype=np.int32)
+    known = corpus.tokenizer.token_bytes()
+    token_bytes[: len(known)] = known
+    return torch.from_numpy(token_bytes)

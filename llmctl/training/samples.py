@@ -7,8 +7,9 @@ import torch
 from llmctl.artifacts.load import Loaded
 from llmctl.config import GenerateConfig, PretrainConfig
 from llmctl.formats.artifact import Artifact
+from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.fill import fill
-from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.inference.generate import Prompt, generate
 from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import Corpus
 

@@ -153,3 +153,6 @@ def refuse_changes(path: Path, changes: Mapping[str, tuple[Any, Any]], allowed: 
         raise UsageError(
             f"the recipe differs from that of `{path}`: {show(refused)}", f"{flags} goes on with it changed"
         )
+
+
+TASKS = ("chat", "classify", "translate", "summarize", "qa")

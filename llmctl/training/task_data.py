@@ -10,14 +10,13 @@ from llmctl.data.batches import AnswerBatches, ClassBatches, Ids, PairBatches
 from llmctl.data.labels import Labels
 from llmctl.data.stream import ExampleRows, PackedExamples, PairRows
 from llmctl.errors import UsageError
-from llmctl.jobs.dry_run import rows_of
-from llmctl.jobs.job import Say
 from llmctl.model.flops import Rows
 from llmctl.preparing.corpus import Corpus, prepare_corpus
 from llmctl.preparing.examples import prepare_examples
 from llmctl.preparing.show_example import show_example
+from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource
-from llmctl.training.batches import make_batches
+from llmctl.training.batches import make_batches, rows_of
 from llmctl.training.objectives import OBJECTIVES
 from llmctl.training.settings import check_corpus
 

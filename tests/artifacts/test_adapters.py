@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from llmctl.artifacts.adapters import apply_adapters, load_adapter, save_adapter
-from llmctl.artifacts.load import announce, load_model, resolve_model
+from llmctl.artifacts.find import announce, resolve_model
+from llmctl.artifacts.load import load_model
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import AdapterConfig, ModelConfig
 from llmctl.converting.convert import export_model, import_model
 from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
-from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact, write_artifact
+from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.lora import adapter_modules, adapter_state, add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel, initialise
 

@@ -8,11 +8,12 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import QuantizeConfig, WeightsConfig
 from llmctl.data.labels import Labels
 from llmctl.errors import ArtifactError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.families.table import family_for
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 from llmctl.quantizing.calibrate import calibrate
-from llmctl.quantizing.fake_quant import stored_state
+from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import plan_of
 from tests.support.tuning import FAMILIES
 

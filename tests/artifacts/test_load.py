@@ -8,20 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmctl.artifacts.load import (
-    Loaded,
-    announce,
-    default_file,
-    load_model,
-    nothing_found,
-    resolve_model,
-    runs_folder,
-    without_weights,
-)
+from llmctl.artifacts.find import announce, default_file, nothing_found, resolve_model
+from llmctl.artifacts.load import Loaded, load_model, without_weights
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.formats.artifact import Artifact, write_artifact
+from llmctl.formats.artifact import Artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.runs.folder import runs_folder
 
 
 def model(family: str = "decoder", **fields) -> LanguageModel:

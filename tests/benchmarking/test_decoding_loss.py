@@ -9,7 +9,8 @@ from llmctl.benchmarking.decoding_loss import ROW_TOKENS, read_rows, rows_of, st
 from llmctl.benchmarking.random_models import random_model
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.kernels.compiled_step import compile_library, load_library, make_native
+from llmctl.kernels.compile import compile_library
+from llmctl.kernels.compiled_step import load_library, make_native
 from llmctl.model.decode import Decoder
 from tests.support.models import KINDS
 

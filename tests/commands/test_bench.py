@@ -8,7 +8,7 @@ from llmctl.benchmarking.bench import read_per_token
 from llmctl.benchmarking.random_models import random_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig, TokenizerConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

@@ -18,7 +18,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.commands.chat import show_answer
 from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
 from llmctl.data.conversations import Message, read_conversations
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.chat import Chat
 from llmctl.inference.chat_ids import encode_prompt_chat
 from llmctl.inference.chat_template import template_of

@@ -8,7 +8,7 @@ import pytest
 from llmctl.artifacts.heads import with_head
 from llmctl.artifacts.load import load_model
 from llmctl.data.labels import Labels
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.classify import classify
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.converting.convert import export_model
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

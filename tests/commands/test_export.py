@@ -8,7 +8,7 @@ import pytest
 
 from llmctl.cli import run
 from llmctl.config import ModelConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel
 
 

@@ -15,8 +15,9 @@ from llmctl.artifacts.load import load_model
 from llmctl.cli import run
 from llmctl.commands.generate import write
 from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
-from llmctl.formats.artifact import write_artifact
-from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.formats.artifact_write import write_artifact
+from llmctl.inference.encoding import encode_prompt
+from llmctl.inference.generate import Prompt, generate
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

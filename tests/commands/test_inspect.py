@@ -9,7 +9,7 @@ import torch
 
 from llmctl.cli import run
 from llmctl.config import ModelConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.safetensors import write_safetensors
 from llmctl.model.transformer import LanguageModel
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llmctl.cli import run
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 
 TINY = [
     "--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "train.device=cpu",

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.artifacts.load import default_file, resolve_model
+from llmctl.artifacts.find import default_file, resolve_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 
 

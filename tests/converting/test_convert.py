@@ -8,7 +8,8 @@ import torch
 from llmctl.config import ModelConfig
 from llmctl.converting.convert import export_model, import_model
 from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 
 

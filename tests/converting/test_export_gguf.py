@@ -12,7 +12,8 @@ from llmctl.converting.convert import import_model
 from llmctl.converting.export_gguf import export_gguf
 from llmctl.converting.gguf_check import N_GREEDY, distance
 from llmctl.errors import ArtifactError, OutputError, UsageError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.gguf import write as gguf_write
 from llmctl.formats.gguf.tokenizer import PRE_TOKENIZERS
 from llmctl.formats.gguf.write import TYPES

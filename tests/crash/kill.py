@@ -29,10 +29,10 @@ from llmctl.distributed import runtime
 from llmctl.errors import StoppedError
 from llmctl.jobs.pretrain import Pretraining
 from llmctl.jobs.runner import begin, resume
-from llmctl.metrics.figures import MetricsFile
 from llmctl.recipe import load
 from llmctl.runs import checkpoint
 from llmctl.runs.folder import read_record
+from llmctl.runs.metrics_file import MetricsFile
 from llmctl.training.settings import with_budget
 from tests.crash import forked
 

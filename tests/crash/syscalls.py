@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 
+from llmctl.distributed.sharding import whole
 from llmctl.errors import OutputError
 from llmctl.runs import checkpoint
 from tests.crash import forked
@@ -54,9 +55,7 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
 def save(folder: Path, step: int) -> None:
     """Save a step as the loop does, and rotate all older ones away."""
     store = checkpoint.Store(folder)
-    store.save(
-        step, *[checkpoint.whole(named) for named in tensors(step).values()], {"step": step, "losses": [1.0] * 128}
-    )
+    store.save(step, *[whole(named) for named in tensors(step).values()], {"step": step, "losses": [1.0] * 128})
     store.rotate(1, None)
 
 

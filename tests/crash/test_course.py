@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llmctl.metrics.figures import MetricsFile
 from llmctl.runs import checkpoint
+from llmctl.runs.metrics_file import MetricsFile
 from llmctl.training.loop import fit
 from tests.crash.test_items import Scenario
 from tests.training.test_loop import Stopping

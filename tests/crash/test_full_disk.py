@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.metrics.figures import MetricsFile
+from llmctl.runs.metrics_file import MetricsFile
 from tests.crash.kill import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,9 +23,9 @@ from llmctl.config import OptimConfig
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, LlmctlError, NotFoundError
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 from llmctl.losses.base import Loss
-from llmctl.metrics.figures import MetricsFile
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.runs import checkpoint
+from llmctl.runs.metrics_file import MetricsFile
 from llmctl.training.loop import Training, fit
 from llmctl.training.objectives import Objective
 from llmctl.training.state import State

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from llmctl.config import TokenizerConfig
-from llmctl.data import shards as module
-from llmctl.data.shards import Part, ShardSet, encode_all, parse_part, write_shards
+from llmctl.data import shard_writer as module
+from llmctl.data.shard_writer import encode_all, write_shards
+from llmctl.data.shards import Part, ShardSet, parse_part
 from llmctl.errors import ArtifactError, MemoryLimitError, NotFoundError, OutputError, UsageError
 from llmctl.tokenizer.train import train_tokenizer
 

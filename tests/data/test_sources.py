@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from llmctl.data import sources
+from llmctl.data import sources, tables, text_files
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
 
@@ -114,7 +114,8 @@ def test_blank_lines_part_paragraphs_and_make_no_documents(tmp_path):
 
 
 def test_a_long_file_is_cut_between_characters_and_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_CHARS", 20)
     monkeypatch.setattr(sources, "MAX_DOCUMENT_CHARS", 20)
     for text in ("白日依山盡，黃河入海流。" * 20, "a line\r\n" * 50, "短\n" + "🀄" * 60 + "\nend"):
         (tmp_path / "a.txt").write_bytes(text.encode())
@@ -127,7 +128,8 @@ def test_a_long_file_is_cut_between_characters_and_loses_nothing(tmp_path, monke
 
 
 def test_a_json_array_is_read_value_by_value(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 8)
     texts = ["a", "诗" * 30, '"quoted", [brackets]', "\U0001f400 alone", ""]
     for name, options in (("a.json", {}), ("b.json", {"indent": 3, "ensure_ascii": False})):
         (tmp_path / name).write_text(json.dumps([{"text": text} for text in texts], **options))

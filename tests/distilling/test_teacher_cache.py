@@ -12,7 +12,8 @@ from llmctl.distilling.settings import settle
 from llmctl.distilling.teacher import Teacher
 from llmctl.distilling.teacher_cache import CachedBatches, InOrder, states_of
 from llmctl.errors import ArtifactError, DivergedError, NotFoundError, UsageError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.teacher_signals import SignalStore
 from llmctl.jobs.distill import Distilling
 from llmctl.jobs.distill_cache import make_cache

@@ -26,8 +26,9 @@ from llmctl.evaluating.evaluate import (
 from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity
 from llmctl.evaluating.result import Measured
 from llmctl.evaluating.text import evaluate_mask, evaluate_text, windows
-from llmctl.formats.artifact import write_artifact
-from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.formats.artifact_write import write_artifact
+from llmctl.inference.encoding import encode_prompt
+from llmctl.inference.generate import Prompt, generate
 from llmctl.metrics import scores
 from llmctl.metrics.gate import parse_gate
 

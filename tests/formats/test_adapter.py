@@ -20,9 +20,10 @@ from llmctl.formats.adapter import (
 )
 from llmctl.formats.adapter_names import LowRank, architecture_of, compiled, from_pattern, target_modules
 from llmctl.formats.adapter_write import write_adapter
-from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact, write_artifact
-from llmctl.formats.families.parameters import parameter_shapes
+from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, initialise
 from tests.formats.families.test_table import CONFIGS, SHAPE
 

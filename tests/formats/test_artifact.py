@@ -12,7 +12,8 @@ import torch
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.safetensors import read_header, write_safetensors
 from llmctl.model.transformer import LanguageModel, initialise
 
@@ -124,7 +125,7 @@ import resource, sys
 from pathlib import Path
 from llmctl.config import ModelConfig
 from llmctl.errors import OutputError
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel
 model = LanguageModel(ModelConfig(vocab_size=300, d_model=64))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

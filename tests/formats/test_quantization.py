@@ -10,7 +10,8 @@ import torch
 from llmctl.artifacts.load import load_model
 from llmctl.cli import run
 from llmctl.errors import ArtifactError
-from llmctl.formats.artifact import Artifact, read_artifact, write_artifact
+from llmctl.formats.artifact import Artifact, read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import EMBEDDING, linear_modules, part_shapes, read_schemes, write_schemes
 from llmctl.quant.methods import nearest
 from llmctl.quant.schemes import SCHEMES, Scheme

@@ -12,7 +12,8 @@ from llmctl.errors import UsageError
 from llmctl.inference.chat import Chat, Lead
 from llmctl.inference.chat_ids import encode_conversation, encode_prompt_chat
 from llmctl.inference.chat_template import template_of
-from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.inference.encoding import encode_prompt
+from llmctl.inference.generate import Prompt, generate
 from tests.support.chats import MISTRAL, talk
 
 CONFIG = GenerateConfig(max_tokens=12, temperature=0.0)

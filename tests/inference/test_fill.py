@@ -9,7 +9,8 @@ from llmctl.artifacts.load import Loaded
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
-from llmctl.inference.fill import encode_around, encode_masked, fill, put_in
+from llmctl.inference.encoding import encode_around
+from llmctl.inference.fill import encode_masked, fill, put_in
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

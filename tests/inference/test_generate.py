@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from llmctl.config import GenerateConfig
 from llmctl.errors import ArtifactError, UsageError
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference import session as session_module
 from llmctl.inference.beam import beam_search
-from llmctl.inference.generate import Prompt, TextStream, encode_prompt, generate, overlap
+from llmctl.inference.encoding import encode_prompt
+from llmctl.inference.generate import Prompt, generate
 from llmctl.inference.session import Session
+from llmctl.inference.text_stream import TextStream, overlap
 from llmctl.model.cache import CACHES
 from llmctl.tokenizer.load import load_tokenizer
 from tests.support.models import KINDS

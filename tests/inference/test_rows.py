@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llmctl.errors import UsageError
-from llmctl.inference.rows import BATCH_TOKENS, Row, by_length, cut_longest, encode_rows, longest_row, row_outputs
+from llmctl.inference.encoding import Row, cut_longest, encode_rows, longest_row
+from llmctl.inference.rows import BATCH_TOKENS, by_length, row_outputs
 
 
 def test_special_tokens_of_every_family(make_loaded):

@@ -9,7 +9,8 @@ import torch
 from llmctl.artifacts.adapters import load_adapter, save_adapter
 from llmctl.artifacts.load import load_model
 from llmctl.config import AdapterConfig
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.lora import LoRALinear, adapter_modules, adapter_state, add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel
 from tests.formats.families.test_table import CONFIGS

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.model.transformer import LanguageModel
 from tests.formats.families.test_table import CONFIGS

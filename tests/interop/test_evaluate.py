@@ -13,7 +13,7 @@ from llmctl.config import EvaluateConfig, ModelConfig, TokenizerConfig
 from llmctl.data.examples import read_examples
 from llmctl.evaluating.choices import evaluate_choice
 from llmctl.evaluating.text import evaluate_text
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

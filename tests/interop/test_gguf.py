@@ -7,7 +7,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.converting.export_gguf import export_gguf
 from llmctl.converting.gguf_check import PROBES
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level

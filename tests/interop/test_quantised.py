@@ -10,11 +10,12 @@ from llmctl.artifacts.load import load_model
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig, QuantizeConfig, TokenizerConfig, WeightsConfig
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.calibrate import calibrate
-from llmctl.quantizing.fake_quant import stored_state
+from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import plan_of
 from llmctl.tokenizer.train import train_tokenizer
 

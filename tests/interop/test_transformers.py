@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.formats.families.table import FAMILIES
 from llmctl.model.transformer import LanguageModel, initialise

@@ -13,7 +13,8 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import DistillConfig
 from llmctl.distilling.settings import settle
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.jobs.distill import Distilling
 from llmctl.jobs.finish import Trained
 from llmctl.jobs.runner import begin, resume

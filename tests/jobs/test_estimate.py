@@ -18,7 +18,8 @@ from llmctl.errors import UsageError
 from llmctl.jobs.dry_run import dry_run
 from llmctl.jobs.estimate import duration, size
 from llmctl.model.flops import Rows, flops_per_token, keys_seen, row_flops
-from llmctl.model.presets import count_parameters, preset_config
+from llmctl.model.parameters import count_parameters
+from llmctl.model.presets import preset_config
 from llmctl.model.training_memory import Memory, activation_bytes, memory
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.training.objectives import LabelPrediction

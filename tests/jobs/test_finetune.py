@@ -13,7 +13,7 @@ import torch
 from llmctl.artifacts.load import Loaded, load_model
 from llmctl.config import FinetuneConfig
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.classify import classify
 from llmctl.jobs.finetune import Finetuning, settle
 from llmctl.jobs.finish import Trained

@@ -15,7 +15,8 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import PretrainConfig
 from llmctl.errors import ArtifactError, InterruptedRunError, LlmctlError, UsageError
 from llmctl.formats.artifact import read_artifact
-from llmctl.inference.generate import Prompt, encode_prompt, generate
+from llmctl.inference.encoding import encode_prompt
+from llmctl.inference.generate import Prompt, generate
 from llmctl.jobs.finish import Trained
 from llmctl.jobs.pretrain import Pretraining
 from llmctl.jobs.runner import begin, resume

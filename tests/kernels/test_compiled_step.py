@@ -14,16 +14,11 @@ from llmctl.cli import run
 from llmctl.config import ModelConfig
 from llmctl.inference.prefix import Prefix
 from llmctl.inference.session import Session
+from llmctl.kernels import compile as compile_module
 from llmctl.kernels import compiled_step as native
 from llmctl.kernels import product_table as products
-from llmctl.kernels.compiled_step import (
-    compile_library,
-    compiled_kinds,
-    find_library,
-    library_path,
-    load_library,
-    make_native,
-)
+from llmctl.kernels.compile import compile_library, library_path
+from llmctl.kernels.compiled_step import compiled_kinds, find_library, load_library, make_native
 from llmctl.kernels.decoder import make_decoder
 from llmctl.kernels.product_table import Measured, random_layer
 from llmctl.model.cache import CACHES
@@ -247,7 +242,7 @@ def test_without_a_compiler_it_says_so(cache, monkeypatch, capsys):
 def test_what_the_compiler_complains_about_is_told(cache, monkeypatch, capsys, tmp_path):
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main( {")
-    monkeypatch.setattr(native, "source_path", lambda: broken)
+    monkeypatch.setattr(compile_module, "source_path", lambda: broken)
     assert run(["doctor", "--compile"]) == 1
     assert "error:" in capsys.readouterr().err
     assert not list(cache.glob("*.so"))

@@ -6,7 +6,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from llmctl.metrics.figures import MetricsFile, Sums, loss_svg, rounded, sparkline
+from llmctl.metrics.figures import Sums, rounded
+from llmctl.runs.loss_curve import loss_svg, sparkline
+from llmctl.runs.metrics_file import MetricsFile
 
 
 def test_figures_of_a_sum_are_not_averages_of_figures():

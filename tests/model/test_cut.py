@@ -7,7 +7,8 @@ import torch
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.cut import Kept, cut, prefixes
 from llmctl.model.transformer import LanguageModel, initialise, load_tensors
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.formats.families.table import family_for
-from llmctl.model.presets import ALIASES, FAMILIES, PRESETS, Parameters, count_parameters, get_preset, preset_config
+from llmctl.model.parameters import Parameters, count_parameters
+from llmctl.model.presets import ALIASES, FAMILIES, PRESETS, get_preset, preset_config
 from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel
 
@@ -190,7 +191,7 @@ def test_every_row_names_its_source():
 
 def test_presets_need_no_torch():
     code = (
-        "import sys; from llmctl.model import presets; "
-        "presets.count_parameters(presets.preset_config('tiny')); sys.exit('torch' in sys.modules)"
+        "import sys; from llmctl.model import parameters, presets; "
+        "parameters.count_parameters(presets.preset_config('tiny')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,8 @@ from llmctl.model.cache import KVCache
 from llmctl.model.positions import relative_buckets
 from llmctl.model.presets import FAMILIES
 from llmctl.model.shapes import complete
-from llmctl.model.transformer import Block, LanguageModel, Pass, initialise, load_tensors
+from llmctl.model.stack import Block, Pass
+from llmctl.model.transformer import LanguageModel, initialise, load_tensors
 
 POST = {"norm": "layernorm", "norm_position": "post", "attention_bias": True, "mlp_bias": True, "gated": False}
 VARIANTS = {

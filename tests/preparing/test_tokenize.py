@@ -119,7 +119,7 @@ def test_text_of_a_pipe_is_encoded_once(folder, tmp_path):
 
 
 def test_parts_and_processes_make_the_same_documents(corpus, folder, tmp_path, monkeypatch):
-    from llmctl.data import shards as module
+    from llmctl.data import shard_writer as module
 
     whole = encode(corpus, folder, tmp_path / "whole", split="line")
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 1000)
@@ -146,15 +146,15 @@ SLOW_RUN = """
     import sys, threading
     from pathlib import Path
     from llmctl.config import DataConfig
-    from llmctl.data import shards
+    from llmctl.data import shard_writer
     from llmctl.data.shards import Part
-    from llmctl.engine import tokenize
+    from llmctl.preparing import tokenize
 
     if __name__ == "__main__":
         corpus, folder, out, workers = sys.argv[1:]
-        shards.BATCH_CHARACTERS = 2000
-        shards.write_shards.__kwdefaults__["shard_tokens"] = 500
-        publish = shards._Writer.publish
+        shard_writer.BATCH_CHARACTERS = 2000
+        shard_writer.write_shards.__kwdefaults__["shard_tokens"] = 500
+        publish = shard_writer._Writer.publish
 
         def publish_two(self):
             if len(self.shards) == 2:
@@ -164,7 +164,7 @@ SLOW_RUN = """
             publish(self)
 
         if workers != "whole":
-            shards._Writer.publish = publish_two
+            shard_writer._Writer.publish = publish_two
         tokenize.encode_corpus([corpus], folder, DataConfig(split="line"), Path(out), part=Part(),
                                workers=2 if workers == "2" else 1, say=str)
 """

@@ -5,8 +5,8 @@ import torch
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.quantization import linear_modules
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.quant.grid import decode
 from llmctl.quant.methods import clipped

@@ -12,7 +12,8 @@ from llmctl.artifacts.load import load_model
 from llmctl.cli import run as llmctl
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.adapter import read_adapter
-from llmctl.formats.artifact import read_artifact, write_artifact
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import linear_modules
 from llmctl.jobs.finetune import Finetuning
 from llmctl.jobs.runner import resume

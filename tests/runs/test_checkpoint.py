@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.distributed.sharding import whole
 from llmctl.errors import ArtifactError, NotFoundError
 from llmctl.runs import checkpoint
 
@@ -15,7 +16,7 @@ def save(folder, step: int) -> None:
     model = {"a": torch.full((3,), float(step)), "b": torch.arange(4, dtype=torch.bfloat16)}
     optimizer = {"adamw/a/exp_avg": torch.ones(3) * step, "adamw/a/step": torch.tensor(float(step))}
     state = {"step": step, "before": {}}
-    checkpoint.Store(folder).save(step, checkpoint.whole(model), checkpoint.whole(optimizer), state)
+    checkpoint.Store(folder).save(step, whole(model), whole(optimizer), state)
 
 
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import NotFoundError, UsageError
-from llmctl.metrics.figures import MetricsFile
 from llmctl.recipe import read_recipe
 from llmctl.runs.checkpoint import published
 from llmctl.runs.folder import find_run, is_held, open_run, read_record
 from llmctl.runs.history import History, compare, disk_bytes, find, in_full, list_runs, spread
+from llmctl.runs.metrics_file import MetricsFile
 
 FIRST, SECOND, KILLED = "0001-pretrain-clm-tiny", "0002-pretrain-mlm-tiny", "0003-pretrain-clm-tiny"
 

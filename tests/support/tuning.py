@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llmctl.config import ModelConfig, TokenizerConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer
 

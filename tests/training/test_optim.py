@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig, OptimConfig
+from llmctl.distributed.sharding import whole
 from llmctl.errors import ArtifactError
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.runs import checkpoint
@@ -76,7 +77,7 @@ def test_state_put_back_by_name_goes_on_bit_for_bit(tmp_path, name: str):
     for seed in range(3):
         step(straight, through, seed)
         step(stopped, first, seed)
-    state = checkpoint.whole(dict(optim.named_state(stopped, first)))
+    state = whole(dict(optim.named_state(stopped, first)))
     saved = checkpoint.load(checkpoint.Store(tmp_path).save(3, {}, state, {}))
     weights = {key: tensor.clone() for key, tensor in stopped.state_dict().items()}
     resumed = tiny()
@@ -104,7 +105,7 @@ def test_state_with_a_hole_is_refused_with_its_name(tmp_path, key: str):
     model, optimizers = trained()
     state = dict(optim.named_state(model, optimizers))
     del state[f"adamw/model.norm.weight/{key}"]
-    saved = checkpoint.load(checkpoint.Store(tmp_path).save(1, {}, checkpoint.whole(state), {}))
+    saved = checkpoint.load(checkpoint.Store(tmp_path).save(1, {}, whole(state), {}))
     with pytest.raises(ArtifactError, match=f"has no `adamw/model.norm.weight/{key}`"):
         optim.load_state(model, optimizers, saved)
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.parameters import Stored, parameter_shapes, to_parameters, to_stored
+from llmctl.formats.families.parameters import Stored, to_parameters, to_stored
+from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,8 @@ from llmctl.formats.families.family import (
     is_common,
     token_ids,
 )
-from llmctl.formats.families.parameters import Stored, parameter_shapes, plain
+from llmctl.formats.families.parameters import Stored, plain
+from llmctl.model.parameters import parameter_shapes
 
 
 def layout(config: ModelConfig) -> list[Stored]:

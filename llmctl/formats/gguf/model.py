@@ -12,8 +12,8 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.llama import LLAMA, QWEN3
-from llmctl.formats.families.parameters import parameter_shapes
 from llmctl.formats.gguf.container import GgufHeader, dequantise, map_file
+from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, MissingExtraError, UsageError
 from llmctl.formats.families.llama import is_kin
-from llmctl.formats.families.parameters import Shape, parameter_shapes
 from llmctl.formats.gguf.container import BLOCKS
 from llmctl.formats.gguf.model import architecture_for, n_paired_heads, tensor_names
+from llmctl.model.parameters import Shape, parameter_shapes
 
 if TYPE_CHECKING:
     import numpy as np

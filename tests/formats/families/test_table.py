@@ -7,8 +7,9 @@ import torch
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.parameters import parameter_shapes, stored_shape
+from llmctl.formats.families.parameters import stored_shape
 from llmctl.formats.families.table import FAMILIES, family_for, family_of
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.presets import PRESETS, preset_config
 from llmctl.model.shapes import complete
 from llmctl.model.transformer import LanguageModel, initialise

@@ -12,7 +12,7 @@ import torch
 from llmctl.artifacts.adapters import save_adapter
 from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig, TokenizerConfig
-from llmctl.formats.artifact import write_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.lora import adapter_state, add_adapters
 from llmctl.model.transformer import LanguageModel, initialise
 from llmctl.tokenizer.train import train_tokenizer

@@ -1,0 +1,259 @@
+"""Encode documents in parallel and write them as shards."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl.data.shards import SHARD_TOKENS, TYPE_CODES, VERSION, WHOLE, Part, ShardSet, read_manifest
+from llmctl.errors import ArtifactError, MemoryLimitError
+from llmctl.files import write_bytes, writing
+
+BATCH_CHARACTERS = 1 << 20
+"""Text handed to a worker at a time."""
+
+
+EncodeBatch = Callable[[list[str]], list[list[int]]]
+
+
+_encode: EncodeBatch | None = None  # a worker process's own copy, set by its initialiser
+
+
+def write_shards(
+    folder: str | Path,
+    documents: Iterable[str],
+    encode_batch: EncodeBatch,
+    *,
+    bos: int | None,
+    eos: int | None,
+    vocab_size: int,
+    identity: Mapping[str, Any],
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int = 1,
+    part: Part = WHOLE,
+    say: Callable[[str], None] = lambda _: None,
+) -> ShardSet | None:
+    """Encode documents into shards, resuming after the shards that are finished, and return the folder opened.
+
+    Each document is stored with `bos` and `eos` where given. With `part`, only every count-th document is encoded;
+    None is returned while other parts are missing. Memory stays bounded: one shard and the batches in flight.
+    Raises: ArtifactError if the folder was begun with another identity; OutputError if it cannot be written;
+    MemoryLimitError if a worker process was killed.
+    """
+    folder = Path(folder)
+    identity = {**identity, "vocab_size": vocab_size, "bos": bos, "eos": eos, "part_count": part.count}
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    begun = resume_state(folder, part, identity)
+    own = (text for number, text in enumerate(documents) if number % part.count == part.index)
+    rest = islice(own, sum(shard["n_documents"] for shard in begun), None)
+    writer = _Writer(folder, part, dtype, identity, begun, shard_tokens)
+    for ids in encode_all(rest, encode_batch, workers):
+        writer.add([*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])])
+    writer.finish()
+    say(f"{writer.n_documents:,} documents, {writer.n_tokens:,} tokens in {folder}")
+    if part.count > 1 and len(list(folder.glob("part-*-of-*.json"))) < part.count:
+        return None
+    return ShardSet.open(folder)
+
+
+class RowWriter:
+    """Writes rows of ids that are made one at a time, such as those of two folders side by side.
+
+    Nothing is there before `finish`; rows of an earlier attempt are written again.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        with writing(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        full = {**identity, "vocab_size": vocab_size, "bos": None, "eos": None, "part_count": 1}
+        self.writer = _Writer(folder, WHOLE, "<u2" if vocab_size <= 1 << 16 else "<u4", full, [], SHARD_TOKENS)
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Append a row."""
+        self.writer.add(ids)
+
+    def finish(self) -> ShardSet:
+        """Write what is left and the manifest, and return the folder opened."""
+        self.writer.finish()
+        return ShardSet.open(self.folder)
+
+
+def resume_state(folder: Path, part: Part, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the finished shards of this part.
+
+    Raises: ArtifactError if they were made from something else.
+    """
+    state = folder / f".{part.stem}.progress.json"
+    final = folder / f"{part.stem}.json"
+    for path in (final, state):
+        if path.exists():
+            known = read_manifest(path)
+            wrong = [key for key, value in identity.items() if known.get(key) != value]
+            if wrong:
+                raise ArtifactError(f"`{folder}` was encoded with another `{wrong[0]}`", "choose a new folder with -o")
+            return list(known["shards"])
+    for path in sorted(folder.glob("part-*-of-*.json"))[:1]:  # another part of this corpus, or of another
+        known = read_manifest(path)
+        wrong = [key for key, value in identity.items() if known.get(key) != value]
+        if "part_count" in wrong:
+            raise ArtifactError(
+                f"`{folder}` holds parts of another split than {part.count}", "choose a new folder with -o"
+            )
+        if wrong:
+            raise ArtifactError(f"`{folder}` was encoded with another `{wrong[0]}`", "choose a new folder with -o")
+    return []
+
+
+class _Writer:
+    """Collects tokens, publishes a shard when it is full, and the manifest at the end."""
+
+    def __init__(
+        self,
+        folder: Path,
+        part: Part,
+        dtype: str,
+        identity: Mapping[str, Any],
+        shards: list[dict[str, Any]],
+        shard_tokens: int,
+    ) -> None:
+        self.folder, self.part, self.dtype, self.identity = folder, part, dtype, identity
+        self.shards, self.shard_tokens = shards, shard_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        # Packed as on disk: a list of arrays would weigh a hundred bytes for every short document.
+        self.tokens = array(TYPE_CODES[self.dtype])
+        self.lengths = array("q")
+
+    @property
+    def n_documents(self) -> int:
+        return sum(int(shard["n_documents"]) for shard in self.shards)
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(int(shard["n_tokens"]) for shard in self.shards)
+
+    def add(self, ids: Sequence[int]) -> None:
+        self.tokens.extend(ids)
+        self.lengths.append(len(ids))
+        if len(self.tokens) >= self.shard_tokens:
+            self.publish()
+
+    def publish(self) -> None:
+        """Write the shard that is full, then the progress file that counts it."""
+        stem = f"{self.part.stem}-{len(self.shards):05d}"
+        tokens = np.asarray(self.tokens).astype(self.dtype, copy=False).tobytes()
+        self.shards.append(
+            {
+                "tokens": f"{stem}.tokens.bin",
+                "lengths": f"{stem}.lengths.bin",
+                "n_documents": len(self.lengths),
+                "n_tokens": len(self.tokens),
+                "sha256": hashlib.sha256(tokens).hexdigest(),
+            }
+        )
+        write_bytes(self.folder / f"{stem}.tokens.bin", tokens)
+        write_bytes(self.folder / f"{stem}.lengths.bin", np.asarray(self.lengths, dtype="<i8").tobytes())
+        self.write(f".{self.part.stem}.progress.json")
+        self.clear()
+
+    def finish(self) -> None:
+        if self.lengths:
+            self.publish()
+        self.write(f"{self.part.stem}.json")
+        (self.folder / f".{self.part.stem}.progress.json").unlink(missing_ok=True)
+
+    def write(self, name: str) -> None:
+        manifest = {
+            "version": VERSION,
+            "part_index": self.part.index,
+            **self.identity,
+            "dtype": self.dtype,
+            "n_documents": self.n_documents,
+            "n_tokens": self.n_tokens,
+            "shards": self.shards,
+        }
+        write_bytes(self.folder / name, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int) -> Iterator[list[int]]:
+    """Yield the ids of every document in order, encoded in batches, over processes if more than one is asked.
+
+    Text of one batch is not worth a process. At most two batches per process are in flight.
+    Raises: MemoryLimitError if a process was killed, which is what a system does that runs out of memory.
+    """
+    batches = batched_by_size(documents)
+    first = list(islice(batches, 2))
+    if workers <= 1 or len(first) < 2:
+        for batch in chain(first, batches):
+            yield from encode_batch(batch)
+        return
+    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # Started fresh, not forked: a process that has used torch or threads must not be copied.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encode_batch,))
+    pending: deque[Future[list[list[int]]]] = deque()
+    try:
+        for batch in chain(first, batches):
+            pending.append(pool.submit(_work, batch))
+            if len(pending) >= 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise MemoryLimitError(
+            f"one of {workers} processes that encode text was killed", "fewer --workers need less memory; it resumes"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(encode_batch: EncodeBatch) -> None:
+    global _encode  # noqa: PLW0603 - one copy per worker process, not per batch
+    _encode = encode_batch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; only the parent answers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, however sudden, and leave too: a killed job must not leave processes behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(batch: list[str]) -> list[list[int]]:
+    assert _encode is not None
+    return _encode(batch)
+
+
+def batched_by_size(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Group documents into batches of about BATCH_CHARACTERS."""
+    batch: list[str] = []
+    size = 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,202 @@
+"""Files and pipes as blocks of text: compression, encoding, lines."""
+
+import gzip
+import hashlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from llmctl.errors import MissingExtraError, NotFoundError, UsageError
+
+STDIN = "-"
+
+
+BLOCK_BYTES = 1 << 20
+
+
+MAX_DOCUMENT_CHARS = 4 << 20  # a longer text file is cut at line ends into documents of about this size
+
+
+COMPRESSIONS = (".gz", ".zst")
+
+
+class TextBlock(NamedTuple):
+    """Some whole lines of one file, decoded."""
+
+    text: str
+    offset: int
+    """Byte offset of the block in the (decompressed) file."""
+
+
+def is_pipe(name: str) -> bool:
+    """Say whether what is read is gone afterwards: stdin, a named pipe, a shell's `<(...)`."""
+    return name == STDIN or not Path(name).is_file()
+
+
+def file_sha256(name: str) -> str:
+    """Return the sha256 of one file's bytes as they lie on disk."""
+    with Path(name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _kind(path: Path) -> str:
+    """Return the ending that says the format, compression aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def is_csv(name: str) -> bool:
+    """Say whether the file's cells stand between commas."""
+    return name != STDIN and _kind(Path(name)) == ".csv"
+
+
+def open_binary(name: str) -> BinaryIO:
+    """Open a file or stdin for reading its bytes, decompressed by its ending.
+
+    Raises: MissingExtraError for .zst without its package; NotFoundError and UsageError for what cannot be opened.
+    """
+    if name == STDIN:
+        return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)) if _has_fileno() else sys.stdin.buffer
+    suffix = Path(name).suffix.lower()
+    if suffix == ".gz":
+        _opened(Path(name)).close()  # says what is wrong with the path; gzip's own handle is closed with the stream
+        return cast("BinaryIO", gzip.open(name, "rb"))
+    if suffix == ".zst":
+        return _open_zstd(Path(name))
+    return _opened(Path(name))
+
+
+def _has_fileno() -> bool:
+    try:
+        sys.stdin.fileno()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError as error:
+        raise NotFoundError(f"there is no file `{path}`", "check the path") from error
+    except OSError as error:
+        raise UsageError(f"cannot read `{path}`: {error.strerror}", "check the file's permissions") from error
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError as error:
+            raise MissingExtraError(f"reading `{path}`", "backports.zstd", "data") from error
+    _opened(path).close()  # as with gzip
+    file: BinaryIO = zstd.ZstdFile(path, mode="r")
+    return file
+
+
+def text_blocks(name: str, *, whole_lines: bool = False) -> Iterator[TextBlock]:
+    """Yield a file's text in blocks of about a megabyte that end at line ends.
+
+    A line longer than a document may be is cut between characters, unless `whole_lines`.
+
+    Raises: UsageError naming file and byte offset for invalid UTF-8, NUL bytes or a damaged archive.
+    """
+    shown = "stdin" if name == STDIN else name
+    offset = 0
+    with open_binary(name) as file:
+        for data in _line_blocks(file, shown, None if whole_lines else MAX_DOCUMENT_CHARS):
+            text = decode_utf8(data, shown, offset)
+            start = 1 if offset == 0 and text.startswith("\ufeff") else 0
+            if text[start:]:
+                yield TextBlock(text[start:], offset)
+            offset += len(data)
+
+
+def _line_blocks(file: BinaryIO, shown: str, limit_bytes: int | None) -> Iterator[bytes]:
+    """Cut a byte stream at line ends, a block's worth at a time; a line over the limit is cut elsewhere."""
+    parts: list[bytes] = []
+    size = 0
+    while data := _read_block(file, shown):
+        end = data.rfind(b"\n") + 1
+        size += len(data)
+        if end:
+            yield b"".join([*parts, data[:end]])
+            parts, size = [data[end:]], len(data) - end
+        elif limit_bytes is not None and size > limit_bytes:
+            whole = b"".join([*parts, data])
+            end = _whole_characters(whole)
+            yield whole[:end]
+            parts, size = [whole[end:]], len(whole) - end
+        else:
+            parts.append(data)
+    if rest := b"".join(parts):
+        yield rest
+
+
+def _read_block(file: BinaryIO, shown: str) -> bytes:
+    try:
+        return file.read(BLOCK_BYTES)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise UsageError(f"`{shown}` is damaged: {error}", "fetch or compress the file again") from error
+    except OSError as error:
+        raise UsageError(f"cannot read `{shown}`: {error.strerror or error}", "check the file") from error
+    except Exception as error:
+        if type(error).__name__ in ("ZstdError", "error"):  # zlib.error and zstd's own, by name: no import for it
+            raise UsageError(f"`{shown}` is damaged: {error}", "fetch or compress the file again") from error
+        raise
+
+
+def _whole_characters(data: bytes) -> int:
+    """Return the length of the longest start of `data` that does not end inside a UTF-8 character."""
+    for back in range(1, min(4, len(data)) + 1):
+        if data[-back] & 0xC0 != 0x80:  # the last byte that starts a character
+            return len(data) - back if data[-back] >= 0xC0 else len(data)
+    return len(data)
+
+
+def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
+    """Decode a part of a file that starts at byte `offset`.
+
+    Raises: UsageError naming file and byte offset where it is not UTF-8, or holds a NUL and so is no text.
+    """
+    nul = data.find(0)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff") and offset == 0:
+            hint = f"it looks like UTF-16: iconv -f UTF-16 -t UTF-8 {shown}"
+        else:
+            hint = "convert it to UTF-8 first, e.g. iconv -f LATIN1 -t UTF-8"
+        if 0 <= nul < error.start:
+            raise _binary(shown, offset + nul) from error
+        position = offset + error.start
+        raise UsageError(f"`{shown}` is not UTF-8 at byte {position} (0x{data[error.start]:02x})", hint) from error
+    if nul >= 0:
+        raise _binary(shown, offset + nul)
+    return text
+
+
+def _binary(shown: str, position: int) -> UsageError:
+    return UsageError(f"`{shown}` is binary, not text: NUL at byte {position}", "name a text file")
+
+
+def _lines(text: str) -> list[str]:
+    """Cut at newlines only (splitlines also cuts at form feeds and other signs), keeping the ends."""
+    lines = [line + "\n" for line in text.split("\n")]
+    lines[-1] = lines[-1][:-1]
+    return [line for line in lines if line]
+
+
+def numbered_lines(name: str) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line with its end) of a text file; only a newline ends a line."""
+    number = 0
+    for block in text_blocks(name, whole_lines=True):
+        for line in _lines(block.text):
+            number += 1
+            yield number, line

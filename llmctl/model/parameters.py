@@ -1,0 +1,165 @@
+"""Names, shapes and number of a configuration's parameters, without building the model."""
+
+import math
+from dataclasses import dataclass
+
+from llmctl.config import ModelConfig
+from llmctl.model.shapes import complete
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Return name -> shape of every entry of `LanguageModel(config).state_dict()`; the config must be complete."""
+    V, D = config.vocab_size, config.d_model
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, D)}
+    if config.family == "encoder_decoder":
+        shapes |= stack_shapes(config, "model.encoder.", config.n_layers, cross=False)
+        shapes |= stack_shapes(config, "model.decoder.", config.n_decoder_layers, cross=True)
+    else:
+        shapes |= stack_shapes(config, "model.", config.n_layers, cross=False)
+    if config.n_labels:
+        has_dense = config.pooled_activation != "none"
+        if has_dense:
+            shapes |= linear("classifier_dense", D, D, bias=True)
+        return shapes | linear("classifier", config.n_labels, D, bias=has_dense)
+    if config.head_transform:
+        shapes |= linear("head_dense", D, D, bias=True) | norm(config, "head_norm")
+    return shapes | linear("lm_head", V, D, bias=config.logits_bias)
+
+
+def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool) -> dict[str, Shape]:
+    """Return the parameters of one stack of layers."""
+    D = config.d_model
+    shapes: dict[str, Shape] = {}
+    if config.positions == "learned":
+        shapes[prefix + "embed_positions.weight"] = (config.max_positions + config.position_offset, D)
+    if config.positions == "relative":
+        shapes[prefix + "relative_bias.weight"] = (config.n_relative_buckets, config.n_heads)
+    if config.n_token_types:
+        shapes[prefix + "embed_token_types.weight"] = (config.n_token_types, D)
+    if config.embedding_norm:
+        shapes |= norm(config, prefix + "embedding_norm")
+    for layer in range(n_layers):
+        shapes |= block_shapes(config, f"{prefix}layers.{layer}.", cross=cross)
+    if config.query_layer:
+        shapes[prefix + "query_embeddings.weight"] = (config.max_positions, D)
+        shapes |= block_shapes(config, prefix + "query_layer.", cross=False)
+    if config.norm_position == "pre":
+        shapes |= norm(config, prefix + "norm")
+    return shapes
+
+
+def block_shapes(config: ModelConfig, prefix: str, *, cross: bool) -> dict[str, Shape]:
+    """Return the parameters of one layer."""
+    D, F = config.d_model, config.d_ff
+    shapes = norm(config, prefix + "input_layernorm") | attention_shapes(config, prefix + "self_attn.")
+    if cross:
+        shapes |= norm(config, prefix + "cross_attention_layernorm") | attention_shapes(config, prefix + "cross_attn.")
+    shapes |= norm(config, prefix + "post_attention_layernorm")
+    for name in ("gate_proj", "up_proj") if config.gated else ("up_proj",):
+        shapes |= linear(f"{prefix}mlp.{name}", F, D, bias=config.mlp_bias)
+    return shapes | linear(prefix + "mlp.down_proj", D, F, bias=config.mlp_bias)
+
+
+def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
+    """Return the parameters of one attention."""
+    D, H, bias = config.d_model, config.head_dim, config.attention_bias
+    shapes = linear(prefix + "q_proj", config.n_heads * H, D, bias=bias)
+    shapes |= linear(prefix + "k_proj", config.n_kv_heads * H, D, bias=bias)
+    shapes |= linear(prefix + "v_proj", config.n_kv_heads * H, D, bias=bias)
+    shapes |= linear(prefix + "o_proj", D, config.n_heads * H, bias=bias)
+    if config.qk_norm:
+        shapes |= {prefix + "q_norm.weight": (H,), prefix + "k_norm.weight": (H,)}
+    return shapes
+
+
+def linear(name: str, n_out: int, n_in: int, *, bias: bool) -> dict[str, Shape]:
+    """Return the parameters of a linear map."""
+    weight: dict[str, Shape] = {name + ".weight": (n_out, n_in)}
+    return weight | {name + ".bias": (n_out,)} if bias else weight
+
+
+def norm(config: ModelConfig, name: str) -> dict[str, Shape]:
+    """Return the parameters of a norm over the width."""
+    weight: dict[str, Shape] = {name + ".weight": (config.d_model,)}
+    return weight | {name + ".bias": (config.d_model,)} if config.norm == "layernorm" else weight
+
+
+def count(config: ModelConfig) -> int:
+    """Return the parameters of a shape, a tied weight counted once."""
+    sizes = {name: math.prod(dims) for name, dims in parameter_shapes(config).items()}
+    if config.tie_embeddings and not config.n_labels:
+        sizes.pop("lm_head.weight", None)
+    return sum(sizes.values())
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A model's parameters by what they cost.
+
+    embedding: tables that are looked up (tokens, positions, token types, queries). non_embedding: everything else,
+    an untied head included. matrices: the part of non_embedding that multiplies vectors, the untied head left out.
+    head: rows x columns of the matrix before the logits, tied or not.
+    """
+
+    total: int
+    embedding: int
+    non_embedding: int
+    matrices: int
+    head: int
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Count a model's parameters without building it.
+
+    Raises: UsageError if the configuration contradicts itself.
+    """
+    config = complete(config)
+    norm = (2 if config.norm == "layernorm" else 1) * config.d_model
+    if config.family == "encoder_decoder":
+        stacks = [
+            _stack(config, config.n_layers, norm, cross=False),
+            _stack(config, config.n_decoder_layers, norm, cross=True),
+        ]
+    else:
+        stacks = [_stack(config, config.n_layers, norm, cross=False)]
+    head = config.vocab_size * config.d_model
+    tables = head + sum(stack[0] for stack in stacks)
+    matrices = sum(stack[1] for stack in stacks)
+    vectors = sum(stack[2] for stack in stacks) + config.vocab_size * config.logits_bias
+    if config.head_transform:
+        matrices += config.d_model**2
+        vectors += config.d_model + norm
+    non_embedding = matrices + vectors + (0 if config.tie_embeddings else head)
+    return Parameters(tables + non_embedding, tables, non_embedding, matrices, head)
+
+
+def _stack(config: ModelConfig, n_layers: int, norm: int, *, cross: bool) -> tuple[int, int, int]:
+    """Return the table, matrix and vector parameters of one stack of blocks."""
+    tables = config.n_token_types * config.d_model
+    if config.positions == "learned":
+        tables += (config.max_positions + config.position_offset) * config.d_model
+    if config.positions == "relative":
+        tables += config.n_relative_buckets * config.n_heads
+    if config.query_layer:
+        tables += config.max_positions * config.d_model
+    n_blocks = n_layers + config.query_layer
+    matrices, vectors = _block(config, norm, cross=cross)
+    outer_norms = config.embedding_norm + (config.norm_position == "pre")
+    return tables, n_blocks * matrices, n_blocks * vectors + outer_norms * norm
+
+
+def _block(config: ModelConfig, norm: int, *, cross: bool) -> tuple[int, int]:
+    """Return the matrix and vector parameters of one block."""
+    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    n_attentions, n_mlp = 1 + cross, 2 + config.gated
+    matrices = n_attentions * 2 * config.d_model * (q_width + kv_width) + n_mlp * config.d_model * config.d_ff
+    vectors = (2 + cross) * norm
+    if config.attention_bias:
+        vectors += n_attentions * (q_width + 2 * kv_width + config.d_model)
+    if config.qk_norm:
+        vectors += n_attentions * 2 * config.head_dim
+    if config.mlp_bias:
+        vectors += (n_mlp - 1) * config.d_ff + config.d_model
+    return matrices, vectors

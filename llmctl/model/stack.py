@@ -1,0 +1,284 @@
+"""Blocks and stacks of them: attention, feed-forward, norms, cross-attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from llmctl.config import ModelConfig
+from llmctl.model.attention import Attended, Attention, Mask, build_mask, offsets
+from llmctl.model.cache import KVCache
+from llmctl.model.kernels import RMSNorm
+from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
+from llmctl.model.shapes import window_of
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm that the whole model uses."""
+    kind = RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 2; gated: Shazeer 2020, arXiv:2002.05202.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.gated:
+            self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.activation = config.activation
+        self.gated = config.gated
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each position on its own."""
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            return self.down_proj(act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(act(self.up_proj(x_BTD)))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What the layers of a stack share in one forward pass."""
+
+    masks: dict[int, Mask]
+    rope: tuple[Tensor, Tensor] | None = None
+    memory_BSD: Tensor | None = None
+    memory_mask: Mask | None = None
+    cache: KVCache | None = None
+    attended: Attended | None = None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where there is a memory, feed-forward; each with its residual and norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.layer, self.window, self.cross = layer, window_of(config, layer), cross
+        self.pre = config.norm_position == "pre"
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config)
+        if cross:
+            self.cross_attention_layernorm = make_norm(config)
+            self.cross_attn = Attention(config)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, shared: Pass, query_BTD: Tensor | None = None) -> Tensor:
+        """Run one layer; `query` replaces the queries' input (PanGu-Alpha's query layer)."""
+        h_BTD = self.input_layernorm(x_BTD) if self.pre else x_BTD
+        mask = shared.masks[self.window]
+        options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
+        if query_BTD is None:
+            y_BTD = self.self_attn(h_BTD, mask, **options)
+        else:
+            y_BTD = self.self_attn(query_BTD, mask, memory_BSD=h_BTD, **options)
+        x_BTD = self._join(x_BTD, y_BTD, self.input_layernorm)
+        if self.cross:
+            assert shared.memory_mask is not None, (
+                "a decoder over an encoder needs its output, or a cache that holds it"
+            )
+            h_BTD = self.cross_attention_layernorm(x_BTD) if self.pre else x_BTD
+            y_BTD = self.cross_attn(
+                h_BTD,
+                shared.memory_mask,
+                memory_BSD=shared.memory_BSD,
+                cache=shared.cache,
+                layer=self.layer,
+                cross=True,
+            )
+            x_BTD = self._join(x_BTD, y_BTD, self.cross_attention_layernorm)
+        h_BTD = self.post_attention_layernorm(x_BTD) if self.pre else x_BTD
+        return self._join(x_BTD, self.mlp(h_BTD), self.post_attention_layernorm)
+
+    def _join(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
+        x_BTD = x_BTD + self.dropout(y_BTD)
+        return x_BTD if self.pre else norm(x_BTD)
+
+
+class Stack(nn.Module):
+    """Blocks with the position information they share and, in pre-norm models, the final norm."""
+
+    layers: Any
+    sinusoids: Tensor
+
+    def __init__(self, config: ModelConfig, n_layers: int, *, causal: bool, cross: bool = False) -> None:
+        super().__init__()
+        self.config, self.causal = config, causal
+        self.recompute = False  # activations inside blocks are computed again in the backward pass
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
+        elif config.positions == "sinusoidal":
+            table = sinusoidal_table(config.max_positions, config.d_model)
+            self.register_buffer("sinusoids", table, persistent=False)
+        elif config.positions == "relative":
+            self.relative_bias = nn.Embedding(config.n_relative_buckets, config.n_heads)
+        if config.n_token_types:
+            self.embed_token_types = nn.Embedding(config.n_token_types, config.d_model)
+        if config.embedding_norm:
+            self.embedding_norm = make_norm(config)
+        self.layers = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(n_layers))
+        if config.query_layer:
+            self.query_embeddings = nn.Embedding(config.max_positions, config.d_model)
+            self.query_layer = Block(config, n_layers)
+        if config.norm_position == "pre":
+            self.norm = make_norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        documents_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        token_types_BT: Tensor | None = None,
+        memory_BSD: Tensor | None = None,
+        memory_documents_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        collect: list[Tensor] | None = None,
+        attended: Attended | None = None,
+    ) -> Tensor:
+        """Return the last hidden states (B, T, D).
+
+        `collect` receives the states before and after every block, `attended` what the layers in it attend with.
+        """
+        T = x_BTD.shape[1]
+        documents_BS = documents_BT if cache is None else cache.mark(T, documents_BT)
+        if positions_BT is None:
+            positions_BT = self.positions(x_BTD, documents_BS, cache)
+        x_BTD = self.embed(x_BTD, positions_BT, token_types_BT)
+        shared = self._share(x_BTD, documents_BS, positions_BT, memory_BSD, memory_documents_BS, cache)
+        shared = replace(shared, attended=attended)
+        for block in self.layers:
+            if collect is not None:
+                collect.append(x_BTD)
+            again = self.recompute and self.training
+            x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if again else block(x_BTD, shared)
+        if collect is not None:
+            collect.append(x_BTD)
+        if self.config.norm_position == "pre":
+            x_BTD = self.norm(x_BTD)
+        if self.config.query_layer:
+            x_BTD = self.query_layer(x_BTD, shared, self.query_embeddings(positions_BT).expand_as(x_BTD))
+        if cache is not None:
+            cache.advance(T)
+        return x_BTD
+
+    def positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return the places of the next tokens in their documents (B or 1, T)."""
+        T = x_BTD.shape[1]
+        if documents_BS is not None:
+            return positions_within(documents_BS)[:, -T:]
+        past = cache.length if cache is not None else 0
+        return torch.arange(past, past + T, device=x_BTD.device)[None, :]
+
+    def embed(self, x_BTD: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None) -> Tensor:
+        """Add to embedded tokens what the stack adds before its first block."""
+        config = self.config
+        if config.positions == "learned":
+            x_BTD = x_BTD + self.embed_positions(positions_BT + config.position_offset)
+        elif config.positions == "sinusoidal":
+            x_BTD = x_BTD + self.sinusoids[positions_BT].to(x_BTD.dtype)
+        if config.n_token_types:
+            types = torch.zeros_like(positions_BT) if token_types_BT is None else token_types_BT
+            x_BTD = x_BTD + self.embed_token_types(types)
+        if config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
+        return self.dropout(x_BTD)
+
+    def _share(
+        self,
+        x_BTD: Tensor,
+        documents_BS: Tensor | None,
+        positions_BT: Tensor,
+        memory_BSD: Tensor | None,
+        memory_documents_BS: Tensor | None,
+        cache: KVCache | None,
+    ) -> Pass:
+        config = self.config
+        masks, memory_mask = self.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
+        rope = None
+        if config.positions == "rope":
+            rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+        return Pass(masks, rope, memory_BSD, memory_mask, cache)
+
+    def masks(
+        self,
+        x_BTD: Tensor,
+        documents_BS: Tensor | None,
+        memory_BSD: Tensor | None,
+        memory_documents_BS: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[dict[int, Mask], Mask | None]:
+        """Return the masks of T more positions: by window, and over the memory where there is one."""
+        config, T = self.config, x_BTD.shape[1]
+        S = T + (cache.length if cache is not None else 0)
+        documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
+        bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
+        windows = {block.window for block in self.layers}
+        if config.query_layer:
+            windows.add(self.query_layer.window)
+        masks = {
+            window: build_mask(
+                T,
+                S,
+                causal=self.causal,
+                window=window,
+                query_documents_BT=documents_BT,
+                key_documents_BS=documents_BS,
+                bias_NTS=bias_NTS,
+                device=x_BTD.device,
+            )
+            for window in windows
+        }
+        return masks, self._memory_mask(T, documents_BT, memory_documents_BS, memory_BSD, cache, x_BTD.device)
+
+    def _memory_mask(
+        self,
+        T: int,
+        documents_BT: Tensor | None,
+        memory_documents_BS: Tensor | None,
+        memory_BSD: Tensor | None,
+        cache: KVCache | None,
+        device: torch.device,
+    ) -> Mask | None:
+        if memory_BSD is None and (cache is None or cache.cross[0] is None):
+            return None
+        if memory_documents_BS is None:
+            return Mask()
+        if documents_BT is None:
+            documents_BT = torch.ones(memory_documents_BS.shape[0], T, dtype=torch.long, device=device)
+        return build_mask(
+            T,
+            memory_documents_BS.shape[1],
+            causal=False,
+            query_documents_BT=documents_BT,
+            key_documents_BS=memory_documents_BS,
+            device=device,
+        )
+
+    def _bias(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+        buckets_TS = relative_buckets(
+            offsets(n_queries, n_keys, device),
+            causal=self.causal,
+            n_buckets=self.config.n_relative_buckets,
+            max_distance=self.config.max_relative_distance,
+        )
+        return self.relative_bias(buckets_TS).permute(2, 0, 1)

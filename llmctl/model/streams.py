@@ -1,0 +1,56 @@
+"""Run a model block by block and catch what goes into its layers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from llmctl.model.importance import read
+from llmctl.model.transformer import LanguageModel
+
+
+class _CaughtError(Exception):
+    """The inputs of a block are known; the rest of the pass is not needed."""
+
+
+def chains(model: LanguageModel) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Yield runs of blocks that hand their stream on, with a name for people; encoders come before decoders."""
+    for stack in model.stacks():
+        prefix = "" if len(model.stacks()) == 1 else "decoder " if stack.causal else "encoder "
+        yield prefix, list(stack.layers)
+        if stack.config.query_layer:
+            yield f"{prefix}query ", [stack.query_layer]
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Return module -> name."""
+    return {module: name for name, module in model.named_modules()}
+
+
+def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Return the linear maps of a block by their names in it."""
+    return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+
+
+def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """Return what a block is called with when the model reads a batch."""
+    caught: list[tuple[Any, ...]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught.append(args)
+        raise _CaughtError
+
+    handle = block.register_forward_pre_hook(hook)
+    try:
+        read(model, batch)
+    except _CaughtError:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
+    """Return what a block makes of a stream."""
+    out: Tensor = block(*stream)
+    return out

@@ -1,4 +1,4 @@
-"""Distillation on public data: make teachers, distil them, and print one line per result.
+"""Distillation on public data: make teachers, distill them, and print one line per result.
 
     python benchmarks/distill.py --data DATA --models MODELS --work WORK [NAME ...]
 
@@ -54,7 +54,7 @@ def make_teacher(bench: Bench, name: str, recipe: str) -> None:
 
 
 def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
-    """Distil the decoder of WikiText-2 to half of it."""
+    """Distill the decoder of WikiText-2 to half of it."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
@@ -64,7 +64,7 @@ def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
 
 
 def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
-    """Distil from signals of a kind that were written down before."""
+    """Distill from signals of a kind that were written down before."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
@@ -93,7 +93,7 @@ def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
 
 
 def encoder(bench: Bench) -> dict[str, Any]:
-    """Distil an encoder of WikiText-2 to half of its layers."""
+    """Distill an encoder of WikiText-2 to half of its layers."""
     make_teacher(bench, "wiki-encoder", "wikitext-mlm.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-encoder.yaml"
@@ -103,7 +103,7 @@ def encoder(bench: Bench) -> dict[str, Any]:
 
 
 def sentences(bench: Bench) -> dict[str, Any]:
-    """Halve the layers of MiniLM on sentences without labels, and hold both against people's judgements."""
+    """Halve the layers of MiniLM on sentences without labels, and hold both against people's judgments."""
     import csv
 
     rows: list[str] = []

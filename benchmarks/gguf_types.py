@@ -1,6 +1,6 @@
 """What every GGUF type costs a model: size, bits, and how far its predictions of a text move from the original's.
 
-    python benchmarks/gguf_types.py MODEL TEXT [--dither] [--beside QUANTISED ...] [--rows 12]
+    python benchmarks/gguf_types.py MODEL TEXT [--dither] [--beside QUANTIZED ...] [--rows 12]
 
 Rows of 256 tokens are spread over the text. `--dither` first moves every weight by a random part of a four-bit step: a
 model that was published on a 4-bit grid flatters every format with that grid. Where llama-cpp-python can be imported,

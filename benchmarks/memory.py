@@ -52,7 +52,7 @@ def job(row: dict[str, Any]) -> dict[str, float]:
     from llmctl.distributed import runtime
     from llmctl.model.flops import Rows
     from llmctl.model.training_memory import memory
-    from llmctl.model.transformer import LanguageModel, initialise
+    from llmctl.model.transformer import LanguageModel, initialize
     from llmctl.runs.progress import Silent
     from llmctl.training.loop import Training, fit
     from llmctl.training.objectives import LabelPrediction
@@ -80,7 +80,7 @@ def job(row: dict[str, Any]) -> dict[str, float]:
         )  # fmt: skip
         started = runtime.start(config, parallel)
         model = LanguageModel(shape)
-        initialise(model, 0)
+        initialize(model, 0)
         ids = Ids(0, 2, 0, np.zeros(shape.vocab_size, dtype=bool))
         memory_ = Memory()
 

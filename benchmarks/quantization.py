@@ -99,7 +99,7 @@ def each(
         out = slug(name)
         if not out.startswith(names):
             continue
-        found = row(bench, model, f"quantised-{out}", calib, val, *own, *options)
+        found = row(bench, model, f"quantized-{out}", calib, val, *own, *options)
         print(json.dumps({"model": model, "row": name, **found}), flush=True)
 
 
@@ -145,11 +145,11 @@ def large(bench: Bench, names: str = "") -> dict[str, Any]:
 def best(bench: Bench) -> dict[str, Any]:
     """The same in 4.6 bits, by a recipe that takes its time."""
     model, train, part = off_grid(bench)
-    return row(bench, model, "quantised-best", train, part, "-r", RECIPES / "quantize" / "smollm2-mixed.yaml")
+    return row(bench, model, "quantized-best", train, part, "-r", RECIPES / "quantize" / "smollm2-mixed.yaml")
 
 
 def sentences(bench: Bench) -> dict[str, Any]:
-    """MiniLM in eight and four bits, held against people's judgements of similarity."""
+    """MiniLM in eight and four bits, held against people's judgments of similarity."""
     teacher, calib = bench.models / "minilm", bench.text("train.en", "multi30k-en-de", "train.en.gz")
     found = {}
     for name, options in (("int8", ("--bits", 8)), ("w8a8", ("--scheme", "w8a8")), ("int4", ("--bits", 4))):

@@ -5,7 +5,7 @@
 
 All variants train the same sizes on the same random tokens with the same threads, AdamW and a clipped gradient. They
 take turns, so a machine that slows down slows all of them; tokens per CPU-second bear other load better than tokens
-per second. Utilisation is the model's own FLOPs (a head over predicted positions only) by the rate of a plain matrix
+per second. Utilization is the model's own FLOPs (a head over predicted positions only) by the rate of a plain matrix
 product in the variant's precision, measured in the same run. `--peers` is a folder with the package litgpt
 (`pip install --target`); nanoGPT is a file, karpathy/nanoGPT's model.py. What is not there is named and left out.
 """
@@ -35,7 +35,7 @@ from llmctl.machine import choose_dtype, product_rate
 from llmctl.model.flops import row_flops
 from llmctl.model.presets import preset_config
 from llmctl.model.shapes import complete
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.training.objectives import LabelPrediction
 from llmctl.training.optim import make_optimizers
 
@@ -123,7 +123,7 @@ def random_batch(shape: Shape, seed: int, device: str = "cpu") -> dict[str, Tens
 
 def ours(shape: Shape, dtype: torch.dtype, *, compiled: bool = False, device: str = "cpu") -> Variant:
     model = LanguageModel(shape.config)
-    initialise(model, 0)
+    initialize(model, 0)
     model.to(device)
     config = OptimConfig(name="adamw", lr=LR, beta1=BETAS[0], beta2=BETAS[1], weight_decay=WEIGHT_DECAY)
     optimizers = list(make_optimizers(model, config).values())
@@ -273,7 +273,7 @@ def figures(variant: Variant, shape: Shape, rate: float) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in variant.parameters),
         "tokens_per_second": shape.n_tokens / wall,
         "tokens_per_cpu_second": shape.n_tokens / cpu,
-        "utilisation": shape.flops / wall / rate,
+        "utilization": shape.flops / wall / rate,
     }
 
 
@@ -282,10 +282,10 @@ def render(result: dict[str, Any]) -> str:
     size = f"{result['batch_size']} x {result['seq_len']} tokens per step, {result['threads']} threads"
     base = result["variants"][0]["name"]
     lines = [f"{result['shape']}: {size}, median of {result['rounds']} rounds; products: {rates} GFLOP/s"]
-    lines += [f"{'':<26}{'parameters':>12}{'tokens/s':>10}{'tokens/CPU-s':>14}{'x ' + base:>26}{'utilisation':>13}"]
+    lines += [f"{'':<26}{'parameters':>12}{'tokens/s':>10}{'tokens/CPU-s':>14}{'x ' + base:>26}{'utilization':>13}"]
     for row in result["variants"]:
         speed = f"{row['tokens_per_second']:>10,.0f}{row['tokens_per_cpu_second']:>14,.0f}{row['ratio']:>26.2f}"
-        lines += [f"{row['name']:<26}{row['parameters']:>12,}{speed}{row['utilisation']:>13.1%}"]
+        lines += [f"{row['name']:<26}{row['parameters']:>12,}{speed}{row['utilization']:>13.1%}"]
     return "\n".join(lines)
 
 
@@ -333,18 +333,18 @@ def on_gpu(name: str, seconds: float = 40.0) -> dict[str, Any]:
         "steps": n_steps,
         "tokens_per_second": reached / shape.flops * shape.n_tokens,
         "product_flops": rate,
-        "utilisation": reached / rate,
-        "utilisation_of_data_sheet": reached / sheet if sheet else None,
+        "utilization": reached / rate,
+        "utilization_of_data_sheet": reached / sheet if sheet else None,
         "memory_bytes": torch.cuda.max_memory_allocated(),
     }
 
 
 def render_gpu(result: dict[str, Any]) -> str:
-    sheet = result["utilisation_of_data_sheet"]
+    sheet = result["utilization_of_data_sheet"]
     parts = [
         f"{result['shape']} on {result['device']}: {result['batch_size']} x {result['seq_len']} tokens per step",
         f"{result['tokens_per_second']:,.0f} tokens/s",
-        f"{result['utilisation']:.1%} of the measured {result['product_flops'] / 1e12:.0f} TFLOP/s",
+        f"{result['utilization']:.1%} of the measured {result['product_flops'] / 1e12:.0f} TFLOP/s",
         f"{sheet:.1%} of the data sheet's" if sheet else "no data sheet known",
         f"{result['memory_bytes'] / 2**30:.1f} GiB",
     ]

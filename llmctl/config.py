@@ -126,7 +126,7 @@ class DataConfig:
     val_paths: tuple[str, ...] = setting((), "data that is held out; empty holds out a share of the paths")
     val_frac: float = setting(0.05, "share of the documents held out for evaluation")
     val_tail: bool = setting(False, "hold out the last part of the text instead of drawn documents")
-    isolate: bool = setting(True, "a document never attends into its neighbour in a packed row")
+    isolate: bool = setting(True, "a document never attends into its neighbor in a packed row")
     mask_frac: float = setting(0.15, "share of the tokens that are predicted (mlm) or removed (span)")
     whole_word: bool = setting(False, "mask all pieces of a word together (mlm)")
     mean_span_tokens: float = setting(3.0, "mean length of a removed span, in tokens (span)")

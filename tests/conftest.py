@@ -51,13 +51,13 @@ def teachers(models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
 
     from llmctl.formats.artifact import read_artifact
     from llmctl.formats.artifact_write import write_artifact
-    from llmctl.model.transformer import LanguageModel, initialise
+    from llmctl.model.transformer import LanguageModel, initialize
 
     paths = {}
     for name, path in models.items():
         artifact = read_artifact(path)
         model = LanguageModel(replace(artifact.config, init_std=0.3))
-        initialise(model, 1)
+        initialize(model, 1)
         folder = tmp_path_factory.mktemp("teachers") / name
         paths[name] = write_artifact(folder, model.config, model.state_dict(), files=artifact.files, provenance={})
     return paths

@@ -15,7 +15,7 @@ from llmctl import __version__
 from llmctl.cli import COMMANDS, report, run
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def models(tmp_path_factory) -> Path:
             **(extra if family == "encoder_decoder" else {}),
         )
         model = LanguageModel(shape)
-        initialise(model, 0)
+        initialize(model, 0)
         write_artifact(folder / family, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
     return folder
 

@@ -51,7 +51,7 @@ def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, see
     config = head_config(model.config, labels, n_outputs, pooling)
     with torch.random.fork_rng(devices=[]):
         classifier = LanguageModel(config)
-    classifier.quantise({name: scheme for name, scheme in model.schemes.items() if name != HEAD})
+    classifier.quantize({name: scheme for name, scheme in model.schemes.items() if name != HEAD})
     state = classifier.state_dict()
     state |= {name: tensor for name, tensor in model.state_dict().items() if name in state}
     generator = torch.Generator().manual_seed(seed)

@@ -101,9 +101,9 @@ def load_model(
     tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
-    model.quantise(schemes)
+    model.quantize(schemes)
     model.to_empty(device=place)
-    materialise_buffers(model)
+    materialize_buffers(model)
     model.tie()
     model.to(names[dtype])
     load_tensors(model, artifact.packed_state() if schemes else artifact.state(names[dtype]))
@@ -147,7 +147,7 @@ def without_weights(config: "ModelConfig") -> "LanguageModel":
         return LanguageModel(config)
 
 
-def materialise_buffers(model: "LanguageModel") -> None:
+def materialize_buffers(model: "LanguageModel") -> None:
     """Fill the tables that are computed, not stored; building on the meta device left them empty."""
     from llmctl.model.positions import sinusoidal_table
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmctl.artifacts.load import materialise_buffers, without_weights
+from llmctl.artifacts.load import materialize_buffers, without_weights
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.kernels.product_table import randomise
@@ -52,7 +52,7 @@ def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> Lang
         head = QuantLinear(config.d_model, config.vocab_size, SCHEMES["int8"], bias=config.logits_bias)
         model.lm_head = head  # type: ignore[assignment]
         scheme = SCHEMES[precision]
-        quantise_blocks(model, replace(scheme, group=group or scheme.group))
+        quantize_blocks(model, replace(scheme, group=group or scheme.group))
     dtype = DTYPES.get(precision, torch.float32)
     for module in model.modules():
         if isinstance(module, QuantLinear):
@@ -66,13 +66,13 @@ def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> Lang
                 )
         elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
-    materialise_buffers(model)
+    materialize_buffers(model)
     if precision not in SCHEMES:
         model.tie()
     return model.eval()
 
 
-def quantise_blocks(model: LanguageModel, scheme: Scheme) -> None:
+def quantize_blocks(model: LanguageModel, scheme: Scheme) -> None:
     """Put layers of random codes in the place of the matrices of the blocks."""
     for stack in model.stacks():
         for module in list(stack.layers.modules()):

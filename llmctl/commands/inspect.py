@@ -45,7 +45,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     shown["parameters"], shown["bytes"] = f"{record['parameters']:,}", f"{record['bytes']:,}"
     shown["dtypes"] = ", ".join(f"{count} {dtype}" for dtype, count in record["dtypes"].items())
     shown["files"] = ", ".join(record.get("files", [])) or None
-    shown["quantised"] = in_bits(record.get("quantised") or {})
+    shown["quantized"] = in_bits(record.get("quantized") or {})
     rows = [f"{key:<13} {value}" for key, value in shown.items() if value is not None]
     for part in ("provenance", "metadata"):
         rows += [f"{part + ':':<13} {key} = {one_line(value)}" for key, value in record.get(part, {}).items()]

@@ -74,7 +74,7 @@ def special_ids(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def general_of(artifact: Artifact, source: Path) -> dict[str, str]:
-    """Return name and licence as they came in with the model; the name is else its folder's or file's."""
+    """Return name and license as they came in with the model; the name is else its folder's or file's."""
     imported = artifact.provenance.get("imported")
     told: Mapping[str, Any] = imported if isinstance(imported, Mapping) else {}
     found = {key: told.get(f"general.{key}") for key in ("name", "license")}

@@ -1,6 +1,6 @@
 """The proof of a GGUF file: it is read back, and weights, logits, tokenizer and, where it is installed, llama.cpp agree.
 
-Weights must be, bit for bit, what the quantiser meant; logits those of our own model with the same rounding; ids the
+Weights must be, bit for bit, what the quantizer meant; logits those of our own model with the same rounding; ids the
 same for texts of many kinds. How far the rounded model is from the original is measured, not judged.
 """
 

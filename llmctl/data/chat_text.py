@@ -1,4 +1,4 @@
-"""Chat templates: messages -> the text that a model has learnt to see, as transformers renders it.
+"""Chat templates: messages -> the text that a model has learned to see, as transformers renders it.
 
 Knows Jinja and the plain text of models that bring no template. Refuses to know tokenizers: names of special tokens
 are passed in, and what becomes of the text is the caller's affair.

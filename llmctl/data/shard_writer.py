@@ -27,7 +27,7 @@ BATCH_CHARACTERS = 1 << 20
 EncodeBatch = Callable[[list[str]], list[list[int]]]
 
 
-_encode: EncodeBatch | None = None  # a worker process's own copy, set by its initialiser
+_encode: EncodeBatch | None = None  # a worker process's own copy, set by its initializer
 
 
 def write_shards(

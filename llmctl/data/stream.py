@@ -108,7 +108,7 @@ class PackedRows:
 
 
 class ExampleRows:
-    """Examples one by one in shuffled order, neighbours of similar length, so that a batch has little padding.
+    """Examples one by one in shuffled order, neighbors of similar length, so that a batch has little padding.
 
     The order is drawn per epoch; examples are sorted by length within windows of 64 batches only.
     """

@@ -1,6 +1,6 @@
 """Batches that the student writes itself, so that it learns from the teacher where its own words lead it.
 
-Source: Agarwal et al. 2023, generalised knowledge distillation, arXiv:2306.13649, algorithm 1.
+Source: Agarwal et al. 2023, generalized knowledge distillation, arXiv:2306.13649, algorithm 1.
 """
 
 import hashlib

@@ -223,7 +223,7 @@ class Texts:
 
 
 def read_data(config: EvaluateConfig, say: Say) -> Texts | list[Example]:
-    """Return the data of a task: texts, or labelled examples.
+    """Return the data of a task: texts, or labeled examples.
 
     Raises: UsageError and NotFoundError from reading; UsageError for no data where a table is needed.
     """

@@ -28,7 +28,7 @@ from llmctl.formats.quantization import (
     WEIGHT,
     WHOLE_DTYPES,
     Schemes,
-    dequantised,
+    dequantized,
     fits_bytes,
     in_words,
     part_shapes,
@@ -113,7 +113,7 @@ class Artifact:
 
         What is held in few bits is multiplied out, in float32.
         """
-        return self.family.to_internal(dequantised(self._published(), self.schemes), self.config)
+        return self.family.to_internal(dequantized(self._published(), self.schemes), self.config)
 
     def packed_state(self) -> dict[str, "Tensor"]:
         """Return the same, but modules in few bits with their packed tensors in place of a weight."""

@@ -47,8 +47,8 @@ def write_artifact(
     packed = weights_of(schemes)
     layout = [stored for stored in family.layout(config) if stored.name not in packed]
     tensors = to_stored(layout, state) | stored_parts(state, schemes, config)
-    quantisation = {KEY: write_schemes(schemes, config)} if schemes else {}
-    hf_text = json_text(hf_config(family, config, tensors) | quantisation)
+    quantization = {KEY: write_schemes(schemes, config)} if schemes else {}
+    hf_text = json_text(hf_config(family, config, tensors) | quantization)
     beside = with_generation_config(config, files)
     metadata = {
         "format": "pt",

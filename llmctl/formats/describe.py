@@ -45,7 +45,7 @@ def describe(path: Path) -> dict[str, Any]:
         "family": artifact.config.family,
         "context": artifact.config.max_positions,
         "vocabulary": artifact.config.vocab_size,
-        "quantised": {name: asdict(scheme) for name, scheme in artifact.schemes.items()},
+        "quantized": {name: asdict(scheme) for name, scheme in artifact.schemes.items()},
         "tokenizer": tokenizer_kind(artifact.files),
         "files": sorted(artifact.files),
         "config": artifact.hf,

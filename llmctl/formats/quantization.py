@@ -118,7 +118,7 @@ def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str,
 
 
 def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
-    """Return what `config.json` says of quantised modules."""
+    """Return what `config.json` says of quantized modules."""
     groups: dict[tuple[Scheme, str], list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault((scheme, form_of(name, scheme)), []).append(name)
@@ -166,7 +166,7 @@ def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
 
 
 def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict[str, Scheme]:
-    """Return the scheme of every quantised module that a `config.json` names.
+    """Return the scheme of every quantized module that a `config.json` names.
 
     Raises: ArtifactError naming what is not read.
     """
@@ -249,14 +249,14 @@ def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
 
 
 def refused(where: str, key: str, value: Any, read: str) -> ArtifactError:
-    """Return the error for a way of quantising that is not read."""
+    """Return the error for a way of quantizing that is not read."""
     return ArtifactError(
         f"`{where}` has `{KEY}.{key}` {str(value)[:60]!r}, which llmctl does not read", f"what is read: {read}"
     )
 
 
-def dequantised(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
-    """Return a state in which quantised modules have the float32 weights that their codes mean."""
+def dequantized(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
+    """Return a state in which quantized modules have the float32 weights that their codes mean."""
     from llmctl.quant.grid import decode
     from llmctl.quant.weight import unpacked
 
@@ -288,7 +288,7 @@ def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Te
 
 
 def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelConfig) -> dict[str, "Tensor"]:
-    """Return the tensors of quantised modules as they are stored."""
+    """Return the tensors of quantized modules as they are stored."""
     import torch
 
     from llmctl.quant.grid import scale_codes

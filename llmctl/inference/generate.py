@@ -173,7 +173,7 @@ def sample(
     """Draw token after token; rows that end leave the batch."""
     done = []
     for row in rows:
-        # Two numbers side by side: neighbouring prompts must not share a stream.
+        # Two numbers side by side: neighboring prompts must not share a stream.
         row.generator.manual_seed((config.seed * 1_000_003 + row.prompt.index) % (1 << 63))
     logits_BV = session.begin()
     seen_BV = None

@@ -54,7 +54,7 @@ def check(config: GenerateConfig) -> None:
         raise UsageError("; ".join(problems))
 
 
-def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     """Divide the positive and multiply the negative logits of tokens that were seen.
 
     Shapes: logits (B, V), seen (B, V) bool. Source: CTRL, Keskar et al. 2019, arXiv:1909.05858, section 4.1.
@@ -114,7 +114,7 @@ def choose(
     """
     logits_BV = logits_BV.float()
     if seen_BV is not None:
-        logits_BV = penalise_repetition(logits_BV, seen_BV, config.repetition_penalty)
+        logits_BV = penalize_repetition(logits_BV, seen_BV, config.repetition_penalty)
     best_B, likeliest_B = logits_BV.max(dim=1)
     require_finite(best_B)
     if config.temperature == 0:

@@ -31,7 +31,7 @@ from llmctl.jobs.compression import Taught
 from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.flops import row_flops
 from llmctl.model.parameters import count
-from llmctl.model.transformer import LanguageModel, initialise, load_tensors
+from llmctl.model.transformer import LanguageModel, initialize, load_tensors
 from llmctl.runs.folder import Run
 from llmctl.runs.progress import Say
 from llmctl.training.batch import BatchSource, to_device
@@ -234,7 +234,7 @@ class Distilling(Taught):
             self.cut = {}
         else:
             self.model = LanguageModel(self.shape)
-            initialise(self.model, self.config.train.seed)
+            initialize(self.model, self.config.train.seed)
             self.cut = {}
         self.model.train()
         del say

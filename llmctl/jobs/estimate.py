@@ -16,7 +16,7 @@ from llmctl.model.training_memory import FLOAT_BYTES, Memory, memory
 DEVICES = (1, 8, 64, 1024)
 GPU_FLOPS = {"H100 SXM": 989e12, "A100": 312e12}
 """Published dense bfloat16 rates, in FLOP/s: NVIDIA's data sheets."""
-ASSUMED_UTILISATION = 0.4
+ASSUMED_UTILIZATION = 0.4
 """Share of a GPU's published rate that a training run is assumed to reach; large published runs lie at 0.3 to 0.55."""
 
 
@@ -73,7 +73,7 @@ class Estimate:
             "layout": self.layout,
             "fitting_rows": self.fitting_rows,
             "memory_bytes": {str(n): {**part.parts, "peak": part.peak} for n, part in self.memory.items()},
-            "assumed_gpu_utilisation": ASSUMED_UTILISATION,
+            "assumed_gpu_utilization": ASSUMED_UTILIZATION,
             "seconds_on_one_device": self.seconds(),
         }
 
@@ -136,7 +136,7 @@ def estimate(
     config = complete(config)
     rates = {"this CPU, products alone at their measured rate": cpu_flops}
     for gpu, rate in GPU_FLOPS.items():
-        rates[f"{gpu}, assumed {ASSUMED_UTILISATION:.0%} of {rate / 1e12:.0f} TFLOP/s"] = rate * ASSUMED_UTILISATION
+        rates[f"{gpu}, assumed {ASSUMED_UTILIZATION:.0%} of {rate / 1e12:.0f} TFLOP/s"] = rate * ASSUMED_UTILIZATION
     parts = {
         n: memory(
             config,

@@ -52,7 +52,7 @@ FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
 SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
 DEFAULT_EPOCHS = 3.0
 
-QUANTISES = ("qlora", "qdora")
+QUANTIZES = ("qlora", "qdora")
 """Methods that hold the base in four bits, also where it was not."""
 
 
@@ -66,7 +66,7 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
     train, optim = config.train, config.optim
     artifact = read_model(Path(config.model))
     shape = artifact.config
-    in_few_bits = config.method in QUANTISES or (artifact.schemes and config.method != "full")
+    in_few_bits = config.method in QUANTIZES or (artifact.schemes and config.method != "full")
     if config.qat or in_few_bits:  # neither has a copy in bfloat16
         train = replace(train, master_weights=False)
     if not (train.steps or train.tokens or train.minutes or train.epochs):
@@ -135,7 +135,7 @@ class Finetuning(Job):
         """Read, examine, split and encode the examples; put the base in few bits where the method asks for it."""
         corpus = prepare_task(self.config, self.base, folder, say, shows_example=self.shows_example)
         told = {}
-        if self.config.method in QUANTISES and not self.base.artifact.schemes:
+        if self.config.method in QUANTIZES and not self.base.artifact.schemes:
             told = write_packed_base(self.base, self.packed_base(folder))
             del self.base  # all of the full weights goes before the next are there
             give_back_memory()
@@ -265,7 +265,7 @@ class Finetuning(Job):
         """Return the trained model in one piece, whatever processes it was shared out to."""
         model = LanguageModel(self.model.config)
         if self.config.method != "full":
-            model.quantise(self.held)
+            model.quantize(self.held)
             self.adapt(model)
         model.load_state_dict(super().weights(weights))
         return model

@@ -143,7 +143,7 @@ def measure(table: Table, scheme: Scheme, n_out: int, n_in: int, n_rows: int) ->
                     products[name] = product
     if not products:
         products["plain"] = plain(layer)
-    weight_OI, narrow_NI = layer.dequantised(torch.bfloat16), x_NI.bfloat16()
+    weight_OI, narrow_NI = layer.dequantized(torch.bfloat16), x_NI.bfloat16()
     products[REFERENCE] = lambda _x: F.linear(narrow_NI, weight_OI)
     best = dict.fromkeys(products, float("inf"))
     begun = time.perf_counter()

@@ -66,7 +66,7 @@ def reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple
     return loss_C, gap_CV.sub_(mean_C1).mul_(q_CV)
 
 
-def centred(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
+def centered(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
     """Return the gradient with respect to logits, of one with respect to probabilities: q (s - E_q s)."""
     mean_C1 = (q_CV * slope_CV).sum(dim=1, keepdim=True)
     return slope_CV.sub_(mean_C1).mul_(q_CV)
@@ -86,7 +86,7 @@ def jensen_shannon(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> t
     from_p_C = log_ratio(p_CV, m_CV).mul_(p_CV).sum(dim=1)
     slope_CV = log_ratio(q_CV, m_CV)
     from_q_C = (q_CV * slope_CV).sum(dim=1)
-    return beta * from_p_C + (1 - beta) * from_q_C, centred(q_CV, slope_CV).mul_(1 - beta)
+    return beta * from_p_C + (1 - beta) * from_q_C, centered(q_CV, slope_CV).mul_(1 - beta)
 
 
 def skew_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ def skew_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Te
     q_CV, p_CV = log_q_CV.exp_(), log_p_CV.exp_()
     m_CV = q_CV + options.skew * (p_CV - q_CV)
     loss_C = log_ratio(p_CV, m_CV).mul_(p_CV).sum(dim=1)
-    return loss_C, centred(q_CV, excess(p_CV, m_CV).mul_(options.skew - 1))
+    return loss_C, centered(q_CV, excess(p_CV, m_CV).mul_(options.skew - 1))
 
 
 def skew_reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def skew_reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> 
     m_CV = p_CV + options.skew * (q_CV - p_CV)
     slope_CV = log_ratio(q_CV, m_CV)
     loss_C = (q_CV * slope_CV).sum(dim=1)
-    return loss_C, centred(q_CV, slope_CV.sub_(excess(q_CV, m_CV), alpha=options.skew))
+    return loss_C, centered(q_CV, slope_CV.sub_(excess(q_CV, m_CV), alpha=options.skew))
 
 
 def excess(above_CV: Tensor, below_CV: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ def total_variation(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> 
     del options
     q_CV, gap_CV = log_q_CV.exp_(), log_p_CV.exp_()
     gap_CV.neg_().add_(q_CV)
-    return gap_CV.abs().sum(dim=1) / 2, centred(q_CV, gap_CV.sign_().div_(2))
+    return gap_CV.abs().sum(dim=1) / 2, centered(q_CV, gap_CV.sign_().div_(2))
 
 
 DIVERGENCES: dict[str, DivergenceRow] = {
     "fkl": DivergenceRow(forward_kl, "forward KL", "Hinton et al. 2015, arXiv:1503.02531"),
     "rkl": DivergenceRow(reverse_kl, "reverse KL", "MiniLLM, Gu et al. 2023, arXiv:2306.08543"),
-    "jsd": DivergenceRow(jensen_shannon, "generalised Jensen-Shannon", "GKD, Agarwal et al. 2023, arXiv:2306.13649"),
+    "jsd": DivergenceRow(jensen_shannon, "generalized Jensen-Shannon", "GKD, Agarwal et al. 2023, arXiv:2306.13649"),
     "skl": DivergenceRow(skew_kl, "skewed forward KL", "DistiLLM, Ko et al. 2024, arXiv:2402.03898"),
     "srkl": DivergenceRow(skew_reverse_kl, "skewed reverse KL", "DistiLLM, Ko et al. 2024, arXiv:2402.03898"),
     "akl": DivergenceRow(adaptive_kl, "adaptive KL", "Wu et al. 2024, arXiv:2404.02657"),

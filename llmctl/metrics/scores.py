@@ -132,12 +132,12 @@ def normal_answer(text: str) -> str:
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Return the tokens of a normalised answer: what stands between spaces, and Chinese characters one by one."""
+    """Return the tokens of a normalized answer: what stands between spaces, and Chinese characters one by one."""
     return re.findall(f"[{HAN}]|[^\\s{HAN}]+", normal_answer(text))
 
 
 def exact_match(found: Sequence[str], wanted: References) -> float:
-    """Return the share of answers that, normalised, are one of the wanted ones.
+    """Return the share of answers that, normalized, are one of the wanted ones.
 
     Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1.
     """

@@ -101,7 +101,7 @@ class Attention(nn.Module):
     """Scaled dot-product attention with an output projection.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al. 2023, arXiv:2305.13245;
-    normalised queries and keys: Henry et al. 2020, arXiv:2010.04245, as in Qwen3.
+    normalized queries and keys: Henry et al. 2020, arXiv:2010.04245, as in Qwen3.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -98,7 +98,7 @@ class KVCache:
 class Int8KVCache(KVCache):
     """Keys and values in 8 bits with a scale per position and head; those of cross-attention stay as they are.
 
-    A position has scales of its own, so that it is written without its neighbours, and rows are chosen and moved as before.
+    A position has scales of its own, so that it is written without its neighbors, and rows are chosen and moved as before.
     Everything that is attended to is read back, the positions being written too: what follows does not depend on how a
     text was cut. KIVI (Liu et al. 2024, arXiv:2402.02750, section 3) finds keys with a few large channels and gives each
     channel its scale, which 2 bits need; in 8 the small channels keep enough.

@@ -18,7 +18,7 @@ from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.positions import rope_tables
 from llmctl.model.stack import ACTIVATIONS, Block, Stack
 from llmctl.model.transformer import LanguageModel
-from llmctl.quant.joined import join_quantised
+from llmctl.quant.joined import join_quantized
 from llmctl.quant.linear import QuantLinear
 
 Map = Callable[[Tensor], Tensor]
@@ -278,9 +278,9 @@ def join(layers: Sequence[nn.Module]) -> Map:
     """Return one map whose outputs are those of all layers side by side; see the module for what becomes of weights."""
     if len(layers) > 1 and all(type(layer) is nn.Linear for layer in layers):
         return join_linears([layer for layer in layers if isinstance(layer, nn.Linear)])
-    quantised = [layer for layer in layers if isinstance(layer, QuantLinear)]
-    if len(quantised) == len(layers) and len({(layer.scheme, layer.bias is None) for layer in quantised}) == 1:
-        return (join_quantised(quantised) if len(layers) > 1 else quantised[0]).forward
+    quantized = [layer for layer in layers if isinstance(layer, QuantLinear)]
+    if len(quantized) == len(layers) and len({(layer.scheme, layer.bias is None) for layer in quantized}) == 1:
+        return (join_quantized(quantized) if len(layers) > 1 else quantized[0]).forward
     if len(layers) == 1:
         only = layers[0]
         return Dense(only.weight, only.bias) if type(only) is nn.Linear else only

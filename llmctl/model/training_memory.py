@@ -104,7 +104,7 @@ class Kept:
 class Memory:
     """Bytes on one device, by part.
 
-    copies: weights in the precision of the products; on several devices those gathered for two neighbouring blocks
+    copies: weights in the precision of the products; on several devices those gathered for two neighboring blocks
     and the head. logits: those of one chunk, the gradient of the hidden states, and the head's own gradient.
     accumulates: gradients stay from one micro-batch to the next.
     """

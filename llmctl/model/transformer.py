@@ -110,13 +110,13 @@ class LanguageModel(nn.Module):
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """The schemes of what is held in few bits, as `quantise` takes them."""
+        """The schemes of what is held in few bits, as `quantize` takes them."""
         found = {name: module.scheme for name, module in self.named_modules() if isinstance(module, QuantWeight)}
         if self.config.tie_embeddings:
             found.pop("lm_head", None)
         return found
 
-    def quantise(self, schemes: Mapping[str, Scheme]) -> None:
+    def quantize(self, schemes: Mapping[str, Scheme]) -> None:
         """Replace modules by empty ones that hold their weight in few bits; a tied head goes with the embedding.
 
         Shapes: name of a linear map, or `model.embed_tokens` -> scheme.
@@ -286,7 +286,7 @@ def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(with_tied(model.config, tensors))
 
 
-def initialise(model: LanguageModel, seed: int) -> None:
+def initialize(model: LanguageModel, seed: int) -> None:
     """Draw the initial weights, reproducibly, whatever was drawn before.
 
     Normal with `init_std`; the projections back into the residual stream of a pre-norm model are divided by

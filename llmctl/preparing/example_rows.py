@@ -74,7 +74,7 @@ class Encoder:
         return policy == "drop"
 
 
-def labelled_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
+def labeled_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
     """Yield texts, or pairs of them, with their labels."""
     examples = iter(examples)
     while window := list(islice(examples, AT_ONCE)):

@@ -29,7 +29,7 @@ from llmctl.preparing.example_rows import (
     Encoder,
     ExampleRow,
     conversation_rows,
-    labelled_rows,
+    labeled_rows,
     prompt_rows,
     source_rows,
 )
@@ -110,7 +110,7 @@ def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths
     if task == "classify":
         labels = find_labels(config, base, all_paths)
         encoder = Encoder(config, base, findings, labels=labels)
-        return encoder, lambda paths: labelled_rows(encoder, read_examples(paths, task, config.columns))
+        return encoder, lambda paths: labeled_rows(encoder, read_examples(paths, task, config.columns))
     encoder = Encoder(config, base, findings, template=template_for(task, family, config.template))
     make = source_rows if family == "encoder_decoder" else prompt_rows
     return encoder, lambda paths: make(encoder, read_examples(paths, task, config.columns))

@@ -1,4 +1,4 @@
-"""Weights in llama.cpp's blocks: 32 or 256 neighbours of a row with scales of their own, byte for byte as files hold them.
+"""Weights in llama.cpp's blocks: 32 or 256 neighbors of a row with scales of their own, byte for byte as files hold them.
 
 The formats are ggml's; how scales are chosen is ours: candidates around the whole range, each refitted by least squares
 to its codes, the one of least weighted error kept. A large weight counts for more, as in llama.cpp where nothing was

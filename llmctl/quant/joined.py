@@ -8,7 +8,7 @@ from llmctl.quant.linear import QuantLinear
 from llmctl.quant.packing import pack, unpack
 
 
-def join_quantised(layers: Sequence[QuantLinear]) -> QuantLinear:
+def join_quantized(layers: Sequence[QuantLinear]) -> QuantLinear:
     """Return one layer; the weights are moved: the given layers hold views of its codes and scales from now on.
 
     The layers must have one scheme and equal inputs, and biases all or none.

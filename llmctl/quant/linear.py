@@ -63,7 +63,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad @ ctx.layer.dequantised(grad.dtype), None
+        return grad @ ctx.layer.dequantized(grad.dtype), None
 
 
 class QuantEmbedding(QuantWeight):

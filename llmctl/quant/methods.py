@@ -276,7 +276,7 @@ METHODS: Mapping[str, Method] = {
 NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq", "guided")
 """Methods that look at what comes into a layer."""
 
-EQUALISES = ("awq", "awq-gptq")
+EQUALIZES = ("awq", "awq-gptq")
 """Methods for which scales move first."""
 
 WEIGHS = ("guided",)

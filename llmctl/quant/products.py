@@ -48,7 +48,7 @@ def plain(layer: QuantWeight) -> Product:
         if layer.scheme.activations:
             codes, scales = rounded_inputs(x)
             x = (codes.float() * scales).to(x.dtype)
-        return F.linear(x, layer.dequantised(x.dtype))
+        return F.linear(x, layer.dequantized(x.dtype))
 
     return product
 

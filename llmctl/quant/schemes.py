@@ -22,7 +22,7 @@ FEWEST_BITS, MOST_BITS = 2, 8
 class Scheme:
     """How one matrix is held.
 
-    bits: of a code. group: neighbouring inputs that share a scale; 0 is the whole row. symmetric: the zero is the
+    bits: of a code. group: neighboring inputs that share a scale; 0 is the whole row. symmetric: the zero is the
     middle code and is not stored. activations: 8 where inputs are rounded to eight bits, token by token, when they are
     multiplied; 0 where they stay as they are. scale_bits: of a scale; with 8, scales are multiples of a power of two that
     their row has in common.

@@ -47,9 +47,9 @@ class QuantWeight(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix (O, I) float32, multiplied out anew every time."""
-        return self.dequantised()
+        return self.dequantized()
 
-    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix (O, I)."""
         return decode(self.codes(), self.scheme).to(dtype)
 

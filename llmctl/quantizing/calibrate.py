@@ -1,4 +1,4 @@
-"""Choose the codes of a model, layer by layer: what comes into a layer has gone through the quantised ones before it.
+"""Choose the codes of a model, layer by layer: what comes into a layer has gone through the quantized ones before it.
 
 No more than one layer's moments, and the streams of the calibration rows, are held at a time.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmctl.errors import ArtifactError
 from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
-from llmctl.model.equalise import fold, joints, shared_factors
+from llmctl.model.equalize import fold, joints, shared_factors
 from llmctl.model.fisher import Weights, token_weights
 from llmctl.model.importance import Batches, read
 from llmctl.model.stack import Block
@@ -22,7 +22,7 @@ from llmctl.model.streams import catch, chains, linears, names_of, run
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes, decode
-from llmctl.quant.methods import EQUALISES, METHODS, NEEDS_DATA, WEIGHS, Moments, output_error
+from llmctl.quant.methods import EQUALIZES, METHODS, NEEDS_DATA, WEIGHS, Moments, output_error
 from llmctl.quant.schemes import Scheme
 from llmctl.runs.progress import Say, paced
 
@@ -43,7 +43,7 @@ def calibrate(
 ) -> Calibrated:
     """Return codes for the modules of a plan; the model's own weights become what the codes mean.
 
-    The head over the vocabulary, or the embedding that is one, is chosen by what comes out of the quantised blocks. Other
+    The head over the vocabulary, or the embedding that is one, is chosen by what comes out of the quantized blocks. Other
     modules outside them take the clipped range. is_narrow: whether batches go through the model in bfloat16.
     """
     # Without its cache: weights change between two passes through a block, and the second is to see that.
@@ -68,8 +68,8 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
             in_blocks |= {f"{name}.{inner}" for inner in mine}
             moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in mine}) if streams else {}
             with torch.autocast("cpu", enabled=False):
-                if method in EQUALISES or any(scheme.activations for scheme in mine.values()):
-                    equalise(block, mine, moments, method)
+                if method in EQUALIZES or any(scheme.activations for scheme in mine.values()):
+                    equalize(block, mine, moments, method)
                 for inner, scheme in mine.items():
                     choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
@@ -118,7 +118,7 @@ def needs_data(plan: Plan, method: str) -> bool:
     return method in NEEDS_DATA or any(scheme.activations for scheme in plan.values())
 
 
-def equalise(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
+def equalize(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
     """Move scales between the layers of a block where that loses less; the moments become those of the new inputs."""
     if not isinstance(block, Block):
         return

@@ -27,7 +27,7 @@ def learner(
     shapes = parameter_shapes(model.config)
     tables = {name: scheme for name, scheme in schemes.items() if not is_inside(name)}
     whole = model.state_dict()
-    model.quantise(tables)
+    model.quantize(tables)
     for name, scheme in schemes.items():
         if not is_inside(name):
             continue

@@ -3,7 +3,7 @@
 An adapter makes up for the rounding that it was trained on, so it belongs to these codes and to no others: they are
 written once, into the run's own folder, and the adapter names them there. Where we deviate from QLoRA: the codes are
 whole numbers on the clipped range of every group of 64, with a zero of its own, not NF4, whose levels no kernel here
-multiplies by; scales have 16 bits and are not quantised again; the optimizer's state is not paged.
+multiplies by; scales have 16 bits and are not quantized again; the optimizer's state is not paged.
 
 Source: QLoRA, Dettmers et al. 2023, arXiv:2305.14314; with DoRA's lengths: Liu et al. 2024, arXiv:2402.09353.
 """

@@ -169,5 +169,5 @@ def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
             )
         plan[name] = wanted
     if not plan:
-        raise UsageError("nothing is left to quantise", "weights.keep names all modules")
+        raise UsageError("nothing is left to quantize", "weights.keep names all modules")
     return plan

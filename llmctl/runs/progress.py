@@ -117,10 +117,10 @@ class Live:
 
 def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> str:
     """Return a step as one line."""
-    utilisation = f"  {record['utilisation']:.0%} util" if record.get("utilisation") else ""
+    utilization = f"  {record['utilization']:.0%} util" if record.get("utilization") else ""
     return (
         f"step {record['step']}/{total_steps}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
-        f"{record['tokens_per_second']:,.0f} tok/s{utilisation}  {record['memory_bytes'] / 2**20:,.0f} MB  "
+        f"{record['tokens_per_second']:,.0f} tok/s{utilization}  {record['memory_bytes'] / 2**20:,.0f} MB  "
         f"eta {clock(eta_seconds)}"
     )
 

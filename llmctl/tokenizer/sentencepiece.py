@@ -24,7 +24,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model.
 
     With byte fallback, a U+2581 in the text is encoded as its three bytes, and `decode(encode(x)) == x` holds for
-    every string if the model normalises nothing and adds no dummy prefix (ours does neither).
+    every string if the model normalizes nothing and adds no dummy prefix (ours does neither).
     Raises: ArtifactError at construction if the bytes are not a sentencepiece model.
     """
 

@@ -26,7 +26,7 @@ RESERVED = re.compile("[\0\u2581\u2585]")
 
 
 def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
-    """Train a sentencepiece model with byte fallback that changes nothing: no normalisation, no prefix, every space.
+    """Train a sentencepiece model with byte fallback that changes nothing: no normalization, no prefix, every space.
 
     Special tokens <pad> <unk> <s> </s> <mask>, then `n_sentinels` of <extra_id_i>, are control pieces: text never
     encodes to them. Where the corpus has fewer pieces than `vocab_size`, the vocabulary is smaller than asked.

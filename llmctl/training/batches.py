@@ -57,8 +57,8 @@ def label_flops(config: PretrainConfig, model: ModelConfig) -> float:
         return 0.0
     per_token = flops_per_token(model, config.train.seq_len)
     # The head works where labels are, and nowhere else.
-    unlabelled = 1 - config.data.mask_frac if config.objective == "mlm" else 0.0
-    return per_token - 6 * Shape.of(model).head * unlabelled
+    unlabeled = 1 - config.data.mask_frac if config.objective == "mlm" else 0.0
+    return per_token - 6 * Shape.of(model).head * unlabeled
 
 
 def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:

@@ -1,4 +1,4 @@
-"""The model that a run trains: a preset with its overrides, initialised for a tokenizer, or one that is there."""
+"""The model that a run trains: a preset with its overrides, initialized for a tokenizer, or one that is there."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import PretrainConfig
 from llmctl.errors import UsageError
 from llmctl.model.presets import ALIASES, PRESETS, get_preset
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.training.settings import check_family, model_config
 
@@ -28,7 +28,7 @@ def load_base(config: PretrainConfig) -> Any:
 
 
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """Build and initialise the model for a tokenizer: its vocabulary and ids, and a context of at least a row."""
+    """Build and initialize the model for a tokenizer: its vocabulary and ids, and a context of at least a row."""
     shape = model_config(config)
     check_family(config, shape.family, config.model.preset)
     wanted = config.model.overrides.get("vocab_size", 0)
@@ -58,7 +58,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
         decoder_start_id=max(pad, 0) if shape.family == "encoder_decoder" else -1,
     )
     model = LanguageModel(shape)
-    initialise(model, config.train.seed)
+    initialize(model, config.train.seed)
     return model
 
 

@@ -323,7 +323,7 @@ class _Loop:
             "tokens_per_second": agreed.positions / seconds,
             "memory_bytes": peak_memory_bytes(self.runtime.device),
             "loader_share": loading_seconds / seconds,
-            "utilisation": self.utilisation(agreed.positions / seconds),
+            "utilization": self.utilization(agreed.positions / seconds),
         }
         if state.step % self.config.log_every == 0 or state.step in (1, state.total_steps):
             self.journal.log("train", record)
@@ -332,7 +332,7 @@ class _Loop:
         if state.bad_steps >= self.config.max_bad_steps:
             self.diverge()
 
-    def utilisation(self, tokens_per_second: float) -> float | None:
+    def utilization(self, tokens_per_second: float) -> float | None:
         """Return the share of the measured product rate that the model's own FLOPs use."""
         if not self.t.peak_flops:
             return None

@@ -19,7 +19,7 @@ from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
 from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.lora import adapter_modules, adapter_state, add_adapters, merge_adapters
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 ALL = AdapterConfig().targets
 KINDS = {
@@ -41,7 +41,7 @@ def home(tmp_path, monkeypatch) -> Path:
 def make_base(out: Path, *, seed: int = 0, **fields) -> Path:
     shape = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_positions": 32, "init_std": 0.3}
     model = LanguageModel(ModelConfig(**shape, **fields))
-    initialise(model, seed)
+    initialize(model, seed)
     return write_artifact(
         out, model.config, model.state_dict(), files={"special_tokens_map.json": b"{}"}, provenance={"base": 1}
     )
@@ -218,7 +218,7 @@ def test_a_language_model_becomes_a_classifier(kind):
     config = load_model(base).model.config
     head = {"n_labels": 3, "pooling": "mean", "pooled_activation": "tanh", "labels": ("no", "yes", "猫")}
     model = LanguageModel(ModelConfig(**{**vars(config), **head}))
-    initialise(model, 3)
+    initialize(model, 3)
     body = load_model(base).model.state_dict()
     model.load_state_dict({name: body.get(name, tensor) for name, tensor in model.state_dict().items()})
     add_adapters(model, rank=2, alpha=4, targets=ALL)

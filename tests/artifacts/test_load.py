@@ -14,13 +14,13 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs.folder import runs_folder
 
 
 def model(family: str = "decoder", **fields) -> LanguageModel:
     made = LanguageModel(ModelConfig(family=family, vocab_size=330, d_model=16, n_layers=1, n_heads=2, **fields))
-    initialise(made, 0)
+    initialize(made, 0)
     return made
 
 

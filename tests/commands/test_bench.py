@@ -9,7 +9,7 @@ from llmctl.benchmarking.random_models import random_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 SHAPE = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_positions": 32}
@@ -24,7 +24,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def folder(path, files=None, **fields):
     model = LanguageModel(ModelConfig(**(SHAPE | fields)))
-    initialise(model, 0)
+    initialize(model, 0)
     write_artifact(path, model.config, model.state_dict(), files=files or {}, provenance={})
     return str(path)
 

@@ -23,7 +23,7 @@ from llmctl.inference.chat import Chat
 from llmctl.inference.chat_ids import encode_prompt_chat
 from llmctl.inference.chat_template import template_of
 from llmctl.inference.generate import Prompt, generate
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.chats import MISTRAL, talk
 
@@ -69,7 +69,7 @@ def models(tmp_path_factory) -> Path:
             "pad_id": 0,
         }
         model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **(settings | fields)))
-        initialise(model, 0)
+        initialize(model, 0)
         # The likeliest token is never a byte that nobody sees, nor, of one model, the end.
         signs = "<" if name == "endless" else "<0x"
         if not model.config.tie_embeddings:

@@ -46,7 +46,7 @@ def test_one_text_has_a_line_per_label_and_a_pipe_a_line_per_text(call, make):
     assert (status, err) == (0, "")
     loaded = load_model(Path(model), device="cpu", dtype="float32")
     assert out.splitlines() == [one.chosen[0] for one in classify(loaded, [("the cat 猫",), ("",), ("bad",)])]
-    # A text's result does not depend on its neighbours.
+    # A text's result does not depend on its neighbors.
     assert out.splitlines()[0] == rows[0][1]
     status, out, _ = call("classify", "-q", "--json", "-m", model, "a", "b")
     record = json.loads(out)

@@ -9,7 +9,7 @@ import pytest
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.converting.convert import export_model
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 
@@ -26,7 +26,7 @@ def models(tmp_path_factory) -> Path:
     ):
         used = other if name == "other" else tokenizer
         model = LanguageModel(ModelConfig(vocab_size=used.vocab_size, mask_id=4, **shape, **fields))
-        initialise(model, seed)
+        initialize(model, seed)
         write_artifact(folder / name, model.config, model.state_dict(), files=used.files(), provenance={})
     export_model(folder / "b", folder / "b.safetensors", to="single")
     return folder

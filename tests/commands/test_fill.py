@@ -8,7 +8,7 @@ import pytest
 
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 
@@ -19,7 +19,7 @@ def encoder(tmp_path_factory) -> str:
     tokenizer = train_tokenizer(["a list of strings 中文，诗。\n\n"] * 20, TokenizerConfig(vocab_size=330))
     settings = {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_positions": 40, "init_std": 0.4, "mask_id": 4}
     model = LanguageModel(ModelConfig(family="encoder", vocab_size=tokenizer.vocab_size + 6, **settings))
-    initialise(model, 0)
+    initialize(model, 0)
     write_artifact(path, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
     return str(path)
 

@@ -18,7 +18,7 @@ from llmctl.config import GenerateConfig, ModelConfig, TokenizerConfig
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.generate import Prompt, generate
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def models(tmp_path_factory) -> Path:
         if name == "bare":
             settings |= {"activation": "gelu_tanh", "tie_embeddings": False}
         model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **(settings | fields)))
-        initialise(model, 0)
+        initialize(model, 0)
         files = {} if name == "bare" else tokenizer.files()
         write_artifact(folder / name, model.config, model.state_dict(), files=files, provenance={})
     return folder

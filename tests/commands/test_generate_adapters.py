@@ -14,7 +14,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.lora import adapter_state, add_adapters
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 
@@ -30,7 +30,7 @@ def models(tmp_path_factory) -> Path:
             family=family, bos_id=2, eos_id=3, mask_id=-1 if mask_id is None else mask_id,
         )  # fmt: skip
         model = LanguageModel(config)
-        initialise(model, number)
+        initialize(model, number)
         base = write_artifact(folder / family, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
         for name, seed in (("one", 1), ("two", 2)):
             loaded = load_model(base)

@@ -93,7 +93,7 @@ def test_the_result_goes_through_every_verb(teachers, capsys):
     rows = json.loads(capsys.readouterr().out)["models"]
     assert rows[0]["n_parameters"] == rows[1]["n_parameters"]
     assert run(["inspect", "small.safetensors", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["quantised"]["model.layers.0.self_attn.q_proj"]["bits"] == 4
+    assert json.loads(capsys.readouterr().out)["quantized"]["model.layers.0.self_attn.q_proj"]["bits"] == 4
     tiny = ["--set", "train.seq_len=48", "--set", "data.split=blank", "--steps", "2", "-q"]
     assert run(["finetune", "small.safetensors", "text.txt", "--task", "text", *tiny, "-o", "tuned"]) == 0
     assert run(["distill", "small.safetensors", "-d", "text.txt", *tiny, "-o", "student"]) == 0

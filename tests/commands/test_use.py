@@ -8,7 +8,7 @@ from llmctl.artifacts.find import default_file, resolve_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def home(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def model(home) -> Path:
     made = LanguageModel(ModelConfig(vocab_size=20, d_model=8, n_layers=1, n_heads=2))
-    initialise(made, 0)
+    initialize(made, 0)
     return write_artifact(home / "m", made.config, made.state_dict(), files={}, provenance={})
 
 

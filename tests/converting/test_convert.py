@@ -10,13 +10,13 @@ from llmctl.converting.convert import export_model, import_model
 from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 
 @pytest.fixture
 def folder(tmp_path):
     model = LanguageModel(ModelConfig(vocab_size=30, d_model=16, n_layers=2, n_heads=2))
-    initialise(model, 2)
+    initialize(model, 2)
     return write_artifact(
         tmp_path / "source", model.config, model.state_dict(), files={"vocab.txt": b"a\nb\n"}, provenance={"a": 1}
     )

@@ -17,7 +17,7 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.gguf import write as gguf_write
 from llmctl.formats.gguf.tokenizer import PRE_TOKENIZERS
 from llmctl.formats.gguf.write import TYPES
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
@@ -41,7 +41,7 @@ def tokenizer_of(kind):
 def model_in(folder, kind="sentencepiece", **fields):
     files, vocab_size, ids = tokenizer_of(kind)
     model = LanguageModel(ModelConfig(**({"vocab_size": vocab_size} | SHAPE | ids | fields)))
-    initialise(model, 5)
+    initialize(model, 5)
     files = files | {"chat_template.jinja": TEMPLATE.encode()}
     return write_artifact(folder, model.config, model.state_dict(), files=files, provenance={})
 
@@ -205,7 +205,7 @@ def test_what_is_not_exported_is_refused(models, tmp_path):
 def test_a_char_tokenizer_is_one_too(tmp_path):
     tokenizer = train_tokenizer(TEXTS, TokenizerConfig(model_type="char"))
     model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **SHAPE))
-    initialise(model, 1)
+    initialize(model, 1)
     files = tokenizer.files()
     source = write_artifact(tmp_path / "m", model.config, model.state_dict(), files=files, provenance={})
     export_gguf(source, tmp_path / "m.gguf")
@@ -213,7 +213,7 @@ def test_a_char_tokenizer_is_one_too(tmp_path):
     assert back.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
-def test_licence_and_name_of_an_imported_file_stay(folder, tmp_path):
+def test_license_and_name_of_an_imported_file_stay(folder, tmp_path):
     artifact = read_artifact(folder)
     told = {"imported": {"general.name": "Cat", "general.license": "apache-2.0"}}
     named = write_artifact(tmp_path / "x", artifact.config, artifact.state(), files=artifact.files, provenance=told)
@@ -235,7 +235,7 @@ def test_distance_is_the_textbooks():
 def test_every_known_pre_tokenizer_goes_round(tmp_path):
     for pre in PRE_TOKENIZERS:
         model = LanguageModel(ModelConfig(vocab_size=303, **SHAPE))
-        initialise(model, 1)
+        initialize(model, 1)
         files = byte_level(pre)
         source = write_artifact(tmp_path / pre, model.config, model.state_dict(), files=files, provenance={})
         assert export_gguf(source, tmp_path / f"{pre}.gguf")["proof"]["texts_equal"] > 10

@@ -23,7 +23,7 @@ from llmctl.config import OptimConfig
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, LlmctlError, NotFoundError
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 from llmctl.losses.base import Loss
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs import checkpoint
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.training.loop import Training, fit
@@ -487,7 +487,7 @@ def test_a_checkpoint_without_a_weight_is_refused(runs, tmp_path, weight: str):
 def test_a_fresh_weight_makes_another_run(runs, tmp_path, weight: str):
     job = SCENARIOS["plain"].job(tmp_path)
     assert isinstance(job.model, LanguageModel)
-    initialise(job.model, job.config.seed)
+    initialize(job.model, job.config.seed)
     fresh = job.model.state_dict()
 
     def change(path: Path) -> None:

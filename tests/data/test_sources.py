@@ -90,7 +90,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name: str, content: bytes, parts
         assert part in str(caught.value)
 
 
-def test_a_missing_file_has_its_likeliest_neighbour(tmp_path):
+def test_a_missing_file_has_its_likeliest_neighbor(tmp_path):
     (tmp_path / "corpus.txt").write_text("x")
     with pytest.raises(NotFoundError) as caught:
         read(tmp_path / "corpis.txt")

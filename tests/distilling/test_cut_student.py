@@ -5,7 +5,7 @@ from llmctl.config import ModelConfig
 from llmctl.distilling.cut_student import cut_student
 from llmctl.distilling.student_shape import resized
 from llmctl.losses.cross_entropy import linear_cross_entropy
-from llmctl.model.transformer import LanguageModel, initialise, load_tensors
+from llmctl.model.transformer import LanguageModel, initialize, load_tensors
 from tests.model.test_cut import SHAPES, build, outputs
 from tests.model.test_importance import batch
 
@@ -55,7 +55,7 @@ def test_layers_heads_units_and_channels_go_together(name):
 def learned() -> LanguageModel:
     """Return a decoder that has learned to say what came before, some of whose layers matter more than others."""
     model = LanguageModel(ModelConfig(vocab_size=29, d_model=32, n_layers=4, n_heads=4, d_ff=64, max_positions=32))
-    initialise(model, 3)
+    initialize(model, 3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     ids = batch(model)["input_ids_BT"]
     for _ in range(60):

@@ -13,7 +13,7 @@ from llmctl.distilling.objectives import Distillation, Matching, StateDistillati
 from llmctl.distilling.on_policy import Writer
 from llmctl.distilling.teacher import Teacher
 from llmctl.losses.base import IGNORE
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.training.batch import to_device
 
 SHAPE = ModelConfig(vocab_size=23, d_model=16, n_layers=2, n_heads=2, max_positions=32, init_std=0.3)
@@ -22,7 +22,7 @@ FKL = DistillLossConfig(name="fkl", temperature=1.0)
 
 def model(seed: int = 0, **fields) -> LanguageModel:
     made = LanguageModel(replace(SHAPE, **fields))
-    initialise(made, seed)
+    initialize(made, seed)
     return made
 
 

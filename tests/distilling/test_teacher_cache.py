@@ -19,7 +19,7 @@ from llmctl.jobs.distill import Distilling
 from llmctl.jobs.distill_cache import make_cache
 from llmctl.jobs.runner import begin
 from llmctl.losses.base import IGNORE
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load
 from tests.jobs.test_distill import TINY, here, pairs  # noqa: F401
 from tests.support.jobs import LLMCTL, environment, finish, running, weights
@@ -292,7 +292,7 @@ def test_signals_of_something_else_are_refused(teachers, here):  # noqa: F811
     made(teachers["decoder"], "signals")
     artifact = read_artifact(teachers["decoder"])
     other = LanguageModel(artifact.config)
-    initialise(other, 5)
+    initialize(other, 5)
     write_artifact(here / "other", other.config, other.state_dict(), files=artifact.files, provenance={})
     Path("more.txt").write_text("\n\n".join(f"another cat {i} 猫 sat on the mat." for i in range(60)), encoding="utf-8")
     for settings, word in (

@@ -24,7 +24,7 @@ from llmctl.formats.artifact import ADAPTER_CONFIG, read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 from llmctl.model.parameters import parameter_shapes
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from tests.formats.families.test_table import CONFIGS, SHAPE
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head_dense")
@@ -370,7 +370,7 @@ def test_an_adapter_is_written_into_a_folder_that_is_there(tmp_path):
 def test_the_identity_is_that_of_the_weights_however_they_lie(tmp_path):
     def make(name: str, seed: int = 0, **provenance) -> Path:
         model = LanguageModel(ModelConfig(**SHAPE, tie_embeddings=False))
-        initialise(model, seed)
+        initialize(model, seed)
         return write_artifact(tmp_path / name, model.config, model.state_dict(), files={}, provenance=provenance)
 
     first = make("a")

@@ -15,7 +15,7 @@ from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.safetensors import read_header, write_safetensors
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 FILES = {"tokenizer.model": b"\x00\xff piece", "tokenizer_config.json": "{“a”: 1}".encode()}
 PROVENANCE = {"recipe": "abc", "数据": ["x", 1]}
@@ -24,7 +24,7 @@ PROVENANCE = {"recipe": "abc", "数据": ["x", 1]}
 def make(**fields) -> LanguageModel:
     settings = {"vocab_size": 30, "d_model": 16, "n_layers": 2, "n_heads": 2, "max_positions": 32, "eos_id": 2}
     model = LanguageModel(ModelConfig(**(settings | fields)))
-    initialise(model, 4)
+    initialize(model, 4)
     return model
 
 

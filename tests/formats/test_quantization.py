@@ -20,7 +20,7 @@ from llmctl.quant.weight import packed
 FAMILIES = ("decoder", "encoder", "encoder_decoder")
 
 
-def quantised(source: Path, out: Path, scheme: Scheme, *, embedding: Scheme | None = SCHEMES["int8"]) -> Path:
+def quantized(source: Path, out: Path, scheme: Scheme, *, embedding: Scheme | None = SCHEMES["int8"]) -> Path:
     artifact = read_artifact(source)
     state = artifact.state()
     schemes = dict.fromkeys(linear_modules(artifact.config), scheme)
@@ -47,7 +47,7 @@ def test_schemes_survive_config_json(models: dict[str, Path], name: str) -> None
 def test_a_model_in_few_bits_computes_what_its_weights_multiplied_out_do(
     models: dict[str, Path], tmp_path: Path, family: str, bits: int
 ) -> None:
-    path = quantised(models[family], tmp_path / "small", Scheme(bits, 0, symmetric=bits == 8))
+    path = quantized(models[family], tmp_path / "small", Scheme(bits, 0, symmetric=bits == 8))
     loaded, floats = load_model(path, packed=True), read_artifact(path).state()
     plain = load_model(models[family]).model
     plain.load_state_dict(floats)
@@ -60,7 +60,7 @@ def test_a_model_in_few_bits_computes_what_its_weights_multiplied_out_do(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_survive_going_through_one_file_and_back(models: dict[str, Path], tmp_path: Path, family: str) -> None:
-    path = quantised(models[family], tmp_path / "small", SCHEMES["int8"])
+    path = quantized(models[family], tmp_path / "small", SCHEMES["int8"])
     assert run(["export", str(path), "--to", "single", "-o", str(tmp_path / "one.safetensors")]) == 0
     assert run(["export", str(tmp_path / "one.safetensors"), "--to", "hf", "-o", str(tmp_path / "again")]) == 0
     first, last = (read_artifact(tmp_path / name) for name in ("small", "again"))
@@ -109,7 +109,7 @@ def groups_of(artifact: Artifact) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scales_in_eight_bits_are_ours_and_survive(models: dict[str, Path], tmp_path: Path, family: str) -> None:
     scheme = Scheme(5, 16, symmetric=False, scale_bits=8)
-    first = read_artifact(quantised(models[family], tmp_path / "small", scheme))
+    first = read_artifact(quantized(models[family], tmp_path / "small", scheme))
     assert "llmctl-pack-quantized" in {group["format"] for group in groups_of(first)}
     name = next(name for name in first.schemes if "layers." in name)
     entries = {part: first.tensors[f"{name}.{part}"][2].dtype for part in ("weight_scale", "weight_scale_exponent")}
@@ -134,7 +134,7 @@ def test_codes_are_read_from_bytes_and_from_words(models: dict[str, Path], tmp_p
     """Other tools write either; what is packed here was written in bytes."""
     from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 
-    path = quantised(models["decoder"], tmp_path / "small", SCHEMES[name])
+    path = quantized(models["decoder"], tmp_path / "small", SCHEMES[name])
     first, file = read_artifact(path), path / "model.safetensors"
     header, text = read_header(file), json.loads((path / "config.json").read_text())
     found = {key: tensor.clone() for key, tensor in read_tensors(file, header.tensors).items()}
@@ -158,7 +158,7 @@ def test_codes_are_read_from_bytes_and_from_words(models: dict[str, Path], tmp_p
 def test_bytes_of_another_kind_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 
-    path = quantised(models["decoder"], tmp_path / "small", SCHEMES["w8a8"]) / "model.safetensors"
+    path = quantized(models["decoder"], tmp_path / "small", SCHEMES["w8a8"]) / "model.safetensors"
     header, name = read_header(path), "model.layers.0.self_attn.q_proj.weight"
     tensors = {key: tensor.clone() for key, tensor in read_tensors(path, header.tensors).items()}
     for wrong, match in ((tensors[name].float(), "no whole numbers"), (tensors[name][:-1].clone(), "another shape")):
@@ -168,7 +168,7 @@ def test_bytes_of_another_kind_are_refused(models: dict[str, Path], tmp_path: Pa
 
 
 def test_a_damaged_packed_tensor_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    path = quantised(models["decoder"], tmp_path / "small", SCHEMES["int8"])
+    path = quantized(models["decoder"], tmp_path / "small", SCHEMES["int8"])
     text = json.loads((path / "config.json").read_text())
     text["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
     from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors

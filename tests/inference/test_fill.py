@@ -11,7 +11,7 @@ from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.inference.encoding import encode_around
 from llmctl.inference.fill import encode_masked, fill, put_in
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 
@@ -27,7 +27,7 @@ def encoder(text_tokenizer, tmp_path) -> Loaded:
         init_std=0.4,
     )
     model = LanguageModel(config)
-    initialise(model, 0)
+    initialize(model, 0)
     return Loaded(model.eval(), text_tokenizer, Artifact(tmp_path, "", model.config, {}, {}))
 
 
@@ -71,7 +71,7 @@ def test_no_candidates_are_refused(encoder):
 
 def test_more_candidates_than_tokens_are_all_the_tokens_once(encoder, text_tokenizer):
     wide = LanguageModel(dataclasses.replace(encoder.model.config, vocab_size=text_tokenizer.vocab_size + 30))
-    initialise(wide, 0)
+    initialize(wide, 0)
     loaded = dataclasses.replace(encoder, model=wide.eval())
     (mask,) = fill(loaded, ["a <mask> of"], top_k=10**6)[0].masks
     assert len(mask) == int((text_tokenizer.token_bytes() > 0).sum())

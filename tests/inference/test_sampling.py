@@ -62,7 +62,7 @@ def test_min_p_compares_with_the_best(values: list[float], min_p: float):
 
 
 def test_repetition_makes_seen_tokens_less_likely():
-    row = sampling.penalise_repetition(
+    row = sampling.penalize_repetition(
         torch.tensor([[2.0, -2.0, 3.0]]), torch.tensor([[True, True, False]]), penalty=2.0
     )
     assert row.tolist() == [[1.0, -4.0, 3.0]]
@@ -83,11 +83,11 @@ def test_draws_follow_the_probabilities_and_the_seed():
 
 def reference(values: list[float], seen: list[bool], config: GenerateConfig) -> list[float]:
     """The distribution of the next token, filter after filter in float64; ties are kept whole by top-k."""
-    penalised = [
+    penalized = [
         (v / config.repetition_penalty if v > 0 else v * config.repetition_penalty) if s else v
         for v, s in zip(values, seen, strict=True)
     ]
-    p = softmax([value / config.temperature for value in penalised])
+    p = softmax([value / config.temperature for value in penalized])
 
     def only(indexes: set[int]) -> list[float]:
         total = sum(p[i] for i in indexes)

@@ -14,7 +14,7 @@ from llmctl.data.examples import read_examples
 from llmctl.evaluating.choices import evaluate_choice
 from llmctl.evaluating.text import evaluate_text
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_positions": 512, "init_std": 0.3}
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **shape, **ids))
-    initialise(model, 0)
+    initialize(model, 0)
     path = tmp_path_factory.mktemp("evaluate") / "model"
     return write_artifact(path, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
 

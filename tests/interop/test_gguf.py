@@ -8,7 +8,7 @@ from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.converting.export_gguf import export_gguf
 from llmctl.converting.gguf_check import PROBES
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
 
@@ -25,7 +25,7 @@ CASES = {
 
 def source_of(folder, tokenizer, **fields):
     model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | fields)))
-    initialise(model, 5)
+    initialize(model, 5)
     return write_artifact(folder, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
 
 

@@ -10,7 +10,7 @@ from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.formats.families.table import FAMILIES
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
 pytestmark = pytest.mark.interop
@@ -217,7 +217,7 @@ def test_their_model_goes_through_our_artifact_unchanged(case, tmp_path):
 @pytest.mark.parametrize(("architecture", "settings"), OURS)
 def test_our_model_gives_the_same_logits_there(architecture, settings, tmp_path):
     model = LanguageModel(ModelConfig(**(SHAPE | SPECIALS | settings))).eval()
-    initialise(model, 5)
+    initialize(model, 5)
     randomise(model)
     out = write_artifact(tmp_path / "m", model.config, model.state_dict(), files={}, provenance={})
     artifact = read_artifact(out)

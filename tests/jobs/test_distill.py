@@ -18,7 +18,7 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.jobs.distill import Distilling
 from llmctl.jobs.finish import Trained
 from llmctl.jobs.runner import begin, resume
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.history import History
@@ -77,7 +77,7 @@ def with_labels(path: Path, problem: str = "single") -> Path:
     labels = ("bad", "good", "猫")
     config = replace(artifact.config, n_labels=3, labels=labels, problem=problem)
     model = LanguageModel(config)
-    initialise(model, 2)
+    initialize(model, 2)
     return write_artifact(Path("classifier"), model.config, model.state_dict(), files=artifact.files, provenance={})
 
 
@@ -124,7 +124,7 @@ def test_labels_of_other_kinds(teachers, problem, label):
     artifact = read_artifact(teacher)
     if problem == "regression":
         model = LanguageModel(replace(artifact.config, n_labels=1, labels=()))
-        initialise(model, 2)
+        initialize(model, 2)
         teacher = write_artifact(Path("one"), model.config, model.state_dict(), files=artifact.files, provenance={})
     rows = [{"text": f"cat {i}", "label": [label] if problem == "multi" else i / 10} for i in range(30)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -193,7 +193,7 @@ def test_a_teacher_in_fewer_bits_says_nearly_the_same(teachers, dtype, kl):
 def test_teachers_are_averaged(teachers, here):
     artifact = read_artifact(teachers["decoder"])
     other = LanguageModel(artifact.config)
-    initialise(other, 7)
+    initialize(other, 7)
     write_artifact(here / "other", other.config, other.state_dict(), files=artifact.files, provenance={})
     trained = run(teachers["decoder"], "student.shape=layers=1", "teacher.more=[other]")
     alone = run(teachers["decoder"], "student.shape=layers=1")
@@ -228,7 +228,7 @@ def test_baselines_and_stages_and_the_gap(teachers):
 def test_a_given_student_goes_on_from_its_weights(teachers, here):
     artifact = read_artifact(teachers["decoder"])
     other = LanguageModel(replace(artifact.config, n_layers=1))
-    initialise(other, 5)
+    initialize(other, 5)
     write_artifact(here / "small", other.config, other.state_dict(), files=artifact.files, provenance={})
     trained = run(teachers["decoder"], "student.shape=small", "train.steps=1", "optim.lr=1e-12")
     found = load_model(trained.path, device="cpu", dtype="float32").model.state_dict()
@@ -368,7 +368,7 @@ def test_another_teacher_under_the_same_name_is_told(teachers, here):
     job = Distilling(config_of(teacher, "student.shape=layers=1"))
     job.prepare(here / "data", print)
     other = LanguageModel(artifact.config)
-    initialise(other, 3)
+    initialize(other, 3)
     write_artifact(teacher, other.config, other.state_dict(), files=artifact.files, provenance={}, force=True)
     with pytest.raises(ArtifactError, match="not the teacher"):
         Distilling(config_of(teacher, "student.shape=layers=1")).load(here / "data", print)
@@ -392,7 +392,7 @@ def test_texts_teach_a_student_of_another_tokenizer(teachers, here):
     )
     shape = replace(artifact.config, n_layers=1, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, pad_id=-1)
     model = LanguageModel(replace(shape, bos_id=tokenizer.bos_id, mask_id=-1))
-    initialise(model, 4)
+    initialize(model, 4)
     write_artifact(here / "other", model.config, model.state_dict(), files=tokenizer.files(), provenance={})
     settings = ["loss.name=seq", "student.shape=other", "teacher.max_tokens=12", "train.steps=24"]
     trained = run(teachers["decoder"], *settings)

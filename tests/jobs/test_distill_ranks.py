@@ -1,4 +1,4 @@
-"""Two processes, shares of the weights, and micro-batches distil what one process does in one piece."""
+"""Two processes, shares of the weights, and micro-batches distill what one process does in one piece."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"] + [student["loss"], student["kl"]]
 
 
-def distil(teacher: Path, out: str, *arguments: str) -> list[float]:
+def distill(teacher: Path, out: str, *arguments: str) -> list[float]:
     # In float64, so that nothing but the order of sums could differ.
     settings = [*TINY, "student.shape=layers=1", "train.log_every=1", "train.dtype=float64", "teacher.dtype=auto"]
     flags = [part for setting in settings for part in ("--set", setting)]
@@ -34,6 +34,6 @@ def distil(teacher: Path, out: str, *arguments: str) -> list[float]:
     ],
 )
 def test_all_ways_are_one(teachers, family, ways):
-    whole = distil(teachers[family], "whole")
+    whole = distill(teachers[family], "whole")
     for number, way in enumerate(ways):
-        assert distil(teachers[family], f"way-{number}", *way) == pytest.approx(whole, rel=1e-5), way
+        assert distill(teachers[family], f"way-{number}", *way) == pytest.approx(whole, rel=1e-5), way

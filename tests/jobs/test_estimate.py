@@ -21,7 +21,7 @@ from llmctl.model.flops import Rows, flops_per_token, keys_seen, row_flops
 from llmctl.model.parameters import count_parameters
 from llmctl.model.presets import preset_config
 from llmctl.model.training_memory import Memory, activation_bytes, memory
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.training.objectives import LabelPrediction
 from llmctl.training.optim import make_optimizers, named_state
 from llmctl.training.settings import DEFAULT_STEPS
@@ -97,7 +97,7 @@ def peak_bytes(config: ModelConfig, rows: Rows, micro: int, optimizer: str) -> i
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model = LanguageModel(config)
-        initialise(model, 0)
+        initialize(model, 0)
         objective = LabelPrediction(model, torch.zeros(config.vocab_size, dtype=torch.int32), 2048)
         optimizers = make_optimizers(model, OptimConfig(name=optimizer)).values()  # type: ignore[arg-type]
         for _ in range(2):
@@ -323,7 +323,7 @@ def test_command_prints_the_estimate_and_leaves_no_run(capsys, tmp_path, monkeyp
     assert record["parameters"] == 174_604_259_328
     assert set(record["memory_bytes"]) == {"1", "8", "64", "1024"}
     assert record["memory_bytes"]["1"]["weights"] == 4 * record["parameters"]
-    assert record["assumed_gpu_utilisation"] == 0.4
+    assert record["assumed_gpu_utilization"] == 0.4
     assert record["flops"] == pytest.approx(record["flops_per_token"] * record["tokens"])
     assert run(["pretrain", "--dry-run"]) == 0
     assert "parameters   1,016,960" in capsys.readouterr().out

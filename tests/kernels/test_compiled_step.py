@@ -103,7 +103,7 @@ def test_weights_are_multiplied_out_to_the_last_bit(processor: str, cache, monke
             narrow = torch.bfloat16 if is_fast or dtype == torch.bfloat16 else torch.float32
             found = kinds["compiled"].make(layer)(torch.eye(384, dtype=dtype))
             assert found.dtype == dtype
-            assert torch.equal(found, layer.dequantised(narrow).T.to(dtype))
+            assert torch.equal(found, layer.dequantized(narrow).T.to(dtype))
         assert kinds["compiled"].make(layer)(torch.ones(2, 3, 384)).shape == (2, 3, 37)
 
 
@@ -119,7 +119,7 @@ def test_products_of_what_is_compiled_are_measured_and_kept_apart(library, cache
     layer = random_layer(SCHEMES["int4"], 256, 256, torch.Generator().manual_seed(0))
     layer.table = table
     x = torch.randn(64, 256)
-    torch.testing.assert_close(layer(x), x @ layer.dequantised(torch.float32).T, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(layer(x), x @ layer.dequantized(torch.float32).T, rtol=0.02, atol=0.02)
 
 
 @needs_compiler

@@ -117,7 +117,7 @@ def test_grouped_queries_equal_repeated_heads():
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.7])
-def test_queries_and_keys_are_normalised_per_head(eps):
+def test_queries_and_keys_are_normalized_per_head(eps):
     attention = layer(qk_norm=True, norm_eps=eps)
     torch.nn.init.normal_(attention.q_norm.weight)
     torch.nn.init.normal_(attention.k_norm.weight)

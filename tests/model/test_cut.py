@@ -10,7 +10,7 @@ from llmctl.errors import UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.cut import Kept, cut, prefixes
-from llmctl.model.transformer import LanguageModel, initialise, load_tensors
+from llmctl.model.transformer import LanguageModel, initialize, load_tensors
 
 BASE = {"vocab_size": 29, "d_model": 24, "n_layers": 3, "n_heads": 4, "d_ff": 40, "max_positions": 32, "init_std": 0.3}
 SHAPES = {
@@ -83,7 +83,7 @@ SHAPES = {
 
 def build(name: str, seed: int = 1) -> LanguageModel:
     model = LanguageModel(ModelConfig(**(BASE | SHAPES[name]))).double().eval()
-    initialise(model, seed)
+    initialize(model, seed)
     for parameter in model.parameters():  # biases and norms that do something
         if parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn(

@@ -118,7 +118,7 @@ def test_weights_are_moved_not_copied(build, ids):
     assert torch.allclose(got, expected, rtol=0, atol=1e-10)
 
 
-def quantised(model: LanguageModel, scheme: Scheme) -> LanguageModel:
+def quantized(model: LanguageModel, scheme: Scheme) -> LanguageModel:
     """Return the model with the matrices of its blocks in few bits."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -132,9 +132,9 @@ def quantised(model: LanguageModel, scheme: Scheme) -> LanguageModel:
 
 
 @pytest.mark.parametrize("name", ["int8", "w8a8", "int6", "int4", "int4-sym", "int3"])
-def test_quantised_layers_are_joined_too(build, ids, name: str):
+def test_quantized_layers_are_joined_too(build, ids, name: str):
     shape = {"d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 192, "attention_bias": True, "n_layers": 1}
-    model = quantised(build(**shape).float(), SCHEMES[name])
+    model = quantized(build(**shape).float(), SCHEMES[name])
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     expected, got = in_parts(model, ids(2, 6), (4, 1, 1))
     assert (got - expected).norm() < 0.02 * expected.norm()
@@ -148,7 +148,7 @@ def test_quantised_layers_are_joined_too(build, ids, name: str):
 
 
 def test_layers_of_different_schemes_stay_apart(build, ids):
-    model = quantised(build(d_model=64, d_ff=64, n_layers=1).float(), SCHEMES["int8"])
+    model = quantized(build(d_model=64, d_ff=64, n_layers=1).float(), SCHEMES["int8"])
     attention = model.model.layers[0].self_attn
     other = QuantLinear(64, 64, SCHEMES["int4"], bias=False)
     other.put(nearest(torch.randn(64, 64) * 0.1, SCHEMES["int4"]))

@@ -17,7 +17,7 @@ from llmctl.model.positions import relative_buckets
 from llmctl.model.presets import FAMILIES
 from llmctl.model.shapes import complete
 from llmctl.model.stack import Block, Pass
-from llmctl.model.transformer import LanguageModel, initialise, load_tensors
+from llmctl.model.transformer import LanguageModel, initialize, load_tensors
 
 POST = {"norm": "layernorm", "norm_position": "post", "attention_bias": True, "mlp_bias": True, "gated": False}
 VARIANTS = {
@@ -411,8 +411,8 @@ def one_block(**fields):
 
 
 def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight + norm.bias
 
 
 def rms_norm(x, norm, eps=1e-5):
@@ -556,7 +556,7 @@ def test_initial_weights_depend_on_the_seed_alone(family):
         model = LanguageModel(config)
         torch.rand(noise)
         before = torch.get_rng_state()
-        initialise(model, seed)
+        initialize(model, seed)
         assert torch.equal(before, torch.get_rng_state()), "the global generator was touched"
         return model.state_dict()
 
@@ -567,7 +567,7 @@ def test_initial_weights_depend_on_the_seed_alone(family):
 
 def test_initial_spread_of_weights():
     model = LanguageModel(ModelConfig(vocab_size=500, d_model=128, n_layers=8, attention_bias=True, norm="layernorm"))
-    initialise(model, 0)
+    initialize(model, 0)
     named = dict(model.named_parameters())
     assert named["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
     assert named["model.layers.3.self_attn.q_proj.weight"].std().item() == pytest.approx(0.02, rel=0.05)
@@ -580,7 +580,7 @@ def test_initial_spread_of_weights():
 
 def test_initial_queries_carry_the_scale_that_scores_lack():
     model = LanguageModel(ModelConfig(vocab_size=50, d_model=256, n_heads=4, **FAMILIES["encoder_decoder"]))
-    initialise(model, 0)
+    initialize(model, 0)
     named = dict(model.named_parameters())
     for side in ("encoder.layers.1.self_attn", "decoder.layers.1.cross_attn"):
         assert named[f"model.{side}.q_proj.weight"].std().item() == pytest.approx(0.02 / 8, rel=0.05)

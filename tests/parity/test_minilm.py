@@ -51,7 +51,7 @@ def test_mask_token_and_files_come_along(source, tmp_path, load):
 
 @torch.no_grad()
 def embed(model, tokenizer, sentences: list[str]) -> torch.Tensor:
-    """Return the normalised mean of the last hidden states, in batches of similar length."""
+    """Return the normalized mean of the last hidden states, in batches of similar length."""
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     out = torch.zeros(len(sentences), model.config.d_model)
     for start in range(0, len(order), 64):

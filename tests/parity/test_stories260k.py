@@ -70,7 +70,7 @@ def test_keys_and_values_in_eight_bits(folder, reference, load, figure):
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("q8_0", 0.3), ("q4_1", 3.5)])
-def test_quantised_files_load_and_stay_near(kind, bound, folder, reference, tmp_path, load, figure):
+def test_quantized_files_load_and_stay_near(kind, bound, folder, reference, tmp_path, load, figure):
     difference = largest_difference(load(source(folder, kind, tmp_path)), reference[1])
     figure(f"stories260K ({kind})", "max |logit difference|", f"{difference:.2f}")
     assert 0.01 < difference < bound

@@ -1,4 +1,4 @@
-"""ggml's blocks: the bytes mean what the quantiser says, bit for bit, and the error is the package's or less."""
+"""ggml's blocks: the bytes mean what the quantizer says, bit for bit, and the error is the package's or less."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from llmctl.quant.gguf_blocks import CHUNK_WEIGHTS, KINDS, encode
 
 gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
 
-WITH_QUANTISER = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
+WITH_QUANTIZER = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 
 
 def gaussian(n_out=64, n_in=512, seed=0):
@@ -16,7 +16,7 @@ def gaussian(n_out=64, n_in=512, seed=0):
 
 
 def uneven():
-    """Rows of every kind: heavy tails, one outlier, one sign only, constant, zero, tiny, and neighbours far apart."""
+    """Rows of every kind: heavy tails, one outlier, one sign only, constant, zero, tiny, and neighbors far apart."""
     weight = gaussian(8) ** 3 * 1000
     weight[1, 5] = 40.0
     weight[2] = weight[2].abs() + 0.1
@@ -37,7 +37,7 @@ def error(values, weight):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_reader_gets_what_the_quantiser_meant(name):
+def test_a_reader_gets_what_the_quantizer_meant(name):
     kind = KINDS[name]
     assert (kind.n_weights, kind.n_bytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     for weight in (gaussian(), uneven()):
@@ -55,7 +55,7 @@ def test_simple_rows(name):
     assert torch.all(values[6].abs() <= 1e-6)
 
 
-@pytest.mark.parametrize("name", WITH_QUANTISER)
+@pytest.mark.parametrize("name", WITH_QUANTIZER)
 def test_the_error_is_less_than_that_of_nearest_codes_over_the_whole_range(name):
     kind = gguf.GGMLQuantizationType[name]
     for weight in (gaussian(), torch.distributions.StudentT(4.0).sample((64, 512))):

@@ -26,11 +26,11 @@ def test_every_product_is_the_one_with_the_weight_multiplied_out(name: str, n_ro
 
 def test_the_weight_is_what_the_codes_say_whatever_precision_the_model_is_moved_to() -> None:
     layer = layer_of(SCHEMES["int4"], bias=True)
-    before = layer.dequantised()
+    before = layer.dequantized()
     layer.to(torch.float16)
     assert layer.bias is not None
     assert layer.bias.dtype == torch.float16
-    assert torch.equal(layer.dequantised(), before)
+    assert torch.equal(layer.dequantized(), before)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int3"])
@@ -39,7 +39,7 @@ def test_an_embedding_gives_the_rows_of_the_matrix(name: str) -> None:
     table = QuantEmbedding(50, 128, scheme)
     table.put(nearest(torch.randn(50, 128), scheme))
     ids = torch.tensor([[0, 49, 7], [7, 1, 2]])
-    assert torch.equal(table(ids), table.dequantised()[ids])
+    assert torch.equal(table(ids), table.dequantized()[ids])
     assert table.to(torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
@@ -53,4 +53,4 @@ def test_buffers_survive_saving_and_loading() -> None:
     layer = layer_of(SCHEMES["int3"])
     other = QuantLinear(128, 64, SCHEMES["int3"], bias=False)
     other.load_state_dict(layer.state_dict())
-    assert torch.equal(other.dequantised(), layer.dequantised())
+    assert torch.equal(other.dequantized(), layer.dequantized())

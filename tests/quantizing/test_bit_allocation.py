@@ -7,7 +7,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import linear_modules
 from llmctl.model.parameters import parameter_shapes
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.quant.grid import decode
 from llmctl.quant.methods import clipped
 from llmctl.quant.schemes import SCHEMES, Scheme
@@ -29,7 +29,7 @@ def model() -> LanguageModel:
         "init_std": 0.2,
     }
     made = LanguageModel(ModelConfig(vocab_size=96, **shape)).eval()
-    initialise(made, 0)
+    initialize(made, 0)
     return made
 
 

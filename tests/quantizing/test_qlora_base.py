@@ -57,10 +57,10 @@ def test_blocks_are_in_four_bits_and_the_adapter_alone_learns(teachers, family, 
     assert read_adapter(Path("run")).dora == (method == "qdora")
 
 
-@pytest.mark.parametrize(("quantised", "plain"), [("qlora", "lora"), ("qdora", "dora")])
-def test_it_is_an_adapter_on_the_model_that_quantize_makes(teachers, quantised, plain):
+@pytest.mark.parametrize(("quantized", "plain"), [("qlora", "lora"), ("qdora", "dora")])
+def test_it_is_an_adapter_on_the_model_that_quantize_makes(teachers, quantized, plain):
     data, task = data_of("decoder")
-    run(teachers["decoder"], data, task, f"method={quantised}", out=Path("one"))
+    run(teachers["decoder"], data, task, f"method={quantized}", out=Path("one"))
     Path("text.txt").write_text("\n\n".join(f"the good cat {number} sat on a bad mat." for number in range(200)))
     rows = ["--calib", "text.txt", "--set", "train.seq_len=48", "--set", "data.split=blank"]
     how = ["--bits", "4", "--set", "weights.scale_bits=16", "--method", "clip", "--embedding", "float"]
@@ -68,7 +68,7 @@ def test_it_is_an_adapter_on_the_model_that_quantize_makes(teachers, quantised, 
     made, expected = load_file(Path("one") / BASE / "model.safetensors"), load_file("small/model.safetensors")
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], expected[name]) for name in expected)
-    for name, method in (("two", plain), ("three", quantised)):
+    for name, method in (("two", plain), ("three", quantized)):
         run(Path("small"), data, task, f"method={method}", out=Path(name))
         adapters = (tensors(Path(folder) / "adapter_model.safetensors") for folder in ("one", name))
         assert next(adapters) == next(adapters)

@@ -8,7 +8,7 @@ import torch
 from llmctl.artifacts.load import Loaded
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact import Artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
 from llmctl.tokenizer.train import train_tokenizer
 
@@ -57,7 +57,7 @@ def make_loaded(text_tokenizer, tmp_path) -> Callable[..., Loaded]:
         }
         torch.manual_seed(0)
         model = LanguageModel(ModelConfig(**(settings | KINDS[kind] | fields)))
-        initialise(model, seed)
+        initialize(model, seed)
         artifact = Artifact(tmp_path, "", model.config, {}, {})
         return Loaded(model.eval(), text_tokenizer if tokenizer else None, artifact, is_own=is_own)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
 SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_positions": 96}
@@ -52,7 +52,7 @@ def write_models(root: Path) -> dict[str, Path]:
         ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
         config = ModelConfig(vocab_size=tokenizer.vocab_size, mask_id=tokenizer.mask_id, **(SHAPE | ids | fields))
         model = LanguageModel(config)
-        initialise(model, 1)
+        initialize(model, 1)
         paths[name] = write_artifact(
             root / name, model.config, model.state_dict(), files=tokenizer.files(), provenance={}
         )

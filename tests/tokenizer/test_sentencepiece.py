@@ -19,7 +19,7 @@ CORPUS = [
     "The function returns a list of strings.\n\n    def f(x):\n        return x  # 123\n",
     "白日依山盡，黃河入海流。欲窮千里目，更上一層樓。",
     "床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。",
-    "A class is a description of objects; an object is a value with behaviour.\r\n",
+    "A class is a description of objects; an object is a value with behavior.\r\n",
 ] * 30
 EDGE = [
     "",

@@ -17,7 +17,7 @@ from llmctl.data.stream import PackedRows
 from llmctl.distributed import runtime
 from llmctl.errors import DivergedError, InterruptedRunError, StoppedError
 from llmctl.losses.base import IGNORE, Loss
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs import checkpoint
 from llmctl.runs.progress import Silent
 from llmctl.training.budget import Planner
@@ -62,7 +62,7 @@ def training(
     config = TrainConfig(**(settings | train))  # type: ignore[arg-type]
     shape = ModelConfig(vocab_size=V, d_model=16, n_layers=2, n_heads=2, max_positions=32, dropout=dropout)
     model = LanguageModel(shape)
-    initialise(model, config.seed)
+    initialize(model, config.seed)
     ids = Ids(0, 2, 0, np.zeros(V, dtype=bool))
     memory = source()
 

@@ -6,14 +6,14 @@ import torch
 from llmctl.config import ModelConfig, OptimConfig
 from llmctl.distributed.sharding import whole
 from llmctl.errors import ArtifactError
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs import checkpoint
 from llmctl.training import optim
 
 
 def tiny() -> LanguageModel:
     model = LanguageModel(ModelConfig(vocab_size=20, d_model=16, n_layers=1, n_heads=2, max_positions=16))
-    initialise(model, 0)
+    initialize(model, 0)
     return model
 
 

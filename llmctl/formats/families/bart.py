@@ -1,7 +1,7 @@
 """BART and Marian: the post-norm encoder-decoder of 2017, with learned positions or sinusoidal ones.
 
 `BartForConditionalGeneration`: Lewis et al. 2020, arXiv:1910.13461; its position table skips two rows and the
-embeddings are normalised. `MarianMTModel`: Junczys-Dowmunt et al. 2018, arXiv:1804.00344; the maths of Vaswani et al.
+embeddings are normalized. `MarianMTModel`: Junczys-Dowmunt et al. 2018, arXiv:1804.00344; the maths of Vaswani et al.
 2017, arXiv:1706.03762, whose fixed table is not part of our parameters.
 """
 

@@ -1,7 +1,7 @@
 """Llama and its kin: the names and the maths that our own default models have.
 
 `LlamaForCausalLM` (Touvron et al. 2023, arXiv:2302.13971), `Qwen3ForCausalLM` (Yang et al. 2025, arXiv:2505.09388;
-normalised queries and keys), `EuroBertForMaskedLM` (Boizard et al. 2025, arXiv:2503.05500; the same block, looking
+normalized queries and keys), `EuroBertForMaskedLM` (Boizard et al. 2025, arXiv:2503.05500; the same block, looking
 both ways), and `MistralForCausalLM` as long as its window spans the context (then it is Llama).
 """
 

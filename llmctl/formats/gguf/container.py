@@ -1,4 +1,4 @@
-"""GGUF files: the header by the standard library, quantised weights through the package `gguf`.
+"""GGUF files: the header by the standard library, quantized weights through the package `gguf`.
 
 Knows the format and nothing of models: those are read by `gguf_model.py`, the tokenizer inside by `gguf_tokenizer.py`.
 Every length in a header is checked against the file before it is believed.
@@ -203,7 +203,7 @@ def place(cursor: Cursor, name: str, start: int, entry: tuple[Block, tuple[int, 
     return GgufTensor(block, shape, start + offset, n_bytes)
 
 
-def dequantise(data: "NDArray[np.uint8]", tensor: GgufTensor) -> "NDArray[np.float32]":
+def dequantize(data: "NDArray[np.uint8]", tensor: GgufTensor) -> "NDArray[np.float32]":
     """Return a tensor in float32, a copy of its own.
 
     Raises: MissingExtraError when its weight format needs the package `gguf`.

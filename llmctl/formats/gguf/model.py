@@ -1,6 +1,6 @@
 """A decoder inside a GGUF file: its configuration, its tensors' names, and its weights, as llama.cpp lays them out.
 
-Knows `llama` and `qwen3`. Where llama.cpp turns neighbouring channels together (`llama`), the rows of queries and keys
+Knows `llama` and `qwen3`. Where llama.cpp turns neighboring channels together (`llama`), the rows of queries and keys
 are stored so that rotary pairs stand side by side; ours stand half a head apart.
 Source: llama.cpp's converters and its table of tensor names, the package `gguf`.
 """
@@ -12,7 +12,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.llama import LLAMA, QWEN3
-from llmctl.formats.gguf.container import GgufHeader, dequantise, map_file
+from llmctl.formats.gguf.container import GgufHeader, dequantize, map_file
 from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ QK_NORM_NAMES = {
 
 
 class Architecture(NamedTuple):
-    """One of llama.cpp's architectures: our family of it, the tensors of a layer, and whether rotary pairs are neighbours."""
+    """One of llama.cpp's architectures: our family of it, the tensors of a layer, and whether rotary pairs are neighbors."""
 
     name: str
     family: FamilyFormat
@@ -55,7 +55,7 @@ ARCHITECTURES = {row.name: row for row in ROWS}
 
 
 def architecture_for(config: ModelConfig) -> Architecture:
-    """Return the architecture of a config that is one of llama.cpp's: normalised queries and keys make it `qwen3`."""
+    """Return the architecture of a config that is one of llama.cpp's: normalized queries and keys make it `qwen3`."""
     return ARCHITECTURES["qwen3" if config.qk_norm else "llama"]
 
 
@@ -179,7 +179,7 @@ def gguf_state(header: GgufHeader, config: ModelConfig) -> dict[str, "Tensor"]:
     data = map_file(header.path)
     state: dict[str, Tensor] = {}
     for there, name in tensor_names(config).items():
-        array = dequantise(data, header.tensors[there])
+        array = dequantize(data, header.tensors[there])
         n_heads = n_paired_heads(config, name)
         state[name] = torch.from_numpy(half_split(array, n_heads) if n_heads else array)
     if config.tie_embeddings:

@@ -37,7 +37,7 @@ def split_words(digits: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"trim_offsets": False, "use_regex": False}]}
 
 
-# Qwen's normaliser is not in llama.cpp: there a text that is not in NFC has other ids.
+# Qwen's normalizer is not in llama.cpp: there a text that is not in NFC has other ids.
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(BYTE_LEVEL),
     "smollm": PreTokenizer({"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ALIGNMENT = 32
-QUANTISATION_VERSION = 2  # of ggml's block layouts
+QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
 class FileType(NamedTuple):
@@ -49,7 +49,7 @@ TYPES = {
 NARROWER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(("Q8_0", "Q5_0", "Q4_1", "Q4_0"), "F16")
 N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
 EXPORTED = (
-    "what is exported: decoders of Llama's block (llama), with normalised queries and keys too (qwen3); "
+    "what is exported: decoders of Llama's block (llama), with normalized queries and keys too (qwen3); "
     "--to single or hf takes every model"
 )
 
@@ -105,12 +105,12 @@ def obstacle_in(config: ModelConfig) -> str:
 
 
 def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> dict[str, Any]:
-    """Return the metadata of a model; `general` are names and licence without their prefix."""
+    """Return the metadata of a model; `general` are names and license without their prefix."""
     values: dict[str, Any] = {f"general.{key}": text for key, text in general.items()}
     values |= {
         "general.type": "model",
         "general.file_type": TYPES[kind].number,
-        "general.quantization_version": QUANTISATION_VERSION,
+        "general.quantization_version": QUANTIZATION_VERSION,
     }
     sizes = {
         "vocab_size": config.vocab_size,

@@ -13,7 +13,7 @@ from llmctl.errors import ArtifactError
 from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
 
 EXPORTED = (
-    "what is exported: sentencepiece BPE with byte pieces and without normalisation, as llmctl trains it, and byte-level "
+    "what is exported: sentencepiece BPE with byte pieces and without normalization, as llmctl trains it, and byte-level "
     f"BPE with the pre-tokenizer of {', '.join(PRE_TOKENIZERS)}"
 )
 Tokens = list[tuple[str, int]]
@@ -100,7 +100,7 @@ def check_sentencepiece(trainer: Mapping[int, Any], normalizer: Mapping[int, Any
     if kind not in ("bpe", "char"):
         raise refuse(f"is a sentencepiece model of the type {kind}")
     if normalizer.get(CHARSMAP) or normalizer.get(EXTRA_SPACES, 1) or not normalizer.get(ESCAPE_SPACES, 1):
-        raise refuse("is a sentencepiece model that changes the text (normalisation, or spaces taken out)")
+        raise refuse("is a sentencepiece model that changes the text (normalization, or spaces taken out)")
     if trainer.get(AS_SUFFIX):
         raise refuse("is a sentencepiece model that ends words with spaces")
     if BYTE not in kinds:
@@ -182,7 +182,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def steps_of(part: Mapping[str, Any] | None) -> list[Any]:
-    """Return the steps of a pre-tokenizer or normaliser without what does not change the ids."""
+    """Return the steps of a pre-tokenizer or normalizer without what does not change the ids."""
     if not part:
         return []
     if part["type"] == "Sequence":

@@ -12,7 +12,7 @@ from llmctl.formats.families.table import FAMILIES, family_for, family_of
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.presets import PRESETS, preset_config
 from llmctl.model.shapes import complete
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_positions": 32}
 POST = {"norm": "layernorm", "norm_position": "post", "gated": False, "attention_bias": True, "mlp_bias": True}
@@ -123,7 +123,7 @@ def test_a_config_goes_there_and_back(architecture, settings):
 @pytest.mark.parametrize("settings", [settings for _, settings in CASES])
 def test_tensors_go_there_and_back(settings):
     model = LanguageModel(config_of(settings))
-    initialise(model, 1)
+    initialize(model, 1)
     family, shapes = family_for(model.config), parameter_shapes(model.config)
     published = family.to_published(model.state_dict(), model.config)
     for stored in family.layout(model.config):

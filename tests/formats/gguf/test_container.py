@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmctl.errors import ArtifactError, NotFoundError
-from llmctl.formats.gguf.container import BLOCKS, dequantise, map_file, read_gguf_header
+from llmctl.formats.gguf.container import BLOCKS, dequantize, map_file, read_gguf_header
 from llmctl.formats.gguf.model import gguf_config, gguf_state, half_split
 from llmctl.formats.gguf.tokenizer import tokenizer_files
 
@@ -54,13 +54,13 @@ def write_gguf(path: Path, *, metadata=None, shapes=None, architecture="llama", 
             writer.add_uint32(key, value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     rng = np.random.default_rng(0)
-    quantised = gguf.GGMLQuantizationType[kind]
+    quantized = gguf.GGMLQuantizationType[kind]
     for name, shape in (SHAPES if shapes is None else shapes).items():
         tensor = rng.standard_normal(shape).astype(np.float32)
         if kind == "F32" or len(shape) == 1:
             writer.add_tensor(name, tensor)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(tensor, quantised), raw_dtype=quantised)
+            writer.add_tensor(name, gguf.quants.quantize(tensor, quantized), raw_dtype=quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -82,7 +82,7 @@ def test_weights_are_those_of_the_packages_own_reader(kind, tmp_path):
     assert header.tensors.keys() == {tensor.name for tensor in reader.tensors}
     for tensor in reader.tensors:
         expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        found = dequantise(data, header.tensors[tensor.name])
+        found = dequantize(data, header.tensors[tensor.name])
         assert np.array_equal(found, expected.reshape(found.shape))
 
 
@@ -229,8 +229,8 @@ for name in sys.argv[1:]:
     except MissingExtraError as error:
         print(error, error.hint, error.exit_code)
 """
-    quantised = write_gguf(tmp_path / "q.gguf", kind="Q8_0")
-    command = [sys.executable, "-c", program, str(path), str(quantised)]
+    quantized = write_gguf(tmp_path / "q.gguf", kind="Q8_0")
+    command = [sys.executable, "-c", program, str(path), str(quantized)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines == ["12", "the weight format Q8_0 needs the package `gguf` pip install 'llmctl[gguf]' 7"]
 

@@ -18,7 +18,7 @@ from llmctl.formats.gguf.write import (
     plan_blocks,
     write_gguf,
 )
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 
 gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
 
@@ -36,7 +36,7 @@ LOST = ("init_std",)
 
 def model_of(**fields):
     model = LanguageModel(ModelConfig(**(SHAPE | fields)))
-    initialise(model, 3)
+    initialize(model, 3)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1

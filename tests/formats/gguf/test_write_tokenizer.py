@@ -106,10 +106,10 @@ def test_what_llama_cpp_would_split_otherwise_is_refused(shared_data):
         with pytest.raises(ArtifactError, match=message) as raised:
             tokenizer_values(files, 400_000, {}, adds_bos=False, template=None)
         assert "sentencepiece BPE" in raised.value.hint
-    normaliser = b"\x1a\x03\x12\x01x"  # normalizer_spec { precompiled_charsmap: "x" }
+    normalizer = b"\x1a\x03\x12\x01x"  # normalizer_spec { precompiled_charsmap: "x" }
     proto = train_tokenizer(TEXTS, TokenizerConfig(vocab_size=330)).files()["tokenizer.model"]
     with pytest.raises(ArtifactError, match="changes the text"):
-        tokenizer_values({"tokenizer.model": proto + normaliser}, 400, {}, adds_bos=False, template=None)
+        tokenizer_values({"tokenizer.model": proto + normalizer}, 400, {}, adds_bos=False, template=None)
 
 
 def test_more_tokens_than_rows_are_refused(pieces):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.model.equalise import fold, joints, shared_factors
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.equalize import fold, joints, shared_factors
+from llmctl.model.transformer import LanguageModel, initialize
 
 BASE = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_positions": 32, "init_std": 0.3}
 VARIANTS = {
@@ -20,7 +20,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_moved_scales_change_nothing(name: str) -> None:
     model = LanguageModel(ModelConfig(**(BASE | VARIANTS[name]))).eval()
-    initialise(model, 0)
+    initialize(model, 0)
     ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     more = {"decoder_input_ids_BT": ids} if name == "pair" else {}
     generator, n_joints = torch.Generator().manual_seed(1), 0

@@ -12,7 +12,7 @@ from llmctl.cli import run
 from llmctl.config import ModelConfig, QuantizeConfig, TokenizerConfig, WeightsConfig
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.transformer import LanguageModel, initialise
+from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.calibrate import calibrate
 from llmctl.quantizing.packed_state import stored_state
@@ -41,7 +41,7 @@ def tokenizer():
 def plain(folder: Path, tokenizer, **more) -> Path:
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **(SHAPE | ids | more)))
-    initialise(model, 3)
+    initialize(model, 3)
     return write_artifact(folder, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
 
 

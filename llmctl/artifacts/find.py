@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,3 +215,18 @@ def use_of(family: str, *, has_head: bool) -> str:
     if has_head:
         return "classify"
     return "fill" if family == "encoder" else "generate"
+
+
+def usage(config: "ModelConfig", model: str, *, is_chat: bool = False, is_bare: bool = False) -> str:
+    """Return a command line that uses a model.
+
+    is_chat: it was trained on conversations. is_bare: it is an encoder without a head.
+    """
+    verb = use_of(config.family, has_head=config.n_labels > 0)
+    name = shlex.quote(model)
+    if is_bare:
+        return f"llmctl evaluate {name} -d pairs.tsv --task similarity"
+    if is_chat:
+        return f"llmctl chat {name}"
+    text = "a <mask> text" if verb == "fill" else "a text"
+    return f'llmctl {verb} -m {name} "{text}"'

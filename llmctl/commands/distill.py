@@ -1,16 +1,11 @@
 """`llmctl distill`: flags -> DistillConfig -> one training run -> the student's path on stdout, a report on stderr."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmctl.commands.common import command_app
 from llmctl.commands.training import Options, run_training, with_model, with_options
-
-if TYPE_CHECKING:
-    from llmctl.config import DistillConfig
-    from llmctl.jobs.job import Job
-    from llmctl.recipe import Resolved
 
 app = command_app()
 
@@ -78,18 +73,4 @@ def distill(
     if options.resume in (None, "auto"):
         resolved = with_model(resolved, model, quiet=options.quiet)
 
-    def make_job(resolved: "Resolved[DistillConfig]") -> "Job":
-        from llmctl.distilling.settings import settle
-        from llmctl.jobs.distill import Distilling
-
-        return Distilling(settle(resolved.config))
-
-    return run_training("distill", resolved, make_job, options, check=check_config)
-
-
-def check_config(config: "DistillConfig") -> None:
-    """Refuse settings that exclude each other."""
-    from llmctl.distilling.settings import settle
-    from llmctl.jobs.distill import Distilling
-
-    Distilling(settle(config)).check()
+    return run_training("distill", resolved, options)

@@ -9,8 +9,6 @@ from llmctl.commands.training import Options, run_training, with_model, with_opt
 
 if TYPE_CHECKING:
     from llmctl.config import FinetuneConfig
-    from llmctl.jobs.job import Job
-    from llmctl.recipe import Resolved
 
 app = command_app()
 
@@ -85,16 +83,11 @@ def finetune(
     if dry_run and not options.print_config:
         from llmctl.jobs.finetune_dry_run import examine
 
-        report = examine(resolved.config, shows_example=show_example)
+        report = examine(resolved.config, with_example=show_example)
         result_json(report.to_dict()) if options.json else result(report.render())
         return 0
 
-    def make_job(resolved: "Resolved[FinetuneConfig]") -> "Job":
-        from llmctl.jobs.finetune import Finetuning, settle
-
-        return Finetuning(settle(resolved.config), shows_example=show_example)
-
-    return run_training("finetune", resolved, make_job, options, check=check_config)
+    return run_training("finetune", resolved, options, show_example=show_example)
 
 
 def refuse_single_file(config: "FinetuneConfig", out: Any) -> None:
@@ -106,10 +99,3 @@ def refuse_single_file(config: "FinetuneConfig", out: Any) -> None:
 
     if out is not None and out.suffix == ".safetensors" and config.method != "full" and not config.merge:
         raise UsageError(f"`{out}` is a single file, an adapter is a folder", "-o FOLDER, or --merge for a whole model")
-
-
-def check_config(config: "FinetuneConfig") -> None:
-    """Refuse settings that exclude each other."""
-    from llmctl.jobs.finetune import Finetuning, settle
-
-    Finetuning(settle(config)).check()

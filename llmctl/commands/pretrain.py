@@ -1,16 +1,11 @@
 """`llmctl pretrain`: flags -> PretrainConfig -> one training run -> the model's path on stdout."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmctl.commands.common import command_app, result, result_json
 from llmctl.commands.training import Options, run_training, with_options
-
-if TYPE_CHECKING:
-    from llmctl.config import PretrainConfig
-    from llmctl.jobs.job import Job
-    from llmctl.recipe import Resolved
 
 app = command_app()
 
@@ -63,19 +58,4 @@ def pretrain(
         estimate = plan(resolved.config, n_processes=options.nproc * options.nnodes)
         result_json(estimate.to_dict()) if options.json else result(estimate.render())
         return 0
-    return run_training("pretrain", resolved, make_job, options, check=check_config)
-
-
-def make_job(resolved: "Resolved[PretrainConfig]") -> "Job":
-    """Return the job of a new run."""
-    from llmctl.jobs.pretrain import Pretraining
-    from llmctl.training.settings import with_budget
-
-    return Pretraining(with_budget(resolved.config))
-
-
-def check_config(config: "PretrainConfig") -> None:
-    """Refuse settings that exclude each other."""
-    from llmctl.training.settings import check
-
-    check(config)
+    return run_training("pretrain", resolved, options)

@@ -1,17 +1,12 @@
 """`llmctl quantize`: flags -> QuantizeConfig -> one run -> the model's path on stdout, a report on stderr."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmctl.commands.common import command_app
 from llmctl.commands.training import Options, run_training, with_model, with_options
 from llmctl.errors import UsageError
-
-if TYPE_CHECKING:
-    from llmctl.config import QuantizeConfig
-    from llmctl.jobs.job import Job
-    from llmctl.recipe import Resolved
 
 app = command_app()
 
@@ -82,17 +77,4 @@ def quantize(
     if options.resume in (None, "auto"):
         resolved = with_model(resolved, model, quiet=options.quiet)
 
-    def make_job(resolved: "Resolved[QuantizeConfig]") -> "Job":
-        from llmctl.jobs.quantize import Quantizing
-        from llmctl.quantizing.settings import settle
-
-        return Quantizing(settle(resolved.config))
-
-    return run_training("quantize", resolved, make_job, options, check=check_config)
-
-
-def check_config(config: "QuantizeConfig") -> None:
-    """Refuse settings that exclude each other."""
-    from llmctl.quantizing.settings import check_quantize, settle
-
-    check_quantize(settle(config))
+    return run_training("quantize", resolved, options)

@@ -17,7 +17,6 @@ from llmctl.commands.common import find_model, note, result, result_json
 if TYPE_CHECKING:
     from llmctl.distributed.launch import Layout
     from llmctl.jobs.finish import Trained
-    from llmctl.jobs.job import Job
     from llmctl.recipe import Resolved
 
 # How a host takes its place among others; `doctor` asks for them too.
@@ -139,22 +138,14 @@ def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> 
     return Resolved(replace(resolved.config, model=str(path)), origins)
 
 
-MakeJob = Callable[["Resolved[Any]"], "Job"]
-"""Turns the resolved config of a new run into its job; imports torch."""
-
-
 def run_training(
     command: str,
     resolved: "Resolved[Any]",
-    make_job: MakeJob,
     options: Options,
     *,
-    check: Callable[[Any], None],
+    show_example: bool = False,
 ) -> int:
-    """Begin or go on with a run of `command`, here or in several processes, and print what came out.
-
-    `check` refuses a new run's config before other processes are started for it.
-    """
+    """Begin or go on with a run of `command`, here or in several processes, and print what came out."""
     from llmctl.distributed.launch import Layout
     from llmctl.errors import GateError
     from llmctl.recipe import dump
@@ -173,9 +164,11 @@ def run_training(
         refuse_existing(options.out, force=options.force or options.resume == "auto")
     if layout.is_parent(os.environ):
         if run is None:
-            check(resolved.config)
+            from llmctl.jobs.runner import check
+
+            check(command, resolved.config)
         return start_others(layout, None if run else resolved.config, quiet=options.quiet)
-    trained = train(command, resolved, make_job, run, options)
+    trained = train(command, resolved, run, options, show_example=show_example)
     if trained is not None:  # the first of several processes speaks
         result_json(trained.summary) if options.json else result(str(trained.path))
         if trained.missed:
@@ -184,7 +177,7 @@ def run_training(
 
 
 def train(
-    command: str, resolved: "Resolved[Any]", make_job: MakeJob, run: str | None, options: Options
+    command: str, resolved: "Resolved[Any]", run: str | None, options: Options, *, show_example: bool
 ) -> "Trained | None":
     """Train in this process: begin a run, or go on with `run`."""
     from llmctl.distributed.ranks import is_guest
@@ -192,14 +185,29 @@ def train(
 
     quiet, verbose = options.quiet, options.verbose
     note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
-    from llmctl.jobs import runner as engine
+    from llmctl.jobs import runner
 
     line = shlex.join(["llmctl", command, *sys.argv[2:]])
     if run is None:
-        job, out = make_job(resolved), options.out
-        return engine.begin(job, resolved.origins, command=line, out=out, quiet=quiet, verbose=verbose)
-    given, allowed = given_values(resolved), options.allow_change or ()
-    return engine.resume(command, run, command=line, quiet=quiet, verbose=verbose, given=given, allowed=allowed)
+        return runner.begin(
+            command,
+            resolved.config,
+            resolved.origins,
+            invocation=line,
+            out=options.out,
+            quiet=quiet,
+            verbose=verbose,
+            show_example=show_example,
+        )
+    return runner.resume(
+        command,
+        run,
+        invocation=line,
+        quiet=quiet,
+        verbose=verbose,
+        given=given_values(resolved),
+        allowed=options.allow_change or (),
+    )
 
 
 def start_others(layout: "Layout", config: Any, *, quiet: bool) -> int:

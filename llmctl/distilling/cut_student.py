@@ -16,7 +16,8 @@ from llmctl.model.transformer import LanguageModel, load_tensors
 GREEDY_LAYERS = 12
 """Of deeper models the layers that go are chosen by their influence: trying each takes too long."""
 
-MeanLoss = Callable[[LanguageModel], float]
+MeanLoss = Callable[[LanguageModel, Sequence[int] | None], float]
+"""The loss of a model that has these hidden channels of the one that is cut; None is all of them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def cut_student(
     where that is few enough trials. The first layer stays, and by influence the last.
     """
     config = model.config
-    report: dict[str, Any] = {"loss_before": mean_loss(model)}
+    report: dict[str, Any] = {"loss_before": mean_loss(model, None)}
     importance = rank(model, batches)
     layers: dict[str, tuple[int, ...]] = {}
     for prefix, n_layers in prefixes(config).items():
@@ -60,14 +61,15 @@ def cut_student(
     smaller, state = cut(config, model.state_dict(), kept)
     student = LanguageModel(smaller)
     load_tensors(student, state)
-    report |= {"loss_cut": mean_loss(student)}
+    channels = None if kept.channels is None else kept.channels.tolist()
+    report |= {"loss_cut": mean_loss(student, channels)}
     if refit_batches:
         refit(model.eval(), student.eval(), kept, refit_batches, say)
         state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    report |= {"loss_after": mean_loss(student), "d_model": smaller.d_model, "n_heads": smaller.n_heads}
+    report |= {"loss_after": mean_loss(student, channels), "d_model": smaller.d_model, "n_heads": smaller.n_heads}
     report |= {"d_ff": smaller.d_ff, "n_kv_heads": smaller.n_kv_heads}
-    if kept.channels is not None:
-        report["channels"] = kept.channels.tolist()
+    if channels is not None:
+        report["channels"] = channels
     solved = f", {report['loss_after']:.3f} with its maps solved for anew" if refit_batches else ""
     say(
         f"cut: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
@@ -112,7 +114,7 @@ def loss_without(model: LanguageModel, prefix: str, layers: Sequence[int], missi
     whole = stack.layers
     stack.layers = nn.ModuleList(whole[layer] for layer in layers if layer != missing)
     try:
-        return mean_loss(model)
+        return mean_loss(model, None)
     finally:
         stack.layers = whole
 

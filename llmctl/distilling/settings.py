@@ -34,6 +34,14 @@ def student_model(config: DistillConfig) -> Path | None:
     return Path(text) if Path(text).exists() else None
 
 
+def student_shape(config: DistillConfig) -> ModelConfig:
+    """Return the shape of the student: that of an existing model, or one derived from the teacher's."""
+    existing = student_model(config)
+    if existing is not None:
+        return read_model(existing).config
+    return parse_student(config.student.shape, read_model(Path(config.model)).config)
+
+
 def settle(config: DistillConfig) -> DistillConfig:
     """Fill in what teacher and student decide, so that the recipe of the run says it.
 

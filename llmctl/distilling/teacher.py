@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, load_model
 from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import TaughtConfig
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.losses.teachers import DenseTeacher
@@ -109,3 +110,47 @@ def load_more(first: Loaded, names: Sequence[str], model: str) -> list[Teacher]:
             )
         teachers.append(Teacher(other.model))
     return teachers
+
+
+class Teachers:
+    """The teachers of a run: the first as it was published, and all of them where they compute.
+
+    Only one of the two is kept in memory: moving the teachers consumes the original, and asking for it again reloads it.
+    """
+
+    def __init__(self, config: TaughtConfig) -> None:
+        self.config = config
+        self.path = Path(config.model)
+        self.artifact = read_model(self.path)
+        self._original: Loaded | None = None
+        self._computing: list[Teacher] | None = None
+
+    def original(self) -> Loaded:
+        """Return the first teacher in float32 on the CPU."""
+        if self._original is None:
+            self._original = load_model(self.path, device="cpu", dtype="float32")
+        return self._original
+
+    @property
+    def computing(self) -> list[Teacher]:
+        """All teachers: where `move` has put them, else in float32 on the CPU."""
+        if self._computing is None:
+            first = self.original()
+            self._computing = [Teacher(first.model), *load_more(first, self.config.teacher.more, self.config.model)]
+        return self._computing
+
+    def move(self, device: torch.device, training_dtype: torch.dtype) -> None:
+        """Move all teachers to where training is, in the dtype of `teacher.dtype`."""
+        for teacher in self.computing:
+            teacher.to(device, self.config.teacher.dtype, training_dtype)
+        self._original = None
+
+    def on_cpu(self) -> "Teachers":
+        """Return these teachers in float32 on the CPU, whatever has been done to them."""
+        if self._original is not None or self._computing is None:
+            return self
+        return Teachers(self.config)
+
+    def free(self) -> None:
+        """Release the memory of all teachers; the next use reloads them."""
+        self._original = self._computing = None

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmctl.artifacts.with_adapters import identity_of, read_model
+from llmctl.config import DistillConfig
 from llmctl.distilling.draws import draw, uniforms
 from llmctl.distilling.teacher import Teacher, inputs_of
 from llmctl.errors import DivergedError, UsageError
@@ -36,8 +38,10 @@ from llmctl.formats.teacher_signals import (
 )
 from llmctl.losses.base import IGNORE
 from llmctl.losses.logits import logits
+from llmctl.losses.teachers import DenseTeacher
 from llmctl.preparing.corpus import Corpus
 from llmctl.training.batch import Batch, BatchSource, to_device
+from llmctl.training.task_data import TaskData
 
 ROWS_TOGETHER = 8
 """Rows that the teacher reads at once; a divisor of a shard's rows."""
@@ -209,3 +213,45 @@ def check_cache(store: SignalStore, identity: Mapping[str, Any], n_rows: int) ->
             f"the signals in `{store.folder}` are of something else: {differing}",
             "make them with the same teacher, data and row settings: llmctl distill cache",
         )
+
+
+def fixed_batches(data: TaskData) -> Any:
+    """Return the training batches over rows that stay the same in every epoch."""
+    return data.batches(data.base.model.config, shuffle=True, fixed=True)
+
+
+def cache_identity(config: DistillConfig, data: TaskData) -> dict[str, Any]:
+    """Return what cached outputs depend on: teachers, tokenizer, text, and how it is cut into rows."""
+    corpus = data.corpus
+    more = [identity_of(read_model(Path(name))) for name in config.teacher.more]
+    masks = [config.data.mask_frac, config.data.whole_word, config.data.mean_span_tokens, config.train.seed]
+    is_masked = data.text is not None and data.base.model.config.family != "decoder"
+    return {
+        "teacher": "+".join([corpus.provenance["teacher"]["sha256"], *more]),
+        "tokenizer": corpus.tokenizer.sha256,
+        "data": content_of(corpus),
+        "task": config.task,
+        "seq_len": config.train.seq_len,
+        "isolate": config.data.isolate,
+        "masks": masks if is_masked else None,
+    }
+
+
+def open_cache(config: DistillConfig, data: TaskData) -> SignalStore | None:
+    """Return the cached teacher outputs of these very rows; None without `teacher.cache`.
+
+    Raises: UsageError for a cache of another teacher, tokenizer, corpus or packing; ArtifactError for a damaged one.
+    """
+    if not config.teacher.cache:
+        return None
+    store = SignalStore.open(Path(config.teacher.cache))
+    check_cache(store, cache_identity(config, data), fixed_batches(data).n_rows)
+    return store
+
+
+def dense_head(store: SignalStore, device: torch.device) -> DenseTeacher | None:
+    """Return the teacher's head, for a cache of hidden states; None for other kinds."""
+    if store.kind != "hidden":
+        return None
+    head = {name: tensor.to(device) for name, tensor in store.head().items()}
+    return DenseTeacher(head["weight"].new_zeros(0), head["weight"], head.get("bias"))

@@ -1,198 +1,159 @@
-"""Fine-tuning as a job: a model that is there, examples of a task, and all its weights or an adapter beside them."""
+"""`llmctl finetune`: an existing model, examples of a task, and all weights or an adapter to train."""
 
-import shlex
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from llmctl.artifacts.adapters import save_adapter
+from llmctl.artifacts.find import usage
 from llmctl.artifacts.heads import with_head
 from llmctl.artifacts.load import Loaded, load_model
-from llmctl.artifacts.with_adapters import identity_of, read_model
+from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import FinetuneConfig, QuantizeConfig, WeightsConfig
-from llmctl.distributed.runtime import Runtime
-from llmctl.errors import ArtifactError, UsageError
+from llmctl.errors import ArtifactError
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.jobs.generation_scores import make_sampler, make_score
+from llmctl.jobs.finish import Product, whole_model
 from llmctl.jobs.job import Job
+from llmctl.jobs.session import Part, Session, identity
 from llmctl.machine import give_back_memory
-from llmctl.model.flops import Rows
 from llmctl.model.lora import add_adapters, merge_adapters
-from llmctl.model.parameters import parameter_shapes
-from llmctl.model.transformer import LanguageModel
-from llmctl.preparing.corpus import keep_corpus, open_corpus
+from llmctl.model.transformer import LanguageModel, with_tied
+from llmctl.preparing.corpus import Corpus
 from llmctl.preparing.examples import chat_of
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.fake_quant import learned_state, rounding
 from llmctl.quantizing.qlora_base import BASE, BITS, write_packed_base
 from llmctl.quantizing.settings import plan_of
-from llmctl.runs.folder import Run
-from llmctl.runs.progress import Say
-from llmctl.training.batch import BatchSource
-from llmctl.training.loop import Fitted
+from llmctl.training.finetune_settings import QUANTIZES, check, settle
 from llmctl.training.objectives import Classification, Objective, label_prediction
-from llmctl.training.samples import Sampler
-from llmctl.training.settings import check_shared
-from llmctl.training.task_data import (
-    check_task,
-    check_task_corpus,
-    labels_of_corpus,
-    metric_of,
-    prepare_task,
-    task_batches,
-    task_rows,
-)
-
-FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
-SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
-DEFAULT_EPOCHS = 3.0
-
-QUANTIZES = ("qlora", "qdora")
-"""Methods that hold the base in four bits, also where it was not."""
+from llmctl.training.task_data import TaskData, check_task, labels_of_corpus, open_task_model, prepare_task
 
 
-def settle(config: FinetuneConfig) -> FinetuneConfig:
-    """Give a run the budget, the rows and the learning rate that its model asks for, so that its recipe says them.
+def finetune(session: Session, config: FinetuneConfig) -> None:
+    """Encode the examples, give the model what the task and the method need, train, and write model or adapter."""
+    corpus = session.prepare(partial(prepare, session, config))
+    base = open_base(session, config, corpus)
+    data = TaskData.open(config, base, corpus, session.say)
+    tuned = Tuned(config, data, session)
+    model = tuned.model
+    part = Part(
+        model=model,
+        objective=tuned.objective,
+        batches=partial(data.batches, model.config),
+        rows=data.rows(model.config),
+        config=config,
+        identity=identity(corpus, model=corpus.provenance["base"]["sha256"]),
+        metric=data.metric,
+        sample=data.sampler(model),
+        score=data.score(model, session.runtime),
+    )
+    fitted = session.fit(part)
+    template = corpus.provenance.get("task", {}).get("template")
+    session.finish(
+        Product(
+            model,
+            corpus,
+            fitted,
+            data.metric,
+            write=partial(tuned.write, fitted.weights),
+            provenance={"template": template} if template else {},
+            facts=tuned.facts,
+            note=tuned.note,
+            closing=tuned.closing,
+        )
+    )
 
-    Learning rates fall with the root of the model's size, from BERT-base's 5e-5 (Devlin et al. 2019, A.3); adapters
-    take ten times as much (Schulman et al. 2025, "LoRA Without Regret").
-    Raises: NotFoundError or ArtifactError for a model that is not there or damaged.
+
+def prepare(session: Session, config: FinetuneConfig, folder: Path) -> Corpus:
+    """Encode the examples; quantize the base if the method asks for it and it is not quantized yet."""
+    base = open_task_model(config, Path(config.model))
+    corpus = prepare_task(config, base, folder, session.say, show_example=session.show_example)
+    made: dict[str, Any] = {}
+    if config.method in QUANTIZES and not base.artifact.schemes:
+        made = write_packed_base(
+            load_model(Path(config.model), device="cpu", dtype="float32"), packed_base(session, config)
+        )
+        give_back_memory()
+    corpus.provenance["base"] = {"path": config.model, "sha256": base_sha256(session, config, base, made), **made}
+    return corpus
+
+
+def base_sha256(session: Session, config: FinetuneConfig, base: Loaded, made: Mapping[str, Any]) -> str:
+    """Return the hash of the weights that the run starts from."""
+    if made:
+        base = open_task_model(config, packed_base(session, config))
+    return identity_of(base.artifact)
+
+
+def packed_base(session: Session, config: FinetuneConfig) -> Path:
+    """Return where a base is that the run quantized: next to the adapter, or with what is removed at the end."""
+    return (session.folder / "data" if config.merge else session.folder) / BASE
+
+
+def is_packed_here(corpus: Corpus) -> bool:
+    """Tell whether the base is one that this run has quantized."""
+    return "quantised_from" in corpus.provenance["base"]
+
+
+def open_base(session: Session, config: FinetuneConfig, corpus: Corpus) -> Loaded:
+    """Load the model that is trained, or that stays under the adapter, in float32 on the CPU.
+
+    Raises: ArtifactError if the model is not the one that the run was begun with.
     """
-    train, optim = config.train, config.optim
-    artifact = read_model(Path(config.model))
-    shape = artifact.config
-    in_few_bits = config.method in QUANTIZES or (artifact.schemes and config.method != "full")
-    if config.qat or in_few_bits:  # neither has a copy in bfloat16
-        train = replace(train, master_weights=False)
-    if not (train.steps or train.tokens or train.minutes or train.epochs):
-        train = replace(train, epochs=DEFAULT_EPOCHS)
-    train = replace(train, seq_len=min(train.seq_len, shape.max_positions))
-    if not optim.lr:
-        n_parameters = sum(int(np.prod(dims)) for dims in parameter_shapes(shape).values())
-        factor = 1.0 if config.method == "full" else ADAPTER_FACTOR
-        rate = factor * FULL_LR * (REFERENCE_PARAMETERS / n_parameters) ** 0.5
-        rate = min(max(rate, SMALLEST_LR), LARGEST_LR * (1.0 if config.method == "full" else 2.0))
-        optim = replace(optim, lr=float(f"{rate:.2g}"))
-    return replace(config, train=train, optim=optim)
+    path = packed_base(session, config) if is_packed_here(corpus) else Path(config.model)
+    packed = config.method != "full"  # under an adapter a quantized base stays quantized
+    base = load_model(path, device="cpu", dtype="float32", packed=packed)
+    check_task(config, base)
+    begun_with = corpus.provenance["base"]["sha256"]
+    if identity_of(base.artifact) != begun_with:
+        raise ArtifactError(
+            f"`{base.artifact.path}` is not the model that this run was begun with ({begun_with[:12]})",
+            "put it back, or start a new run",
+        )
+    return base
 
 
-class Finetuning(Job):
-    """Adapt a model to a task."""
+def qat_schemes(config: FinetuneConfig, model: LanguageModel) -> dict[str, Scheme]:
+    """Return the scheme of every module for quantization-aware training; none without `qat`."""
+    if not config.qat:
+        return {}
+    return plan_of(model.config, QuantizeConfig(weights=WeightsConfig(scheme=config.qat)))
 
-    command = "finetune"
-    config_class = FinetuneConfig
-    config: FinetuneConfig
 
-    def __init__(self, config: FinetuneConfig, *, shows_example: bool = False) -> None:
-        super().__init__(config)
-        self.shows_example = shows_example
+class Tuned:
+    """The model as it is trained: with a classification head, fake quantization or an adapter where they are asked for."""
 
-    @property
-    def objective(self) -> str:
-        """The task."""
-        return self.config.task
-
-    @property
-    def label(self) -> str:
-        """The task and the model."""
-        return f"{self.config.task}-{Path(self.config.model).name.removesuffix('.safetensors')}"
-
-    def check(self) -> None:
-        """Refuse settings that exclude each other."""
-        check_shared(self.config)
-        if not self.config.data.paths:
-            raise UsageError("no data to fine-tune on", "llmctl finetune MODEL DATA --task TASK")
-        if self.config.task != "classify" and self.config.labels:
-            raise UsageError("`labels` are for `--task classify`", "leave them away")
-        if self.config.qat and self.config.method != "full":
-            raise UsageError(f"`--qat` trains all weights, not `--method {self.config.method}`", "leave one out")
-
-    @cached_property
-    def base(self) -> Loaded:
-        """The model to adapt, in float32 on the CPU.
-
-        Raises: UsageError for a model that has no tokenizer or cannot be trained on the task.
-        """
-        return self.open_base(Path(self.config.model))
-
-    def open_base(self, path: Path) -> Loaded:
-        """Load what lies under the adapter, or what all weights are trained of."""
-        packed = self.config.method != "full"  # an adapter leaves the base in its few bits
-        base = load_model(path, device="cpu", dtype="float32", packed=packed)
-        check_task(self.config, base)
-        return base
-
-    def packed_base(self, folder: Path) -> Path:
-        """Return where a base lies that the run has put in few bits: with the adapter, or with what goes at the end."""
-        return (folder if self.config.merge else folder.parent) / BASE
-
-    def prepare(self, folder: Path, say: Say) -> None:
-        """Read, examine, split and encode the examples; put the base in few bits where the method asks for it."""
-        corpus = prepare_task(self.config, self.base, folder, say, shows_example=self.shows_example)
-        told = {}
-        if self.config.method in QUANTIZES and not self.base.artifact.schemes:
-            told = write_packed_base(self.base, self.packed_base(folder))
-            del self.base  # all of the full weights goes before the next are there
-            give_back_memory()
-            self.base = self.open_base(self.packed_base(folder))
-        base = {"path": self.config.model, "sha256": identity_of(self.base.artifact)}
-        corpus.provenance["base"] = base | told
-        keep_corpus(corpus, folder)
-
-    def load(self, folder: Path, say: Say) -> None:
-        """Open the examples; give the model its head and its adapter.
-
-        Raises: ArtifactError if the model is not the one that the run was begun with.
-        """
-        self.corpus = open_corpus(folder)
-        if self.is_packed_here:
-            self.base = self.open_base(self.packed_base(folder))
-        begun_with = self.corpus.provenance["base"]["sha256"]
-        if identity_of(self.base.artifact) != begun_with:
-            raise ArtifactError(
-                f"`{self.base.artifact.path}` is not the model that this run was begun with ({begun_with[:12]})",
-                "put it back, or start a new run",
-            )
-        self.model = self.base.model
-        self.metric = metric_of(self.config, self.corpus, say)
-        check_task_corpus(self.config, self.base, self.corpus)
-        if self.config.task == "classify":
+    def __init__(self, config: FinetuneConfig, data: TaskData, session: Session) -> None:
+        self.config, self.data, self.corpus = config, data, data.corpus
+        self.model = data.base.model
+        if config.task == "classify":
             labels = labels_of_corpus(self.corpus)
             n_outputs = len(labels.names) or self.corpus.arrays["values"].shape[1]
-            seed = self.config.train.seed
-            self.model = with_head(self.base, labels, n_outputs, pooling=self.config.pooling, seed=seed)
-        if self.config.qat:
+            self.model = with_head(data.base, labels, n_outputs, pooling=config.pooling, seed=config.train.seed)
+        self.schemes = qat_schemes(config, self.model)
+        if config.qat:
             self.model = rounding(self.model, self.schemes)
-            say(f"training through the rounding of {len(self.schemes)} layers to {self.config.qat}")
+            session.say(f"quantization-aware training: {len(self.schemes)} layers in {config.qat}")
         self.model.train()
-        self.held = self.model.schemes
-        if self.config.method != "full":
-            layers = self.adapt(self.model)
-            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-            share = trained / self.model.n_parameters
-            held = f" held in {BITS} bits" if self.is_packed_here else ""
-            what = f"{self.config.method} of rank {self.config.adapter.rank} on {len(layers)} layers{held}"
-            say(f"{what}: {trained:,} parameters trained, {share:.2%} of all")
+        self.base_schemes = self.model.schemes
+        if config.method != "full":
+            self._say_adapter(len(self.adapt(self.model)), session)
 
-    @property
-    def is_packed_here(self) -> bool:
-        """Whether the base is one that this run has put in few bits."""
-        return "quantised_from" in self.corpus.provenance["base"]
-
-    @cached_property
-    def schemes(self) -> dict[str, Scheme]:
-        """The scheme of every module that is held in few bits; none without `qat`."""
-        if not self.config.qat:
-            return {}
-        return plan_of(self.model.config, QuantizeConfig(weights=WeightsConfig(scheme=self.config.qat)))
+    def _say_adapter(self, n_layers: int, session: Session) -> None:
+        """Report how much is trained."""
+        n_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = n_trained / self.model.n_parameters
+        quantized = f" quantized to {BITS} bits" if is_packed_here(self.corpus) else ""
+        session.say(
+            f"{self.config.method} of rank {self.config.adapter.rank} on {n_layers} layers{quantized}: "
+            f"{n_trained:,} parameters trained, {share:.2%} of all"
+        )
 
     def adapt(self, model: LanguageModel) -> list[str]:
-        """Give a model the adapters of this run, and return the layers that have one."""
+        """Add the run's adapters to a model, and return the layers that have one."""
         adapter = self.config.adapter
         return add_adapters(
             model,
@@ -204,109 +165,82 @@ class Finetuning(Job):
             seed=self.config.train.seed,
         )
 
-    def rows(self) -> Rows:
-        """Return the rows of a step, as full as they can be."""
-        return task_rows(self.config, self.base, self.model.config)
-
-    def make_objective(self) -> Objective:
+    def objective(self) -> Objective:
         """Return classification, or label prediction."""
         if self.config.task == "classify":
             return Classification(self.model, self.config.train.label_smoothing)
         return label_prediction(self.model, self.corpus, self.config.train)
 
-    def make_batches(self, *, shuffle: bool) -> BatchSource:
-        """Return the batches of the task."""
-        return task_batches(self.config, self.base, self.corpus, self.model.config, shuffle=shuffle)
-
-    def make_sampler(self, folder: Path) -> Sampler | None:
-        """Return what answers a few held-out examples."""
-        del folder
-        return make_sampler(self, self.base.artifact) if self.config.task != "classify" else None
-
-    def make_score(self, runtime: Runtime) -> Callable[[int | None], dict[str, float]] | None:
-        """Return what lets the model write and compares, for tasks that are about texts."""
-        return make_score(self, self.base.artifact, runtime)
-
-    def identity(self) -> dict[str, str]:
-        """Return what all processes must have in common."""
-        return super().identity() | {"model": self.corpus.provenance["base"]["sha256"]}
-
     def files(self) -> dict[str, bytes]:
-        """Return what lay beside the base, and the template that conversations were rendered with."""
-        files = {**self.base.artifact.files, **super().files()}
-        return files | chat_of(self.base).files() if self.config.task == "chat" else files
+        """Return what lies next to the model: the base's files, and the template of the conversations."""
+        files = self.data.files()
+        return files | chat_of(self.data.base).files() if self.config.task == "chat" else files
 
-    def provenance(self) -> dict[str, Any]:
-        """Return the template that prompts were filled into, for whoever uses the model."""
-        template = self.corpus.provenance.get("task", {}).get("template")
-        return {"template": template} if template else {}
-
-    def write(self, folder: Path, fitted: Fitted, provenance: Mapping[str, Any]) -> None:
-        """Write the adapter, or the whole model."""
+    def write(self, weights: Mapping[str, Tensor], folder: Path, provenance: Mapping[str, Any]) -> None:
+        """Write the quantized model, the whole model, or the adapter."""
+        files, shape = self.files(), self.model.config
         if self.config.qat:
-            state = learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, self.schemes)
-            shape = self.model.config
-            files, told = self.files(), {**provenance, "weights": self.config.qat}
-            write_artifact(folder, shape, state, files=files, provenance=told, schemes=self.schemes, force=True)
-            return
-        if self.config.method == "full" or self.config.merge:
-            super().write(folder, fitted, provenance)
-            return
-        save_adapter(
-            self.trained_model(fitted.weights),
-            folder,
-            base=self.base.artifact,
-            provenance=provenance,
-            files=self.files(),
-            force=True,
-        )
+            state = learned_state({name: tensor.cpu() for name, tensor in weights.items()}, self.schemes)
+            provenance = {**provenance, "weights": self.config.qat}
+            write_artifact(folder, shape, state, files=files, provenance=provenance, schemes=self.schemes, force=True)
+        elif self.config.method == "full":
+            whole_model(self.model, weights, files)(folder, provenance)
+        elif self.config.merge:
+            model = self.trained_model(weights)
+            merge_adapters(model)
+            state = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
+            write_artifact(folder, shape, state, files=files, provenance=provenance, force=True)
+        else:
+            base = self.data.base.artifact
+            save_adapter(self.trained_model(weights), folder, base=base, provenance=provenance, files=files, force=True)
 
     def trained_model(self, weights: Mapping[str, Tensor]) -> LanguageModel:
-        """Return the trained model in one piece, whatever processes it was shared out to."""
+        """Return the trained model with its adapter, gathered from all processes."""
         model = LanguageModel(self.model.config)
-        if self.config.method != "full":
-            model.quantize(self.held)
-            self.adapt(model)
-        model.load_state_dict(super().weights(weights))
+        model.quantize(self.base_schemes)
+        self.adapt(model)
+        model.load_state_dict(with_tied(self.model.config, weights))
         return model
-
-    def weights(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the model's state with the adapter in its weights."""
-        if self.config.method == "full":
-            return super().weights(trained)
-        model = self.trained_model(trained)
-        merge_adapters(model)
-        return model.state_dict()
 
     def facts(self) -> dict[str, Any]:
         """Return the method, the base, and what was found in the data."""
-        facts: dict[str, Any] = {"method": self.config.method, "base": self.config.model}
-        facts["n_trained"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return facts | {"findings": self.corpus.provenance.get("findings", {})}
+        return {
+            "method": self.config.method,
+            "base": self.config.model,
+            "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "findings": self.corpus.provenance.get("findings", {}),
+        }
 
-    def card_note(self, summary: Mapping[str, Any]) -> str:
-        """Return in a sentence which base the adapter is of, where that is another than the model that was named."""
-        if not self.is_packed_here:
-            return super().card_note(summary)
+    def note(self, summary: Mapping[str, Any]) -> str:
+        """Return which base the adapter belongs to, if the run quantized it."""
+        if not is_packed_here(self.corpus):
+            return ""
         if self.config.merge:
-            return f"The adapter is merged into weights in {BITS} bits, multiplied out, not into those of `{summary['base']}`."
-        return f"The adapter is of the base in `{BASE}`, `{summary['base']}` in {BITS} bits, and of no other."
+            return (
+                f"The adapter is merged into the weights quantized to {BITS} bits and dequantized, not into those of "
+                f"`{summary['base']}`."
+            )
+        return f"The adapter belongs to the base in `{BASE}`, `{summary['base']}` quantized to {BITS} bits, and to no other."
 
-    def closing(self, summary: Mapping[str, Any], run: Run) -> str:
-        """Return the task's figure before and after, and a command to use the model."""
-        del run
+    def closing(self, summary: Mapping[str, Any]) -> str:
+        """Return the task's metric before and after, and a command that uses the model."""
         name = summary["metric"]
         before, after = (
             "-" if summary[when][name] is None else f"{summary[when][name]:.4g}" for when in ("before", "after")
         )
-        model = shlex.quote(summary["model"])
-        use = {
-            "classify": f'llmctl classify -m {model} "a text"',
-            "chat": f"llmctl chat {model}",
-        }.get(self.config.task, f'llmctl generate -m {model} "a text"')
-        if self.model.config.family == "encoder" and self.config.task == "text":
-            use = f'llmctl fill -m {model} "a <mask> text"'
         return (
             f"{summary['n_trained']:,} of {summary['n_parameters']:,} parameters trained, {summary['steps']:,} steps in "
-            f"{summary['seconds']:.0f} s: {name} {before} -> {after} on held-out examples\nnext: {use}"
+            f"{summary['seconds']:.0f} s: {name} {before} -> {after} on held-out examples\n"
+            f"next: {usage(self.model.config, summary['model'], is_chat=self.config.task == 'chat')}"
         )
+
+
+JOB = Job(
+    command="finetune",
+    config_class=FinetuneConfig,
+    settle=settle,
+    check=check,
+    objective=lambda config: config.task,
+    label=lambda config: f"{config.task}-{Path(config.model).name.removesuffix('.safetensors')}",
+    run=finetune,
+)

@@ -1,4 +1,4 @@
-"""`finetune --dry-run`: the data examined as a run would, and nothing trained."""
+"""`llmctl finetune --dry-run`: examine the data as a run would, and train nothing."""
 
 import tempfile
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any
 
 from llmctl.config import FinetuneConfig
 from llmctl.errors import UsageError
-from llmctl.jobs.finetune import Finetuning, settle
 from llmctl.preparing.examples import prepare_examples
 from llmctl.preparing.show_example import show_example
+from llmctl.training.finetune_settings import check, settle
+from llmctl.training.task_data import open_task_model
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Report:
     example: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON knows it."""
+        """Return the report for `--json`."""
         return {**self.plan, "findings": self.findings} | ({"example": self.example} if self.example else {})
 
     def render(self) -> str:
@@ -32,28 +33,27 @@ class Report:
         return "\n".join([*rows, "", *self.lines, *([self.example] if self.example else [])])
 
 
-def examine(config: FinetuneConfig, *, shows_example: bool) -> Report:
+def examine(config: FinetuneConfig, *, with_example: bool) -> Report:
     """Read and encode the data, and return what was found.
 
-    Raises: UsageError for data that cannot be used; for findings, if they are to be errors.
+    Raises: UsageError for data that cannot be used; for findings too, with `data.strict`.
     """
-    job = Finetuning(settle(config))
-    job.check()
-    config = job.config
+    config = settle(config)
+    check(config)
     if config.task == "text":
         raise UsageError("`--dry-run` examines examples, `--task text` has none", "llmctl pretrain --dry-run")
+    base = open_task_model(config, Path(config.model))
     with tempfile.TemporaryDirectory() as folder:
-        corpus, findings, first = prepare_examples(config, Path(folder), job.base)
+        corpus, findings, first = prepare_examples(config, Path(folder), base)
         train = config.train
-        n_rows = len(corpus.train)
         plan = {
             "model": config.model,
             "task": config.task,
             "method": config.method,
             "learning rate": config.optim.lr,
-            "steps": train.steps or max(1, -(-int(train.epochs * n_rows) // train.batch_size)),
+            "steps": train.steps or max(1, -(-int(train.epochs * len(corpus.train)) // train.batch_size)),
         }
-        example = show_example(job.base, first, corpus.provenance["task"]) if shows_example else ""
+        example = show_example(base, first, corpus.provenance["task"]) if with_example else ""
     if config.data.strict:
         findings.refuse()
     return Report(plan, findings.to_dict(), findings.lines(), example)

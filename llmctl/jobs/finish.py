@@ -1,4 +1,4 @@
-"""What a finished run leaves: the model, its card and its picture, the summary, and the closing words.
+"""What a finished run leaves: the model, its card and loss curve, the summary, and the closing lines.
 
 Knows nothing of how the model was trained; every training command ends here.
 """
@@ -8,36 +8,63 @@ import json
 import lzma
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmctl.distributed.runtime import describe_environment
+from torch import Tensor
+
+from llmctl.distributed.runtime import Runtime, describe_environment
 from llmctl.files import atomic_path, write_bytes
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.families.table import family_for
-from llmctl.jobs.job import Job
 from llmctl.metrics.figures import rounded
+from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.preparing.corpus import Corpus
 from llmctl.recipe import nested
 from llmctl.runs.folder import Run
 from llmctl.runs.loss_curve import loss_svg
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.model_card import model_card
-from llmctl.training.loop import Fitted, Training
+from llmctl.runs.progress import Progress
+from llmctl.training.loop import Fitted
 
 XZ_LIMIT_BYTES = 20_000_000
 """Held-out text larger than this is not compressed for comparison."""
 
+Write = Callable[[Path, Mapping[str, Any]], None]
+"""Writes the model into the run folder, with its provenance."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a job has made.
+
+    provenance: what the model file says beside recipe, data and metrics. facts: more for the summary. note: a sentence for
+    the model card. closing: the closing lines: what was made, its key metric, the next command. missed: the gate that was
+    missed, or nothing. The three functions run in the first process only; `note` and `closing` take the summary.
+    """
+
+    model: LanguageModel
+    corpus: Corpus
+    fitted: Fitted
+    metric: str
+    write: Write
+    closing: Callable[[Mapping[str, Any]], str]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    facts: Callable[[], Mapping[str, Any]] = dict
+    note: Callable[[Mapping[str, Any]], str] = lambda _: ""
+    missed: str = ""
+
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training command reports."""
+    """What a training command reports: where the model is, the summary, and the gate it missed, if any."""
 
     path: Path
     summary: dict[str, Any]
     missed: str = ""
-    """Which gate was missed; the model is there all the same."""
 
 
 def recipe_sha256(config: Any) -> str:
@@ -50,53 +77,73 @@ def is_file(out: Path) -> bool:
     return out.suffix == ".safetensors"
 
 
-def finish(run: Run, job: Job, training: Training, fitted: Fitted, *, command: str, started: float) -> Trained:
-    """Write the model, its card and its picture, mark the run as finished, and tidy up."""
-    facts = job.facts()
+def whole_model(model: LanguageModel, weights: Mapping[str, Tensor], files: Mapping[str, bytes]) -> Write:
+    """Return what writes trained weights as a model in float32."""
+
+    def write(folder: Path, provenance: Mapping[str, Any]) -> None:
+        state = {name: tensor.float().cpu() for name, tensor in with_tied(model.config, weights).items()}
+        write_artifact(folder, model.config, state, files=files, provenance=provenance, force=True)
+
+    return write
+
+
+def finish(
+    product: Product,
+    *,
+    run: Run,
+    config: Any,
+    objective: str,
+    invocation: str,
+    started: float,
+    runtime: Runtime,
+    progress: Progress,
+) -> Trained:
+    """Write the model, its card and its loss curve, mark the run as finished, and tidy up."""
+    facts, fitted, shape = product.facts(), product.fitted, product.model.config
     # Only what the recipe and the seed determine: the file is the same, byte for byte, when made again.
     provenance = {
-        "objective": job.objective,
-        "recipe_sha256": recipe_sha256(job.config),
-        "data": job.corpus.provenance,
-        "tokenizer_sha256": job.corpus.tokenizer.sha256,
+        "objective": objective,
+        "recipe_sha256": recipe_sha256(config),
+        "data": product.corpus.provenance,
+        "tokenizer_sha256": product.corpus.tokenizer.sha256,
         "steps": fitted.kept_step,
         "held_out": rounded(fitted.after),
-    } | job.provenance()
-    job.write(run.path, fitted, provenance)
-    written = run.path
-    out = Path(run.record["out"]) if run.record.get("out") else None
-    if out is not None:
-        with atomic_path(out) as temporary:
-            shutil.copyfile(written / "model.safetensors", temporary)
-        written = out
+        **product.provenance,
+    }
+    product.write(run.path, provenance)
+    path = run.path
+    if run.record.get("out"):
+        path = Path(run.record["out"])
+        with atomic_path(path) as temporary:
+            shutil.copyfile(run.path / "model.safetensors", temporary)
     summary: dict[str, Any] = {
-        "model": str(written),
-        "objective": job.objective,
-        "architecture": family_for(job.model.config).architecture,
-        "n_parameters": job.model.n_parameters,
+        "model": str(path),
+        "objective": objective,
+        "architecture": family_for(shape).architecture,
+        "n_parameters": product.model.n_parameters,
         "steps": fitted.state.step,
         "tokens": fitted.state.tokens,
         "kept_step": fitted.kept_step,
-        "metric": training.metric,
+        "metric": product.metric,
         "before": rounded(fitted.before),
         "after": rounded(fitted.after),
         **facts,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_pictures(run, job, summary, command)
+    write_card(run, product, summary, invocation)
     run.finish(
-        family=job.model.config.family,
-        has_head=job.model.config.n_labels > 0,
+        family=shape.family,
+        has_head=shape.n_labels > 0,
         seconds=summary["seconds"],
         summary=summary,
-        environment=describe_environment(training.runtime),
+        environment=describe_environment(runtime),
     )
-    training.progress.say(job.closing(summary, run))
+    progress.say(product.closing(summary))
     shutil.rmtree(run.path / "data", ignore_errors=True)  # last: text that came from a pipe is nowhere else
-    return Trained(written, summary, job.missed())
+    return Trained(path, summary, product.missed)
 
 
-def write_pictures(run: Run, job: Job, summary: Mapping[str, Any], command: str) -> None:
+def write_card(run: Run, product: Product, summary: Mapping[str, Any], invocation: str) -> None:
     """Write `loss.svg` and the model card."""
     lines = MetricsFile(run.path / "metrics.jsonl").read()
     curves: dict[str, list[tuple[int, float]]] = {"train": [], "eval": []}
@@ -107,11 +154,11 @@ def write_pictures(run: Run, job: Job, summary: Mapping[str, Any], command: str)
     facts = {
         **summary,
         "name": run.path.name,
-        "family": job.model.config.family,
-        "n_labels": job.model.config.n_labels,
-        "data": job.corpus.provenance,
-        "note": job.card_note(summary),
-        "command": command,
+        "family": product.model.config.family,
+        "n_labels": product.model.config.n_labels,
+        "data": product.corpus.provenance,
+        "note": product.note(summary),
+        "command": invocation,
     }
     write_bytes(run.path / "README.md", model_card(facts).encode())
 

@@ -3,9 +3,10 @@
 import hashlib
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,6 @@ from llmctl.distributed.runtime import Runtime, is_lost_peer
 from llmctl.errors import MemoryLimitError, StoppedError, UsageError
 from llmctl.files import is_seen
 from llmctl.jobs.finish import recipe_sha256
-from llmctl.jobs.job import Job
 from llmctl.machine import is_out_of_memory
 from llmctl.runs.folder import Run, read_record
 from llmctl.runs.progress import Progress
@@ -105,7 +105,7 @@ def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
     return opened[0] if opened else Run(path, read_record(path))
 
 
-def compare_processes(runtime: Runtime, job: Job, progress: Progress) -> None:
+def compare_processes(runtime: Runtime, config: Any, identity: Mapping[str, str], progress: Progress) -> None:
     """Make sure that all processes are about to do the same.
 
     Raises: UsageError with what differs.
@@ -116,8 +116,9 @@ def compare_processes(runtime: Runtime, job: Job, progress: Progress) -> None:
         "llmctl": __version__,
         "code": code_sha256(),
         "torch": torch.__version__,
-        "recipe": recipe_sha256(job.config),
-    } | job.identity()
+        "recipe": recipe_sha256(config),
+        **identity,
+    }
     rows = runtime.gather(own | {"host": socket.gethostname()})
     odd = [name for name in own if len({row[name] for row in rows}) > 1]
     if odd:

@@ -8,19 +8,22 @@ makes is half the mean square of that change along the gradient of the log-proba
 Source: as in `fisher.py`; allocation by marginal returns: Shoham and Gersho 1988, doi:10.1109/29.90373.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from llmctl.config import ModelConfig, WeightsConfig
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import is_inside
 from llmctl.losses.logits import is_native
 from llmctl.model.fisher import Hook, listen
 from llmctl.model.importance import Batches
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.grid import decode
 from llmctl.quant.methods import clipped
@@ -149,6 +152,38 @@ def adder(
             costs[scheme] += float((moved_NO.float() * grad_NO).sum(dim=1).double().square().sum())
 
     return hook
+
+
+class Budget(NamedTuple):
+    """What layers share: the schemes each may get, their shapes, the bits for all of them, and those of everything else."""
+
+    choices: dict[str, list[Scheme]]
+    shapes: dict[str, tuple[int, ...]]
+    bits: float
+    rest_bits: int
+
+
+def budget_of(config: ModelConfig, plan: Mapping[str, Scheme], weights: WeightsConfig) -> Budget:
+    """Return the budget that `target_size` or `target_bpw` sets."""
+    parameters = parameter_shapes(config)
+    shapes = {name: parameters[f"{name}.weight"] for name in plan}
+    choices = candidates(plan, {name: shape[1] for name, shape in shapes.items()})
+    rest = other_bits(config, plan, set(choices))
+    if weights.target_size:
+        return Budget(choices, shapes, 8 * parse_size(weights.target_size) - rest, rest)
+    return Budget(choices, shapes, weights.target_bpw * sum(math.prod(shapes[name]) for name in choices), rest)
+
+
+def other_bits(config: ModelConfig, plan: Mapping[str, Scheme], allocated: set[str]) -> int:
+    """Return the bits of everything whose scheme is settled: embedding, head, norms, biases."""
+    shapes = parameter_shapes(config)
+    bits = sum(scheme.size_bits(*shapes[f"{name}.weight"]) for name, scheme in plan.items() if name not in allocated)
+    planned = {f"{name}.weight" for name in plan}
+    if config.tie_embeddings:
+        planned.add("lm_head.weight")
+    return bits + sum(
+        (16 if len(shape) > 1 else 32) * math.prod(shape) for name, shape in shapes.items() if name not in planned
+    )
 
 
 def check_budget(

@@ -6,11 +6,9 @@ import torch
 
 from llmctl.artifacts.load import Loaded
 from llmctl.config import GenerateConfig, PretrainConfig
-from llmctl.formats.artifact import Artifact
 from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.fill import fill
 from llmctl.inference.generate import Prompt, generate
-from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import Corpus
 
 SAMPLE_TOKENS = 40
@@ -23,10 +21,10 @@ DEFAULT_PROMPTS = {
 Sampler = Callable[[], list[dict[str, str]]]
 
 
-def make_sampler(config: PretrainConfig, corpus: Corpus, model: LanguageModel, folder: Artifact) -> Sampler:
-    """Return a function that writes samples with the model as it is when called; it leaves no trace in training."""
+def make_sampler(config: PretrainConfig, corpus: Corpus, loaded: Loaded) -> Sampler:
+    """Return a function that generates samples with the model as it is when called, and leaves it in training mode."""
     prompts = config.train.sample_prompts or own_prompts(config, corpus)
-    loaded = Loaded(model, corpus.tokenizer, folder)
+    model = loaded.model
 
     def write() -> list[dict[str, str]]:
         model.eval()

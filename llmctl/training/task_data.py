@@ -1,23 +1,36 @@
-"""The data half of a job on a model that is there: raw text as it was pretrained on, or the examples of a task."""
+"""The data of a job on an existing model: raw text as in pretraining, or the examples of a task.
 
+Knows how rows become batches and how generated answers are scored; knows nothing of what is trained on them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts.load import Loaded
+import torch
+from torch import Tensor
+
+from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
+from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelChoice, ModelConfig, PretrainConfig, TaskConfig
 from llmctl.data.batches import AnswerBatches, ClassBatches, Ids, PairBatches
 from llmctl.data.labels import Labels
 from llmctl.data.stream import ExampleRows, PackedExamples, PairRows
+from llmctl.distributed.runtime import Runtime
 from llmctl.errors import UsageError
 from llmctl.model.flops import Rows
+from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import Corpus, prepare_corpus
 from llmctl.preparing.examples import prepare_examples
-from llmctl.preparing.show_example import show_example
+from llmctl.preparing.show_example import show_example as example_lines
 from llmctl.runs.progress import Say
-from llmctl.training.batch import BatchSource
+from llmctl.training.batch import BatchSource, to_device
 from llmctl.training.batches import make_batches, rows_of
+from llmctl.training.generation_scores import Score, make_sampler, make_score
 from llmctl.training.objectives import OBJECTIVES
+from llmctl.training.samples import Sampler
 from llmctl.training.settings import check_corpus
 
 TEXT_OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder_decoder": "span"}
@@ -26,6 +39,8 @@ TEXT_OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder_decoder": "span"
 METRICS = {"translate": "bleu", "summarize": "rouge_l", "qa": "token_f1"}
 PROBLEM_METRICS = {"single": "accuracy", "multi": "f1", "regression": "spearman"}
 """A task's own figure, by which the best step is chosen; of the others the loss."""
+
+CALIBRATION_BATCH_ROWS = 8
 
 FEWEST_PACKED_STEPS = 8
 """With fewer steps in an epoch than this, packing leaves a model too few of them to learn from."""
@@ -72,7 +87,7 @@ def text_config(config: TaskConfig, base: Loaded) -> PretrainConfig:
     )
 
 
-def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, shows_example: bool = False) -> Corpus:
+def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, show_example: bool = False) -> Corpus:
     """Read, examine, split and encode text or examples.
 
     Raises: UsageError where findings are to be errors; whatever the readers raise.
@@ -82,18 +97,23 @@ def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, sh
     corpus, findings, first = prepare_examples(config, folder, base)
     for line in findings.lines():
         say(line)
-    if shows_example:
-        say(show_example(base, first, corpus.provenance["task"]))
+    if show_example:
+        say(example_lines(base, first, corpus.provenance["task"]))
     if config.data.strict:
         findings.refuse()
     corpus.provenance["findings"] = findings.to_dict()
     return corpus
 
 
-def check_task_corpus(config: TaskConfig, base: Loaded, corpus: Corpus) -> None:
-    """Refuse text that is too short to learn from."""
-    if config.task == "text":
-        check_corpus(text_config(config, base), corpus)
+def open_task_model(config: TaskConfig, path: Path) -> Loaded:
+    """Return the model that data is encoded for, without its weights.
+
+    Raises: UsageError for a model without a tokenizer, or one that cannot do the task.
+    """
+    artifact = read_model(path)
+    loaded = Loaded(without_weights(artifact.config), fitting_tokenizer(artifact), artifact)
+    check_task(config, loaded)
+    return loaded
 
 
 def labels_of_corpus(corpus: Corpus) -> Labels:
@@ -103,7 +123,9 @@ def labels_of_corpus(corpus: Corpus) -> Labels:
 
 
 def metric_of(config: TaskConfig, corpus: Corpus, say: Say) -> str:
-    """Return the figure by which the best step is chosen."""
+    """Return the metric by which the best step is chosen: the recipe's, or the task's own."""
+    if config.train.metric:
+        return config.train.metric
     if config.task == "classify":
         return PROBLEM_METRICS[labels_of_corpus(corpus).problem]
     metric = METRICS.get(config.task, "loss")
@@ -113,44 +135,91 @@ def metric_of(config: TaskConfig, corpus: Corpus, say: Say) -> str:
     return metric
 
 
-def task_rows(config: TaskConfig, base: Loaded, model: ModelConfig) -> Rows:
-    """Return the rows of a step, as full as they can be."""
-    if config.task == "text":
-        return rows_of(text_config(config, base), model)
-    train = config.train
-    is_pair = model.family == "encoder_decoder"
-    return Rows(train.batch_size, train.seq_len, train.seq_len if is_pair else 0, packed=True)
+@dataclass(frozen=True)
+class TaskData:
+    """Encoded data and the model it was encoded for; `model` arguments are the shapes that train on it."""
 
+    config: TaskConfig
+    base: Loaded
+    corpus: Corpus
+    metric: str
 
-def task_batches(
-    config: TaskConfig, base: Loaded, corpus: Corpus, model: ModelConfig, *, shuffle: bool, fixed: bool = False
-) -> BatchSource:
-    """Return the batches of the training or the held-out part; examples are `fixed` as they are, text may be."""
-    if config.task == "text":
-        return make_batches(text_config(config, base), corpus, model, shuffle=shuffle, fixed=fixed)
-    train = config.train
-    selection = corpus.train if shuffle else corpus.held_out
-    ids = Ids(
-        pad=max(model.pad_id, 0),
-        eos=max(model.eos_id, 0),
-        decoder_start=max(model.decoder_start_id, 0),
-        special=corpus.tokenizer.token_bytes() == 0,
-    )
-    options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
-    lengths = corpus.documents.lengths
-    if config.task == "classify":
-        first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
-        order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
-        return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
-    assert corpus.targets is not None
-    if model.family == "encoder_decoder":
-        pairs = PairRows(corpus.documents, corpus.targets, selection, batch_size=train.batch_size, **options)
-        return PairBatches(pairs, ids, train.seq_len)
-    # Training and held-out rows are laid out alike, by what there is to train on.
-    n_steps = int((lengths[corpus.train] - 1).sum()) / (train.seq_len * train.batch_size)
-    rows: PackedExamples | ExampleRows
-    if config.data.pack == "always" or (config.data.pack == "auto" and n_steps >= FEWEST_PACKED_STEPS):
-        rows = PackedExamples(lengths - 1, selection, seq_len=train.seq_len, **options)
-    else:
-        rows = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
-    return AnswerBatches(corpus.documents, corpus.targets, rows, ids, train.seq_len)
+    @classmethod
+    def open(cls, config: TaskConfig, base: Loaded, corpus: Corpus, say: Say) -> "TaskData":
+        """Check that there is enough to learn from, and choose the metric.
+
+        Raises: UsageError for text that is too short.
+        """
+        data = cls(config, base, corpus, metric_of(config, corpus, say))
+        if data.text is not None:
+            check_corpus(data.text, corpus)
+        return data
+
+    @cached_property
+    def text(self) -> PretrainConfig | None:
+        """The pretraining that `task: text` is; None for tasks with examples."""
+        return text_config(self.config, self.base) if self.config.task == "text" else None
+
+    def rows(self, model: ModelConfig) -> Rows:
+        """Return the rows of a step, as full as they can be."""
+        if self.text is not None:
+            return rows_of(self.text, model)
+        train = self.config.train
+        is_pair = model.family == "encoder_decoder"
+        return Rows(train.batch_size, train.seq_len, train.seq_len if is_pair else 0, packed=True)
+
+    def batches(self, model: ModelConfig, *, shuffle: bool, fixed: bool = False) -> BatchSource:
+        """Return the batches of the training or the held-out part.
+
+        fixed: cut and mask text once instead of anew in every epoch; examples always stay what they are.
+        """
+        if self.text is not None:
+            return make_batches(self.text, self.corpus, model, shuffle=shuffle, fixed=fixed)
+        config, corpus, train = self.config, self.corpus, self.config.train
+        selection = corpus.train if shuffle else corpus.held_out
+        ids = Ids(
+            pad=max(model.pad_id, 0),
+            eos=max(model.eos_id, 0),
+            decoder_start=max(model.decoder_start_id, 0),
+            special=corpus.tokenizer.token_bytes() == 0,
+        )
+        options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
+        lengths = corpus.documents.lengths
+        if config.task == "classify":
+            first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
+            order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
+            return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
+        assert corpus.targets is not None
+        if model.family == "encoder_decoder":
+            pairs = PairRows(corpus.documents, corpus.targets, selection, batch_size=train.batch_size, **options)
+            return PairBatches(pairs, ids, train.seq_len)
+        # Training and held-out rows are laid out alike, by the amount of training data.
+        n_steps = int((lengths[corpus.train] - 1).sum()) / (train.seq_len * train.batch_size)
+        rows: PackedExamples | ExampleRows
+        if config.data.pack == "always" or (config.data.pack == "auto" and n_steps >= FEWEST_PACKED_STEPS):
+            rows = PackedExamples(lengths - 1, selection, seq_len=train.seq_len, **options)
+        else:
+            rows = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
+        return AnswerBatches(corpus.documents, corpus.targets, rows, ids, train.seq_len)
+
+    def some_batches(self, model: ModelConfig, n_rows: int) -> list[dict[str, Tensor]]:
+        """Return training batches of `n_rows` rows in all, on the CPU: to rank or calibrate the parts of a model on."""
+        source = self.batches(model, shuffle=True)
+        rows = min(n_rows, source.n_rows)
+        size, cpu = min(CALIBRATION_BATCH_ROWS, rows), torch.device("cpu")
+        return [to_device(source.batch(range(first, min(first + size, rows))), cpu) for first in range(0, rows, size)]
+
+    def sampler(self, model: LanguageModel) -> Sampler | None:
+        """Return what answers a few held-out examples; None for models that generate no text."""
+        if model.config.n_labels:
+            return None
+        return make_sampler(Loaded(model, self.corpus.tokenizer, self.base.artifact), self.corpus)
+
+    def score(self, model: LanguageModel, runtime: Runtime) -> Score | None:
+        """Return what scores generated answers to held-out examples; None where the metric needs none."""
+        loaded = Loaded(model, self.corpus.tokenizer, self.base.artifact)
+        return make_score(loaded, self.corpus, self.metric, self.config.train.seq_len, runtime)
+
+    def files(self) -> dict[str, bytes]:
+        """Return what has to lie next to a model trained on this: the base's files with the corpus's tokenizer."""
+        return {**self.base.artifact.files, **self.corpus.tokenizer.files()}

@@ -27,13 +27,11 @@ import torch
 from llmctl.config import PretrainConfig
 from llmctl.distributed import runtime
 from llmctl.errors import StoppedError
-from llmctl.jobs.pretrain import Pretraining
 from llmctl.jobs.runner import begin, resume
 from llmctl.recipe import load
 from llmctl.runs import checkpoint
 from llmctl.runs.folder import read_record
 from llmctl.runs.metrics_file import MetricsFile
-from llmctl.training.settings import with_budget
 from tests.crash import forked
 
 SETTINGS = {
@@ -89,13 +87,13 @@ class Harness:
     def train(self, run: Path) -> None:
         """Begin the run, or go on with it, as a person would after a crash."""
         if (run / "recipe.yaml").is_file():
-            resume("pretrain", str(run), command="", quiet=True)
+            resume("pretrain", str(run), quiet=True)
         else:
             settings = [
                 f"{key}={value}" for key, value in {"data.paths": f"[{self.folder / 'texts'}]", **SETTINGS}.items()
             ]
             resolved = load(PretrainConfig, settings=settings, environment={})
-            begin(Pretraining(with_budget(resolved.config)), resolved.origins, command="", out=run, quiet=True)
+            begin("pretrain", resolved.config, resolved.origins, out=run, quiet=True)
         if torch.distributed.is_initialized():
             runtime.leave(0)
 

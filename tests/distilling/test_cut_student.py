@@ -10,7 +10,7 @@ from tests.model.test_cut import SHAPES, build, outputs
 from tests.model.test_importance import batch
 
 
-def mean_loss(model: LanguageModel) -> float:
+def mean_loss(model: LanguageModel, channels=None) -> float:
     one = batch(model)
     with torch.no_grad():
         if model.config.n_labels:

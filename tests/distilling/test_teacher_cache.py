@@ -1,7 +1,9 @@
 """Signals that stand in for a teacher: the same in any order and after a kill, as good as the teacher, refused if not its own."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +11,15 @@ import torch
 
 from llmctl.config import DistillConfig
 from llmctl.distilling.settings import settle
-from llmctl.distilling.teacher import Teacher
-from llmctl.distilling.teacher_cache import CachedBatches, InOrder, states_of
+from llmctl.distilling.teacher import Teacher, Teachers
+from llmctl.distilling.teacher_cache import CachedBatches, InOrder, fixed_batches, states_of
 from llmctl.errors import ArtifactError, DivergedError, NotFoundError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.teacher_signals import SignalStore
-from llmctl.jobs.distill import Distilling
-from llmctl.jobs.distill_cache import make_cache
+from llmctl.jobs import distill as module
+from llmctl.jobs.distill import part_of
+from llmctl.jobs.distill_cache import encode, make_cache
 from llmctl.jobs.runner import begin
 from llmctl.losses.base import IGNORE
 from llmctl.model.transformer import LanguageModel, initialize
@@ -35,34 +38,33 @@ def made(teacher: Path, out: str, *settings: str) -> SignalStore:
 
 
 def run(teacher: Path, *settings: str):
-    return begin(Distilling(settle(config_of(teacher, *settings))), {}, command="", out=None, quiet=True)
+    return begin("distill", config_of(teacher, *settings), quiet=True)
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def job_of(teacher: Path, *settings: str) -> Distilling:
-    job = Distilling(settle(config_of(teacher, *settings)))
-    job.prepare(Path("job-data"), print)
-    job.load(Path("job-data"), print)
-    return job
+def job_of(teacher: Path, *settings: str) -> SimpleNamespace:
+    config = settle(config_of(teacher, *settings))
+    teachers = Teachers(config)
+    return SimpleNamespace(teachers=teachers, data=encode(config, teachers, Path("job-data"), print))
 
 
-def exact(job: Distilling, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def exact(job: SimpleNamespace, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the teacher's probabilities at the labels of fixed rows, and the labels."""
-    batch = job.fixed_batches().batch(numbers)
+    batch = fixed_batches(job.data).batch(numbers)
     ids = {name: torch.from_numpy(array) for name, array in batch.items() if name != "labels"}
     with torch.no_grad():
-        probabilities = job.teacher.model(**ids).softmax(-1).flatten(0, 1)
+        probabilities = job.teachers.original().model(**ids).softmax(-1).flatten(0, 1)
     labels = torch.from_numpy(batch["labels"]).flatten()
-    vocabulary = job.corpus.tokenizer.vocab_size
-    assert vocabulary == job.teacher.model.config.vocab_size
+    vocabulary = job.data.corpus.tokenizer.vocab_size
+    assert vocabulary == job.teachers.original().model.config.vocab_size
     return probabilities[labels != IGNORE], labels[labels != IGNORE]
 
 
 def test_rows_stay_what_they_are_in_any_order(teachers):
-    source = job_of(teachers["decoder"]).fixed_batches()
+    source = fixed_batches(job_of(teachers["decoder"]).data)
     n = source.n_rows
     first = {source.address(number): source.batch([number])["input_ids_BT"] for number in range(n)}
     assert sorted(first) == list(range(n))
@@ -76,7 +78,7 @@ def test_rows_stay_what_they_are_in_any_order(teachers):
 def test_a_batch_is_its_rows_however_it_is_cut(teachers, kind):
     """A process or a micro-batch gets some of a step's rows: what it is told is what the whole step would be."""
     store = made(teachers["decoder"], "signals", f"teacher.kind={kind}")
-    source = CachedBatches(job_of(teachers["decoder"]).fixed_batches(), store)
+    source = CachedBatches(fixed_batches(job_of(teachers["decoder"]).data), store)
     numbers = list(range(source.n_rows - 3, source.n_rows + 5))  # over the end of an epoch
     whole = source.batch(numbers)
     counts = [int((row != IGNORE).sum()) for row in whole["labels"]]
@@ -101,8 +103,8 @@ def test_draws_have_the_teachers_shares(teachers):
     for seed in range(6):
         store = made(teacher, f"signals-{seed}", "teacher.draws=200", f"train.seed={seed}")
         own = job_of(teacher, f"train.seed={seed}")
-        found = store.signals([own.fixed_batches().address(0)])
-        addresses = own.fixed_batches().address(0)
+        found = store.signals([fixed_batches(own.data).address(0)])
+        addresses = fixed_batches(own.data).address(0)
         assert found["teacher_probs"].sum(axis=1) == pytest.approx(1, abs=1e-5)
         shares.append((addresses, found))
     del job
@@ -122,29 +124,33 @@ def test_the_likeliest_are_kept_and_the_rest_is_counted(teachers):
     store = made(teachers["decoder"], "signals", "teacher.kind=topk", "teacher.top_k=5")
     job = job_of(teachers["decoder"])
     p, _ = exact(job, [2])
-    found = store.signals([job.fixed_batches().address(2)])
+    found = store.signals([fixed_batches(job.data).address(2)])
     values, ids = p.topk(5, dim=-1)
     assert np.array_equal(found["teacher_ids"], ids.numpy())
     assert found["teacher_probs"] == pytest.approx(values.numpy(), rel=4e-3)
     assert found["teacher_tail"] == pytest.approx((1 - values.sum(-1)).numpy(), rel=4e-3, abs=1e-5)
 
 
-def test_states_are_the_teacher_itself(teachers):
+def test_states_are_the_teacher_itself(teachers, monkeypatch):
     """Training from hidden states is training beside the teacher: the same rows, the same targets."""
     store = made(teachers["decoder"], "signals", "teacher.kind=hidden")
     job = job_of(teachers["decoder"])
     p, _ = exact(job, [1])
     head = store.head()
-    hidden = torch.from_numpy(store.signals([job.fixed_batches().address(1)])["teacher_hidden"])
+    hidden = torch.from_numpy(store.signals([fixed_batches(job.data).address(1)])["teacher_hidden"])
     torch.testing.assert_close((hidden @ head["weight"].T).softmax(-1), p, rtol=1e-4, atol=1e-6)
     cached = run(teachers["decoder"], "teacher.cache=signals")
 
-    class Fixed(Distilling):
-        def make_batches(self, *, shuffle):
-            return self.fixed_batches() if shuffle else super().make_batches(shuffle=False)
+    def fixed(session, plan, student, cache):
+        part = part_of(session, plan, student, cache)
 
-    config = settle(config_of(teachers["decoder"]))
-    online = begin(Fixed(config), {}, command="", out=None, quiet=True)
+        def batches(*, shuffle):
+            return fixed_batches(plan.data) if shuffle else part.batches(shuffle=False)
+
+        return replace(part, batches=batches)
+
+    monkeypatch.setattr(module, "part_of", fixed)
+    online = begin("distill", config_of(teachers["decoder"]), quiet=True)
     ours, theirs = (read_artifact(found.path).state() for found in (cached, online))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
@@ -247,8 +253,8 @@ def test_text_of_an_attempt_with_other_data_is_not_gone_on_with(teachers, here):
     """What stays behind of a killed attempt is the encoded text, and no shard yet."""
     other = "\n\n".join(f"a wholly other text {i} 猫." for i in range(60))
     Path("other.txt").write_text(other, encoding="utf-8")
-    job = Distilling(settle(config_of(teachers["decoder"])))
-    job.prepare(here / "signals" / "data", print)
+    config = settle(config_of(teachers["decoder"]))
+    encode(config, Teachers(config), here / "signals" / "data", print)
     (here / "signals" / "data" / "asked.json").write_text("{}\n")
     made(teachers["decoder"], "signals", "data.paths=[other.txt]")
     run(teachers["decoder"], "teacher.cache=signals", "data.paths=[other.txt]")
@@ -260,12 +266,14 @@ def test_states_in_bfloat16_are_the_teachers_own(teachers):
     assert narrow.bytes_per_token < 0.55 * wide.bytes_per_token
     assert narrow.head()["weight"].dtype == torch.bfloat16
     job = job_of(teachers["decoder"])
-    batch = job.fixed_batches().batch([0])
-    teacher = Teacher(job.teacher.model).to(torch.device("cpu"), "bf16", torch.float32)
-    own = states_of(teacher, InOrder(job.fixed_batches()).batch(range(8)), torch.device("cpu"))
+    batch = fixed_batches(job.data).batch([0])
+    teacher = Teacher(job.teachers.original().model).to(torch.device("cpu"), "bf16", torch.float32)
+    own = states_of(teacher, InOrder(fixed_batches(job.data)).batch(range(8)), torch.device("cpu"))
     found = narrow.signals(range(8))["teacher_hidden"]
     assert np.array_equal(found, own.float().numpy())
-    assert len(narrow.signals([job.fixed_batches().address(0)])["teacher_hidden"]) == (batch["labels"] != IGNORE).sum()
+    assert (
+        len(narrow.signals([fixed_batches(job.data).address(0)])["teacher_hidden"]) == (batch["labels"] != IGNORE).sum()
+    )
     trained = run(teachers["decoder"], "teacher.cache=narrow", "train.steps=24")
     report = trained.summary["report"]
     assert report["models"]["student"]["loss"] < report["student_before_training"]["loss"]

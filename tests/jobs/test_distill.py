@@ -12,10 +12,13 @@ import torch
 from llmctl.artifacts.load import load_model
 from llmctl.config import DistillConfig
 from llmctl.distilling.settings import settle
+from llmctl.distilling.teacher import Teachers
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.jobs.distill import Distilling
+from llmctl.jobs import distill as module
+from llmctl.jobs.distill import part_of
+from llmctl.jobs.distill_cache import encode
 from llmctl.jobs.finish import Trained
 from llmctl.jobs.runner import begin, resume
 from llmctl.model.transformer import LanguageModel, initialize
@@ -54,7 +57,7 @@ def config_of(teacher: Path, *settings: str) -> DistillConfig:
 
 
 def run(teacher: Path, *settings: str, out: Path | None = None) -> Trained:
-    trained = begin(Distilling(config_of(teacher, *settings)), {}, command="", out=out, quiet=True)
+    trained = begin("distill", config_of(teacher, *settings), out=out, quiet=True)
     assert trained is not None
     return trained
 
@@ -147,15 +150,22 @@ def test_pairs_are_distilled(teachers):
     assert (config.n_layers, config.n_decoder_layers) == (2, 1)
 
 
-def test_the_teacher_does_not_change(teachers):
+def test_the_teacher_does_not_change(teachers, monkeypatch):
     before = weights(teachers["decoder"])
     config = config_of(teachers["decoder"], "student.shape=layers=1")
-    job = Distilling(config)
-    begin(job, {}, command="", out=None, quiet=True)
+    plans = []
+
+    def keeping(session, plan, student, cache):
+        plans.append(plan)
+        return part_of(session, plan, student, cache)
+
+    monkeypatch.setattr(module, "part_of", keeping)
+    begin("distill", config, quiet=True)
+    (used,) = plans[0].teachers.computing
     assert weights(teachers["decoder"]) == before
     state = load_model(teachers["decoder"], device="cpu", dtype="float32").model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in job.teachers[0].model.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in job.teachers[0].model.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in used.model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in used.model.parameters())
 
 
 def test_relations_of_an_encoder_are_matched_beside_its_predictions(teachers):
@@ -295,12 +305,14 @@ def test_an_interrupted_run_goes_on_to_the_same_student(teachers, monkeypatch):
     ]
     whole = run(teachers["decoder"], *settings)
 
-    class Stopping(Distilling):
-        stops_in = "stage-1"
+    def stopping_in(name):
+        def stopping(session, plan, student, cache):
+            part = part_of(session, plan, student, cache)
+            if student.name != name:
+                return part
 
-        def make_objective(self):
-            objective = super().make_objective()
-            if self.part == self.stops_in:
+            def make():
+                objective = part.objective()
                 forward = objective.forward
 
                 def stop(batch):
@@ -309,37 +321,38 @@ def test_an_interrupted_run_goes_on_to_the_same_student(teachers, monkeypatch):
                     return forward(batch)
 
                 objective.forward = stop
-            return objective
+                return objective
 
-    for number, part in enumerate(("scratch-lr-1", "stage-1", "")):
-        Stopping.stops_in = part
+            return replace(part, objective=make)
+
+        return stopping
+
+    for number, name in enumerate(("scratch-lr-1", "stage-1", "")):
         out = Path(f"run-{number}")
-        with pytest.raises(InterruptedRunError):
-            begin(Stopping(config_of(teachers["decoder"], *settings)), {}, command="", out=out, quiet=True)
-        done = resume("distill", str(find_run(str(out))), command="", quiet=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "part_of", stopping_in(name))
+            with pytest.raises(InterruptedRunError):
+                begin("distill", config_of(teachers["decoder"], *settings), out=out, quiet=True)
+        done = resume("distill", str(find_run(str(out))), quiet=True)
         assert done is not None
         assert weights(done.path) == weights(whole.path)
         assert done.summary["report"]["baseline"]["losses"] == whole.summary["report"]["baseline"]["losses"]
 
 
-def test_a_run_that_was_interrupted_before_its_first_step_says_so_and_goes_on(teachers):
-    class Stopping(Distilling):
-        def load_part(self, part, run, say):
-            super().load_part(part, run, say)
-            os.kill(os.getpid(), signal.SIGINT)
+def test_a_run_that_was_interrupted_before_its_first_step_says_so_and_goes_on(teachers, monkeypatch):
+    def stopping(session, plan, student, cache):
+        os.kill(os.getpid(), signal.SIGINT)
+        return part_of(session, plan, student, cache)
 
     whole = run(teachers["decoder"], "student.shape=layers=1")
-    with pytest.raises(KeyboardInterrupt):
-        begin(
-            Stopping(config_of(teachers["decoder"], "student.shape=layers=1")),
-            {},
-            command="",
-            out=Path("early"),
-            quiet=True,
-        )
+    config = config_of(teachers["decoder"], "student.shape=layers=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "part_of", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            begin("distill", config, out=Path("early"), quiet=True)
     found = find_run("early")
     assert History(found).status == "interrupted"
-    done = resume("distill", str(found), command="", quiet=True)
+    done = resume("distill", str(found), quiet=True)
     assert done is not None
     assert weights(done.path) == weights(whole.path)
 
@@ -365,13 +378,13 @@ def test_another_teacher_under_the_same_name_is_told(teachers, here):
     trained = run(teacher, "student.shape=layers=1", out=here / "run")
     record = json.loads((trained.path / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "finished"
-    job = Distilling(config_of(teacher, "student.shape=layers=1"))
-    job.prepare(here / "data", print)
+    config = config_of(teacher, "student.shape=layers=1")
+    encode(config, Teachers(config), here / "data", print)
     other = LanguageModel(artifact.config)
     initialize(other, 3)
     write_artifact(teacher, other.config, other.state_dict(), files=artifact.files, provenance={}, force=True)
     with pytest.raises(ArtifactError, match="not the teacher"):
-        Distilling(config_of(teacher, "student.shape=layers=1")).load(here / "data", print)
+        encode(config, Teachers(config), here / "data", print)
 
 
 def test_the_texts_of_a_teacher_are_learned(teachers, here):

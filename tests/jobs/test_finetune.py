@@ -15,7 +15,6 @@ from llmctl.config import FinetuneConfig
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.classify import classify
-from llmctl.jobs.finetune import Finetuning, settle
 from llmctl.jobs.finish import Trained
 from llmctl.jobs.runner import begin, resume
 from llmctl.losses.base import IGNORE
@@ -24,8 +23,9 @@ from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.progress import Silent
 from llmctl.training.batch import to_device
+from llmctl.training.finetune_settings import settle
 from llmctl.training.objectives import LabelPrediction
-from llmctl.training.task_data import task_batches
+from llmctl.training.task_data import TaskData
 from tests.support.jobs import LLMCTL, finish
 from tests.support.tuning import FAMILIES, SMALL
 
@@ -74,7 +74,7 @@ def config_of(model: Path, data: Path, task: str, *settings: str) -> FinetuneCon
 
 
 def run(model: Path, data: Path, task: str, *settings: str, out: Path | None = None) -> Trained:
-    trained = begin(Finetuning(config_of(model, data, task, *settings)), {}, command="", out=out, quiet=True)
+    trained = begin("finetune", config_of(model, data, task, *settings), out=out, quiet=True)
     assert trained is not None
     return trained
 
@@ -201,7 +201,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(models, family, task, method, mo
     data = {"classify": classes, "chat": chats, "qa": questions}[task]()
     whole = run(models[family], data, task, f"method={method}", out=Path("whole"))
     interrupt(monkeypatch, models[family], data, task, f"method={method}")
-    again = resume("finetune", str(find_run("latest")), command="", quiet=True)
+    again = resume("finetune", str(find_run("latest")), quiet=True)
     assert again is not None
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     assert tensors(again.path / name) == tensors(whole.path / name)
@@ -238,9 +238,9 @@ def test_a_run_does_not_go_on_with_another_base(models, tmp_path, monkeypatch):
         base, model.model.config, model.model.state_dict(), files=model.artifact.files, provenance={}, force=True
     )
     with pytest.raises(ArtifactError, match="begun with"):
-        resume("finetune", str(find_run("latest")), command="", quiet=True)
+        resume("finetune", str(find_run("latest")), quiet=True)
     with pytest.raises(UsageError, match="llmctl finetune"):
-        resume("pretrain", str(find_run("latest")), command="", quiet=True)
+        resume("pretrain", str(find_run("latest")), quiet=True)
 
 
 def prepared(model: Path, data: Path, task: str, *settings: str):
@@ -252,7 +252,7 @@ def prepared(model: Path, data: Path, task: str, *settings: str):
 
 def total(base: Loaded, config: FinetuneConfig, corpus) -> tuple[float, float]:
     objective = LabelPrediction(base.model, torch.zeros(base.model.config.vocab_size, dtype=torch.int32), 64).eval()
-    batches = task_batches(config, base, corpus, base.model.config, shuffle=False)
+    batches = TaskData(config, base, corpus, "loss").batches(base.model.config, shuffle=False)
     with torch.inference_mode():
         losses = [objective(to_device(batches.batch([row]), torch.device("cpu"))) for row in range(batches.n_rows)]
     return sum(float(loss.sum) for loss in losses), sum(float(loss.count) for loss in losses)
@@ -262,7 +262,9 @@ def total(base: Loaded, config: FinetuneConfig, corpus) -> tuple[float, float]:
 def test_examples_that_share_a_row_do_not_see_each_other(models, task, data):
     config, base, corpus, _, _ = prepared(models["decoder"], data(), task, "data.val_frac=0.5", "train.seq_len=96")
     packed, alone = (replace(config, data=replace(config.data, pack=pack)) for pack in ("always", "never"))
-    n_rows = [task_batches(one, base, corpus, base.model.config, shuffle=False).n_rows for one in (packed, alone)]
+    n_rows = [
+        TaskData(one, base, corpus, "loss").batches(base.model.config, shuffle=False).n_rows for one in (packed, alone)
+    ]
     assert n_rows[0] < n_rows[1]
     (nats, count), (nats_alone, count_alone) = total(base, packed, corpus), total(base, alone, corpus)
     assert count == count_alone
@@ -272,7 +274,7 @@ def test_examples_that_share_a_row_do_not_see_each_other(models, task, data):
 def test_only_answers_are_trained_up_to_their_end(models):
     config, base, corpus, _, _ = prepared(models["decoder"], chats(4), "chat", "data.pack=never")
     assert base.tokenizer is not None
-    batch = task_batches(config, base, corpus, base.model.config, shuffle=False).batch([0])
+    batch = TaskData(config, base, corpus, "loss").batches(base.model.config, shuffle=False).batch([0])
     labels = batch["labels"][0]
     trained = labels[labels != IGNORE].tolist()
     eos = base.tokenizer.eos_id

@@ -18,12 +18,10 @@ from llmctl.formats.artifact import read_artifact
 from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.generate import Prompt, generate
 from llmctl.jobs.finish import Trained
-from llmctl.jobs.pretrain import Pretraining
 from llmctl.jobs.runner import begin, resume
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.progress import Silent
-from llmctl.training.settings import with_budget
 
 SMALL = [
     "model.d_model=32",
@@ -63,7 +61,7 @@ def pairs(tmp_path, monkeypatch) -> Path:
 def run(data: Path, *settings: str, out: Path | None = None) -> Trained:
     resolved = load(PretrainConfig, settings=[*SMALL, f"data.paths=[{data}]", *settings], environment={})
     trained = begin(
-        Pretraining(with_budget(resolved.config)), resolved.origins, command="llmctl pretrain ...", out=out, quiet=True
+        "pretrain", resolved.config, resolved.origins, invocation="llmctl pretrain ...", out=out, quiet=True
     )
     assert trained is not None
     return trained
@@ -153,7 +151,7 @@ def test_a_copy_of_the_one_file_is_the_whole_model(corpus, tmp_path):
 def test_the_recipe_of_a_run_makes_the_run_again(corpus):
     first = run(corpus)
     resolved = load(PretrainConfig, recipe=str(first.path / "recipe.yaml"), environment={})
-    second = begin(Pretraining(with_budget(resolved.config)), resolved.origins, command="", out=None, quiet=True)
+    second = begin("pretrain", resolved.config, resolved.origins, quiet=True)
     assert (first.path / "model.safetensors").read_bytes() == (second.path / "model.safetensors").read_bytes()
 
 
@@ -276,32 +274,29 @@ def test_a_changed_recipe_is_shown_and_refused_unless_allowed(corpus):
     folder = stopped_run(corpus)
     for given, key in (({"optim.lr": 1e-4}, "optim.lr"), ({"train.steps": 20}, "train.steps")):
         with pytest.raises(UsageError, match=f"`{key}`") as caught:
-            resume("pretrain", str(folder), command="", quiet=True, given=given)
+            resume("pretrain", str(folder), quiet=True, given=given)
         assert f"--allow-change {key}" in caught.value.hint
     with pytest.raises(UsageError, match="another run"):
-        resume("pretrain", str(folder), command="", quiet=True, given={"model.d_model": 64}, allowed=["model.d_model"])
+        resume("pretrain", str(folder), quiet=True, given={"model.d_model": 64}, allowed=["model.d_model"])
     with pytest.raises(UsageError, match="power of two"):
         resume(
             "pretrain",
             str(folder),
-            command="",
             quiet=True,
             given={"parallel.deterministic": True, "parallel.gradient_chunks": 3},
             allowed=["parallel.deterministic", "parallel.gradient_chunks"],
         )
-    trained = resume(
-        "pretrain", str(folder), command="", quiet=True, given={"train.steps": 20}, allowed=["train.steps"]
-    )
+    trained = resume("pretrain", str(folder), quiet=True, given={"train.steps": 20}, allowed=["train.steps"])
     assert trained is not None
     assert trained.summary["steps"] == 20
     assert load(PretrainConfig, recipe=str(folder / "recipe.yaml"), environment={}).config.train.steps == 20
     with pytest.raises(UsageError, match="finished"):
-        resume("pretrain", str(folder), command="", quiet=True)
+        resume("pretrain", str(folder), quiet=True)
 
 
 def test_the_same_settings_beside_resume_are_no_change(corpus):
     folder = stopped_run(corpus)
-    trained = resume("pretrain", str(folder), command="", quiet=True, given={"train.steps": 12, "train.seq_len": 32})
+    trained = resume("pretrain", str(folder), quiet=True, given={"train.steps": 12, "train.seq_len": 32})
     assert trained is not None
     assert trained.summary["steps"] == 12
 
@@ -311,7 +306,7 @@ def test_a_run_goes_on_without_its_text_files(corpus):
     folder = stopped_run(corpus)
     for path in corpus.iterdir():
         path.unlink()
-    resume("pretrain", str(folder), command="", quiet=True)
+    resume("pretrain", str(folder), quiet=True)
     assert (folder / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
 
 
@@ -320,7 +315,7 @@ def test_damaged_checkpoints_are_not_a_fresh_start(corpus):
     for path in (folder / "checkpoints").glob("*/model.safetensors"):
         path.write_bytes(b"")
     with pytest.raises(ArtifactError, match=r"model\.safetensors"):
-        resume("pretrain", str(folder), command="", quiet=True)
+        resume("pretrain", str(folder), quiet=True)
 
 
 def test_micro_batches_that_fit_are_found_and_kept(corpus):

@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,9 @@ import torch
 from llmctl.config import DistillConfig
 from llmctl.converting.convert import import_model
 from llmctl.distilling.settings import settle
-from llmctl.distilling.teacher import Teacher
-from llmctl.distilling.teacher_cache import InOrder, Spec, signals_of, states_of
-from llmctl.jobs.distill import Distilling
-from llmctl.jobs.distill_cache import make_cache
+from llmctl.distilling.teacher import Teacher, Teachers
+from llmctl.distilling.teacher_cache import InOrder, Spec, fixed_batches, signals_of, states_of
+from llmctl.jobs.distill_cache import encode, make_cache
 from llmctl.losses.logits import logits
 from llmctl.recipe import load as load_recipe
 
@@ -34,11 +34,10 @@ def config_of(teacher: Path, text: Path, *settings: str) -> DistillConfig:
     return load_recipe(DistillConfig, settings=given, environment={}).config
 
 
-def job_of(config: DistillConfig, folder: Path) -> Distilling:
-    job = Distilling(settle(config))
-    job.prepare(folder, print)
-    job.load(folder, print)
-    return job
+def job_of(config: DistillConfig, folder: Path) -> SimpleNamespace:
+    config = settle(config)
+    teachers = Teachers(config)
+    return SimpleNamespace(teachers=teachers, data=encode(config, teachers, folder, print))
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def test_states_are_exact(shared_data, text, tmp_path):
     config = config_of(shared_data / "models" / "stories260K" / "hf", text, "teacher.kind=hidden")
     store = make_cache(config, tmp_path / "hidden", print)
     job = job_of(config, tmp_path / "data")
-    source, teacher = InOrder(job.fixed_batches()), Teacher(job.teacher.model)
+    source, teacher = InOrder(fixed_batches(job.data)), Teacher(job.teachers.original().model)
     own = teacher.dense(states_of(teacher, source.batch(range(8, 16)), CPU))
     head = store.head()
     found_ND = torch.from_numpy(store.signals(range(8, 16))["teacher_hidden"])
@@ -74,8 +73,8 @@ def test_draws_of_many_seeds_are_what_the_teacher_says(shared_data, text, tmp_pa
     """The mean histogram has no bias that 256 times 32 draws could show, in the head or in the tail."""
     config = config_of(shared_data / "models" / "stories260K" / "hf", text)
     job = job_of(config, tmp_path / "data")
-    teacher, vocabulary = Teacher(job.teacher.model), job.corpus.tokenizer.vocab_size
-    states_LD = states_of(teacher, InOrder(job.fixed_batches()).batch([0]), CPU)
+    teacher, vocabulary = Teacher(job.teachers.original().model), job.data.corpus.tokenizer.vocab_size
+    states_LD = states_of(teacher, InOrder(fixed_batches(job.data)).batch([0]), CPU)
     own = teacher.dense(states_LD)
     p_LV = (own.hidden_ND.double() @ own.weight_VD.double().T)[:, :vocabulary].softmax(1).numpy()
     seeds, draws = 256, 32

@@ -15,11 +15,11 @@ from llmctl.formats.adapter import read_adapter
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import linear_modules
-from llmctl.jobs.finetune import Finetuning
 from llmctl.jobs.runner import resume
 from llmctl.quantizing.qlora_base import BASE
 from llmctl.quantizing.report import layer_bits
 from llmctl.runs.folder import find_run
+from llmctl.training.finetune_settings import check
 from tests.jobs.test_finetune import chats, classes, config_of, interrupt, outputs, questions, run, tensors
 from tests.support.tuning import FAMILIES
 
@@ -95,7 +95,7 @@ def test_another_base_is_refused(teachers):
     with pytest.raises(ArtifactError, match="other weights") as caught:
         apply_adapters(load_model(teachers["decoder"]), ["run"])
     assert f"`{BASE}`" in caught.value.hint
-    assert f"of the base in `{BASE}`" in Path("run/README.md").read_text()
+    assert f"belongs to the base in `{BASE}`" in Path("run/README.md").read_text()
     shutil.rmtree(Path("run") / BASE)
     with pytest.raises(NotFoundError, match=BASE):
         load_model(Path("run"))
@@ -108,7 +108,7 @@ def test_a_run_goes_on_from_its_own_base_whatever_became_of_the_model(teachers, 
     whole = run(*job, out=Path("whole"))
     interrupt(monkeypatch, *job)
     shutil.rmtree("teacher")
-    again = resume("finetune", str(find_run("latest")), command="", quiet=True)
+    again = resume("finetune", str(find_run("latest")), quiet=True)
     assert again is not None
     assert tensors(again.path / "adapter_model.safetensors") == tensors(whole.path / "adapter_model.safetensors")
     assert again.summary["after"] == whole.summary["after"]
@@ -116,7 +116,7 @@ def test_a_run_goes_on_from_its_own_base_whatever_became_of_the_model(teachers, 
 
 def test_what_cannot_be_is_refused(teachers):
     with pytest.raises(UsageError, match="not `--method qlora`"):
-        Finetuning(config_of(teachers["decoder"], chats(), "chat", "method=qlora", "qat=int4")).check()
+        check(config_of(teachers["decoder"], chats(), "chat", "method=qlora", "qat=int4"))
     artifact = read_artifact(teachers["decoder"])
     state = artifact.state()
     state["model.norm.weight"] = state["model.norm.weight"] * float("nan")

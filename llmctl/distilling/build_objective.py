@@ -1,0 +1,130 @@
+"""The objective of a student, and metrics of models next to their teacher, from a recipe.
+
+Which objective it is depends on what the teacher predicts: tokens, labels, or hidden states only.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from llmctl.config import ModelConfig, TaughtConfig, TrainConfig
+from llmctl.distilling.objectives import Distillation, LabelDistillation, Matching, StateDistillation
+from llmctl.distilling.on_policy import Writer
+from llmctl.distilling.teacher import Teachers
+from llmctl.distributed.runtime import Runtime
+from llmctl.losses.teachers import DenseTeacher
+from llmctl.model.transformer import LanguageModel
+from llmctl.training.held_out import measure
+from llmctl.training.objectives import Objective, label_prediction, token_bytes_of
+from llmctl.training.task_data import TaskData
+
+
+def matching_of(config: TaughtConfig, data: TaskData, channels: Sequence[int] | None = None) -> Matching:
+    """Return what is matched besides predictions; `channels` are the teacher's hidden channels that the student has."""
+    loss = config.loss
+    is_masked = data.text is not None and data.text.objective == "mlm"
+    return Matching(
+        kind=loss.match,
+        weight=loss.match_weight,
+        layer=loss.match_layer,
+        relation_heads=loss.relation_heads,
+        labels_frac=config.data.mask_frac if is_masked else 1.0,
+        channels=None if channels is None else torch.tensor(channels),
+    )
+
+
+def build_objective(
+    config: TaughtConfig,
+    data: TaskData,
+    teachers: Teachers,
+    model: LanguageModel,
+    *,
+    channels: Sequence[int] | None = None,
+    is_plain: bool = False,
+) -> Objective:
+    """Return what a model trains on: the teachers' outputs, or only the labels of the data (`is_plain`)."""
+    loss, train = config.loss, config.train
+    if model.config.n_labels:
+        weighted = replace(loss, weight=0.0) if is_plain else loss
+        return LabelDistillation(model, teachers.computing, weighted, train.label_smoothing)
+    if loss.name == "none":
+        return StateDistillation(model, teachers.computing, matching_of(config, data, channels))
+    if is_plain:
+        return label_prediction(model, data.corpus, train)
+    return Distillation(
+        model,
+        teachers.computing,
+        loss,
+        token_bytes_of(data.corpus, model.config),
+        matching=matching_of(config, data, channels),
+        chunk_tokens=train.loss_chunk_tokens,
+        vocab_size=shared_vocabulary(model, teachers),
+        writer=Writer(loss.on_policy, loss.on_policy_tokens) if loss.on_policy else None,
+    )
+
+
+def measuring_objective(
+    config: TaughtConfig,
+    data: TaskData,
+    teachers: Teachers,
+    model: LanguageModel,
+    channels: Sequence[int] | None = None,
+) -> Objective:
+    """Return the objective by which models are compared: KL divergence at temperature 1 where tokens are predicted."""
+    if model.config.n_labels or config.loss.name == "none":
+        return build_objective(config, data, teachers, model, channels=channels)
+    return Distillation(
+        model,
+        teachers.computing,
+        replace(config.loss, name="fkl", temperature=1.0, weight=1.0),
+        token_bytes_of(data.corpus, model.config),
+        matching=Matching(),
+        chunk_tokens=config.train.loss_chunk_tokens,
+        vocab_size=shared_vocabulary(model, teachers),
+    )
+
+
+def cached_objective(
+    config: TaughtConfig, data: TaskData, model: LanguageModel, vocab_size: int, head: DenseTeacher | None
+) -> Objective:
+    """Return the objective over cached teacher outputs; `head` is the teacher's, for a cache of hidden states."""
+    return Distillation(
+        model,
+        (),
+        config.loss,
+        token_bytes_of(data.corpus, model.config),
+        chunk_tokens=config.train.loss_chunk_tokens,
+        vocab_size=min(model.config.vocab_size, vocab_size),
+        head=head,
+    )
+
+
+def shared_vocabulary(model: LanguageModel, teachers: Teachers) -> int:
+    """Return the rows of the vocabulary that all models have; the rest pads it."""
+    return min(model.config.vocab_size, *(teacher.model.config.vocab_size for teacher in teachers.computing))
+
+
+def measure_models(
+    models: Mapping[str, LanguageModel],
+    shape: ModelConfig,
+    config: TaughtConfig,
+    data: TaskData,
+    teachers: Teachers,
+    train: TrainConfig,
+    runtime: Runtime,
+    *,
+    channels: Sequence[int] | None = None,
+    exact: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Return the metrics of models, and how far each is from the teacher, on the same held-out rows.
+
+    shape: of the model that trains, by which the rows are laid out. exact: do not autocast to bfloat16 where training does.
+    """
+    is_narrow = runtime.dtype == torch.bfloat16 and not exact
+    source, metrics = data.batches(shape, shuffle=False), {}
+    for name, model in models.items():
+        objective = measuring_objective(config, data, teachers, model, channels)
+        with torch.autocast(runtime.device.type, torch.bfloat16, enabled=is_narrow):
+            metrics[name] = measure(objective, objective, source, train, runtime, None, lambda: None, sharded=False)
+    return metrics

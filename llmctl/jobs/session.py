@@ -1,0 +1,246 @@
+"""An open run, as a job sees it: prepare the data once, train parts one after the other, write the result.
+
+A job is a function of a session and a config that reads from top to bottom. The session takes care of several
+processes, checkpoints, resuming and memory; it knows nothing of what is trained.
+"""
+
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmctl.distributed.runtime import Runtime
+from llmctl.errors import OutputError
+from llmctl.files import write_bytes
+from llmctl.formats.families.table import family_for
+from llmctl.jobs.dry_run import fitting_rows
+from llmctl.jobs.finish import Product, Trained, finish
+from llmctl.jobs.startup import compare_processes
+from llmctl.machine import name_of, product_rate
+from llmctl.model.flops import Rows
+from llmctl.model.transformer import LanguageModel
+from llmctl.preparing.corpus import CORPUS, Corpus, keep_corpus, open_corpus
+from llmctl.recipe import Resolved, dump, nested, values_of
+from llmctl.runs import checkpoint
+from llmctl.runs.folder import Run
+from llmctl.runs.progress import Progress
+from llmctl.training.batch import BatchSource
+from llmctl.training.freezing import freeze
+from llmctl.training.generation_scores import Score
+from llmctl.training.held_out import measure
+from llmctl.training.loop import Fitted, Training, fit
+from llmctl.training.objectives import Objective
+from llmctl.training.samples import Sampler
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model to train, with all that the loop needs.
+
+    objective, batches: called when memory for them is needed; `batches` takes `shuffle=`. rows: of a step, to predict
+    memory. config: with the part's `train` and `optim`. identity: what all processes must agree on. name: of its folder in
+    `parts/`; the run's own model has none. has_own_budget: its minutes count from its own start. trains: else the
+    model is only measured.
+    """
+
+    model: LanguageModel
+    objective: Callable[[], Objective]
+    batches: Callable[..., BatchSource]
+    rows: Rows
+    config: Any
+    identity: Mapping[str, str]
+    name: str = ""
+    metric: str = "loss"
+    flops_per_token: float = 0.0
+    sample: Sampler | None = None
+    score: Score | None = None
+    has_own_budget: bool = False
+    trains: bool = True
+
+
+@dataclass
+class Session:
+    """A run that is open in this process."""
+
+    run: Run
+    config: Any
+    objective: str
+    runtime: Runtime
+    progress: Progress
+    command: str
+    invocation: str
+    started: float
+    resumes: bool = False
+    show_example: bool = False
+    trained: Trained | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.run.path
+
+    def say(self, text: str) -> None:
+        """Print a line of progress."""
+        self.progress.say(text)
+
+    def lead(self, action: Callable[[], Result]) -> Result:
+        """Let the first process act while the others wait; return its result in all of them."""
+        return self.runtime.lead(action)
+
+    def prepare(self, make: Callable[[Path], Corpus]) -> Corpus:
+        """Return the run's encoded data; the first process makes it, unless it did so before a restart."""
+        folder = self.folder / "data"
+
+        def write() -> None:
+            if not (folder / CORPUS).is_file():
+                keep_corpus(make(folder), folder)
+
+        self.lead(write)
+        return open_corpus(folder)
+
+    def fit(self, part: Part) -> Fitted:
+        """Train a part from its newest checkpoint, or from its beginning."""
+        n_frozen = freeze(part.model, part.config.train.freeze)
+        part = self._with_micro_batch(part)
+        compare_processes(self.runtime, self.config, part.identity, self.progress)
+        check_space(self.run, part)
+        folder = self.folder / "parts" / part.name if part.name else self.folder
+        saved = newest_checkpoint(folder, self.runtime, self.progress) if self.resumes else None
+        training = self._assemble(part, folder, saved)
+        self.say(
+            f"{family_for(part.model.config).architecture}: {part.model.n_parameters:,} parameters"
+            f"{f', {n_frozen:,} of them frozen' if n_frozen else ''}, "
+            f"{self.objective} in {name_of(self.runtime.dtype)} on {self.runtime.device.type}"
+            f"{f': {part.name}' if part.name else ''}"
+        )
+        return fit(training, saved) if part.trains else measure_only(training)
+
+    def finish(self, product: Product) -> None:
+        """Write the model and everything else that a finished run leaves; in the first process."""
+
+        def write() -> None:
+            self.trained = finish(
+                product,
+                run=self.run,
+                config=self.config,
+                objective=self.objective,
+                invocation=self.invocation,
+                started=self.started,
+                runtime=self.runtime,
+                progress=self.progress,
+            )
+
+        self.lead(write)
+
+    def _with_micro_batch(self, part: Part) -> Part:
+        """Replace a micro-batch size of -1 by the largest that fits into memory; the global batch stays."""
+        train = part.config.train
+        if train.micro_batch_size >= 0:
+            return part
+        if self.config.train.micro_batch_size < 0:
+            size = min(self.runtime.gather(fitting_rows(part.config, part.model.config, part.rows, self.runtime)))
+            # Chosen to fit into the predicted memory: return what is freed, so that the prediction holds.
+            settled = replace(self.config.train, micro_batch_size=size, return_memory=True)
+            self.config = replace(self.config, train=settled)
+            if self.run.lock is not None:  # a resumed run takes the same size
+                write_bytes(self.folder / "recipe.yaml", dump(Resolved(self.config, {})).encode())
+            self.say(f"micro-batches of {size} of the {train.batch_size} rows of a step")
+        size = self.config.train.micro_batch_size
+        train = replace(train, micro_batch_size=size, return_memory=True)
+        return replace(part, config=replace(part.config, train=train))
+
+    def _assemble(self, part: Part, folder: Path, saved: checkpoint.Checkpoint | None) -> Training:
+        """Put together what the loop works with."""
+        config = part.config
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic() if part.has_own_budget else self.started
+        used_seconds = saved.state["seconds"] if saved else 0.0
+        rate = product_rate(self.runtime.dtype, self.runtime.device.type) if part.flops_per_token else 0.0
+        return Training(
+            objective=part.objective(),
+            model=part.model,
+            train=part.batches(shuffle=True),
+            held_out=part.batches(shuffle=False),
+            config=config.train,
+            optim=config.optim,
+            runtime=self.runtime,
+            folder=folder,
+            progress=self.progress,
+            resume_command=f"llmctl {self.command} --resume {shlex.quote(str(self.folder))}",
+            flops_per_token=part.flops_per_token,
+            peak_flops=rate,
+            deadline=started + config.train.minutes * 60 - used_seconds if config.train.minutes else None,
+            limit=time_limit(config.train.limit_minutes, started),
+            sample=part.sample,
+            score=part.score,
+            metric=part.metric,
+            recipe=nested(config),
+            trackers=self.runtime.make_trackers(
+                config.train.track, folder, values_of(config), saved.state.get("trackers", {}) if saved else {}
+            ),
+        )
+
+
+def identity(corpus: Corpus, **more: str) -> dict[str, str]:
+    """Return what all processes must agree on, besides the recipe."""
+    return {"data": str(corpus.provenance.get("sha256")), "tokenizer": corpus.tokenizer.sha256, **more}
+
+
+def measure_only(training: Training) -> Fitted:
+    """Return the metrics of a model that is not trained, on all held-out rows."""
+    objective, held_out = training.objective, training.held_out
+    metrics = measure(
+        objective, objective, held_out, training.config, training.runtime, None, lambda: None, sharded=False
+    )
+    if training.score:
+        metrics |= training.score(None)
+    return Fitted({}, metrics, training.state, 0, {})
+
+
+def check_space(run: Run, part: Part) -> None:
+    """Refuse to begin if the disk has no room for a single checkpoint.
+
+    Raises: OutputError with the bytes needed and free.
+    """
+    n_trained = sum(parameter.numel() for parameter in part.model.parameters() if parameter.requires_grad)
+    n_bytes = 4 * (2 if part.config.optim.name == "muon" else 3) * n_trained
+    free = shutil.disk_usage(run.path).free
+    if run.lock is not None and free < n_bytes:
+        raise OutputError(
+            f"a checkpoint takes {n_bytes / 1e6:,.0f} MB, `{run.path}` has {free / 1e6:,.0f} MB free",
+            "free some space there, or choose another place with -o",
+        )
+
+
+def newest_checkpoint(path: Path, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
+    """Return the newest valid checkpoint, chosen by the first process; None if there is none yet.
+
+    Raises: ArtifactError if there are checkpoints and all are damaged.
+    """
+    folder = path / "checkpoints"
+
+    def find() -> str | None:
+        if not checkpoint.published(folder):
+            return None
+        saved, skipped = checkpoint.Store(folder).load_newest()
+        for line in skipped:
+            progress.say(line)
+        progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        return saved.path.name
+
+    name = runtime.lead(find)
+    return checkpoint.open_checkpoint(folder / name) if name else None
+
+
+def time_limit(minutes: float, started: float) -> float | None:
+    """Return when this process must have ended, on the clock of `started`: the user's limit, or Slurm's."""
+    if minutes:
+        return started + 60 * minutes
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return time.monotonic() + int(end) - time.time() if end.isdigit() else None

@@ -1,0 +1,58 @@
+"""What a fine-tuning run is, before anything is built: settings that the model decides, and those that contradict."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import FinetuneConfig
+from llmctl.errors import UsageError
+from llmctl.model.parameters import parameter_shapes
+from llmctl.training.settings import check_shared
+
+FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
+SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
+DEFAULT_EPOCHS = 3.0
+
+QUANTIZES = ("qlora", "qdora")
+"""Methods that quantize the base to four bits first, unless it is quantized."""
+
+
+def settle(config: FinetuneConfig) -> FinetuneConfig:
+    """Give a run the budget, row length and learning rate that its model asks for, so that its recipe states them.
+
+    Learning rates fall with the square root of the model's size, from BERT-base's 5e-5 (Devlin et al. 2019, A.3); adapters
+    take ten times as much (Schulman et al. 2025, "LoRA Without Regret").
+    Raises: NotFoundError or ArtifactError for a model that does not exist or is damaged.
+    """
+    train, optim = config.train, config.optim
+    artifact = read_model(Path(config.model))
+    shape = artifact.config
+    is_quantized = config.method in QUANTIZES or (artifact.schemes and config.method != "full")
+    if config.qat or is_quantized:  # neither has a copy in bfloat16
+        train = replace(train, master_weights=False)
+    if not (train.steps or train.tokens or train.minutes or train.epochs):
+        train = replace(train, epochs=DEFAULT_EPOCHS)
+    train = replace(train, seq_len=min(train.seq_len, shape.max_positions))
+    if not optim.lr:
+        n_parameters = sum(int(np.prod(dims)) for dims in parameter_shapes(shape).values())
+        factor = 1.0 if config.method == "full" else ADAPTER_FACTOR
+        rate = factor * FULL_LR * (REFERENCE_PARAMETERS / n_parameters) ** 0.5
+        rate = min(max(rate, SMALLEST_LR), LARGEST_LR * (1.0 if config.method == "full" else 2.0))
+        optim = replace(optim, lr=float(f"{rate:.2g}"))
+    return replace(config, train=train, optim=optim)
+
+
+def check(config: FinetuneConfig) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises: UsageError.
+    """
+    check_shared(config)
+    if not config.data.paths:
+        raise UsageError("no data to fine-tune on", "llmctl finetune MODEL DATA --task TASK")
+    if config.task != "classify" and config.labels:
+        raise UsageError(f"`labels` are for `--task classify`, the task is `{config.task}`", "omit them")
+    if config.qat and config.method != "full":
+        raise UsageError(f"`--qat` trains all weights, not `--method {config.method}`", "use one of the two")

@@ -1,1 +1,1 @@
-"""One file per subcommand: flags -> config -> one engine call -> the result on stdout."""
+"""One file per command: parse flags into a config, call the library once, print the result to stdout."""

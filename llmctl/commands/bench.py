@@ -1,4 +1,4 @@
-"""`llmctl bench`: how fast models read and write on this machine, side by side."""
+"""`llmctl bench`: prefill and decoding speed of models on this machine, as a table or JSON on stdout."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -20,26 +20,28 @@ def bench(
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders, files or runs.")
     ] = None,
     shape: Annotated[
-        str, typer.Option(help="Random weights instead: 30M, 135M, 1.1B or a preset; several with commas.")
+        str, typer.Option(help="Use random weights of these sizes: 30M, 135M, 1.1B or presets, comma-separated.")
     ] = "",
-    scheme: Annotated[str, typer.Option(help="Of --shape: fp32, bf16, int8, w8a8, int4, ... with commas.")] = "bf16",
-    kv: Annotated[str, typer.Option(help="Keys and values of past tokens: float, int8; both with a comma.")] = "float",
-    batch: Annotated[str, typer.Option(help="Rows side by side, several with commas.")] = "1,4,16",
-    prompt: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 128,
-    tokens: Annotated[int, typer.Option("-n", "--tokens", help="Tokens that follow it.")] = 32,
+    scheme: Annotated[
+        str, typer.Option(help="Precisions of --shape, comma-separated: fp32, bf16, int8, w8a8, int4, ...")
+    ] = "bf16",
+    kv: Annotated[str, typer.Option(help="KV cache, comma-separated: float, int8.")] = "float",
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4,16",
+    prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 128,
+    tokens: Annotated[int, typer.Option("-n", "--tokens", help="Tokens to generate.")] = 32,
     data: Annotated[
         str,
         typer.Option(
-            "-d", "--data", help="A text: also tell its loss when written token by token, and without rounding."
+            "-d", "--data", help="Text file: also measure its loss token by token, and without a quantized cache."
         ),
     ] = "",
-    cold: Annotated[bool, typer.Option("--cold", help="Also time a fresh process up to its first token.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads of the products; 0 leaves torch's number.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of MODEL: auto, float32, bfloat16 or float16.")] = "auto",
+    cold: Annotated[bool, typer.Option("--cold", help="Also time a new process up to its first token.")] = False,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: the default of PyTorch.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Precision of MODEL: auto, float32, bfloat16 or float16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> None:
-    """Measure tokens per second on this machine's CPU, reading and writing, of one model or several side by side.
+    """Measure tokens per second of prefill and decoding on this machine's CPU, for one or several models.
 
     Examples:
 
@@ -54,7 +56,10 @@ def bench(
     sizes = parse_batches(batch)
     shapes = [name for name in shape.split(",") if name]
     if data and shapes:
-        raise UsageError("--data needs models that know its language, --shape draws their weights", "name models")
+        raise UsageError(
+            f"`--data {data}` needs trained models, `--shape {shape}` has random weights",
+            "name model folders instead of --shape",
+        )
     paths = [find_model(name, "generate", quiet=quiet) for name in models or []]
     if not paths and not shapes:
         paths = [find_model(None, "generate", quiet=quiet)]
@@ -71,10 +76,10 @@ def bench(
     engine.check_kv(kinds)
     subjects = [engine.load_subject(path, dtype, kind, data) for path in paths for kind in kinds]
     for name in shapes:
-        found = shape_config(name)
+        config_of_shape = shape_config(name)
         for precision in scheme.split(","):
-            note(f"drawing {name} in {precision}", quiet=quiet)
-            make = partial(random_model, found, precision)
+            note(f"initializing {name} in {precision}", quiet=quiet)
+            make = partial(random_model, config_of_shape, precision)
             subjects += [engine.subject_of(f"{name} {precision}", make, kind) for kind in kinds]
     engine.measure(subjects, config)
     if cold:
@@ -89,9 +94,9 @@ def bench(
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """Return the numbers of rows.
+    """Return the batch sizes.
 
-    Raises: UsageError for what is none.
+    Raises: UsageError for text that is not a list of integers.
     """
     try:
         return tuple(int(part) for part in text.split(","))
@@ -100,21 +105,21 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 
 def render(record: Mapping[str, Any]) -> list[str]:
-    """Return the lines a person reads, none wider than 79 columns."""
+    """Return the report as lines of at most 79 columns."""
     rows = []
     for model in record["models"]:
-        for position, found in enumerate(model["batches"]):
+        for position, batch in enumerate(model["batches"]):
             rows.append(
                 {
                     "model": model["name"][-NAME_WIDTH:] if position == 0 else "",
-                    "batch": found["batch"],
-                    "cache MB": f"{found['cache_bytes'] / 1e6:,.1f}",
-                    "read tok/s": f"{found['prefill_tokens_per_second']:,.0f}",
-                    "write tok/s": f"{found['decode_tokens_per_second']:,.1f}",
-                    "ratio": f"{found['decode_ratio']:.2f}",
+                    "batch": batch["batch"],
+                    "cache MB": f"{batch['cache_bytes'] / 1e6:,.1f}",
+                    "prefill tok/s": f"{batch['prefill_tokens_per_second']:,.0f}",
+                    "decode tok/s": f"{batch['decode_tokens_per_second']:,.1f}",
+                    "ratio": f"{batch['decode_ratio']:.2f}",
                 }
             )
-    columns = ("model", "batch", "cache MB", "read tok/s", "write tok/s", "ratio")
+    columns = ("model", "batch", "cache MB", "prefill tok/s", "decode tok/s", "ratio")
     lines = table(columns, rows, right=set(columns) - {"model"})
     lines.append("")
     for model in record["models"]:
@@ -127,9 +132,11 @@ def render(record: Mapping[str, Any]) -> list[str]:
         lines.append(f"{model['name'][-NAME_WIDTH:]}: {', '.join(facts)}")
         if loss := model["loss"]:
             lines.append(
-                f"  loss {loss['read']:.3f} read, {loss['written']:.3f} written: perplexity "
-                f"{100 * loss['perplexity_change']:+.2f} %, same best token {100 * loss['same_best_frac']:.1f} %"
+                f"  loss {loss['read']:.3f} prefill, {loss['written']:.3f} decode: perplexity "
+                f"{100 * loss['perplexity_change']:+.2f} %, top-1 agreement {100 * loss['same_best_frac']:.1f} %"
             )
     rate = record["read_bytes_per_second"] / 1e9
-    lines.append(f"{record['threads']} threads read {rate:.1f} GB/s; ratio: writing, to the first model")
+    lines.append(
+        f"{record['threads']} threads, {rate:.1f} GB/s memory bandwidth; ratio: decode relative to first model"
+    )
     return lines

@@ -1,4 +1,4 @@
-"""`llmctl chat`: a conversation with a model in the terminal, or from a script; answers on stdout."""
+"""`llmctl chat`: a conversation in the terminal or from a script; answers go to stdout."""
 
 import re
 import signal
@@ -21,47 +21,47 @@ if TYPE_CHECKING:
 app = command_app()
 DEFAULT = GenerateConfig()
 MAX_TOKENS = 512
-"""An answer is longer than what `generate` continues a prompt with."""
+"""Default for an answer: chat answers are longer than the completions of `generate`."""
 FENCE = '"""'
-HELP = f"""/system TEXT  set what the model is told first; without TEXT show it
-/reset        forget the conversation; the system text stays
+HELP = f"""/system TEXT  set the system prompt; without TEXT show it
+/reset        clear the conversation, keep the system prompt
 /save FILE    write the conversation as a line of JSON, for llmctl finetune --task chat
-/exit         leave (so does Ctrl-D)
-/help         this text
-{FENCE}           begins and ends a message of several lines
-Ctrl-C stops an answer. A message that begins with a command's name: put a space before it."""
+/exit         quit (also Ctrl-D)
+/help         show this help
+{FENCE}           starts and ends a message of several lines
+Ctrl-C stops an answer. To send a message that starts with /, put a space before it."""
 
 
 @app.command()
 def chat(
-    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="As -m.")] = None,
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="MODEL", help="Same as -m.")] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Model folder, file, run or `latest`.")] = None,
     adapter: AdapterNames = None,
-    system: Annotated[str, typer.Option("-s", "--system", help="What the model is told first.")] = "",
+    system: Annotated[str, typer.Option("-s", "--system", help="System prompt.")] = "",
     max_tokens: Annotated[
-        int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="Tokens of an answer at most.")
+        int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="Maximum tokens per answer.")
     ] = MAX_TOKENS,
     temperature: Annotated[
-        float, typer.Option("-t", "--temperature", "--temp", help="0 is greedy.")
+        float, typer.Option("-t", "--temperature", "--temp", help="Sampling temperature; 0: greedy.")
     ] = DEFAULT.temperature,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = DEFAULT.top_p,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = DEFAULT.min_p,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULT.seed,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the top tokens up to this cumulative probability; 1: off.")
+    ] = DEFAULT.top_p,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: off.")] = DEFAULT.top_k,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this fraction of the top token's probability.")
+    ] = DEFAULT.min_p,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = DEFAULT.seed,
     kv: KeysAndValues = DEFAULT.kv,
     script: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Messages and commands, one a line, instead of a terminal; `-`.")
+        str | None,
+        typer.Option(metavar="FILE", help="Read messages and commands from a file, one per line; `-`: standard input."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print which model is used.")] = False,
 ) -> None:
-    r"""Talk with a model in the terminal; /help lists what can be typed.
-
-    The model's own chat template is used, or a plain one where it has none. With --script every line is a message or
-    a command, and stdout gets the answers.
+    r"""Chat with a model through its chat template, in the terminal or from a script; /help lists the commands.
 
     Examples:
 
@@ -74,10 +74,10 @@ def chat(
     if script is None and not sys.stdin.isatty():
         raise UsageError(
             "standard input is not a terminal",
-            "`llmctl generate --chat -` answers lines; --script - plays a conversation",
+            "use `--script -` for a conversation, or `llmctl generate --chat -` for independent prompts",
         )
     if name is not None and model is not None and name != model:
-        raise UsageError(f"two models are named: `{name}` and `{model}`", "name one")
+        raise UsageError(f"two models are given: `{name}` and `{model}`", "give one")
     lines = None if script is None else script_lines(script)
     path = find_model(model if name is None else name, "generate", quiet=quiet, adapters=adapter)
     from llmctl.artifacts.adapters import apply_adapters
@@ -98,26 +98,26 @@ def chat(
     if lines is not None:
         play(talk, lines)
         return
-    note("/help lists the commands; Ctrl-D leaves", quiet=quiet)
+    note("/help lists the commands; Ctrl-D quits", quiet=quiet)
     converse(talk)
 
 
-# --- where lines come from -------------------------------------------------------------------------------------------
+# --- reading input ----------------------------------------------------------------------------------------------------
 
 
 def script_lines(name: str) -> Iterator[str]:
-    """Return the lines of a script; a missing one is named at once."""
+    """Return the lines of a script; fail right away if the file does not exist."""
     from llmctl.commands.generate import read_prompts
     from llmctl.data.text_files import STDIN, numbered_lines, open_binary
 
-    if name == STDIN:  # answered line by line, while the pipe stays open
+    if name == STDIN:  # answer each line as it arrives, while the pipe stays open
         return (line.removesuffix("\r") for line in read_prompts(whole=False, null=False))
     open_binary(name).close()
     return (line.rstrip("\r\n") for _, line in numbered_lines(name))
 
 
 def typed_line(prompt: str) -> str:
-    """Ask the terminal for a line; the prompt is no result, so it leaves stdout alone where that is not the terminal."""
+    """Read a line from the terminal; the prompt goes to stderr if stdout is redirected."""
     if sys.stdout.isatty():
         return input(prompt)
     sys.stderr.write(prompt)
@@ -126,21 +126,21 @@ def typed_line(prompt: str) -> str:
 
 
 def checked(text: str) -> str:
-    """Return what was typed.
+    """Return the text unchanged if it can be encoded as UTF-8.
 
-    Raises: UsageError for bytes that the terminal's encoding does not have.
+    Raises: UsageError for bytes that the terminal could not decode.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"the line is not text at character {error.start + 1}", "type it again") from None
+        raise UsageError(f"the line is not valid text at character {error.start + 1}", "type it again") from None
     return text
 
 
 def read_message(read: Callable[[str], str]) -> str:
-    """Read a line, or the lines between two fences.
+    """Read one line, or the lines between two fences; end of input closes an open fence.
 
-    Raises: EOFError where there are no more; an open fence ends there, too.
+    Raises: EOFError at the end of input.
     """
     line = read("> ")
     if line.strip() != FENCE:
@@ -156,10 +156,10 @@ def read_message(read: Callable[[str], str]) -> str:
 
 
 def converse(talk: "Chat") -> None:
-    """Talk with the person at the terminal until they leave; no mistake ends the conversation."""
+    """Run the conversation in the terminal until the user quits; errors are shown and do not end it."""
     with suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` its editing and its history
-    # Of whom a script starts in the background, the shell lets Ctrl-C be ignored; here it is how an answer is stopped.
+        import readline  # noqa: F401 - adds line editing and history to `input`
+    # The shell ignores SIGINT in background jobs; restore it: Ctrl-C stops an answer.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
@@ -169,15 +169,15 @@ def converse(talk: "Chat") -> None:
             note("")
             return
         except KeyboardInterrupt:
-            note("\nCtrl-D or /exit leaves")
+            note("\nCtrl-D or /exit quits")
         except LlmctlError as error:
             note(f"error: {error}" + (f"\nhint: {error.hint}" if error.hint else ""))
 
 
 def play(talk: "Chat", lines: Iterator[str]) -> None:
-    """Play a script to its end, or to its first mistake.
+    """Run a script until it ends or an error occurs.
 
-    Raises: KeyboardInterrupt when an answer was interrupted: nobody is there to go on.
+    Raises: KeyboardInterrupt if an answer was interrupted: nobody is there to continue.
     """
 
     def read(_: str) -> str:
@@ -192,38 +192,38 @@ def play(talk: "Chat", lines: Iterator[str]) -> None:
 
 
 def handle(talk: "Chat", text: str, *, is_script: bool = False) -> bool:
-    """Do what a line says and tell whether the conversation goes on."""
+    """Run a command or answer a message; return whether the conversation continues."""
     if not text.strip():
         return True
-    found = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", text, re.DOTALL)
-    if found is None:
+    command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", text, re.DOTALL)
+    if command is None:
         answer(talk, text, is_script=is_script)
         return True
-    if found[1] not in COMMANDS:
-        close = get_close_matches(found[1], COMMANDS, n=1)
+    if command[1] not in COMMANDS:
+        close = get_close_matches(command[1], COMMANDS, n=1)
         hint = (
             f"did you mean `/{close[0]}`?"
             if close
-            else "/help lists the commands; a space before it makes it a message"
+            else "`/help` lists the commands; a leading space makes it a message"
         )
-        raise UsageError(f"there is no command `/{found[1]}`", hint)
-    return COMMANDS[found[1]](talk, (found[2] or "").strip())
+        raise UsageError(f"unknown command `/{command[1]}`", hint)
+    return COMMANDS[command[1]](talk, (command[2] or "").strip())
 
 
 def answer(talk: "Chat", text: str, *, is_script: bool) -> None:
-    """Show an answer as it comes, and say why it ended where that is no end of its own."""
-    given = talk.ask(text, show_answer)
+    """Stream an answer, and print why it ended if the model did not end it."""
+    result = talk.ask(text, show_answer)
     show_answer("\n")
-    if given.is_cut:
-        note("(the oldest turns no longer fit into the model's context and are left out)")
-    if given.finish == "interrupted" and is_script:
+    if result.is_cut:
+        note("(the oldest turns no longer fit in the model's context and are dropped)")
+    if result.finish == "interrupted" and is_script:
         raise KeyboardInterrupt
-    if reason := ENDINGS.get(given.finish):
+    if reason := ENDINGS.get(result.finish):
         note(reason.format(n=talk.config.max_tokens))
 
 
 def show_answer(text: str) -> None:
-    """Write a piece of an answer at once; what a model writes is not to control the terminal."""
+    """Print part of an answer immediately, with control characters replaced on a terminal."""
     if sys.stdout.isatty():
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
     sys.stdout.write(text)
@@ -231,62 +231,62 @@ def show_answer(text: str) -> None:
 
 
 ENDINGS = {
-    "length": "(stopped after {n} tokens; -n sets how many)",
-    "context": "(the model's context is full; /reset begins anew)",
+    "length": "(stopped after {n} tokens; -n sets the maximum)",
+    "context": "(the model's context is full; /reset clears the conversation)",
     "interrupted": "(stopped)",
 }
 
 
-def tell_system(talk: "Chat", text: str) -> bool:
-    """`/system`: set or show the system's text."""
+def set_system(talk: "Chat", text: str) -> bool:
+    """`/system`: set or show the system prompt."""
     if text:
-        talk.instruct(text)
+        talk.set_system(text)
     else:
-        note(talk.system or "(no system text)")
+        note(talk.system or "(no system prompt)")
     return True
 
 
-def forget(talk: "Chat", _: str) -> bool:
-    """`/reset`: begin anew."""
+def reset(talk: "Chat", _: str) -> bool:
+    """`/reset`: clear the conversation."""
     talk.reset()
     return True
 
 
 def save(talk: "Chat", name: str) -> bool:
-    """`/save`: write the conversation so far.
+    """`/save`: write the conversation to a file.
 
-    Raises: UsageError without a name or an answer; OutputError for a file that is there or cannot be written.
+    Raises: UsageError without a name or a message; OutputError for a file that exists or cannot be written.
     """
     import json
 
     from llmctl.files import write_text
 
     if not name:
-        raise UsageError("/save needs a file's name", "/save talk.jsonl")
+        raise UsageError("`/save` needs a file name", "`/save talk.jsonl`")
     if not talk.messages:
-        raise UsageError("there is nothing to save yet", "say something first")
+        raise UsageError("the conversation is empty", "send a message first")
     path = Path(name).expanduser()
     if path.exists():
-        raise OutputError(f"`{path}` exists already", "choose another name")
+        raise OutputError(f"`{path}` already exists", "choose another name")
     write_text(path, json.dumps(talk.record(), ensure_ascii=False) + "\n")
     note(f"saved to {path}: {len(talk.messages)} messages")
     return True
 
 
 def show_help(_: "Chat", __: str) -> bool:
-    """`/help`: what can be typed."""
+    """`/help`: list the commands."""
     note(HELP)
     return True
 
 
 def leave(_: "Chat", __: str) -> bool:
-    """`/exit`: no more."""
+    """`/exit`: end the conversation."""
     return False
 
 
 COMMANDS: Mapping[str, Callable[["Chat", str], bool]] = {
-    "system": tell_system,
-    "reset": forget,
+    "system": set_system,
+    "reset": reset,
     "save": save,
     "help": show_help,
     "exit": leave,

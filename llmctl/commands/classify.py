@@ -1,4 +1,4 @@
-"""`llmctl classify`: texts -> their labels, or numbers, on stdout."""
+"""`llmctl classify`: texts -> labels, or numbers for regression, on stdout."""
 
 import sys
 from itertools import islice
@@ -20,21 +20,24 @@ WINDOW_TEXTS = 256
 
 @app.command()
 def classify(
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="A text; `-` reads one per line.")] = None,
-    pair: Annotated[str | None, typer.Argument(metavar="TEXT2", help="The second text of a pair.")] = None,
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A model with a classification head: a folder, file or run.")
+    text: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TEXT", help="Text; `-`: one per line of standard input, answered with its labels, separated by |."
+        ),
     ] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Lines are pairs with a tab between.")] = False,
+    pair: Annotated[str | None, typer.Argument(metavar="TEXT2", help="Second text of a pair.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="Model with a classification head: folder, file, run or `latest`."),
+    ] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Lines are pairs, separated by a tab.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per text, with all labels.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text, with all labels.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print which model is used.")] = False,
 ) -> None:
-    """Give texts their labels with a model that `llmctl finetune --task classify` made.
-
-    One text gives a line `probability<TAB>label` per label. From a pipe every text gives one line with its label, its
-    labels with | between, or its number.
+    """Label texts with a classifier: `probability<TAB>label` per label, or a number for regression.
 
     Examples:
 
@@ -44,7 +47,7 @@ def classify(
     """
     is_piped = text in (None, "-")
     if is_piped and text is None and sys.stdin.isatty():
-        raise UsageError("no text", 'llmctl classify "a text", or - to read texts from a pipe')
+        raise UsageError("no text", '`llmctl classify "a text"`, or `-` to read texts from standard input')
     from llmctl.commands.generate import argument, read_prompts
 
     texts: Iterator[tuple[str, ...]]
@@ -59,25 +62,25 @@ def classify(
     loaded = load_model(path, device=device, dtype=dtype, able="classify", packed=True)
     n_cut = 0
     while window := list(islice(texts, WINDOW_TEXTS)):
-        for found in classify_texts(loaded, window):
-            n_cut += found.n_cut > 0
-            show(found, json=json, is_piped=is_piped)
+        for classified in classify_texts(loaded, window):
+            n_cut += classified.n_cut > 0
+            show(classified, json=json, is_piped=is_piped)
     if n_cut:
-        note(f"{n_cut:,} texts were longer than the model's context and were cut", quiet=quiet)
+        note(f"{n_cut:,} texts were longer than the model's context and were truncated", quiet=quiet)
 
 
-def show(found: "Classified", *, json: bool, is_piped: bool) -> None:
-    """Write what was found for one text."""
-    numbers = " ".join(f"{value:.4f}" for value in found.values)
+def show(classified: "Classified", *, json: bool, is_piped: bool) -> None:
+    """Print the labels or numbers of one text."""
+    numbers = " ".join(f"{value:.4f}" for value in classified.values)
     if json:
-        record: dict[str, object] = dict(zip(("text", "pair"), found.texts, strict=False))
-        record |= {"values": [round(value, 6) for value in found.values]} if found.values else {}
-        if found.probabilities:
-            record |= {"labels": list(found.chosen)}
-            record |= {"p": {name: round(share, 6) for name, share in found.probabilities.items()}}
+        record: dict[str, object] = dict(zip(("text", "pair"), classified.texts, strict=False))
+        record |= {"values": [round(value, 6) for value in classified.values]} if classified.values else {}
+        if classified.probabilities:
+            record |= {"labels": list(classified.chosen)}
+            record |= {"p": {name: round(share, 6) for name, share in classified.probabilities.items()}}
         result_json(record)
-    elif is_piped or found.values:
-        result(numbers or "|".join(found.chosen))
+    elif is_piped or classified.values:
+        result(numbers or "|".join(classified.chosen))
     else:
-        for name, share in found.probabilities.items():
+        for name, share in classified.probabilities.items():
             result(f"{share:.3f}\t{name}")

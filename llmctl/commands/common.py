@@ -1,4 +1,4 @@
-"""What every command shares: its Typer app, stdout for results, stderr for everything else."""
+"""Helpers shared by all commands: the Typer app, stdout for results, stderr for everything else."""
 
 import json
 import sys
@@ -11,23 +11,22 @@ import typer
 if TYPE_CHECKING:
     from llmctl.artifacts.find import Ability
 
-# Of every command that uses a model as it is.
+# Shared by the commands that run a model.
 AdapterNames = Annotated[
-    list[str] | None, typer.Option("--adapter", help="An adapter's folder, or FOLDER=WEIGHT; may be repeated.")
+    list[str] | None, typer.Option("--adapter", help="Adapter folder, or FOLDER=WEIGHT; repeatable.")
 ]
 
 KeysAndValues = Annotated[
     str,
     typer.Option(
         "--kv",
-        help="Keys and values of past tokens: float (the model's precision), or int8: half of bfloat16's memory, a little "
-        "slower on short texts.",
+        help="KV cache: float (the model's precision) or int8 (half the memory of bfloat16, slightly slower on short texts).",
     ),
 ]
 
 
 def command_app(**settings: Any) -> typer.Typer:
-    """Return the Typer app of one command file: plain help, `-h`, no completion clutter."""
+    """Return a Typer app with plain help, `-h`, and no shell-completion options."""
     return typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
@@ -38,17 +37,17 @@ def command_app(**settings: Any) -> typer.Typer:
 
 
 def result(text: str) -> None:
-    """Write one line of the product to stdout."""
+    """Print one line of the result to stdout."""
     print(text, flush=True)
 
 
 def result_json(record: Any) -> None:
-    """Write one JSON record as one line to stdout; Chinese stays readable."""
+    """Print a record as one line of JSON to stdout, non-ASCII characters unescaped."""
     print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, right: Collection[str]) -> list[str]:
-    """Return aligned lines with a header; the columns in `right` (numbers) stand on the right."""
+    """Return an aligned table with a header; columns in `right` (numbers) are right-aligned."""
     cells = [tuple(columns), *[tuple(str(row[column]) for column in columns) for row in rows]]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     return [
@@ -61,21 +60,21 @@ def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, right: C
 
 
 def find_model(name: str | None, able: "Ability", *, quiet: bool, adapters: Sequence[str] | None = None) -> Path:
-    """Find the model that a command means and say which on stderr, before torch makes anybody wait.
+    """Resolve the model of a command and print it to stderr before the slow import of torch.
 
-    Where only adapters are named, it is the base of the first.
+    If only adapters are named, it is the base model of the first.
     """
     from llmctl.artifacts.adapters import base_of
     from llmctl.artifacts.find import announce, resolve_model
 
     if name is None and adapters:
         name = str(base_of(adapters))
-    found = resolve_model(name, able=able)
-    note(announce(found), quiet=quiet)
-    return found.path
+    chosen = resolve_model(name, able=able)
+    note(announce(chosen), quiet=quiet)
+    return chosen.path
 
 
 def note(text: str, *, quiet: bool = False) -> None:
-    """Write one line for the person watching to stderr."""
+    """Print one line of progress or information to stderr."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)

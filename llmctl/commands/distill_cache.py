@@ -1,4 +1,4 @@
-"""`llmctl distill cache`: flags -> DistillConfig -> a folder of teacher signals -> its path on stdout."""
+"""`llmctl distill cache`: flags -> DistillConfig -> a folder of cached teacher outputs -> its path on stdout."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,31 +13,27 @@ app = command_app()
 
 @app.command()
 def cache(
-    model: Annotated[
-        str | None, typer.Argument(metavar="TEACHER", help="The teacher: a folder, a file or a run.")
-    ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the signals; goes on with one begun.")] = Path(
+    model: Annotated[str | None, typer.Argument(metavar="TEACHER", help="Teacher: folder, file or run.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Output folder; an interrupted cache is resumed.")] = Path(
         "signals"
     ),
     data: Annotated[
-        list[str] | None, typer.Option("-d", "--data", help="Text or examples; else the embedded corpus.")
+        list[str] | None, typer.Option("-d", "--data", help="Text or examples; default: the built-in corpus.")
     ] = None,
-    val: Annotated[list[str] | None, typer.Option(help="What is held out; else a share of the data.")] = None,
-    task: Annotated[str | None, typer.Option(help="text, chat, translate, ...; else the teacher's.")] = None,
-    kind: Annotated[str | None, typer.Option(help="sampled, topk or hidden.")] = None,
-    draws: Annotated[int | None, typer.Option(help="Draws of each token's distribution (sampled).")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Likeliest tokens (topk).")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per row, as training will have them.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of draws and masks.")] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Validation data; default: a fraction of the data.")] = None,
+    task: Annotated[str | None, typer.Option(help="text, chat, translate, ...; default: the teacher's.")] = None,
+    kind: Annotated[str | None, typer.Option(help="What to store: sampled, topk or hidden.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Samples per token (sampled).")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Most likely tokens to store (topk).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per row; must match the training.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling and masking.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="The recipe of the distillation.")] = None,
+    recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="Recipe of the distillation.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> int:
-    """Write down what a teacher says of every token of a corpus, so that students learn without it.
-
-    A cache that was interrupted goes on where it was, to the same bytes. Use it with the same data and row settings.
+    """Cache a teacher's outputs for a corpus, to distill students on the same rows without the teacher.
 
     Examples:
 
@@ -65,7 +61,7 @@ def cache(
     from llmctl.jobs.distill_cache import make_cache
 
     store = make_cache(resolved.config, out, lambda text: note(text, quiet=quiet))
-    told = {
+    record = {
         "path": str(out),
         "kind": store.kind,
         "n_rows": store.n_rows,
@@ -77,5 +73,5 @@ def cache(
         f"next: llmctl distill {resolved.config.model} --set teacher.cache={out}",
         quiet=quiet,
     )
-    result_json(told) if json else result(str(out))
+    result_json(record) if json else result(str(out))
     return 0

@@ -1,4 +1,4 @@
-"""`llmctl doctor`: what this machine offers, and whether several processes or hosts can train together."""
+"""`llmctl doctor`: hardware and installation of this machine, and the network between processes or hosts."""
 
 import os
 import sys
@@ -14,18 +14,20 @@ app = command_app()
 
 @app.command()
 def doctor(
-    distributed: Annotated[bool, typer.Option("--distributed", help="Let all ranks meet and test their ways.")] = False,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Connect all ranks and test the network between them.")
+    ] = False,
     nproc: Nproc = 1,
     nnodes: Nnodes = 1,
     node_rank: NodeRank = 0,
     master: Master = "",
-    compile_: Annotated[bool, typer.Option("--compile", help="Compile the decoding step for this processor.")] = False,
-    timeout: Annotated[int, typer.Option(help="Seconds to wait for the master and the other ranks.")] = 60,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile a faster decoding step with this machine's C++ compiler.")
+    ] = False,
+    timeout: Annotated[int, typer.Option(help="Seconds to wait for the other ranks.")] = 60,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Check the installation, and with --distributed the network between ranks.
-
-    With --compile, the machine's C++ compiler makes a decoding step of its own, once; generation is faster from then on.
 
     Examples:
 
@@ -41,10 +43,10 @@ def doctor(
     from llmctl.errors import UsageError
 
     if timeout < 1:
-        raise UsageError(f"`--timeout {timeout}` must be at least 1", "--timeout 60")
+        raise UsageError(f"`--timeout {timeout}` must be at least 1", "use `--timeout 60`")
     is_parent = Layout(nproc, nnodes, node_rank, master).is_parent(os.environ)
     if not distributed and is_parent:
-        raise UsageError("`--nproc` and `--nnodes` check several processes", "add --distributed")
+        raise UsageError(f"`--nproc {nproc} --nnodes {nnodes}` needs `--distributed`", "add `--distributed`")
     if is_parent:
         from llmctl.benchmarking.network_check import Group, start_ranks
 
@@ -56,11 +58,11 @@ def doctor(
 
 
 def compile_step() -> None:
-    """Compile the decoding step and try it."""
+    """Compile the decoding step and check its results."""
     from llmctl.benchmarking.compiled_step_check import compile_and_check
 
     note("compiling the decoding step")
-    note(f"compiled and right: {compile_and_check()}; LLMCTL_NATIVE=0 leaves it out")
+    note(f"compiled and checked: {compile_and_check()}; LLMCTL_NATIVE=0 disables it")
 
 
 def examine_here(*, json: bool) -> int:
@@ -68,29 +70,29 @@ def examine_here(*, json: bool) -> int:
     from llmctl.benchmarking.doctor import examine_machine, render_machine
     from llmctl.kernels.product_table import render_survey, survey
 
-    found = {**examine_machine(), "products": survey()}
-    result_json(found) if json else result("\n".join([*render_machine(found), *render_survey(found["products"])]))
+    record = {**examine_machine(), "products": survey()}
+    result_json(record) if json else result("\n".join([*render_machine(record), *render_survey(record["products"])]))
     return 0
 
 
 def examine_ranks(timeout: int, *, json: bool) -> int:
-    """Meet the other ranks and let the first one report.
+    """Connect to the other ranks and report on rank 0.
 
-    Raises: UsageError in all of them if the runs folder is not shared; LlmctlError if a sum is wrong.
+    Raises: UsageError if the runs folder is not shared; LlmctlError if a sum over the processes is wrong.
     """
     from llmctl.benchmarking.network_check import examine_group, render_group
     from llmctl.errors import LlmctlError, UsageError
 
-    runtime, found = examine_group(timeout)
+    runtime, record = examine_group(timeout)
     if runtime.is_main:
-        result_json(found) if json else result("\n".join(render_group(found)))
-    wrong = [name for name, is_right in found["sums_are_right"].items() if not is_right]
+        result_json(record) if json else result("\n".join(render_group(record)))
+    wrong = [name for name, is_right in record["sums_are_right"].items() if not is_right]
     problem: LlmctlError | None = None
     if wrong:
-        problem = LlmctlError(f"sums over the processes are wrong in {', '.join(wrong)}", "check the network's driver")
-    elif found["blind_ranks"]:
+        problem = LlmctlError(f"sums over the processes are wrong in {', '.join(wrong)}", "check the network driver")
+    elif record["blind_ranks"]:
         problem = UsageError(
-            "the runs folder is not shared by all hosts", "name a folder on a shared file system with -o or LLMCTL_RUNS"
+            "the runs folder is not shared by all hosts", "use a folder on a shared file system (`-o` or LLMCTL_RUNS)"
         )
     if problem is not None and runtime.is_main:
         raise problem

@@ -1,4 +1,4 @@
-"""`llmctl evaluate`: models and data -> their figures side by side on stdout, and a gate between them."""
+"""`llmctl evaluate`: models and data -> metrics side by side on stdout, and an optional quality gate."""
 
 import math
 import shutil
@@ -19,49 +19,48 @@ app = command_app()
 
 COSTS = ("parameters", "size", "memory", "tokens/s")
 DROPPED_FIRST = ("rows", "tokens/s", "memory", "parameters", "size")
-"""What a narrow terminal goes without, the first first; then figures from the right, but never the main one."""
+"""Columns dropped on a narrow terminal, in this order; then metrics from the right, but never the main one."""
 
 
 @app.command()
 def evaluate(
     models: Annotated[
         list[str] | None,
-        typer.Argument(metavar="MODEL", help="Model folders or files, runs, `latest`; the first is the measure."),
+        typer.Argument(metavar="MODEL", help="Model folders, files, runs or `latest`; the first is the reference."),
     ] = None,
-    data: Annotated[list[str] | None, typer.Option("-d", "--data", help="A file or folder; may be repeated.")] = None,
+    data: Annotated[list[str] | None, typer.Option("-d", "--data", help="File or folder; repeatable.")] = None,
     task: Annotated[
         str | None,
         typer.Option(
-            help="text, mask, classify, similarity, translate, summarize, qa, choice or lastword; else the model's own."
+            help="text, mask, classify, similarity, translate, summarize, qa, choice or lastword; default: the model's."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows, or windows of text, at most.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum rows or text windows.")] = None,
     max_drop: Annotated[
-        str | None, typer.Option(help="End with 10 if another is worse than the first by more: 0.01, or 1%.")
+        str | None,
+        typer.Option(help="Exit with code 10 if a model is worse than the first by more than this: 0.01 or 1%."),
     ] = None,
-    metric: Annotated[str | None, typer.Option(help="The figure that --max-drop compares.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass; changes no figure.")] = None,
-    seq_len: Annotated[int | None, typer.Option("--seq-len", "--window", help="Longest row, or window, in tokens.")] = (
-        None
-    ),
-    stride: Annotated[int | None, typer.Option(help="Tokens from one window to the next (text).")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric that --max-drop compares.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per forward pass; does not change the metrics.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", "--window", help="Maximum tokens per row or text window.")
+    ] = (None),
+    stride: Annotated[int | None, typer.Option(help="Tokens between the starts of text windows (text).")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean, first or last (similarity).")] = None,
-    template: Annotated[str | None, typer.Option(help="A prompt with {source}, {question}, {context}.")] = None,
+    template: Annotated[str | None, typer.Option(help="Prompt template with {source}, {question}, {context}.")] = None,
     beams: Annotated[int | None, typer.Option(help="Beam width (translate, summarize, qa).")] = None,
-    max_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", help="Longest answer in tokens.")] = None,
-    labels: Annotated[str | None, typer.Option(help="A file with one label per line (classify).")] = None,
+    max_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", help="Maximum tokens per answer.")] = None,
+    labels: Annotated[str | None, typer.Option(help="File with one label per line (classify).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key, such as columns.text=NAME.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: columns.text=NAME.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Instead: tasks of lm-evaluation-harness, such as arc_easy,piqa (extra `bench`).")
+        str | None, typer.Option(help="Run lm-evaluation-harness tasks instead, such as arc_easy,piqa (extra `bench`).")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing on standard error but errors.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print errors only.")] = False,
 ) -> int:
-    """Measure models on the same data, side by side.
-
-    What stands alone is a model; data comes after -d. The first model is what --max-drop holds the others against.
+    """Evaluate models on the same data, side by side; arguments are models, data goes after -d.
 
     Examples:
 
@@ -95,10 +94,16 @@ def evaluate(
     if tasks:
         for option, value in (("--max-drop", max_drop), ("--data", data), ("--task", task)):
             if value:
-                raise UsageError(f"`{option}` does not go with --tasks", "--task, without an s, has our own tasks")
+                raise UsageError(
+                    f"`{option} {value}` cannot be combined with `--tasks`",
+                    "`--task`, without an s, selects a built-in task",
+                )
         return run_harness(paths, tasks, config, json=json, quiet=quiet)
     if max_drop is not None and len(paths) < 2:
-        raise UsageError("`--max-drop` compares models, and there is one", "llmctl evaluate BEFORE AFTER --max-drop 1%")
+        raise UsageError(
+            f"`--max-drop {max_drop}` compares models, but only one is given",
+            "`llmctl evaluate BEFORE AFTER --max-drop 1%`",
+        )
     note("loading torch", quiet=quiet)
     from llmctl.evaluating import evaluate as engine
     from llmctl.metrics.gate import parse_gate
@@ -108,11 +113,9 @@ def evaluate(
     for evaluation in engine.evaluate(paths, config, lambda text: note(text, quiet=quiet)):
         evaluations.append(evaluation)
         note(f"{evaluation.model}: {evaluation.metric} {number(evaluation.main)}", quiet=quiet)
-    is_odd = evaluations[0].metric in ("perplexity", "loss") and engine.tokenizers_differ(paths)
-    if is_odd:
-        note(
-            "their tokenizers differ: compare bits_per_byte or accuracy (--metric), not figures per token", quiet=quiet
-        )
+    is_incomparable = evaluations[0].metric in ("perplexity", "loss") and engine.tokenizers_differ(paths)
+    if is_incomparable:
+        note("the tokenizers differ: compare bits_per_byte or accuracy (--metric), not metrics per token", quiet=quiet)
     show(evaluations, json=json)
     if gate is not None:
         engine.check_gate(evaluations, gate)
@@ -120,9 +123,9 @@ def evaluate(
 
 
 def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
-    """Return the models that are meant; without a name, the newest.
+    """Resolve the models by name; without names, the default model.
 
-    Raises: NotFoundError for one that does not exist; UsageError for data among them.
+    Raises: NotFoundError for one that does not exist; UsageError for a data file among them.
     """
     from llmctl.artifacts.find import find_named
     from llmctl.commands.common import find_model
@@ -132,12 +135,12 @@ def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
     paths = [find_named(name, "any") for name in names]
     for path in paths:
         if path.is_file() and path.suffix not in (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"):
-            raise UsageError(f"`{path}` is no model", f"data comes after -d: llmctl evaluate MODEL -d {path}")
+            raise UsageError(f"`{path}` is not a model", f"data goes after `-d`: `llmctl evaluate MODEL -d {path}`")
     return paths
 
 
 def show(evaluations: Sequence["Evaluation"], *, json: bool) -> None:
-    """Print the figures, as a table whose first is the main one, or as one JSON object."""
+    """Print the metrics as a table, the main metric first, or as one JSON object."""
     from llmctl.metrics.figures import is_higher_better
 
     first = evaluations[0]
@@ -151,10 +154,10 @@ def show(evaluations: Sequence["Evaluation"], *, json: bool) -> None:
             }
         )
         return
-    figures = [name for name in first.measured.figures if not name.startswith("n_") and name != first.metric]
-    columns = ["model", first.metric, *figures, "rows", *COSTS]
+    others = [name for name in first.measured.figures if not name.startswith("n_") and name != first.metric]
+    columns = ["model", first.metric, *others, "rows", *COSTS]
     rows = [cells(evaluation) for evaluation in evaluations]
-    for line in fitted(columns, rows, shutil.get_terminal_size((10_000, 24)).columns):
+    for line in fit_table(columns, rows, shutil.get_terminal_size((10_000, 24)).columns):
         result(line)
 
 
@@ -176,14 +179,14 @@ def cells(evaluation: "Evaluation") -> dict[str, str]:
 
 
 def number(value: float) -> str:
-    """Return a figure with four digits after the point, three where it is large; `-` where it does not exist."""
+    """Format a metric with four decimals, three from 10 on; `-` if it is not finite."""
     if not math.isfinite(value):
         return "-"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"
 
 
-def fitted(columns: Sequence[str], rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Return the table with as many columns as fit into `width`; model and main figure stay whatever it is."""
+def fit_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Return the table with as many columns as fit in `width`; the model and the main metric always stay."""
     kept = list(columns)
     filled = [{name: row.get(name, "-") for name in columns} for row in rows]
     for dropped in (*DROPPED_FIRST, *reversed(kept[2:])):
@@ -195,7 +198,7 @@ def fitted(columns: Sequence[str], rows: Sequence[Mapping[str, str]], width: int
 
 
 def run_harness(paths: Sequence[Path], tasks: str, config: "EvaluateConfig", *, json: bool, quiet: bool) -> int:
-    """Run tasks of lm-evaluation-harness and print what they give."""
+    """Run lm-evaluation-harness tasks and print their metrics."""
     from llmctl.evaluating.harness import run_tasks
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -204,11 +207,11 @@ def run_harness(paths: Sequence[Path], tasks: str, config: "EvaluateConfig", *, 
         result_json({"tasks": names, "models": records})
         return 0
     rows = [
-        {"model": record["model"], "task": name, "figure": figure, "value": number(value)}
+        {"model": record["model"], "task": name, "metric": metric, "value": number(value)}
         for record in records
-        for name, figures in record["tasks"].items()
-        for figure, value in figures.items()
+        for name, metrics in record["tasks"].items()
+        for metric, value in metrics.items()
     ]
-    for line in table(("model", "task", "figure", "value"), rows, right={"value"}):
+    for line in table(("model", "task", "metric", "value"), rows, right={"value"}):
         result(line)
     return 0

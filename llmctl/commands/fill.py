@@ -1,4 +1,4 @@
-"""`llmctl fill`: texts with masks -> the texts filled in, on stdout."""
+"""`llmctl fill`: texts with masks -> the filled texts on stdout."""
 
 import sys
 from itertools import islice
@@ -16,22 +16,21 @@ BATCH_TEXTS = 16
 @app.command()
 def fill(
     text: Annotated[
-        str | None, typer.Argument(metavar="TEXT", help="A text with <mask>; `-` reads one per line.")
+        str | None,
+        typer.Argument(
+            metavar="TEXT",
+            help="Text with <mask>; `-`: one per line of standard input, filled with the most likely tokens.",
+        ),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Model folder, file, run or `latest`.")] = None,
     adapter: AdapterNames = None,
-    top_k: Annotated[int, typer.Option("-k", "--top-k", help="Candidates shown for a mask.")] = 5,
+    top_k: Annotated[int, typer.Option("-k", "--top-k", help="Candidates per mask.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per text, with all candidates.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text, with all candidates.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print which model is used.")] = False,
 ) -> None:
-    r"""Fill the masks of a text with an encoder.
-
-    One text with one mask gives a line `probability<TAB>filled text` per candidate; with several masks, or from a
-    pipe, every text gives one line with the likeliest token in each mask. A newline inside a line is written \n.
+    r"""Predict the masked tokens of a text: `probability<TAB>filled text` per candidate.
 
     Examples:
 
@@ -41,7 +40,7 @@ def fill(
     """
     is_piped = text in (None, "-")
     if is_piped and text is None and sys.stdin.isatty():
-        raise UsageError("no text", 'llmctl fill "a <mask> of strings", or - to read texts from a pipe')
+        raise UsageError("no text", '`llmctl fill "a <mask> of strings"`, or `-` to read texts from standard input')
     from llmctl.commands.generate import argument, one_line, read_prompts
 
     texts = read_prompts(whole=False, null=False) if is_piped else iter([argument(text)])

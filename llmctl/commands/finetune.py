@@ -1,4 +1,4 @@
-"""`llmctl finetune`: flags -> FinetuneConfig -> one training run -> the model's or the adapter's path on stdout."""
+"""`llmctl finetune`: flags -> FinetuneConfig -> one training run -> the path of the model or adapter on stdout."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,38 +18,34 @@ app = command_app()
 def finetune(
     *,
     options: Options,
-    model: Annotated[str | None, typer.Argument(help="The model to adapt: a folder, a file or a run.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Model to fine-tune: folder, file or run.")] = None,
     data: Annotated[list[str] | None, typer.Argument(help="Examples: files, folders, globs or `-`.")] = None,
     task: Annotated[str | None, typer.Option(help="chat, text, classify, translate, summarize or qa.")] = None,
     qat: Annotated[
-        str | None, typer.Option(help="Train through the rounding to int8, int4, int3, ..., and write few bits.")
+        str | None, typer.Option(help="Quantization-aware training to int8, int4, int3, ...; writes a quantized model.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="full, or an adapter: lora, dora, or qlora, qdora on 4 bits.")
+        str | None, typer.Option(help="full, or an adapter: lora, dora; qlora, qdora on a 4-bit base.")
     ] = None,
-    val: Annotated[list[str] | None, typer.Option(help="Examples that are held out; else a share of the data.")] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Validation examples; default: a fraction of the data.")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="classify: the labels, with commas between, or a file with one per line.")
+        str | None, typer.Option(help="classify: comma-separated labels, or a file with one per line.")
     ] = None,
-    columns: Annotated[
-        str | None, typer.Option(help="Names of a table's columns whose first line is no header: text,label.")
-    ] = None,
+    columns: Annotated[str | None, typer.Option(help="Column names of a table without a header: text,label.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Budget in passes over the examples.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the adapter.")] = None,
-    merge: Annotated[bool | None, typer.Option("--merge", help="Write the whole model, not the adapter.")] = None,
+    merge: Annotated[bool | None, typer.Option("--merge", help="Merge the adapter and write the full model.")] = None,
     freeze: Annotated[
-        list[str] | None, typer.Option(help="What is not trained: embeddings, layers.0-3, a pattern of names.")
+        list[str] | None, typer.Option(help="Parameters to freeze: embeddings, layers.0-3, or a name pattern.")
     ] = None,
     show_example: Annotated[
-        bool, typer.Option("--show-example", help="Show the first example and what of it is trained.")
+        bool, typer.Option("--show-example", help="Show the first example and which tokens are trained.")
     ] = False,
-    strict: Annotated[bool | None, typer.Option("--strict", help="Findings in the data are an error.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Examine the data, print what was found, and end.")
-    ] = False,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Fail if the data has problems.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, print the report, and exit.")] = False,
 ) -> int:
-    """Adapt a model to a task; prints the folder of the model, or of the adapter.
+    """Fine-tune a model on a task and print the folder of the model or adapter.
 
     Examples:
 
@@ -91,7 +87,7 @@ def finetune(
 
 
 def refuse_single_file(config: "FinetuneConfig", out: Any) -> None:
-    """Refuse to write an adapter as a single file, which is a model's form.
+    """Refuse to write an adapter as a single file.
 
     Raises: UsageError.
     """

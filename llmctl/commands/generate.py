@@ -1,4 +1,4 @@
-"""`llmctl generate`: prompts from an argument or a pipe -> completions on stdout, one per prompt, in order."""
+"""`llmctl generate`: prompts from an argument or standard input -> completions on stdout, in order."""
 
 import os
 import sys
@@ -24,47 +24,57 @@ DEFAULT = GenerateConfig()
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads one per line.")] = None,
-    model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A model folder or file, a run, or `latest`.")
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help=r"Prompt; `-`: one per line of standard input, answered in one line each: newlines become \n.",
+        ),
     ] = None,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="Model folder, file, run or `latest`.")] = None,
     adapter: AdapterNames = None,
     max_tokens: Annotated[
-        int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="New tokens at most.")
+        int, typer.Option("-n", "--max-tokens", "--max-new-tokens", help="Maximum new tokens.")
     ] = DEFAULT.max_tokens,
     temperature: Annotated[
-        float, typer.Option("-t", "--temperature", "--temp", help="0 is greedy.")
+        float, typer.Option("-t", "--temperature", "--temp", help="Sampling temperature; 0: greedy.")
     ] = DEFAULT.temperature,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 is off.")] = DEFAULT.top_k,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this probability.")] = DEFAULT.top_p,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best.")] = DEFAULT.min_p,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = DEFAULT.repetition_penalty,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = DEFAULT.seed,
-    beams: Annotated[int, typer.Option(help="Beam search of this width instead of sampling.")] = DEFAULT.beams,
-    length_penalty: Annotated[float, typer.Option(help="Above 1 favours longer beams.")] = DEFAULT.length_penalty,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0: off.")] = DEFAULT.top_k,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the top tokens up to this cumulative probability; 1: off.")
+    ] = DEFAULT.top_p,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this fraction of the top token's probability.")
+    ] = DEFAULT.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Penalty for repeated tokens; 1: off.")
+    ] = DEFAULT.repetition_penalty,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends generation; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = DEFAULT.seed,
+    beams: Annotated[int, typer.Option(help="Beam width; above 1 replaces sampling.")] = DEFAULT.beams,
+    length_penalty: Annotated[float, typer.Option(help="Above 1 favors longer beams.")] = DEFAULT.length_penalty,
     batch_size: Annotated[
-        int, typer.Option(help="Prompts decoded together; 1 answers line by line.")
+        int, typer.Option(help="Prompts decoded together; 1: answer line by line.")
     ] = DEFAULT.batch_size,
     kv: KeysAndValues = DEFAULT.kv,
-    whole: Annotated[bool, typer.Option("--whole", help="All of standard input is one prompt.")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Read all of standard input as one prompt.")] = False,
     null: Annotated[
-        bool, typer.Option("-0", "--null", help="Prompts and completions end with NUL, not newline.")
+        bool, typer.Option("-0", "--null", help="Separate prompts and completions by NUL, not newline.")
     ] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Each prompt is a user's message, put through the model's chat template.")
+        bool, typer.Option("--chat", help="Treat each prompt as a user message and apply the chat template.")
     ] = False,
-    system: Annotated[str, typer.Option("-s", "--system", help="With --chat: what the model is told first.")] = "",
-    ids: Annotated[bool, typer.Option("--ids", help="Token ids in and out, separated by spaces.")] = False,
-    stream: Annotated[bool | None, typer.Option("--stream/--no-stream", help="Show text as it comes.")] = None,
+    system: Annotated[str, typer.Option("-s", "--system", help="System prompt (with --chat).")] = "",
+    ids: Annotated[bool, typer.Option("--ids", help="Read and print token ids separated by spaces.")] = False,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print text while it is generated.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not say which model is used.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print which model is used.")] = False,
 ) -> None:
-    r"""Continue a prompt, or every line of a pipe; prints the new text only.
-
-    From a pipe N lines give N lines: a newline inside a completion is written \n, a backslash \\.
+    r"""Continue a prompt, or every line of standard input; print only the new text.
 
     Examples:
 
@@ -75,8 +85,6 @@ def generate(
       cat article.txt | llmctl generate --whole -m runs/0003 --json
 
       llmctl generate --chat -s "Answer in one word." "What is the capital of France?"
-
-      llmctl generate "The function returns" -m runs/0003 --adapter runs/0004=0.5
     """
     config = GenerateConfig(
         max_tokens=max_tokens,
@@ -94,11 +102,13 @@ def generate(
     )
     is_piped = prompt in (None, "-")
     if is_piped and prompt is None and sys.stdin.isatty():
-        raise UsageError("no prompt", 'llmctl generate "The function returns", or - to read prompts from a pipe')
+        raise UsageError(
+            "no prompt", '`llmctl generate "The function returns"`, or `-` to read prompts from standard input'
+        )
     if system and not chat:
-        raise UsageError("--system is for conversations", "add --chat, or write it into the prompt")
+        raise UsageError(f"`--system {system}` needs `--chat`", "add `--chat`, or put the text into the prompt")
     if chat and ids:
-        raise UsageError("--chat takes text, --ids takes token ids", "leave one out")
+        raise UsageError("`--chat` takes text, `--ids` takes token ids", "use one of them")
     texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
     path = find_model(model, "generate", quiet=quiet, adapters=adapter)
     from llmctl.artifacts.adapters import apply_adapters
@@ -116,7 +126,7 @@ def generate(
 
 
 def turn_of(loaded: "Loaded", system: str, *, quiet: bool) -> "Turn":
-    """Return how messages are put to a model, and say so where it was not trained for it."""
+    """Return the renderer of chat messages, and print a note if the model has no chat template."""
     from llmctl.inference.chat import PLAIN_NOTE, Turn
     from llmctl.inference.chat_template import template_of
 
@@ -126,7 +136,7 @@ def turn_of(loaded: "Loaded", system: str, *, quiet: bool) -> "Turn":
 
 
 def argument(text: str | None) -> str:
-    """Return an argument of the command line.
+    """Return a command-line argument, decoded strictly.
 
     Raises: UsageError naming the first byte that is not UTF-8.
     """
@@ -136,7 +146,7 @@ def argument(text: str | None) -> str:
 
 
 def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
-    """Yield the prompts of standard input, decoded strictly."""
+    """Yield the prompts on standard input, decoded strictly."""
     from llmctl.data.text_files import decode_utf8
 
     stdin = sys.stdin.buffer
@@ -150,7 +160,7 @@ def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
 
 
 def split_stream(stdin: Any, end: bytes) -> Iterator[bytes]:
-    """Yield the records of a binary stream, their ends kept."""
+    """Yield the records of a binary stream, including their terminators."""
     if end == b"\n":
         yield from stdin
         return
@@ -174,7 +184,7 @@ def write(
     is_record: bool,
     turn: "Turn | None" = None,
 ) -> None:
-    """Complete the prompts window by window, so that a long pipe is answered from the start; `turn`: they are messages."""
+    """Complete prompts in windows, so that output starts before a long input ends; `turn`: treat them as chat messages."""
     from llmctl.inference.encoding import encode_prompt
     from llmctl.inference.generate import WINDOW_BATCHES, Prompt, generate, parse_ids
     from llmctl.inference.prefix import Prefix
@@ -183,9 +193,9 @@ def write(
     encode = turn.encode if turn else partial(encode_prompt, loaded)
     config = turn.config(config) if turn else config
     prompts = (Prompt(n, parse_ids(text, n) if ids else encode(text), text) for n, text in enumerate(texts))
-    # Of one text what is there can be shown when it is interrupted; half a record would pass for a whole one.
-    is_one = not (is_record or json or ids)
-    unseen: list[str] = []
+    # On interrupt show partial text, but never a partial record: it would look complete.
+    is_single_text = not (is_record or json or ids)
+    unprinted: list[str] = []
 
     lead = turn.lead() if turn else None
 
@@ -194,21 +204,21 @@ def write(
         if stream:
             write_text(text)
         else:
-            unseen.append(text)
+            unprinted.append(text)
 
-    # Prompts of like length share a batch, so more are read at once; the first batch does not wait for them. One at a
-    # time means that each line is answered before the next is asked for.
+    # A window is several batches, so that prompts of similar length share one. The first window is a single batch, so
+    # that output starts early. With batch size 1 each line is answered before the next is read.
     largest = config.batch_size * WINDOW_BATCHES if config.batch_size > 1 else 1
     size, prefix = config.batch_size, Prefix()
     while window := list(islice(prompts, size)):
         size = min(2 * size, largest)
         try:
             ends = turn.ends if turn else ()
-            heard = on_text if is_one else None
-            completions = list(generate(loaded, window, config, heard, ends=ends, prefix=prefix))
+            callback = on_text if is_single_text else None
+            completions = list(generate(loaded, window, config, callback, ends=ends, prefix=prefix))
         except KeyboardInterrupt:
-            if stream or unseen:
-                write_text("".join(unseen) + end)
+            if stream or unprinted:
+                write_text("".join(unprinted) + end)
             raise
         for completion in map(turn.clean, completions) if turn else completions:
             if stream:
@@ -221,18 +231,18 @@ def write(
 
 
 def write_text(text: str) -> None:
-    """Write text as it is and at once."""
+    """Write text unchanged and flush."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def one_line(text: str) -> str:
-    """Escape what would break a line, so that N prompts are N lines."""
+    """Escape newlines and backslashes, so that N prompts give N lines."""
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") if set(text) & set("\n\r\\") else text
 
 
 def as_record(completion: "Completion") -> dict[str, object]:
-    """Return a completion as `--json` shows it."""
+    """Return a completion as the record that `--json` prints."""
     return {
         "i": completion.index,
         "prompt": completion.prompt,

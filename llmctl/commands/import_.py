@@ -1,4 +1,4 @@
-"""`llmctl import`: a published model -> a model folder or file of ours -> its path on stdout."""
+"""`llmctl import`: a published model -> a model folder or single file -> its path on stdout."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +12,14 @@ app = command_app()
 
 @app.command()
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A Hugging Face folder, X.gguf or X.safetensors.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")],
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; as stored if not given.")] = "",
-    force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face folder, X.gguf or X.safetensors.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or X.safetensors for a single file.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "",
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the path only.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the path.")] = False,
 ) -> None:
-    """Bring a published model in; prints where it is.
+    """Convert a published model to a model folder or file and print its path.
 
     Examples:
 

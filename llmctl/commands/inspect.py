@@ -1,4 +1,4 @@
-"""`llmctl inspect`: a model file -> what its header says -> stdout, without loading torch."""
+"""`llmctl inspect`: the metadata of a model -> stdout, without loading torch."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +12,11 @@ app = command_app()
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model or adapter folder, X.safetensors or X.gguf.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model or adapter folder, X.safetensors or X.gguf.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its dtype and shape.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a model file holds, without loading it.
+    """Show the metadata of a model without loading its weights.
 
     Examples:
 
@@ -39,30 +39,30 @@ def inspect(
 
 
 def lines(record: dict[str, Any]) -> list[str]:
-    """Return one line per fact, the long ones last."""
+    """Return one line per entry, the long ones last."""
     long = ("config", "provenance", "metadata", "files", "dtypes")
     shown = {key: value for key, value in record.items() if key not in long}
     shown["parameters"], shown["bytes"] = f"{record['parameters']:,}", f"{record['bytes']:,}"
     shown["dtypes"] = ", ".join(f"{count} {dtype}" for dtype, count in record["dtypes"].items())
     shown["files"] = ", ".join(record.get("files", [])) or None
-    shown["quantized"] = in_bits(record.get("quantized") or {})
+    shown["quantized"] = quantization(record.get("quantized") or {})
     rows = [f"{key:<13} {value}" for key, value in shown.items() if value is not None]
     for part in ("provenance", "metadata"):
         rows += [f"{part + ':':<13} {key} = {one_line(value)}" for key, value in record.get(part, {}).items()]
     return rows
 
 
-def in_bits(schemes: dict[str, dict[str, Any]]) -> str | None:
-    """Return how many modules are held in how many bits."""
+def quantization(schemes: dict[str, dict[str, Any]]) -> str | None:
+    """Return the number of quantized modules per scheme."""
     counts: dict[str, int] = {}
     for scheme in schemes.values():
         group = f" in groups of {scheme['group']}" if scheme["group"] else ""
-        name = f"in {scheme['bits']} bits{group}{', inputs in 8' if scheme['activations'] else ''}"
+        name = f"in {scheme['bits']} bits{group}{', 8-bit activations' if scheme['activations'] else ''}"
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or None
 
 
 def one_line(value: Any) -> str:
-    """Return a value on one line, cut where it gets long."""
+    """Return a value on one line of at most 200 characters."""
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else text[:199] + "…"

@@ -1,4 +1,4 @@
-"""`llmctl presets`: the table of named models, without loading torch."""
+"""`llmctl presets`: the table of model presets on stdout, without loading torch."""
 
 import re
 from typing import Annotated, Any
@@ -15,9 +15,9 @@ RIGHT = frozenset({"parameters", "layers", "width", "heads"})
 
 @app.command()
 def presets(
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON record per preset")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per preset.")] = False,
 ) -> None:
-    """List the model presets with their sizes and sources.
+    """List the model presets with sizes and sources.
 
     Examples:
 
@@ -32,12 +32,12 @@ def presets(
         for row in rows:
             result_json(row)
         return
-    for line in table(COLUMNS, [for_people(row) for row in rows], right=RIGHT):
+    for line in table(COLUMNS, [table_row(row) for row in rows], right=RIGHT):
         result(line)
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return one preset as a flat record; a size that fits every family is counted as a decoder."""
+    """Return one preset as a flat record; presets of any family are counted as decoders."""
     from llmctl.model.parameters import count_parameters
     from llmctl.model.presets import get_preset, preset_config
     from llmctl.model.shapes import complete
@@ -63,20 +63,20 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def for_people(row: dict[str, Any]) -> dict[str, Any]:
-    """Shorten a record's long values, so that the table fits a terminal of 80 columns."""
+def table_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Shorten long values so that the table fits in 80 columns."""
     family = str(row["family"]).replace("encoder_decoder", "enc-dec")
     return {**row, "family": family, "parameters": short(row["parameters"]), "source": short_source(row["source"])}
 
 
 def short_source(source: str) -> str:
-    """Return the first arXiv id of a source, or who wrote it and when."""
-    found = re.search(r"arXiv:\d+\.\d+", source)
-    return found.group() if found else source.split(",", maxsplit=1)[0]
+    """Return the first arXiv id of a source, or its text up to the first comma."""
+    arxiv_id = re.search(r"arXiv:\d+\.\d+", source)
+    return arxiv_id.group() if arxiv_id else source.split(",", maxsplit=1)[0]
 
 
 def short(n_parameters: int) -> str:
-    """Return a count in three figures: 1.02M, 124M, 175B."""
+    """Return a count in three significant digits: 1.02M, 124M, 175B."""
     for unit, size in (("B", 1_000_000_000), ("M", 1_000_000), ("K", 1000)):
         if n_parameters >= size:
             value = n_parameters / size

@@ -16,19 +16,19 @@ def pretrain(
     *,
     options: Options,
     data: Annotated[
-        list[str] | None, typer.Argument(help="Text: files, folders, globs or `-`. None is the embedded corpus.")
+        list[str] | None, typer.Argument(help="Text: files, folders, globs or `-`; default: the built-in corpus.")
     ] = None,
     objective: Annotated[str | None, typer.Option(help="clm, mlm, span or seq2seq.")] = None,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A preset (`llmctl presets`), or a model to go on from.")
+        str | None, typer.Option("-m", "--model", help="Preset (`llmctl presets`), or a model to continue from.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer, or `char` or `unigram` to train one of that kind.")
+        str | None, typer.Option(help="Existing tokenizer, or bpe, char or unigram to train one.")
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Budget in tokens, such as 1e9.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, memory, FLOPs and time, and end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, memory, FLOPs and time, and exit.")] = False,
 ) -> int:
-    """Train a model from raw text; prints the model folder.
+    """Train a model from raw text and print its folder.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""`llmctl quantize`: flags -> QuantizeConfig -> one run -> the model's path on stdout, a report on stderr."""
+"""`llmctl quantize`: flags -> QuantizeConfig -> one run -> the model's path on stdout, the report on stderr."""
 
 from typing import Annotated, Any
 
@@ -16,33 +16,34 @@ app = command_app()
 def quantize(
     *,
     options: Options,
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A model folder, a file or a run.")] = None,
-    bits: Annotated[int | None, typer.Option("-b", "--bits", help="8, 6, 5, 4, 3 or 2: int8 ... int2.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model folder, file or run.")] = None,
+    bits: Annotated[int | None, typer.Option("-b", "--bits", help="8, 6, 5, 4, 3 or 2, for int8 ... int2.")] = None,
     scheme: Annotated[str | None, typer.Option(help="int8, w8a8, int4-sym, or int6 ... int2.")] = None,
-    group: Annotated[int | None, typer.Option(help="Inputs that share a scale; 0 is the whole row.")] = None,
+    group: Annotated[int | None, typer.Option(help="Group size: inputs that share a scale; 0: the whole row.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="nearest, clip, weighted, hqq, awq, gptq, awq-gptq, guided or learned; else by bits."),
+        typer.Option(help="nearest, clip, weighted, hqq, awq, gptq, awq-gptq, guided or learned; default: by bits."),
     ] = None,
     target_size: Annotated[
-        str | None, typer.Option(help="Share bits out among layers within a size of the model: 60MB.")
+        str | None, typer.Option(help="Allocate bits over the layers within this model size: 60MB.")
     ] = None,
     target_bpw: Annotated[
-        float | None, typer.Option(help="Share bits out among layers within bits per weight: 4.25.")
+        float | None, typer.Option(help="Allocate bits over the layers within this mean of bits per weight: 4.25.")
     ] = None,
-    embedding: Annotated[str | None, typer.Option(help="Embedding and head: int8, int4 or float.")] = None,
+    embedding: Annotated[str | None, typer.Option(help="Scheme of embedding and head: int8, int4 or float.")] = None,
     calib: Annotated[
-        list[str] | None, typer.Option("--calib", "-d", "--data", help="Text or examples; else the embedded corpus.")
+        list[str] | None,
+        typer.Option("--calib", "-d", "--data", help="Text or examples; default: the built-in corpus."),
     ] = None,
-    val: Annotated[list[str] | None, typer.Option(help="What is measured on; else a share of the data.")] = None,
-    task: Annotated[str | None, typer.Option(help="text, chat, classify, translate, ...; else the model's.")] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Validation data; default: a fraction of the data.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="text, chat, classify, translate, ...; default: the model's.")
+    ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(help="Exit with 10 if the model gets worse by more: 0.05, or 1%.")
+        str | None, typer.Option(help="Exit with code 10 if the model gets worse by more: 0.05 or 1%.")
     ] = None,
 ) -> int:
-    """Hold a model's weights in few bits: smaller, often faster, and measured before and after.
-
-    Prints the model's folder; the report is a table and `report.json`.
+    """Quantize a model, measure it before and after, and print its folder.
 
     Examples:
 
@@ -58,9 +59,9 @@ def quantize(
     from llmctl.quant.schemes import BY_BITS
 
     if bits is not None and scheme is not None:
-        raise UsageError("--bits and --scheme say the same", "leave one out")
+        raise UsageError(f"`--bits {bits}` and `--scheme {scheme}` set the same thing", "use only one")
     if bits is not None and bits not in BY_BITS:
-        raise UsageError(f"`--bits {bits}` is not known", "8, 6, 5, 4, 3 or 2")
+        raise UsageError(f"`--bits {bits}` is not supported", "use 8, 6, 5, 4, 3 or 2")
     flags: dict[str, Any] = {
         "weights.scheme": scheme if bits is None else BY_BITS[bits],
         "weights.group": group,

@@ -1,4 +1,4 @@
-"""`llmctl runs`: the runs folder -> what its runs are, as tables or JSON; and their removal."""
+"""`llmctl runs`: list, show, compare and remove runs, as tables or JSON on stdout."""
 
 import shutil
 import sys
@@ -15,16 +15,16 @@ app = command_app()
 COLUMNS = ("run", "status", "objective", "parameters", "steps", "held out", "begun", "time", "size")
 RIGHT = frozenset({"parameters", "steps", "time", "size"})
 DROPPED_FIRST = ("begun", "size", "parameters", "objective", "time", "run", "steps", "held out", "status")
-"""What a narrow terminal goes without, the first first; a run's name gives way to its number."""
+"""Columns dropped on a narrow terminal, in this order; a dropped run name is replaced by its number."""
 MANY = 24
-"""Lines of one kind that `show` prints; --json has all."""
+"""Maximum lines that `show` prints of one kind; --json has all."""
 
 
 @app.callback(invoke_without_command=True)
 def runs(
     context: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False
 ) -> None:
-    """List the training runs of the runs folder; `show`, `diff` and `rm` look at them, compare and remove them.
+    """List training runs; the subcommands `show`, `diff` and `rm` show, compare and remove them.
 
     Examples:
 
@@ -39,16 +39,12 @@ def runs(
     if context.invoked_subcommand is None:
         ls(json=json)
     elif json:
-        raise UsageError(
-            "`--json` stands before the subcommand", f"llmctl runs {context.invoked_subcommand} ... --json"
-        )
+        raise UsageError("`--json` precedes the subcommand", f"`llmctl runs {context.invoked_subcommand} ... --json`")
 
 
 @app.command()
 def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False) -> None:
-    """List the runs, newest last, with their state and their best figure on held-out text.
-
-    `stopped` is a run whose process has gone without finishing it; `llmctl runs show` says how to go on.
+    """List runs, newest last, with status (`stopped`: the process died) and best validation metric.
 
     Examples:
 
@@ -59,16 +55,16 @@ def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON array."
     from llmctl.runs.folder import runs_folder
     from llmctl.runs.history import list_runs
 
-    found, others = list_runs()
-    rows = [run.row() for run in found]
+    histories, others = list_runs()
+    rows = [run.row() for run in histories]
     if json:
         result_json(rows)
         return
     if rows:
-        for line in fitted([for_people(row) for row in rows], shutil.get_terminal_size((10_000, 24)).columns):
+        for line in fit_table([table_row(row) for row in rows], shutil.get_terminal_size((10_000, 24)).columns):
             result(line)
     else:
-        note(f"no runs in `{runs_folder()}`; `llmctl pretrain` makes one")
+        note(f"no runs in `{runs_folder()}`; `llmctl pretrain` creates one")
     for row in rows:
         if row["problem"]:
             note(f"{row['run']}: {row['problem']}")
@@ -77,8 +73,8 @@ def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON array."
         note(f"not runs: {', '.join(others[:5])}{more}")
 
 
-def fitted(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Return the table with as many columns as fit into `width`; what cannot fit is left whole all the same."""
+def fit_table(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
+    """Return the table with as many columns as fit in `width`; the last columns are never truncated."""
     columns = list(COLUMNS)
     lines = table(columns, rows, right=RIGHT)
     for dropped in DROPPED_FIRST:
@@ -91,8 +87,8 @@ def fitted(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
     return lines
 
 
-def for_people(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return a run's record as cells."""
+def table_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return a run's record as the cells of the table."""
     from llmctl.commands.presets import short
 
     name = str(row["run"]).rpartition("/")[2]
@@ -114,11 +110,11 @@ def for_people(row: Mapping[str, Any]) -> dict[str, str]:
 @app.command()
 def show(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run's folder, number or beginning, or `latest`.")
+        str, typer.Argument(metavar="RUN", help="Folder, number or prefix of a run, or `latest`.")
     ] = "latest",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show one run: what it is, its course, its events and checkpoints, and how to go on with it.
+    """Show a run: recipe, metrics, events, checkpoints, and the command that resumes it.
 
     Examples:
 
@@ -137,9 +133,9 @@ def show(
 
 
 def report(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of one run."""
+    """Yield the lines of the report on a run."""
     yield record["run"]
-    cells = for_people(record)
+    cells = table_row(record)
     facts = {name: cells[name] for name in ("status", "objective", "parameters", "steps", "held out")}
     facts |= {"begun": cells["begun"], "time": cells["time"], "size": cells["size"]}
     facts |= {name: record[name] for name in ("command", "model", "error", "problem") if record[name]}
@@ -147,7 +143,7 @@ def report(record: Mapping[str, Any]) -> Iterator[str]:
     yield from pairs(facts)
     for title in ("recipe", "environment"):
         if record[title]:
-            yield from ("", f"{title}{' (what differs from the defaults)' if title == 'recipe' else ''}")
+            yield from ("", f"{title}{' (changes from the defaults)' if title == 'recipe' else ''}")
             yield from pairs(record[title])
     yield from course(record)
     if record["events"]:
@@ -159,11 +155,11 @@ def report(record: Mapping[str, Any]) -> Iterator[str]:
         name = saved["checkpoint"].rpartition("/")[2]
         yield f"  {name}  {size_of(saved['size_bytes'])}  {saved['defect'] or 'valid'}"
     if record["resume"]:
-        yield from ("", f"go on with: {record['resume']}")
+        yield from ("", f"resume with: {record['resume']}")
 
 
 def course(record: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the evaluations as a table, and the training loss as a line of bars."""
+    """Yield the evaluations as a table and the training loss as a sparkline."""
     from llmctl.metrics.figures import FIGURES
     from llmctl.runs.history import spread
     from llmctl.runs.loss_curve import sparkline
@@ -180,16 +176,16 @@ def course(record: Mapping[str, Any]) -> Iterator[str]:
         bars = sparkline(spread(losses, 24), 24, ascii_only=ascii_only)
         yield from ("", f"loss  {bars}  {figure(losses[0])} -> {figure(losses[-1])}")
     if not losses and not record["evaluations"]:
-        yield from ("", "nothing was measured yet")
+        yield from ("", "no metrics yet")
 
 
 def number_in(line: Mapping[str, Any], name: str) -> bool:
-    """Tell whether a line has a number of this name."""
+    """Return whether a metrics line has a number under this name."""
     return isinstance(line.get(name), (int, float))
 
 
 def evaluation_cells(line: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
-    """Return one evaluation as cells; `all` marks those on the whole held-out text."""
+    """Return one evaluation as table cells; `all` marks those on the whole validation text."""
     return {
         "step": str(line.get("step", "-")),
         **{label: figure(line.get(name)) for name, label in labels.items()},
@@ -198,7 +194,7 @@ def evaluation_cells(line: Mapping[str, Any], labels: Mapping[str, str]) -> dict
 
 
 def result_of(row: Mapping[str, Any]) -> str:
-    """Return the figure that a run is judged by, with its name."""
+    """Return the main metric of a run with its label."""
     from llmctl.metrics.figures import FIGURES
 
     if row["figure"] is None:
@@ -208,14 +204,14 @@ def result_of(row: Mapping[str, Any]) -> str:
 
 
 def few(lines: Sequence[str]) -> list[str]:
-    """Return the lines, of a great many the first two and the last ones."""
+    """Return the lines; if there are more than MANY, only the first two and the last ones."""
     if len(lines) <= MANY:
         return list(lines)
     return [*lines[:2], f"  ... {len(lines) - MANY} more, --json has all", *lines[len(lines) - MANY + 2 :]]
 
 
 def event_line(event: Mapping[str, Any]) -> str:
-    """Return an event as one line, whatever fields it has."""
+    """Return an event as one line, with all its fields."""
     rest = {key: value for key, value in event.items() if key not in ("kind", "step", "seconds")}
     return f"  step {event.get('step', '-')}: " + ", ".join(f"{key} {value}" for key, value in rest.items())
 
@@ -227,7 +223,7 @@ def pairs(facts: Mapping[str, Any]) -> list[str]:
 
 
 def value_of(value: Any) -> str:
-    """Return a value of a recipe or an environment on one line."""
+    """Return a recipe or environment value on one line."""
     if value is None:
         return "-"
     return " ".join(str(value).split()) if value != "" else '""'
@@ -235,11 +231,11 @@ def value_of(value: Any) -> str:
 
 @app.command()
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="A run, as `runs show` takes it.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The run to compare with it.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Run: folder, number or prefix, or `latest`.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Run to compare with A.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare two runs: recipe, environment and final figures.
+    """Compare two runs: recipe, environment and final metrics.
 
     Examples:
 
@@ -257,7 +253,7 @@ def diff(
         result(line)
     if record["held_out_differs"]:
         keys = ", ".join(f"`{key}`" for key in record["held_out_differs"])
-        note(f"the figures are of different held-out text or tasks: {keys}")
+        note(f"the metrics are on different validation data or tasks: {keys}")
 
 
 def comparison(record: Mapping[str, Any]) -> Iterator[str]:
@@ -273,23 +269,23 @@ def comparison(record: Mapping[str, Any]) -> Iterator[str]:
             both = {key: f"{value_of(old)} -> {value_of(new)}" for key, (old, new) in record[title].items()}
             yield from pairs(both)
     rows = [
-        {"figure": name, **{side: exact(value) for side, value in values.items()}}
+        {"metric": name, **{side: exact(value) for side, value in values.items()}}
         for name, values in record["figures"].items()
     ]
-    renamed = [{"figure": row["figure"], "A": row["a"], "B": row["b"], "B - A": row["difference"]} for row in rows]
-    yield from ("", *table(("figure", "A", "B", "B - A"), renamed, right=("A", "B", "B - A")))
+    renamed = [{"metric": row["metric"], "A": row["a"], "B": row["b"], "B - A": row["difference"]} for row in rows]
+    yield from ("", *table(("metric", "A", "B", "B - A"), renamed, right=("A", "B", "B - A")))
 
 
 @app.command()
 def rm(
-    names: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs, as `runs show` takes them.")],
+    names: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs: folder, number or prefix, or `latest`.")],
     checkpoints: Annotated[
-        bool, typer.Option("--checkpoints", help="Only the checkpoints, and none of an unfinished run.")
+        bool, typer.Option("--checkpoints", help="Remove only checkpoints, and only those of finished runs.")
     ] = False,
-    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("-y", "--yes", help="Do not ask for confirmation.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
-    """Remove runs, or only their checkpoints; prints what was removed.
+    """Remove runs, or only their checkpoints, and print the removed paths.
 
     Examples:
 
@@ -300,8 +296,8 @@ def rm(
     from llmctl.runs.removal import choose, remove
 
     chosen = choose(names, checkpoints=checkpoints)
-    going = [removal for removal in chosen if not removal.kept]
-    if going and not (yes or agreed([f"{removal.path}  {size_of(removal.size_bytes)}" for removal in going])):
+    to_remove = [removal for removal in chosen if not removal.kept]
+    if to_remove and not (yes or confirm([f"{removal.path}  {size_of(removal.size_bytes)}" for removal in to_remove])):
         note("nothing was removed")
         chosen = []
     records = []
@@ -322,35 +318,35 @@ def rm(
         result_json(records)
 
 
-def agreed(lines: Sequence[str]) -> bool:
-    """Ask on the terminal.
+def confirm(lines: Sequence[str]) -> bool:
+    """Ask for confirmation on the terminal.
 
-    Raises: UsageError if there is none.
+    Raises: UsageError if stdin is not a terminal.
     """
     if not sys.stdin.isatty():
-        raise UsageError("removing needs a yes, and there is no terminal to ask on", "-y says it beforehand")
+        raise UsageError("removal needs confirmation and stdin is not a terminal", "pass `-y`")
     for line in lines:
         note(line)
-    # Click's own question puts a blank on stdout, which carries the result only.
-    sys.stderr.write("remove for good? [y/N] ")
+    # click.confirm would write to stdout, which is reserved for the result.
+    sys.stderr.write("remove permanently? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def figure(value: Any) -> str:
-    """Return a loss or a share in three decimals."""
+    """Format a metric with three decimals."""
     return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
 
 
 def exact(value: float | None) -> str:
-    """Return a count whole and a figure in four decimals."""
+    """Format an integer as it is and a metric with four decimals."""
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
 
 
 def moment(begun: str | None) -> str:
-    """Return a time as day and minute."""
+    """Return a timestamp to the minute."""
     return begun[:16].replace("T", " ") if begun else "-"
 
 
@@ -362,7 +358,7 @@ def time_taken(seconds: float | None) -> str:
 
 
 def size_of(n_bytes: int) -> str:
-    """Return bytes as a person reads them."""
+    """Return a number of bytes with its unit."""
     from llmctl.jobs.estimate import size
 
     return size(n_bytes)

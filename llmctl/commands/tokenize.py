@@ -1,4 +1,4 @@
-"""`llmctl tokenize`: a filter from text to ids and back, and the subcommands `train` and `encode`."""
+"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train` and `encode`."""
 
 import sys
 from pathlib import Path
@@ -16,18 +16,13 @@ app = command_app()
 def tokenize(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="A tokenizer or a model; none is the newest run's.")
+        str | None, typer.Option("-m", "--model", help="Tokenizer or model; default: the newest run.")
     ] = None,
-    decode: Annotated[bool, typer.Option("--decode", help="Ids to text.")] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Report how the tokenizer treats the text.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object per line, or for the report.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Convert ids to text.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics of the tokenizer on the text.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, or for --stats.")] = False,
 ) -> None:
-    """Turn lines of text into lines of token ids; `--decode` reverses.
-
-    A line end is not part of a line's ids. One among the ids given to `--decode` is written as it is; with `--json`
-    every record is one line all the same.
-
-    `llmctl tokenize train` makes a tokenizer, `llmctl tokenize encode` shards of a corpus.
+    """Convert lines of text to lines of token ids (without the line end), or back with `--decode`.
 
     Examples:
 
@@ -36,13 +31,15 @@ def tokenize(
       llmctl tokenize --stats < text.txt
 
       llmctl tokenize train book.txt -o tok --vocab-size 8000
+
+      llmctl tokenize encode corpus/ --tokenizer tok -o shards
     """
     if context.invoked_subcommand is not None:
         return
     if decode and stats:
-        raise UsageError("`--decode` and `--stats` exclude each other", "--stats reads text")
+        raise UsageError("`--decode` and `--stats` exclude each other", "use one of them")
     if sys.stdin.isatty():
-        raise UsageError("no text on standard input", "llmctl tokenize < text.txt")
+        raise UsageError("no text on standard input", "`llmctl tokenize < text.txt`")
     from llmctl.tokenizer.load import load_tokenizer
 
     path = find_model(model, "any", quiet=model is not None)
@@ -67,23 +64,23 @@ def tokenize(
 
 
 def write_line(text: str) -> None:
-    """Write a line; a terminal or reader gets it when the buffer is full or the input ends."""
+    """Write a line without flushing: the output is buffered for speed."""
     sys.stdout.write(text + "\n")
 
 
 @app.command()
 def train(
     corpus: Annotated[
-        list[str] | None, typer.Argument(help="Text: files, folders, globs. None is the embedded corpus.")
+        list[str] | None, typer.Argument(help="Text: files, folders, globs; default: the built-in corpus.")
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write.")] = Path("tokenizer"),
-    vocab_size: Annotated[int | None, typer.Option(help="Pieces, bytes and special tokens included.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Output folder.")] = Path("tokenizer"),
+    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary size with byte and special tokens.")] = None,
     model_type: Annotated[str | None, typer.Option(help="bpe, unigram or char.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: tokenizer.n_sentinels=32.")] = None,
-    force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False,
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a tokenizer that gives every text back exactly; prints its folder.
+    """Train a lossless tokenizer and print its folder.
 
     Examples:
 
@@ -100,7 +97,7 @@ def train(
     tokenizer = make(corpus or [], config.tokenizer, config.data, out, force=force)
     if tokenizer.vocab_size < config.tokenizer.vocab_size and config.tokenizer.model_type != "char":
         note(
-            f"the corpus gives {tokenizer.vocab_size:,} pieces, fewer than the {config.tokenizer.vocab_size:,} asked for"
+            f"the corpus gives a vocabulary of {tokenizer.vocab_size:,}, smaller than the requested {config.tokenizer.vocab_size:,}"
         )
     record = {"tokenizer": str(out), "vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
     result_json(record) if json else result(str(out))
@@ -109,20 +106,22 @@ def train(
 @app.command()
 def encode(
     corpus: Annotated[
-        list[str] | None, typer.Argument(help="Text: files, folders, globs. None is the embedded corpus.")
+        list[str] | None, typer.Argument(help="Text: files, folders, globs; default: the built-in corpus.")
     ] = None,
-    tokenizer: Annotated[str, typer.Option(help="A tokenizer or a model.")] = "tokenizer",
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the shards.")] = Path("shards"),
-    shard: Annotated[str, typer.Option(help="Encode part i of n only, as i/n: one job of an array.")] = "0/1",
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 is one per core.")] = 0,
-    split: Annotated[str | None, typer.Option(help="A document of a .txt: file, line or blank.")] = None,
-    text_key: Annotated[str | None, typer.Option(help="The field of rows that holds the text.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer or model.")] = "tokenizer",
+    out: Annotated[Path, typer.Option("-o", "--out", help="Output folder; an interrupted one is resumed.")] = Path(
+        "shards"
+    ),
+    shard: Annotated[str, typer.Option(help="Encode only part i of n, as i/n (array jobs).")] = "0/1",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: one per core.")] = 0,
+    split: Annotated[
+        str | None, typer.Option(help="Document boundary in .txt files: file, line or blank line.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(help="Text field of jsonl, csv and parquet rows.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No summary on stderr.")] = False,
 ) -> None:
-    """Encode a corpus into memory-mapped shards for `llmctl pretrain`; prints their folder.
-
-    Run again after an interruption, it goes on where it stopped.
+    """Encode a corpus into memory-mapped shards for `llmctl pretrain` and print their folder.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""What the commands that train share: begin or go on, in this process or in several, and refuse what cannot be."""
+"""Shared by the training commands: options, starting and resuming runs, and launching several processes."""
 
 import inspect
 import os
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from llmctl.jobs.finish import Trained
     from llmctl.recipe import Resolved
 
-# How a host takes its place among others; `doctor` asks for them too.
+# Options of multi-process training, shared with `doctor`.
 Nproc = Annotated[int, typer.Option(help="Processes to start on this host.")]
-Nnodes = Annotated[int, typer.Option(help="Hosts that train together; start the command on each.")]
-NodeRank = Annotated[int, typer.Option(help="This host's number, from 0.")]
-Master = Annotated[str, typer.Option(help="HOST:PORT where the hosts meet: host 0.")]
+Nnodes = Annotated[int, typer.Option(help="Number of hosts; run the command on each.")]
+NodeRank = Annotated[int, typer.Option(help="Number of this host, from 0.")]
+Master = Annotated[str, typer.Option(help="HOST:PORT of host 0.")]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every training command can be told, as its command line has it."""
+    """Options of every training command."""
 
-    recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="A YAML recipe, `-` for standard input.")] = None
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="A folder, or X.safetensors for a single file.")] = (
-        None
-    )
+    recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="YAML recipe; `-`: standard input.")] = None
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Output folder, or X.safetensors for a single file.")
+    ] = None
     steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps.")] = None
-    minutes: Annotated[float | None, typer.Option(help="Budget in minutes.")] = None
+    minutes: Annotated[float | None, typer.Option(help="Budget in minutes of wall time.")] = None
     batch_size: Annotated[
         str | None,
         typer.Option(
-            "--batch-size", "--batch", help="Rows per step; `auto` keeps it and fits micro-batches to the memory."
+            "--batch-size", "--batch", help="Rows per step; `auto`: the default, in micro-batches that fit in memory."
         ),
     ] = None
     seq_len: Annotated[int | None, typer.Option(help="Tokens per row.")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and masks.")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed for weights, data order and masking.")] = None
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
     compile_: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None
@@ -52,31 +52,27 @@ class Options:
     nnodes: Nnodes = 1
     node_rank: NodeRank = 0
     master: Master = ""
-    max_restarts: Annotated[
-        int, typer.Option(help="Times to start again, from the last checkpoint, when a process dies.")
-    ] = 0
-    parallel: Annotated[str | None, typer.Option(help="ddp, or fsdp to share weights and optimizer state out.")] = None
+    max_restarts: Annotated[int, typer.Option(help="Restarts from the last checkpoint when a process dies.")] = 0
+    parallel: Annotated[str | None, typer.Option(help="ddp, or fsdp to shard weights and optimizer state.")] = None
     deterministic: Annotated[
-        bool | None, typer.Option("--deterministic", help="The same weights, bit for bit, on 1, 2 or 4 processes.")
+        bool | None, typer.Option("--deterministic", help="Bit-identical weights on 1, 2 or 4 processes.")
     ] = None
-    track: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio, wandb, ...: send figures there.")] = (
-        None
-    )
+    track: Annotated[list[str] | None, typer.Option(help="Log metrics to tensorboard, trackio, wandb, ...")] = None
     resume: Annotated[
         str | None,
-        typer.Option(help="Go on with a run: its folder or number, `latest`, or `auto`: the one in -o if it is begun."),
+        typer.Option(help="Run to resume: folder, number, `latest`, or `auto`: the run in -o if it exists."),
     ] = None
     allow_change: Annotated[
-        list[str] | None, typer.Option(help="With --resume: a key that may differ from the run's.")
+        list[str] | None, typer.Option(help="With --resume: key that may differ from the run's recipe.")
     ] = None
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and end.")] = False
-    force: Annotated[bool, typer.Option("-f", "--force", help="Replace what -o names.")] = False
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the figures.")] = False
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the resolved recipe and exit.")] = False
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the metrics.")] = False
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="A line per step.")] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line per step.")] = False
 
     def flags(self) -> dict[str, Any]:
-        """Return the settings that the options give."""
+        """Return the config keys that these options set."""
         return {
             "train.steps": self.steps,
             "train.minutes": self.minutes,
@@ -93,7 +89,7 @@ class Options:
         }
 
     def resolve(self, config_class: type, flags: Mapping[str, Any]) -> "Resolved[Any]":
-        """Return the config of recipe, environment and command line; `flags` are the command's own."""
+        """Resolve the config from recipe, environment and options; `flags` are the keys set by the command itself."""
         from llmctl.recipe import load
 
         refuse_shared_stdin(self.recipe, self.nproc * self.nnodes)
@@ -102,7 +98,7 @@ class Options:
 
 
 def with_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Let a command that takes `options` take each of them from its command line, beside its own parameters."""
+    """Replace the `options` parameter of a command by one command-line option per field of Options."""
     own = inspect.signature(command, eval_str=False)
     hints = get_type_hints(Options, include_extras=True)
     shared = [
@@ -111,9 +107,9 @@ def with_options(command: Callable[..., int]) -> Callable[..., int]:
     ]
 
     @wraps(command)
-    def run(**given: Any) -> int:
-        options = Options(**{item.name: given.pop(item.name) for item in fields(Options)})
-        return command(options=options, **given)
+    def run(**values: Any) -> int:
+        options = Options(**{item.name: values.pop(item.name) for item in fields(Options)})
+        return command(options=options, **values)
 
     kept = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -127,7 +123,7 @@ def with_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> "Resolved[Any]":
-    """Return the config with the model that is meant: the argument, the recipe's, or the one found without a name."""
+    """Return the config with the model resolved: the argument, the recipe's, or the default model."""
     from llmctl.recipe import Resolved
 
     name = model or resolved.config.model or None
@@ -145,7 +141,7 @@ def run_training(
     *,
     show_example: bool = False,
 ) -> int:
-    """Begin or go on with a run of `command`, here or in several processes, and print what came out."""
+    """Start or resume a run of `command`, in this process or in several, and print its result."""
     from llmctl.distributed.launch import Layout
     from llmctl.errors import GateError
     from llmctl.recipe import dump
@@ -169,22 +165,23 @@ def run_training(
             check(command, resolved.config)
         return start_others(layout, None if run else resolved.config, quiet=options.quiet)
     trained = train(command, resolved, run, options, show_example=show_example)
-    if trained is not None:  # the first of several processes speaks
+    if trained is not None:  # None in all processes but the first
         result_json(trained.summary) if options.json else result(str(trained.path))
         if trained.missed:
-            raise GateError(trained.missed, f"the model is there all the same: {trained.path}")
+            raise GateError(trained.missed, f"the model was still written: `{trained.path}`")
     return 0
 
 
 def train(
     command: str, resolved: "Resolved[Any]", run: str | None, options: Options, *, show_example: bool
 ) -> "Trained | None":
-    """Train in this process: begin a run, or go on with `run`."""
+    """Train in this process: start a new run, or resume `run`."""
     from llmctl.distributed.ranks import is_guest
     from llmctl.recipe import given_values
 
     quiet, verbose = options.quiet, options.verbose
-    note("loading torch", quiet=quiet or is_guest(os.environ))  # the first second and a half; say something at once
+    # Importing torch takes over a second: show progress first.
+    note("loading torch", quiet=quiet or is_guest(os.environ))
     from llmctl.jobs import runner
 
     line = shlex.join(["llmctl", command, *sys.argv[2:]])
@@ -211,7 +208,7 @@ def train(
 
 
 def start_others(layout: "Layout", config: Any, *, quiet: bool) -> int:
-    """Run this command in several processes; a batch that cannot be shared out is refused before."""
+    """Launch this command in several processes, after checking that the batch divides over them."""
     from llmctl.distributed.launch import relaunch
 
     if config is not None:
@@ -223,7 +220,7 @@ def start_others(layout: "Layout", config: Any, *, quiet: bool) -> int:
 
 
 def is_over(run: str, *, quiet: bool) -> bool:
-    """Tell whether a run has ended with a model, and print it if so."""
+    """Return whether a run is finished, and print its path if so."""
     from llmctl.distributed.ranks import is_guest
     from llmctl.runs.folder import is_finished
 
@@ -236,7 +233,7 @@ def is_over(run: str, *, quiet: bool) -> bool:
 
 
 def begun_run(resume: str | None, out: Path | None) -> str | None:
-    """Return the run that `--resume` means; `auto` is the one in `-o` if it was begun, so that one command line does.
+    """Return the run to resume; `auto`: the run in `-o` if it exists, so that one command line starts and resumes.
 
     Raises: UsageError for `auto` without a folder.
     """
@@ -245,26 +242,26 @@ def begun_run(resume: str | None, out: Path | None) -> str | None:
     if resume != "auto":
         return resume
     if out is None or out.suffix == ".safetensors":
-        raise UsageError("`--resume auto` needs the run's folder", "name it with -o FOLDER")
+        raise UsageError("`--resume auto` needs the run folder", "name it with `-o FOLDER`")
     return str(out) if (out / "recipe.yaml").is_file() else None
 
 
 def refuse_shared_stdin(recipe: str | None, n_processes: int) -> None:
-    """Keep processes from sharing one standard input, of which the first reader leaves the others nothing.
+    """Refuse a recipe on standard input with several processes: only the first would read it.
 
-    Raises: UsageError for `-r -` beside several processes.
+    Raises: UsageError for `-r -` with several processes.
     """
     from llmctl.distributed.ranks import LAUNCHED, read_ranks
     from llmctl.errors import UsageError
 
     if recipe == "-" and (n_processes > 1 or LAUNCHED in os.environ or read_ranks(os.environ).world_size > 1):
-        raise UsageError("`-r -` is read once, but several processes need the recipe", "write it to a file: -r FILE")
+        raise UsageError("`-r -` can be read only once, but several processes need the recipe", "use `-r FILE`")
 
 
 def refuse_existing(out: Path | None, *, force: bool) -> None:
-    """Keep a run from writing over what is there.
+    """Refuse to overwrite an existing output without `force`.
 
-    Under our launcher that has looked already, and a restart finds its own run.
+    Skipped under the launcher, which has already checked: after a restart the output is the run itself.
     """
     from llmctl.distributed.ranks import LAUNCHED
     from llmctl.errors import OutputError
@@ -272,4 +269,4 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
     if out is None or force or LAUNCHED in os.environ:
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise OutputError(f"`{out}` exists already", "-f replaces it, -o names another place")
+        raise OutputError(f"`{out}` already exists", "`-f` replaces it, `-o` writes elsewhere")

@@ -1,4 +1,4 @@
-"""`llmctl use`: remember the model that commands take when none is named and no run is near."""
+"""`llmctl use`: store the default model, used when no model is named and none is found nearby."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +12,9 @@ app = command_app()
 
 @app.command()
 def use(
-    model: Annotated[
-        str | None, typer.Argument(help="A model folder or file, or a run. None shows the choice.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="Model folder, file or run; omit it to show the default.")] = None,
 ) -> None:
-    """Choose the default model, from any directory; without a model, show the choice.
+    """Set the default model for all directories, or show it if no model is given.
 
     Examples:
 
@@ -28,15 +26,15 @@ def use(
     from llmctl.errors import NotFoundError
     from llmctl.files import write_text
 
-    place = default_file()
+    file = default_file()
     if model is None:
-        if not place.is_file():
-            raise NotFoundError("no default model is set", "llmctl use runs/latest sets one")
-        result(place.read_text(encoding="utf-8").strip())
+        if not file.is_file():
+            raise NotFoundError("no default model is set", "`llmctl use runs/latest` sets it")
+        result(file.read_text(encoding="utf-8").strip())
         return
     path = Path(find_named(model, "any")).resolve()
     from llmctl.artifacts.with_adapters import read_model
 
     read_model(path)
-    write_text(place, f"{path}\n")
+    write_text(file, f"{path}\n")
     result(str(path))

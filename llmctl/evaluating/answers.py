@@ -11,7 +11,7 @@ from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
 from llmctl.inference.encoding import encode_prompt, longest_row, require_tokenizer
 from llmctl.inference.generate import Prompt, generate
-from llmctl.inference.likelihood import Known, likelihoods
+from llmctl.inference.likelihood import ScoredRow, likelihoods
 from llmctl.metrics import scores
 from llmctl.metrics.scores import References
 
@@ -96,7 +96,7 @@ def _target_loss(
     tokenizer, limit = require_tokenizer(loaded), loaded.model.config.max_positions
     targets = [ids[: limit - 1] for ids in tokenizer.encode_batch([others[0] for others in wanted])]
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    rows = [Known([*ids, *end], 0, prompt.ids) for ids, prompt in zip(targets, prompts, strict=True)]
+    rows = [ScoredRow([*ids, *end], 0, prompt.ids) for ids, prompt in zip(targets, prompts, strict=True)]
     found = likelihoods(loaded, [row for row in rows if row.ids], config.batch_size)
     loss = sum(one.nats for one in found) / max(sum(one.count for one in found), 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

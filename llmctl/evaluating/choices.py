@@ -13,7 +13,7 @@ from llmctl.data.templates import fill_template, template_for
 from llmctl.evaluating.answers import chosen_template
 from llmctl.evaluating.result import Measured
 from llmctl.inference.encoding import encode_prompt, longest_row, require_tokenizer
-from llmctl.inference.likelihood import Known, Likelihood, likelihoods, split_ids
+from llmctl.inference.likelihood import Likelihood, ScoredRow, likelihoods, split_ids
 from llmctl.metrics import scores
 
 
@@ -98,13 +98,13 @@ def continuations(loaded: Loaded, asked: Sequence[tuple[str, str]], config: Eval
     return Continued(likelihoods(loaded, rows, config.batch_size), [was_cut for _, was_cut in made], n_tokens)
 
 
-def _row(loaded: Loaded, context: str, text: str, limit: int) -> tuple[Known, bool]:
+def _row(loaded: Loaded, context: str, text: str, limit: int) -> tuple[ScoredRow, bool]:
     tokenizer = require_tokenizer(loaded)
     if loaded.model.config.family == "encoder_decoder":
         source, target = encode_prompt(loaded, context), tokenizer.encode(text)
         was_cut = len(source) > limit or len(target) > limit
         kept = source if len(source) <= limit else [*source[: limit - 1], source[-1]]
-        return Known(target[:limit], 0, kept), was_cut
+        return ScoredRow(target[:limit], 0, kept), was_cut
     before, after = split_ids(tokenizer, context, _spaced(context, text))
     head = [tokenizer.bos_id] if loaded.begins_with_bos and tokenizer.bos_id is not None else []
     before = head + before
@@ -115,7 +115,7 @@ def _row(loaded: Loaded, context: str, text: str, limit: int) -> tuple[Known, bo
     # One more than the context fits: of the last token only the label is needed.
     excess = max(len(ids) - limit - 1, 0)
     first = max(len(before) - excess, 1)
-    return Known(ids[excess:], first), excess > 0
+    return ScoredRow(ids[excess:], first), excess > 0
 
 
 def _spaced(context: str, text: str) -> str:

@@ -12,7 +12,7 @@ from llmctl.data.masking import IGNORE, Masking, mask_tokens
 from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
 from llmctl.inference.encoding import longest_row, require_tokenizer
-from llmctl.inference.likelihood import Known, likelihoods, token_losses
+from llmctl.inference.likelihood import ScoredRow, likelihoods, token_losses
 from llmctl.inference.rows import by_length, device_of, padded
 from llmctl.metrics.figures import Sums
 
@@ -46,12 +46,12 @@ def evaluate_text(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) 
     return Measured(_counted(total, "the data holds no text that can be predicted"), n_rows, n_tokens)
 
 
-def _windows(loaded: Loaded, texts: Iterable[str], width: int, stride: int) -> Iterator[Known]:
+def _windows(loaded: Loaded, texts: Iterable[str], width: int, stride: int) -> Iterator[ScoredRow]:
     tokenizer = require_tokenizer(loaded)
     for text in texts:
         ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
         for begin, first, end in windows(len(ids), width, stride):
-            yield Known(ids[begin:end], first - begin)
+            yield ScoredRow(ids[begin:end], first - begin)
 
 
 def windows(n_tokens: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:

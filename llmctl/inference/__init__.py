@@ -1,1 +1,1 @@
-"""Models in use: generate, chat, fill, classify."""
+"""Inference: generate, chat, fill and classify."""

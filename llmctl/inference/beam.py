@@ -1,7 +1,7 @@
-"""Beam search: the likeliest continuations kept side by side, batched over prompts.
+"""Beam search, batched over prompts.
 
-Source: as in the Hugging Face library (early_stopping=False): a finished beam's score is its log-probability divided
-by length ** length_penalty (Wu et al. 2016, arXiv:1609.08144, section 7, simplified), the end token counted.
+Source: transformers with early_stopping=False: the score of a finished beam is its log-probability divided by
+length ** length_penalty, end token included (Wu et al. 2016, arXiv:1609.08144, section 7, simplified).
 """
 
 from dataclasses import dataclass, field
@@ -21,27 +21,27 @@ class Hypotheses:
     finished: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def add(self, score: float, ids: list[int]) -> None:
-        """Keep a finished beam if it is among the best."""
+        """Add a finished beam and keep the best `size`."""
         self.finished.append((score, ids))
         self.finished.sort(key=lambda entry: -entry[0])
         del self.finished[self.size :]
 
     def is_done(self, best_running: float) -> bool:
-        """Tell whether no running beam can still get in."""
+        """Return whether no running beam can still enter the best."""
         return len(self.finished) == self.size and self.finished[-1][0] >= best_running
 
 
 def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: set[int]) -> list[list[int]]:
-    """Return the best continuation of every prompt, its end token included if it has one.
+    """Return the best continuation of each prompt, with its end token if it has one.
 
-    Raises: ArtifactError when the logits are not numbers.
+    Raises: ArtifactError if the logits are not finite.
     """
     K = config.beams
     limits = [min(session.n_new, session.limit(prompt)) for prompt in session.prompts]
-    found = [Hypotheses(K) for _ in range(n_prompts)]
+    finished = [Hypotheses(K) for _ in range(n_prompts)]
     beams: list[list[list[int]]] = [[[] for _ in range(K)] for _ in range(n_prompts)]
     logits_RV = session.begin()
-    # At first all beams of a prompt are equal: only one of them may branch.
+    # All beams of a prompt start equal, so only the first may branch: otherwise the K best would be K duplicates.
     scores_PK = torch.full((n_prompts, K), float("-inf"), dtype=torch.float64)
     scores_PK[:, 0] = 0.0
     active = list(range(n_prompts))
@@ -49,15 +49,16 @@ def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: 
         log_probabilities = logits_RV.float().log_softmax(dim=1).double().cpu()
         V = log_probabilities.shape[1]
         totals = (scores_PK.reshape(-1, 1) + log_probabilities).reshape(len(active), K * V)
-        best, places = totals.topk(min(2 * K, K * V), dim=1)
+        # 2K candidates: up to K of them may be end tokens, and K must remain to continue.
+        best, indices = totals.topk(min(2 * K, K * V), dim=1)
         require_finite(best[:, 0])
-        rows, tokens, new_scores, staying = [], [], [], []
+        rows, tokens, new_scores, running = [], [], [], []
         for position, prompt in enumerate(active):
             kept = branch(
-                found[prompt],
+                finished[prompt],
                 beams[prompt],
                 best[position].tolist(),
-                places[position].tolist(),
+                indices[position].tolist(),
                 V,
                 config,
                 ends,
@@ -65,44 +66,45 @@ def beam_search(session: Session, n_prompts: int, config: GenerateConfig, ends: 
             )
             beams[prompt] = [ids for _, _, ids in kept]
             is_full = length == limits[prompt]
-            if found[prompt].is_done(kept[0][0] / length**config.length_penalty) or is_full:
+            if finished[prompt].is_done(kept[0][0] / length**config.length_penalty) or is_full:
                 for score, _, ids in kept if is_full else []:
-                    found[prompt].add(score / length**config.length_penalty, ids)
+                    finished[prompt].add(score / length**config.length_penalty, ids)
                 continue
-            staying.append(prompt)
+            running.append(prompt)
             rows += [position * K + source for _, source, _ in kept]
             tokens += [ids[-1] for _, _, ids in kept]
             new_scores.append([score for score, _, _ in kept])
-        active = staying
+        active = running
         if not active:
             break
         if rows != list(range(len(logits_RV))):
             session.select(torch.tensor(rows, device=logits_RV.device))
         logits_RV = session.step(torch.tensor(tokens, device=logits_RV.device))
         scores_PK = torch.tensor(new_scores, dtype=torch.float64)
-    return [hypotheses.finished[0][1] for hypotheses in found]
+    return [hypotheses.finished[0][1] for hypotheses in finished]
 
 
 def branch(
-    found: Hypotheses,
+    hypotheses: Hypotheses,
     beams: list[list[int]],
     best: list[float],
-    places: list[int],
+    indices: list[int],
     n_vocabulary: int,
     config: GenerateConfig,
     ends: set[int],
     length: int,
 ) -> list[tuple[float, int, list[int]]]:
-    """Sort a prompt's candidates, best first, into finished beams and the K that go on: (score, beam, ids)."""
+    """Split the candidates of a prompt, best first, into finished beams and K running ones: (score, beam, ids)."""
     kept: list[tuple[float, int, list[int]]] = []
-    for rank, (score, place) in enumerate(zip(best, places, strict=True)):
-        source, token = divmod(place, n_vocabulary)
+    for rank, (score, index) in enumerate(zip(best, indices, strict=True)):
+        source, token = divmod(index, n_vocabulary)
         ids = [*beams[source], token]
         if token in ends:
+            # An end token outside the K best would not have been a beam, so it does not finish one.
             if rank < config.beams:
-                found.add(score / length**config.length_penalty, ids)
+                hypotheses.add(score / length**config.length_penalty, ids)
         elif len(kept) < config.beams:
             kept.append((score, source, ids))
-    while len(kept) < config.beams:  # a vocabulary smaller than the beam
+    while len(kept) < config.beams:  # the vocabulary is smaller than the beam width
         kept.append((float("-inf"), 0, [*beams[0], 0]))
     return kept

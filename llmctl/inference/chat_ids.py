@@ -1,8 +1,8 @@
-"""Conversations as token ids: what a chat model sees at inference, and which ids it is trained to say.
+"""Token ids of conversations: prompts for inference, and full conversations with the ids that are trained.
 
-Each part of a rendered conversation is encoded on its own, so that the ids before an answer are those that `generate`
-and `chat` feed. They are transformers' ids for the same template, but where an answer begins with white space that
-a tokenizer would join to the template's own.
+Each part of a rendered conversation is encoded separately, so that training sees the same ids before an answer as
+`generate` and `chat` do. They equal those of transformers for the same template, except where an answer begins with
+white space that the tokenizer would merge with the template's own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from llmctl.data.conversations import Message
 from llmctl.errors import UsageError
-from llmctl.inference.chat_template import ChatTemplate, unbroken
+from llmctl.inference.chat_template import ChatTemplate, unescaped
 from llmctl.tokenizer.base import SpecialToken
 
 
 class Encoded(NamedTuple):
-    """A conversation's ids, and which of them are the assistant's own words and their end."""
+    """Ids of a conversation, and which of them are trained: the assistant's text and its end-of-turn token."""
 
     ids: list[int]
     is_trained: list[bool]
@@ -24,21 +24,24 @@ class Encoded(NamedTuple):
 def encode_conversation(
     template: ChatTemplate, messages: Sequence[Message], *, last_only: bool = False, where: str = ""
 ) -> Encoded:
-    """Return a conversation's ids, and which of them are trained: every answer with the token that ends its turn.
+    """Encode a conversation and mark the trained ids: every answer with its end-of-turn token.
 
-    What is said after the last answer is left out. `where` begins every error's message.
+    Messages after the last answer are dropped. `where` is the prefix of error messages.
 
-    Raises: UsageError for a conversation that the template does not take, or whose answers cannot be told from it.
+    Raises: UsageError for a conversation that the template rejects, or whose answers cannot be located.
     """
-    places = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     try:
-        if not places:
-            raise UsageError("the conversation has no message of the assistant")
-        parts = template.answer_parts(template.broken(messages[: places[-1] + 1]), last_only=last_only)
+        if not answers:
+            roles = ", ".join(sorted({message.role for message in messages})) or "none"
+            raise UsageError(
+                f"the conversation has no assistant message (roles: {roles})", "add a message with the role `assistant`"
+            )
+        parts = template.answer_parts(template.escaped(messages[: answers[-1] + 1]), last_only=last_only)
         if not template.shape[1]:
             raise UsageError(
-                "the chat template ends an answer with no special token of the tokenizer, so no model can learn to stop",
-                "end an answer with {{ eos_token }} in the template",
+                "the chat template does not end answers with a special token, so a model cannot learn to stop",
+                "end each answer with {{ eos_token }} in the template",
             )
     except UsageError as error:
         raise UsageError(f"{where}: {error}" if where else str(error), error.hint) from error
@@ -48,18 +51,18 @@ def encode_conversation(
 
 
 def encode_prompt_chat(template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant is to speak.
+    """Return the ids of a conversation up to the start of the next answer.
 
-    Raises: UsageError for a conversation that the template does not take.
+    Raises: UsageError for a conversation that the template rejects.
     """
-    parts = template.prompt_parts(template.broken(messages))
+    parts = template.prompt_parts(template.escaped(messages))
     return [index for ids in encode_parts(template, [part.text for part in parts]) for index in ids]
 
 
 def encode_parts(template: ChatTemplate, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Yield the ids of texts that follow each other; special tokens in them become theirs, marks are taken out."""
+    """Yield the ids of consecutive texts; special tokens get their ids, escape marks are removed."""
     tokenizer = template.tokenizer
-    last: SpecialToken | None = None  # what stands right before
+    last: SpecialToken | None = None  # the special token right before, if any
     is_first = True
     for text in texts:
         ids: list[int] = []
@@ -67,7 +70,7 @@ def encode_parts(template: ChatTemplate, texts: Sequence[str]) -> Iterator[list[
             if isinstance(piece, SpecialToken):
                 ids.append(piece.token_id)
                 last, is_first = piece, False
-            elif literal := unbroken(piece.lstrip() if last and last.strips_right else piece):
+            elif literal := unescaped(piece.lstrip() if last and last.strips_right else piece):
                 ids += (
                     tokenizer.encode(literal) if is_first else tokenizer.encode_next(literal, after_special=bool(last))
                 )
@@ -76,19 +79,19 @@ def encode_parts(template: ChatTemplate, texts: Sequence[str]) -> Iterator[list[
 
 
 def split(template: ChatTemplate, text: str) -> Iterator[str | SpecialToken]:
-    """Yield literal texts and special tokens in turn."""
-    place = 0
-    for found in template.special_pattern.finditer(text):
-        token = template.specials[found[0]]
-        literal = text[place : found.start()]
+    """Yield literal text and special tokens alternately."""
+    start = 0
+    for match in template.special_pattern.finditer(text):
+        token = template.specials[match[0]]
+        literal = text[start : match.start()]
         yield literal.rstrip() if token.strips_left else literal
         yield token
-        place = found.end()
-    yield text[place:]
+        start = match.end()
+    yield text[start:]
 
 
 def end_of_turn_ids(template: ChatTemplate) -> set[int]:
-    """Return the ids that end an answer: the tokenizer's end of text, and what the template ends a turn with."""
+    """Return the ids that end an answer: the end-of-text token and the end-of-turn token of the template."""
     end = template.shape[1]
     ids = {template.tokenizer.eos_id, template.specials[end].token_id if end else None}
     return {index for index in ids if index is not None}

@@ -1,4 +1,4 @@
-"""Labels and numbers that a classification head gives to texts."""
+"""Classify texts with a classification head: labels with probabilities, or numbers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from llmctl.inference.rows import row_outputs
 from llmctl.inference.sampling import require_finite
 
 THRESHOLD = 0.5
-"""Probability above which one of several labels is given."""
+"""Probability above which a label is chosen if a text can have several."""
 
 
 @dataclass(frozen=True)
 class Classified:
-    """What a head says of a text: its labels with their probabilities, the likeliest first, or a number.
+    """The result for one text: labels with probabilities, most likely first, or the values of a regression.
 
-    chosen: the likeliest label, or those above a half where several can be; of numbers none.
+    chosen: the most likely label, or all above THRESHOLD for multi-label models; empty for regression.
     """
 
     texts: tuple[str, ...]
@@ -27,7 +27,7 @@ class Classified:
 
 
 def classify(loaded: Loaded, texts: Sequence[tuple[str, ...]], *, batch_size: int = 32) -> list[Classified]:
-    """Classify texts, or pairs of them; a result does not depend on what else is in its batch."""
+    """Classify texts or pairs of texts; a result does not depend on the rest of its batch."""
     config = loaded.model.config
     rows = encode_rows(loaded, texts, longest_row(loaded))
     outputs_NL = row_outputs(loaded, rows, batch_size)

@@ -1,4 +1,4 @@
-"""Texts to rows of token ids: what stands before and after them, and where they are cut."""
+"""Encode texts as model inputs: special tokens around them, and truncation to the context."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -10,9 +10,9 @@ from llmctl.tokenizer.base import Tokenizer
 
 
 def encode_around(tokenizer: Tokenizer, text: str, specials: Mapping[str, int]) -> list[int]:
-    """Return a text's ids with the given words as their special tokens; all else is literal.
+    """Encode a text, replacing the words in `specials` by their token ids; everything else is literal.
 
-    The space before such a word belongs to what the word stands for, where tokens carry their space.
+    The space before such a word is dropped if the vocabulary has tokens with a leading space: the replacement has it.
     """
     parts = split_at(specials, text)
     carried = len(parts) > 1 and carries_spaces(tokenizer)
@@ -26,38 +26,38 @@ def encode_around(tokenizer: Tokenizer, text: str, specials: Mapping[str, int]) 
 
 
 def split_at(words: Collection[str], text: str) -> list[str]:
-    """Return what stands before, between and after the given words, and at the odd places the words themselves."""
+    """Split a text at the given words; the words themselves are at the odd indices of the result."""
     pattern = "|".join(re.escape(word) for word in words)
     return re.split(f"({pattern})", text) if words else [text]
 
 
 def carries_spaces(tokenizer: Tokenizer) -> bool:
-    """Tell whether there are tokens such as ` word`; a vocabulary of single characters has none."""
+    """Return whether the vocabulary has tokens with a leading space; one of single characters has none."""
     pieces = (tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size))
     return any(data[:1] == b" " and data.strip() for data in pieces)
 
 
 def encode_prompt(loaded: Loaded, text: str) -> list[int]:
-    """Return a prompt's ids as the model was trained to see the beginning of a text, or a whole source.
+    """Encode a prompt as in training: the beginning of a text, or a whole source (encoder-decoder).
 
-    In a source `<extra_id_0>`, `<extra_id_1>`, ... are the gaps to fill of a model trained on spans.
+    In a source `<extra_id_0>`, `<extra_id_1>`, ... are the sentinels of span corruption.
     Raises: UsageError for a model without a tokenizer.
     """
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "--ids takes and gives token ids")
+        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "`--ids` reads and prints token ids")
     if loaded.model.config.family == "encoder_decoder":
         sentinels = {f"<extra_id_{n}>": index for n, index in enumerate(tokenizer.sentinel_ids())}
         return [*encode_around(tokenizer, text, sentinels), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
     ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
-    if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs something to go on from
+    if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs one token to continue from
         return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     return ids
 
 
 @dataclass(frozen=True)
 class Row:
-    """The ids of a text or a pair of texts, which part each belongs to (0 or 1), and how many ids were cut off."""
+    """The ids of a text or a pair, the token types (0 or 1), and the number of truncated ids."""
 
     ids: list[int]
     types: list[int] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Row:
 def require_tokenizer(loaded: Loaded) -> Tokenizer:
     """Return the tokenizer of a model.
 
-    Raises: UsageError when it has none.
+    Raises: UsageError if it has none.
     """
     if loaded.tokenizer is None:
         raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "import the model with its tokenizer files")
@@ -75,22 +75,25 @@ def require_tokenizer(loaded: Loaded) -> Tokenizer:
 
 
 def longest_row(loaded: Loaded, seq_len: int = 0) -> int:
-    """Return how many tokens a row may have: the model's context, or less where that is asked for.
+    """Return the maximum tokens per row: `seq_len` if given, else the model's context.
 
     Raises: UsageError for more than the context.
     """
     limit = loaded.model.config.max_positions
     if seq_len > limit:
-        raise UsageError(f"--seq-len {seq_len} is more than the context of `{loaded.artifact.path}`, {limit} tokens")
+        raise UsageError(
+            f"`--seq-len {seq_len}` exceeds the context of `{loaded.artifact.path}`, {limit} tokens",
+            f"use `--seq-len {limit}` or less",
+        )
     return seq_len or limit
 
 
 def encode_rows(loaded: Loaded, texts: Sequence[tuple[str, ...]], limit: int) -> list[Row]:
-    """Return the rows of texts, or of pairs of them, for a model that reads them whole.
+    """Encode texts or pairs of texts for classification and pooling.
 
-    An encoder reads `<bos> a <eos> b <eos>` (BERT's [CLS] a [SEP] b [SEP]), an encoder-decoder `a <eos> b <eos>`, a
-    decoder `<bos> a`, with a new line between two texts. What is too long is cut at the end, of a pair the longer
-    text first.
+    An encoder gets `<bos> a <eos> b <eos>` (BERT's [CLS] a [SEP] b [SEP]), an encoder-decoder `a <eos> b <eos>`, a
+    decoder `<bos> a`, with a newline between two texts. Long texts are truncated at the end, the longer of a pair
+    first.
     """
     tokenizer, family = require_tokenizer(loaded), loaded.model.config.family
     if family == "decoder":
@@ -102,7 +105,7 @@ def encode_rows(loaded: Loaded, texts: Sequence[tuple[str, ...]], limit: int) ->
     for parts in texts:
         rows.append(_joined(flat[at : at + len(parts)], bos, eos, limit))
         at += len(parts)
-    return [row if row.ids else Row([_something(tokenizer)], [0]) for row in rows]
+    return [row if row.ids else Row([_empty_token(tokenizer)], [0]) for row in rows]
 
 
 def _joined(parts: Sequence[list[int]], bos: int | None, eos: int | None, limit: int) -> Row:
@@ -118,9 +121,9 @@ def _joined(parts: Sequence[list[int]], bos: int | None, eos: int | None, limit:
 
 
 def cut_longest(lengths: Sequence[int], room: int) -> list[int]:
-    """Return the lengths after the longest are cut, one at a time, until all fit into `room`.
+    """Return the lengths after truncating the longest, token by token, until all fit into `room`.
 
-    What transformers calls `longest_first`; the later of two that are as long is cut first.
+    The `longest_first` strategy of transformers; of two equal lengths the later is cut first.
     """
     kept = list(lengths)
     excess = sum(kept) - room
@@ -134,6 +137,6 @@ def cut_longest(lengths: Sequence[int], room: int) -> list[int]:
     return kept
 
 
-def _something(tokenizer: Tokenizer) -> int:
-    """Return a token for an empty text to be read at all."""
+def _empty_token(tokenizer: Tokenizer) -> int:
+    """Return a token that stands for an empty text: a row needs at least one."""
     return next((index for index in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if index is not None), 0)

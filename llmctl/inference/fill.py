@@ -1,4 +1,4 @@
-"""Fill the masks of a text with an encoder: the likeliest tokens for every mask, seen with all the others masked."""
+"""Predict masked tokens with an encoder: the most likely tokens for each mask, all other masks still in place."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MASK_WORDS = ("<mask>", "[MASK]")
 
 @dataclass(frozen=True)
 class Filled:
-    """One text filled in: per mask the best (token text, probability), and the text with the best ones put in."""
+    """One filled text: per mask the top (token text, probability) pairs, and the text with the top tokens inserted."""
 
     text: str
     filled: str
@@ -24,43 +24,43 @@ class Filled:
 
 
 def mask_words(tokenizer: Tokenizer) -> set[str]:
-    """Return the spellings of a mask: `<mask>`, `[MASK]`, and the tokenizer's own."""
+    """Return the accepted spellings of a mask: `<mask>`, `[MASK]`, and the tokenizer's own."""
     own = tokenizer.piece(tokenizer.mask_id) if tokenizer.mask_id is not None else ""
     return {*MASK_WORDS, own} - {""}
 
 
 def encode_masked(loaded: Loaded, text: str, number: int = 1) -> tuple[list[int], list[int]]:
-    """Return a text's ids and the places of its masks; errors call it by its number.
+    """Encode a text and return its ids and mask positions; `number` identifies it in errors.
 
     Raises: UsageError for a model without tokenizer or mask, a text without a mask, or one longer than the context.
     """
     tokenizer, limit = loaded.tokenizer, loaded.model.config.max_positions
     if tokenizer is None or tokenizer.mask_id is None:
         raise UsageError(
-            f"`{loaded.artifact.path}` has no mask token", "llmctl pretrain --objective mlm makes a model that has"
+            f"`{loaded.artifact.path}` has no mask token", "`llmctl pretrain --objective mlm` trains a model with one"
         )
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids += encode_around(tokenizer, text, dict.fromkeys(mask_words(tokenizer), tokenizer.mask_id))
     ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    # Only a mask is encoded as one: tokenizers take text literally.
-    places = [place for place, index in enumerate(ids) if index == tokenizer.mask_id]
-    if not places:
+    # Every mask id is one of our masks: tokenizers never encode text as a mask.
+    positions = [position for position, index in enumerate(ids) if index == tokenizer.mask_id]
+    if not positions:
         raise UsageError(
-            f"text {number}, `{text[:80]}`, has no mask to fill", 'write one: llmctl fill "a <mask> of strings"'
+            f"text {number}, `{text[:80]}`, has no mask to fill", 'add one: `llmctl fill "a <mask> of strings"`'
         )
     if len(ids) > limit:
-        raise UsageError(f"text {number} has {len(ids)} tokens, the model's context is {limit}", "shorten it")
-    return ids, places
+        raise UsageError(f"text {number} has {len(ids)} tokens, the model's context is {limit}", "shorten the text")
+    return ids, positions
 
 
 @torch.inference_mode()
 def fill(loaded: Loaded, texts: Sequence[str], *, top_k: int = 5, first: int = 1) -> list[Filled]:
-    """Fill every text; together they are one batch, padding never changes a result. `first` numbers them in errors.
+    """Fill texts as one batch; padding does not change a result. `first` is the number of the first text in errors.
 
     Raises: UsageError as `encode_masked`.
     """
     if top_k < 1:
-        raise UsageError(f"--top-k is {top_k}, it must be at least 1")
+        raise UsageError(f"`--top-k` is {top_k}, it must be at least 1", "use `--top-k 5`")
     tokenizer = loaded.tokenizer
     encoded = [encode_masked(loaded, text, number) for number, text in enumerate(texts, first)]
     assert tokenizer is not None
@@ -74,12 +74,12 @@ def fill(loaded: Loaded, texts: Sequence[str], *, top_k: int = 5, first: int = 1
     device = model.device
     is_padded = bool((documents_BT == 0).any())
     hidden = model.hidden(ids_BT.to(device), documents_BT=documents_BT.to(device) if is_padded else None)
-    # What stands for no text (padding, begin and end, masks) is no answer.
+    # Tokens without text (padding, begin, end, mask) are not candidates.
     is_text = torch.from_numpy(tokenizer.token_bytes() > 0)
     results = []
-    for row, (text, (_, places)) in enumerate(zip(texts, encoded, strict=True)):
-        # Ids beyond the tokenizer's only pad the vocabulary.
-        logits_MV = model.head(hidden[row, places]).float().cpu()[:, : len(is_text)]
+    for row, (text, (_, positions)) in enumerate(zip(texts, encoded, strict=True)):
+        # Ids beyond the tokenizer's vocabulary are padding of the embedding table.
+        logits_MV = model.head(hidden[row, positions]).float().cpu()[:, : len(is_text)]
         require_finite(logits_MV.amax(dim=1))
         probabilities_MV = logits_MV.softmax(dim=1).masked_fill(~is_text, -1.0)
         best = probabilities_MV.topk(min(top_k, int(is_text.sum())), dim=1)
@@ -95,7 +95,7 @@ def fill(loaded: Loaded, texts: Sequence[str], *, top_k: int = 5, first: int = 1
 
 
 def put_in(tokenizer: Tokenizer, text: str, words: Sequence[str]) -> str:
-    """Return the text with the masks replaced; a word brings its own space or takes the one before the mask."""
+    """Return the text with masks replaced; a token with a leading space replaces the space before its mask."""
     parts = split_at(mask_words(tokenizer), text)
     carried = carries_spaces(tokenizer)
     out = parts[0]

@@ -1,7 +1,8 @@
-"""Text out of decoders and encoder-decoders: batched, cached, streamed; sampling or beam search.
+"""Generate text with decoders and encoder-decoders: batched, cached and streamed, by sampling or beam search.
 
-A prompt's result does not depend on what else is in its batch: rows are padded on the left and masked, and every
-prompt draws from its own random numbers, seeded by (seed, number of the prompt). What prompts begin with alike is read once.
+The result of a prompt does not depend on the rest of its batch: rows are padded on the left and masked, and every
+prompt has its own random generator, seeded by (seed, prompt number). A prefix shared by all prompts of a batch is
+computed once.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,7 +21,7 @@ from llmctl.inference.session import Session
 from llmctl.inference.text_stream import TextStream
 
 WINDOW_BATCHES = 8
-"""Batches of prompts that are sorted by length together; results come out in the order of the prompts."""
+"""Batches whose prompts are sorted by length together to reduce padding; results keep the order of the prompts."""
 
 OnText = Callable[[int, str], None]
 
@@ -36,9 +37,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed a prompt: new ids (the end token left out), their text, and why it ended.
+    """The completion of a prompt: new ids without the end token, their text, and why generation ended.
 
-    finish: `eos`, `stop` (a stop string), `length` (max_tokens), or `context` (the model's longest sequence).
+    finish: `eos`, `stop` (a stop string), `length` (max_tokens), or `context` (the model's context is full).
     """
 
     index: int
@@ -49,25 +50,29 @@ class Completion:
 
 
 def end_ids(loaded: Loaded) -> set[int]:
-    """Return the ids that end a text: the config's, and those of `generation_config.json`."""
+    """Return the ids that end generation, from the config and `generation_config.json`."""
     more = loaded.json_file("generation_config.json").get("eos_token_id")
     ids = [loaded.model.config.eos_id, *(more if isinstance(more, list) else [more])]
     return {index for index in ids if isinstance(index, int) and index >= 0}
 
 
 def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig) -> None:
-    """Refuse settings and prompts that cannot work, before anything runs.
+    """Refuse invalid settings and prompts before anything runs.
 
     Raises: UsageError naming the prompt, its length and the limit.
     """
     sampling.check(config)
     if config.stop and loaded.tokenizer is None:
-        raise UsageError(f"`{loaded.artifact.path}` has no tokenizer, so that no --stop can be seen in its ids")
+        raise UsageError(
+            f"`{loaded.artifact.path}` has no tokenizer, which `--stop {config.stop[0]}` needs", "omit `--stop`"
+        )
     limit, n_vocabulary = loaded.model.config.max_positions, loaded.model.config.vocab_size
     is_decoder = loaded.model.config.family == "decoder"
     for prompt in prompts:
         if not prompt.ids:
-            raise UsageError(f"prompt {prompt.index + 1} is empty, and the model has no token to begin with")
+            raise UsageError(
+                f"prompt {prompt.index + 1} is empty, and the model has no beginning-of-text token", "give it some text"
+            )
         if len(prompt.ids) > limit - int(is_decoder):
             raise UsageError(
                 f"prompt {prompt.index + 1} has {len(prompt.ids)} tokens, the model's context is {limit}",
@@ -76,7 +81,8 @@ def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateCon
         wrong = [index for index in prompt.ids if not 0 <= index < n_vocabulary]
         if wrong:
             raise UsageError(
-                f"prompt {prompt.index + 1} has the token id {wrong[0]}, the vocabulary ends at {n_vocabulary - 1}"
+                f"prompt {prompt.index + 1} has the token id {wrong[0]}, outside the vocabulary",
+                f"ids are 0 to {n_vocabulary - 1}",
             )
 
 
@@ -89,10 +95,11 @@ def generate(
     ends: Collection[int] = (),
     prefix: Prefix | None = None,
 ) -> Iterator[Completion]:
-    """Yield the completions of prompts in their order; `on_text` gets (index, new text) as it comes.
+    """Yield the completions of prompts in order; `on_text` gets (index, new text) while they are generated.
 
-    `ends` are ids that end a text beside the model's own, such as what ends a turn of a conversation. A `prefix` carries a
-    beginning over from one call to the next, while the model's weights stay as they are; without one it ends with the call.
+    ends: ids that end generation in addition to the model's own, such as the end-of-turn token of a chat template.
+    prefix: cached keys and values to reuse across calls, valid while the weights do not change; by default they are
+    reused only within the call.
 
     Raises: UsageError as `check_prompts`.
     """
@@ -118,7 +125,7 @@ def run_batch(
     more_ends: Collection[int] = (),
     prefix: Prefix | None = None,
 ) -> list[Completion]:
-    """Complete prompts together; without a `prefix` every one is read to its end."""
+    """Complete a batch of prompts; without `prefix` each prompt is prefilled in full."""
     ends = end_ids(loaded) | set(more_ends)
     ids = [prompt.ids for prompt in prompts]
     excluded = without_text(loaded, ends)
@@ -136,18 +143,18 @@ def run_batch(
         results = beam_search(session, len(prompts), config, ends)
         session.keep(ids[0])
         return [
-            finish_beam(loaded, prompt, found, config, session.limit(prompt.ids), ends)
-            for prompt, found in zip(prompts, results, strict=True)
+            finish_beam(loaded, prompt, beam, config, session.limit(prompt.ids), ends)
+            for prompt, beam in zip(prompts, results, strict=True)
         ]
     rows = [Row(prompt, make_stream(loaded, prompt, config)) for prompt in prompts]
     try:
         return sample(session, rows, config, ends, on_text)
-    finally:  # a turn of a conversation that was interrupted is part of it all the same
+    finally:  # also after an interrupt: the next turn of a chat starts with what was generated
         session.keep([*ids[0], *rows[0].ids])
 
 
 def without_text(loaded: Loaded, ends: Collection[int]) -> list[int]:
-    """Return the ids beyond the tokenizer's, which only pad a vocabulary; an end token that was added there stays."""
+    """Return the ids beyond the tokenizer's vocabulary, which only pad the embedding; end tokens among them are allowed."""
     if loaded.tokenizer is None:
         return []
     return [index for index in range(loaded.tokenizer.vocab_size, loaded.model.config.vocab_size) if index not in ends]
@@ -155,7 +162,7 @@ def without_text(loaded: Loaded, ends: Collection[int]) -> list[int]:
 
 @dataclass
 class Row:
-    """A prompt that is being completed."""
+    """A prompt being completed."""
 
     prompt: Prompt
     stream: "TextStream"
@@ -163,37 +170,37 @@ class Row:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
     def completion(self, finish: str) -> Completion:
-        """Return what the row has become."""
+        """Return the row as a completion."""
         return Completion(self.prompt.index, self.prompt.text, self.ids, self.stream.text, finish)
 
 
 def sample(
     session: Session, rows: list[Row], config: GenerateConfig, ends: set[int], on_text: OnText | None
 ) -> list[Completion]:
-    """Draw token after token; rows that end leave the batch."""
+    """Sample token by token; finished rows leave the batch."""
     done = []
     for row in rows:
-        # Two numbers side by side: neighboring prompts must not share a stream.
+        # Seed by (seed, index): the factor keeps (0, 1) and (1, 0) apart.
         row.generator.manual_seed((config.seed * 1_000_003 + row.prompt.index) % (1 << 63))
     logits_BV = session.begin()
     seen_BV = None
     if config.repetition_penalty != 1.0:
-        # A word of the source is no repetition in its translation.
+        # Tokens of an encoder-decoder's source do not count as repetition in the target.
         texts = [row.prompt.ids if session.is_decoder else [] for row in rows]
         seen_BV = mark_seen(texts, logits_BV)
     while rows:
         tokens_B = sampling.choose(logits_BV, seen_BV, config, [row.generator for row in rows])
-        staying = []
+        running = []
         for position, token in enumerate(tokens_B.tolist()):
             row = rows[position]
             finish = advance(row, token, config, ends, session.limit(row.prompt.ids), on_text)
             if finish:
                 done.append(row.completion(finish))
             else:
-                staying.append(position)
-        if len(staying) < len(rows):
-            rows = [rows[position] for position in staying]
-            kept = torch.tensor(staying, dtype=torch.long, device=tokens_B.device)
+                running.append(position)
+        if len(running) < len(rows):
+            rows = [rows[position] for position in running]
+            kept = torch.tensor(running, dtype=torch.long, device=tokens_B.device)
             tokens_B = tokens_B[kept]
             seen_BV = None if seen_BV is None else seen_BV[kept]
             if rows:
@@ -206,7 +213,7 @@ def sample(
 
 
 def advance(row: Row, token: int, config: GenerateConfig, ends: set[int], limit: int, on_text: OnText | None) -> str:
-    """Take a token into a row and return why it ends, or an empty string."""
+    """Append a token to a row and return the finish reason, or an empty string."""
     finish = ""
     if token in ends:
         finish = "eos"
@@ -229,7 +236,7 @@ def advance(row: Row, token: int, config: GenerateConfig, ends: set[int], limit:
 
 
 def mark_seen(texts: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
-    """Return which tokens each text holds, bool, of the logits' shape and on their device (B, V)."""
+    """Return a mask (B, V) of the tokens in each text, on the device of the logits."""
     seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
     for row, ids in enumerate(texts):
         seen_BV[row, list(ids)] = True
@@ -239,7 +246,7 @@ def mark_seen(texts: Sequence[Sequence[int]], logits_BV: Tensor) -> Tensor:
 def finish_beam(
     loaded: Loaded, prompt: Prompt, ids: list[int], config: GenerateConfig, limit: int, ends: Collection[int]
 ) -> Completion:
-    """Turn the best beam into a completion; `limit` is how many tokens the context had room for."""
+    """Turn the best beam into a completion; `limit` is the number of new tokens that fit in the context."""
     ended = bool(ids) and ids[-1] in ends
     ids = ids[:-1] if ended else ids
     stream = make_stream(loaded, prompt, config)
@@ -253,7 +260,7 @@ def finish_beam(
 
 
 def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "TextStream":
-    """Return the stream of a prompt's completion, which begins a text of its own unless it goes on from the prompt's."""
+    """Return the text stream of a completion; it starts a new text unless it continues the text of the prompt."""
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         return TextStream(None, config.stop)
@@ -263,13 +270,13 @@ def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "Text
 
 
 def parse_ids(text: str, index: int) -> list[int]:
-    """Return the token ids that a prompt of `--ids` holds.
+    """Parse a prompt of token ids (`--ids`).
 
-    Raises: UsageError naming what is not a number.
+    Raises: UsageError naming the first word that is not a number.
     """
     try:
         return [int(word) for word in text.split()]
     except ValueError as error:
         raise UsageError(
-            f"prompt {index + 1} is not token ids: {error}", "--ids takes numbers separated by spaces"
+            f"prompt {index + 1} is not token ids: {error}", "`--ids` takes numbers separated by spaces"
         ) from None

@@ -1,4 +1,4 @@
-"""How likely given tokens are: nats and hits per row, for decoders and encoder-decoders, batched by length."""
+"""Log-likelihood of given tokens: nats and top-1 hits per row, for decoders and encoder-decoders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from llmctl.model.transformer import LanguageModel
 from llmctl.tokenizer.base import Tokenizer
 
 CHUNK_TOKENS = 512
-"""Tokens whose logits exist at the same time."""
+"""Tokens per chunk of logits: bounds the memory."""
 
 
 @dataclass(frozen=True)
-class Known:
-    """Tokens that are given, of which `ids[first:]` are counted; of a decoder the first token has no predecessor.
+class ScoredRow:
+    """A row of token ids, of which `ids[first:]` are scored; a decoder cannot score its first token.
 
-    source: what the encoder of an encoder-decoder reads; `ids` are then its target.
+    source: the input of the encoder (encoder-decoder); `ids` are then the target.
     """
 
     ids: list[int]
@@ -29,43 +29,44 @@ class Known:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of the counted tokens of a row: nats, how many were the likeliest ones, and how many there are."""
+    """Score of a row: nats, number of tokens that were the top prediction, and number of scored tokens."""
 
     nats: float
     n_correct: int
     count: int
 
 
-def likelihoods(loaded: Loaded, rows: Sequence[Known], batch_size: int) -> list[Likelihood]:
-    """Return the likelihood of every row, in order; a row's does not depend on the others beyond rounding."""
-    found = {number: Likelihood(0.0, 0, 0) for number, row in enumerate(rows) if row.first >= len(row.ids)}
-    counted = [number for number in range(len(rows)) if number not in found]
-    lengths = [max(len(rows[number].ids), len(rows[number].source)) for number in counted]
+def likelihoods(loaded: Loaded, rows: Sequence[ScoredRow], batch_size: int) -> list[Likelihood]:
+    """Return the likelihood of every row, in order; it does not depend on the other rows, except for rounding."""
+    results = {number: Likelihood(0.0, 0, 0) for number, row in enumerate(rows) if row.first >= len(row.ids)}
+    scored = [number for number in range(len(rows)) if number not in results]
+    lengths = [max(len(rows[number].ids), len(rows[number].source)) for number in scored]
     with torch.inference_mode():
-        for places_in_counted in by_length(lengths, batch_size):
-            numbers = [counted[place] for place in places_in_counted]
+        for indices in by_length(lengths, batch_size):
+            numbers = [scored[index] for index in indices]
             batch = [rows[number] for number in numbers]
             is_decoder = loaded.model.config.family == "decoder"
             hidden_BTD = _decoder(loaded, batch) if is_decoder else _encoder_decoder(loaded, batch)
-            # The state before a token predicts it; a target's states are those of its input, which begins one earlier.
-            places = [range(row.first - is_decoder, len(row.ids) - is_decoder) for row in batch]
-            states_ND = torch.cat([hidden_BTD[n, list(part)] for n, part in enumerate(places)])
+            # The state at t predicts token t + 1. In a decoder that is a shift by one; the input of an encoder-decoder
+            # already starts one earlier, with the start token.
+            spans = [range(row.first - is_decoder, len(row.ids) - is_decoder) for row in batch]
+            states_ND = torch.cat([hidden_BTD[n, list(part)] for n, part in enumerate(spans)])
             labels = [index for row in batch for index in row.ids[row.first :]]
             nats_N, right_N = token_losses(loaded.model, states_ND, torch.tensor(labels, device=states_ND.device))
             at = 0
-            for number, part in zip(numbers, places, strict=True):
+            for number, part in zip(numbers, spans, strict=True):
                 span = slice(at, at + len(part))
-                found[number] = Likelihood(float(nats_N[span].sum()), int(right_N[span].sum()), len(part))
+                results[number] = Likelihood(float(nats_N[span].sum()), int(right_N[span].sum()), len(part))
                 at += len(part)
-    return [found[number] for number in range(len(rows))]
+    return [results[number] for number in range(len(rows))]
 
 
-def _decoder(loaded: Loaded, rows: Sequence[Known]) -> Tensor:
-    ids_BT, documents_BT = padded([row.ids[:-1] for row in rows], device_of(loaded))  # the last is only a label
+def _decoder(loaded: Loaded, rows: Sequence[ScoredRow]) -> Tensor:
+    ids_BT, documents_BT = padded([row.ids[:-1] for row in rows], device_of(loaded))  # the last token is only a label
     return loaded.model.hidden(ids_BT, documents_BT=documents_BT)
 
 
-def _encoder_decoder(loaded: Loaded, rows: Sequence[Known]) -> Tensor:
+def _encoder_decoder(loaded: Loaded, rows: Sequence[ScoredRow]) -> Tensor:
     device = device_of(loaded)
     start = max(loaded.model.config.decoder_start_id, 0)
     source_BS, source_documents_BS = padded([row.source for row in rows], device)
@@ -79,7 +80,7 @@ def _encoder_decoder(loaded: Loaded, rows: Sequence[Known]) -> Tensor:
 
 
 def token_losses(model: LanguageModel, states_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nats of every label (float64) and whether it is the likeliest, on the CPU; logits a chunk at a time."""
+    """Return the nats (float64) of every label and whether it is the top prediction, on the CPU, chunk by chunk."""
     nats, right = [], []
     for start in range(0, len(labels_N), CHUNK_TOKENS):
         labels_C = labels_N[start : start + CHUNK_TOKENS, None]
@@ -93,11 +94,11 @@ def token_losses(model: LanguageModel, states_ND: Tensor, labels_N: Tensor) -> t
 
 
 def split_ids(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Return the ids of a context and of what follows it, which begins with a space where there is one.
+    """Return the ids of a context and of its continuation, which includes a leading space if there is one.
 
-    Both are encoded together and cut where the context ends. Where no token ends there, they are encoded apart, so
-    that the context is the same whatever follows it; a space that the tokenizer itself puts before a text then
-    stands for the one between the two.
+    Both are encoded together and split at the end of the context. If a token spans that boundary, they are encoded
+    separately, so that the context has the same ids for every continuation; if the tokenizer prepends a space to a
+    text, that space then replaces the leading one.
     """
     before, both = tokenizer.encode(context), tokenizer.encode(context + continuation)
     if both[: len(before)] == before and len(both) > len(before):

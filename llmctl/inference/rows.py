@@ -1,6 +1,6 @@
-"""Texts as the rows that a model reads whole: special tokens around them, cut to its context, batched by length.
+"""Batch rows of ids by length, pad them, and return classification outputs or pooled states.
 
-Training on labels and measuring them go through here, so that both see the same ids.
+Classification and evaluation share this code, so that both see the same ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from llmctl.data.batches import stack
 from llmctl.inference.encoding import Row
 
 BATCH_TOKENS = 16384
-"""Positions in one forward pass at most, padding included, whatever the batch size: bounds the memory."""
+"""Maximum positions per forward pass, padding included, for any batch size: bounds the memory."""
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield the numbers of rows in batches of like lengths, the longest first, so that a lack of memory shows at once."""
+    """Yield row indices in batches of similar lengths, longest first, so that out-of-memory errors come first."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     at = 0
     while at < len(order):
@@ -28,7 +28,7 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-    """Return ids (B, T) padded on the right, and the documents (B, T) that say what is padding, None without any."""
+    """Return right-padded ids (B, T), and documents (B, T) with 0 for padding, or None if nothing is padded."""
     ids_BT = stack([np.array(row, dtype=np.int64) for row in rows], 0)
     if len({len(row) for row in rows}) == 1:
         return torch.from_numpy(ids_BT).to(device), None
@@ -37,22 +37,22 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[T
 
 
 def device_of(loaded: Loaded) -> torch.device:
-    """Return where a model's weights are."""
+    """Return the device of a model's weights."""
     return loaded.model.device
 
 
 def row_outputs(loaded: Loaded, rows: Sequence[Row], batch_size: int, pooling: str = "") -> Tensor:
-    """Return for every row the outputs of the classification head, or with `pooling` its pooled state; float32, CPU.
+    """Return the classification outputs of every row, or its pooled state if `pooling` is set; float32, on the CPU.
 
     Shapes: (N, n_labels), or (N, D).
     """
     model = loaded.model
-    found: dict[int, Tensor] = {}
+    results: dict[int, Tensor] = {}
     with torch.inference_mode():
         for numbers in by_length([len(row.ids) for row in rows], batch_size):
             ids_BT, documents_BT = padded([rows[n].ids for n in numbers], device_of(loaded))
             types_BT = padded([rows[n].types for n in numbers], device_of(loaded))[0]
             inputs = {"documents_BT": documents_BT, "token_types_BT": types_BT if model.config.n_token_types else None}
             outputs = model.pooled(ids_BT, **inputs, pooling=pooling) if pooling else model.classify(ids_BT, **inputs)
-            found |= dict(zip(numbers, outputs.float().cpu(), strict=True))
-    return torch.stack([found[number] for number in range(len(rows))])
+            results |= dict(zip(numbers, outputs.float().cpu(), strict=True))
+    return torch.stack([results[number] for number in range(len(rows))])

@@ -1,6 +1,6 @@
-"""Which token comes next: pure functions on logits (B, V), applied in the order of the table below.
+"""Choose the next token: pure functions on logits (B, V), applied in the order of `choose`.
 
-Excluded tokens have a logit of minus infinity; every filter keeps at least the likeliest token.
+Excluded tokens have a logit of minus infinity; every filter keeps at least the most likely token.
 """
 
 import math
@@ -13,7 +13,7 @@ from llmctl.errors import ArtifactError, UsageError
 from llmctl.model.cache import CACHES
 
 LARGEST_BATCH = 65536
-"""More prompts side by side than any machine decodes; a typing error beyond that would only exhaust its memory."""
+"""A sanity limit: a larger batch size is a typing error that would exhaust the memory."""
 
 
 def check(config: GenerateConfig) -> None:
@@ -22,40 +22,41 @@ def check(config: GenerateConfig) -> None:
     Raises: UsageError listing all of them.
     """
     checks = [
-        (config.max_tokens < 1, f"--max-tokens is {config.max_tokens}, it must be at least 1"),
-        (not 0 <= config.temperature < math.inf, f"--temperature is {config.temperature}, it must be 0 or more"),
-        (config.top_k < 0, f"--top-k is {config.top_k}, it must not be negative"),
-        (not 0 < config.top_p <= 1, f"--top-p is {config.top_p}, it must be in (0, 1]"),
-        (not 0 <= config.min_p <= 1, f"--min-p is {config.min_p}, it must be in [0, 1]"),
+        (config.max_tokens < 1, f"`--max-tokens` is {config.max_tokens}, it must be at least 1"),
+        (not 0 <= config.temperature < math.inf, f"`--temperature` is {config.temperature}, it must be 0 or more"),
+        (config.top_k < 0, f"`--top-k` is {config.top_k}, it must not be negative"),
+        (not 0 < config.top_p <= 1, f"`--top-p` is {config.top_p}, it must be in (0, 1]"),
+        (not 0 <= config.min_p <= 1, f"`--min-p` is {config.min_p}, it must be in [0, 1]"),
         (
             not 0 < config.repetition_penalty < math.inf,
-            f"--repetition-penalty is {config.repetition_penalty}, it must be more than 0",
+            f"`--repetition-penalty` is {config.repetition_penalty}, it must be more than 0",
         ),
-        (not math.isfinite(config.length_penalty), f"--length-penalty is {config.length_penalty}, not a number"),
-        (config.beams < 1, f"--beams is {config.beams}, it must be at least 1"),
+        (not math.isfinite(config.length_penalty), f"`--length-penalty` is {config.length_penalty}, not a number"),
+        (config.beams < 1, f"`--beams` is {config.beams}, it must be at least 1"),
         (
             not 1 <= config.batch_size <= LARGEST_BATCH,
-            f"--batch-size is {config.batch_size}, it must be from 1 to {LARGEST_BATCH}",
+            f"`--batch-size` is {config.batch_size}, it must be from 1 to {LARGEST_BATCH}",
         ),
-        (config.kv not in CACHES, f"--kv is {config.kv}, it must be one of {', '.join(CACHES)}"),
+        (config.kv not in CACHES, f"`--kv` is {config.kv}, it must be one of {', '.join(CACHES)}"),
     ]
-    drawing = {
+    # Beam search is deterministic: sampling settings would be silently ignored.
+    sampling_options = {
         "--top-k": config.top_k != 0,
         "--top-p": config.top_p != 1,
         "--min-p": config.min_p != 0,
         "--repetition-penalty": config.repetition_penalty != 1,
     }
     checks += [
-        (config.beams > 1 and used, f"{name} has no part in a search with --beams {config.beams}")
-        for name, used in drawing.items()
+        (config.beams > 1 and used, f"`{name}` has no effect with `--beams {config.beams}`")
+        for name, used in sampling_options.items()
     ]
     problems = [sentence for wrong, sentence in checks if wrong]
     if problems:
-        raise UsageError("; ".join(problems))
+        raise UsageError("; ".join(problems), "`llmctl generate --help` lists the options and their defaults")
 
 
 def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Divide the positive and multiply the negative logits of tokens that were seen.
+    """Divide positive and multiply negative logits of tokens that occurred before.
 
     Shapes: logits (B, V), seen (B, V) bool. Source: CTRL, Keskar et al. 2019, arXiv:1909.05858, section 4.1.
     """
@@ -66,7 +67,7 @@ def penalize_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> T
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    """Exclude all but the k likeliest tokens (and those as likely as the k-th). Source: arXiv:1805.04833."""
+    """Exclude all but the k most likely tokens (and ties with the k-th). Source: arXiv:1805.04833."""
     if k <= 0 or k >= logits_BV.shape[1]:
         return logits_BV
     threshold_B1 = logits_BV.topk(k, dim=1).values[:, -1:]
@@ -74,7 +75,7 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """Exclude all but the smallest set of tokens whose probability reaches p. Source: arXiv:1904.09751, eq. 2."""
+    """Exclude all but the smallest set of tokens with a cumulative probability of p. Source: arXiv:1904.09751, eq. 2."""
     if p >= 1.0:
         return logits_BV
     ordered_BV, order_BV = logits_BV.sort(dim=1, descending=True, stable=True)
@@ -85,7 +86,7 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
-    """Exclude tokens less likely than min_p times the likeliest one. Source: arXiv:2407.01082."""
+    """Exclude tokens with a probability below min_p times the top probability. Source: arXiv:2407.01082."""
     if min_p <= 0.0:
         return logits_BV
     log_probabilities_BV = logits_BV.log_softmax(dim=1)
@@ -94,41 +95,40 @@ def keep_min_p(logits_BV: Tensor, min_p: float) -> Tensor:
 
 
 def require_finite(best: Tensor) -> None:
-    """Refuse to go on from logits that are not numbers; the best of each row tells, as NaN wins every comparison.
+    """Refuse logits that are not finite; `best` is the maximum of each row, which is NaN if any logit is.
 
     Raises: ArtifactError.
     """
     if not best.isfinite().all():
-        raise ArtifactError(
-            "the model's logits are not finite numbers", "its weights are damaged, or --dtype is too narrow for them"
-        )
+        raise ArtifactError("the model's logits are not finite numbers", "check the weights, or use `--dtype float32`")
 
 
 def choose(
     logits_BV: Tensor, seen_BV: Tensor | None, config: GenerateConfig, generators: list[torch.Generator]
 ) -> Tensor:
-    """Choose the next token of every row, each with its own random numbers: (B,).
+    """Choose the next token of every row (B,), each with its own random generator.
 
-    Temperature comes before top-k, top-p and min-p, as in the Hugging Face library.
-    Raises: ArtifactError when a row's logits are not numbers.
+    Temperature is applied before top-k, top-p and min-p, as in transformers.
+    Raises: ArtifactError if logits are not finite.
     """
     logits_BV = logits_BV.float()
     if seen_BV is not None:
         logits_BV = penalize_repetition(logits_BV, seen_BV, config.repetition_penalty)
-    best_B, likeliest_B = logits_BV.max(dim=1)
+    best_B, top_B = logits_BV.max(dim=1)
     require_finite(best_B)
     if config.temperature == 0:
-        return likeliest_B
-    # The likeliest token keeps 0, and the divisor stays a float32, so that tiny temperatures turn greedy, not NaN.
-    coldness = max(config.temperature, torch.finfo(torch.float32).tiny)
-    logits_BV = keep_top_k((logits_BV - best_B[:, None]) / coldness, config.top_k)
+        return top_B
+    # Subtracting the maximum keeps the top token at 0, and the divisor is a normal float32: a tiny temperature then
+    # becomes greedy instead of NaN.
+    temperature = max(config.temperature, torch.finfo(torch.float32).tiny)
+    logits_BV = keep_top_k((logits_BV - best_B[:, None]) / temperature, config.top_k)
     logits_BV = keep_min_p(keep_top_p(logits_BV, config.top_p), config.min_p)
     probabilities_BV = logits_BV.softmax(dim=1).cpu()
-    # One draw per row and inversion of the cumulative sum: the same token whatever else is in the batch.
+    # One uniform number per row and inversion of the cumulative sum: independent of the rest of the batch.
     draws = [torch.rand((), generator=generator, dtype=torch.float64) for generator in generators]
     cumulative_BV = probabilities_BV.double().cumsum(dim=1)
     totals_B1 = cumulative_BV[:, -1:]
-    # A draw just below 1 must not round up to the total: the sum first exceeds it nowhere.
+    # A number just below 1 may round up to the total, which no cumulative sum exceeds: keep it below.
     targets_B1 = torch.minimum(
         torch.stack(draws)[:, None] * totals_B1, totals_B1.nextafter(torch.zeros_like(totals_B1))
     )

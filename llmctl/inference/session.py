@@ -1,4 +1,4 @@
-"""A batch of prompts being decoded: the first pass over them, then one token per row at a time.
+"""Decoding state of a batch: prefill of the prompts, then one token per row and step.
 
 Hides from sampling and beam search whether the model is a decoder or an encoder-decoder, and how rows are padded.
 """
@@ -14,16 +14,16 @@ from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
 PREFILL_TOKENS = 512
-"""Positions of a prompt that are processed at a time, which bounds the memory of the attention scores."""
+"""Positions per prefill chunk: bounds the memory of the attention scores."""
 
 
 class Session:
-    """Prompts of a batch with their keys and values; `copies` rows per prompt (beams).
+    """Prompts of a batch with their KV cache; `copies` rows per prompt (beams).
 
-    Tokens in `excluded`, such as those that only pad a vocabulary, are never likely. With a `decoder` made of the model the
-    same comes sooner. With a `prefix` a beginning that is held, or that the prompts share, is not read again; `kv`: see `CACHES`.
+    excluded: tokens that are never predicted, such as padding of the vocabulary. decoder: a faster implementation of the
+    same model. prefix: reuses the keys and values of a stored or shared prefix. kv: a key of `CACHES`.
 
-    Shapes: logits (B * copies, V), the copies of a prompt side by side.
+    Shapes: logits (B * copies, V), the copies of a prompt adjacent.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Session:
         self.device, self.dtype = model.device, model.dtype
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
-        # A row may go on until it alone fills the context, whatever the others' lengths.
+        # Each row may fill the context on its own, so the shortest prompt decides.
         self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
         n_positions = max(lengths) + self.n_new
         self.kv = kv
@@ -53,11 +53,11 @@ class Session:
         self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
 
     def limit(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens can follow a prompt before the model's context is full."""
+        """Return how many new tokens fit in the context after a prompt."""
         return self.model.config.max_positions - (len(prompt) if self.is_decoder else 0)
 
     def begin(self) -> Tensor:
-        """Process the prompts and return the logits of what follows each."""
+        """Prefill the prompts and return the logits of the next tokens."""
         logits_BV = self._begin_decoder() if self.is_decoder else self._begin_encoder_decoder()
         if self.copies > 1:
             rows = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.copies)
@@ -66,7 +66,7 @@ class Session:
         return logits_BV
 
     def step(self, tokens_B: Tensor) -> Tensor:
-        """Append one token per row and return the logits of what follows."""
+        """Append one token per row and return the logits of the next tokens."""
         if self.is_decoder:
             self.positions_B1 = self.positions_B1 + 1
             if self.decoder is not None:
@@ -75,16 +75,16 @@ class Session:
         return self._logits(self._decode(tokens_B[:, None]))
 
     def select(self, rows_B: Tensor) -> None:
-        """Keep these rows, in this order, a row perhaps more than once."""
+        """Keep these rows in this order; a row may repeat."""
         self.cache.select(rows_B)
         self.positions_B1 = self.positions_B1[rows_B]
         if self.memory_documents_BS is not None:
             self.memory_documents_BS = self.memory_documents_BS[rows_B]
 
     def keep(self, ids: Sequence[int]) -> None:
-        """Hold a prompt that was alone, as far as it was read, for those that begin like it; `ids`: with what followed."""
+        """Store the cached part of `ids` (prompt and new tokens) as the prefix, if the batch has a single prompt."""
         if self.prefix is not None and len(self.prompts) == 1:
-            self.prefix.hold(ids[: self.cache.length], self.cache)
+            self.prefix.store(ids[: self.cache.length], self.cache)
 
     def _decode(
         self,
@@ -140,7 +140,7 @@ class Session:
         return self._logits(hidden)
 
     def _reuse(self, documents_BT: Tensor | None) -> int:
-        """Fill the cache with what need not be read, and return how many positions that is."""
+        """Fill the cache from the prefix and return how many positions need no prefill."""
         if self.prefix is None:
             return 0
         if shared := self.prefix.shared(self.prompts):

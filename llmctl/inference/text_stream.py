@@ -1,4 +1,4 @@
-"""Text from token ids as they come, never half a character, cut at stop strings."""
+"""Incremental decoding of token ids to text: whole characters only, cut at stop strings."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from llmctl.tokenizer.base import Tokenizer
 
 
 class TextStream:
-    """Turns tokens into text as they come: no broken characters, stop strings cut off even across tokens.
+    """Decodes tokens incrementally: no partial characters, and stop strings are cut off even across tokens.
 
-    `text` is everything given out so far. Without a tokenizer there is no text. With `begins`, the space that a
-    tokenizer itself puts before the first word of a text is left out again.
+    `text` is everything returned so far. Without a tokenizer there is no text. `begins`: drop the space that a tokenizer
+    prepends to the first word of a text.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str], *, begins: bool = False) -> None:
@@ -20,7 +20,7 @@ class TextStream:
         self.is_stopped = False
 
     def feed(self, token: int) -> str:
-        """Take a token and return the text that is certain to stay."""
+        """Add a token and return the text that can no longer become part of a stop string."""
         if self.tokenizer is None or self.is_stopped:
             return ""
         data = self.tokenizer.decode_bytes([token])
@@ -30,20 +30,20 @@ class TextStream:
         return self._give(self.held + self.decoder.decode(data))
 
     def close(self) -> str:
-        """Return what was held back; an incomplete character becomes U+FFFD."""
+        """Return the text held back; an incomplete character becomes U+FFFD."""
         if self.is_stopped:
             return ""
         rest = self._give(self.held + self.decoder.decode(b"", final=True))
-        tail, self.held = self.held, ""  # nothing is held once a stop string was found
+        tail, self.held = self.held, ""  # empty if a stop string was just found
         self.text += tail
         return rest + tail
 
     def _give(self, pending: str) -> str:
-        places = [place for place in (pending.find(stop) for stop in self.stop) if place >= 0]
-        if places:
+        starts = [start for start in (pending.find(stop) for stop in self.stop) if start >= 0]
+        if starts:
             self.is_stopped, self.held = True, ""
-            new = pending[: min(places)]
-        else:
+            new = pending[: min(starts)]
+        else:  # hold back what may be the start of a stop string
             n_held = max((overlap(pending, stop) for stop in self.stop), default=0)
             new, self.held = pending[: len(pending) - n_held], pending[len(pending) - n_held :]
         self.text += new
@@ -51,5 +51,5 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` could be the beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -69,7 +69,7 @@ def test_a_text_tells_what_writing_costs(tmp_path, capsys):
     assert run(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 79 for line in lines)
-    assert sum("same best token" in line for line in lines) == 2
+    assert sum("top-1 agreement" in line for line in lines) == 2
 
 
 def test_a_person_reads_a_table(tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_random_models_hold_what_they_are_named_after(precision: str):
         (["--shape", "30M", "--scheme", "int7"], "`--scheme int7` is not known"),
         (["--shape", "30M", "--batch", "one"], "`--batch one`"),
         (["--shape", "30M", "--batch", "0"], "`--batch` is 0"),
-        (["--shape", "30M", "-d", "text.txt"], "--shape draws their weights"),
+        (["--shape", "30M", "-d", "text.txt"], "`--shape 30M` has random weights"),
         (["--shape", "30M", "--kv", "int3"], "`--kv int3` is not known"),
         (["--shape", "30M", "-n", "0"], "`--tokens` is 0"),
         (["--shape", "30M", "-n", "4000"], "the model's context is 2048".replace("the model", "a model")),

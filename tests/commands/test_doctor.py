@@ -130,7 +130,7 @@ def test_a_master_that_is_not_there_is_named():
     ("arguments", "part"),
     [
         (["--distributed"], "needs several processes"),
-        (["--nproc", "2"], "check several processes"),
+        (["--nproc", "2"], "`--nproc 2 --nnodes 1` needs `--distributed`"),
         (["--timeout", "0"], "`--timeout 0` must be at least 1"),
         (["--distributed", "--nnodes", "2"], "`--master ` must be HOST:PORT"),
     ],

@@ -127,7 +127,7 @@ def test_the_newest_model_and_the_embedded_corpus(runs, call):
     ("arguments", "status", "parts"),
     [
         (["nowhere"], 3, ["`nowhere`"]),
-        (["a", "t.txt"], 2, ["`t.txt` is no model", "-d t.txt"]),
+        (["a", "t.txt"], 2, ["`t.txt` is not a model", "-d t.txt"]),
         (["a", "-d", "nowhere.txt"], 3, ["nowhere.txt"]),
         (["a", "--task", "classify", "-d", "dev.tsv"], 2, ["cannot be measured on `classify`", "text"]),
         (["a", "--task", "tex"], 2, ["`tex`", "text"]),

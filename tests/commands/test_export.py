@@ -38,7 +38,7 @@ def test_errors_have_their_exit_code(folder, tmp_path, capsys):
     assert run(["export", str(folder), "--to", "hf"]) == 2
     assert "-o" in capsys.readouterr().err
     assert run(["export", str(folder), "--to", "single", "-o", out, "--type", "q4_0"]) == 2
-    assert "hint: --to gguf" in capsys.readouterr().err
+    assert "hint: use `--to gguf`" in capsys.readouterr().err
 
 
 def test_a_gguf_file_and_what_was_proved(models, tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_a_gguf_file_and_what_was_proved(models, tmp_path, capsys):
     assert run(["export", str(models["decoder"]), "--to", "gguf", "--type", "q4_k", "-o", str(out)]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"{out}\n"
-    assert "rows of 32 are no whole blocks of Q4_K" in captured.err
+    assert "rows of 32 do not divide into blocks of Q4_K" in captured.err
     assert "KL" in captured.err
     assert run(["export", str(models["decoder"]), "--to", "gguf", "-f", "-o", str(out), "--json", "-q"]) == 0
     captured = capsys.readouterr()

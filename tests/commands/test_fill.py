@@ -73,7 +73,7 @@ def test_lines_in_are_lines_out_and_each_is_its_own(call, encoder):
         (["-"], b"<mask>\n" * 20 + b"none\n", "text 21, `none`"),
         (["-"], b"<mask>\n\xff\n", "byte 7"),
         (["<mask>\udcff"], None, "byte 6"),
-        (["<mask>", "-k", "0"], None, "--top-k is 0"),
+        (["<mask>", "-k", "0"], None, "`--top-k` is 0"),
         (["<mask>" * 60], None, "40"),
     ],
 )

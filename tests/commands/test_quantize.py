@@ -132,7 +132,7 @@ def test_modules_can_be_kept(teachers):
     ("options", "message"),
     [
         (["--bits", "7"], "--bits 7"),
-        (["--scheme", "int4", "--bits", "4"], "leave one out"),
+        (["--scheme", "int4", "--bits", "4"], "`--bits 4` and `--scheme int4` set the same thing"),
         (["--scheme", "int7"], "int7"),
         (["--bits", "4", "--group", "24"], "groups of 24 do not divide the 32 inputs"),
         (["--bits", "4", "--method", "magic"], "magic"),

@@ -119,7 +119,7 @@ def test_show_tells_a_finished_run(capsys, runs):
 
 def test_show_tells_how_to_go_on(capsys, runs):
     _, out, _ = call(capsys, "show")
-    assert out.splitlines()[-1] == f"go on with: llmctl pretrain --resume runs/{KILLED}"
+    assert out.splitlines()[-1] == f"resume with: llmctl pretrain --resume runs/{KILLED}"
     assert call(capsys, "show", "latest")[1] == out
 
 
@@ -142,7 +142,7 @@ def test_show_without_files_says_what_is_missing(capsys, runs):
         (runs / FIRST / name).unlink()
     _, out, _ = call(capsys, "show", "1")
     assert "recipe.yaml, metrics.jsonl" in out
-    assert "nothing was measured" in out
+    assert "no metrics yet" in out
 
 
 def test_diff_shows_both_values(capsys, runs):
@@ -209,7 +209,7 @@ def test_rm_asks_on_a_terminal(runs, answer: bytes, is_left: bool):
     os.close(ours)
     os.close(theirs)
     assert done.returncode == 0, done.stderr
-    assert "remove for good?" in done.stderr
+    assert "remove permanently?" in done.stderr
     assert FIRST in done.stderr
     assert done.stdout == ("" if is_left else f"runs/{FIRST}\n")
     assert (runs / FIRST).is_dir() == is_left

@@ -56,7 +56,7 @@ def failed(done: subprocess.CompletedProcess[bytes], status: int, *parts: str) -
     assert done.returncode == status, error
     assert error.count("error: ") == 1, error
     assert "Traceback" not in error
-    assert "defect" not in error
+    assert "this is a bug" not in error
     for part in parts:
         assert part in error
 
@@ -157,7 +157,7 @@ def test_training_prints_the_folder_and_keeps_what_is_there(made, tmp_path):
     options = ["tokenize", "train", corpus, "-o", tok, "--vocab-size", "340"]
     done = llmctl(*options, "--set", "tokenizer.n_sentinels=7", "--model-type", "unigram")
     assert (done.returncode, done.stdout) == (0, f"{tok}\n".encode())
-    assert b"fewer than the 340 asked for" in done.stderr
+    assert b"smaller than the requested 340" in done.stderr
     first = load_tokenizer(tok)
     assert len(first.sentinel_ids()) == 7
     failed(llmctl(*options), 8, tok)

@@ -126,14 +126,14 @@ def test_an_encoder_decoder_takes_each_message_as_it_is(make_loaded):
         expected = next(generate(loaded, [Prompt(number, encode_prompt(loaded, text))], CONFIG)).text
         assert ask(chat, text) == (expected, expected)
     assert len(chat.messages) == 4
-    with pytest.raises(UsageError, match="no system text"):
-        chat.instruct("Be brief.")
+    with pytest.raises(UsageError, match="has no system prompt"):
+        chat.set_system("Be brief.")
 
 
 def test_models_that_cannot_talk_are_named(make_loaded):
     with pytest.raises(UsageError, match="no tokenizer"):
         Chat(make_loaded("rope", tokenizer=False), CONFIG)
-    with pytest.raises(UsageError, match="knows no turns"):
+    with pytest.raises(UsageError, match="has no chat template"):
         template_of(make_loaded("t5"))
 
 

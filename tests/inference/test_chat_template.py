@@ -186,11 +186,11 @@ UNASKED = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% 
 @pytest.mark.parametrize(
     ("source", "messages", "part"),
     [
-        (CHATML, talk("a"), "no message of the assistant"),
-        (ENDLESS, talk("a", "b"), "ends an answer with no special token"),
-        (UNASKED, talk("a", "b"), "on another beginning than its add_generation_prompt"),
+        (CHATML, talk("a"), "no assistant message"),
+        (ENDLESS, talk("a", "b"), "does not end answers with a special token"),
+        (UNASKED, talk("a", "b"), "after a different prompt than its add_generation_prompt"),
         (MISTRAL, [Message("user", "a"), Message("user", "b"), Message("assistant", "c")], "Roles must alternate"),
-        (MARKED.replace("assistant'", "tool'"), talk("a", "b"), "marks nothing"),
+        (MARKED.replace("assistant'", "tool'"), talk("a", "b"), "blocks cover none of this conversation"),
         (MARKED.replace("{% if add_generation_prompt %}", "{% if false %}"), talk("a", "b"), "does not begin where"),
         ("{{ oops", talk("a", "b"), "no Jinja"),
     ],

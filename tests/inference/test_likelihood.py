@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmctl.inference.likelihood import Known, Likelihood, likelihoods, split_ids
+from llmctl.inference.likelihood import Likelihood, ScoredRow, likelihoods, split_ids
 
 
-def textbook(loaded, row: Known) -> tuple[float, int]:
+def textbook(loaded, row: ScoredRow) -> tuple[float, int]:
     with torch.no_grad():
         if loaded.model.config.family == "decoder":
             logits_TV = loaded.model(torch.tensor([row.ids]))[0, row.first - 1 : -1].double()
@@ -28,7 +28,7 @@ def test_rows_of_unequal_length_equal_each_alone(make_loaded, kind: str):
 
     is_decoder = loaded.model.config.family == "decoder"
     lengths = [(9, 1), (3, 2), (30, 12), (5, 4), (2, 1)]
-    rows = [Known(ids(n), first if is_decoder else 0, [] if is_decoder else ids(first + 3)) for n, first in lengths]
+    rows = [ScoredRow(ids(n), first if is_decoder else 0, [] if is_decoder else ids(first + 3)) for n, first in lengths]
     for batch_size in (1, 2, 5):
         for row, found in zip(rows, likelihoods(loaded, rows, batch_size), strict=True):
             nats, n_correct = textbook(loaded, row)
@@ -38,7 +38,7 @@ def test_rows_of_unequal_length_equal_each_alone(make_loaded, kind: str):
 
 def test_rows_that_count_nothing(make_loaded):
     loaded = make_loaded("rope")
-    rows = [Known([2], 1), Known([2, 7], 1), Known([], 0)]
+    rows = [ScoredRow([2], 1), ScoredRow([2, 7], 1), ScoredRow([], 0)]
     found = likelihoods(loaded, rows, 2)
     assert found[0] == found[2] == Likelihood(0.0, 0, 0)
     assert found[1].count == 1
@@ -47,7 +47,7 @@ def test_rows_that_count_nothing(make_loaded):
 
 def test_a_row_as_long_as_the_context_and_its_last_label(make_loaded):
     loaded = make_loaded("learned")
-    found = likelihoods(loaded, [Known(list(range(5, 54)), 1)], 1)
+    found = likelihoods(loaded, [ScoredRow(list(range(5, 54)), 1)], 1)
     assert found[0].count == loaded.model.config.max_positions == 48
 
 

@@ -155,7 +155,7 @@ def test_a_search_and_settings_of_draws_exclude_each_other():
     with pytest.raises(UsageError) as caught:
         sampling.check(config)
     for name in ("top-k", "top-p", "min-p", "repetition-penalty"):
-        assert f"--{name} has no part" in str(caught.value)
+        assert f"`--{name}` has no effect" in str(caught.value)
     sampling.check(GenerateConfig(beams=4))
 
 

@@ -2,8 +2,10 @@
 
 It sums losses over micro-batches and processes, divides once by the global number of labels, clips, steps, logs,
 evaluates and saves. The learning rate, the data and the random numbers of a step are functions of (seed, step), so a
-run that was stopped goes on as if it had not been. What depends on a clock or a signal is agreed on before a step, so
-that all processes do the same. It never hears of corpora, teachers or quantizers.
+resumed run equals an uninterrupted one. It knows nothing of corpora, teachers or quantizers.
+
+Five decisions, marked in the code: [1] all processes agree before a step; [2] when a step is evaluated, saved or the last;
+[3] non-finite gradients and spikes; [4] which step is the best; [5] whose weights are kept at the end.
 """
 
 import hashlib
@@ -22,9 +24,9 @@ from torch import Tensor, nn
 
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.distributed.gradients import Gradients, lay_out, make_gradients
-from llmctl.distributed.runtime import Runtime, describe_environment, differences
-from llmctl.distributed.sharding import fill, is_sharded, local, own_parts, whole_tensor
-from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, OutputError, StoppedError
+from llmctl.distributed.runtime import Runtime
+from llmctl.distributed.sharding import is_sharded, whole_tensor
+from llmctl.errors import InterruptedRunError, StoppedError
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.machine import peak_memory_bytes
 from llmctl.metrics.figures import brief, is_higher_better
@@ -38,6 +40,7 @@ from llmctl.training.budget import Planner
 from llmctl.training.held_out import measure
 from llmctl.training.master_weights import MasterGradients, Masters, wants_masters
 from llmctl.training.objectives import Objective
+from llmctl.training.saving import Saver, own_tensors
 from llmctl.training.state import State
 from llmctl.training.step_sync import Word, agree
 from llmctl.training.stop_signals import Caught, watch_signals
@@ -48,7 +51,11 @@ LIMIT_RESERVE_SECONDS = 5.0
 
 @dataclass
 class Training:
-    """Everything `fit` works with."""
+    """Everything `fit` works with.
+
+    deadline, limit: on the clock of `time.monotonic`: the end of a budget of minutes; when this process must have ended.
+    sample, score: generate samples, and metrics that need generated text, at every evaluation.
+    """
 
     objective: Objective
     model: LanguageModel
@@ -74,7 +81,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came out: figures before and after, the course, which step's weights are in the model, and the weights."""
+    """The result: metrics before and after, the final state, the step whose weights were kept, and these weights."""
 
     before: dict[str, float]
     after: dict[str, float]
@@ -84,7 +91,7 @@ class Fitted:
 
 
 class _StopEvaluationError(Exception):
-    """A signal came in the middle of an evaluation; it is made again when the run goes on."""
+    """A signal came during an evaluation, which is repeated when the run resumes."""
 
 
 def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fitted:
@@ -101,13 +108,11 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
     masters = None
     if wants_masters(training.runtime, is_on=training.config.master_weights):
         masters = Masters(training.model)
-    holder = masters.master if masters else training.model
-    optimizers = optim.make_optimizers(holder, training.optim, training.runtime.dtype)
-    loop = _Loop(training, module, optimizers, masters)
-    if restored is not None:
-        loop.restore(restored)
+    loop = _Loop(training, module, masters)
+    if restored is not None and (changed := loop.saver.restore(restored)):
+        training.progress.say(f"the resumed run is not the same bit for bit: {', '.join(changed)}")
     state = training.state
-    # Where there was no checkpoint yet, everything is done again.
+    # Without a checkpoint the run starts over: what it logged before is removed.
     loop.journal.cut_after(*(state.step, state.checked_step) if state.before else (-1, -1))
     with watch_signals() as caught, loop.loader:
         loop.caught = caught
@@ -118,95 +123,59 @@ def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fi
 
 
 class _Loop:
-    """The state of one call of fit."""
+    """The state of one call of `fit`."""
 
-    def __init__(
-        self,
-        training: Training,
-        module: nn.Module,
-        optimizers: dict[str, torch.optim.Optimizer],
-        masters: Masters | None = None,
-    ) -> None:
-        self.t, self.module, self.optimizers, self.masters = training, module, optimizers, masters
-        # What is optimized and saved: the model itself, or the float32 master of a bfloat16 one.
-        self.holder = masters.master if masters else training.model
+    def __init__(self, training: Training, module: nn.Module, masters: Masters | None) -> None:
+        self.t, self.module, self.masters = training, module, masters
         self.config, self.runtime, self.state = training.config, training.runtime, training.state
-        self.journal = Journal(training.folder, training.progress, training.trackers, is_open=training.runtime.is_main)
-        self.store = checkpoint.Store(training.folder / "checkpoints", training.runtime)
-        self.parameters = [p for p in self.holder.parameters() if p.requires_grad]
-        if masters:
-            self.gradients: Gradients = MasterGradients(training.runtime, module, masters)
-        else:
-            self.gradients = make_gradients(training.runtime, module, self.parameters)
-        self.planner = Planner(training.config, training.deadline, training.train.n_rows)
-        self.saved_at = time.monotonic()
+        holder = masters.master if masters else training.model
+        self.parameters = [p for p in holder.parameters() if p.requires_grad]
+        self.optimizers = optim.make_optimizers(holder, training.optim, self.runtime.dtype)
+        self.gradients: Gradients = (
+            MasterGradients(self.runtime, module, masters)
+            if masters
+            else make_gradients(self.runtime, module, self.parameters)
+        )
+        self.journal = Journal(training.folder, training.progress, training.trackers, is_open=self.runtime.is_main)
+        self.saver = Saver(
+            checkpoint.Store(training.folder / "checkpoints", self.runtime),
+            holder,
+            masters,
+            self.optimizers,
+            self.state,
+            self.config,
+            self.runtime,
+            self.journal,
+            training.recipe,
+            training.resume_command,
+        )
+        self.planner = Planner(self.config, training.deadline, training.train.n_rows)
         self.longest: dict[str, float] = {}
         self.caught = Caught()
         layout = lay_out(
-            self.config.batch_size, self.config.micro_batch_size, training.runtime.parallel, self.runtime.world_size
+            self.config.batch_size, self.config.micro_batch_size, self.runtime.parallel, self.runtime.world_size
         )
         self.own_rows = layout[self.runtime.rank]
         self.first_part = sum(len(parts) for parts in layout[: self.runtime.rank])
         self.n_parts = sum(len(parts) for parts in layout)
-        # Sharded weights are gathered in every forward pass: all processes must make as many.
-        is_fsdp = self.runtime.world_size > 1 and any(is_sharded(p) for p in self.parameters)
-        self.n_idle = max(len(parts) for parts in layout) - len(self.own_rows) if is_fsdp else 0
-        self.is_fsdp = is_fsdp
+        # Sharded weights are gathered in every forward pass, so all processes must make equally many: idle ones fill up.
+        self.is_fsdp = self.runtime.world_size > 1 and any(is_sharded(p) for p in self.parameters)
+        self.n_idle = max(len(parts) for parts in layout) - len(self.own_rows) if self.is_fsdp else 0
         self.loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.ahead: tuple[int, Future[list[Batch]]] | None = None
         self.is_over = False
-        if self.runtime.is_main:
-            self.store.sweep()
-
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over weights, optimizer state and numbers of a checkpoint; say what keeps the bits from being equal."""
-        self.load(saved)
-        self.state.take(saved.state)
-        changed = differences(
-            saved.state.get("environment", {}),
-            describe_environment(self.runtime),
-            deterministic=self.runtime.parallel.deterministic,
-        )
-        if changed:
-            self.t.progress.say(f"the resumed run is not the same bit for bit: {', '.join(changed)}")
-        if budget(saved.state.get("recipe")) != budget(self.t.recipe):
-            self.state.total_steps = 0
-        self.journal.started = time.monotonic() - self.state.seconds
-        self.store.verified.add(saved.path.name)
-
-    def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over weights and optimizer state."""
-        self.load_weights(saved)
-        optim.load_state(self.holder, self.optimizers, saved)
-
-    def load_weights(self, saved: checkpoint.Checkpoint) -> None:
-        """Take over the weights.
-
-        Raises: ArtifactError if they are of another model.
-        """
-        named = own_tensors(self.holder, frozen=False)
-        if set(named) != set(saved.names("model")):
-            odd = sorted(set(named) ^ set(saved.names("model")))
-            raise ArtifactError(f"checkpoint `{saved.path}` is of another model: `{odd[0]}`", "resume with its recipe")
-        for name, tensor in named.items():
-            fill(tensor, lambda *rows, name=name: saved.read("model", name, *rows))
-        if self.masters:
-            self.masters.push()
 
     def run(self) -> Fitted:
-        """Take all steps, then measure on all held-out text."""
+        """Take all steps, then evaluate on all held-out rows."""
         state = self.state
         try:
             if not state.before:
-                state.before = self.evaluate(None)
-                self.journal.log("eval", {"step": 0, **state.before, "full": True})
-                self.t.progress.say(f"before training: {brief(state.before)}")
-                if self.t.deadline is None:
-                    self.journal.started = time.monotonic()
+                self.evaluate_before()
             self.planner.begin(state)
             if self.config.on_divergence == "rollback" and state.step == 0:
                 self.save()
             while True:
+                # [2] An evaluation saves too; patience makes the step that was just evaluated the last one.
                 if self.planner.is_check_due(state):
                     with self.timing("check"):
                         self.check()
@@ -215,6 +184,8 @@ class _Loop:
                 if 0 < self.config.patience <= state.checks_since_best and state.step == state.checked_step:
                     state.total_steps = state.step
                 loading_seconds, batches = self.load_batches()
+                # [1] What depends on a clock or a signal is known to one process only: their words are summed, so that
+                # all take the same step, or none does.
                 agreed = agree(self.runtime, self.word(batches))
                 state.total_steps = int(agreed.total_steps)
                 if state.step >= state.total_steps:
@@ -232,8 +203,10 @@ class _Loop:
             self.stop(self.caught.number)
             raise
 
+    # --- agreement between processes ----------------------------------------------------------------------------------------
+
     def word(self, batches: Sequence[Batch]) -> Word:
-        """Return what this process has to say before a step."""
+        """Return what this process contributes before a step."""
         number, wants_save = self.caught.number, self.caught.wants_save
         self.caught.wants_save = False
         is_main, now, minutes = self.runtime.is_main, time.monotonic(), self.config.save_minutes
@@ -243,13 +216,13 @@ class _Loop:
             sigint=number == signal.SIGINT,
             sigterm=number == signal.SIGTERM,
             sighup=number == signal.SIGHUP,
-            wants_save=wants_save or (is_main and minutes > 0 and now - self.saved_at >= 60 * minutes),
+            wants_save=wants_save or (is_main and minutes > 0 and now - self.saver.saved_at >= 60 * minutes),
             at_limit=is_main and self.t.limit is not None and now + self.reserve() >= self.t.limit,
             total_steps=self.state.total_steps if is_main else 0,
         )
 
     def reserve(self) -> float:
-        """Return the seconds that a step, what may follow it, and saving have taken at most, with some to spare."""
+        """Return the seconds to keep before the limit: twice the longest step, evaluation and save so far, and a few more."""
         return 2 * sum(self.longest.values()) + LIMIT_RESERVE_SECONDS
 
     @contextmanager
@@ -260,20 +233,22 @@ class _Loop:
         self.longest[what] = max(self.longest.get(what, 0.0), time.monotonic() - begun)
 
     def obey(self, agreed: Word) -> None:
-        """End or save where a signal, the limit or the clock asks for it."""
+        """Stop or save if a signal, the limit or the clock asks for it."""
         if agreed.number:
             self.stop(agreed.number)
         if agreed.at_limit:
             self.save(is_needed=True)
             raise StoppedError(
                 f"stopped at the time limit, at step {self.state.step} of {self.state.total_steps}, checkpoint saved",
-                f"go on with: {self.t.resume_command}",
+                f"resume with: {self.t.resume_command}",
             )
         if agreed.wants_save:
             self.save()
 
+    # --- a step -----------------------------------------------------------------------------------------------------------
+
     def load_batches(self) -> tuple[float, list[Batch]]:
-        """Return the seconds waited for a step's batches, and them; the next step's are made meanwhile."""
+        """Return the seconds waited for a step's batches, and the batches; a thread makes the next step's meanwhile."""
         begun = time.perf_counter()
         size = self.config.batch_size
         first = (self.state.step + self.state.skipped_batches) * size
@@ -288,36 +263,24 @@ class _Loop:
         return [self.t.train.batch(range(first + rows.start, first + rows.stop)) for rows in self.own_rows]
 
     def train_step(self, batches: list[Batch], agreed: Word, loading_seconds: float) -> None:
-        """Take one optimizer step: accumulate, divide by the global count, clip, step, log."""
+        """Take one optimizer step, and log it."""
         state = self.state
         begun = time.perf_counter()
-        share = optim.schedule(state.step, state.total_steps, self.t.optim) * state.lr_scale
-        optim.set_rates(self.optimizers, self.t.optim, share)
+        lr_frac = optim.schedule(state.step, state.total_steps, self.t.optim) * state.lr_scale
+        optim.set_rates(self.optimizers, self.t.optim, lr_frac)
         self.t.objective.progress = state.step / max(1, state.total_steps)
-        scale = self.gradients.scale(max(1, int(agreed.labels)))
-        losses = torch.zeros(self.n_parts, dtype=torch.float64, device=self.runtime.device)
-        for place, batch in enumerate([*batches, *[idle(batches[0])] * self.n_idle]):
-            index = self.first_part + place
-            self.seed_dropout(state.step, index)
-            with self.gradients.part(is_last=place == len(batches) - 1):
-                loss: Loss = self.module(to_device(batch, self.runtime.device))
-                self.runtime.backward(loss.sum * scale)
-            self.gradients.collect()
-            if place < len(batches):
-                losses[index] = loss.sum.detach()
-        self.gradients.finish()
-        loss_value = math.fsum(self.runtime.sum(losses).tolist()) / max(1, agreed.labels)
+        loss = self.accumulate(batches, max(1, int(agreed.labels)))
         limit = self.t.optim.clip_norm or float("inf")
         norm = float(whole_tensor(nn.utils.clip_grad_norm_(self.parameters, limit)))
-        self.apply(loss_value, norm)
+        self.apply(loss, norm)
         state.step += 1
         state.labels += int(agreed.labels)
         state.tokens += int(agreed.positions)
         seconds = time.perf_counter() - begun + loading_seconds
         record = {
             "step": state.step,
-            "loss": loss_value,
-            "lr": self.t.optim.lr * share,
+            "loss": loss,
+            "lr": self.t.optim.lr * lr_frac,
             "grad_norm": norm,
             "tokens": state.tokens,
             "tokens_per_second": agreed.positions / seconds,
@@ -330,24 +293,41 @@ class _Loop:
         left = (state.total_steps - state.step) * (state.seconds / max(1, state.step))
         self.t.progress.step(record, state.total_steps, left)
         if state.bad_steps >= self.config.max_bad_steps:
-            self.diverge()
+            self.saver.roll_back()
+
+    def accumulate(self, batches: list[Batch], n_labels: int) -> float:
+        """Run forward and backward over all micro-batches, and return the mean loss over the labels of all processes.
+
+        Sums are divided once, by the global count: a mean of means would weigh labels of short rows more.
+        """
+        scale = self.gradients.scale(n_labels)
+        losses = torch.zeros(self.n_parts, dtype=torch.float64, device=self.runtime.device)
+        for number, batch in enumerate([*batches, *[idle(batches[0])] * self.n_idle]):
+            index = self.first_part + number
+            self.seed_dropout(self.state.step, index)
+            with self.gradients.part(is_last=number == len(batches) - 1):
+                loss: Loss = self.module(to_device(batch, self.runtime.device))
+                self.runtime.backward(loss.sum * scale)
+            self.gradients.collect()
+            if number < len(batches):
+                losses[index] = loss.sum.detach()
+        self.gradients.finish()
+        # Every micro-batch has a slot of its own, so that the sum does not depend on the number of processes.
+        return math.fsum(self.runtime.sum(losses).tolist()) / n_labels
 
     def utilization(self, tokens_per_second: float) -> float | None:
-        """Return the share of the measured product rate that the model's own FLOPs use."""
+        """Return the share of the measured matmul rate that the model's own FLOPs use."""
         if not self.t.peak_flops:
             return None
         return tokens_per_second * self.t.flops_per_token / self.t.peak_flops / self.runtime.world_size
 
     def apply(self, loss: float, norm: float) -> None:
-        """Step the optimizers, unless loss or gradient are not finite: then skip the step and count it.
-
-        Both numbers are the same in all processes, so all skip together.
-        """
+        """Step the optimizers, unless loss or gradient are not finite: then skip the step and count it."""
         state = self.state
-        spike = ""
+        # [3] Both numbers are the same in all processes, so all skip together. A spike is only reported, unless
+        # `skip_spikes`; too many non-finite steps in a row roll back or end the run.
         is_finite = math.isfinite(loss) and math.isfinite(norm)
-        if is_finite:
-            spike = state.spike(loss, norm)
+        spike = state.spike(loss, norm) if is_finite else ""
         if spike:
             self.journal.event("spike", state.step + 1, f"step {state.step + 1} stands out: {spike}")
         if is_finite and not (spike and self.config.skip_spikes):
@@ -365,56 +345,19 @@ class _Loop:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
 
-    def diverge(self) -> None:
-        """Go back to the last checkpoint with a smaller learning rate and other data, or give up.
-
-        Raises: DivergedError.
-        """
-        state, config = self.state, self.config
-        what = f"training diverged: {state.bad_steps} steps in a row without a finite loss (step {state.step})"
-        if config.on_divergence == "stop" or state.rollbacks >= config.max_rollbacks:
-            raise DivergedError(
-                what,
-                f"lower optim.lr, or --set train.on_divergence=rollback; the last checkpoint stands: {self.store.folder}",
-            )
-        saved = self.open_newest_good()
-        failed, skipped_steps, rollbacks = state.step, state.skipped_steps, state.rollbacks
-        lr_scale, skipped_batches = state.lr_scale, state.skipped_batches
-        self.load(saved)
-        state.take(saved.state)
-        state.skipped_steps, state.rollbacks = skipped_steps, rollbacks + 1
-        state.lr_scale = lr_scale * config.rollback_lr_frac
-        # The rows that led here do not come again: the step numbers go back, the data does not.
-        state.skipped_batches = skipped_batches + failed - state.step
-        text = f"{what}; back to step {state.step} with {state.lr_scale:g} of the learning rate"
-        self.journal.event("rollback", state.step, text)
-
-    def open_newest_good(self) -> checkpoint.Checkpoint:
-        """Open the newest valid checkpoint from before the steps that were not finite, the same in every process.
-
-        Raises: DivergedError if there is none.
-        """
-        good = (
-            path.name
-            for path in self.store.published()
-            if self.store.is_valid(path) and not checkpoint.open_checkpoint(path).state["bad_steps"]
-        )
-        name = self.runtime.lead(lambda: next(good, None))
-        if name is None:
-            raise DivergedError("training diverged, and there is no checkpoint to go back to", "lower optim.lr")
-        return checkpoint.open_checkpoint(self.store.folder / name)
-
     def seed_dropout(self, step: int, index: int) -> None:
-        """Make the random numbers of a forward pass a function of where it is, so that none need saving."""
+        """Make the random numbers of a forward pass a function of (seed, step, micro-batch), so that none need saving."""
         key = f"{self.config.seed}/{step}/{index}".encode()
         torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
+    # --- evaluation ---------------------------------------------------------------------------------------------------------
+
     def evaluate(self, max_tokens: int | None) -> dict[str, float]:
-        """Return the figures on held-out rows, all of them or evenly spread ones.
+        """Return metrics on held-out rows: all of them, or evenly spaced ones of `max_tokens`.
 
         Raises: _StopEvaluationError in all processes if one got a signal.
         """
-        figures = measure(
+        metrics = measure(
             self.module,
             self.t.objective,
             self.t.held_out,
@@ -424,9 +367,9 @@ class _Loop:
             self.give_way,
             sharded=self.is_fsdp,
         )
-        if self.t.score is not None and not self.is_fsdp:  # a sharded model cannot write
-            figures |= self.t.score(max_tokens)
-        return figures
+        if self.t.score is not None and not self.is_fsdp:  # a sharded model cannot generate
+            metrics |= self.t.score(max_tokens)
+        return metrics
 
     def give_way(self) -> None:
         """Let a signal end a long evaluation, in all processes at once."""
@@ -434,16 +377,26 @@ class _Loop:
         if float(self.runtime.sum(number)):
             raise _StopEvaluationError
 
+    def evaluate_before(self) -> None:
+        """Measure the model before its first step."""
+        state = self.state
+        state.before = self.evaluate(None)
+        self.journal.log("eval", {"step": 0, **state.before, "full": True})
+        self.t.progress.say(f"before training: {brief(state.before)}")
+        if self.t.deadline is None:
+            self.journal.started = time.monotonic()
+
     def check(self) -> None:
         """Evaluate, show samples, save, and remember the best step."""
         state = self.state
-        figures = self.evaluate(self.config.eval_tokens)
-        self.journal.log("eval", {"step": state.step, **figures})
-        self.t.progress.say(f"step {state.step}: held out {brief(figures)}")
-        best = state.best_value, state.best_step, state.checks_since_best
+        metrics = self.evaluate(self.config.eval_tokens)
+        self.journal.log("eval", {"step": state.step, **metrics})
+        self.t.progress.say(f"step {state.step}: held out {brief(metrics)}")
+        before = state.best_value, state.best_step, state.checks_since_best
         name = self.t.metric
-        value = figures[name]
-        # What cannot be told, such as a correlation with a constant, is no better than anything.
+        value = metrics[name]
+        # [4] The best step is the latest with the best value of the metric; a value that is not a number, such as a
+        # correlation with a constant, never is.
         sign = 1 if is_higher_better(name) else -1
         is_best = state.best_value is None or sign * value >= sign * state.best_value
         if is_best and not math.isnan(value):
@@ -453,104 +406,55 @@ class _Loop:
         state.checked_step = state.step
         self.show_samples()
         if not self.save_if_good():  # without a checkpoint these weights cannot be taken back
-            state.best_value, state.best_step, state.checks_since_best = best
+            state.best_value, state.best_step, state.checks_since_best = before
         if 0 < self.config.patience <= state.checks_since_best and state.step < state.total_steps:
             text = f"stopped early: no better {name} in {state.checks_since_best} evaluations"
             self.journal.event("stopped early", state.step, text)
 
-    def save_if_good(self) -> bool:
-        """Save, unless the last steps were not finite: what they started from may be what is wrong."""
-        return not self.state.bad_steps and self.save()
-
     def show_samples(self) -> None:
-        """Let the model write, so that a person sees it learn."""
+        """Let the model generate, so that a person sees it learn."""
         if self.t.sample is None or not self.runtime.is_main or self.is_fsdp:
             return
         self.journal.show(self.state.step, self.t.sample())
 
-    def save(self, *, is_needed: bool = False) -> bool:
-        """Publish a checkpoint, then delete what rotation allows; tell whether it is there.
+    # --- saving and the end -------------------------------------------------------------------------------------------------
 
-        A save that fails on the way is a warning, the next one may succeed; one that is needed raises.
-        Raises: OutputError, DivergedError if weights are not finite.
-        """
-        weights = own_tensors(self.holder, frozen=False)
-        finite = torch.tensor(float(all(bool(torch.isfinite(local(w)).all()) for w in weights.values())))
-        if float(self.runtime.sum(finite.to(self.runtime.device))) < self.runtime.world_size:
-            raise DivergedError(
-                f"training diverged: weights are not finite at step {self.state.step}; no checkpoint was made of them",
-                f"lower optim.lr, then {self.t.resume_command}",
-            )
-        rank = self.runtime.rank
-        optimizer = dict(optim.named_state(self.holder, self.optimizers))
-        self.state.trackers = self.journal.tracker_ids()
-        extra = {"environment": describe_environment(self.runtime), "recipe": dict(self.t.recipe)}
-        self.saved_at = time.monotonic()
-        try:
-            with self.timing("save"):
-                self.store.save(
-                    self.state.step, own_parts(weights, rank), own_parts(optimizer, rank), self.state.to_dict() | extra
-                )
-        except OutputError as error:
-            if is_needed:
-                raise
-            text = f"step {self.state.step} was not saved: {error} (hint: {error.hint})"
-            self.journal.event("not saved", self.state.step, text)
-            return False
-        best = self.store.folder / checkpoint.name_of(self.state.best_step)
-        self.store.rotate(self.config.keep_checkpoints, best)
-        return True
+    def save(self, *, is_needed: bool = False) -> bool:
+        """Save a checkpoint, and remember how long that takes; see `Saver.save`."""
+        with self.timing("save"):
+            return self.saver.save(is_needed=is_needed)
+
+    def save_if_good(self) -> bool:
+        """Save, unless the last steps were not finite: the weights that they started from may be the cause."""
+        return not self.state.bad_steps and self.save()
 
     def stop(self, number: int) -> None:
-        """Save and end because a signal came.
+        """Save and stop after a signal.
 
         Raises: InterruptedRunError.
         """
-        # A signal in the middle of an evaluation may have reached another process only.
+        # A signal during an evaluation may have reached another process only.
         number = max(self.runtime.gather(number))
-        name = signal.Signals(number).name
+        name, hint = signal.Signals(number).name, f"resume with: {self.t.resume_command}"
         if not self.state.before:
-            raise InterruptedRunError(
-                f"stopped by {name} before the first step", f"go on with: {self.t.resume_command}", number
-            )
+            raise InterruptedRunError(f"stopped by {name} before the first step", hint, number)
         if not self.is_over:
             self.save(is_needed=True)
         raise InterruptedRunError(
-            f"stopped by {name} at step {self.state.step} of {self.state.total_steps}, checkpoint saved",
-            f"go on with: {self.t.resume_command}",
-            number,
+            f"stopped by {name} at step {self.state.step} of {self.state.total_steps}, checkpoint saved", hint, number
         )
 
     def finish(self) -> Fitted:
-        """Take the best weights back if the last ones are not, and measure on all held-out text."""
-        self.is_over = True  # the weights may be those of another step from here on
-        kept = self.state.step
-        best = self.store.folder / checkpoint.name_of(self.state.best_step)
-        has_best = self.runtime.first(self.state.best_step not in (-1, self.state.step) and best.is_dir())
-        if has_best:
-            self.load_weights(checkpoint.load(best))
-            kept = self.state.best_step
-            self.t.progress.say(f"the weights of step {kept} were better on held-out text and are kept")
+        """Keep the best weights, and evaluate them on all held-out rows."""
+        # [5] The last weights, or those of the best step if its checkpoint still exists. From here on they may be of
+        # another step than the state, so a signal saves nothing any more.
+        self.is_over = True
+        kept = self.saver.take_best()
+        if kept != self.state.step:
+            self.t.progress.say(f"kept the weights of step {kept}: the best on held-out rows")
         if self.masters:
             self.masters.restore()
         after = self.evaluate(None)
         self.journal.log("eval", {"step": self.state.step, **after, "full": True})
-        weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.holder).items()}
+        weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.saver.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
-
-
-def budget(recipe: Any) -> Any:
-    """Return what of a recipe decides the number of steps."""
-    train = (recipe or {}).get("train", {})
-    return [train.get(name) for name in ("steps", "tokens", "minutes")]
-
-
-def own_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:
-    """Return the state dict with a tied weight once only; frozen weights, which nothing changes, if asked for."""
-    seen: dict[int, str] = {}
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen and (frozen or tensor.requires_grad):
-            seen[id(tensor)] = name
-            tensors[name] = tensor.detach()
-    return tensors

@@ -139,7 +139,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on(text, undisturbed, tmp_p
     report = error_lines(run.err)
     assert report[0].startswith(f"error: stopped by {number.name} at step ")
     assert len(report) == 2
-    command = shlex.split(report[1].removeprefix("hint: go on with: "))
+    command = shlex.split(report[1].removeprefix("hint: resume with: "))
     assert command[0] == "llmctl"
     finish([*LLMCTL, *command[1:], "--nproc", str(resumed_on)])
     assert weights(out) == undisturbed
@@ -183,7 +183,7 @@ def test_an_error_that_would_come_again_is_not_restarted(text, tmp_path):
         ([], {"RANK": "0"}, "half of `RANK` and `WORLD_SIZE`"),
         ([], {"WORLD_SIZE": "2"}, "half of `RANK` and `WORLD_SIZE`"),
         (["--nproc", "3", "--batch-size", "2"], {}, "`train.batch_size` 2 is smaller than the number of processes, 3"),
-        (["--nproc", "2", "-r", "-"], {}, "`-r -` is read once"),
+        (["--nproc", "2", "-r", "-"], {}, "`-r -` can be read only once"),
     ],
 )
 def test_usage_errors_come_before_anything_is_started(text, tmp_path, arguments, extra, part: str):

@@ -166,7 +166,7 @@ def test_evaluation_is_the_same_in_any_batch_size(tmp_path):
     results = []
     for size in (1, 3, 8):
         job = training(tmp_path, batch_size=size)
-        loop = _Loop(job, job.runtime.prepare(job.objective), {})
+        loop = _Loop(job, job.runtime.prepare(job.objective), None)
         results.append(loop.evaluate(None))
     lengths = [len(text) for text in source().texts[50:]]
     for result in results:

@@ -1,14 +1,14 @@
-"""Tokens per second of decoding at batch 1, ours beside transformers, llama.cpp and CTranslate2, on one shape in one run.
+"""Decoding speed at batch size 1: llmctl, transformers, llama.cpp and CTranslate2 on one shape in one run.
 
     python benchmarks/decoding.py --shape 135M --threads 2 [--rounds 6] [--only NAME ...]
 
-All engines run models of random weights of the same shape, after a prompt of 64 tokens. Rounds alternate between engines
-and the best round of each counts: other processes make a machine slower for seconds at a time, so that figures of
-different runs do not compare. Ours come twice: by torch alone, and `+` by the step that `llmctl doctor --compile` makes.
-transformers, llama-cpp-python and ctranslate2 take part where they can be imported; transformers also with its forward
-pass compiled over a StaticCache, where torch.compile works, which takes a minute before the first round. llama.cpp's
-4 bits are Q4_0, groups of 32 with a scale; ours are groups of 32 with scale and zero. CTranslate2's 8 bits have a scale per
-output and inputs rounded to 8 bits, which the compiled step's have too. All heads are in 8 bits where the blocks are coded.
+All engines run random weights of the same shape after a prompt of 64 tokens. Rounds alternate between engines and the
+best round counts: other processes slow a machine down for seconds at a time, so results of different runs are not
+comparable. llmctl runs twice: with torch only, and (`+`) with the step that `llmctl doctor --compile` compiles.
+transformers, llama-cpp-python and ctranslate2 run if they are installed; transformers also with torch.compile over a
+StaticCache, which takes a minute before the first round. 4 bits: llama.cpp uses Q4_0 (groups of 32 with a scale), llmctl
+groups of 32 with scale and zero point. 8 bits: CTranslate2 has a scale per output and 8-bit activations, as the compiled
+step has. The head is in 8 bits whenever the blocks are quantized.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from llmctl.kernels.compile import compile_library
 from llmctl.kernels.compiled_step import load_library, make_native
 from llmctl.kernels.decoder import make_decoder
 
-PROMPT = [(7 * place + 3) % 1000 for place in range(64)]
+PROMPT = [(7 * position + 3) % 1000 for position in range(64)]
 Engine = Callable[[int], float]
-"""Reads the prompt, writes n tokens, and returns the seconds of one of them."""
+"""Processes the prompt, generates n tokens, and returns the seconds per token."""
 
 
 def ours(config: ModelConfig, precision: str, *, compiled: bool) -> Engine:
@@ -57,7 +57,7 @@ def ours(config: ModelConfig, precision: str, *, compiled: bool) -> Engine:
 
 
 def llama(config: ModelConfig, dtype: torch.dtype):
-    """Return transformers' model of a shape."""
+    """Return a transformers model of this shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(
@@ -99,25 +99,27 @@ def transformers_compiled(config: ModelConfig, dtype: torch.dtype) -> Engine:
 
     model = llama(config, dtype)
     cache = StaticCache(config=model.config, max_cache_len=256)
-    step = torch.compile(model.forward, dynamic=False, fullgraph=True, options={"freezing": True})  # its fastest here
+    step = torch.compile(
+        model.forward, dynamic=False, fullgraph=True, options={"freezing": True}
+    )  # the fastest setting tried
 
-    @torch.no_grad()  # the cache is written in place by compiled and by usual code, which inference tensors do not stand
+    @torch.no_grad()  # compiled and eager code both write the cache in place, which inference tensors do not allow
     def run(n_tokens: int) -> float:
         cache.reset()
         token = model(torch.tensor([PROMPT]), past_key_values=cache).logits[:, -1:].argmax(dim=-1)
-        places = torch.arange(len(PROMPT), len(PROMPT) + n_tokens).split(1)
+        positions = torch.arange(len(PROMPT), len(PROMPT) + n_tokens).split(1)
         begun = time.perf_counter()
-        for place in places:
-            token = step(token, past_key_values=cache, position_ids=place[None]).logits[:, -1:].argmax(dim=-1)
+        for position in positions:
+            token = step(token, past_key_values=cache, position_ids=position[None]).logits[:, -1:].argmax(dim=-1)
             token.tolist()
         return (time.perf_counter() - begun) / n_tokens
 
-    run(2)  # what a first call compiles, it may compile again for the second
+    run(2)  # the second call may compile once more
     return run
 
 
 def ctranslate2(config: ModelConfig, kind: str, threads: int, folder: Path) -> Engine:
-    """Return CTranslate2's generator of what its converter makes of transformers' model."""
+    """Return CTranslate2 on a converted transformers model."""
     import ctranslate2 as lib
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -170,7 +172,7 @@ def llama_cpp(config: ModelConfig, kind: str, threads: int, folder: Path) -> Eng
         return int(np.ctypeslib.as_array(lib.llama_get_logits(context), (n_vocabulary,)).argmax())
 
     def run(n_tokens: int) -> float:
-        _ = silent, model  # as long as the engine
+        _ = silent, model  # keep both alive as long as the engine
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         token = feed(PROMPT)
         begun = time.perf_counter()
@@ -182,7 +184,7 @@ def llama_cpp(config: ModelConfig, kind: str, threads: int, folder: Path) -> Eng
 
 
 def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
-    """Write a model of random blocks."""
+    """Write a GGUF model with random quantized blocks."""
     import gguf
 
     types = gguf.GGMLQuantizationType
@@ -235,7 +237,7 @@ def write_gguf(path: Path, config: ModelConfig, kind: str) -> None:
 
 
 def engines(config: ModelConfig, threads: int, folder: Path) -> Iterator[tuple[str, Callable[[], Engine]]]:
-    """Yield names and what makes the engines that this installation has; the first is the one ratios are taken to."""
+    """Yield names and factories of the installed engines; ratios are relative to the first."""
     yield "bf16", lambda: ours(config, "bf16", compiled=False)
     for precision in ("fp32", "int8", "int4"):
         yield precision, lambda p=precision: ours(config, p, compiled=False)
@@ -271,14 +273,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     config = shape_config(arguments.shape)
     with tempfile.TemporaryDirectory() as folder:
-        made = {}
+        runners = {}
         for name, make in engines(config, arguments.threads, Path(folder)):
             if not arguments.only or name in arguments.only:
-                print(f"making {name}", file=sys.stderr, flush=True)
-                made[name] = make()
-        best = dict.fromkeys(made, float("inf"))
+                print(f"loading {name}", file=sys.stderr, flush=True)
+                runners[name] = make()
+        best = dict.fromkeys(runners, float("inf"))
         for _ in range(arguments.rounds):
-            for name, run in made.items():
+            for name, run in runners.items():
                 best[name] = min(best[name], run(arguments.tokens))
     print(f"{arguments.shape}, {arguments.threads} threads, batch 1")
     first = next(iter(best.values()))

@@ -1,9 +1,9 @@
-"""Distillation on public data: make teachers, distill them, and print one line per result.
+"""Distillation on public data: train teachers, distill them, and print one JSON line per result.
 
     python benchmarks/distill.py --data DATA --models MODELS --work WORK [NAME ...]
 
-DATA and MODELS are laid out as for `tasks.py`. Every run can be repeated by hand from the line that is printed before it.
-What is compared starts from the same teacher, the same cut and the same rows.
+DATA and MODELS have the layout described in `tasks.py`. Every command is printed before it runs, to repeat it by hand.
+Compared runs share the teacher, the pruned student and the rows.
 """
 
 import json
@@ -15,7 +15,7 @@ from tasks import RECIPES, Bench, main, measured, smollm2, trained
 
 RECIPE = RECIPES / "distill"
 VALID_BYTES = 60_000
-"""Held-out text of the large teacher; a part of the validation text, for the sake of the time."""
+"""Bytes of held-out text for the large teacher: only the beginning of the validation text, to save time."""
 
 
 def wiki(bench: Bench) -> tuple[Path, Path]:
@@ -25,21 +25,21 @@ def wiki(bench: Bench) -> tuple[Path, Path]:
     )
 
 
-def distilled(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of a distillation that matter."""
-    report = found["report"]
+def distilled(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the main metrics of a distillation."""
+    report = record["report"]
     names = ("loss", "perplexity", "bits_per_byte", "bleu", "kl", "agreement", "overlap", "calibration_error")
     sides = {"teacher": report["models"]["teacher"], "student": report["models"]["student"]}
     sides["cut"] = report["student_before_training"]
     figures = {side: {name: row[name] for name in names if name in row} for side, row in sides.items()}
     shares = {name: report[name] for name in ("parameters_frac", "speed_ratio", "flops", "steps")}
     layers = {name: value for name, value in report["cut"].items() if name.endswith("layers")}
-    times = {name: found[name] for name in ("seconds", "cpu_seconds")}
+    times = {name: record[name] for name in ("seconds", "cpu_seconds")}
     return {**figures, **shares, **layers, **times, "baseline": report.get("baseline")}
 
 
 def make_teacher(bench: Bench, name: str, recipe: str) -> None:
-    """Make a teacher of WikiText-2 unless it is there."""
+    """Train a teacher on WikiText-2 unless it exists."""
     if not (bench.work / name).exists():
         train, valid = wiki(bench)
         held_out = ("--set", f"data.val_paths={valid}")
@@ -54,7 +54,7 @@ def make_teacher(bench: Bench, name: str, recipe: str) -> None:
 
 
 def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
-    """Distill the decoder of WikiText-2 to half of it."""
+    """Distill the WikiText-2 decoder to half of its parameters."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
@@ -64,12 +64,12 @@ def half(bench: Bench, name: str, *more: object) -> dict[str, Any]:
 
 
 def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
-    """Distill from signals of a kind that were written down before."""
+    """Distill from a cache of teacher outputs of this kind."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-half.yaml"
     folder = f"signals-{kind}"
-    plain = ("--set", "loss.match=none")  # signals hold no states of other layers
+    plain = ("--set", "loss.match=none")  # a cache has no hidden states to match
     made = bench.run(
         "distill",
         "cache",
@@ -93,7 +93,7 @@ def signals(bench: Bench, kind: str, *more: object) -> dict[str, Any]:
 
 
 def encoder(bench: Bench) -> dict[str, Any]:
-    """Distill an encoder of WikiText-2 to half of its layers."""
+    """Distill the WikiText-2 encoder to half of its layers."""
     make_teacher(bench, "wiki-encoder", "wikitext-mlm.yaml")
     train, valid = wiki(bench)
     recipe = RECIPE / "wikitext-encoder.yaml"
@@ -103,7 +103,7 @@ def encoder(bench: Bench) -> dict[str, Any]:
 
 
 def sentences(bench: Bench) -> dict[str, Any]:
-    """Halve the layers of MiniLM on sentences without labels, and hold both against people's judgments."""
+    """Distill MiniLM to half of its layers on unlabeled sentences, and evaluate both on STS-B."""
     import csv
 
     rows: list[str] = []
@@ -115,17 +115,17 @@ def sentences(bench: Bench) -> dict[str, Any]:
     unique = dict.fromkeys(" ".join(row.split()) for row in rows if row.strip())
     text.write_text("\n".join(unique), encoding="utf-8")
     teacher = bench.models / "minilm"
-    found = bench.run("distill", teacher, "-r", RECIPE / "minilm.yaml", "-d", text, "-o", "minilm-3", "-f")
+    record = bench.run("distill", teacher, "-r", RECIPE / "minilm.yaml", "-d", text, "-o", "minilm-3", "-f")
     names = ("--set", "columns.names=text,pair,label")
     test = bench.data / "stsb" / "stsb-en-test.csv"
     checked = measured(bench.run("evaluate", teacher, "minilm-3", "-d", test, "--task", "similarity", *names))
-    report = found["report"]
+    report = record["report"]
     shares = {name: report[name] for name in ("parameters_frac", "speed_ratio", "steps")}
-    return {"stsb": checked, **shares, "cpu_seconds": found["cpu_seconds"]}
+    return {"stsb": checked, **shares, "cpu_seconds": record["cpu_seconds"]}
 
 
 def large(bench: Bench) -> dict[str, Any]:
-    """Cut SmolLM2 to half of its parameters and heal it on WikiText-2."""
+    """Prune SmolLM2 to half of its parameters and distill on WikiText-2."""
     train, valid = wiki(bench)
     part = bench.work / "wiki-valid-part.txt"
     part.write_bytes(valid.read_bytes()[:VALID_BYTES])
@@ -136,7 +136,7 @@ def large(bench: Bench) -> dict[str, Any]:
 
 
 def captions(bench: Bench, name: str, *more: object) -> dict[str, Any]:
-    """Thin the decoder of the translator of captions that `tasks.py multi30k` makes, or a shorter run of it."""
+    """Distill the caption translator of `tasks.py multi30k`, or of a shorter run, to a smaller decoder."""
     files = [
         bench.text(f"{part}.{side}", "multi30k-en-de", f"{part}.{side}.gz")
         for part in ("train", "val")
@@ -162,7 +162,7 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "captions": lambda bench: captions(bench, "captions"),
     "captions-seq": lambda bench: captions(bench, "captions-seq", "--loss", "seq", "--set", "teacher.beams=1"),
 }
-"""The runs by name; the captions' teacher is what `tasks.py multi30k` leaves in the work folder."""
+"""The runs by name; the teacher of `captions` is the model that `tasks.py multi30k` leaves in the work folder."""
 
 
 if __name__ == "__main__":

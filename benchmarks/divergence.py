@@ -1,16 +1,16 @@
-"""The distillation loss beside others: processor time, peak memory and gradient error on the same inputs, in one run.
+"""Distillation loss compared with other implementations: CPU time, peak memory and gradient error in one run.
 
     pip install --no-deps --target PEERS trl==1.16.0 liger-kernel==0.8.5
     python benchmarks/divergence.py --peers PEERS [--vocab 128000] [--rows 2048] [--threads 1]
                                                           [--dtype float32]
 
-Forward KL, forward and backward pass, of a student (width 512) and a teacher (width 768) in bfloat16, which takes a
-processor that has instructions for it (lscpu: avx512_bf16, amx_bf16); without, add --dtype float32. Every measurement is a
-process of its own: the least processor time of the repetitions, the growth of the resident memory over inputs and
-gradients, and the error of the gradient of the hidden states against float64 on the same bfloat16 inputs, relative to
-its length. `far` is a student that knows nothing of its teacher; `near` one whose states are its teacher's with noise of
-a hundredth, where what is to be learned lies in the last digits. TRL and Liger run as they do without a GPU, only the two
-loss files of each are loaded. Naive is F.kl_div over logits that are widened after the product, as most code has it.
+Forward KL, forward and backward pass, of a student (width 512) and a teacher (width 768) in bfloat16; on a CPU without
+bfloat16 instructions (lscpu: avx512_bf16, amx_bf16) add --dtype float32. Every measurement runs in its own process: the
+minimum CPU time of the repetitions, the growth of the resident memory beyond inputs and gradients, and the relative error
+of the gradient of the hidden states against float64 on the same inputs. `far` is a student unrelated to its teacher;
+`near` has the teacher's hidden states with 1 % noise, so that the gradient is in the last digits. TRL and Liger run as
+they do without a GPU; only the two loss files of each are imported. `naive` is F.kl_div over logits converted to float32
+after the matrix product, as in most code.
 """
 
 import argparse
@@ -26,24 +26,24 @@ IMPLEMENTATIONS = ("ours", "ours-512", "naive", "trl", "liger")
 
 
 def inputs(vocab, rows, *, near, dtype):
-    """Return hidden states and heads of student and teacher."""
+    """Return random hidden states and heads of student and teacher."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape):
+    def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    h, w = draw(rows, D_STUDENT), draw(vocab, D_STUDENT) / D_STUDENT**0.5
-    th, tw = draw(rows, D_TEACHER), draw(vocab, D_TEACHER) / D_TEACHER**0.5
+    h, w = normal(rows, D_STUDENT), normal(vocab, D_STUDENT) / D_STUDENT**0.5
+    th, tw = normal(rows, D_TEACHER), normal(vocab, D_TEACHER) / D_TEACHER**0.5
     if near:
-        th = torch.cat([h + 0.01 * draw(rows, D_STUDENT), torch.zeros(rows, D_TEACHER - D_STUDENT)], dim=1)
+        th = torch.cat([h + 0.01 * normal(rows, D_STUDENT), torch.zeros(rows, D_TEACHER - D_STUDENT)], dim=1)
         tw = torch.cat([w, torch.zeros(vocab, D_TEACHER - D_STUDENT)], dim=1)
     return [tensor.to(dtype) for tensor in (h, w, th, tw)]
 
 
 def without_init(root, *names):
-    """Let the modules of packages be imported without what their `__init__` files import."""
+    """Register empty packages, so that single modules can be imported without running their `__init__` files."""
     for name in names:
         package = types.ModuleType(name)
         package.__path__ = [str(Path(root, *name.split(".")))]
@@ -106,7 +106,7 @@ def exact_gradient(h, w, th, tw):
 
 
 def measure(name, peers, vocab, rows, threads, repetitions, dtype):
-    """Return the figures of an implementation in this process."""
+    """Measure an implementation in this process."""
     import torch
 
     from llmctl.machine import forget_peak_memory, peak_since_forgotten
@@ -145,15 +145,15 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--only", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    sizes = (given.vocab, given.rows, given.threads, given.repetitions, given.dtype)
-    if given.only:
-        print(json.dumps(measure(given.only, given.peers, *sizes)))
+    options = parser.parse_args()
+    sizes = (options.vocab, options.rows, options.threads, options.repetitions, options.dtype)
+    if options.only:
+        print(json.dumps(measure(options.only, options.peers, *sizes)))
         return
-    found = {}
+    results = {}
     for name in IMPLEMENTATIONS:
-        if name in ("trl", "liger") and given.peers is None:
-            print(f"{name}: not measured, --peers names no folder", file=sys.stderr)
+        if name in ("trl", "liger") and options.peers is None:
+            print(f"{name}: skipped, --peers is not set", file=sys.stderr)
             continue
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--only", name], stdout=subprocess.PIPE, text=True, check=False
@@ -161,12 +161,13 @@ def main():
         if done.returncode:
             print(f"{name}: failed", file=sys.stderr)
             continue
-        found[name] = json.loads(done.stdout)
+        results[name] = json.loads(done.stdout)
         print(
-            json.dumps({"name": name, **{key: float(f"{value:.3g}") for key, value in found[name].items()}}), flush=True
+            json.dumps({"name": name, **{key: float(f"{value:.3g}") for key, value in results[name].items()}}),
+            flush=True,
         )
-    ours = found["ours"]
-    for name, row in found.items():
+    ours = results["ours"]
+    for name, row in results.items():
         ratios = {key: round(row[key] / ours[key], 2) for key in ("cpu_seconds", "peak_mib")}
         print(json.dumps({"name": name, "times_ours": ratios}))
 

@@ -1,11 +1,10 @@
-"""What every GGUF type costs a model: size, bits, and how far its predictions of a text move from the original's.
+"""Compare GGUF types on a model: size, bits per weight, KL divergence and top-1 agreement with the original.
 
     python benchmarks/gguf_types.py MODEL TEXT [--dither] [--beside QUANTIZED ...] [--rows 12]
 
-Rows of 256 tokens are spread over the text. `--dither` first moves every weight by a random part of a four-bit step: a
-model that was published on a 4-bit grid flatters every format with that grid. Where llama-cpp-python can be imported,
-the types that llama.cpp itself makes of the same weights take part; `--beside` names what `llmctl quantize` made of them.
-Sizes are those of the tensors alone.
+Rows of 256 tokens are spread over the text. `--dither` first moves every weight by a random fraction of a 4-bit step: a
+model published on a 4-bit grid favors formats with that grid. If llama-cpp-python is installed, types quantized by
+llama.cpp itself are included; `--beside` adds models made by `llmctl quantize`. Sizes count only tensors.
 """
 
 import argparse
@@ -32,13 +31,13 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.gguf.write import TYPES
 
 LLAMA_TYPES = {"Q8_0": 7, "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "Q3_K_M": 12}
-"""Numbers of `llama_ftype` in llama.cpp's header."""
+"""Values of `llama_ftype` in llama.cpp's header."""
 
 ROW_TOKENS = 256
 
 
 def dithered(source: Path, out: Path) -> Path:
-    """Return a copy of a model whose weights are off the grid of Q4_1."""
+    """Return a copy of a model with its weights moved off the Q4_1 grid."""
     artifact, generator = read_artifact(source), torch.Generator().manual_seed(0)
     state = artifact.state()
     for name, weight in state.items():
@@ -50,18 +49,18 @@ def dithered(source: Path, out: Path) -> Path:
 
 
 def by_llama(source: Path, out: Path, kind: str) -> None:
-    """Have llama.cpp write a GGUF file in a type of its own."""
+    """Quantize a GGUF file with llama.cpp."""
     from llama_cpp import llama_model_quantize, llama_model_quantize_default_params
 
     settings = llama_model_quantize_default_params()
     settings.ftype, settings.nthread = LLAMA_TYPES[kind], 1
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         status = llama_model_quantize(str(source).encode(), str(out).encode(), ctypes.byref(settings))
-    assert status == 0, f"llama.cpp does not make {kind} of this model"
+    assert status == 0, f"llama.cpp cannot quantize this model to {kind}"
 
 
 def files(source: Path, work: Path) -> Iterator[tuple[str, Callable[[Path], object]]]:
-    """Yield the name of every type with what writes a file of it."""
+    """Yield the name of every type with a function that writes a file of it."""
     for kind in TYPES:
         yield kind, partial(export_gguf, source, kind=kind, force=True)
     if importlib.util.find_spec("llama_cpp"):
@@ -85,16 +84,16 @@ def main() -> None:
     parser.add_argument("--dither", action="store_true")
     parser.add_argument("--beside", type=Path, nargs="*", default=[])
     parser.add_argument("--rows", type=int, default=12)
-    parser.add_argument("--types", nargs="*", help='no others than these, such as q4_K or "llama.cpp Q4_K_M"')
-    asked = parser.parse_args()
-    content = gzip.decompress(asked.text.read_bytes()) if asked.text.suffix == ".gz" else asked.text.read_bytes()
+    parser.add_argument("--types", nargs="*", help='only these types, such as q4_K or "llama.cpp Q4_K_M"')
+    options = parser.parse_args()
+    content = gzip.decompress(options.text.read_bytes()) if options.text.suffix == ".gz" else options.text.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        source = dithered(asked.model, work / "dithered") if asked.dither else asked.model
+        source = dithered(options.model, work / "dithered") if options.dither else options.model
         original = load_model(source, device="cpu", dtype="float32")
         assert original.tokenizer is not None
         ids = original.tokenizer.encode(content.decode()[:2_000_000])
-        step = max(ROW_TOKENS, len(ids) // asked.rows)
+        step = max(ROW_TOKENS, len(ids) // options.rows)
         rows = [ids[start : start + ROW_TOKENS] for start in range(0, len(ids) - ROW_TOKENS, step)]
         before = logits_of(original.model, rows)
 
@@ -102,17 +101,17 @@ def main() -> None:
             kl, top1 = distance(before, logits_of(load_model(model, device="cpu", dtype="float32").model, rows))
             size = tensor_bytes(path)
             bits = 8 * size / original.model.n_parameters
-            size_told = f"{size:>13,} bytes, {bits:5.2f} bits per weight"
-            print(f"{name:<24} {size_told}, KL {kl:.3g} nats/token, {top1:.1%} same best token", flush=True)
+            size_text = f"{size:>13,} bytes, {bits:5.2f} bits per weight"
+            print(f"{name:<24} {size_text}, KL {kl:.3g} nats/token, {top1:.1%} top-1 agreement", flush=True)
 
         for name, write in files(source, work):
-            if asked.types is not None and name not in asked.types:
+            if options.types is not None and name not in options.types:
                 continue
             path = work / "m.gguf"
             path.unlink(missing_ok=True)
             write(path)
             show(name, path, import_model(path, work / "back", force=True))
-        for path in asked.beside:
+        for path in options.beside:
             show(path.name, path, path)
 
 

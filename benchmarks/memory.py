@@ -1,10 +1,10 @@
-"""Peak memory of a training step beside the prediction of `--dry-run`, for the layouts that several processes have.
+"""Peak memory of training compared with the prediction of `--dry-run`, for one and several processes.
 
 usage: python benchmarks/memory.py [--json]
 
-Every row is a fresh group of processes. What is compared is the growth of the resident set from just before the model
-is built to its peak in two optimizer steps (VmHWM, reset through /proc/self/clear_refs), with the libraries warm and
-`train.return_memory` on; the row "freed memory kept" shows what the allocator's own holes add where it is off.
+Every row runs in new processes. Measured is the growth of the resident memory from just before the model is built to
+its peak in two optimizer steps (VmHWM, reset through /proc/self/clear_refs), after a warmup of the libraries and with
+`train.return_memory` on; the row "freed memory kept" shows what heap fragmentation adds if it is off.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def status(name: str) -> int:
 
 
 def job(row: dict[str, Any]) -> dict[str, float]:
-    """Train two steps in this process and return its measured and predicted bytes."""
+    """Train two steps in this process and return measured and predicted bytes."""
     import ctypes
     import gc
 
@@ -128,13 +128,13 @@ def job(row: dict[str, Any]) -> dict[str, float]:
 
 
 def is_close(row: str) -> bool:
-    """Tell whether a row's prediction is within a tenth of what is measured."""
+    """Return whether the prediction of a row is within 10 % of the measurement."""
     figures = measure(ROWS[row])
     return abs(figures["predicted"] / figures["measured"] - 1) < 0.1
 
 
 def measure(row: dict[str, Any]) -> dict[str, float]:
-    """Run a row in processes of its own and return the first one's figures."""
+    """Run a row in new processes and return the result of rank 0."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -147,10 +147,10 @@ def measure(row: dict[str, Any]) -> dict[str, float]:
             environment |= {"LOCAL_WORLD_SIZE": str(n_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(row)]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate()[0] for process in processes]
+    outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit(f"a process failed: {row}")
-    return json.loads(said[0])
+    return json.loads(outputs[0])
 
 
 def main() -> None:
@@ -167,12 +167,12 @@ def main() -> None:
 
             leave(0)
         return
-    found = {name: measure(row) for name, row in ROWS.items()}
+    results = {name: measure(row) for name, row in ROWS.items()}
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
         return
     print(f"{'layout':<36}{'measured MB':>12}{'predicted MB':>14}{'ratio':>8}")
-    for name, figures in found.items():
+    for name, figures in results.items():
         measured, predicted = figures["measured"] / 1e6, figures["predicted"] / 1e6
         print(f"{name:<36}{measured:>12,.0f}{predicted:>14,.0f}{predicted / measured:>8.2f}")
 

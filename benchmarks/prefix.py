@@ -1,10 +1,11 @@
-"""What it saves to read a beginning that prompts share once: CPU-seconds without and with, in one run.
+"""CPU time saved by prefix caching: prompts with a shared prefix, and a conversation, in one run.
 
     python benchmarks/prefix.py --shape 30M --scheme fp32,bf16,int4 [--prompts 64] [--header 400] [--rest 20] [-n 16]
 
-Random weights; a header and a rest of its own for every prompt, in batches of 16 as `llmctl generate -` makes them, greedy.
-Rounds alternate and the least CPU time counts, of all threads together. Then a conversation of 8 turns: `--rest` tokens
-are said and `-n` answered, and each turn begins with all that was before it. Without a compiled step, whose part would hide this one.
+Random weights, greedy decoding. `pipe`: prompts with a shared header and an individual rest, in batches of 16 as in
+`llmctl generate -`. `talk`: a conversation of 8 turns with `--rest` user tokens and `-n` answer tokens, where each prompt
+starts with the whole conversation. Rounds alternate and the minimum CPU time of all threads counts. The compiled step is
+off, as it would hide the effect.
 """
 
 import argparse
@@ -24,21 +25,21 @@ BATCH, N_TURNS = 16, 8
 
 
 def ids(n: int, start: int) -> list[int]:
-    return [(7 * place + start) % 997 for place in range(n)]
+    return [(7 * position + start) % 997 for position in range(n)]
 
 
 @torch.inference_mode()
 def answer(
     model: LanguageModel, decoder: Decoder, rows: list[list[int]], n_new: int, prefix: Prefix | None
 ) -> list[int]:
-    """Return what follows the first row."""
+    """Return the continuation of the first row."""
     session = Session(model, rows, n_new, decoder=decoder, prefix=prefix)
-    tokens_B, said = session.begin().argmax(dim=1), []
+    tokens_B, generated = session.begin().argmax(dim=1), []
     for _ in range(n_new - 1):
-        said.append(int(tokens_B[0]))
+        generated.append(int(tokens_B[0]))
         tokens_B = session.step(tokens_B).argmax(dim=1)
-    session.keep([*rows[0], *said])
-    return [*said, int(tokens_B[0])]
+    session.keep([*rows[0], *generated])
+    return [*generated, int(tokens_B[0])]
 
 
 Answer = Callable[[list[list[int]]], list[int]]
@@ -51,10 +52,10 @@ def pipe(reply: Answer, options: argparse.Namespace) -> None:
 
 
 def talk(reply: Answer, options: argparse.Namespace) -> None:
-    said = ids(options.header, 3)
+    conversation = ids(options.header, 3)
     for turn in range(N_TURNS):
-        said = [*said, *ids(options.rest, turn)]
-        said = [*said, *reply([said])]
+        conversation = [*conversation, *ids(options.rest, turn)]
+        conversation = [*conversation, *reply([conversation])]
 
 
 def main() -> None:
@@ -78,13 +79,13 @@ def main() -> None:
             best = {"without": float("inf"), "with": float("inf")}
             for _ in range(options.rounds):
                 for name in ("without", "with"):
-                    held, begun = Prefix() if name == "with" else None, time.process_time()
-                    work(lambda rows, held=held: answer(model, decoder, rows, options.tokens, held), options)  # noqa: B023
+                    prefix, begun = Prefix() if name == "with" else None, time.process_time()
+                    work(lambda rows, prefix=prefix: answer(model, decoder, rows, options.tokens, prefix), options)  # noqa: B023
                     best[name] = min(best[name], time.process_time() - begun)
             ratio = best["without"] / best["with"]
             print(
                 f"{options.shape} {scheme:<5} {work.__name__}: {best['without']:7.2f} s without, "
-                f"{best['with']:7.2f} s with it, {ratio:.2f} times"
+                f"{best['with']:7.2f} s with prefix caching, {ratio:.2f}x"
             )
 
 

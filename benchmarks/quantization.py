@@ -1,10 +1,10 @@
-"""Quantization on public data: every scheme and method on the same model and held-out text, one line per result.
+"""Quantization on public data: every scheme and method on the same model and held-out text, one JSON line each.
 
     python benchmarks/quantization.py --data DATA --models MODELS --work WORK [NAME ...]
 
-DATA and MODELS are laid out as for `tasks.py`; `wiki` takes the decoder that `distill.py half` makes, or makes it. Every run
-can be repeated by hand from the line that is printed before it. SmolLM2's published weights lie on a 4-bit grid, which
-flatters every format with that grid: `smollm2` first takes them off it by a short training run.
+DATA and MODELS have the layout described in `tasks.py`; `wiki` uses the teacher of `distill.py half`, or trains it. Every
+command is printed before it runs, to repeat it by hand. The published weights of SmolLM2 are on a 4-bit grid, which favors
+formats with that grid: `smollm2` first moves them off the grid by a short training run.
 """
 
 import json
@@ -17,7 +17,7 @@ from distill import make_teacher, wiki
 from tasks import RECIPES, Bench, main, measured, smollm2
 
 PART_BYTES = {"wiki": 120_000, "smollm2": 32_000}
-"""Held-out text; a part of the validation text, for the sake of the time."""
+"""Bytes of held-out text: only the beginning of the validation text, to save time."""
 
 METHODS = ("nearest", "hqq", "weighted", "awq", "gptq", "awq-gptq", "guided")
 
@@ -25,11 +25,11 @@ LARGE_SETTINGS = (
     *("weights.calibration_rows=64", "train.seq_len=256"),
     *("train.steps=100", "train.batch_size=4", "train.eval_every=50"),
 )
-"""Of the larger model, for the sake of the time: what it is calibrated on, and what it learns from."""
+"""Calibration and training settings of the larger model, reduced to save time."""
 
 STUDIED = ("nearest", "awq", "gptq", "guided", "learned")
 PUBLISHED = ["--group", "64", "--set", "weights.scale_bits=16"]
-"""Groups and scales as other tools have them."""
+"""Group size and scales as other tools use them."""
 
 ROWS: dict[str, list[str]] = {
     "int8": ["--bits", "8"],
@@ -62,7 +62,7 @@ WIDE = {
     for group in (128, 32)
     for method in STUDIED
 }
-"""For a model whose rows are whole groups of 128, which those of the others are not."""
+"""For a model whose rows divide into groups of 128; those of the other models do not."""
 
 
 def held_out(bench: Bench, name: str) -> Path:
@@ -73,9 +73,9 @@ def held_out(bench: Bench, name: str) -> Path:
 
 
 def row(bench: Bench, model: object, out: str, calib: Path, val: Path, *options: object) -> dict[str, Any]:
-    """Quantize once, and return the figures that matter."""
-    found = bench.run("quantize", model, "--calib", calib, "--val", val, *options, "-o", out, "-f")
-    report = found["report"]
+    """Quantize once and return the main metrics."""
+    record = bench.run("quantize", model, "--calib", calib, "--val", val, *options, "-o", out, "-f")
+    report = record["report"]
     before, after = report["models"]["before"], report["models"]["after"]
     figures = {name: after[name] for name in ("perplexity", "kl", "agreement", "bytes") if name in after}
     change = {"perplexity_change": after["perplexity"] / before["perplexity"] - 1} if "perplexity" in after else {}
@@ -87,29 +87,29 @@ def row(bench: Bench, model: object, out: str, calib: Path, val: Path, *options:
         **change,
         **bits,
         **speed,
-        "cpu_seconds": found["cpu_seconds"],
+        "cpu_seconds": record["cpu_seconds"],
     }
 
 
 def each(
     bench: Bench, model: str, calib: Path, val: Path, names: str, *options: object, rows: dict[str, list[str]] = ROWS
 ) -> None:
-    """Print a line for every scheme and method whose name begins so."""
+    """Print a line for every scheme and method whose name starts with `names`."""
     for name, own in rows.items():
         out = slug(name)
         if not out.startswith(names):
             continue
-        found = row(bench, model, f"quantized-{out}", calib, val, *own, *options)
-        print(json.dumps({"model": model, "row": name, **found}), flush=True)
+        metrics = row(bench, model, f"quantized-{out}", calib, val, *own, *options)
+        print(json.dumps({"model": model, "row": name, **metrics}), flush=True)
 
 
 def slug(name: str) -> str:
-    """Return a name as a folder may have it."""
+    """Return a name usable as a folder."""
     return "-".join(name.replace(",", "").split())
 
 
 def decoder(bench: Bench, names: str = "") -> dict[str, Any]:
-    """The decoder of WikiText-2 that distillation starts from."""
+    """Quantize the WikiText-2 decoder that is the teacher in `distill.py`."""
     make_teacher(bench, "wiki-teacher", "wikitext.yaml")
     train, _ = wiki(bench)
     each(bench, "wiki-teacher", train, held_out(bench, "wiki"), names, "--set", "train.seq_len=128")
@@ -117,7 +117,7 @@ def decoder(bench: Bench, names: str = "") -> dict[str, Any]:
 
 
 def wide(bench: Bench, names: str = "") -> dict[str, Any]:
-    """A decoder of 3.9 million parameters, in narrow groups and wide ones."""
+    """Quantize a 3.9 M parameter decoder with group sizes 32 and 128."""
     make_teacher(bench, "wiki-256", "wikitext-256.yaml")
     train, _ = wiki(bench)
     part = held_out(bench, "wiki")
@@ -126,7 +126,7 @@ def wide(bench: Bench, names: str = "") -> dict[str, Any]:
 
 
 def off_grid(bench: Bench) -> tuple[str, Path, Path]:
-    """Return SmolLM2 off its grid, and what it is calibrated and measured on."""
+    """Return SmolLM2 off its 4-bit grid, the calibration text and the held-out text."""
     train, _ = wiki(bench)
     part = held_out(bench, "smollm2")
     if not (bench.work / "smollm2-off").exists():
@@ -136,29 +136,29 @@ def off_grid(bench: Bench) -> tuple[str, Path, Path]:
 
 
 def large(bench: Bench, names: str = "") -> dict[str, Any]:
-    """SmolLM2, off its grid; codes that learn do so for as long as a processor allows."""
+    """Quantize SmolLM2 off its 4-bit grid, with a short training for `learned`."""
     options = [option for setting in LARGE_SETTINGS for option in ("--set", setting)]
     each(bench, *off_grid(bench), names, *options)
     return {}
 
 
 def best(bench: Bench) -> dict[str, Any]:
-    """The same in 4.6 bits, by a recipe that takes its time."""
+    """Quantize the same model to 4.6 bits with a longer recipe."""
     model, train, part = off_grid(bench)
     return row(bench, model, "quantized-best", train, part, "-r", RECIPES / "quantize" / "smollm2-mixed.yaml")
 
 
 def sentences(bench: Bench) -> dict[str, Any]:
-    """MiniLM in eight and four bits, held against people's judgments of similarity."""
+    """Quantize MiniLM to 8 and 4 bits and evaluate on STS-B."""
     teacher, calib = bench.models / "minilm", bench.text("train.en", "multi30k-en-de", "train.en.gz")
-    found = {}
+    results = {}
     for name, options in (("int8", ("--bits", 8)), ("w8a8", ("--scheme", "w8a8")), ("int4", ("--bits", 4))):
         bench.run("quantize", teacher, "--calib", calib, *options, "-o", f"minilm-{name}", "-f")
     names = ("--set", "columns.names=text,pair,label")
     test = bench.data / "stsb" / "stsb-en-test.csv"
     models = (teacher, "minilm-int8", "minilm-w8a8", "minilm-int4")
-    found["stsb"] = measured(bench.run("evaluate", *models, "-d", test, "--task", "similarity", *names))
-    return found
+    results["stsb"] = measured(bench.run("evaluate", *models, "-d", test, "--task", "similarity", *names))
+    return results
 
 
 KINDS = ("int8", "w8a8", "int6", "int5", "int4-g32", "int4-g64", "int4-sym", "mixed", "int3")
@@ -172,7 +172,7 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     **{f"wiki-{kind}": partial(decoder, names=kind) for kind in KINDS},
     **{f"smollm2-{kind}": partial(large, names=kind) for kind in KINDS},
 }
-"""The runs by name; those that end in a kind of code are a part of the others."""
+"""The runs by name; those that end in a scheme run only its rows."""
 
 
 if __name__ == "__main__":

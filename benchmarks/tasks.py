@@ -1,10 +1,10 @@
-"""Fine-tuning and translation on public data sets: prepare the files, run the commands, print one line per result.
+"""Fine-tuning and translation on public data sets: prepare files, run commands, print one JSON line per result.
 
     python benchmarks/tasks.py --data DATA --models MODELS --work WORK [NAME ...]
 
-DATA holds the sets in the folders named below, as their publishers ship them; MODELS holds `minilm/` (a folder of
-all-MiniLM-L6-v2) and `smollm2.gguf` (SmolLM2-135M-Instruct). What a command line says is all that is done: every run can
-be repeated by hand from the line that is printed before it. Splits are drawn with a fixed seed.
+DATA contains the published data sets in the folders named below; MODELS contains `minilm/` (a folder of
+all-MiniLM-L6-v2) and `smollm2.gguf` (SmolLM2-135M-Instruct). Every command is printed before it runs, to repeat it by
+hand. Splits are random with a fixed seed.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from typing import Any
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 LLMCTL = [sys.executable, "-P", "-m", "llmctl"]
 WINDOW_TOKENS = 1024
-"""Width of the windows in which WikiText-2 is measured."""
+"""Window length for WikiText-2."""
 
 
 class Bench:
-    """Where things lie, and how commands are run."""
+    """Folders of the benchmark, and helpers that run commands."""
 
     def __init__(self, data: Path, models: Path, work: Path) -> None:
         self.data, self.models, self.work = data, models, work
         work.mkdir(parents=True, exist_ok=True)
 
     def run(self, *arguments: object) -> dict[str, Any]:
-        """Run a command, and return what it printed as JSON with the time it took."""
+        """Run a command and return its JSON output with the wall and CPU time."""
         command = [str(argument) for argument in arguments]
         print("$ llmctl " + " ".join(command), file=sys.stderr, flush=True)
         begun, used = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -48,56 +48,56 @@ class Bench:
         return record | {"wall_seconds": round(time.monotonic() - begun), "cpu_seconds": round(cpu_seconds)}
 
     def finetune(self, name: str, recipe: str, *arguments: object) -> dict[str, Any]:
-        """Fine-tune with a recipe, and return the figures that matter."""
-        found = self.run("finetune", "-r", RECIPES / "finetune" / recipe, *arguments, "-o", name, "-f")
-        return trained(found)
+        """Fine-tune with a recipe and return the main metrics."""
+        record = self.run("finetune", "-r", RECIPES / "finetune" / recipe, *arguments, "-o", name, "-f")
+        return trained(record)
 
     def text(self, name: str, *path: str) -> Path:
-        """Return a gzipped file unpacked."""
+        """Unpack a gzipped file into the work folder."""
         out = self.work / name
         if not out.exists():
             out.write_bytes(gzip.decompress(self.data.joinpath(*path).read_bytes()))
         return out
 
     def rows(self, name: str, rows: Sequence[Sequence[str]]) -> Path:
-        """Return rows written as lines with tabs."""
+        """Write rows as tab-separated lines."""
         out = self.work / name
         clean = ("\t".join(" ".join(cell.split()) for cell in row) for row in rows)
         out.write_text("".join(line + "\n" for line in clean), encoding="utf-8")
         return out
 
 
-def trained(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of a training run that matter."""
+def trained(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the main metrics of a training run."""
     figures = ("accuracy", "f1", "mcc", "spearman", "bleu", "chrf", "loss", "perplexity", "bits_per_byte")
-    kept = {key: found["after"][key] for key in figures if key in found["after"]}
-    before = {key: found["before"][key] for key in ("loss", "accuracy") if key in found["before"]}
-    shares = {"parameters": found["n_parameters"], "trained": found.get("n_trained", found["n_parameters"])}
-    times = {key: found[key] for key in ("steps", "seconds", "cpu_seconds")}
+    kept = {key: record["after"][key] for key in figures if key in record["after"]}
+    before = {key: record["before"][key] for key in ("loss", "accuracy") if key in record["before"]}
+    shares = {"parameters": record["n_parameters"], "trained": record.get("n_trained", record["n_parameters"])}
+    times = {key: record[key] for key in ("steps", "seconds", "cpu_seconds")}
     return {**kept, "before": before, **shares, **times}
 
 
-def measured(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the figures of an evaluation by model."""
-    return {row["model"]: row["figures"] for row in found["models"]} | {"cpu_seconds": found["cpu_seconds"]}
+def measured(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the metrics of an evaluation by model."""
+    return {row["model"]: row["figures"] for row in record["models"]} | {"cpu_seconds": record["cpu_seconds"]}
 
 
 def sst2(bench: Bench, method: str) -> dict[str, Any]:
-    """Sentiment of 6,920 sentences from the English MiniLM encoder."""
+    """Fine-tune MiniLM on the 6,920 sentences of SST-2."""
     train = bench.text("sst2-train.tsv", "sst2", "train.tsv.gz")
     dev = bench.text("sst2-dev.tsv", "sst2", "dev.tsv.gz")
     return bench.finetune(f"sst2-{method}", f"sst2-{method}.yaml", bench.models / "minilm", train, "--val", dev)
 
 
 def stsb(bench: Bench) -> dict[str, Any]:
-    """Similarity of sentences, before any training."""
+    """Evaluate MiniLM on STS-B, without training."""
     test = bench.data / "stsb" / "stsb-en-test.csv"
     names = ("--set", "columns.names=text,pair,label")
     return measured(bench.run("evaluate", bench.models / "minilm", "-d", test, "--task", "similarity", *names))
 
 
 def thucnews(bench: Bench) -> tuple[list[list[str]], list[list[str]]]:
-    """Return 8,000 headlines to train on and 2,000 to check, (text, label)."""
+    """Return 8,000 training and 2,000 validation headlines, (text, label)."""
     lines = (bench.data / "thucnews-titles" / "dev.txt").read_text(encoding="utf-8").splitlines()
     names = (bench.data / "thucnews-titles" / "class.txt").read_text(encoding="utf-8").split()
     rows = [[text, names[int(label)]] for text, label in (line.split("\t") for line in lines if line.strip())]
@@ -106,7 +106,7 @@ def thucnews(bench: Bench) -> tuple[list[list[str]], list[list[str]]]:
 
 
 def hotels(bench: Bench) -> tuple[list[list[str]], list[list[str]]]:
-    """Return nine tenths of the hotel reviews to train on and a tenth to check, (text, label)."""
+    """Return 90 % of the hotel reviews for training and 10 % for validation, (text, label)."""
     content = gzip.decompress((bench.data / "chnsenticorp-htl" / "ChnSentiCorp_htl_all.csv.gz").read_bytes()).decode()
     rows = [[row["review"], row["label"]] for row in csv.DictReader(content.splitlines()) if row["review"].strip()]
     random.Random(0).shuffle(rows)
@@ -121,7 +121,7 @@ def pairs(bench: Bench) -> list[tuple[str, str]]:
 
 
 def chinese_text(bench: Bench) -> Path:
-    """Return modern Chinese text, a document a line, without what the tasks are checked on."""
+    """Write Chinese text, one document per line, without the validation data of the tasks."""
     out = bench.work / "chinese.txt"
     texts = [text for text, _ in thucnews(bench)[0]] + [text for text, _ in hotels(bench)[0]]
     texts += [chinese for chinese, _ in pairs(bench)]
@@ -136,17 +136,17 @@ def chinese_text(bench: Bench) -> Path:
 
 
 def chinese_encoder(bench: Bench) -> dict[str, Any]:
-    """An encoder that learns masked words of Chinese text."""
+    """Pretrain a Chinese encoder on masked tokens."""
     recipe = RECIPES / "pretrain" / "chinese-mlm.yaml"
     return trained(bench.run("pretrain", "-r", recipe, chinese_text(bench), "-o", "zh-encoder", "-f"))
 
 
 def chinese_task(bench: Bench, name: str, base: str) -> dict[str, Any]:
-    """Classify Chinese texts from an encoder: the one pretrained, or the same with fresh weights."""
+    """Fine-tune a Chinese classifier from the pretrained encoder, or from the same one with random weights."""
     train, val = {"thucnews": thucnews, "hotels": hotels}[name](bench)
     files = bench.rows(f"{name}-train.tsv", train), bench.rows(f"{name}-val.tsv", val)
     if base == "fresh" and not (bench.work / "zh-fresh").exists():
-        # The same shape and tokenizer; one step with a rate of nothing leaves the weights as they were drawn.
+        # The same shape and tokenizer: one step with a negligible learning rate keeps the initial weights.
         recipe = RECIPES / "pretrain" / "chinese-mlm.yaml"
         frozen = ("--steps", 1, "--set", "optim.lr=1e-12", "--set", "optim.muon_lr=1e-12")
         tokenizer = ("--tokenizer", "zh-encoder")
@@ -156,7 +156,7 @@ def chinese_task(bench: Bench, name: str, base: str) -> dict[str, Any]:
 
 
 def chinese_chat(bench: Bench) -> dict[str, Any]:
-    """A Chinese decoder, then its instruction tuning: 900 tasks to learn, 100 to check."""
+    """Pretrain a Chinese decoder, then instruction-tune it: 900 training and 100 validation tasks."""
     recipe = RECIPES / "pretrain" / "chinese-clm.yaml"
     base = trained(bench.run("pretrain", "-r", recipe, chinese_text(bench), "-o", "zh-decoder", "-f"))
     tasks = json.loads((bench.data / "sft-demo" / "alpaca_zh_demo.json").read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def chinese_chat(bench: Bench) -> dict[str, Any]:
 
 
 def multi30k(bench: Bench) -> dict[str, Any]:
-    """English to German captions with a small Transformer of 2017, from nothing."""
+    """Train a small original Transformer on English-German captions from scratch."""
     files = [
         bench.text(f"{part}.{side}", "multi30k-en-de", f"{part}.{side}.gz")
         for part in ("train", "val")
@@ -178,13 +178,13 @@ def multi30k(bench: Bench) -> dict[str, Any]:
     ]
     train, val = f"{files[0]}:{files[1]}", f"{files[2]}:{files[3]}"
     held_out = ("--set", f"data.val_paths={val}")
-    found = bench.run("pretrain", "-r", RECIPES / "pretrain" / "multi30k.yaml", train, *held_out, "-o", "en-de", "-f")
+    record = bench.run("pretrain", "-r", RECIPES / "pretrain" / "multi30k.yaml", train, *held_out, "-o", "en-de", "-f")
     beams = bench.run("evaluate", "en-de", "-d", val, "--task", "translate", "--beams", 4)
-    return trained(found) | {"beams": measured(beams)}
+    return trained(record) | {"beams": measured(beams)}
 
 
 def tatoeba(bench: Bench) -> dict[str, Any]:
-    """Chinese to English with the same Transformer; an English sentence stands on one side of the split only."""
+    """Train the same Transformer on Chinese-English; an English sentence is on one side of the split only."""
     groups: dict[str, list[str]] = {}
     for chinese, english in pairs(bench):
         groups.setdefault(english, []).append(chinese)
@@ -197,9 +197,9 @@ def tatoeba(bench: Bench) -> dict[str, Any]:
     }
     held_out = ("--set", f"data.val_paths={files['val']}")
     recipe = RECIPES / "pretrain" / "tatoeba.yaml"
-    found = bench.run("pretrain", "-r", recipe, files["train"], *held_out, "-o", "zh-en", "-f")
+    record = bench.run("pretrain", "-r", recipe, files["train"], *held_out, "-o", "zh-en", "-f")
     beams = bench.run("evaluate", "zh-en", "-d", files["val"], "--task", "translate", "--beams", 4)
-    return trained(found) | {"beams": measured(beams)}
+    return trained(record) | {"beams": measured(beams)}
 
 
 def smollm2(bench: Bench) -> Path:
@@ -211,7 +211,7 @@ def smollm2(bench: Bench) -> Path:
 
 
 def smollm2_lora(bench: Bench) -> dict[str, Any]:
-    """LoRA on a small instruction set: 150 seed tasks to learn, 25 to check."""
+    """Fine-tune SmolLM2 with LoRA on a small instruction set: 150 training and 25 validation tasks."""
     lines = (bench.data / "sft-demo" / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     files = []
     for name, part in (("train", lines[:150]), ("val", lines[150:])):
@@ -221,14 +221,14 @@ def smollm2_lora(bench: Bench) -> dict[str, Any]:
 
 
 def wikitext(bench: Bench) -> dict[str, Any]:
-    """Perplexity on all of WikiText-2's validation text, beside transformers on the same weights and windows."""
+    """Measure the perplexity on WikiText-2 validation, and that of transformers on the same weights and windows."""
     text = bench.text("wikitext-valid.txt", "wikitext-2", "valid.txt.gz")
-    found = bench.run("evaluate", smollm2(bench), "-d", text, "--task", "text", "--seq-len", WINDOW_TOKENS)
-    return {"ours": measured(found), "transformers": transformers_perplexity(bench, text)}
+    record = bench.run("evaluate", smollm2(bench), "-d", text, "--task", "text", "--seq-len", WINDOW_TOKENS)
+    return {"ours": measured(record), "transformers": transformers_perplexity(bench, text)}
 
 
 def transformers_perplexity(bench: Bench, text: Path) -> dict[str, float]:
-    """Return what transformers makes of the text in the windows of its guide, side by side."""
+    """Return the loss and perplexity of transformers in the non-overlapping windows of its guide."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -241,7 +241,7 @@ def transformers_perplexity(bench: Bench, text: Path) -> dict[str, float]:
     with torch.inference_mode():
         for start in range(0, ids.shape[1] - 1, WINDOW_TOKENS):
             window = ids[:, start : start + WINDOW_TOKENS]
-            loss = model(window, labels=window).loss  # of all its tokens but the first
+            loss = model(window, labels=window).loss  # mean over all tokens of the window but the first
             nats += float(loss) * (window.shape[1] - 1)
             count += window.shape[1] - 1
     return {"loss": nats / count, "perplexity": math.exp(nats / count), "n_labels": count}
@@ -263,21 +263,21 @@ RUNS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "smollm2-lora": smollm2_lora,
     "wikitext": wikitext,
 }
-"""The runs by name; later ones use what earlier ones leave in the work folder."""
+"""The runs by name; later ones use models that earlier ones leave in the work folder."""
 
 
 def main(doc: str | None, runs: dict[str, Callable[[Bench], dict[str, Any]]]) -> None:
-    """Run what is named on the command line, or everything."""
+    """Run the benchmarks named on the command line, or all."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("data", "models", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(runs))
-    given = parser.parse_args()
-    unknown = set(given.names) - set(runs)
+    options = parser.parse_args()
+    unknown = set(options.names) - set(runs)
     if unknown:
-        parser.error(f"there is no `{min(unknown)}`; known are {', '.join(runs)}")
-    bench = Bench(given.data.resolve(), given.models.resolve(), given.work.resolve())
-    for name in given.names or runs:
+        parser.error(f"unknown benchmark `{min(unknown)}`; choose from {', '.join(runs)}")
+    bench = Bench(options.data.resolve(), options.models.resolve(), options.work.resolve())
+    for name in options.names or runs:
         print(json.dumps({"name": name, **runs[name](bench)}, ensure_ascii=False), flush=True)
 
 

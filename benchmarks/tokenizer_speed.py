@@ -1,8 +1,8 @@
-"""Encoding speed of llmctl's tokenizer beside raw sentencepiece, same model, same text, in one run.
+"""Encoding speed of llmctl's tokenizer compared with raw sentencepiece, on the same model and text in one run.
 
     python benchmarks/tokenizer_speed.py [FILE ...]
 
-Without files: the embedded corpus. Figures are MB of UTF-8 text per second, the best of five interleaved rounds.
+Without files: the built-in corpus. Prints MB of UTF-8 text per second, the best of five alternating rounds.
 """
 
 import os
@@ -40,7 +40,7 @@ def main() -> None:
             run()
             best[name] = min(best[name], time.perf_counter() - begun)
     base = best["sentencepiece, 1 thread"]
-    print(f"{n_bytes / 1e6:.1f} MB, {len(texts):,} texts, {tokenizer.vocab_size:,} pieces, ids equal")
+    print(f"{n_bytes / 1e6:.1f} MB, {len(texts):,} texts, vocabulary {tokenizer.vocab_size:,}, equal ids")
     for name, seconds in best.items():
         print(f"{name:<36}{n_bytes / 1e6 / seconds:>8.2f} MB/s  {base / seconds:>6.2f}x")
 

@@ -1,13 +1,13 @@
-"""Training throughput of llmctl beside nanoGPT, LitGPT and transformers: one process, one step of each per round.
+"""Training throughput of llmctl, nanoGPT, LitGPT and transformers: one process, one step of each per round.
 
     python benchmarks/train.py --shape gpt-10m --nanogpt PATH/model.py --peers DIR
     python benchmarks/train.py --device cuda
 
-All variants train the same sizes on the same random tokens with the same threads, AdamW and a clipped gradient. They
-take turns, so a machine that slows down slows all of them; tokens per CPU-second bear other load better than tokens
-per second. Utilization is the model's own FLOPs (a head over predicted positions only) by the rate of a plain matrix
-product in the variant's precision, measured in the same run. `--peers` is a folder with the package litgpt
-(`pip install --target`); nanoGPT is a file, karpathy/nanoGPT's model.py. What is not there is named and left out.
+All variants train the same sizes on the same random tokens with the same threads, AdamW and gradient clipping. Steps
+alternate, so a slowdown of the machine affects all of them; tokens per CPU-second are less sensitive to other load than
+tokens per second. Utilization is the model FLOPs (head at predicted positions only) divided by the rate of a plain matrix
+product in the same precision, measured in the same run. `--peers` is a folder with the package litgpt (`pip install
+--target`); `--nanogpt` is the file model.py of karpathy/nanoGPT. Missing packages are reported and skipped.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from llmctl.training.objectives import LabelPrediction
 from llmctl.training.optim import make_optimizers
 
 DATA_SHEETS = {"H100": "H100 SXM", "H200": "H100 SXM", "A100": "A100"}
-"""Part of a GPU's name -> the row with its published rate; an H200 is an H100 with more memory."""
+"""Part of a GPU's name -> key of its published FLOP rate; an H200 is an H100 with more memory."""
 MASK_FRAC = 0.15
 LR, BETAS, WEIGHT_DECAY = 3e-4, (0.9, 0.95), 0.1
 GPT2 = {"norm": "layernorm", "positions": "learned", "activation": "gelu", "gated": False}
@@ -49,7 +49,7 @@ SMALL = {"vocab_size": 8192, "d_model": 384, "n_layers": 6, "n_heads": 6, "d_ff"
 
 @dataclass(frozen=True)
 class Shape:
-    """What is trained: a model, rows per step, tokens per row, and the share of them that is predicted."""
+    """A model config, rows per step, tokens per row, and the fraction of tokens that are predicted."""
 
     config: ModelConfig
     batch_size: int
@@ -77,7 +77,7 @@ CPU_SHAPES = {
     "llama-30m": shape(4, 512, **LLAMA_30M, max_positions=512, tie_embeddings=False),
     "bert-10m": shape(8, 256, MASK_FRAC, **SMALL, **{**BERT, "n_kv_heads": 0, "head_dim": 0, "dropout": 0.0}),
 }
-CUDA_SHAPES = {  # with the largest batch that is tried
+CUDA_SHAPES = {  # batch size: the largest to try
     "gpt-124m": shape(64, 1024, vocab_size=50_304, d_model=768, n_layers=12, n_heads=12, max_positions=1024, **GPT2),
     "llama-1b": shape(32, 2048, **asdict(preset_config("tinyllama-1.1b"))),
 }
@@ -85,7 +85,7 @@ CUDA_SHAPES = {  # with the largest batch that is tried
 
 @dataclass
 class Variant:
-    """One way to train: a loss with its parameters and optimizers; `times` are wall and CPU seconds per step."""
+    """An implementation to measure; `times` are wall and CPU seconds per step."""
 
     name: str
     dtype: torch.dtype
@@ -111,7 +111,7 @@ class Variant:
 
 
 def random_batch(shape: Shape, seed: int, device: str = "cpu") -> dict[str, Tensor]:
-    """Return inputs and labels: the next token, or what is masked."""
+    """Return inputs and labels: next tokens, or masked tokens for an encoder."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(4, shape.config.vocab_size, (shape.batch_size, shape.seq_len + 1), generator=generator)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -148,7 +148,7 @@ def nanogpt(shape: Shape, dtype: torch.dtype, path: Path) -> Variant:
     c = shape.config
     size = {"block_size": shape.seq_len, "vocab_size": c.vocab_size}
     size |= {"n_layer": c.n_layers, "n_head": c.n_heads, "n_embd": c.d_model}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the number of parameters
         model = module.GPT(module.GPTConfig(**size, dropout=0.0, bias=False))
         optimizer = model.configure_optimizers(WEIGHT_DECAY, LR, BETAS, "cpu")
     loss = lambda batch: model(batch["input_ids_BT"], batch["labels"])[1]
@@ -167,7 +167,7 @@ def litgpt(shape: Shape, dtype: torch.dtype) -> Variant:
         fields |= {"norm_class_name": "RMSNorm", "mlp_class_name": "LLaMAMLP"}
     model = GPT(Config(name="benchmark", **fields))
     loss = lambda batch: chunked_cross_entropy(model(batch["input_ids_BT"]), batch["labels"])
-    # Its own command asks for the fused optimizer on a GPU only.
+    # LitGPT itself uses the fused optimizer only on a GPU.
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
     return Variant(f"LitGPT {short(dtype)}", dtype, loss, list(model.parameters()), [optimizer])
 
@@ -200,7 +200,7 @@ def transformers(shape: Shape, dtype: torch.dtype, *, best: bool) -> Variant:
         ids = batch["input_ids_BT"]
         if c.family == "encoder":
             return model(input_ids=ids, labels=batch["labels"]).loss
-        return model(input_ids=ids, labels=ids, use_cache=False).loss  # it shifts them itself
+        return model(input_ids=ids, labels=ids, use_cache=False).loss  # transformers shifts the labels itself
 
     fused = {"fused": True} if best else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, **fused)
@@ -213,14 +213,14 @@ def short(dtype: torch.dtype) -> str:
 
 
 def cpu_variants(shape: Shape, nanogpt_path: Path | None) -> Iterable[tuple[str, Callable[[], Variant]]]:
-    """Yield what can be compared: a peer's name and a function that builds it or raises ImportError."""
+    """Yield names of implementations and functions that build them or raise ImportError."""
     faster = choose_dtype("auto", on_cpu=True)
     is_decoder = shape.config.family == "decoder"
     if is_decoder and not shape.config.gated:
         if nanogpt_path is not None and nanogpt_path.is_file():
             yield "nanoGPT", lambda: nanogpt(shape, torch.float32, nanogpt_path)
         else:
-            say("nanoGPT is left out: --nanogpt PATH/model.py names no file")
+            say(f"nanoGPT is skipped: `--nanogpt {nanogpt_path}` is not a file")
     for dtype in (torch.float32, torch.bfloat16):
         yield "llmctl", lambda dtype=dtype: ours(shape, dtype)
     if is_decoder:
@@ -231,7 +231,7 @@ def cpu_variants(shape: Shape, nanogpt_path: Path | None) -> Iterable[tuple[str,
 
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Train all variants of a shape in turns and return the figures."""
+    """Train all variants of a shape in alternation and return the measurements."""
     shape = CPU_SHAPES[name]
     variants: list[Variant] = []
     missing: set[str] = set()
@@ -243,7 +243,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
             variants.append(build())
         except ImportError as error:
             missing.add(peer)
-            say(f"{peer} is left out: {error}")
+            say(f"{peer} is skipped: {error}")
     rates = dict.fromkeys((torch.float32, torch.bfloat16), 0.0)
     for index in range(args.rounds + 1):
         rates = {dtype: max(rate, product_rate(dtype)) for dtype, rate in rates.items()}
@@ -266,7 +266,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(variant: Variant, shape: Shape, rate: float) -> dict[str, Any]:
-    """Return the medians of a variant, its first step left out."""
+    """Return the medians of a variant over all steps but the first."""
     wall, cpu = (statistics.median(times) for times in zip(*variant.times[1:], strict=True))
     return {
         "name": variant.name,
@@ -290,10 +290,10 @@ def render(result: dict[str, Any]) -> str:
 
 
 def fits(shape: Shape) -> bool:
-    """Tell whether a batch trains on this GPU without being compiled, which takes more memory."""
+    """Return whether a batch fits on this GPU uncompiled; the compiled model needs less memory."""
     try:
         variant = ours(shape, torch.bfloat16, device="cuda")
-        for seed in range(2):  # the optimizer's state comes with the first step
+        for seed in range(2):  # the first step allocates the optimizer state
             variant.step(random_batch(shape, seed, "cuda"))
     except torch.cuda.OutOfMemoryError:
         return False
@@ -301,7 +301,7 @@ def fits(shape: Shape) -> bool:
 
 
 def on_gpu(name: str, seconds: float = 40.0) -> dict[str, Any]:
-    """Train our compiled model on a GPU for a while, with the largest batch that fits, and return the figures."""
+    """Train the compiled model on a GPU with the largest batch that fits, and return the measurements."""
     shape = CUDA_SHAPES[name]
     while shape.batch_size > 1 and not fits(shape):
         shape = replace(shape, batch_size=shape.batch_size // 2)
@@ -345,7 +345,7 @@ def render_gpu(result: dict[str, Any]) -> str:
         f"{result['shape']} on {result['device']}: {result['batch_size']} x {result['seq_len']} tokens per step",
         f"{result['tokens_per_second']:,.0f} tokens/s",
         f"{result['utilization']:.1%} of the measured {result['product_flops'] / 1e12:.0f} TFLOP/s",
-        f"{sheet:.1%} of the data sheet's" if sheet else "no data sheet known",
+        f"{sheet:.1%} of the data sheet's" if sheet else "no data sheet value known",
         f"{result['memory_bytes'] / 2**30:.1f} GiB",
     ]
     return ", ".join(parts)
@@ -358,13 +358,13 @@ def say(message: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument(
-        "--shape", action="append", choices=[*CPU_SHAPES, *CUDA_SHAPES], help="default: all of the device"
+        "--shape", action="append", choices=[*CPU_SHAPES, *CUDA_SHAPES], help="default: all shapes of the device"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each variant")
-    parser.add_argument("--threads", type=int, default=0, help="0 is torch's choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: the default of PyTorch")
     parser.add_argument("--peers", type=Path, help="folder with the package litgpt")
-    parser.add_argument("--nanogpt", type=Path, help="nanoGPT's model.py")
+    parser.add_argument("--nanogpt", type=Path, help="model.py of nanoGPT")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     shapes = CUDA_SHAPES if args.device == "cuda" else CPU_SHAPES
@@ -372,13 +372,13 @@ def main() -> int:
     if unfit := [name for name in names if name not in shapes]:
         parser.error(f"--device {args.device} has the shapes {', '.join(shapes)}, not {', '.join(unfit)}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        say("error: --device cuda, but torch sees no CUDA device")
+        say("error: `--device cuda`, but PyTorch finds no CUDA device")
         return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.peers:
         sys.path.append(str(args.peers))
-    warnings.simplefilter("ignore")  # the peers'
+    warnings.simplefilter("ignore")  # warnings of the other packages
     for name in names:
         result = on_gpu(name) if args.device == "cuda" else compare(name, args)
         if args.json:

@@ -1,1 +1,1 @@
-"""Measure speed and check this machine."""
+"""Speed measurements, and checks of the machine and network."""

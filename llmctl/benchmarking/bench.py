@@ -1,8 +1,8 @@
-"""How fast models read and write on this machine: tokens per second, the wait for the first one, memory.
+"""Benchmark inference on this machine: tokens per second of prefill and decoding, time to first token, memory.
 
-A model's decoding at batch 1 is also held against the memory's measured speed: every token reads every weight once, so that
-the time of reading them is a floor that no program on this machine gets under. Rounds of several models alternate, as other
-processes disturb a machine for seconds at a time; the best round counts.
+Decoding at batch size 1 is also compared with the measured memory bandwidth: every token reads all weights once, so the
+time of reading them is a lower bound (roofline). Rounds of several models alternate, because other processes disturb a
+machine for seconds at a time; the best round counts.
 """
 
 import os
@@ -28,12 +28,12 @@ from llmctl.model.transformer import LanguageModel
 
 ROUNDS = 3
 READ_BYTES = 1 << 29
-"""Larger than a processor's caches."""
+"""Size of the block that measures the memory bandwidth: larger than processor caches."""
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is measured: tokens of a prompt, tokens that follow, and rows side by side."""
+    """Prompt length, number of new tokens, and batch sizes to measure."""
 
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -42,7 +42,7 @@ class BenchConfig:
 
 @dataclass
 class Subject:
-    """A model under measurement, with the best figures so far by batch."""
+    """A model being measured, with its best times so far per batch size."""
 
     name: str
     model: LanguageModel
@@ -56,58 +56,58 @@ class Subject:
 
 
 def check_kv(kinds: Sequence[str]) -> None:
-    """Refuse ways to hold keys and values that are not known, before a model is made.
+    """Refuse unknown kinds of KV cache before a model is loaded.
 
     Raises: UsageError naming the value.
     """
     for kind in kinds:
         if kind not in CACHES:
-            raise UsageError(f"`--kv {kind}` is not known", f"one or more of {', '.join(CACHES)}, with commas")
+            raise UsageError(f"`--kv {kind}` is not supported", f"use {', '.join(CACHES)}, comma-separated")
 
 
 def check(config: BenchConfig, models: Sequence[LanguageModel]) -> None:
-    """Refuse sizes that cannot be measured.
+    """Refuse sizes out of range.
 
     Raises: UsageError naming the value.
     """
     for name, value in (("--prompt", config.prompt_tokens), ("--tokens", config.new_tokens)):
         if value < 1:
-            raise UsageError(f"`{name}` is {value}, it must be at least 1")
+            raise UsageError(f"`{name}` is {value}, it must be at least 1", f"use `{name} 32`")
     if not config.batches or min(config.batches) < 1:
         raise UsageError(
-            f"`--batch` is {','.join(map(str, config.batches))}, it takes numbers from 1", "--batch 1,4,16"
+            f"`--batch` is {','.join(map(str, config.batches))}, sizes must be at least 1", "use `--batch 1,4,16`"
         )
     needed = config.prompt_tokens + config.new_tokens
     for model in models:
         if needed > model.config.max_positions:
             raise UsageError(
-                f"{needed} tokens are asked for, a model's context is {model.config.max_positions}",
-                "--prompt and --tokens make it shorter",
+                f"`--prompt` and `--tokens` need {needed} positions, a model's context is {model.config.max_positions}",
+                "reduce `--prompt` or `--tokens`",
             )
 
 
 def subject_of(name: str, make: Callable[[], LanguageModel], kv: str = "float") -> Subject:
-    """Make a model and make it ready, noting what the process grows by; `kv`: how keys and values are held."""
+    """Make a model and prepare it for decoding, measuring the growth of the process; `kv`: kind of cache."""
     before = resident_bytes()
     return ready(name, make(), kv, before)
 
 
 def load_subject(path: Path, dtype: str, kv: str = "float", data: str = "") -> Subject:
-    """Load a model and make it ready; with `data`, measure what writing a text costs in loss."""
+    """Load a model and prepare it for decoding; with `data`, also measure the loss of token-by-token decoding."""
     before = resident_bytes()
     loaded = load_model(path, device="cpu", dtype=dtype, able="generate", packed=True)
     subject = ready(str(path), loaded.model, kv, before)
     if data:
         ids_BT = rows_of(loaded, data)
-        read = read_rows(load_model(path, device="cpu", dtype="float32").model, ids_BT)
-        subject.loss = step_loss(subject.model, ids_BT, read, subject.decoder, kv)
+        reference = read_rows(load_model(path, device="cpu", dtype="float32").model, ids_BT)
+        subject.loss = step_loss(subject.model, ids_BT, reference, subject.decoder, kv)
     return subject
 
 
 def ready(name: str, model: LanguageModel, kv: str, before_bytes: int) -> Subject:
-    """Make a model ready for decoding; `before_bytes`: what the process held without it."""
+    """Prepare a model for decoding; `before_bytes`: memory of the process before it was loaded."""
     subject = Subject(name if kv == "float" else f"{name} kv {kv}", model, make_decoder(model), 0, kv)
-    with torch.inference_mode():  # some layers lay their weights out anew when they are first used
+    with torch.inference_mode():  # some layers repack their weights on first use: count that memory too
         session = begin(subject, BenchConfig(8, 2), 1)
         session.begin()
         session.step(torch.zeros(1, dtype=torch.long))
@@ -116,7 +116,7 @@ def ready(name: str, model: LanguageModel, kv: str, before_bytes: int) -> Subjec
 
 
 def resident_bytes() -> int:
-    """Return what the process holds in memory now; 0 where the system does not tell."""
+    """Return the resident memory of the process; 0 if the system does not report it."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except OSError:
@@ -125,15 +125,17 @@ def resident_bytes() -> int:
 
 
 def begin(subject: Subject, config: BenchConfig, batch: int) -> Session:
-    """Return a session of prompts of one length."""
+    """Return a session of `batch` different prompts of equal length."""
     n_vocabulary = subject.model.config.vocab_size
-    prompts = [[(7 * row + 3 * place) % n_vocabulary for place in range(config.prompt_tokens)] for row in range(batch)]
+    prompts = [
+        [(7 * row + 3 * position) % n_vocabulary for position in range(config.prompt_tokens)] for row in range(batch)
+    ]
     return Session(subject.model, prompts, config.new_tokens, decoder=subject.decoder, kv=subject.kv)
 
 
 @torch.inference_mode()
 def measure(subjects: Sequence[Subject], config: BenchConfig, rounds: int = ROUNDS) -> None:
-    """Fill in the figures of all models, round by round."""
+    """Measure all models in alternating rounds and store their best times."""
     check(config, [subject.model for subject in subjects])
     for batch in config.batches:
         for _ in range(rounds):
@@ -144,7 +146,7 @@ def measure(subjects: Sequence[Subject], config: BenchConfig, rounds: int = ROUN
 
 
 def one_round(subject: Subject, config: BenchConfig, batch: int) -> tuple[float, float]:
-    """Return the seconds of reading the prompts to the first tokens, and of a step after that."""
+    """Return the seconds of the prefill up to the first tokens, and of a decoding step."""
     session = begin(subject, config, batch)
     begun = time.perf_counter()
     tokens_B = session.begin().argmax(dim=1)
@@ -157,10 +159,10 @@ def one_round(subject: Subject, config: BenchConfig, batch: int) -> tuple[float,
 
 
 def read_rate(n_bytes: int = READ_BYTES) -> float:
-    """Return how fast this process's threads read a block of memory again and again, in bytes per second.
+    """Measure how fast the threads of this process read a block of memory repeatedly, in bytes per second.
 
-    It is the best of some ways to do it. What is small enough for a processor's cache is read from there, as a small model's
-    weights are.
+    The best of several reductions counts. A block that fits in a processor cache is read from there, as the weights of
+    a small model are.
     """
     numbers = torch.ones(max(1, min(n_bytes, READ_BYTES) // 4))
     n_times = min(max(1, READ_BYTES // (8 * numbers.nbytes)), 1000)
@@ -175,7 +177,7 @@ def read_rate(n_bytes: int = READ_BYTES) -> float:
 
 
 def read_per_token(model: LanguageModel) -> int:
-    """Return the bytes of weights that a token of a row reads: all but tables of which it takes a row."""
+    """Return the bytes of weights that a decoding step reads: all but embedding tables, of which it reads one row."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tables -= {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     stack = model.stacks()[-1]
@@ -189,7 +191,7 @@ def read_per_token(model: LanguageModel) -> int:
 
 
 def cold_seconds(path: Path, dtype: str, kv: str = "float") -> float:
-    """Return the seconds from the start of a fresh process to the first token of a short prompt.
+    """Return the seconds from the start of a new process to the first token of a short prompt.
 
     Raises: LlmctlError if the process fails.
     """
@@ -200,12 +202,12 @@ def cold_seconds(path: Path, dtype: str, kv: str = "float") -> float:
     )
     seconds = time.perf_counter() - begun
     if done.returncode:
-        raise LlmctlError(f"`{path}` could not be used in a process of its own: {done.stderr.strip()}")
+        raise LlmctlError(f"`{path}` failed in a new process: {done.stderr.strip()}", "omit `--cold`")
     return seconds
 
 
 def report(subjects: Sequence[Subject], config: BenchConfig) -> dict[str, Any]:
-    """Return the figures as one record."""
+    """Return the measurements as one record."""
     return {
         "threads": torch.get_num_threads(),
         "read_bytes_per_second": read_rate(),
@@ -216,7 +218,7 @@ def report(subjects: Sequence[Subject], config: BenchConfig) -> dict[str, Any]:
 
 
 def describe(subject: Subject, first: Subject, config: BenchConfig) -> dict[str, Any]:
-    """Return the figures of one model; ratios are to the first one's, more is faster."""
+    """Return the measurements of one model; ratios are relative to the first model, larger is faster."""
     read_bytes = read_per_token(subject.model)
     steps, loss = subject.step_seconds, subject.loss
     return {

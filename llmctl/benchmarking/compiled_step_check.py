@@ -1,4 +1,4 @@
-"""Compile the decoding step and try it: against the same models decoded by torch, before anything uses it."""
+"""Compile the decoding step, and check it against torch on small models before it is used."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -35,47 +35,47 @@ LARGEST_ERRORS: Mapping[str, float] = {
     **dict.fromkeys(("int3", "int5", "int6"), 0.05),
     "fp32/int8": 0.01,
 }
-"""Of the logits, in the norm, by precision, or precision/how keys and values are held.
+"""Maximum relative error of the logits (2-norm), by precision or precision/KV cache.
 
-Activations are float32 in the compiled step, which in bfloat16 torch rounds; a key in 8 bits may fall to either side.
+The compiled step keeps activations in float32, where torch rounds to bfloat16; an 8-bit key may round to either neighbor.
 """
 
 N_TOKENS = 10
 
 
 def compile_and_check() -> Path:
-    """Compile the step, try it, and return its file; one that is wrong is removed.
+    """Compile the step, check it, and return its file; a library that fails the check is removed.
 
-    Raises: MissingCompilerError, LlmctlError saying what went wrong.
+    Raises: MissingCompilerError; LlmctlError with the reason.
     """
     path = compile_library()
     problem = ""
     try:
         errors = errors_of(load_library(path))
         wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < LARGEST_ERRORS[name]]
-        problem = f"its logits are off ({', '.join(wrong)})" if wrong else ""
+        problem = f"its logits are wrong ({', '.join(wrong)})" if wrong else ""
     except (OSError, AttributeError) as error:
         problem = str(error)
     if problem:
         path.unlink(missing_ok=True)
-        raise LlmctlError(f"the compiled decoding step is not used: {problem}", "generation works without it")
+        raise LlmctlError(f"the compiled decoding step was removed: {problem}", "generation works without it")
     return path
 
 
 def errors_of(library: Library) -> dict[str, float]:
-    """Return the relative error of the compiled step after some tokens of three rows, as `LARGEST_ERRORS`."""
-    return {held: max(error_of(library, held, group) for group in groups_of(held)) for held in LARGEST_ERRORS}
+    """Return the relative error of the compiled step for every case in `LARGEST_ERRORS`."""
+    return {case: max(error_of(library, case, group) for group in groups_of(case)) for case in LARGEST_ERRORS}
 
 
-def groups_of(held: str) -> tuple[int, ...]:
-    """Return the sizes of groups that are tried of what is held so; 0 is the only one of what has none."""
-    return GROUPS if held in SCHEMES and SCHEMES[held].group else (0,)
+def groups_of(case: str) -> tuple[int, ...]:
+    """Return the group sizes to check for a case; (0,) if its scheme has no groups."""
+    return GROUPS if case in SCHEMES and SCHEMES[case].group else (0,)
 
 
 @torch.inference_mode()
-def error_of(library: Library, held: str, group: int = 0, **fields: Any) -> float:
-    """Return the relative error of the logits of a small model; `held` as in `LARGEST_ERRORS`; group: 0 is the scheme's."""
-    precision, _, kv = held.partition("/")
+def error_of(library: Library, case: str, group: int = 0, **fields: Any) -> float:
+    """Return the largest relative error of the logits of a small model; case: a key of `LARGEST_ERRORS`; group 0: the scheme's."""
+    precision, _, kv = case.partition("/")
     decoder = Decoder(random_model(replace(SHAPE, **fields), precision, group=group))
     step = make_native(library, decoder)
     if step is None:
@@ -89,7 +89,7 @@ def error_of(library: Library, held: str, group: int = 0, **fields: Any) -> floa
     errors = []
     for _ in range(N_TOKENS):
         tokens_B = torch.randint(0, SHAPE.vocab_size, (3,), generator=generator)
-        expected_BV, found_BV = decoder.logits(tokens_B, caches[0]).float(), step(tokens_B, caches[1])
-        assert found_BV is not None
-        errors.append((found_BV - expected_BV).norm() / expected_BV.norm())
+        expected_BV, compiled_BV = decoder.logits(tokens_B, caches[0]).float(), step(tokens_B, caches[1])
+        assert compiled_BV is not None
+        errors.append((compiled_BV - expected_BV).norm() / expected_BV.norm())
     return float(torch.stack(errors).max())

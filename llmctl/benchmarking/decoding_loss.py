@@ -1,8 +1,8 @@
-"""What decoding costs in quality: the loss of a text written token by token, beside that of reading it without rounding.
+"""Quality loss of decoding: the loss of a text decoded token by token, compared with a float32 forward pass.
 
-The step that writes may round what a model's file does not: compiled, the inputs of coded weights to 8 bits in blocks; by
-torch, to bfloat16 where a product is faster so; keys and values with `--kv int8`. So the text is read with the weights
-multiplied out in float32, and then each of its tokens is given to the step, whatever the model would have written.
+The decoding step may round more than the model file does: the compiled step quantizes the inputs of quantized weights to 8
+bits in blocks, torch may compute in bfloat16, and `--kv int8` quantizes keys and values. The reference is a forward pass
+with dequantized float32 weights; then the same tokens are fed to the decoding step (teacher forcing).
 """
 
 import math
@@ -22,14 +22,14 @@ from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
 ROW_TOKENS = 256
-"""Tokens of each of the rows, which are as many as the compiled step takes."""
+"""Tokens per row; the number of rows is the maximum of the compiled step."""
 TOKEN_CHARACTERS = 16
-"""More characters than a token has on the average, so that of a long text no more than its beginning is encoded."""
+"""An upper bound for the mean characters per token, so that only the beginning of a long text is encoded."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """Nats per token of a text (B, T) that is read, and the likeliest token at each place but the first (B, T-1)."""
+    """Reference forward pass over ids (B, T): nats per token, and the top predictions (B, T-1)."""
 
     loss: float
     best_BT: Tensor
@@ -37,7 +37,7 @@ class Read:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Nats per token of a text that is read, and written; and of what share of the tokens the same one is likeliest."""
+    """Nats per token of the reference (read) and of decoding (written), and their top-1 agreement."""
 
     read: float
     written: float
@@ -46,18 +46,18 @@ class StepLoss:
 
     @property
     def perplexity_change(self) -> float:
-        """By what share writing raises the perplexity."""
+        """Relative increase of the perplexity by decoding."""
         return math.expm1(self.written - self.read)
 
 
 def rows_of(loaded: Loaded, path: str) -> Tensor:
-    """Return the beginning of a text as rows of one length (B, T), each begun as the model's texts are.
+    """Return the beginning of a text as rows of equal length (B, T), each with the model's begin token.
 
-    Raises: UsageError for a model that is no decoder, or a text that is too short.
+    Raises: UsageError for a model that is not a decoder, or a text that is too short.
     """
     tokenizer, config = require_tokenizer(loaded), loaded.model.config
     if config.family != "decoder":
-        raise UsageError(f"`{loaded.artifact.path}` goes on from no text", "--data is for decoders")
+        raise UsageError(f"`{loaded.artifact.path}` is not a decoder, which `--data` needs", "omit `--data`")
     head = [tokenizer.bos_id] if loaded.begins_with_bos and tokenizer.bos_id is not None else []
     room, ids = min(ROW_TOKENS, config.max_positions) - len(head), list[int]()
     for text in read_documents([path]):
@@ -66,13 +66,13 @@ def rows_of(loaded: Loaded, path: str) -> Tensor:
             break
     room = min(room, len(ids) // MOST_ROWS)
     if room < 2:
-        raise UsageError(f"`{path}` has {len(ids)} tokens, too few to measure a loss", "name a longer text")
+        raise UsageError(f"`{path}` has {len(ids)} tokens, too few to measure a loss", "use a longer text")
     return torch.tensor([[*head, *ids[start : start + room]] for start in range(0, MOST_ROWS * room, room)])
 
 
 @torch.inference_mode()
 def read_rows(model: LanguageModel, ids_BT: Tensor) -> Read:
-    """Measure the loss of all tokens but the first of each row, a row at a time."""
+    """Measure the reference loss of all tokens but the first of each row, row by row."""
     nats, best = 0.0, []
     for ids_1T in ids_BT.split(1):
         logits_TV = model(ids_1T)[0, :-1].float()
@@ -84,15 +84,15 @@ def read_rows(model: LanguageModel, ids_BT: Tensor) -> Read:
 
 @torch.inference_mode()
 def step_loss(model: LanguageModel, ids_BT: Tensor, read: Read, decoder: Decoder | None, kv: str = "float") -> StepLoss:
-    """Measure the loss of the same tokens, written; `kv`: how keys and values are held."""
+    """Measure the loss of the same tokens in the decoding step; `kv`: kind of cache."""
     T = ids_BT.shape[1]
     session = Session(model, ids_BT[:, :1].tolist(), T, decoder=decoder, kv=kv)
     logits_BV, nats, n_same = session.begin(), 0.0, 0
-    for place in range(1, T):
-        labels_B = ids_BT[:, place]
+    for position in range(1, T):
+        labels_B = ids_BT[:, position]
         nats += float(F.cross_entropy(logits_BV.float(), labels_B, reduction="sum"))
-        n_same += int((logits_BV.argmax(dim=1) == read.best_BT[:, place - 1]).sum())
-        if place < T - 1:
+        n_same += int((logits_BV.argmax(dim=1) == read.best_BT[:, position - 1]).sum())
+        if position < T - 1:
             logits_BV = session.step(labels_B)
     n_tokens = read.best_BT.numel()
     return StepLoss(read.loss, nats / n_tokens, n_same / n_tokens, n_tokens)

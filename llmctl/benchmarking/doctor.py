@@ -1,8 +1,4 @@
-"""What a machine offers, and whether processes that are to train together can: found out in seconds, not at step one.
-
-Ranks answer a roll call first, over the master's store alone, so that who is missing can be named; then they meet
-exactly as training does. Knows nothing of models.
-"""
+"""Report versions, hardware, precision, memory and the runs folder of this machine; knows nothing of models."""
 
 import os
 import platform
@@ -31,11 +27,11 @@ OPTIONAL = {
     "trackio": "--track",
     "wandb": "--track",
 }
-"""Packages that some commands need, and the extra that brings each."""
+"""Optional packages, and the extra or option that needs each."""
 
 
 def examine_machine() -> dict[str, Any]:
-    """Return what this machine and its installation offer; measures matrix products for a tenth of a second."""
+    """Return the properties of this machine and installation; times matrix products for a tenth of a second."""
     has_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if has_cuda else "cpu")
     dtypes = (torch.float32, torch.bfloat16)
@@ -59,7 +55,7 @@ def examine_machine() -> dict[str, Any]:
 
 
 def compiled_step() -> str | None:
-    """Return the file of the compiled decoding step that is used, if there is one."""
+    """Return the file of the compiled decoding step in use, or None."""
     return None if find_library() is None else str(library_path())
 
 
@@ -69,7 +65,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def version(package: str) -> str | None:
-    """Return an installed package's version, None if it is not there."""
+    """Return the version of an installed package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -82,20 +78,20 @@ def existing(folder: Path) -> Path:
     return folder if folder.is_dir() else existing(folder.parent)
 
 
-def render_machine(found: Mapping[str, Any]) -> list[str]:
-    """Return the lines a person reads about a machine."""
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["product_flops"].items())
-    optional = [f"{name} {there}" for name, there in found["optional"].items() if there]
-    absent = [f"{name} ({OPTIONAL[name]})" for name, there in found["optional"].items() if not there]
-    writable = "" if found["runs_folder_is_writable"] else ", not writable"
+def render_machine(record: Mapping[str, Any]) -> list[str]:
+    """Return the report on this machine as lines."""
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in record["product_flops"].items())
+    optional = [f"{name} {installed}" for name, installed in record["optional"].items() if installed]
+    absent = [f"{name} ({OPTIONAL[name]})" for name, installed in record["optional"].items() if not installed]
+    writable = "" if record["runs_folder_is_writable"] else ", not writable"
     return [
-        f"llmctl     {found['llmctl']}, python {found['python']}",
-        "packages   " + ", ".join(f"{name} {there}" for name, there in found["packages"].items()),
+        f"llmctl     {record['llmctl']}, python {record['python']}",
+        "packages   " + ", ".join(f"{name} {installed}" for name, installed in record["packages"].items()),
         f"optional   {', '.join(optional) or 'none'}",
         f"missing    {', '.join(absent) or 'none'}",
-        f"device     {found['device']}, {found['cores']} cores, {found['threads']} threads",
-        f"precision  {found['dtype']} (measured: {rates})",
-        f"compiled   {found['compiled_step'] or 'no decoding step; llmctl doctor --compile makes one'}",
-        f"memory     {found['free_memory_bytes'] / 1e9:,.1f} GB free",
-        f"runs       {found['runs_folder']}, {found['free_disk_bytes'] / 1e9:,.1f} GB free{writable}",
+        f"device     {record['device']}, {record['cores']} cores, {record['threads']} threads",
+        f"precision  {record['dtype']} (measured: {rates})",
+        f"compiled   {record['compiled_step'] or 'no decoding step; llmctl doctor --compile creates one'}",
+        f"memory     {record['free_memory_bytes'] / 1e9:,.1f} GB free",
+        f"runs       {record['runs_folder']}, {record['free_disk_bytes'] / 1e9:,.1f} GB free{writable}",
     ]

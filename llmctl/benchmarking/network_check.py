@@ -1,4 +1,7 @@
-"""Check that ranks and hosts reach each other: roll call, sums, clocks, the shared runs folder."""
+"""Check the network between ranks: roll call, all-reduce, clocks, and the shared runs folder.
+
+Ranks register in the master's store first, so that missing ones can be named; then they connect exactly as training does.
+"""
 
 import os
 import socket
@@ -26,12 +29,12 @@ from llmctl.files import is_seen
 from llmctl.runs.folder import runs_folder
 
 PROBE_SECONDS = 3.0
-"""How long a file may take to show up on the other hosts."""
+"""Maximum delay until a file is visible on the other hosts."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """How many processes, on how many hosts, are to meet where."""
+    """Layout of the processes: per host, number of hosts, this host, and HOST:PORT of the master."""
 
     nproc: int
     nnodes: int
@@ -40,9 +43,9 @@ class Group:
 
 
 def start_ranks(group: Group, argv: Sequence[str]) -> int:
-    """Run `llmctl ARGV` as this host's ranks and return the worst exit code.
+    """Run `llmctl ARGV` once per rank of this host and return the highest exit code.
 
-    Without torch's launcher, whose own rendezvous does not tell which host is missing.
+    torch's launcher is not used: its rendezvous does not report which host is missing.
     """
     host, _, port = group.master.rpartition(":") if group.nnodes > 1 else ("127.0.0.1", "", str(free_port()))
     environment = os.environ | {
@@ -68,22 +71,20 @@ def start_ranks(group: Group, argv: Sequence[str]) -> int:
 
 
 def free_port() -> int:
-    """Return a port of this host that nobody listens on."""
+    """Return a free port of this host."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def examine_group(timeout_seconds: int) -> tuple[Runtime, dict[str, Any]]:
-    """Meet the other ranks and return what all of them, and the ways between them, are like.
+    """Connect to the other ranks and return a record of the ranks and of the network between them.
 
-    Raises: UsageError if this process is alone; StoppedError naming what is missing after the timeout.
+    Raises: UsageError for a single process; StoppedError naming what is missing after the timeout.
     """
     ranks = join(os.environ)
     if ranks.world_size == 1:
-        raise UsageError(
-            "`--distributed` needs several processes", "--nproc 2 starts them here; or run it under torchrun or srun"
-        )
+        raise UsageError("`--distributed` needs several processes, got 1", "add `--nproc 2`, or use torchrun or srun")
     store = roll_call(ranks, timeout_seconds)
     runtime = start(TrainConfig(), ParallelConfig(timeout_seconds=timeout_seconds))
     try:
@@ -93,14 +94,14 @@ def examine_group(timeout_seconds: int) -> tuple[Runtime, dict[str, Any]]:
             raise
         reason = str(error).strip().splitlines()[-1][:160]
         raise StoppedError(
-            f"rank {ranks.rank} met the others and lost one ({reason})", "its own error tells why"
+            f"rank {ranks.rank} lost the connection to another rank ({reason})", "see the error of that rank"
         ) from error
-    del store  # its server had to stay until torch had taken it over
+    del store  # keep the server alive until torch has connected
     return runtime, report
 
 
 def measure_group(runtime: Runtime) -> dict[str, Any]:
-    """Return what ranks that have met are like, and whether what they tell each other arrives."""
+    """Return a record of the connected ranks and the results of the network checks."""
     rows = runtime.gather(describe_self())
     return {
         "world_size": runtime.world_size,
@@ -114,9 +115,9 @@ def measure_group(runtime: Runtime) -> dict[str, Any]:
 
 
 def roll_call(ranks: Ranks, timeout_seconds: int) -> Any:
-    """Meet at the master's store and return it.
+    """Register in the master's store, wait for all ranks, and return the store.
 
-    Raises: StoppedError naming the master if it cannot be reached, else the ranks that did not come in time.
+    Raises: StoppedError naming the master if it cannot be reached, else the ranks that are missing at the timeout.
     """
     from torch._C._distributed_c10d import PrefixStore, TCPStore
     from torch.distributed import DistError
@@ -139,23 +140,23 @@ def roll_call(ranks: Ranks, timeout_seconds: int) -> Any:
     except (DistError, OSError, RuntimeError, ValueError) as error:
         what = "cannot open" if is_server else "cannot reach"
         raise StoppedError(
-            f"rank {ranks.rank} {what} the master's port, {host}:{port}, within {timeout_seconds} s "
+            f"rank {ranks.rank} {what} the master's port {host}:{port} within {timeout_seconds} s "
             f"({(str(error).strip() or type(error).__name__).splitlines()[0][:120]})",
-            "is rank 0 running, is this its address, and does a firewall let the port through?",
+            "check that rank 0 is running, that this is its address, and that no firewall blocks the port",
         ) from error
     if missing:
         names = ", ".join(map(str, missing))
         raise StoppedError(
-            f"rank {names} of {ranks.world_size} did not come to {host}:{port} within {timeout_seconds} s",
-            "start the command on every host; where it runs already, its own error tells why",
+            f"rank {names} of {ranks.world_size} did not connect to {host}:{port} within {timeout_seconds} s",
+            "start the command on every host, and check the errors of those ranks",
         )
     return server
 
 
 def await_port(host: str, port: int, deadline: float) -> None:
-    """Wait until something listens on a port; torch would wait too, but with pages of stack frames on stderr.
+    """Wait until a port is open; torch would wait too, but print long stack traces.
 
-    Raises: OSError if nothing does in time.
+    Raises: OSError if it stays closed until the deadline.
     """
     while True:
         try:
@@ -169,11 +170,11 @@ def await_port(host: str, port: int, deadline: float) -> None:
 
 
 def describe_self() -> dict[str, Any]:
-    """Return this rank's host, its way to the master, and what must be equal everywhere."""
+    """Return this rank's host, its network interface towards the master, and its versions."""
     master = os.environ["MASTER_ADDR"]
     address = None
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect((master, 1))  # sends nothing; asks the routing table
+        sock.connect((master, 1))  # UDP connect sends nothing: it only queries the routing table
         address = sock.getsockname()[0]
     return {
         "host": socket.gethostname(),
@@ -186,25 +187,25 @@ def describe_self() -> dict[str, Any]:
 
 
 def sums_are_right(runtime: Runtime, dtype: str) -> bool:
-    """Tell whether every process gets the exact sum over all of them, in all places of a tensor."""
-    places = torch.arange(1000, dtype=getattr(torch, dtype), device=runtime.device)
-    total = runtime.sum(places * (runtime.rank + 1))
+    """Return whether all-reduce gives the exact sum on every process, in all elements of a tensor."""
+    elements = torch.arange(1000, dtype=getattr(torch, dtype), device=runtime.device)
+    total = runtime.sum(elements * (runtime.rank + 1))
     factor = runtime.world_size * (runtime.world_size + 1) // 2
-    return all(runtime.gather(torch.equal(total, places * factor)))
+    return all(runtime.gather(torch.equal(total, elements * factor)))
 
 
 def clock_offsets(runtime: Runtime) -> list[float]:
-    """Return how far every process's clock is ahead of the first one's, as well as a barrier can tell."""
+    """Return how many seconds every clock is ahead of rank 0's, to the precision of a barrier."""
     rounds = []
     for _ in range(5):
-        runtime.gather(None)  # all leave it at nearly the same time
+        runtime.gather(None)  # a barrier: all leave it at nearly the same time
         times = runtime.gather(time.time())
         rounds.append([moment - times[0] for moment in times])
     return [statistics.median(offsets) for offsets in zip(*rounds, strict=True)]
 
 
 def blind_ranks(runtime: Runtime) -> list[int]:
-    """Return the ranks that do not see a file which the first one writes into the runs folder."""
+    """Return the ranks that do not see a file written by rank 0 into the runs folder."""
     folder = runs_folder().resolve()
     path = Path(runtime.first(str(existing(folder) / f".llmctl-doctor-{uuid.uuid4().hex}")))
     problem = ""
@@ -223,19 +224,21 @@ def blind_ranks(runtime: Runtime) -> list[int]:
     return [rank for rank, sees in enumerate(seen) if not sees]
 
 
-def render_group(found: Mapping[str, Any]) -> list[str]:
-    """Return the lines a person reads about a group of ranks."""
-    lines = [f"ranks      {found['world_size']} met at {found['master']}"]
-    for rank, row in enumerate(found["ranks"]):
-        ahead = 1000 * found["clock_offset_seconds"][rank]
+def render_group(record: Mapping[str, Any]) -> list[str]:
+    """Return the report on a group of ranks as lines."""
+    lines = [f"ranks      {record['world_size']} connected at {record['master']}"]
+    for rank, row in enumerate(record["ranks"]):
+        ahead = 1000 * record["clock_offset_seconds"][rank]
         lines.append(
             f"  rank {rank:<4} {row['host']}, {row['interface']} {row['address']}, torch {row['torch']}, "
             f"{row['threads']} threads, clock {ahead:+.0f} ms"
         )
-    sums = ", ".join(f"{name} {'right' if right else 'WRONG'}" for name, right in found["sums_are_right"].items())
-    blind = found["blind_ranks"]
+    sums = ", ".join(
+        f"{name} {'correct' if correct else 'WRONG'}" for name, correct in record["sums_are_right"].items()
+    )
+    blind = record["blind_ranks"]
     return [
         *lines,
-        f"sums       {sums}; 4 MiB in {found['sum_4_mib_milliseconds']:.0f} ms",
+        f"sums       {sums}; 4 MiB in {record['sum_4_mib_milliseconds']:.0f} ms",
         "runs       " + (f"not shared: rank {', '.join(map(str, blind))} sees no probe file" if blind else "shared"),
     ]

@@ -1,4 +1,4 @@
-"""Models of a given shape and precision whose weights mean nothing, for measuring."""
+"""Models with random weights of a given shape and precision, for benchmarks."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,31 +20,30 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES: dict[str, dict[str, Any]] = {
     "30M": {"d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1408, "vocab_size": 16_000, "max_positions": 2048},
 }
-"""Shapes of Llama for study beside the presets."""
+"""Llama shapes in addition to the presets."""
 SHORT_NAMES = {"135M": "smollm2-135m", "1.1B": "tinyllama-1.1b"}
 
 
 def shape_config(name: str) -> ModelConfig:
-    """Return the shape that a name means: one of `SHAPES`, or a preset.
+    """Return the config of a shape by name: one of `SHAPES`, or a preset.
 
-    Raises: UsageError, NotFoundError for another name, or an encoder.
+    Raises: UsageError or NotFoundError for an unknown name; UsageError for an encoder.
     """
     config = ModelConfig(**SHAPES[name]) if name in SHAPES else preset_config(SHORT_NAMES.get(name, name))
     if config.family == "encoder":
-        raise UsageError(f"`--shape {name}` is an encoder's, which writes nothing", "llmctl presets lists shapes")
+        raise UsageError(f"`--shape {name}` is an encoder, which cannot generate", "`llmctl presets` lists the shapes")
     return config
 
 
 def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> LanguageModel:
-    """Return a model of a shape with weights that mean nothing: in `DTYPES`' precisions or a scheme of `SCHEMES`.
+    """Return a model with random weights in a precision of `DTYPES` or a scheme of `SCHEMES`.
 
-    A scheme, with groups of another size where one is given, is for the blocks; the head is held in 8 bits then, and
-    activations in float32.
-    Raises: UsageError for a precision that is not known.
+    A scheme applies to the blocks, with another group size if `group` is set; the head is then int8 and the rest float32.
+    Raises: UsageError for an unknown precision.
     """
     if precision not in DTYPES and precision not in SCHEMES:
         raise UsageError(
-            f"`--scheme {precision}` is not known", f"one or more of {', '.join([*DTYPES, *SCHEMES])}, with commas"
+            f"`--scheme {precision}` is not supported", f"use {', '.join([*DTYPES, *SCHEMES])}, comma-separated"
         )
     model = without_weights(config)
     generator = torch.Generator().manual_seed(0)
@@ -73,7 +72,7 @@ def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> Lang
 
 
 def quantize_blocks(model: LanguageModel, scheme: Scheme) -> None:
-    """Put layers of random codes in the place of the matrices of the blocks."""
+    """Replace the linear layers of the blocks by quantized layers."""
     for stack in model.stacks():
         for module in list(stack.layers.modules()):
             for name, child in list(module.named_children()):

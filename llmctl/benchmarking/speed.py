@@ -1,4 +1,4 @@
-"""How fast a model is on this machine: tokens read, and tokens written one by one."""
+"""Speed of a model on this machine: forward passes over a batch, and decoding token by token."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ from llmctl.kernels.decoder import make_decoder
 from llmctl.model.transformer import LanguageModel
 
 TIMINGS = 5
-"""Forward passes that are timed; the median counts."""
+"""Timed forward passes; the median counts."""
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
-"""A short text that is gone on from, and by how much, to time writing."""
+"""Prompt length and number of new tokens for timing decoding."""
 
 
 @torch.inference_mode()
 def reading_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float:
-    """Return how many tokens of a batch a model reads per second, without its head."""
+    """Return the tokens per second of forward passes over a batch, without the head."""
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
     ids = inputs.get("decoder_input_ids_BT", inputs["input_ids_BT"])
     was_training = model.training
@@ -33,9 +33,9 @@ def reading_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float:
 
 @torch.inference_mode()
 def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | None:
-    """Return how many tokens a second a model adds to one text; None for one that does not write.
+    """Return the tokens per second of decoding at batch size 1; None for a model that cannot generate.
 
-    The model is made ready for decoding and is not to be trained afterwards.
+    Preparing the model for decoding may repack its weights: do not train it afterwards.
     """
     if model.config.family == "encoder" or model.config.n_labels:
         return None
@@ -57,7 +57,7 @@ def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | 
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds that work takes, to its end also on a GPU."""
+    """Return the seconds that `work` takes, synchronized on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begun = time.perf_counter()

@@ -1,1 +1,1 @@
-"""Models to and from other programs."""
+"""Conversion of models from and to other formats."""

@@ -1,6 +1,6 @@
-"""Bring models in and out: published folders, GGUF and single files into our artifact, and it into either form.
+"""Import published folders, GGUF and single files, and export models as a single file or Hugging Face folder.
 
-Nothing is trained or rounded here unless a dtype is asked for; torch is only loaded for tensors.
+Weights are not rounded unless a dtype is given; torch is imported only for tensors.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ MASKS = ("[MASK]", "<mask>", "<|mask|>")
 
 
 def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = False) -> Path:
-    """Write a published model as our artifact and return where it is.
+    """Convert a published model to a model folder or single file and return its path.
 
-    Weights keep the dtype they are stored in, GGUF becomes float32, unless `dtype` names another.
+    Weights keep their stored dtype (GGUF becomes float32) unless `dtype` is given.
 
     Raises: NotFoundError, ArtifactError, MissingExtraError from reading; OutputError from writing; UsageError.
     """
     if dtype and dtype not in DTYPES:
-        raise UsageError(f"the dtype `{dtype}` is not known", f"--dtype takes {', '.join(DTYPES)}")
+        raise UsageError(f"`--dtype {dtype}` is not supported", f"`--dtype` takes {', '.join(DTYPES)}")
     if source.suffix == ".gguf" and source.is_file():
         config, state, files, origin = read_gguf(source)
         earlier: Mapping[str, Any] = {}
@@ -49,18 +49,18 @@ def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = Fals
 
 
 def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Path:
-    """Write a model in the other form, one file (`single`) or a Hugging Face folder (`hf`), tensor for tensor.
+    """Write a model as a single file (`single`) or a Hugging Face folder (`hf`), with identical tensors.
 
-    Raises: UsageError when `out` does not fit the form; NotFoundError, ArtifactError, OutputError.
+    Raises: UsageError if `out` does not fit the format; NotFoundError, ArtifactError, OutputError.
     """
     if to not in ("single", "hf"):
-        raise UsageError(f"there is no form `{to}`", "--to takes single, hf or gguf")
+        raise UsageError(f"`--to {to}` is not supported", "`--to` takes single, hf or gguf")
     if (to == "single") != (out.suffix == ".safetensors"):
         form = "a file X.safetensors" if to == "single" else "a folder"
-        raise UsageError(f"`--to {to}` writes {form}, `{out}` is not one", f"name {form} with -o")
+        raise UsageError(f"`--to {to}` writes {form}, but `{out}` is not one", f"use `-o` with {form}")
     artifact = read_model(source)
     state, schemes = artifact.packed_state(), artifact.schemes
-    if to == "hf":  # others know scales of 16 bits only; ours are such numbers, whatever holds them
+    if to == "hf":  # other tools read only 16-bit scales; 8-bit scales are exactly representable in them
         schemes = {name: replace(scheme, scale_bits=SCALE_BITS) for name, scheme in schemes.items()}
     return write_artifact(
         out,
@@ -89,7 +89,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, b
 
 
 def origin_of(artifact: Artifact) -> dict[str, Any]:
-    """Return where an imported model comes from: names without folders, so that equal imports are equal bytes."""
+    """Return the origin of an imported model: file names without folders, so that equal imports give equal bytes."""
     files = sorted({path for path, _, _ in artifact.tensors.values()})
     return {
         "format": "safetensors",
@@ -105,17 +105,17 @@ def sha256(path: Path) -> str:
 
 
 def cast(state: dict[str, "Tensor"], dtype: str) -> dict[str, "Tensor"]:
-    """Return the state in the dtype of this name, an empty one leaves it as it is; packed tensors stay what they are."""
+    """Convert a state to a dtype by name; an empty name and packed tensors change nothing."""
     if not dtype:
         return state
     import torch
 
-    wanted = getattr(torch, dtype)
-    return {name: tensor if name.rpartition(".")[2] in PARTS else tensor.to(wanted) for name, tensor in state.items()}
+    target = getattr(torch, dtype)
+    return {name: tensor if name.rpartition(".")[2] in PARTS else tensor.to(target) for name, tensor in state.items()}
 
 
 def with_mask_id(config: ModelConfig, files: Mapping[str, bytes]) -> ModelConfig:
-    """Fill in an encoder's mask token, which many published configurations leave to the tokenizer."""
+    """Set the mask token of an encoder, which many published configs define only in the tokenizer."""
     if config.family != "encoder" or config.mask_id >= 0:
         return config
     ids = special_ids(files)
@@ -123,7 +123,7 @@ def with_mask_id(config: ModelConfig, files: Mapping[str, bytes]) -> ModelConfig
 
 
 def special_ids(files: Mapping[str, bytes]) -> dict[str, int]:
-    """Return token -> id of the added tokens of tokenizer.json, or of all lines of vocab.txt."""
+    """Return token -> id of the added tokens in tokenizer.json, or of all lines of vocab.txt."""
     if "vocab.txt" in files:
         lines = files["vocab.txt"].decode(errors="replace").splitlines()
         return {line: index for index, line in enumerate(lines)}

@@ -1,4 +1,4 @@
-"""Export a model as a GGUF file: write it under a temporary name, prove it, and only then give it its name."""
+"""Export a model as GGUF: write a temporary file, verify it, and only then rename it."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -20,22 +20,25 @@ from llmctl.tokenizer.base import Tokenizer
 
 
 def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: bool = False) -> dict[str, Any]:
-    """Write a decoder as a GGUF file, prove that what is read back is what was meant, and return the figures.
+    """Write a decoder as a GGUF file, verify it by reading it back, and return a record of both.
 
-    kind: a type of `gguf_write.TYPES`; `out`: NAME-TYPE.gguf here if not given. Returns path, type, bytes, bits per
-    weight, tensors per block, those that got another block, and the proof's figures. Nothing is left of a file that fails.
-    Raises: UsageError; ArtifactError for a model or tokenizer that llama.cpp does not express, or a failed proof;
-    MissingExtraError; OutputError; those of reading.
+    kind: a type of `gguf.write.TYPES`; out: defaults to NAME-TYPE.gguf in the current directory. Returns path, type,
+    bytes, bits per weight, tensors per block type, those that needed another block type, and the results of the
+    verification. A file that fails verification is removed.
+    Raises: UsageError; ArtifactError for a model or tokenizer that GGUF cannot represent, or a failed verification;
+    MissingExtraError; OutputError; errors of reading.
     """
     kind = find_type(kind)
     artifact = read_model(source)
     out = out or Path(f"{name_of(source)}-{kind}.gguf")
     if out.suffix != ".gguf":
-        raise UsageError(f"`--to gguf` writes a file X.gguf, `{out}` is not one", "name a file X.gguf with -o")
+        raise UsageError(f"`--to gguf` writes a file X.gguf, but `{out}` is not one", "use `-o X.gguf`")
     check_kind(artifact.config, artifact.architecture, source)
     tokenizer = fitting_tokenizer(artifact)
     if tokenizer is None:
-        raise ArtifactError(f"`{source}` has no tokenizer, which a GGUF file has to carry", "import the model with it")
+        raise ArtifactError(
+            f"`{source}` has no tokenizer, which a GGUF file must contain", "import the model with its tokenizer files"
+        )
     gguf_module()
     refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
     original = Loaded(without_weights(artifact.config), tokenizer, artifact)
@@ -56,34 +59,34 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
 
 
 def name_of(source: Path) -> str:
-    """Return the name of a model: its folder's, or its file's."""
+    """Return the name of a model: that of its folder, or of its file without suffix."""
     whole = source.resolve()
     return whole.stem if whole.is_file() else whole.name
 
 
 def special_ids(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
-    """Return llama.cpp's name of a role -> its token: what the model's config says, else the tokenizer."""
-    found = {
+    """Return role -> token id, by llama.cpp's role names: from the model config, else the tokenizer."""
+    candidates = {
         "bos": (config.bos_id, tokenizer.bos_id),
         "eos": (config.eos_id, tokenizer.eos_id),
         "unknown": (-1, tokenizer.unk_id),
         "padding": (config.pad_id, tokenizer.pad_id),
     }
-    ids = {role: first if first >= 0 else second for role, (first, second) in found.items()}
+    ids = {role: first if first >= 0 else second for role, (first, second) in candidates.items()}
     return {role: index for role, index in ids.items() if index is not None}
 
 
 def general_of(artifact: Artifact, source: Path) -> dict[str, str]:
-    """Return name and license as they came in with the model; the name is else its folder's or file's."""
+    """Return the name and license recorded at import; the name defaults to that of the folder or file."""
     imported = artifact.provenance.get("imported")
-    told: Mapping[str, Any] = imported if isinstance(imported, Mapping) else {}
-    found = {key: told.get(f"general.{key}") for key in ("name", "license")}
-    kept = {key: value for key, value in found.items() if isinstance(value, str) and value}
+    origin: Mapping[str, Any] = imported if isinstance(imported, Mapping) else {}
+    general = {key: origin.get(f"general.{key}") for key in ("name", "license")}
+    kept = {key: value for key, value in general.items() if isinstance(value, str) and value}
     return {"name": name_of(source)} | kept
 
 
 def record_of(out: Path, kind: str, written: Written, proof: Proof) -> dict[str, Any]:
-    """Return what there is to say of an export."""
+    """Return the record of an export."""
     blocks = [planned.block for planned in written.blocks.values()]
     n_weights = sum(tensor.numel() for tensor in written.meant.values())
     return {
@@ -100,7 +103,7 @@ def record_of(out: Path, kind: str, written: Written, proof: Proof) -> dict[str,
 
 
 def other_blocks(written: Written) -> list[dict[str, Any]]:
-    """Return which rows are no whole blocks of the format they were to have, what holds them, and how many tensors."""
+    """Return the row sizes that do not divide into blocks of the wanted type, the type used instead, and tensor counts."""
     counts = Counter(
         (planned.wanted, planned.block, written.meant[name].shape[-1])
         for name, planned in written.blocks.items()

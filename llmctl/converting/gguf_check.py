@@ -1,7 +1,7 @@
-"""The proof of a GGUF file: it is read back, and weights, logits, tokenizer and, where it is installed, llama.cpp agree.
+"""Verify a GGUF file by reading it back: compare weights, logits, token ids and, if installed, llama.cpp.
 
-Weights must be, bit for bit, what the quantizer meant; logits those of our own model with the same rounding; ids the
-same for texts of many kinds. How far the rounded model is from the original is measured, not judged.
+Weights must equal the quantizer's output bit for bit; logits must equal those of our model with the same rounding; token
+ids must be equal for texts of many kinds. The distance of the quantized model from the original is only measured.
 """
 
 import math
@@ -39,7 +39,7 @@ elements, take the smaller one, and go on until both are empty. The work is prop
 """,
     "夜里下了一场大雨，早晨河水漫过了石桥。孩子们站在岸边，看着树叶被水带走。老人说，三十年前也有过这样的一天。",
 )
-"""Texts whose next tokens are predicted."""
+"""Texts on which logits are compared."""
 
 PROBES = (
     "",
@@ -56,16 +56,16 @@ PROBES = (
     "\x00\x07\u200b\ufeff",
     *PROSE,
 )
-"""Texts whose ids are compared; U+2581 is not among them, which sentencepiece writes a space as."""
+"""Texts whose token ids are compared; without U+2581, which sentencepiece uses for a space."""
 
 ROW_TOKENS = 96
 LOGITS_BOUND = 1e-4
-"""Largest difference of logits, as a share of the largest logit."""
+"""Maximum difference of logits, relative to the largest logit."""
 
 N_GREEDY = 16
 NEAR_TIE = 0.5
-"""How far below our best logit a token of llama.cpp's may lie, in standard deviations of the logits: it rounds what it
-multiplies, which turns over near ties; a wrong model is several away."""
+"""How far below our top logit the logit of llama.cpp's token may be, in standard deviations of the logits: its rounding of
+activations flips near ties; a wrong model is several deviations away."""
 
 NOT_IN_GGUF = ("dropout", "init_std", "mask_id", "decoder_start_id", "bos_id", "eos_id", "pad_id")
 ROLES = {"bos_id": "bos", "eos_id": "eos", "pad_id": "padding"}
@@ -73,11 +73,11 @@ ROLES = {"bos_id": "bos", "eos_id": "eos", "pad_id": "padding"}
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found equal, and how far the rounded model is from the original.
+    """Results of the verification, and the distance of the quantized model from the original.
 
-    logits_max_difference: read back against meant. kl: nats per token, of the original from the rounded; top1: share of
-    the tokens with the same best next token. llama_cpp_tokens: of N_GREEDY greedy tokens how many are ours too; None
-    where `llama_cpp` is not installed.
+    logits_max_difference: of the file read back and the expected weights. kl: KL(original || quantized) in nats per
+    token; top1: top-1 agreement with the original. llama_cpp_tokens: how many of N_GREEDY greedy tokens agree with
+    llama.cpp; None if `llama_cpp` is not installed.
     """
 
     tensors_equal: int
@@ -89,13 +89,13 @@ class Proof:
     llama_cpp_tokens: int | None
 
     def record(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        told = {name: rounded(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
-        return told | {"llama_cpp_of": N_GREEDY}
+        """Return the proof as JSON-compatible data."""
+        values = {name: rounded(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return values | {"llama_cpp_of": N_GREEDY}
 
 
 def rounded(value: float) -> float:
-    """Return a figure in five digits."""
+    """Round a metric to five significant digits."""
     return float(f"{value:.5g}")
 
 
@@ -107,30 +107,30 @@ def prove(
     meant: Mapping[str, Tensor],
     ids: Mapping[str, int],
 ) -> Proof:
-    """Read a GGUF file back and compare; `path` is where it lies, `out` what it is to be called.
+    """Read the GGUF file at `path` back and compare it; `out` is its final name, for errors.
 
-    original: the model it was made from, its weights apart in `state`; meant: its weights after rounding; ids: role ->
-    token, as written.
-    Raises: ArtifactError saying what differs.
+    original: the source model, with its weights in `state`; meant: the weights after quantization; ids: role -> token id
+    as written.
+    Raises: ArtifactError naming the difference.
     """
     try:
-        config, found, files, _ = read_gguf(path)
+        config, weights, files, _ = read_gguf(path)
     except ArtifactError as error:
         raise failure(out, str(error)) from error
     check_config(out, original.model.config, config, ids)
-    check_weights(out, meant, found)
+    check_weights(out, meant, weights)
     back = Loaded(
-        with_weights(config, found),
+        with_weights(config, weights),
         tokenizer_from_files(files),
         Artifact(path=path, architecture="", config=config, files=files, provenance={}),
     )
     n_texts = check_tokenizer(out, original, back)
     rows = rows_of(original)
     before = logits_of(with_weights(original.model.config, state), rows)
-    wanted = logits_of(with_weights(original.model.config, meant), rows)
+    expected = logits_of(with_weights(original.model.config, meant), rows)
     after = logits_of(back.model, rows)
-    difference = check_logits(out, wanted, after)
-    prose = slice(len(rows) - 1)  # the last row is of tokens, not of text
+    difference = check_logits(out, expected, after)
+    prose = slice(len(rows) - 1)  # the last row is not text, see rows_of
     kl, top1 = distance(before[prose], after[prose])
     n_tokens = sum(len(row) for row in rows[prose])
     agreed = ask_llama_cpp(path, out, back)
@@ -138,35 +138,35 @@ def prove(
 
 
 def failure(out: Path, what: str) -> ArtifactError:
-    """Return the error for a file that is not what it should be."""
+    """Return the error for a file that differs from what was meant to be written."""
     return ArtifactError(
-        f"`{out}` was not written: read back, {what}",
-        "this is a defect of llmctl or of the package `gguf`; other types (--type f16) may do",
+        f"`{out}` was not written, verification failed: {what}",
+        "this is a bug in llmctl or in the package `gguf`; try another type, such as `--type f16`",
     )
 
 
-def check_config(out: Path, config: ModelConfig, found: ModelConfig, ids: Mapping[str, int]) -> None:
-    """Compare configurations as far as a GGUF file holds them."""
-    wanted = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
-    wanted = {key: value for key, value in wanted.items() if key not in NOT_IN_GGUF}
-    wanted |= {key: ids.get(role, -1) for key, role in ROLES.items()}
-    for key, value in wanted.items():
-        other = getattr(found, key)
+def check_config(out: Path, config: ModelConfig, back: ModelConfig, ids: Mapping[str, int]) -> None:
+    """Compare the config fields that a GGUF file stores."""
+    expected = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    expected = {key: value for key, value in expected.items() if key not in NOT_IN_GGUF}
+    expected |= {key: ids.get(role, -1) for key, role in ROLES.items()}
+    for key, value in expected.items():
+        other = getattr(back, key)
         is_same = math.isclose(value, other, rel_tol=1e-6) if isinstance(value, float) else value == other
         if not is_same:
             raise failure(out, f"`{key}` is {other!r}, not {value!r}")
 
 
-def check_weights(out: Path, meant: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_weights(out: Path, meant: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> None:
     """Compare weights bit for bit."""
-    for name, wanted in meant.items():
-        if not torch.equal(wanted, found[name]):
-            worst = float((wanted - found[name]).abs().max())
-            raise failure(out, f"`{name}` differs by up to {worst:.3g} from what was meant")
+    for name, expected in meant.items():
+        if not torch.equal(expected, back[name]):
+            worst = float((expected - back[name]).abs().max())
+            raise failure(out, f"`{name}` differs by up to {worst:.3g} from the quantized weights")
 
 
 def with_weights(config: ModelConfig, state: Mapping[str, Tensor]) -> LanguageModel:
-    """Return a model over these very tensors."""
+    """Return a model that uses these tensors without copying them."""
     model = without_weights(config)
     model.load_state_dict(with_tied(config, state), assign=True)
     model.tie()
@@ -174,32 +174,32 @@ def with_weights(config: ModelConfig, state: Mapping[str, Tensor]) -> LanguageMo
 
 
 def check_tokenizer(out: Path, original: Loaded, back: Loaded) -> int:
-    """Compare ids of texts, of beginnings of prompts, and texts of ids; return how many texts."""
+    """Compare encoding, decoding and the special tokens of a prompt; return the number of texts."""
     ours, theirs = tokenizer_of(original), tokenizer_of(back)
     for text in PROBES:
-        wanted, found = ours.encode(text), theirs.encode(text)
-        if wanted != found:
-            raise failure(out, f"the text {text[:40]!r} has the ids {found[:12]}, not {wanted[:12]}")
-        if ours.decode(wanted) != theirs.decode(wanted):
-            raise failure(out, f"the ids of {text[:40]!r} are the text {theirs.decode(wanted)[:40]!r}")
+        expected, ids = ours.encode(text), theirs.encode(text)
+        if expected != ids:
+            raise failure(out, f"the text {text[:40]!r} has the ids {ids[:12]}, not {expected[:12]}")
+        if ours.decode(expected) != theirs.decode(expected):
+            raise failure(out, f"the ids of {text[:40]!r} decode to {theirs.decode(expected)[:40]!r}")
     if encode_prompt(original, PROSE[0]) != encode_prompt(back, PROSE[0]):
-        raise failure(out, "a prompt begins with other special tokens")
+        raise failure(out, "a prompt begins with different special tokens")
     return len(PROBES)
 
 
 def tokenizer_of(loaded: Loaded) -> Tokenizer:
-    """Return the tokenizer, which is there."""
+    """Return the tokenizer of a model that has one."""
     assert loaded.tokenizer is not None
     return loaded.tokenizer
 
 
 def rows_of(loaded: Loaded) -> list[list[int]]:
-    """Return the rows of ids that are predicted: prose, and last a walk over the whole vocabulary."""
+    """Return the rows to compare: prose, and last ids spread over the whole vocabulary."""
     config = loaded.model.config
     longest = min(ROW_TOKENS, config.max_positions)
     texts = [encode_prompt(loaded, text)[:longest] for text in PROSE]
-    walk = torch.linspace(0, config.vocab_size - 1, longest).long().tolist()
-    return [*(row for row in texts if row), walk]
+    spread = torch.linspace(0, config.vocab_size - 1, longest).long().tolist()
+    return [*(row for row in texts if row), spread]
 
 
 @torch.inference_mode()
@@ -208,17 +208,17 @@ def logits_of(model: LanguageModel, rows: Sequence[Sequence[int]]) -> list[Tenso
     return [model(torch.tensor([row]))[0] for row in rows]
 
 
-def check_logits(out: Path, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+def check_logits(out: Path, expected: Sequence[Tensor], back: Sequence[Tensor]) -> float:
     """Compare logits and return the largest difference."""
-    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(wanted, found, strict=True)]).max())
-    largest = float(torch.stack([one.abs().max() for one in wanted]).max())
-    if not difference <= LOGITS_BOUND * max(largest, 1e-6):  # nan is a difference too
+    difference = float(torch.stack([(a - b).abs().max() for a, b in zip(expected, back, strict=True)]).max())
+    largest = float(torch.stack([logits.abs().max() for logits in expected]).max())
+    if not difference <= LOGITS_BOUND * max(largest, 1e-6):  # also true for NaN
         raise failure(out, f"logits of up to {largest:.3g} differ by up to {difference:.3g}")
     return difference
 
 
 def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
-    """Return KL(before || after) in nats per token, and the share of tokens with the same best next one."""
+    """Return KL(before || after) in nats per token, and the top-1 agreement."""
     n_tokens = sum(len(row) for row in before)
     total = agreeing = 0.0
     for p_TV, q_TV in zip(before, after, strict=True):
@@ -228,13 +228,14 @@ def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, 
     return max(total / n_tokens, 0.0), agreeing / n_tokens
 
 
-# --- llama.cpp itself ------------------------------------------------------------------------------------------------
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
 def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
-    """Let llama.cpp tokenize and go on greedily; return how many of N_GREEDY tokens are ours too, None without it.
+    """Compare tokenization and greedy decoding with llama.cpp; return how many of N_GREEDY tokens agree.
 
-    Raises: ArtifactError where it reads other ids, or tokens that are far from our best.
+    Returns None if it is not installed.
+    Raises: ArtifactError if its token ids differ, or its tokens are far below our top logits.
     """
     longest = min(ROW_TOKENS, back.model.config.max_positions) - N_GREEDY
     if find_spec("llama_cpp") is None or longest < 1:
@@ -243,16 +244,16 @@ def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
     tokenizer = tokenizer_of(back)
     with llama_cpp(path, out, len(prompt) + N_GREEDY) as llama:
         for text in PROBES:
-            wanted, found = tokenizer.encode(text), llama.tokenize(text.encode(), add_bos=False, special=False)
-            if wanted != found:
-                raise failure(out, f"llama.cpp gives the text {text[:40]!r} the ids {found[:12]}, not {wanted[:12]}")
+            expected, ids = tokenizer.encode(text), llama.tokenize(text.encode(), add_bos=False, special=False)
+            if expected != ids:
+                raise failure(out, f"llama.cpp gives the text {text[:40]!r} the ids {ids[:12]}, not {expected[:12]}")
         tokens = list(greedy(llama, prompt))
     logits_TV = logits_of(back.model, [[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
     chosen_T1 = torch.tensor(tokens)[:, None]
     below_T = (logits_TV.amax(-1) - logits_TV.gather(1, chosen_T1)[:, 0]) / logits_TV.std(dim=-1)
     if bool((below_T > NEAR_TIE).any()):
         raise failure(
-            out, f"llama.cpp goes on with tokens {float(below_T.max()):.1f} standard deviations below our best"
+            out, f"llama.cpp generates tokens {float(below_T.max()):.1f} standard deviations below our top logit"
         )
     return int((below_T == 0).sum())
 
@@ -261,15 +262,15 @@ def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
 def llama_cpp(path: Path, out: Path, n_positions: int) -> Iterator[Any]:
     """Yield a file opened by llama.cpp.
 
-    Raises: ArtifactError when it does not open it.
+    Raises: ArtifactError if llama.cpp cannot open it.
     """
     from llama_cpp import Llama
 
-    with redirect_stderr(StringIO()):  # it warns of contexts shorter than its own smallest
+    with redirect_stderr(StringIO()):  # it warns about short contexts
         try:
             llama = Llama(model_path=str(path), n_ctx=n_positions, n_gpu_layers=0, verbose=False)
         except ValueError as error:
-            raise failure(out, f"llama.cpp refuses it: {error}") from error
+            raise failure(out, f"llama.cpp cannot open it: {error}") from error
         try:
             yield llama
         finally:
@@ -277,7 +278,7 @@ def llama_cpp(path: Path, out: Path, n_positions: int) -> Iterator[Any]:
 
 
 def greedy(llama: Any, prompt: Sequence[int]) -> Iterator[int]:
-    """Yield what llama.cpp goes on with."""
+    """Yield N_GREEDY greedy tokens from llama.cpp."""
     tokens = llama.generate(list(prompt), temp=0.0, top_k=1, repeat_penalty=1.0)
     for _, token in zip(range(N_GREEDY), tokens, strict=False):
         yield int(token)

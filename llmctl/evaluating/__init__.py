@@ -1,1 +1,1 @@
-"""Measure models on data, one file per kind of task."""
+"""Evaluation of models on data, one file per kind of task."""

@@ -1,4 +1,4 @@
-"""Texts that a model writes: translations, summaries and answers against the wanted ones."""
+"""Score generated texts (translations, summaries, answers) against references."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ from llmctl.inference.likelihood import ScoredRow, likelihoods
 from llmctl.metrics import scores
 from llmctl.metrics.scores import References
 
-FIGURES: Mapping[str, Mapping[str, Callable[[Sequence[str], References], float]]] = {
+METRICS: Mapping[str, Mapping[str, Callable[[Sequence[str], References], float]]] = {
     "translate": {"bleu": scores.bleu, "chrf": scores.chrf},
     "summarize": {"rouge_l": scores.rouge_l, "chrf": scores.chrf},
     "qa": {"exact_match": scores.exact_match, "token_f1": scores.token_f1},
 }
 STOPS = {"translate": ("\n",), "summarize": ("\n\n",), "qa": ("\n",)}
-"""Where an answer of a decoder ends, besides its end token: one that was not trained on the task goes on."""
+"""Stop strings for decoders: a model not fine-tuned on the task would continue after its answer."""
 
 
 def evaluate_answers(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig, task: str) -> Measured:
-    """Measure the texts that a model writes greedily, or with beams; of an encoder-decoder also the targets' loss.
+    """Score generated texts (greedy or beam search); for an encoder-decoder also the loss on the targets.
 
-    An encoder-decoder reads the filled template as its source, a decoder goes on from it. What is longer than the
-    context is cut: of a source the end, of a prompt the beginning.
+    The filled template is the source of an encoder-decoder or the prompt of a decoder. A source longer than the context
+    is truncated at its end, a prompt at its beginning.
     """
-    if "chrf" in FIGURES[task]:
-        scores.load_sacrebleu("chrF")  # said before the model writes for minutes
+    if "chrf" in METRICS[task]:
+        scores.load_sacrebleu("chrF")  # fail before minutes of generation
     family = loaded.model.config.family
     template = template_for(task, family, chosen_template(loaded, config))
     prompts, n_cut = _prompts(loaded, [fill_template(template, example.inputs) for example in examples], config)
@@ -43,29 +43,31 @@ def evaluate_answers(loaded: Loaded, examples: Sequence[Example], config: Evalua
         stop=STOPS[task] if family == "decoder" else (),
     )
     done = list(generate(loaded, prompts, settings))
-    found = [completion.text.strip() for completion in done]
-    wanted = [_references(example.target) for example in examples]
-    figures = {name: score(found, wanted) for name, score in FIGURES[task].items()}
+    generated = [completion.text.strip() for completion in done]
+    references = [_references(example.target) for example in examples]
+    figures = {name: score(generated, references) for name, score in METRICS[task].items()}
     if family == "encoder_decoder":
-        figures |= _target_loss(loaded, prompts, wanted, config)
+        figures |= _target_loss(loaded, prompts, references, config)
     return Measured(
         figures,
         n_rows=len(examples),
         n_tokens=sum(len(completion.ids) + 1 for completion in done),
         n_empty=sum(not any(text.strip() for text in example.inputs.values()) for example in examples),
         n_cut=n_cut,
-        example={"prompt": prompts[0].text, "found": found[0], "wanted": wanted[0][0]},
+        example={"prompt": prompts[0].text, "found": generated[0], "wanted": references[0][0]},
     )
 
 
 def chosen_template(loaded: Loaded, config: EvaluateConfig) -> str:
-    """Return the template that was asked for, or the one that the model was trained with; empty for neither."""
+    """Return the template from the config, else the one the model was trained with, else an empty string."""
     own = loaded.artifact.provenance.get("template", "")
     return config.template or (own if isinstance(own, str) else "")
 
 
 def _references(target: str | list[str]) -> list[str]:
-    return [target] if isinstance(target, str) else target or [""]  # no answer is right where there is none
+    return (
+        [target] if isinstance(target, str) else target or [""]
+    )  # an unanswerable question: the right answer is empty
 
 
 def _prompts(loaded: Loaded, texts: Sequence[str], config: EvaluateConfig) -> tuple[list[Prompt], int]:
@@ -74,8 +76,8 @@ def _prompts(loaded: Loaded, texts: Sequence[str], config: EvaluateConfig) -> tu
     room = limit - config.max_tokens if is_decoder else limit
     if room < 1:
         raise UsageError(
-            f"--max-tokens {config.max_tokens} leaves no room for a prompt in a context of {limit} tokens",
-            "a smaller --max-tokens",
+            f"`--max-tokens {config.max_tokens}` leaves no room for a prompt in a context of {limit} tokens",
+            f"use `--max-tokens {max(limit // 2, 1)}` or less",
         )
     prompts, n_cut = [], 0
     for number, text in enumerate(texts):
@@ -84,19 +86,20 @@ def _prompts(loaded: Loaded, texts: Sequence[str], config: EvaluateConfig) -> tu
             n_cut += 1
             has_bos = is_decoder and ids[0] == require_tokenizer(loaded).bos_id and room > 1
             keep = room - has_bos
+            # The first token stays if it begins the text; a source keeps its end token.
             ids = [*ids[:has_bos], *ids[-keep:]] if is_decoder else [*ids[: room - 1], ids[-1]]
         prompts.append(Prompt(number, ids, text))
     return prompts, n_cut
 
 
 def _target_loss(
-    loaded: Loaded, prompts: Sequence[Prompt], wanted: References, config: EvaluateConfig
+    loaded: Loaded, prompts: Sequence[Prompt], references: References, config: EvaluateConfig
 ) -> dict[str, float]:
-    """Return loss and perplexity of the first reference of each source, its end token counted."""
+    """Return loss and perplexity on the first reference of each source, including its end token."""
     tokenizer, limit = require_tokenizer(loaded), loaded.model.config.max_positions
-    targets = [ids[: limit - 1] for ids in tokenizer.encode_batch([others[0] for others in wanted])]
+    targets = [ids[: limit - 1] for ids in tokenizer.encode_batch([others[0] for others in references])]
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     rows = [ScoredRow([*ids, *end], 0, prompt.ids) for ids, prompt in zip(targets, prompts, strict=True)]
-    found = likelihoods(loaded, [row for row in rows if row.ids], config.batch_size)
-    loss = sum(one.nats for one in found) / max(sum(one.count for one in found), 1)
+    scored = likelihoods(loaded, [row for row in rows if row.ids], config.batch_size)
+    loss = sum(row.nats for row in scored) / max(sum(row.count for row in scored), 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}

@@ -1,4 +1,4 @@
-"""Continuations that are given: which of several a model finds likeliest, and whether it knows the last word."""
+"""Score given continuations: the most likely of several choices, or the last word of a text."""
 
 import math
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ from llmctl.metrics import scores
 
 
 def evaluate_choice(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
-    """Measure how often the right choice is the likeliest continuation of the question.
+    """Measure how often the right choice is the most likely continuation of the question.
 
-    `accuracy` compares the summed log-likelihoods, `accuracy_norm` those divided by the length of the choice in
-    characters, so that long ones have a chance; between equals the first wins.
+    `accuracy` compares summed log-likelihoods; `accuracy_norm` divides them by the length of the choice in characters,
+    so that long choices are not penalized. Ties go to the first choice.
     Source: lm-evaluation-harness (`acc`, `acc_norm`), after Brown et al. 2020, arXiv:2005.14165, section 2.4.
     """
     template = template_for("choice", loaded.model.config.family, chosen_template(loaded, config))
-    asked = []
+    pairs = []
     for example in examples:
         prompt = fill_template(template, example.inputs)
-        asked += [(prompt, choice) for choice in example.choices]
-    continued = continuations(loaded, asked, config)
-    found, found_norm, n_cut, at = [], [], 0, 0
+        pairs += [(prompt, choice) for choice in example.choices]
+    continued = continuations(loaded, pairs, config)
+    best, best_norm, n_cut, at = [], [], 0, 0
     for example in examples:
-        sums = np.array([-part.nats for part in continued.found[at : at + len(example.choices)]])
+        sums = np.array([-part.nats for part in continued.likelihoods[at : at + len(example.choices)]])
         n_cut += any(continued.cut[at : at + len(example.choices)])
         lengths = np.array([max(len(choice), 1) for choice in example.choices])
-        found.append(int(sums.argmax()))
-        found_norm.append(int((sums / lengths).argmax()))
+        best.append(int(sums.argmax()))
+        best_norm.append(int((sums / lengths).argmax()))
         at += len(example.choices)
-    wanted = [example.target for example in examples]
+    targets = [example.target for example in examples]
     return Measured(
-        {"accuracy": scores.accuracy(found, wanted), "accuracy_norm": scores.accuracy(found_norm, wanted)},
+        {"accuracy": scores.accuracy(best, targets), "accuracy_norm": scores.accuracy(best_norm, targets)},
         n_rows=len(examples),
         n_tokens=continued.n_tokens,
         n_empty=_n_empty(examples),
@@ -49,15 +49,15 @@ def evaluate_choice(loaded: Loaded, examples: Sequence[Example], config: Evaluat
 
 
 def evaluate_lastword(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
-    """Measure whether a model knows the last word of a text: greedily (accuracy), and its perplexity per word.
+    """Measure the prediction of the last word of a text: greedy accuracy, and perplexity per word.
 
-    Source: Paperno et al. 2016 (LAMBADA), arXiv:1606.06031; of a text without spaces it is the last character.
+    For a text without spaces it is the last character. Source: Paperno et al. 2016 (LAMBADA), arXiv:1606.06031.
     """
     continued = continuations(loaded, [without_last_word(example.inputs["text"]) for example in examples], config)
-    loss = sum(part.nats for part in continued.found) / max(len(examples), 1)
+    loss = sum(part.nats for part in continued.likelihoods) / max(len(examples), 1)
     return Measured(
         {
-            "accuracy": scores.mean([0 < part.count == part.n_correct for part in continued.found]),
+            "accuracy": scores.mean([0 < part.count == part.n_correct for part in continued.likelihoods]),
             "perplexity": math.exp(min(loss, 700.0)),
             "loss": loss,
         },
@@ -69,7 +69,7 @@ def evaluate_lastword(loaded: Loaded, examples: Sequence[Example], config: Evalu
 
 
 def without_last_word(text: str) -> tuple[str, str]:
-    """Return a text up to its last word, and that word."""
+    """Split a text into everything before its last word, and that word."""
     text = text.rstrip()
     parts = text.rsplit(None, 1)
     if len(parts) == 2:
@@ -79,23 +79,23 @@ def without_last_word(text: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Continued:
-    """The likelihoods of continuations, which of them were cut, and how many tokens were read for them."""
+    """Likelihoods of continuations, which of them were truncated, and the number of processed tokens."""
 
-    found: list[Likelihood]
+    likelihoods: list[Likelihood]
     cut: list[bool]
     n_tokens: int
 
 
-def continuations(loaded: Loaded, asked: Sequence[tuple[str, str]], config: EvaluateConfig) -> Continued:
-    """Return the likelihoods of second texts after first ones, a space between; what is too long is cut at the front.
+def continuations(loaded: Loaded, pairs: Sequence[tuple[str, str]], config: EvaluateConfig) -> Continued:
+    """Score the second text of each pair after the first and a space; long pairs are truncated at the front.
 
-    Of an encoder-decoder the first is the source and the second the target, without its end token.
+    For an encoder-decoder the first text is the source and the second the target, without an end token.
     """
     limit = longest_row(loaded, config.seq_len)
-    made = [_row(loaded, context, text, limit) for context, text in asked]
-    rows = [row for row, _ in made]
+    prepared = [_row(loaded, context, text, limit) for context, text in pairs]
+    rows = [row for row, _ in prepared]
     n_tokens = sum(len(row.ids) + len(row.source) for row in rows)
-    return Continued(likelihoods(loaded, rows, config.batch_size), [was_cut for _, was_cut in made], n_tokens)
+    return Continued(likelihoods(loaded, rows, config.batch_size), [was_cut for _, was_cut in prepared], n_tokens)
 
 
 def _row(loaded: Loaded, context: str, text: str, limit: int) -> tuple[ScoredRow, bool]:
@@ -108,18 +108,18 @@ def _row(loaded: Loaded, context: str, text: str, limit: int) -> tuple[ScoredRow
     before, after = split_ids(tokenizer, context, _spaced(context, text))
     head = [tokenizer.bos_id] if loaded.begins_with_bos and tokenizer.bos_id is not None else []
     before = head + before
-    if not before:  # the first token needs something before it
+    if not before:  # a decoder cannot score the first token without a predecessor
         end = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         before = [end if end is not None else 0]
     ids = before + after
-    # One more than the context fits: of the last token only the label is needed.
+    # One token more than the context fits: the last one is only a label.
     excess = max(len(ids) - limit - 1, 0)
     first = max(len(before) - excess, 1)
     return ScoredRow(ids[excess:], first), excess > 0
 
 
 def _spaced(context: str, text: str) -> str:
-    """Return what follows a context: after a space, unless nothing or white space is before it, or no word is."""
+    """Return a continuation with a leading space, unless white space is there already, or it is Chinese or empty."""
     if not context or context[-1].isspace() or not text or text[0].isspace() or scores.IS_HAN.match(text):
         return text
     return f" {text}"

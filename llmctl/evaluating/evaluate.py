@@ -1,6 +1,6 @@
-"""Measure models on a task, one after the other on the same data, and hold them against the first.
+"""Evaluate models on a task, one after the other on the same data, and compare them with the first.
 
-The table EVALUATORS names the tasks; how one is measured stands in a file of its own.
+The table EVALUATORS lists the tasks; each is measured in its own file.
 """
 
 import math
@@ -23,7 +23,7 @@ from llmctl.data.examples import TASKS, Example, read_examples
 from llmctl.data.sources import expand, read_documents
 from llmctl.data.text_files import is_pipe
 from llmctl.errors import GateError, UsageError
-from llmctl.evaluating.answers import FIGURES, evaluate_answers
+from llmctl.evaluating.answers import METRICS, evaluate_answers
 from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword
 from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity
 from llmctl.evaluating.result import Measured
@@ -39,7 +39,7 @@ EVERY: tuple[Family, ...] = ("decoder", "encoder", "encoder_decoder")
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A task: its figures, the main one first; the families and heads that can be asked for it; where it is from."""
+    """A task: its metrics, main one first; the model families and heads it applies to; and its source."""
 
     figures: tuple[str, ...]
     families: tuple[Family, ...]
@@ -47,13 +47,13 @@ class Evaluator:
     source: str
     head: Literal["words", "labels", "any"] = "words"
 
-    def knows(self, model: ModelConfig) -> bool:
-        """Tell whether a model can be measured: by its family, and by its head."""
+    def supports(self, model: ModelConfig) -> bool:
+        """Return whether the task applies to a model of this family and head."""
         fits = self.head == "any" or (self.head == "labels") == bool(model.n_labels)
         return model.family in self.families and fits
 
 
-WRITERS: tuple[Family, ...] = ("decoder", "encoder_decoder")
+GENERATORS: tuple[Family, ...] = ("decoder", "encoder_decoder")
 EVALUATORS: dict[str, Evaluator] = {
     "text": Evaluator(
         ("perplexity", "bits_per_byte", "loss", "accuracy"),
@@ -78,36 +78,42 @@ EVALUATORS: dict[str, Evaluator] = {
         ("spearman", "pearson"), EVERY, evaluate_similarity, "STS benchmark, Cer et al. 2017, arXiv:1708.00055", "any"
     ),
     "translate": Evaluator(
-        (*FIGURES["translate"], "loss", "perplexity"),
-        WRITERS,
+        (*METRICS["translate"], "loss", "perplexity"),
+        GENERATORS,
         partial(evaluate_answers, task="translate"),
         "BLEU, Post 2018, arXiv:1804.08771; chrF, Popovic 2015",
     ),
     "summarize": Evaluator(
-        (*FIGURES["summarize"], "loss", "perplexity"),
-        WRITERS,
+        (*METRICS["summarize"], "loss", "perplexity"),
+        GENERATORS,
         partial(evaluate_answers, task="summarize"),
         "ROUGE-L, Lin 2004; chrF, Popovic 2015",
     ),
     "qa": Evaluator(
-        (*FIGURES["qa"], "loss", "perplexity"),
-        WRITERS,
+        (*METRICS["qa"], "loss", "perplexity"),
+        GENERATORS,
         partial(evaluate_answers, task="qa"),
         "SQuAD, Rajpurkar et al. 2016, arXiv:1606.05250",
     ),
     "choice": Evaluator(
-        ("accuracy", "accuracy_norm"), WRITERS, evaluate_choice, "PIQA, arXiv:1911.11641; HellaSwag, arXiv:1905.07830"
+        ("accuracy", "accuracy_norm"),
+        GENERATORS,
+        evaluate_choice,
+        "PIQA, arXiv:1911.11641; HellaSwag, arXiv:1905.07830",
     ),
     "lastword": Evaluator(
-        ("accuracy", "perplexity", "loss"), WRITERS, evaluate_lastword, "LAMBADA, Paperno et al. 2016, arXiv:1606.06031"
+        ("accuracy", "perplexity", "loss"),
+        GENERATORS,
+        evaluate_lastword,
+        "LAMBADA, Paperno et al. 2016, arXiv:1606.06031",
     ),
 }
-READS_TEXT = ("text", "mask")
+TEXT_TASKS = ("text", "mask")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's figures and what it cost; `peak_memory_bytes` is None where the system does not tell."""
+    """Metrics and cost of one model; `peak_memory_bytes` is None if the system does not report it."""
 
     model: str
     task: str
@@ -120,7 +126,7 @@ class Evaluation:
 
     @property
     def main(self) -> float:
-        """The figure that models are compared by."""
+        """The metric that models are compared by."""
         return self.measured.figures.get(self.metric, math.nan)
 
     def record(self) -> dict[str, Any]:
@@ -143,27 +149,27 @@ class Evaluation:
 
 
 def default_task(model: ModelConfig) -> str:
-    """Return what a model is measured on when nothing was said."""
+    """Return the task of a model if none is given."""
     if model.n_labels:
         return "classify"
     return {"decoder": "text", "encoder": "mask", "encoder_decoder": "translate"}[model.family]
 
 
 def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterator[Evaluation]:
-    """Yield the evaluation of every model, in order; what cannot work is refused before the first is loaded.
+    """Yield the evaluation of every model in order, after checking all of them before the first is loaded.
 
-    Raises: UsageError for settings out of range, data that does not fit the task, or a model that is asked for what
-        it does not know; NotFoundError and ArtifactError for models and data.
+    Raises: UsageError for settings out of range, data that does not fit the task, or a model that the task does not
+        apply to; NotFoundError and ArtifactError for models and data.
     """
     check(config)
     choose_device(config.device)
     models = {path: read_model(path).config for path in paths}
     if config.task == "auto":
         config = replace(config, task=default_task(models[paths[0]]))  # type: ignore[arg-type]
-        say(f"task: {config.task} (what `{paths[0]}` is for; --task chooses another)")
+        say(f"task: {config.task} (default of `{paths[0]}`; --task chooses another)")
     evaluator = EVALUATORS[config.task]
     for path, model in models.items():
-        require_knowing(evaluator, config.task, model, path)
+        require_supported(evaluator, config.task, model, path)
     metric = chosen_metric(evaluator, config)
     data = read_data(config, say)
     for path in paths:
@@ -176,45 +182,46 @@ def check(config: EvaluateConfig) -> None:
     Raises: UsageError listing all of them.
     """
     checks = [
-        (config.limit < 0, f"--limit is {config.limit}, it must be 0 (all) or more"),
-        (config.batch_size < 1, f"--batch-size is {config.batch_size}, it must be at least 1"),
-        (config.seq_len < 0, f"--seq-len is {config.seq_len}, it must be 0 (the context) or more"),
-        (config.stride < 0, f"--stride is {config.stride}, it must be 0 (the window's width) or more"),
-        (config.beams < 1, f"--beams is {config.beams}, it must be at least 1"),
-        (config.max_tokens < 1, f"--max-tokens is {config.max_tokens}, it must be at least 1"),
+        (config.limit < 0, f"`--limit` is {config.limit}, it must be 0 (all) or more"),
+        (config.batch_size < 1, f"`--batch-size` is {config.batch_size}, it must be at least 1"),
+        (config.seq_len < 0, f"`--seq-len` is {config.seq_len}, it must be 0 (the context) or more"),
+        (config.stride < 0, f"`--stride` is {config.stride}, it must be 0 (the window length) or more"),
+        (config.beams < 1, f"`--beams` is {config.beams}, it must be at least 1"),
+        (config.max_tokens < 1, f"`--max-tokens` is {config.max_tokens}, it must be at least 1"),
         (config.seed < 0, f"`seed` is {config.seed}, it must be 0 or more"),
         (not 0 < config.mask_frac <= 1, f"`mask_frac` is {config.mask_frac}, it must be in (0, 1]"),
     ]
     problems = [sentence for wrong, sentence in checks if wrong]
     if problems:
-        raise UsageError("; ".join(problems))
+        raise UsageError("; ".join(problems), "`llmctl evaluate --help` lists the options")
 
 
-def require_knowing(evaluator: Evaluator, task: str, model: ModelConfig, path: Path) -> None:
+def require_supported(evaluator: Evaluator, task: str, model: ModelConfig, path: Path) -> None:
     """Refuse a model that cannot be measured on a task.
 
-    Raises: UsageError naming the tasks that it can.
+    Raises: UsageError naming the tasks that apply to it.
     """
-    if evaluator.knows(model):
+    if evaluator.supports(model):
         return
-    able = ", ".join(name for name, row in EVALUATORS.items() if row.knows(model))
-    kind = a_model(model.family) + (" with a head over labels" if model.n_labels else "")
-    more = "llmctl finetune --task classify makes a classifier; " if task == "classify" else ""
-    raise UsageError(f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}it knows --task {able}")
+    able = ", ".join(name for name, row in EVALUATORS.items() if row.supports(model))
+    kind = a_model(model.family) + (" with a classification head" if model.n_labels else "")
+    more = "`llmctl finetune --task classify` trains a classifier; " if task == "classify" else ""
+    raise UsageError(f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}")
 
 
 def chosen_metric(evaluator: Evaluator, config: EvaluateConfig) -> str:
-    """Return the figure that models are compared by; empty leaves it to what the first one gives."""
+    """Return the metric that models are compared by; empty: the first metric that the task returns."""
     if config.metric and config.metric not in evaluator.figures:
         raise UsageError(
-            f"`{config.task}` has no figure `{config.metric}`", f"--metric takes {', '.join(evaluator.figures)}"
+            f"`--task {config.task}` has no metric `{config.metric}`",
+            f"`--metric` takes {', '.join(evaluator.figures)}",
         )
     return config.metric
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that can be read again and again, a file at a time."""
+    """Texts that can be iterated several times without keeping them in memory."""
 
     read: Callable[[], Iterator[str]]
 
@@ -225,20 +232,20 @@ class Texts:
 def read_data(config: EvaluateConfig, say: Say) -> Texts | list[Example]:
     """Return the data of a task: texts, or labeled examples.
 
-    Raises: UsageError and NotFoundError from reading; UsageError for no data where a table is needed.
+    Raises: UsageError and NotFoundError from reading; UsageError if a task that needs a table gets no data.
     """
-    if config.task in READS_TEXT:
+    if config.task in TEXT_TASKS:
         return read_texts(config, say)
     if not config.data:
         roles = ", ".join(name for name, role in TASKS[config.task].items() if role.required)
-        raise UsageError(f"`--task {config.task}` needs data", f"-d FILE names a table with {roles or 'its rows'}")
+        raise UsageError(f"`--task {config.task}` needs data", f"`-d FILE` names a table with {roles or 'its rows'}")
     return list(islice(read_examples(config.data, config.task, config.columns), config.limit or None))
 
 
 def read_texts(config: EvaluateConfig, say: Say) -> Texts:
-    """Return the texts of `text` and `mask`; what can be read once only is kept."""
+    """Return the texts of `text` and `mask`; the content of pipes is kept, as it can be read only once."""
     if not config.data:
-        say("data: the embedded corpus, which a model trained by `llmctl pretrain` alone has seen; -d names other text")
+        say("data: the built-in corpus, which `llmctl pretrain` trains on by default; -d names other text")
         return Texts(lambda: iter(builtin_documents()))
     key = config.columns.text or "text"
 
@@ -252,17 +259,17 @@ def read_texts(config: EvaluateConfig, say: Say) -> Texts:
 
 
 def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig, say: Say) -> Evaluation:
-    """Load one model, measure it, and let it go again."""
+    """Load, measure and release one model."""
     give_back_memory()
     device = torch.device(choose_device(config.device))
-    is_told = forget_peak_memory(device)
+    has_peak = forget_peak_memory(device)
     loaded = load_model(path, device=config.device, dtype=config.dtype, packed=True)
     require_tokenizer(loaded)
     longest_row(loaded, config.seq_len)
     evaluator, begun = EVALUATORS[config.task], time.perf_counter()
     measured = evaluator.measure(loaded, data, config)
     seconds = time.perf_counter() - begun
-    for count, what in ((measured.n_cut, "longer than the model reads and were cut"), (measured.n_empty, "empty")):
+    for count, what in ((measured.n_cut, "longer than the context and were truncated"), (measured.n_empty, "empty")):
         if count:
             say(f"{path}: {count:,} of {measured.n_rows:,} inputs are {what}")
     metric = config.metric or next(name for name in evaluator.figures if name in measured.figures)
@@ -273,26 +280,26 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
         measured=measured,
         n_parameters=loaded.model.n_parameters,
         size_bytes=sum(file.stat().st_size for file in {file for file, _, _ in loaded.artifact.tensors.values()}),
-        peak_memory_bytes=peak_since_forgotten(device) if is_told else None,
+        peak_memory_bytes=peak_since_forgotten(device) if has_peak else None,
         seconds=seconds,
     )
 
 
 def tokenizers_differ(paths: Sequence[Path]) -> bool:
-    """Tell whether models split text differently, so that figures per token cannot be compared."""
+    """Return whether tokenizers differ, so that metrics per token cannot be compared."""
     from llmctl.tokenizer.load import find_tokenizer
 
-    found = [find_tokenizer(read_model(path).files) for path in paths]
-    return len({tokenizer.sha256 for tokenizer in found if tokenizer is not None}) > 1
+    tokenizers = [find_tokenizer(read_model(path).files) for path in paths]
+    return len({tokenizer.sha256 for tokenizer in tokenizers if tokenizer is not None}) > 1
 
 
 # --- the gate --------------------------------------------------------------------------------------------------------
 
 
 def check_gate(evaluations: Sequence[Evaluation], gate: Gate) -> None:
-    """Hold the other models against the first.
+    """Compare the other models with the first.
 
-    Raises: GateError naming every model that is worse by more than the gate allows, or whose figure does not exist.
+    Raises: GateError naming every model that is worse by more than the gate allows, or whose metric is not finite.
     """
     first, metric = evaluations[0], evaluations[0].metric
     missed = [
@@ -304,5 +311,6 @@ def check_gate(evaluations: Sequence[Evaluation], gate: Gate) -> None:
         better = "more" if is_higher_better(metric) else "less"
         raise GateError(
             f"{metric}: {', '.join(missed)} against {first.main:.6g} of `{first.model}`, "
-            f"a drop of more than {gate.text} ({better} is better)"
+            f"a drop of more than {gate.text} ({better} is better)",
+            "raise `--max-drop` to accept it",
         )

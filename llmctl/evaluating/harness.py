@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a model folder as transformers reads it (extra `bench`), offline."""
+"""Run tasks of EleutherAI's lm-evaluation-harness offline on a model loaded by transformers (extra `bench`)."""
 
 import logging
 import os
@@ -22,15 +22,15 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def run_tasks(path: Path, tasks: Sequence[str], config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Return the figures of every task: `{"model": ..., "tasks": {task: {figure: value}}}`.
+    """Return the metrics of every task: `{"model": ..., "tasks": {task: {metric: value}}}`.
 
-    A task is the name of one that the harness brings, its data in the local cache, or a YAML file that describes one.
-    Raises: MissingExtraError without the harness; UsageError for a model that transformers does not read, or a task
-        that cannot be loaded.
+    A task is the name of a task of the harness, with its data in the local cache, or a YAML file that defines one.
+    Raises: MissingExtraError without the harness; UsageError for a model that transformers cannot load, or a task that
+        cannot be loaded.
     """
     artifact = read_artifact(path)
     require_published(artifact)
-    for name in (*OFFLINE, *(["TQDM_DISABLE"] if quiet else [])):  # before the libraries read them
+    for name in (*OFFLINE, *(["TQDM_DISABLE"] if quiet else [])):  # set before the libraries read them on import
         os.environ.setdefault(name, "1")
     try:
         lm_eval, lm_eval_tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
@@ -42,10 +42,10 @@ def run_tasks(path: Path, tasks: Sequence[str], config: EvaluateConfig, *, quiet
     names = [described_task(name) if name in files else name for name in tasks]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown:
-        raise UsageError(f"lm-evaluation-harness has no task `{unknown[0]}`", "`lm_eval ls tasks` lists them")
+        raise UsageError(f"lm-evaluation-harness has no task `{unknown[0]}`", "`lm_eval ls tasks` lists its tasks")
     with as_folder(path) as folder:
         try:
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 model="hf",
                 model_args={"pretrained": str(folder), "dtype": "float32" if config.dtype == "auto" else config.dtype},
                 tasks=list(names),
@@ -59,41 +59,43 @@ def run_tasks(path: Path, tasks: Sequence[str], config: EvaluateConfig, *, quiet
             reason = " ".join(str(error).split())[:300]
             raise UsageError(
                 f"lm-evaluation-harness cannot run `{','.join(names)}`: {reason}",
-                "its data must be in the local cache of `datasets`",
+                "the data of the task must be in the local cache of `datasets`",
             ) from error
-    return {"model": str(path), "tasks": figures_of(found)}
+    return {"model": str(path), "tasks": figures_of(results)}
 
 
 def described_task(path: str) -> str:
-    """Return the name of the task that a YAML file describes; the harness itself reads the rest of it.
+    """Return the name of the task that a YAML file defines; the harness parses the rest.
 
-    Raises: NotFoundError for a missing file; UsageError for one that names no task.
+    Raises: NotFoundError for a missing file; UsageError for a file without a task name.
     """
     expand([path])
-    found = re.search(
+    match = re.search(
         r"^task:\s*[\"']?([^\s\"'#]+)", Path(path).read_text(encoding="utf-8", errors="replace"), re.MULTILINE
     )
-    if not found:
-        raise UsageError(f"`{path}` describes no task", "the harness's files have a line `task: NAME`")
-    return found[1]
+    if not match:
+        raise UsageError(f"`{path}` defines no task", "add a line `task: NAME`")
+    return match[1]
 
 
 def require_published(artifact: Artifact) -> None:
-    """Refuse a model that transformers does not read, or that does not go on from a text.
+    """Refuse a model that transformers cannot load, or that is not a decoder.
 
     Raises: UsageError.
     """
     if artifact.architecture.startswith("Llmctl"):
-        raise UsageError(f"`{artifact.path}` has an architecture that transformers does not read", "use --task")
+        raise UsageError(
+            f"`{artifact.path}` is a {artifact.architecture}, which transformers does not support", "use `--task`"
+        )
     if artifact.config.family != "decoder" or artifact.config.n_labels:
         raise UsageError(
-            f"`{artifact.path}` is {a_model(artifact.config.family)}; --tasks needs a decoder", "use --task"
+            f"`{artifact.path}` is {a_model(artifact.config.family)}, but `--tasks` needs a decoder", "use `--task`"
         )
 
 
 @contextmanager
 def as_folder(path: Path) -> Iterator[Path]:
-    """Give a model as a folder: itself, or a copy of a single file that is gone afterwards."""
+    """Yield a model as a folder: itself, or a temporary export of a single file."""
     if path.is_dir():
         yield path
         return
@@ -101,13 +103,13 @@ def as_folder(path: Path) -> Iterator[Path]:
         yield export_model(path, Path(folder) / "model", to="hf")
 
 
-def figures_of(found: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the numbers among the harness's results, without the name of the filter they went through."""
+def figures_of(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the metrics in the harness's results, without filter names and standard errors."""
     return {
         task: {
             key.removesuffix(",none"): float(value)
             for key, value in figures.items()
             if isinstance(value, (int, float)) and "_stderr" not in key and key != "sample_len"
         }
-        for task, figures in found["results"].items()
+        for task, figures in results["results"].items()
     }

@@ -1,4 +1,4 @@
-"""Labels and numbers: what a classification head says of texts, and how near two texts are."""
+"""Evaluate classification heads, and the similarity of text pairs."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,15 @@ from llmctl.metrics import scores
 
 
 def evaluate_classify(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
-    """Measure a classifier: accuracy, F1 and Matthews' correlation, or the correlations of a number; and the loss.
+    """Measure a classifier: accuracy, F1 and Matthews correlation (correlations for regression), and the loss.
 
-    The loss is that of training, a mean over rows: cross-entropy; of several labels the mean of the binary
-    cross-entropies; of a number the squared error.
+    The loss is the training loss, averaged over rows: cross-entropy; the mean binary cross-entropy for several labels;
+    the squared error for regression.
     """
     model = loaded.model.config
     if not model.n_labels:
         raise UsageError(
-            f"`{loaded.artifact.path}` has no classification head", "llmctl finetune --task classify makes one"
+            f"`{loaded.artifact.path}` has no classification head", "`llmctl finetune --task classify` trains one"
         )
     labels = labels_for(loaded, config)
     targets = torch.tensor([labels.encode(example) for example in examples], dtype=torch.float64)
@@ -36,9 +36,9 @@ def evaluate_classify(loaded: Loaded, examples: Sequence[Example], config: Evalu
 
 
 def labels_for(loaded: Loaded, config: EvaluateConfig) -> Labels:
-    """Return the labels of a classifier: those it was given, its own, or its outputs' numbers.
+    """Return the labels of a classifier: from the config, else its own, else the output indices.
 
-    Raises: UsageError when the given ones are not as many as its outputs.
+    Raises: UsageError if the number of labels differs from the number of outputs.
     """
     model = loaded.model.config
     if model.problem == "regression":
@@ -48,35 +48,35 @@ def labels_for(loaded: Loaded, config: EvaluateConfig) -> Labels:
     if len(names) != model.n_labels:
         raise UsageError(
             f"`{config.labels}` names {len(names)} labels, `{loaded.artifact.path}` has {model.n_labels}",
-            "give the file of the labels it was trained on",
+            "use the labels the model was trained on",
         )
     return Labels(model.problem, names)
 
 
 def label_figures(problem: str, outputs_NL: Tensor, targets: Tensor) -> dict[str, float]:
-    """Return the figures of a head's outputs (N, L) against targets (N,), or (N, L) where labels are several."""
+    """Return the metrics of outputs (N, L) against targets (N,), or (N, L) for several labels."""
     if problem == "regression":
         numbers = targets.reshape(len(targets), -1)
         loss = float((outputs_NL - numbers).square().mean())
         return correlations(outputs_NL[:, 0], numbers[:, 0]) | {"loss": loss}
     n_labels = outputs_NL.shape[1]
     if problem == "multi":
-        found = (outputs_NL > 0).long()
+        predicted = (outputs_NL > 0).long()
         loss = float(F.binary_cross_entropy_with_logits(outputs_NL, targets))
     else:
-        found = outputs_NL.argmax(dim=1)
+        predicted = outputs_NL.argmax(dim=1)
         loss = float(F.cross_entropy(outputs_NL, targets.long()))
-    figures = {"accuracy": scores.accuracy(found, targets), "f1": scores.f1_score(found, targets, n_labels)}
+    figures = {"accuracy": scores.accuracy(predicted, targets), "f1": scores.f1_score(predicted, targets, n_labels)}
     if problem == "single":
-        figures["mcc"] = scores.matthews(found, targets)
+        figures["mcc"] = scores.matthews(predicted, targets)
     return figures | {"loss": loss}
 
 
 def evaluate_similarity(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
-    """Measure how well the nearness of two texts agrees with numbers: the correlations of a head's or of cosines.
+    """Measure how well predicted similarities of text pairs correlate with given scores.
 
-    A model with a head for one number reads both texts together. Any other model reads each alone, and the number is
-    the cosine of their pooled states (Reimers & Gurevych 2019, arXiv:1908.10084).
+    A model with a regression head encodes both texts together. Any other model encodes each text separately, and the
+    similarity is the cosine of their pooled states (Reimers & Gurevych 2019, arXiv:1908.10084).
     """
     model = loaded.model.config
     labels = Labels("regression")
@@ -84,22 +84,23 @@ def evaluate_similarity(loaded: Loaded, examples: Sequence[Example], config: Eva
     if model.n_labels:
         if model.problem != "regression" or model.n_labels != 1:
             raise UsageError(
-                f"the head of `{loaded.artifact.path}` gives {model.n_labels} labels, not a number", "--task classify"
+                f"the head of `{loaded.artifact.path}` predicts {model.n_labels} labels, not one number",
+                "use `--task classify`",
             )
         rows = _rows(loaded, examples, config)
-        found = row_outputs(loaded, rows, config.batch_size)[:, 0]
-        return _measured(examples, rows, correlations(found, gold))
+        predicted = row_outputs(loaded, rows, config.batch_size)[:, 0]
+        return _measured(examples, rows, correlations(predicted, gold))
     limit = longest_row(loaded, config.seq_len)
     texts = [(example.inputs[role],) for role in ("text", "pair") for example in examples]
     rows = encode_rows(loaded, texts, limit)
     states_ND = row_outputs(loaded, rows, config.batch_size, pooling=config.pooling).double()
-    found = F.cosine_similarity(states_ND[: len(examples)], states_ND[len(examples) :])
-    return _measured(examples, rows, correlations(found, gold))
+    cosines = F.cosine_similarity(states_ND[: len(examples)], states_ND[len(examples) :])
+    return _measured(examples, rows, correlations(cosines, gold))
 
 
-def correlations(found: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Return the correlations of numbers with numbers (N,)."""
-    return {"spearman": scores.spearman(found, wanted), "pearson": scores.pearson(found, wanted)}
+def correlations(predicted: Tensor, gold: Tensor) -> dict[str, float]:
+    """Return the Spearman and Pearson correlation of predictions (N,) and gold scores (N,)."""
+    return {"spearman": scores.spearman(predicted, gold), "pearson": scores.pearson(predicted, gold)}
 
 
 def _rows(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> list[Row]:
@@ -110,6 +111,6 @@ def _rows(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -
 def _measured(examples: Sequence[Example], rows: Sequence[Row], figures: dict[str, float]) -> Measured:
     n_empty = sum(not all(text.strip() for text in example.inputs.values()) for example in examples)
     n_tokens = sum(len(row.ids) for row in rows)
-    # Texts that are read alone stand behind each other: all the first ones, then all the second ones.
+    # Separately encoded pairs are laid out as all first texts, then all second texts.
     cut = {number % len(examples) for number, row in enumerate(rows) if row.n_cut}
     return Measured(figures, len(examples), n_tokens, n_empty, len(cut))

@@ -1,14 +1,14 @@
-"""What one evaluation of one model gives; knows no task and no model."""
+"""The result of evaluating one model; independent of task and model."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Figures of one model on one task, the rows and tokens behind them, and what was not as it should be.
+    """Metrics of one model on one task, the rows and tokens they cover, and counts of problematic rows.
 
-    n_tokens: positions that went through the model, or new ones where it wrote; n_empty: rows without an input;
-    n_cut: rows that were longer than the model reads; example: the first answer beside what was wanted, for people.
+    n_tokens: processed positions, or new tokens if text is generated; n_empty: rows without an input; n_cut: rows that
+    were truncated; example: the first answer and its reference, for display.
     """
 
     figures: dict[str, float]

@@ -1,4 +1,4 @@
-"""Raw text: perplexity and bits per byte of a decoder, masked tokens of an encoder."""
+"""Evaluate on raw text: perplexity and bits per byte of a decoder, masked tokens of an encoder."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -17,33 +17,32 @@ from llmctl.inference.rows import by_length, device_of, padded
 from llmctl.metrics.figures import Sums
 
 WINDOWS = 64
-"""Windows that are cut before they are measured."""
+"""Windows prepared at a time, then sorted into batches by length."""
 
 
 def evaluate_text(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) -> Measured:
-    """Measure how well a decoder predicts texts, in windows of `seq_len` tokens that are `stride` apart.
+    """Measure how well a decoder predicts texts, in windows of `seq_len` tokens that start `stride` tokens apart.
 
-    A text is encoded whole, with the begin token before it if the model's texts begin with one, and no end token.
-    Every token is predicted once, by the window that comes to it first, from what that window has before it; the
-    first token of a window has nothing before it, and is only predicted if an earlier window covered it. So windows
-    side by side (the default) leave one token each uncounted, as in transformers' guide to perplexity of models of
-    fixed length; a stride below the width counts all but the first token of a text, and lets most see more text.
+    A text is encoded as a whole, with a begin token if the model was trained with one, and without an end token. Every
+    token is scored once, by the first window that contains it. The first token of a window has no context and cannot be
+    scored by it, so adjacent windows (the default) leave out one token each, as in transformers' guide to the perplexity
+    of fixed-length models. A stride below the window length scores all tokens but the first of a text, with more context.
     """
     width = longest_row(loaded, config.seq_len)
     stride = config.stride or width
     if not 1 <= stride <= width or width < 2:
-        raise UsageError(f"--stride {stride} does not fit windows of {width} tokens", f"from 1 to {width}")
+        raise UsageError(f"`--stride {stride}` does not fit windows of {width} tokens", f"use 1 to {width}")
     tokenizer = require_tokenizer(loaded)
     bytes_V = tokenizer.token_bytes()
     total, n_rows, n_tokens = Sums(), 0, 0
     rows = islice(_windows(loaded, texts, width, stride), config.limit or None)
     while batch := list(islice(rows, WINDOWS)):
-        for row, found in zip(batch, likelihoods(loaded, batch, config.batch_size), strict=True):
+        for row, scored in zip(batch, likelihoods(loaded, batch, config.batch_size), strict=True):
             n_bytes = int(bytes_V[row.ids[row.first :]].sum())
-            total += Sums(found.nats, found.count, n_bytes, found.n_correct)
+            total += Sums(scored.nats, scored.count, n_bytes, scored.n_correct)
         n_rows += len(batch)
         n_tokens += sum(len(row.ids) for row in batch)
-    return Measured(_counted(total, "the data holds no text that can be predicted"), n_rows, n_tokens)
+    return Measured(_metrics(total, "the data contains no text to predict"), n_rows, n_tokens)
 
 
 def _windows(loaded: Loaded, texts: Iterable[str], width: int, stride: int) -> Iterator[ScoredRow]:
@@ -55,7 +54,7 @@ def _windows(loaded: Loaded, texts: Iterable[str], width: int, stride: int) -> I
 
 
 def windows(n_tokens: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, first counted token, end) of the windows over a text; those that count nothing are left out."""
+    """Yield (begin, first scored token, end) of the windows over a text, skipping windows that score nothing."""
     done = 0
     for begin in range(0, n_tokens, stride):
         end = min(begin + width, n_tokens)
@@ -68,14 +67,16 @@ def windows(n_tokens: int, width: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def evaluate_mask(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) -> Measured:
-    """Measure how well an encoder finds masked tokens again: `mask_frac` of each piece, hidden as BERT's are.
+    """Measure how well an encoder predicts masked tokens: `mask_frac` of each piece, masked as in BERT.
 
-    A text is cut into pieces that fill the context, each between begin and end token. The masks depend on the seed,
-    the number of the piece and its ids only, so that models with one tokenizer see the same ones.
+    A text is cut into pieces that fill the context, each between begin and end token. The masks depend only on the seed,
+    the piece number and its ids, so that models with the same tokenizer get the same masks.
     """
     tokenizer, width = require_tokenizer(loaded), longest_row(loaded, config.seq_len)
     if tokenizer.mask_id is None:
-        raise UsageError(f"`{loaded.artifact.path}` has no mask token", "an encoder made with --objective mlm has")
+        raise UsageError(
+            f"`{loaded.artifact.path}` has no mask token", "`llmctl pretrain --objective mlm` trains a model with one"
+        )
     bytes_V = tokenizer.token_bytes()
     masking = Masking(tokenizer.mask_id, config.mask_frac, bytes_V == 0)
     pieces = islice(_pieces(loaded, texts, width), config.limit or None)
@@ -88,7 +89,7 @@ def evaluate_mask(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) 
         total += _masked_sums(loaded, masked, bytes_V, config.batch_size)
         n_rows += len(batch)
         n_tokens += sum(map(len, batch))
-    figures = _counted(total, "the data holds no text that can be masked")
+    figures = _metrics(total, "the data contains no text to mask")
     return Measured(figures, n_rows, n_tokens)
 
 
@@ -97,7 +98,10 @@ def _pieces(loaded: Loaded, texts: Iterable[str], width: int) -> Iterator[list[i
     head, tail = ([] if index is None else [index] for index in (tokenizer.bos_id, tokenizer.eos_id))
     room = width - len(head) - len(tail)
     if room < 1:
-        raise UsageError(f"--seq-len {width} leaves no room for text between begin and end token")
+        raise UsageError(
+            f"`--seq-len {width}` leaves no room for text between begin and end token",
+            f"use `--seq-len {len(head) + len(tail) + 1}` or more",
+        )
     for text in texts:
         ids = tokenizer.encode(text)
         for start in range(0, len(ids), room):
@@ -112,16 +116,16 @@ def _masked_sums(
         for numbers in by_length([len(inputs) for inputs, _ in rows], batch_size):
             ids_BT, documents_BT = padded([rows[number][0].tolist() for number in numbers], device_of(loaded))
             hidden_BTD = loaded.model.hidden(ids_BT, documents_BT=documents_BT)
-            places = [np.flatnonzero(rows[number][1] != IGNORE) for number in numbers]
-            states_ND = torch.cat([hidden_BTD[n, torch.from_numpy(part)] for n, part in enumerate(places)])
-            labels = np.concatenate([rows[number][1][part] for number, part in zip(numbers, places, strict=True)])
+            positions = [np.flatnonzero(rows[number][1] != IGNORE) for number in numbers]
+            states_ND = torch.cat([hidden_BTD[n, torch.from_numpy(part)] for n, part in enumerate(positions)])
+            labels = np.concatenate([rows[number][1][part] for number, part in zip(numbers, positions, strict=True)])
             nats_N, right_N = token_losses(loaded.model, states_ND, torch.from_numpy(labels).to(states_ND.device))
             total += Sums(float(nats_N.sum()), len(labels), int(bytes_V[labels].sum()), int(right_N.sum()))
     return total
 
 
-def _counted(total: Sums, otherwise: str) -> dict[str, float]:
+def _metrics(total: Sums, message: str) -> dict[str, float]:
     if not total.count:
-        raise UsageError(otherwise, "name a file with more text")
+        raise UsageError(message, "use a file with more text")
     figures = total.figures()
     return {name: figures[name] for name in ("loss", "perplexity", "bits_per_byte", "accuracy", "n_labels", "n_bytes")}

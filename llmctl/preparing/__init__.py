@@ -1,1 +1,1 @@
-"""Text and examples to shards of token ids."""
+"""Preparation of training data: text and examples to shards of token ids."""

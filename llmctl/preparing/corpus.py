@@ -1,6 +1,6 @@
-"""From the user's text, or the embedded default, to shards on disk, a tokenizer, and a split that nothing crosses.
+"""Prepare a corpus: from text files, or the built-in corpus, to a tokenizer, shards on disk, and a split.
 
-Text is read as a stream, twice or three times, and never held whole; only the held-out part is small enough to keep.
+Text is streamed two or three times and is never in memory as a whole.
 """
 
 import io
@@ -32,20 +32,20 @@ from llmctl.tokenizer.train import train_tokenizer
 Ints = NDArray[np.int64]
 
 MANY_CHARACTERS = 50_000_000
-"""Text larger than this is worth starting a process per core for."""
+"""From this many characters on, encoding starts one process per core."""
 
 CORPUS = "corpus.json"
-"""The file in which a prepared corpus is noted."""
+"""The file that describes a prepared corpus."""
 
 FEW_DOCUMENTS = 20
-"""With fewer documents than this, the tail of the text is held out instead of whole documents."""
+"""With fewer documents than this, the end of the text is held out instead of whole documents."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Encoded text: documents by number, and which are trained on and which are held out.
+    """Encoded documents, and the indices of the training and the held-out ones.
 
-    Of pairs, `documents` holds the sources and `targets` the targets under the same numbers.
+    For pairs, `documents` are the sources and `targets` the targets, under the same indices.
     """
 
     tokenizer: Tokenizer
@@ -55,35 +55,35 @@ class Corpus:
     held_out: Ints
     provenance: dict[str, Any]
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """What belongs to every document besides text, by name: labels, lengths."""
+    """Further data per document, by name: labels, lengths."""
 
     def held_out_bytes(self) -> int:
-        """Return how long the held-out text is, without making it."""
+        """Return the size of the held-out text in bytes, without decoding it."""
         shards, token_bytes = self.targets or self.documents, self.tokenizer.token_bytes()
         return sum(int(token_bytes[shards.document(int(index))].sum()) for index in self.held_out)
 
     def held_out_text(self) -> str:
-        """Return the held-out documents as one text, for compressors to compare with."""
+        """Return the held-out documents as one text, to compare with compressors."""
         shards = self.targets or self.documents
         return "\n".join(self.tokenizer.decode(shards.document(int(index)).tolist()) for index in self.held_out)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A stream of documents that can be read again, how many it has, and which are held out."""
+    """A re-readable stream of documents, its length, and the indices of the held-out ones."""
 
     read: Callable[[], Iterator[str]]
     held_out: Ints
     n_documents: int
 
     def training(self) -> Iterator[str]:
-        """Yield the documents that are trained on."""
+        """Yield the training documents."""
         skipped = set(self.held_out.tolist())
         return (text for index, text in enumerate(self.read()) if index not in skipped)
 
 
 def keep_corpus(corpus: Corpus, folder: Path) -> None:
-    """Note in `folder` what makes up a corpus, for other processes and for a restart: `open_corpus` gives it back."""
+    """Save the description of a corpus in `folder`; other processes and restarts open it with `open_corpus`."""
     for name, data in corpus.tokenizer.files().items():
         write_bytes(folder / "tokenizer" / name, data)
     for name, array in {"held_out": corpus.held_out, **corpus.arrays}.items():
@@ -91,40 +91,40 @@ def keep_corpus(corpus: Corpus, folder: Path) -> None:
         np.save(content, array, allow_pickle=False)
         write_bytes(folder / "arrays" / f"{name}.npy", content.getvalue())
     shards = {"documents": corpus.documents, "targets": corpus.targets}
-    places = {name: place(part.folder, folder) for name, part in shards.items() if part is not None}
-    # Last, so that what it names is there.
-    write_json(folder / CORPUS, {"shards": places, "provenance": corpus.provenance})
+    paths = {name: shard_path(part.folder, folder) for name, part in shards.items() if part is not None}
+    # Written last: once it exists, everything it names exists.
+    write_json(folder / CORPUS, {"shards": paths, "provenance": corpus.provenance})
 
 
-def place(path: Path, folder: Path) -> str:
-    """Return where shards lie, from the corpus's own folder if inside it."""
+def shard_path(path: Path, folder: Path) -> str:
+    """Return the path of shards, relative if they are inside the folder of the corpus."""
     return str(path.relative_to(folder) if path.is_relative_to(folder) else path.resolve())
 
 
 def open_corpus(folder: Path) -> Corpus:
-    """Open a corpus that `keep_corpus` has noted.
+    """Open a corpus that `keep_corpus` has saved.
 
-    Raises: ArtifactError if a part of it is damaged or gone.
+    Raises: ArtifactError if a part of it is damaged or missing.
     """
     try:
-        noted = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
+        description = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
         files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
         arrays = {path.stem: np.load(path, allow_pickle=False) for path in (folder / "arrays").iterdir()}
         held_out = arrays.pop("held_out")
-        shards = {name: ShardSet.open(folder / path) for name, path in noted["shards"].items()}
+        shards = {name: ShardSet.open(folder / path) for name, path in description["shards"].items()}
         documents = shards["documents"]
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"the encoded data in `{folder}` is damaged: {error}", "start the run again") from error
+        raise ArtifactError(f"the encoded data in `{folder}` is damaged: {error}", "start a new run") from error
     train = np.setdiff1d(np.arange(documents.n_documents), held_out)
     tokenizer, targets = tokenizer_from_files(files), shards.get("targets")
-    return Corpus(tokenizer, documents, targets, train, held_out, noted["provenance"], arrays)
+    return Corpus(tokenizer, documents, targets, train, held_out, description["provenance"], arrays)
 
 
 def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
-    """Read, split, tokenize and encode the text of a run into `folder`.
+    """Read, split and encode the text of a run into `folder`.
 
-    `tokenizer` is the one of a model that is trained on; otherwise one is loaded or trained.
-    Raises: UsageError for text that is too short or pairs where none are; whatever the readers raise.
+    `tokenizer`: that of the model to continue from; if None, one is loaded or trained.
+    Raises: UsageError for text that is too short or data without pairs; errors of the readers.
     """
     if tokenizer is None and config.tokenizer.path:
         tokenizer = load_tokenizer(config.tokenizer.path)
@@ -135,7 +135,7 @@ def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | 
     text, provenance = open_text(config, folder)
     if tokenizer is None:
         tokenizer = train_tokenizer(text.training(), sentinels_for(config))
-        say(f"trained a {config.tokenizer.model_type} tokenizer with {tokenizer.vocab_size:,} pieces")
+        say(f"trained a {config.tokenizer.model_type} tokenizer with a vocabulary of {tokenizer.vocab_size:,}")
     documents = encode(folder / "text", text.read(), tokenizer, config.data, provenance, ends=True)
     train = np.setdiff1d(np.arange(text.n_documents), text.held_out)
     report_sizes(documents, train, text.held_out, say)
@@ -143,7 +143,7 @@ def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | 
 
 
 def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
-    """Read, split, tokenize and encode pairs; pairs with the same source stay on one side of the split."""
+    """Read, split and encode pairs; pairs with the same source stay on one side of the split."""
     data = config.data
     if data.paths:
         keys = {"source_key": data.source_key, "target_key": data.target_key}
@@ -155,7 +155,8 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
         pairs, provenance = builtin_pairs(), builtin_provenance() | {"kind": "pairs"}
     if len(pairs) < 2:
         raise UsageError(
-            f"the data has {len(pairs)} pairs, at least 2 are needed", "a pair is a line `source<TAB>target`"
+            f"the data has {len(pairs)} pairs, but at least 2 are needed",
+            "write one pair per line, `source<TAB>target`",
         )
     if data.paths and data.val_paths:
         held_out = np.arange(n_train, len(pairs))
@@ -164,42 +165,43 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     train = np.setdiff1d(np.arange(len(pairs)), held_out)
     if tokenizer is None:
         tokenizer = train_tokenizer((side for index in train for side in pairs[index]), config.tokenizer)
-        say(f"trained a {config.tokenizer.model_type} tokenizer with {tokenizer.vocab_size:,} pieces")
+        say(f"trained a {config.tokenizer.model_type} tokenizer with a vocabulary of {tokenizer.vocab_size:,}")
     sources = encode(folder / "source", (source for source, _ in pairs), tokenizer, data, provenance, ends=False)
     targets = encode(folder / "target", (target for _, target in pairs), tokenizer, data, provenance, ends=False)
     limit = config.train.seq_len - 1
     n_cut = int(((sources.lengths > limit) | (targets.lengths > limit)).sum())
     if n_cut:
-        say(f"{n_cut:,} of {len(pairs):,} pairs are longer than train.seq_len {config.train.seq_len} and are cut there")
-    say(f"{len(train):,} pairs to train on, {len(held_out):,} held out")
+        say(f"{n_cut:,} of {len(pairs):,} pairs are longer than train.seq_len {config.train.seq_len} and are truncated")
+    say(f"{len(train):,} training pairs, {len(held_out):,} held out")
     return Corpus(tokenizer, sources, targets, train, held_out, provenance)
 
 
 def pairs_sha256(paths: Sequence[str]) -> str:
-    """Return the identity of sources of pairs, of which one may be two files of parallel lines, `a.en:a.de`."""
+    """Return the hash of pair files; a path may be two files with parallel lines, `a.en:a.de`."""
     return source_sha256([name for path in paths for name in (two_files(path) or (path,))])
 
 
 def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None) -> Corpus:
-    """Use a corpus that `llmctl tokenize encode` has made; the last or drawn documents are held out."""
+    """Open a corpus written by `llmctl tokenize encode`; the last or randomly sampled documents are held out."""
     shards = ShardSet.open(folder)
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
     if shards.manifest["tokenizer_sha256"] != tokenizer.sha256:
         raise UsageError(
-            f"the shards in `{folder}` were encoded with another tokenizer ({shards.manifest['tokenizer_sha256'][:12]}) "
-            f"than the one given ({tokenizer.sha256[:12]})",
-            "leave --tokenizer away, or encode the corpus again",
+            f"the shards in `{folder}` were encoded with a different tokenizer ({shards.manifest['tokenizer_sha256'][:12]}) "
+            f"than the given one ({tokenizer.sha256[:12]})",
+            "omit `--tokenizer`, or encode the corpus again",
         )
     n_documents = shards.n_documents
     if n_documents < 2:
         raise UsageError(
-            f"the shards in `{folder}` hold {n_documents} document, at least 2 are needed", "encode with --split line"
+            f"the shards in `{folder}` contain {n_documents} documents, but at least 2 are needed",
+            "encode with `--split line`",
         )
     if config.data.val_tail:
         held_out = np.arange(n_documents - max(1, round(config.data.val_frac * n_documents)), n_documents)
     else:
-        held_out = draw(n_documents, config.data.val_frac, config.train.seed)
+        held_out = sample_held_out(n_documents, config.data.val_frac, config.train.seed)
     train = np.setdiff1d(np.arange(n_documents), held_out)
     return Corpus(
         tokenizer, shards, None, train, held_out, {"shards": str(folder), "sha256": shards.manifest["source_sha256"]}
@@ -207,16 +209,18 @@ def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | Non
 
 
 def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any]]:
-    """Return the documents as a stream that can be read again, split, with their provenance."""
+    """Return the documents as a re-readable, split stream, with their provenance."""
     data = config.data
     if not data.paths:
         documents = builtin_documents()
-        held_out = draw(len(documents), data.val_frac, config.train.seed)
+        held_out = sample_held_out(len(documents), data.val_frac, config.train.seed)
         return Text(lambda: iter(documents), held_out, len(documents)), builtin_provenance()
-    paths = [str(spool(path, folder / f"pipe-{n}.txt")) if is_once(path) else path for n, path in enumerate(data.paths)]
+    paths = [
+        str(spool(path, folder / f"pipe-{n}.txt")) if is_read_once(path) else path for n, path in enumerate(data.paths)
+    ]
 
     val_paths = [
-        str(spool(path, folder / f"val-pipe-{n}.txt")) if is_once(path) else path
+        str(spool(path, folder / f"val-pipe-{n}.txt")) if is_read_once(path) else path
         for n, path in enumerate(data.val_paths)
     ]
 
@@ -234,7 +238,8 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         n_characters += len(document)
     if n_characters < 2:
         raise UsageError(
-            f"the data `{' '.join(data.paths)}` holds no text", "name files with text, or none for the embedded corpus"
+            f"the data `{' '.join(data.paths)}` contains no text",
+            "name files with text, or none for the built-in corpus",
         )
     sha256 = source_sha256([*paths, *val_paths])
     provenance = {"paths": list(data.paths), "sha256": sha256, "n_characters": n_characters}
@@ -245,12 +250,12 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
     if data.val_tail or n_documents < FEW_DOCUMENTS:
         boundary = n_characters - max(1, round(data.val_frac * n_characters))
         return tail_split(read, boundary), provenance
-    held_out = draw(n_documents, data.val_frac, config.train.seed)
+    held_out = sample_held_out(n_documents, data.val_frac, config.train.seed)
     return Text(read, held_out, n_documents), provenance
 
 
 def tail_split(read: Callable[[], Iterator[str]], boundary: int) -> Text:
-    """Hold out everything from character `boundary` on, cutting the document that it falls into."""
+    """Hold out everything from character `boundary` on, splitting the document at it."""
 
     def pieces() -> Iterator[tuple[str, bool]]:
         at = 0
@@ -266,28 +271,28 @@ def tail_split(read: Callable[[], Iterator[str]], boundary: int) -> Text:
     return Text(lambda: (text for text, _ in pieces()), np.flatnonzero(flags).astype(np.int64), len(flags))
 
 
-def draw(n_documents: int, frac: float, seed: int) -> Ints:
-    """Draw the documents that are held out: at least one, never all."""
+def sample_held_out(n_documents: int, frac: float, seed: int) -> Ints:
+    """Sample the held-out documents: at least one, never all."""
     n_held_out = min(max(1, round(frac * n_documents)), n_documents - 1)
     return np.sort(np.random.default_rng([seed, 1]).permutation(n_documents)[:n_held_out])
 
 
 def split_groups(keys: Sequence[str], frac: float, seed: int) -> Ints:
-    """Draw held-out rows such that rows with equal keys stay together."""
+    """Sample held-out rows such that rows with equal keys stay together."""
     numbers: dict[str, int] = {}
     groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
     if len(numbers) < 2:
-        return draw(len(keys), frac, seed)
-    return np.flatnonzero(np.isin(groups, draw(len(numbers), frac, seed)))
+        return sample_held_out(len(keys), frac, seed)
+    return np.flatnonzero(np.isin(groups, sample_held_out(len(numbers), frac, seed)))
 
 
-def is_once(path: str) -> bool:
-    """Tell whether what is read is gone afterwards: standard input, or a pipe such as a shell's `<(...)`."""
+def is_read_once(path: str) -> bool:
+    """Return whether a path can be read only once: standard input, or a pipe such as a shell's `<(...)`."""
     return path == "-" or Path(path).is_fifo()
 
 
 def spool(source: str, path: Path) -> Path:
-    """Keep piped text in the run folder, so that it can be read more than once and after a restart."""
+    """Copy piped text to a file, so that it can be read more than once and after a restart."""
     if not path.exists():
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             if source == "-":
@@ -299,7 +304,7 @@ def spool(source: str, path: Path) -> Path:
 
 
 def sentinels_for(config: PretrainConfig) -> TokenizerConfig:
-    """Return the tokenizer's settings with as many sentinels as the longest row can need (span corruption)."""
+    """Return the tokenizer settings with the maximum number of sentinels a row can need (span corruption)."""
     tokenizer, data = config.tokenizer, config.data
     if config.objective != "span" or tokenizer.n_sentinels:
         return tokenizer
@@ -316,7 +321,7 @@ def encode(
     *,
     ends: bool,
 ) -> ShardSet:
-    """Write the documents as shards, with begin and end tokens around each where asked."""
+    """Write documents as shards; `ends` adds begin and end tokens around each."""
     is_large = int(provenance.get("n_characters", 0)) > MANY_CHARACTERS
     shards = write_shards(
         folder,
@@ -328,14 +333,14 @@ def encode(
         identity={"tokenizer_sha256": tokenizer.sha256, "source_sha256": str(provenance.get("sha256"))},
         workers=data.workers or ((os.cpu_count() or 1) if is_large else 1),
     )
-    assert shards is not None, "the whole corpus is one part"
+    assert shards is not None, "a single part is always complete"
     return shards
 
 
 def report_sizes(documents: ShardSet, train: Ints, held_out: Ints, say: Say) -> None:
-    """Say how much text there is."""
+    """Report the number of documents and tokens."""
     lengths = documents.lengths
     say(
-        f"{len(train):,} documents with {int(lengths[train].sum()):,} tokens to train on, "
-        f"{len(held_out):,} with {int(lengths[held_out].sum()):,} held out"
+        f"{len(train):,} training documents with {int(lengths[train].sum()):,} tokens, "
+        f"{len(held_out):,} held out with {int(lengths[held_out].sum()):,}"
     )

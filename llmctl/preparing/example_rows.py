@@ -1,7 +1,7 @@
-"""Examples of every task as the ids that a model is trained on, one generator per kind of data.
+"""Encode the examples of every task for training, one generator per kind of data.
 
-What training sees is what using the model gives it: texts are encoded by the functions that `generate`, `chat` and
-`evaluate` call. What is odd about an example is noted in the findings; it is never cut or left out in silence.
+Texts are encoded by the functions that `generate`, `chat` and `evaluate` use, so that training and inference see the
+same ids. Truncated, dropped and suspicious examples are counted in Findings.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +21,16 @@ from llmctl.inference.encoding import encode_prompt, encode_rows, require_tokeni
 from llmctl.preparing.diagnostics import Findings
 
 AT_ONCE = 512
-"""Examples that are encoded together."""
+"""Examples encoded per batch."""
 
 
 @dataclass(frozen=True)
 class ExampleRow:
-    """An example as ids.
+    """An encoded example.
 
-    ids: what the model reads; trained: which of them a decoder is to say; target: what an encoder-decoder is to say;
-    values: the numbers that a head is to give; first_length: where the second text of a pair begins; key, answer: what
-    makes two examples the same, and what makes them contradict each other.
+    ids: model input; trained: which of them a decoder is trained on; target: target of an encoder-decoder; values:
+    targets of a classification head; first_length: start of the second text of a pair; key, answer: examples with the
+    same key are duplicates if their answers are equal, else contradictions.
     """
 
     where: str
@@ -45,7 +45,7 @@ class ExampleRow:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What examples of a run are encoded with."""
+    """Settings, model and tokenizer that the examples of a run are encoded with."""
 
     config: TaskConfig
     base: Loaded
@@ -56,26 +56,26 @@ class Encoder:
 
     @property
     def limit(self) -> int:
-        """The most tokens of a row."""
+        """Maximum tokens per row."""
         return self.config.train.seq_len
 
     def too_long(self, where: str, n_tokens: int) -> bool:
-        """Note an example that is too long, and tell whether it is left out.
+        """Count an example that is too long, and return whether it is dropped.
 
-        Raises: UsageError where such examples are refused.
+        Raises: UsageError if `data.too_long` is refuse.
         """
         policy = self.config.data.too_long
         if policy == "refuse":
             raise UsageError(
-                f"{where} has {n_tokens:,} tokens, `train.seq_len` is {self.limit:,}",
-                "--seq-len N, or --set data.too_long=cut or drop",
+                f"{where} has {n_tokens:,} tokens, but `train.seq_len` is {self.limit:,}",
+                f"use `--seq-len {n_tokens}`, or `--set data.too_long=cut` or `drop`",
             )
         self.findings.note("dropped" if policy == "drop" else "cut", where)
         return policy == "drop"
 
 
 def labeled_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
-    """Yield texts, or pairs of them, with their labels."""
+    """Yield labeled texts or pairs of texts."""
     examples = iter(examples)
     while window := list(islice(examples, AT_ONCE)):
         texts = [
@@ -97,7 +97,7 @@ def labeled_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[Exam
 
 
 def named_labels(labels: Labels, values: Sequence[float]) -> list[str]:
-    """Return the names of an example's labels; numbers have none."""
+    """Return the label names of an example; none for regression."""
     if labels.problem == "regression":
         return []
     if labels.problem == "single":
@@ -106,7 +106,7 @@ def named_labels(labels: Labels, values: Sequence[float]) -> list[str]:
 
 
 def source_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
-    """Yield sources with their targets, for an encoder-decoder; end tokens are added where batches are made."""
+    """Yield sources and targets for an encoder-decoder; end tokens are added during batching."""
     tokenizer, limit = require_tokenizer(encoder.base), encoder.limit - 1
     for example in examples:
         source, answer = fill_template(encoder.template, example.inputs), first_answer(example)
@@ -121,7 +121,7 @@ def source_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[Examp
 
 
 def prompt_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
-    """Yield prompts that a decoder goes on from, with the answers it is to give; a prompt is cut at its beginning."""
+    """Yield prompts and answers for a decoder; a long prompt is truncated at its beginning."""
     tokenizer = require_tokenizer(encoder.base)
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for example in examples:
@@ -144,42 +144,42 @@ def prompt_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[Examp
 
 
 def conversation_rows(encoder: Encoder, conversations: Iterable[Conversation]) -> Iterator[ExampleRow]:
-    """Yield conversations in which every answer of the assistant is trained; a long one is cut at its end."""
+    """Yield conversations with every assistant answer trained; a long conversation is truncated at its end."""
     assert encoder.chat is not None
     ends = end_of_turn_ids(encoder.chat)
     for conversation in conversations:
         messages = list(conversation.messages)
         if encoder.config.system and messages[0].role != "system":
             messages.insert(0, Message("system", encoder.config.system))
-        spoken = [message.content for message in messages if message.role == "assistant"]
-        if not any(text.strip() for text in spoken):
+        answers = [message.content for message in messages if message.role == "assistant"]
+        if not any(text.strip() for text in answers):
             encoder.findings.note("empty", conversation.where)
             continue
         ids, trained = encode_conversation(encoder.chat, messages, where=conversation.where)
         note_ends(encoder.findings, ids, trained, ends, conversation.where)
-        last = max((place for place, is_trained in enumerate(trained) if is_trained), default=0)
-        ids, trained = ids[: last + 1], trained[: last + 1]  # what a template writes after the last answer
+        last = max((index for index, is_trained in enumerate(trained) if is_trained), default=0)
+        ids, trained = ids[: last + 1], trained[: last + 1]  # drop template text after the last answer
         if len(ids) > encoder.limit + 1:
             if encoder.too_long(conversation.where, len(ids)):
                 continue
             ids, trained = ids[: encoder.limit + 1], trained[: encoder.limit + 1]
         key = "\0".join(message.content for message in messages if message.role != "assistant")
-        yield from trained_row(encoder, ExampleRow(conversation.where, ids, key, "\0".join(spoken), trained))
+        yield from trained_row(encoder, ExampleRow(conversation.where, ids, key, "\0".join(answers), trained))
 
 
 def note_ends(findings: Findings, ids: Sequence[int], trained: Sequence[bool], ends: set[int], where: str) -> None:
-    """Note an answer without an end, from which no model learns to stop, and one that ends twice."""
+    """Count answers without an end-of-turn token, which cannot teach a model to stop, and those with two."""
     closing = [
-        place for place, is_trained in enumerate(trained) if is_trained and not (trained[place + 1 :] or [False])[0]
+        index for index, is_trained in enumerate(trained) if is_trained and not (trained[index + 1 :] or [False])[0]
     ]
-    if any(ids[place] not in ends for place in closing):
+    if any(ids[index] not in ends for index in closing):
         findings.note("endless", where)
-    if any(place and trained[place - 1] and {ids[place], ids[place - 1]} <= ends for place in closing):
+    if any(index and trained[index - 1] and {ids[index], ids[index - 1]} <= ends for index in closing):
         findings.note("ended_twice", where)
 
 
 def trained_row(encoder: Encoder, row: ExampleRow) -> Iterator[ExampleRow]:
-    """Yield a row, or note that it has nothing to learn; the first token of a row is predicted by none."""
+    """Yield a row, or count it as untrained; the first token of a row is never predicted."""
     if any(row.trained[1:]):
         yield row
     else:
@@ -187,7 +187,7 @@ def trained_row(encoder: Encoder, row: ExampleRow) -> Iterator[ExampleRow]:
 
 
 def first_answer(example: Example) -> str:
-    """Return the wanted text; of several the first."""
+    """Return the target text, the first if there are several."""
     if isinstance(example.target, list):
         return str(example.target[0]) if example.target else ""
     return str(example.target)

@@ -1,6 +1,6 @@
-"""From the user's examples to a corpus: encoded, split, examined, and kept in a run folder.
+"""Prepare examples for fine-tuning: encode, split and check them, and write them into the run folder.
 
-Rows are written as they are read; only what tells two examples apart is kept of each.
+Rows are streamed to disk; only hashes and labels of each stay in memory.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from llmctl.data.templates import template_for
 from llmctl.errors import UsageError
 from llmctl.inference.chat_template import ChatTemplate, chat_template
 from llmctl.inference.encoding import require_tokenizer
-from llmctl.preparing.corpus import Corpus, is_once, pairs_sha256, split_groups, spool
+from llmctl.preparing.corpus import Corpus, is_read_once, pairs_sha256, split_groups, spool
 from llmctl.preparing.diagnostics import Findings
 from llmctl.preparing.example_rows import (
     Encoder,
@@ -34,50 +34,50 @@ from llmctl.preparing.example_rows import (
     source_rows,
 )
 
-FEWEST = 2
-"""Examples that are needed: one to train on, one to hold out."""
+MIN_EXAMPLES = 2
+"""One to train on and one to hold out."""
 
 
 def prepare_examples(config: TaskConfig, folder: Path, base: Loaded) -> tuple[Corpus, Findings, ExampleRow]:
-    """Read, encode and split the examples of a run; return the corpus, what was found, and the first example.
+    """Read, encode and split the examples of a run; return the corpus, the findings, and the first example.
 
-    Raises: UsageError for data that cannot be used, naming file, line and column; whatever the readers raise.
+    Raises: UsageError for unusable data, naming file, line and column; errors of the readers.
     """
     folder.mkdir(parents=True, exist_ok=True)
     findings = Findings()
     paths, val_paths = (
-        [spool_examples(path, folder / f"{kind}-{n}") if is_once(path) else path for n, path in enumerate(part)]
+        [spool_examples(path, folder / f"{kind}-{n}") if is_read_once(path) else path for n, path in enumerate(part)]
         for kind, part in (("pipe", config.data.paths), ("val-pipe", config.data.val_paths))
     )
     encoder, rows_of = make_encoder(config, base, findings, [*paths, *val_paths])
     tokenizer = require_tokenizer(base)
     identity = {"tokenizer_sha256": tokenizer.sha256, "source_sha256": pairs_sha256([*paths, *val_paths])}
-    kept = Kept(folder, base.model.config.vocab_size, identity)
-    n_train = kept.take(rows_of(paths))
-    n_rows = kept.take(rows_of(val_paths)) if val_paths else n_train
-    if n_rows < FEWEST or (val_paths and n_train in (0, n_rows)):
+    rows = RowStore(folder, base.model.config.vocab_size, identity)
+    n_train = rows.take(rows_of(paths))
+    n_rows = rows.take(rows_of(val_paths)) if val_paths else n_train
+    if n_rows < MIN_EXAMPLES or (val_paths and n_train in (0, n_rows)):
         raise UsageError(
-            f"the data has {n_train} usable examples to train on and {n_rows - n_train} held out",
-            "; ".join(findings.problems()) or "give at least two examples",
+            f"the data has {n_train} usable training examples and {n_rows - n_train} held out",
+            "; ".join(findings.problems()) or "provide at least two examples",
         )
     held_out = np.arange(n_train, n_rows)
     if not val_paths:
-        held_out = split_groups(kept.keys, config.data.val_frac, config.train.seed)
-    kept.examine(findings, held_out)
+        held_out = split_groups(rows.keys, config.data.val_frac, config.train.seed)
+    rows.examine(findings, held_out)
     provenance = {
         "paths": list(config.data.paths),
         "sha256": identity["source_sha256"],
         "examples": n_rows,
         "task": task_record(encoder),
     }
-    corpus = kept.finish(provenance, base, held_out)
+    corpus = rows.finish(provenance, base, held_out)
     findings.n_rows, findings.n_held_out = n_rows, len(held_out)
-    assert kept.first is not None
-    return corpus, findings, kept.first
+    assert rows.first is not None
+    return corpus, findings, rows.first
 
 
 def spool_examples(path: str, base: Path) -> str:
-    """Keep piped examples under a name that says what they are: JSON lines, or lines of text."""
+    """Copy piped examples to a file, with a suffix by content: .jsonl or .txt."""
     spooled = spool(path, base)
     with spooled.open("rb") as file:
         is_json = file.read(1) in (b"{", b"[")
@@ -87,7 +87,7 @@ def spool_examples(path: str, base: Path) -> str:
 
 
 def task_record(encoder: Encoder) -> dict[str, Any]:
-    """Return what of a task other processes, and users of the model, have to know."""
+    """Return the task description stored in the corpus and the model."""
     record: dict[str, Any] = {"name": encoder.config.task}
     if encoder.config.task == "classify":
         record |= {"problem": encoder.labels.problem, "labels": list(encoder.labels.names)}
@@ -100,7 +100,7 @@ RowsOf = Callable[[list[str]], Iterator[ExampleRow]]
 
 
 def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths: list[str]) -> tuple[Encoder, RowsOf]:
-    """Return what examples are encoded with, and what makes rows of files."""
+    """Return the encoder of a task, and the function that reads rows from files."""
     task, family = config.task, base.model.config.family
     if task == "chat":
         encoder = Encoder(config, base, findings, chat=chat_of(base))
@@ -122,7 +122,7 @@ def chat_of(base: Loaded) -> ChatTemplate:
 
 
 def find_labels(config: TaskConfig, base: Loaded, paths: list[str]) -> Labels:
-    """Return the labels: the user's, those of the model's head, or those that the data has."""
+    """Return the labels: from the config, else the model's head, else the data."""
     problem = None if config.problem == "auto" else config.problem
     names: tuple[str, ...] = config.labels
     if len(names) == 1 and Path(names[0]).is_file():
@@ -133,8 +133,8 @@ def find_labels(config: TaskConfig, base: Loaded, paths: list[str]) -> Labels:
     return labels_of(read_examples(paths, "classify", config.columns), names, problem)
 
 
-class Kept:
-    """Rows on their way to disk, and what is kept of each."""
+class RowStore:
+    """Streams rows to disk, and keeps the hashes and labels needed for splitting and checks."""
 
     def __init__(self, folder: Path, vocab_size: int, identity: dict[str, str]) -> None:
         self.folder, self.vocab_size, self.identity = folder, vocab_size, identity
@@ -148,7 +148,7 @@ class Kept:
         self.n_tokens = self.n_trained = 0
 
     def take(self, rows: Iterable[ExampleRow]) -> int:
-        """Write rows, and return how many there are now."""
+        """Write rows and return the total number so far."""
         rows = iter(rows)
         head = next(rows, None)
         if self.first is None:
@@ -173,29 +173,30 @@ class Kept:
         self.n_trained += sum(row.trained[1:]) + len(row.target)
 
     def writer(self, name: str) -> RowWriter:
-        """Return the writer of a part."""
+        """Return the writer of a part, creating it on first use."""
         if name not in self.writers:
             self.writers[name] = RowWriter(self.folder / name, self.vocab_size, self.identity)
         return self.writers[name]
 
     def examine(self, findings: Findings, held_out: NDArray[np.int64]) -> None:
-        """Note examples that are there twice, that contradict each other, and that are on both sides of the split."""
+        """Count duplicates, contradictions, and examples on both sides of the split."""
         is_held_out = np.zeros(len(self.keys), dtype=bool)
         is_held_out[held_out] = True
         seen: dict[str, dict[str, bool]] = {}
-        for place, (key, answer, held) in enumerate(zip(self.keys, self.answers, is_held_out.tolist(), strict=True)):
+        for index, (key, answer, held) in enumerate(zip(self.keys, self.answers, is_held_out.tolist(), strict=True)):
             others = seen.setdefault(key, {})
             if answer in others:
-                findings.note("duplicated", self.places[place])
-            elif others and self.values[place]:  # of texts, several may be right
-                findings.note("contradicted", self.places[place])
+                findings.note("duplicated", self.places[index])
+            elif others and self.values[index]:  # for text targets, several answers may be right
+                findings.note("contradicted", self.places[index])
             if held and not all(others.values()):
-                findings.note("leaked", self.places[place])
+                findings.note("leaked", self.places[index])
+            # True while the answer occurs only in the held-out part.
             others[answer] = others.get(answer, True) and held
         findings.n_tokens, findings.n_trained_tokens = self.n_tokens, self.n_trained
 
     def finish(self, provenance: dict[str, Any], base: Loaded, held_out: NDArray[np.int64]) -> Corpus:
-        """Return the corpus."""
+        """Close the files and return the corpus."""
         parts = {name: writer.finish() for name, writer in self.writers.items()}
         arrays: dict[str, NDArray[Any]] = {}
         if self.values[0]:
@@ -208,5 +209,5 @@ class Kept:
 
 
 def digest(text: str) -> str:
-    """Return what stands for a text where only its identity matters."""
+    """Return a short hash of a text, to compare texts without storing them."""
     return hashlib.sha256(text.encode()).hexdigest()[:32]

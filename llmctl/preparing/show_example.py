@@ -1,4 +1,4 @@
-"""The first example as the model sees it: what is given, and what is to be learned (`--show-example`)."""
+"""Render an example as the model sees it: the prompt and the trained parts (`--show-example`)."""
 
 from collections.abc import Mapping
 from itertools import groupby
@@ -11,7 +11,7 @@ from llmctl.tokenizer.base import Tokenizer
 
 
 def show_example(base: Loaded, row: ExampleRow, task: Mapping[str, Any]) -> str:
-    """Return an example in lines, the given parts and the trained ones by turns; special tokens by their names."""
+    """Return an example as lines, given and trained parts alternating, special tokens by name."""
     tokenizer = require_tokenizer(base)
     head = f"example ({row.where}): {len(row.ids)} tokens"
     if row.trained:
@@ -31,11 +31,11 @@ def show_example(base: Loaded, row: ExampleRow, task: Mapping[str, Any]) -> str:
 
 
 def line(title: str, tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return one part."""
+    """Return one part as a line with its title."""
     return f"  {title:<8} {spelled(tokenizer, ids)}"
 
 
 def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return ids as text on one line, special tokens by their names."""
+    """Return ids as text on one line, special tokens by name."""
     data = b"".join(tokenizer.decode_bytes([index]) or tokenizer.piece(index).encode() for index in ids)
     return data.decode("utf-8", "replace").replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,6 +1,6 @@
-"""Tokenizers as work to be done: train one, encode a corpus into shards, turn lines into ids and back.
+"""Train a tokenizer, encode a corpus into shards, and convert lines to ids and back.
 
-Nothing here imports torch.
+Does not import torch.
 """
 
 import os
@@ -27,14 +27,14 @@ BATCH_LINES = 256
 
 
 def train(paths: Sequence[str], config: TokenizerConfig, data: DataConfig, out: Path, *, force: bool) -> Tokenizer:
-    """Train a tokenizer on a corpus and write its files into a folder, all at once.
+    """Train a tokenizer on a corpus and write it into a folder atomically.
 
-    Raises: OutputError if the folder exists and `force` is not given; UsageError as the trainer.
+    Raises: OutputError if the folder exists and `force` is not set; UsageError as the trainer.
     """
     if out.exists() and not force:
-        raise OutputError(f"`{out}` exists already", "-f replaces it, -o names another place")
+        raise OutputError(f"`{out}` already exists", "`-f` replaces it, `-o` writes elsewhere")
     if out.exists() and not out.is_dir():
-        raise OutputError(f"`{out}` is a file, and a tokenizer is a folder", "-o names another place")
+        raise OutputError(f"`{out}` is a file, but a tokenizer is a folder", "use `-o` with a folder")
     ensure_writable(out if out.is_dir() else out.parent)
     texts: Iterable[str] = (
         read_documents(paths, text_key=data.text_key, split=data.split) if paths else builtin_documents()
@@ -45,7 +45,7 @@ def train(paths: Sequence[str], config: TokenizerConfig, data: DataConfig, out: 
 
 
 def write_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer's files: a new folder at once; into one that is there file by file, and other files stay."""
+    """Write a tokenizer: a new folder atomically, an existing one file by file, keeping its other files."""
     if out.exists():
         for name, content in tokenizer.files().items():
             write_bytes(out / name, content)
@@ -65,11 +65,11 @@ def encode_corpus(
     workers: int = 0,
     say: Callable[[str], None] = lambda _: None,
 ) -> ShardSet | None:
-    """Encode a corpus into shards, each document between its begin and end tokens; resumes what was begun.
+    """Encode a corpus into shards, each document between begin and end tokens; resumes an interrupted call.
 
-    `workers` are processes, 0 is one per core. Returns None while other parts of the corpus are missing.
-    Raises: ArtifactError if the folder holds another corpus or tokenizer; OutputError if it holds shards and the
-    text comes through a pipe, which cannot be compared with the one they are of.
+    workers: processes, 0 for one per core. Returns None while other parts of the corpus are missing.
+    Raises: ArtifactError if the folder contains another corpus or tokenizer; OutputError if it contains shards and the
+    text comes from a pipe, which cannot be compared with their source.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     if paths:
@@ -79,8 +79,8 @@ def encode_corpus(
         documents, identity = builtin_documents(), str(builtin_provenance()["sha256"])
     if not identity and is_begun(out, part):
         raise OutputError(
-            f"`{out}` holds shards already, and text from a pipe cannot be compared with theirs",
-            "choose a new folder with -o, or encode a file",
+            f"`{out}` already contains shards, and text from a pipe cannot be compared with their source",
+            "use a new folder with `-o`, or encode a file",
         )
     shards = write_shards(
         out,
@@ -104,7 +104,7 @@ def encode_corpus(
 
 
 def batched(lines: Iterable[str], size: int = BATCH_LINES) -> Iterator[list[str]]:
-    """Group lines; the first groups are small, so that `head -1` costs little."""
+    """Group lines into batches; the first are small, so that output starts early."""
     batch: list[str] = []
     limit = 1
     for line in lines:
@@ -125,7 +125,7 @@ def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[list[in
 def decode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[str]:
     """Yield the text of every line of ids.
 
-    Raises: UsageError naming the line and the word that is no id of this vocabulary.
+    Raises: UsageError naming the line and the word that is not an id of the vocabulary.
     """
     for number, line in enumerate(lines, start=1):
         ids = []
@@ -133,25 +133,25 @@ def decode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> Iterator[str]:
             if not is_number(word) or int(word) >= tokenizer.vocab_size:
                 raise UsageError(
                     f"line {number} has `{word[:40]}`, which is not an id from 0 to {tokenizer.vocab_size - 1}",
-                    "--decode reads numbers separated by spaces",
+                    "`--decode` reads numbers separated by spaces",
                 )
             ids.append(int(word))
         yield tokenizer.decode(ids)
 
 
 def is_number(word: str) -> bool:
-    """Tell whether a word is an id written in digits; `int` refuses thousands of them."""
+    """Return whether a word is a decimal id; `int` raises for thousands of digits."""
     return len(word) < 20 and word.isascii() and word.isdigit()
 
 
 def n_cores() -> int:
-    """Return how many cores this process may use, which a scheduler may have cut down."""
+    """Return how many cores this process may use, which a scheduler may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """How a tokenizer treats a text."""
+    """Statistics of a tokenizer on a text."""
 
     n_lines: int
     n_bytes: int
@@ -179,12 +179,12 @@ WORD = re.compile(r"[\u2e80-\u9fff\uac00-\ud7a3]|[^\W\u2e80-\u9fff\uac00-\ud7a3]
 
 
 def measure(tokenizer: Tokenizer, lines: Iterable[str]) -> Statistics:
-    """Count a text's tokens, and those that are unknown or single bytes of a character without a piece."""
+    """Count the tokens of a text, and those that are unknown or byte fallbacks."""
     is_byte = np.array(
         [bool(re.fullmatch(r"<0x[0-9A-F]{2}>", tokenizer.piece(i))) for i in range(tokenizer.vocab_size)]
     )
     newline = [index for index in np.flatnonzero(is_byte) if tokenizer.piece_bytes(int(index)) == b"\n"]
-    is_byte[newline] = False  # a line end is one byte and one token: nothing fell back
+    is_byte[newline] = False  # a line end is a single byte anyway, so its byte token is not a fallback
     totals = np.zeros(6, dtype=np.int64)
     for batch in batched(lines):
         for line, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):

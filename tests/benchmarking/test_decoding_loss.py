@@ -70,7 +70,7 @@ def test_rows_begin_as_the_models_texts_do(make_loaded, text, text_tokenizer):
 
 
 def test_what_cannot_be_measured_is_refused(make_loaded, text, tmp_path):
-    with pytest.raises(UsageError, match="goes on from no text"):
+    with pytest.raises(UsageError, match="is not a decoder"):
         rows_of(make_loaded("t5"), text)
     with pytest.raises(UsageError, match="no tokenizer"):
         rows_of(make_loaded("rope", tokenizer=False), text)

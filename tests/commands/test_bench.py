@@ -92,14 +92,14 @@ def test_random_models_hold_what_they_are_named_after(precision: str):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shape", "30M", "--scheme", "int7"], "`--scheme int7` is not known"),
+        (["--shape", "30M", "--scheme", "int7"], "`--scheme int7` is not supported"),
         (["--shape", "30M", "--batch", "one"], "`--batch one`"),
         (["--shape", "30M", "--batch", "0"], "`--batch` is 0"),
         (["--shape", "30M", "-d", "text.txt"], "`--shape 30M` has random weights"),
-        (["--shape", "30M", "--kv", "int3"], "`--kv int3` is not known"),
+        (["--shape", "30M", "--kv", "int3"], "`--kv int3` is not supported"),
         (["--shape", "30M", "-n", "0"], "`--tokens` is 0"),
         (["--shape", "30M", "-n", "4000"], "the model's context is 2048".replace("the model", "a model")),
-        (["--shape", "bert-base"], "an encoder's"),
+        (["--shape", "bert-base"], "is an encoder, which cannot generate"),
         (["--shape", "no-such-shape"], "no-such-shape"),
     ],
 )

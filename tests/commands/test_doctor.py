@@ -114,14 +114,14 @@ def test_ranks_that_do_not_come_are_named():
     ):
         codes = {first.end(), third.end()}
     assert codes == {75}, first.err + third.err
-    assert first.lines[0].startswith("error: rank 1 of 3 did not come to 127.0.0.1:")
+    assert first.lines[0].startswith("error: rank 1 of 3 did not connect to 127.0.0.1:")
 
 
 def test_a_master_that_is_not_there_is_named():
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     done = finish([*LLMCTL, "doctor", "--distributed", "--timeout", "1"], code=75, env=environment(RANK="1", **world))
     assert done.lines[0].startswith(
-        f"error: rank 1 cannot reach the master's port, 127.0.0.1:{world['MASTER_PORT']}, within 1 s"
+        f"error: rank 1 cannot reach the master's port 127.0.0.1:{world['MASTER_PORT']} within 1 s"
     )
     assert len(done.lines) == 3
 

@@ -90,7 +90,7 @@ def test_the_gate_speaks_after_the_table(call):
     assert status == 10
     assert len(out.splitlines()) == 3
     assert f"`{worse['model']}`" in err.split("error:")[1]
-    assert len(err.split("error:")[1].strip().splitlines()) == 1
+    assert err.split("error:")[1].strip().splitlines()[1:] == ["", "hint: raise `--max-drop` to accept it"]
     status, out, _ = call(worse["model"], better["model"], "-d", "t.txt", "--max-drop", "0", "--json")
     assert status == 0
     assert len(json.loads(out)["models"]) == 2
@@ -116,7 +116,7 @@ def test_the_newest_model_and_the_embedded_corpus(runs, call):
     status, out, err = call("--limit", "2")
     assert status == 0, err
     assert "0002" in err, "the newest finished run"
-    assert "embedded corpus" in err
+    assert "built-in corpus" in err
     assert out.split()[:2] == ["model", "accuracy"], "it is an encoder"
     status, out, err = call("0001", "--limit", "2", "--json")
     assert status == 0, err

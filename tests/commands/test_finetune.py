@@ -30,7 +30,7 @@ def test_the_path_alone_is_on_stdout_and_the_run_is_listed(capsys, models):
     command = (models["encoder"], "rows.tsv", "--task", "classify", "--columns", "text,label", *FLAGS)
     status, out, err = call(capsys, *command, "--method", "lora", "--rank", 4, "--show-example")
     assert (status, out) == (0, "runs/0001-finetune-classify-encoder\n")
-    for part in ("38 examples to train on, 2 held out", "labels: ", "given    ", "label    good", "lora of rank 4 on"):
+    for part in ("38 training examples, 2 held out", "labels: ", "given    ", "label    good", "lora of rank 4 on"):
         assert part in err
     assert run(["runs"]) == 0
     assert "classify" in capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_a_dry_run_examines_and_leaves_nothing(capsys, models, here):
     command = (models["encoder"], "rows.tsv", "--task", "classify", "--columns", "text,label", "--dry-run", *FLAGS)
     status, out, _ = call(capsys, *command, "--show-example")
     assert status == 0
-    assert "38 examples" in out
+    assert "38 training examples" in out
     assert "label    good" in out
     status, out, _ = call(capsys, *command, "--json")
     assert json.loads(out)["findings"]["rows"] == 40

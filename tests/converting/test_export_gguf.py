@@ -158,7 +158,7 @@ def test_a_wrong_file_never_appears(case, folder, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "m.gguf").write_bytes(b"before")
     monkeypatch.setattr(place, name, broken)
-    with pytest.raises(ArtifactError, match=rf"was not written: read back, .*{message}"):
+    with pytest.raises(ArtifactError, match=rf"was not written, verification failed: .*{message}"):
         export_gguf(folder, tmp_path / "out" / "m.gguf", kind="f16", force=True)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.gguf"]
     assert (tmp_path / "out" / "m.gguf").read_bytes() == b"before"

@@ -275,7 +275,7 @@ def test_a_model_s_own_template_is_used(make_loaded):
     assert evaluate_answers(trained, examples, settings, "translate").example["prompt"] == "German: a"
     chosen = dataclasses.replace(settings, template="{source}!")
     assert evaluate_answers(trained, examples, chosen, "translate").example["prompt"] == "a!"
-    with pytest.raises(UsageError, match="--max-tokens 48"):
+    with pytest.raises(UsageError, match="`--max-tokens 48`"):
         evaluate_answers(loaded, examples, EvaluateConfig(max_tokens=48), "translate")
 
 
@@ -310,7 +310,7 @@ def test_the_likeliest_choice_is_found(make_loaded, kind: str):
     found = continuations(
         loaded, [(prompts.format(q), choice) for q, choices in asked for choice in choices], EvaluateConfig()
     )
-    assert [-part.nats for part in found.found] == pytest.approx(sums, rel=1e-4)
+    assert [-part.nats for part in found.likelihoods] == pytest.approx(sums, rel=1e-4)
     best = [int(np.argmax(part)) for part in np.array(sums).reshape(2, 3)]
     lengths = np.array([[len(choice) for choice in choices] for _, choices in asked])
     best_norm = (np.array(sums).reshape(2, 3) / lengths).argmax(axis=1)
@@ -347,7 +347,7 @@ def test_lastword_figures(make_loaded):
     alone = evaluate_lastword(loaded, rows(({"text": "a list of strings"}, None)), EvaluateConfig())
     assert alone.figures["accuracy"] == float(word == " strings")
     pairs = [without_last_word(text) for text in texts]
-    nats = sum(part.nats for part in continuations(loaded, pairs, EvaluateConfig()).found)
+    nats = sum(part.nats for part in continuations(loaded, pairs, EvaluateConfig()).likelihoods)
     assert measured.figures["loss"] == pytest.approx(nats / 5)
     assert measured.figures["perplexity"] == pytest.approx(math.exp(nats / 5))
 
@@ -387,7 +387,7 @@ def test_every_figure_of_the_table_is_given(make_loaded):
                 kind = "t5" if family == "encoder_decoder" else "learned"
                 n_labels = {"single": 2, "regression": 1}[problem] if row.head == "labels" else 0
                 loaded = make_loaded(kind, family=family, n_labels=n_labels, problem=problem)
-                assert row.knows(loaded.model.config)
+                assert row.supports(loaded.model.config)
                 data = examples.get(task, [TEXT])
                 given |= row.measure(loaded, data, EvaluateConfig(max_tokens=2)).figures.keys()
         assert set(row.figures) == {name for name in given if not name.startswith("n_")}, task
@@ -407,7 +407,7 @@ def test_models_side_by_side(written):
         assert record["size_bytes"] == Path(one.model, "model.safetensors").stat().st_size
         assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 1 << 20
         assert record["tokens_per_second"] > 0
-    assert any("embedded corpus" in text for text in said)
+    assert any("built-in corpus" in text for text in said)
     assert any("task: text" in text for text in said)
     again = list(evaluate(paths[1:2], EvaluateConfig(limit=3, device="cpu", batch_size=1), said.append))
     close(again[0].measured.figures, found[1].measured.figures)
@@ -436,7 +436,7 @@ def test_the_task_that_a_model_is_for(make_loaded):
         ("rope", {}, "classify", ["decoder", "finetune", "text"]),
         ("learned", {"family": "encoder"}, "text", ["an encoder", "mask"]),
         ("t5", {}, "text", ["encoder-decoder", "translate"]),
-        ("rope", {"n_labels": 2}, "choice", ["head over labels", "classify"]),
+        ("rope", {"n_labels": 2}, "choice", ["classification head", "classify"]),
         ("learned", {"family": "encoder", "n_labels": 2}, "similarity", ["2 labels", "classify"]),
         ("rope", {}, "translate", ["needs data", "source, target"]),
     ],
@@ -453,10 +453,10 @@ def test_what_a_model_does_not_know_is_refused(written, tmp_path, kind: str, fie
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"limit": -1}, "--limit is -1"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"seq_len": 4096}, "--seq-len 4096"),
-        ({"metric": "bleu"}, "no figure `bleu`"),
+        ({"limit": -1}, "`--limit` is -1"),
+        ({"batch_size": 0}, "`--batch-size` is 0"),
+        ({"seq_len": 4096}, "`--seq-len 4096`"),
+        ({"metric": "bleu"}, "no metric `bleu`"),
         ({"beams": 0}, "--beams"),
         ({"mask_frac": 0.0}, "mask_frac"),
     ],

@@ -227,7 +227,7 @@ def test_a_file_that_is_no_library_is_left_alone(cache):
 def test_a_step_that_is_wrong_is_removed(cache, monkeypatch, capsys):
     monkeypatch.setattr(native_check, "LARGEST_ERRORS", {"fp32": 0.0})
     assert run(["doctor", "--compile"]) == 1
-    assert "its logits are off (fp32 by" in capsys.readouterr().err
+    assert "its logits are wrong (fp32 by" in capsys.readouterr().err
     assert not library_path().exists()
 
 

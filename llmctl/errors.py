@@ -1,10 +1,10 @@
-"""Every error a user can cause, with the exit code it ends the process with; imports nothing."""
+"""Every error that a user can cause, with its exit code; imports nothing."""
 
 
 class LlmctlError(Exception):
-    """Say what is wrong (naming the key or path and its value) and the one thing to do next.
+    """Base class: the message names the wrong key or path and its value, `hint` is the one thing to do next.
 
-    `str(error)` is the message; `hint` is one sentence or empty; `exit_code` is the process's status.
+    `exit_code` becomes the exit status of the process.
     """
 
     exit_code = 1
@@ -27,19 +27,19 @@ class NotFoundError(LlmctlError):
 
 
 class ArtifactError(LlmctlError):
-    """A file on disk is damaged, hostile, or does not fit what it is used with."""
+    """A file on disk is damaged, malicious, or incompatible with what it is used with."""
 
     exit_code = 4
 
 
 class MemoryLimitError(LlmctlError):
-    """The work does not fit into the memory at hand."""
+    """The work does not fit into the available memory."""
 
     exit_code = 5
 
 
 class DivergedError(LlmctlError):
-    """Training left the finite numbers; the last good checkpoint is kept."""
+    """Training produced a non-finite loss or gradient; the last good checkpoint is kept."""
 
     exit_code = 6
 
@@ -54,25 +54,25 @@ class MissingExtraError(LlmctlError):
 
 
 class MissingCompilerError(LlmctlError):
-    """What is to be compiled cannot be: there is no compiler."""
+    """Compilation was requested but there is no compiler."""
 
     exit_code = 7
 
 
 class OutputError(LlmctlError):
-    """A result cannot be written: full disk, read-only folder, or it exists already."""
+    """A result cannot be written: full disk, read-only folder, or it already exists."""
 
     exit_code = 8
 
 
 class BusyError(LlmctlError):
-    """Another process holds the run folder."""
+    """Another process has locked the run folder."""
 
     exit_code = 9
 
 
 class GateError(LlmctlError):
-    """A quality or size gate that the user set was missed."""
+    """The result misses a quality or size gate set by the user."""
 
     exit_code = 10
 
@@ -84,7 +84,7 @@ class StoppedError(LlmctlError):
 
 
 class InterruptedRunError(LlmctlError):
-    """Stopped by a signal after saving; exit code 128 + signal number."""
+    """Stopped by a signal after saving a checkpoint; exit code 128 + signal number."""
 
     def __init__(self, message: str, hint: str, signal_number: int) -> None:
         super().__init__(message, hint)

@@ -1,6 +1,6 @@
-"""Files appear whole or not at all: written under a temporary name beside the target, synced, then renamed.
+"""Atomic file writes: a temporary file next to the target is written, fsynced, then renamed.
 
-Knows nothing of what is written. A crash or a full disk leaves the old file as it was and nothing half-written.
+A crash or a full disk leaves the old file unchanged and no partial one. Knows nothing about the content.
 """
 
 import errno
@@ -16,33 +16,33 @@ from typing import Any
 from llmctl.errors import OutputError
 
 HINTS = {
-    errno.ENOSPC: "free some space there, or choose another place with -o",
-    errno.EDQUOT: "your quota is used up: free some space there, or choose another place with -o",
-    errno.EFBIG: "the file system or a limit (ulimit -f) forbids files of this size; choose another place with -o",
-    errno.EROFS: "that file system is read-only; choose another place with -o",
-    errno.EACCES: "make the folder writable, or choose another place with -o",
-    errno.EPERM: "make the folder writable, or choose another place with -o",
-    errno.ENOENT: "the folder has gone or its name is not allowed; choose another place with -o",
-    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another place with -o",
-    errno.EISDIR: "a folder stands in the way; choose another name with -o",
-    errno.EEXIST: "a file stands where a folder is needed; choose another place with -o",
-    errno.ENOTEMPTY: "a folder stands in the way; choose another name with -o",
+    errno.ENOSPC: "free some disk space, or choose another location with -o",
+    errno.EDQUOT: "your disk quota is exhausted: free some space, or choose another location with -o",
+    errno.EFBIG: "the file system or a limit (ulimit -f) forbids files of this size; choose another location with -o",
+    errno.EROFS: "the file system is read-only; choose another location with -o",
+    errno.EACCES: "make the folder writable, or choose another location with -o",
+    errno.EPERM: "make the folder writable, or choose another location with -o",
+    errno.ENOENT: "the folder was deleted, or its name is not allowed; choose another location with -o",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another location with -o",
+    errno.EISDIR: "a folder of this name exists; choose another name with -o",
+    errno.EEXIST: "a file exists where a folder is needed; choose another location with -o",
+    errno.ENOTEMPTY: "a folder of this name exists; choose another name with -o",
     errno.ENAMETOOLONG: "choose a shorter name with -o",
-    errno.EIO: "the disk reports errors; choose another place with -o",
+    errno.EIO: "the disk reports errors; choose another location with -o",
 }
 
 
 def cache_folder() -> Path:
-    """Return where things are kept that can be made again: `LLMCTL_CACHE`, else a folder in the user's cache."""
+    """Return the folder of files that can be regenerated: `LLMCTL_CACHE`, else `llmctl` in the user's cache folder."""
     named = os.environ.get("LLMCTL_CACHE")
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmctl"
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write `path` into one clear error.
+    """Convert an OSError raised while writing `path`.
 
-    Raises: OutputError naming the path, the reason, and what is needed.
+    Raises: OutputError naming the path and the reason.
     """
     try:
         yield
@@ -53,11 +53,11 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the target's folder; it becomes `path` when the block ends without an error.
+    """Yield a temporary path in the target's folder, renamed to `path` if the block succeeds.
 
-    The block writes a file (or makes a folder) at the temporary path. Missing parent folders are made.
+    The block writes a file (or creates a folder) at the temporary path. Missing parent folders are created.
 
-    Raises: OutputError when the file system refuses.
+    Raises: OutputError if the file system refuses.
     """
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.tmp"
     with writing(path):
@@ -72,39 +72,39 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole.
+    """Write a file atomically.
 
-    Raises: OutputError when the file system refuses.
+    Raises: OutputError if the file system refuses.
     """
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole.
+    """Write a UTF-8 text file atomically.
 
-    Raises: OutputError when the file system refuses.
+    Raises: OutputError if the file system refuses.
     """
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write a JSON file whole: indented, keys in the order given, Chinese readable.
+    """Write a JSON file atomically: indented, in the given key order, non-ASCII text unescaped.
 
-    Raises: OutputError when the file system refuses.
+    Raises: OutputError if the file system refuses.
     """
     write_text(path, json_text(obj))
 
 
 def json_text(obj: Any) -> str:
-    """Return the one textual form that JSON files of an artifact have, so that equal content is equal bytes."""
+    """Serialize an object the one way all JSON files of an artifact use, so that equal content is equal bytes."""
     return json.dumps(obj, ensure_ascii=False, indent=2) + "\n"
 
 
 def ensure_writable(folder: Path) -> None:
-    """Make the folder and try it, so that a long run does not end with a result that has no place.
+    """Create the folder and write a probe file, so that a long run does not fail only when it saves its result.
 
-    Raises: OutputError when the file system refuses.
+    Raises: OutputError if the file system refuses.
     """
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     with writing(folder):
@@ -116,7 +116,7 @@ def ensure_writable(folder: Path) -> None:
 
 
 def is_seen(path: Path) -> bool:
-    """Tell whether a file is there for this process; one in a folder that it may not read is not."""
+    """Tell whether a file exists; False if this process may not read its folder."""
     try:
         return path.is_file()
     except OSError:
@@ -124,7 +124,7 @@ def is_seen(path: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has what was written; a folder's own entry counts, its files were synced on their own."""
+    """Fsync a file, or a folder's list of entries (not the files in it)."""
     if path.is_dir():
         if os.name == "nt":  # Windows cannot open folders
             return
@@ -138,7 +138,7 @@ def sync(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what an interrupted write left; nothing is there after a successful one."""
+    """Remove a temporary file or folder if it still exists, ignoring errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return

@@ -1,4 +1,4 @@
-"""One process and its machine: precision, threads, memory. Knows no other processes and no models."""
+"""The hardware as one process sees it: precision, threads, memory. Knows no other processes and no models."""
 
 import ctypes
 import gc
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 BFLOAT16_GAIN = 1.5
-"""How much faster bfloat16 products must be to pay for the conversions around them."""
+"""The speedup of bfloat16 matrix products from which they outweigh the conversions around them."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 LARGE_BLOCK_BYTES = 1 << 20
-"""Size from which `return_large_blocks` gives memory back."""
+"""The block size from which `return_large_blocks` returns freed memory to the system."""
 
 
 def processor_name() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the processor's model name as reported by the operating system."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -32,12 +32,12 @@ def processor_name() -> str:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return the name that a config has for a dtype."""
+    """Return a dtype's name as used in configs, such as `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
-    """Return the precision of matrix products; auto takes bfloat16 where the hardware is faster with it."""
+    """Return the dtype of matrix products; `auto` is bfloat16 if the hardware is faster with it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if on_cpu:
@@ -47,41 +47,44 @@ def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
 
 
 def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """Return the measured rate of a typical matrix product in FLOP/s; takes a few hundredths of a second.
+    """Measure the rate of a typical matrix product in FLOP/s; takes a few hundredths of a second.
 
-    Capability flags do not tell: of processors with the same bfloat16 instructions some are 4 times faster with
-    them than with float32, and some half as fast.
+    CPU flags do not predict it: of processors with the same bfloat16 instructions, some are 4 times as fast as with
+    float32, others half as fast.
     """
     size = 4096 if device == "cuda" else 512
     a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
 
     def wait() -> None:
-        if device == "cuda":  # a GPU's products are only begun when the call returns
+        if device == "cuda":  # CUDA kernels are asynchronous
             torch.cuda.synchronize()
 
     for _ in range(6):
         wait()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         torch.mm(a, b)
         wait()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - started)
     return 4 * size**3 / best
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(n_threads: int) -> None:
-    """Let torch, and libraries that are loaded later, use this many threads."""
+    """Set the thread count of torch, and of OpenMP libraries loaded later."""
     torch.set_num_threads(n_threads)
     os.environ["OMP_NUM_THREADS"] = str(n_threads)
 
 
 def available_memory(device: torch.device, n_sharing: int = 1) -> int:
-    """Return the bytes that a process may still take: of its GPU, or its share of the machine's free memory."""
+    """Return the free bytes of the GPU, or this process's share of the machine's available memory.
+
+    n_sharing: number of processes that share the machine. A cgroup (container) limit is taken into account.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -94,16 +97,16 @@ def available_memory(device: torch.device, n_sharing: int = 1) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory the process has held: the GPU's allocator's, or the resident set on a CPU."""
+    """Return the process's peak memory: allocated by torch on a GPU, resident set size on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak_memory(device: torch.device) -> bool:
-    """Begin to count the peak of memory anew; False where the system does not let a process do that.
+    """Reset the peak-memory counter; return False if the system does not allow it.
 
-    Linux resets the mark of the resident set when a 5 is written into `clear_refs` (proc(5)).
+    Linux resets the peak resident set size when 5 is written to `/proc/self/clear_refs` (proc(5)).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -116,7 +119,7 @@ def forget_peak_memory(device: torch.device) -> bool:
 
 
 def peak_since_forgotten(device: torch.device) -> int | None:
-    """Return the most bytes held since `forget_peak_memory`: by a GPU's allocator, or as the resident set on a CPU."""
+    """Return the peak memory in bytes since `forget_peak_memory`; None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -127,7 +130,7 @@ def peak_since_forgotten(device: torch.device) -> int | None:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system, so that what comes next is not counted with what was."""
+    """Return freed memory to the system, so that the next measurement does not include earlier allocations."""
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -137,25 +140,25 @@ def give_back_memory() -> None:
 
 
 def return_large_blocks() -> None:
-    """Let glibc give tensors back to the system when they are freed.
+    """Make glibc return freed tensors to the system at once.
 
-    By default it learns to keep blocks of up to 32 MB in its heap, where those of different sizes leave holes: a
-    step then takes up to 2.3 times the memory of its tensors (benchmarks/memory.py). Fresh pages cost time, though: a
-    sixth in a model of 20 M parameters, more in a tiny one. So this is for machines whose memory is the limit.
+    By default glibc raises its mmap threshold to up to 32 MB and keeps such blocks in the heap, which fragments: a step
+    then takes up to 2.3 times the memory of its tensors (benchmarks/memory.py). Fresh pages cost time, though: a sixth
+    of a step at 20 M parameters, more in a tiny model. Use this only if memory is the limit.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD; setting it ends the learning
+        libc.mallopt(-3, LARGE_BLOCK_BYTES)  # M_MMAP_THRESHOLD; setting it also disables its dynamic adjustment
         libc.mallopt(-1, 4 * LARGE_BLOCK_BYTES)  # M_TRIM_THRESHOLD
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that the device's memory is used up."""
+    """Tell whether an error is torch's out-of-memory error, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what of a machine a result depends on besides its recipe."""
+    """Return the properties of the machine that affect results beyond the recipe."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

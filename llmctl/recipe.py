@@ -1,7 +1,7 @@
-"""From defaults, a YAML recipe, the environment and flags to one frozen config; strict keys, typed values, no guessing.
+"""Merge defaults, a YAML recipe, the environment and flags into one frozen config, with strict keys and typed values.
 
-Precedence: defaults < recipe < `LLMCTL_SECTION_KEY` < flags and `--set`. All problems are reported together.
-Knows the config classes it is given, nothing of what they configure.
+Precedence: defaults < recipe < `LLMCTL_SECTION_KEY` < `--set` < flags. All problems are reported together.
+Works on any config class; knows nothing about what the settings do.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_NAT
 
 @dataclass(frozen=True)
 class Resolved(Generic[Config]):
-    """A config and, for every key that is not a default, where its value came from."""
+    """A config and, for every key that was set, the origin of its value."""
 
     config: Config
     origins: dict[str, str]
@@ -30,7 +30,7 @@ class Resolved(Generic[Config]):
 
 @dataclass(frozen=True)
 class Key:
-    """One setting: its type, default, and line of meaning."""
+    """One setting: its type, default and one-line description; `has_commas` marks comma-separated lists."""
 
     kind: Any
     default: Any
@@ -39,7 +39,7 @@ class Key:
 
 
 def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
-    """Return every dotted key of a config class, sections opened; a ModelChoice also takes ModelConfig's fields."""
+    """Return every dotted key of a config class, nested sections included; a ModelChoice accepts ModelConfig's fields."""
     hints = get_type_hints(config_class)
     keys: dict[str, Key] = {}
     for item in dataclasses.fields(config_class):
@@ -69,7 +69,7 @@ def load(
     """Resolve a config.
 
     recipe: a YAML file, or `-` for standard input; settings: `section.key=value` strings; flags: dotted key -> value,
-    None meaning "not given".
+    None if not given.
     Raises: UsageError naming every unknown key and every value of the wrong type; NotFoundError for a missing file.
     """
     keys = keys_of(config_class)
@@ -91,12 +91,12 @@ def load(
     take((key, value, "flag") for key, value in (flags or {}).items() if value is not None)
     config = None if problems else build(config_class, values, keys, origins, problems)
     if problems or config is None:
-        raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
+        raise UsageError("; ".join(problems), "`--print-config` lists every key with a description")
     return Resolved(config, origins)
 
 
 def unknown_key(key: str, keys: Mapping[str, Key], origin: str) -> str:
-    """Return the sentence for a key that does not exist, with the likeliest one that does."""
+    """Describe an unknown key, with the closest existing one."""
     last = key.rsplit(".", 1)[-1]
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == last]
     close = same_name or get_close_matches(key, keys, n=1, cutoff=0.6)
@@ -105,28 +105,34 @@ def unknown_key(key: str, keys: Mapping[str, Key], origin: str) -> str:
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """Read a YAML mapping from a file or from standard input (`-`)."""
+    """Read a YAML mapping from a file or from standard input (`-`).
+
+    Raises: NotFoundError for a missing file; UsageError if it is not text, not YAML or not a mapping.
+    """
     import yaml
 
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise NotFoundError(f"there is no recipe `{path}`", "-r takes the path of a YAML file") from None
+        raise NotFoundError(f"recipe `{path}` does not exist", "-r takes the path of a YAML file") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe `{path}` is not a text file: {error}") from None
+        raise UsageError(f"recipe `{path}` is not a text file: {error}", "-r takes the path of a YAML file") from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"recipe `{path}` is not valid YAML: {' '.join(str(error).split())}") from None
+        message = " ".join(str(error).split())
+        raise UsageError(f"recipe `{path}` is not valid YAML: {message}", "correct the line named above") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UsageError(f"recipe `{path}` holds a {type(content).__name__}, not a mapping of settings")
+        raise UsageError(
+            f"recipe `{path}` is a {type(content).__name__}, not a mapping of settings", "write `key: value` lines"
+        )
     return content
 
 
 def flatten(tree: Mapping[Any, Any], keys: Mapping[str, Key], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys of a nested mapping; a section given as a plain word means its preset (`model: tiny`)."""
+    """Yield (dotted key, value) of a nested mapping; a scalar for a section with presets names one (`model: tiny`)."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and key not in keys:
@@ -138,7 +144,7 @@ def flatten(tree: Mapping[Any, Any], keys: Mapping[str, Key], prefix: str = "") 
 
 
 def from_environment(keys: Mapping[str, Key], environment: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield the keys that `LLMCTL_...` variables set."""
+    """Yield (key, value, origin) of the `LLMCTL_...` variables."""
     for key in keys:
         variable = "LLMCTL_" + key.replace(".", "_").upper()
         if variable in environment and variable not in RESERVED_VARIABLES:
@@ -148,24 +154,24 @@ def from_environment(keys: Mapping[str, Key], environment: Mapping[str, str]) ->
 def from_settings(
     settings: Sequence[str], keys: Mapping[str, Key], problems: list[str]
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield the keys of `--set key=value`; a malformed one is a problem."""
+    """Yield (key, value, origin) of `--set key=value`; malformed ones are added to `problems`."""
     for item in settings:
         key, equals, text = item.partition("=")
         if not equals:
-            problems.append(f"--set `{item}` has no `=`, write --set section.key=value")
+            problems.append(f"`--set {item}` has no `=`: write --set section.key=value")
             continue
         yield key.strip(), parse_for(key.strip(), text, keys), "--set"
 
 
 def parse_for(key: str, text: str, keys: Mapping[str, Key]) -> Any:
-    """Read a key's value as YAML does, except that what is to be text stays text: `{source}` is a template, no mapping."""
+    """Parse a key's value as YAML, but keep string settings as they are: `{source}` is a template, not a mapping."""
     value = parse(text)
     is_text = key in keys and keys[key].kind is str
     return text if is_text and not isinstance(value, str) else value
 
 
 def parse(text: str) -> Any:
-    """Read a value as YAML does, and leave what is not YAML a string."""
+    """Parse a value as YAML; if that fails, return the string."""
     import yaml
 
     try:
@@ -182,7 +188,7 @@ def build(
     problems: list[str],
     prefix: str = "",
 ) -> Config | None:
-    """Build the nested dataclasses, coercing each value to its field's type; complaints go to `problems`."""
+    """Build the nested dataclasses, coercing each value to its field's type; errors are added to `problems`."""
     fields: dict[str, Any] = {}
     for name, kind in get_type_hints(config_class).items():
         key = prefix + name
@@ -198,7 +204,7 @@ def build(
 
 
 def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems: list[str]) -> Any:
-    """Return the value as the field's type, or note what is wrong with it."""
+    """Convert a value to the field's type, or add the reason to `problems`."""
     from pydantic import TypeAdapter, ValidationError
 
     if info.has_commas and isinstance(value, str):
@@ -218,7 +224,7 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
 
 
 def whole_number(text: str) -> Any:
-    """Return `1e6` as the integer it is (YAML 1.1 reads it as text); anything else unchanged."""
+    """Convert text such as `1e6`, which YAML 1.1 parses as a string, to an integer; return anything else unchanged."""
     try:
         return int(float(text)) if float(text).is_integer() else text
     except ValueError:
@@ -226,7 +232,7 @@ def whole_number(text: str) -> Any:
 
 
 def nested(config: Any) -> dict[str, Any]:
-    """Return a config as the nested mapping a recipe holds (tuples as lists, a ModelChoice as one section)."""
+    """Return a config as a recipe's nested mapping (tuples as lists, a ModelChoice as one section)."""
     tree: dict[str, Any] = {}
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -240,33 +246,33 @@ def nested(config: Any) -> dict[str, Any]:
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """Return every value of a config by its dotted key."""
+    """Return a config's values by dotted key."""
     return dict(flatten(nested(config), keys_of(type(config))))
 
 
 def given_values(resolved: Resolved[Any]) -> dict[str, Any]:
-    """Return the values that a recipe file, `--set` or a flag has given, by dotted key; not the environment's."""
+    """Return the values set by a recipe file, `--set` or a flag, by dotted key; not those of the environment."""
     values = values_of(resolved.config)
     origins = resolved.origins.items()
     return {key: values[key] for key, origin in origins if origin in ("flag", "--set") or origin.startswith("recipe")}
 
 
 def changed_keys(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys in which two configs of one class differ, with both values."""
+    """Return the dotted keys in which two configs of one class differ, with (old, new)."""
     left, right = values_of(old), values_of(new)
     pairs = {key: (left.get(key), right.get(key)) for key in {**left, **right}}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def plain(value: Any) -> Any:
-    """Return a value as YAML and JSON know it."""
+    """Convert tuples to lists, for YAML and JSON."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def dump(resolved: Resolved[Any]) -> str:
-    """Return the whole config as YAML, each key with its meaning and where its value came from.
+    """Return the complete config as YAML, with a comment per key: its description and the origin of its value.
 
-    `load(recipe=...)` of this text gives the same config.
+    `load(recipe=...)` of this text returns the same config.
     """
     keys = keys_of(type(resolved.config))
     lines: list[str] = []
@@ -287,7 +293,7 @@ def dump(resolved: Resolved[Any]) -> str:
 
 
 def scalar(value: Any) -> str:
-    """Return one value in YAML's flow style on one line."""
+    """Format a value in YAML flow style on one line."""
     import yaml
 
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)

@@ -1,1 +1,1 @@
-"""Find a model, load it, put adapters on it."""
+"""Resolve a model name, load the model, apply adapters and classification heads."""

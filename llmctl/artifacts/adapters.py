@@ -1,6 +1,6 @@
-"""Adapters on loaded models: put on for training, saved, or merged for use (`--adapter PATH` or `PATH=WEIGHT`).
+"""Adapters on loaded models: attach for training, save, or merge for inference (`--adapter PATH` or `PATH=WEIGHT`).
 
-Knows nothing of how an adapter is trained. What finds and merges one on disk is `adapted.py`.
+Knows nothing about training. Bases with adapters merged from disk are in `with_adapters.py`.
 """
 
 import math
@@ -31,56 +31,58 @@ if TYPE_CHECKING:
 
 
 def named_adapter(name: str) -> tuple[Adapter, float]:
-    """Return the adapter that `PATH` or `PATH=WEIGHT` means, and its weight.
+    """Read the adapter named by `PATH` or `PATH=WEIGHT`; return it with its weight.
 
-    Raises: NotFoundError, ArtifactError; UsageError for a weight that is no number, or a model that is no adapter.
+    Raises: NotFoundError, ArtifactError; UsageError for a weight that is not a number or a path that is not an adapter.
     """
-    place, weight = name, 1.0
-    before, sign, after = name.rpartition("=")
-    if sign and not Path(name).exists():
-        place, weight = before, to_weight(after, name)
-    path = find_named(place, "any")
+    target, weight = name, 1.0
+    before, equals, after = name.rpartition("=")
+    if equals and not Path(name).exists():  # a path may contain `=` itself
+        target, weight = before, to_weight(after, name)
+    path = find_named(target, "any")
     path = path.parent if path.name == ADAPTER_WEIGHTS else path
     if not is_adapter(path):
-        raise UsageError(f"`{path}` is no adapter's folder", f"a model is named with -m: -m {path}")
+        raise UsageError(f"`{path}` is not an adapter folder", f"to use it as a model, pass -m {path}")
     return read_adapter(path), weight
 
 
 def to_weight(text: str, name: str) -> float:
-    """Return a weight.
+    """Parse an adapter's weight.
 
-    Raises: UsageError for what is no finite number.
+    Raises: UsageError if it is not a finite number.
     """
     try:
         weight = float(text)
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise UsageError(f"`--adapter {name}` has the weight `{text}`", "PATH=0.5 takes half of what an adapter adds")
+        raise UsageError(
+            f"`--adapter {name}`: the weight `{text}` is not a finite number", "PATH=0.5 applies half of the adapter"
+        )
     return weight
 
 
 def base_of(names: Sequence[str]) -> Path:
-    """Return the base that the first of these adapters names.
+    """Return the path of the first adapter's base model.
 
-    Raises: NotFoundError, also when the base is not there; UsageError; ArtifactError.
+    Raises: NotFoundError if adapter or base does not exist; UsageError; ArtifactError.
     """
     return find_base(named_adapter(names[0])[0])
 
 
 def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any") -> Loaded:
-    """Return the model with adapters merged into its weights, each times its weight; the one given stays as it is.
+    """Return a new model with the adapters, scaled by their weights, merged into `loaded`.
 
-    An adapter may bring a classification head, a tokenizer, a chat template.
-    Raises: NotFoundError, ArtifactError for one of another base, UsageError for ones that cannot be combined or make
-    of the model what is not `able`.
+    An adapter may contain a classification head, a tokenizer or a chat template.
+    Raises: NotFoundError, ArtifactError for an adapter of another base, UsageError for adapters that cannot be combined
+    or if the result is not `able`.
     """
     if not names:
         return loaded
     artifact = adapt(loaded.artifact, [named_adapter(name) for name in names])
     require_family(artifact.config, able, artifact.path)
     tokenizer = loaded.tokenizer if artifact.files == loaded.artifact.files else fitting_tokenizer(artifact)
-    loaded.model.multiply_out()  # a sum has other codes than the base
+    loaded.model.multiply_out()  # merged weights do not lie on the base's quantization grid
     state = loaded.model.state_dict()
     state |= merged(state, architecture_on(loaded.artifact, artifact.config), artifact.adapters)
     model = without_weights(artifact.config)
@@ -93,9 +95,9 @@ def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any
 
 
 def load_adapter(target: "Loaded | LanguageModel", path: Path) -> list[str]:
-    """Put an adapter on a model's layers, unmerged and ready to be trained on, and return the layers' names.
+    """Attach an adapter to a model's layers, unmerged, to continue its training; return the layers' names.
 
-    Raises: NotFoundError; ArtifactError for an adapter of another base, or one whose head the model does not have.
+    Raises: NotFoundError; ArtifactError for an adapter of another base, or one with a head that the model lacks.
     """
     from llmctl.model.lora import adapted_kind, adapter_modules, freeze
 
@@ -137,9 +139,9 @@ def save_adapter(
     files: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the adapters on a model's layers, and its classification head if it has one, as PEFT reads them.
+    """Write a model's adapters, and its classification head if it has one, in PEFT's format.
 
-    base: the model on disk whose weights lie under the adapters; files: a tokenizer or chat template to go with it.
+    base: the base model on disk; files: a tokenizer or chat template to store with the adapter.
     Raises: OutputError.
     """
     from llmctl.model.lora import adapter_modules, adapter_state
@@ -173,11 +175,12 @@ def save_adapter(
 
 
 def name_for(base: Path, out: Path) -> str:
-    """Return how an adapter names its base: from its own folder where it lies in it or both under here, else in full.
+    """Return the base's path as an adapter stores it.
 
-    What is moved together stays together; links such as `runs/latest` will mean another model one day.
+    It is relative to the adapter if the base is inside it, or if both are below the working directory, so that they
+    can be moved together; otherwise absolute. Links are resolved: `runs/latest` will point elsewhere later.
     """
-    here, base, out = Path.cwd().resolve(), base.resolve(), out.resolve()
-    if base.is_relative_to(out) or (base.is_relative_to(here) and out.is_relative_to(here)):
+    cwd, base, out = Path.cwd().resolve(), base.resolve(), out.resolve()
+    if base.is_relative_to(out) or (base.is_relative_to(cwd) and out.is_relative_to(cwd)):
         return os.path.relpath(base, out)
     return str(base)

@@ -1,4 +1,4 @@
-"""Which model a command uses: by name, the current directory, the newest run that can do it, the default."""
+"""Resolve the model of a command: an explicit name, the current directory, the newest suitable run, the default."""
 
 import json
 import os
@@ -30,37 +30,36 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-"""The files of which a model folder has one; the last makes it an adapter's."""
+"""A model folder contains one of these files; the last marks an adapter."""
 
 
 MAKE_ONE = {
-    "generate": "make one in a minute: llmctl pretrain",
-    "fill": "make one in a minute: llmctl pretrain --objective mlm",
-    "classify": "llmctl finetune MODEL DATA --task classify makes one",
-    "any": "make one in a minute: llmctl pretrain",
+    "generate": "`llmctl pretrain` trains one in a minute",
+    "fill": "`llmctl pretrain --objective mlm` trains one in a minute",
+    "classify": "`llmctl finetune MODEL DATA --task classify` trains one",
+    "any": "`llmctl pretrain` trains one in a minute",
 }
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model's place and why it was chosen."""
+    """A model's path and the reason it was chosen."""
 
     path: Path
     why: str
 
 
 def default_file() -> Path:
-    """Return the file in which `llmctl use` keeps its choice."""
+    """Return the file in which `llmctl use` stores the default model's path."""
     base = os.environ.get("XDG_DATA_HOME")
     return (Path(base) if base else Path.home() / ".local" / "share") / "llmctl" / "default"
 
 
 def resolve_model(name: str | None, *, able: Ability) -> Found:
-    """Find the model to use: `name` > LLMCTL_MODEL > this directory > the newest finished run > `llmctl use`.
+    """Resolve the model to use: `name` > LLMCTL_MODEL > this directory > the newest finished run > `llmctl use`.
 
-    A name is a file, a folder, a run's number or prefix, or `latest`. Only models able to do what is asked are
-    taken from runs; one that was named is taken as it is.
-    Raises: NotFoundError saying what was looked for and how to make one; UsageError for an empty name.
+    A name is a file, a folder, a run's number or prefix, or `latest`. Only the search among runs checks `able`.
+    Raises: NotFoundError if there is no model; UsageError for an empty name.
     """
     if name is not None:
         return Found(find_named(name, able), "named")
@@ -76,18 +75,18 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
     if chosen.is_file():
         default = Path(chosen.read_text(encoding="utf-8").strip())
         if not default.exists():
-            raise NotFoundError(f"the default model `{default}` is gone", "llmctl use MODEL chooses another")
+            raise NotFoundError(f"the default model `{default}` no longer exists", "`llmctl use MODEL` sets another")
         return Found(default, "set by `llmctl use`")
     raise nothing_found(able)
 
 
 def find_named(name: str, able: Ability) -> Path:
-    """Return the model that a name means.
+    """Resolve a model name to a path.
 
     Raises: NotFoundError; UsageError for an empty name (a command substitution that failed) or an ambiguous one.
     """
     if not name:
-        raise UsageError("the model's name is empty", "name a model folder, a .safetensors file, or a run in runs/")
+        raise UsageError("the model name is empty", "pass a model folder, a .safetensors file, or a run in runs/")
     path = Path(name)
     if path.exists():
         return path
@@ -98,20 +97,20 @@ def find_named(name: str, able: Ability) -> Path:
             raise nothing_found(able)
         return newest
     is_run = folder.is_dir() and path.parent in (Path(), folder)
-    beginnings = (f"{int(name):04d}-", name) if name.isdecimal() else (path.name,)
+    prefixes = (f"{int(name):04d}-", name) if name.isdecimal() else (path.name,)
     matches = (
-        sorted(run for run in folder.iterdir() if run.name.startswith(beginnings) and is_model(run)) if is_run else []
+        sorted(run for run in folder.iterdir() if run.name.startswith(prefixes) and is_model(run)) if is_run else []
     )
     if len(matches) == 1 or (matches and matches[0].name == path.name):
         return matches[0]
     if matches:
         names = ", ".join(f"`{run.name}`" for run in matches[:5])
-        raise UsageError(f"`{name}` means more than one run: {names}", "write more of the name")
-    raise NotFoundError(f"there is no model `{name}`", "name a model folder, a .safetensors file, or a run in runs/")
+        raise UsageError(f"`{name}` matches more than one run: {names}", "give a longer prefix")
+    raise NotFoundError(f"model `{name}` does not exist", "pass a model folder, a .safetensors file, or a run in runs/")
 
 
 def is_model(folder: Path) -> bool:
-    """Tell whether a folder holds weights; the link `latest` is not counted beside the run it means."""
+    """Tell whether a folder contains weights; links are skipped, so that `latest` does not duplicate its run."""
     return not folder.is_symlink() and any((folder / weights).is_file() for weights in WEIGHTS)
 
 
@@ -129,7 +128,7 @@ def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
 
 
 def newest_run(able: Ability) -> Path | None:
-    """Return the newest finished run that can do what is asked."""
+    """Return the newest finished run whose model is `able`, or None."""
     return next(
         (path for path, record in finished_runs() if can(able, record.get("family"), bool(record.get("has_head")))),
         None,
@@ -137,12 +136,12 @@ def newest_run(able: Ability) -> Path | None:
 
 
 def can(able: Ability, family: Any, has_head: bool) -> bool:
-    """Tell whether a model of a family, with a classification head or without, can do what is asked."""
+    """Tell whether a model of this family, with or without a classification head, is `able`."""
     return family in FAMILIES[able] and (able == "any" or has_head == (able == "classify"))
 
 
 def nothing_found(able: Ability) -> NotFoundError:
-    """Return the error for no model at all, or none of the kind that is needed."""
+    """Return the error for no model at all, or for no run with a suitable one."""
     runs = finished_runs()
     if runs:
         path, record = runs[0]
@@ -150,13 +149,13 @@ def nothing_found(able: Ability) -> NotFoundError:
         what = "a classifier" if has_head else a_model(family)
         return NotFoundError(
             f"no run can {able}: the newest, `{path}`, is {what}",
-            f"`llmctl {use_of(family, has_head=has_head)}` uses it; or {MAKE_ONE[able]}",
+            f"use it with `llmctl {use_of(family, has_head=has_head)}`; {MAKE_ONE[able]}",
         )
-    return NotFoundError("no model yet", MAKE_ONE[able])
+    return NotFoundError("no model found", MAKE_ONE[able])
 
 
 def announce(found: Found) -> str:
-    """Return the one line that says which model is used, why, and how large and old it is."""
+    """Format one line with the model's path, why it was chosen, its size and its age."""
     facts = [found.why, parameters_in(found.path)]
     record = found.path / "run.json"
     if record.is_file():
@@ -166,18 +165,18 @@ def announce(found: Found) -> str:
 
 
 def parameters_in(path: Path) -> str:
-    """Return how many numbers a model's weights have, as a person says it; nothing where loading will complain."""
+    """Format a model's parameter count, such as `124M parameters`; empty if its files cannot be read."""
     from llmctl.formats.adapter import is_adapter, read_adapter
-    from llmctl.formats.artifact import check_kind, n_numbers, read_headers
+    from llmctl.formats.artifact import check_kind, count_parameters, read_headers
 
     try:
         if is_adapter(path):
-            return f"an adapter of `{read_adapter(path).base}`"
+            return f"an adapter for `{read_adapter(path).base}`"
         check_kind(path)
         headers = read_headers(path)
     except (LlmctlError, OSError):
         return ""
-    count = sum(n_numbers(header) for header in headers.values())
+    count = sum(count_parameters(header) for header in headers.values())
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{unit} parameters"
@@ -185,7 +184,7 @@ def parameters_in(path: Path) -> str:
 
 
 def ago(seconds: float) -> str:
-    """Return an age as a person says it."""
+    """Format an age, such as `3 h ago`."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} ago"
@@ -199,7 +198,7 @@ def a_model(family: str) -> str:
 
 
 def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
-    """Refuse a model that cannot do what is asked.
+    """Check that a model is `able`.
 
     Raises: UsageError naming the command that can use it.
     """
@@ -207,11 +206,11 @@ def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
     if not can(able, config.family, has_head):
         what = "a classifier" if has_head else a_model(config.family)
         other = use_of(config.family, has_head=has_head)
-        raise UsageError(f"`{path}` is {what}, which cannot {able}", f"`llmctl {other}` uses it; or {MAKE_ONE[able]}")
+        raise UsageError(f"`{path}` is {what}, which cannot {able}", f"use it with `llmctl {other}`; {MAKE_ONE[able]}")
 
 
 def use_of(family: str, *, has_head: bool) -> str:
-    """Return the command that uses a model."""
+    """Return the command that can use such a model."""
     if has_head:
         return "classify"
     return "fill" if family == "encoder" else "generate"

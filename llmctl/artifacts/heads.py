@@ -1,4 +1,4 @@
-"""Give a model a classification head, or see that the one it has fits the labels."""
+"""Add a classification head to a model, or check that the existing one fits the labels."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,14 +21,14 @@ HEADS: dict[str, dict[str, Any]] = {
     "encoder": {"pooling": "mean", "pooled_activation": "gelu"},
     "encoder_decoder": {"pooling": "last", "pooled_activation": "tanh"},
 }
-"""The head of a family where its published class has no other."""
+"""The default head of each family; BERT-like encoders use `first` with `tanh` instead, as published."""
 
 POOLER = "pooler.dense."
-"""BERT's dense layer over the first state: a published encoder brings one, trained with it."""
+"""BERT's dense layer over the first token's hidden state; published encoders contain a pretrained one."""
 
 
 def head_config(config: ModelConfig, labels: Labels, n_outputs: int, pooling: str = "auto") -> ModelConfig:
-    """Return a model's configuration with a head for these labels: that of its published classifier, if it has one."""
+    """Add a head for these labels to a config: with `auto`, the head of the architecture's published classifier."""
     head: dict[str, Any] = {"n_labels": n_outputs, "labels": labels.names, "problem": labels.problem}
     if pooling != "auto":
         return replace(config, **head, **HEADS[config.family] | {"pooling": pooling})
@@ -39,9 +39,9 @@ def head_config(config: ModelConfig, labels: Labels, n_outputs: int, pooling: st
 
 
 def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, seed: int) -> LanguageModel:
-    """Return the model with a head for the labels; the body's weights are the base's own, in its few bits if it has them.
+    """Return the model with a head for the labels; a quantized base stays quantized.
 
-    A head that is there already is kept. A new one is drawn anew, except that a published pooler is taken over.
+    An existing head is kept. A new one is initialized randomly, except that a pretrained pooler is reused.
     Raises: ArtifactError if the model has a head for other labels.
     """
     model = base.model
@@ -57,32 +57,32 @@ def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, see
     generator = torch.Generator().manual_seed(seed)
     for name in state:
         if name.startswith("classifier"):
-            draw = nn.init.zeros_ if name.endswith("bias") else _drawn(config.init_std, generator)
-            draw(state[name])
+            initialize = nn.init.zeros_ if name.endswith("bias") else _normal(config.init_std, generator)
+            initialize(state[name])
     if config.pooling == "first" and config.pooled_activation == "tanh":
         state |= published_pooler(base)
     classifier.load_state_dict(state)
     return classifier
 
 
-def _drawn(std: float, generator: torch.Generator) -> Any:
+def _normal(std: float, generator: torch.Generator) -> Any:
     return lambda tensor: nn.init.normal_(tensor, std=std, generator=generator)
 
 
 def published_pooler(base: Loaded) -> dict[str, torch.Tensor]:
-    """Return BERT's pooler from the model's file, where it holds one."""
+    """Read BERT's pooler from the base's weight files; empty if they have none."""
     for path, header in read_headers(base.artifact.path).items():
         names = {name: name.rpartition(POOLER)[2] for name in header.tensors if POOLER in name}
         if sorted(names.values()) == ["bias", "weight"]:
-            found = read_tensors(path, list(names))
-            return {f"classifier_dense.{part}": found[name].float() for name, part in names.items()}
+            tensors = read_tensors(path, list(names))
+            return {f"classifier_dense.{part}": tensors[name].float() for name, part in names.items()}
     return {}
 
 
 def check_head(base: Loaded, labels: Labels, n_outputs: int) -> None:
-    """Refuse to go on with a head that is of another size or for other labels.
+    """Check that the base's head has the size and the labels of the data.
 
-    Raises: ArtifactError with both.
+    Raises: ArtifactError showing both.
     """
     config = base.model.config
     same = config.n_labels == n_outputs and config.problem == labels.problem
@@ -91,6 +91,6 @@ def check_head(base: Loaded, labels: Labels, n_outputs: int) -> None:
     has = f"{config.n_labels} outputs ({config.problem}{': ' + ', '.join(config.labels[:8]) if config.labels else ''})"
     wants = f"{n_outputs} ({labels.problem}{': ' + ', '.join(labels.names[:8]) if labels.names else ''})"
     raise ArtifactError(
-        f"the head of `{base.artifact.path}` has {has}, the data asks for {wants}",
-        "name its labels with --labels, or start from a model without a head",
+        f"the head of `{base.artifact.path}` has {has}, the data needs {wants}",
+        "pass the head's labels with --labels, or start from a model without a head",
     )

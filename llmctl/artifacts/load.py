@@ -1,6 +1,6 @@
-"""Find the model a command means, and load it.
+"""Load a model with its tokenizer.
 
-Finding reads small JSON files only; torch is imported when weights are.
+torch is imported inside functions, so that importing this module is fast.
 """
 
 import json
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready for use, its tokenizer if it has one, and the artifact it came from.
+    """A model, its tokenizer if it has one, and the artifact they came from.
 
-    is_own: nobody else, such as a training run, works on its weights.
+    is_own: nothing else, such as a training loop, changes the weights.
     """
 
     model: "LanguageModel"
@@ -34,30 +34,30 @@ class Loaded:
 
     @cached_property
     def decoder(self) -> "Decoder | None":
-        """The model made ready for decoding; None where its weights must stay as they are, or it is of another kind."""
+        """The model prepared for cached decoding; None if its weights may still change or it is not a decoder."""
         from llmctl.kernels.decoder import make_decoder
 
         return make_decoder(self.model) if self.is_own else None
 
     @cached_property
     def begins_with_bos(self) -> bool:
-        """Whether a text of this model begins with a begin-of-text token.
+        """Whether this model's texts start with a BOS token.
 
-        Ours always do. Of published ones `tokenizer_config.json` says so, or the template in `tokenizer.json`;
-        sentencepiece's do unless it is denied.
+        Always for our own tokenizers. Otherwise `add_bos_token` in `tokenizer_config.json` decides; without it,
+        sentencepiece tokenizers add one, others if the post-processor in `tokenizer.json` does.
         """
         from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
 
         is_sentencepiece = isinstance(self.tokenizer, SentencePieceTokenizer)
         if isinstance(self.tokenizer, SentencePieceTokenizer) and self.tokenizer.is_lossless:
             return True
-        said = self.json_file("tokenizer_config.json").get("add_bos_token")
-        if said is not None:
-            return bool(said)
+        add_bos = self.json_file("tokenizer_config.json").get("add_bos_token")
+        if add_bos is not None:
+            return bool(add_bos)
         return is_sentencepiece or begins_with_special(self.json_file("tokenizer.json").get("post_processor"))
 
     def json_file(self, name: str) -> dict[str, Any]:
-        """Return what a JSON file beside the weights holds; nothing where it is missing or no JSON object."""
+        """Parse a JSON file stored with the weights; empty if it is missing or not a JSON object."""
         try:
             content = json.loads(self.artifact.files.get(name, b"{}"))
         except ValueError:
@@ -66,7 +66,7 @@ class Loaded:
 
 
 def begins_with_special(post_processor: Any) -> bool:
-    """Tell whether a `tokenizer.json` puts a special token before every text (Llama 3 says it only there)."""
+    """Tell whether a `tokenizer.json` post-processor prepends a special token (Llama 3 specifies it only there)."""
     if not isinstance(post_processor, dict):
         return False
     if post_processor.get("type") == "Sequence":
@@ -78,13 +78,13 @@ def begins_with_special(post_processor: Any) -> bool:
 def load_model(
     path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any", packed: bool = False
 ) -> Loaded:
-    """Load a model folder or file for use: on the device, in the dtype, in evaluation mode.
+    """Load a model folder or file in evaluation mode.
 
-    An adapter's folder is loaded as its base with the adapter merged into the weights.
-    packed: what is held in few bits stays so, as is right for use; else it is multiplied out, as training needs it.
+    An adapter folder is loaded as its base with the adapter merged into the weights.
+    packed: keep quantized weights packed, for inference; otherwise dequantize them, as training needs.
     dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
-    Raises: NotFoundError, ArtifactError (damaged, or a tokenizer that does not fit), UsageError for a device or dtype
-    that is not there, or a model that is not `able`; the latter before weights are read.
+    Raises: NotFoundError, ArtifactError (damaged, or the tokenizer does not fit), UsageError for an unavailable device
+    or dtype, or a model that is not `able` (checked before weights are read).
     """
     import torch
 
@@ -93,16 +93,16 @@ def load_model(
 
     artifact = read_model(path)
     require_family(artifact.config, able, path)
-    place = choose_device(device)
+    target = choose_device(device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    names["auto"] = torch.float32 if place == "cpu" else torch.bfloat16
+    names["auto"] = torch.float32 if target == "cpu" else torch.bfloat16
     if dtype not in names:
-        raise UsageError(f"`--dtype {dtype}` is not known", "float32, bfloat16, float16 or auto")
+        raise UsageError(f"unknown dtype: `--dtype {dtype}`", "use float32, bfloat16, float16 or auto")
     tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
     model.quantize(schemes)
-    model.to_empty(device=place)
+    model.to_empty(device=target)
     materialize_buffers(model)
     model.tie()
     model.to(names[dtype])
@@ -113,7 +113,7 @@ def load_model(
 def fitting_tokenizer(artifact: "Artifact") -> "Tokenizer | None":
     """Return the tokenizer of an artifact, or None.
 
-    Raises: ArtifactError for one that has more tokens than the model.
+    Raises: ArtifactError if it has more tokens than the model.
     """
     from llmctl.tokenizer.load import find_tokenizer
 
@@ -122,33 +122,33 @@ def fitting_tokenizer(artifact: "Artifact") -> "Tokenizer | None":
         raise ArtifactError(
             f"the tokenizer of `{artifact.path}` has {tokenizer.vocab_size:,} tokens, its model "
             f"{artifact.config.vocab_size:,}",
-            "the two do not belong together; import the model again",
+            "model and tokenizer do not match: import the model again",
         )
     return tokenizer
 
 
 def without_weights(config: "ModelConfig") -> "LanguageModel":
-    """Return a model on the meta device; its weights have shapes and no numbers.
+    """Build a model on the meta device: its weights have shapes but no storage.
 
-    Drawing them is left out: on that device torch answers a draw by importing its compiler, most of a second.
+    Initialization is skipped: on the meta device, torch's random functions import its compiler (about a second).
     """
     import torch
     from torch.overrides import TorchFunctionMode
 
     from llmctl.model.transformer import LanguageModel
 
-    class Undrawn(TorchFunctionMode):
+    class SkipInit(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if getattr(func, "__module__", None) == "torch.nn.init":
                 return args[0] if args else kwargs["tensor"]
             return func(*args, **(kwargs or {}))
 
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"), SkipInit():
         return LanguageModel(config)
 
 
 def materialize_buffers(model: "LanguageModel") -> None:
-    """Fill the tables that are computed, not stored; building on the meta device left them empty."""
+    """Compute the buffers that files do not store (sinusoidal positions): the meta device left them uninitialized."""
     from llmctl.model.positions import sinusoidal_table
 
     for module in model.modules():
@@ -158,19 +158,19 @@ def materialize_buffers(model: "LanguageModel") -> None:
 
 
 def choose_device(name: str) -> str:
-    """Return `cpu` or `cuda`.
+    """Return `cpu` or `cuda`; `auto` prefers `cuda`.
 
-    Raises: UsageError for a device that is not there.
+    Raises: UsageError if the device is unknown or unavailable.
     """
     import torch
 
     if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"`--device {name}` is not known", "auto, cpu or cuda")
+        raise UsageError(f"unknown device: `--device {name}`", "use auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("`--device cuda` is asked for, but no CUDA device is visible", "--device cpu")
+        raise UsageError("`--device cuda`: no CUDA device is visible", "use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def is_bare(artifact: Artifact) -> bool:
-    """Tell whether a model predicts nothing: an encoder that is published without a head, as sentence encoders are."""
+    """Tell whether an encoder was published without a prediction head, as sentence encoders are."""
     return artifact.config.family == "encoder" and "For" not in artifact.architecture

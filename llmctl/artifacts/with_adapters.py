@@ -1,6 +1,6 @@
-"""A base with adapters merged into its weights, as a model like any other: find the base, check it, merge.
+"""A base model with adapters merged into its weights, as an `Artifact`: find the base, check it, merge.
 
-Nothing is merged, and torch is not loaded, until tensors are asked for.
+Merging, and importing torch, happens only when tensors are requested.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,66 +35,69 @@ Weighted = tuple[Adapter, float]
 
 @dataclass(frozen=True)
 class Adapted(Artifact):
-    """A base and the adapters that its weights are read with; `tensors` are the base's."""
+    """A base and its adapters, merged when the state is read; `tensors` are the base's."""
 
     base: Artifact | None = None
     adapters: tuple[Weighted, ...] = ()
 
     def state(self, dtype: "torch.dtype | None" = None) -> dict[str, "Tensor"]:
-        """Return the merged state of `LanguageModel(config)`, rounded once: from float32 to the dtype asked for."""
+        """Return the merged state of `LanguageModel(config)`, rounded once, from float32 to `dtype`."""
         import torch
 
         assert self.base is not None
-        wanted = dtype or torch.float32
+        target = dtype or torch.float32
         state = self.base.stored_state()
-        state |= merged(state, architecture_on(self.base, self.config), self.adapters, wanted)
-        return {name: tensor.to(wanted) for name, tensor in fitted(state, self.config).items()}
+        state |= merged(state, architecture_on(self.base, self.config), self.adapters, target)
+        return {name: tensor.to(target) for name, tensor in fitted(state, self.config).items()}
 
     def stored_state(self) -> dict[str, "Tensor"]:
-        """Return the merged state in the dtypes that the base has on disk."""
+        """Return the merged state in the base's stored dtypes."""
         assert self.base is not None
         state = self.base.stored_state()
         return fitted(state | merged(state, architecture_on(self.base, self.config), self.adapters), self.config)
 
 
 def read_model(path: Path) -> Artifact:
-    """Read a model's folder or file, or an adapter's folder as its base with the adapter in it.
+    """Read a model folder or file, or an adapter folder as its base with the adapter merged.
 
-    Raises: NotFoundError, also when the base is not there; ArtifactError.
+    Raises: NotFoundError, also if the base does not exist; ArtifactError.
     """
     return read_chain(path, ())
 
 
 def read_chain(path: Path, above: tuple[Path, ...]) -> Artifact:
-    """Read a model whose base may be an adapter of another; `above` are those that led here."""
+    """Read a model whose base may itself be an adapter; `above` are the adapters already visited."""
     path = path.parent if path.name == ADAPTER_WEIGHTS else path
     if not is_adapter(path):
         return read_artifact(path)
     if path.resolve() in above:
-        raise ArtifactError(f"the adapter `{path}` is, over {len(above)} adapters, its own base")
+        raise ArtifactError(
+            f"the adapter `{path}` is its own base, through a chain of {len(above)} adapters",
+            "correct `base_model_name_or_path` in its adapter_config.json",
+        )
     adapter = read_adapter(path)
     return adapt(read_chain(find_base(adapter), (*above, path.resolve())), [(adapter, 1.0)])
 
 
 def find_base(adapter: Adapter) -> Path:
-    """Return the place of an adapter's base: as it says, from its own folder, or from here.
+    """Find an adapter's base, whose path may be relative to the adapter's folder or the working directory.
 
-    Raises: NotFoundError saying which base, and how to name it.
+    Raises: NotFoundError naming the missing base.
     """
-    hint = f"-m BASE --adapter {adapter.path}"
+    hint = f"pass the base: -m BASE --adapter {adapter.path}"
     if not adapter.base:
-        raise NotFoundError(f"the adapter `{adapter.path}` does not say what its base is", hint)
-    here = Path.cwd()
-    # An absolute path stays itself when joined to another.
-    for place in (adapter.path / adapter.base, here / adapter.base):
-        if place.exists():
-            whole = place.resolve()
-            return whole.relative_to(here) if whole.is_relative_to(here) else whole
-    raise NotFoundError(f"`{adapter.base}`, the base of the adapter `{adapter.path}`, is not there", hint)
+        raise NotFoundError(f"the adapter `{adapter.path}` does not name its base", hint)
+    cwd = Path.cwd()
+    # Joining with an absolute path yields that path.
+    for candidate in (adapter.path / adapter.base, cwd / adapter.base):
+        if candidate.exists():
+            resolved = candidate.resolve()
+            return resolved.relative_to(cwd) if resolved.is_relative_to(cwd) else resolved
+    raise NotFoundError(f"`{adapter.base}`, the base of the adapter `{adapter.path}`, does not exist", hint)
 
 
 def adapt(base: Artifact, adapters: Sequence[Weighted]) -> Adapted:
-    """Return a base with adapters, everything checked that can be without reading weights.
+    """Combine a base with adapters, after every check that does not read weights.
 
     Raises: ArtifactError for an adapter of another base; UsageError for adapters that cannot be combined.
     """
@@ -109,8 +112,9 @@ def adapt(base: Artifact, adapters: Sequence[Weighted]) -> Adapted:
     check_complete(base, architecture, adapters)
     family = architecture.family
     hf = {"architectures": [family.architecture], "model_type": family.model_type} | family.write_config(config)
-    files = {name: data for files in (base.files, *(one.files for one, _ in adapters)) for name, data in files.items()}
-    names = [{"name": one.path.resolve().name, "weight": weight, **one.provenance} for one, weight in adapters]
+    all_files = (base.files, *(adapter.files for adapter, _ in adapters))
+    files = {name: data for part in all_files for name, data in part.items()}  # an adapter's files replace the base's
+    names = [{"name": a.path.resolve().name, "weight": weight, **a.provenance} for a, weight in adapters]
     return Adapted(
         path=adapters[-1][0].path,
         architecture=family.architecture,
@@ -126,7 +130,7 @@ def adapt(base: Artifact, adapters: Sequence[Weighted]) -> Adapted:
 
 
 def check_identity(adapter: Adapter, base: Artifact) -> None:
-    """Check that an adapter that says of which weights it is gets these.
+    """Check that an adapter that records the digest of its base's weights is used with those weights.
 
     Raises: ArtifactError.
     """
@@ -137,51 +141,55 @@ def check_identity(adapter: Adapter, base: Artifact) -> None:
     except (NotFoundError, OSError):
         is_named = False
     raise ArtifactError(
-        f"the adapter `{adapter.path}` was trained on other weights than those of `{base.path}`",
-        "they have changed since: bring the old ones back, or train the adapter again"
+        f"the adapter `{adapter.path}` was trained on weights other than those of `{base.path}`",
+        "the base has changed since: restore its weights, or train the adapter again"
         if is_named
-        else f"it names its base: `{adapter.base}`",
+        else f"use its own base, `{adapter.base}`",
     )
 
 
 def architecture_on(base: Artifact, config: "ModelConfig") -> Architecture:
-    """Return the architecture of a config on a base: the base's own unless a classification head was put on."""
+    """Return the architecture of a config: the base's own, unless a classification head was added."""
     return architecture_of(config, base.family if config.n_labels == base.config.n_labels else None)
 
 
 def check_together(adapters: Sequence[Weighted]) -> None:
-    """Check that adapters can be added up: lengths of rows and heads over labels cannot.
+    """Check that adapters can be summed: DoRA magnitudes and classification heads cannot.
 
-    Raises: UsageError naming the one that cannot.
+    Raises: UsageError naming an adapter that cannot.
     """
     with_head = [adapter for adapter, _ in adapters if adapter.whole]
     if len(with_head) > 1:
-        raise UsageError(f"`{with_head[0].path}` and `{with_head[1].path}` each bring a classification head")
+        raise UsageError(
+            f"`{with_head[0].path}` and `{with_head[1].path}` both contain a classification head", "use one of them"
+        )
     for adapter, weight in adapters:
         if adapter.dora and len(adapters) > 1:
-            raise UsageError(f"`{adapter.path}` is a DoRA adapter, which cannot be added to others", "use it alone")
+            raise UsageError(f"`{adapter.path}` is a DoRA adapter, which cannot be combined", "use it alone")
         if weight != 1 and (adapter.dora or adapter.whole):
-            kind = "is a DoRA adapter" if adapter.dora else "brings a classification head"
-            raise UsageError(f"`{adapter.path}` {kind}, which takes no weight but 1, not {weight:g}")
+            kind = "is a DoRA adapter" if adapter.dora else "contains a classification head"
+            raise UsageError(
+                f"`{adapter.path}` {kind}, so its weight must be 1, not {weight:g}", f"--adapter {adapter.path}"
+            )
 
 
 def check_complete(base: Artifact, architecture: Architecture, adapters: Sequence[Weighted]) -> None:
-    """Check that base and adapters together have the whole classification head.
+    """Check that base and adapters together contain the complete classification head.
 
-    Raises: ArtifactError naming what is in neither.
+    Raises: ArtifactError naming the missing tensors.
     """
-    there = {name for adapter, _ in adapters for name in adapter.whole}
+    provided = {name for adapter, _ in adapters for name in adapter.whole}
     known = parameter_shapes(base.config)
-    missing = [name for name, ours in architecture.head.items() if ours not in known and name not in there]
+    missing = [name for name, ours in architecture.head.items() if ours not in known and name not in provided]
     if missing:
         raise ArtifactError(
-            f"neither `{base.path}` nor the adapter `{adapters[-1][0].path}` has {few(missing)}",
-            "a base with the whole classification head has; or save the adapter with it in modules_to_save",
+            f"neither `{base.path}` nor the adapter `{adapters[-1][0].path}` contains {few(missing)}",
+            "use a base with a classification head, or save the adapter with the head in modules_to_save",
         )
 
 
 def identity_of(artifact: Artifact) -> str:
-    """Return what tells a model's weights from others; merged adapters belong to them."""
+    """Return a digest of a model's weights, including merged adapters."""
     if not isinstance(artifact, Adapted) or artifact.base is None:
         return identity(artifact.tensors)
     digest = sha256(identity_of(artifact.base).encode())
@@ -198,7 +206,7 @@ def merged(
     adapters: Sequence[Weighted],
     dtype: "torch.dtype | None" = None,
 ) -> dict[str, "Tensor"]:
-    """Return the parameters that adapters change, in `dtype` or the state's own; sums are taken in float32 at least."""
+    """Return the parameters that adapters change, in `dtype` or their own dtype; sums use at least float32."""
     import torch
 
     from llmctl.model.lora import merge, scale_of
@@ -212,17 +220,18 @@ def merged(
             factor = weight * scale_of(part.rank, part.alpha, rslora=adapter.rslora)
             sums.setdefault(module + ".weight", []).append((part, factor))
     changed: dict[str, Tensor] = {}
-    for name, parts_of_one in sums.items():
+    # All adapters of a weight are summed before it is rounded to its dtype, once.
+    for name, layer_parts in sums.items():
         before = state[name]
         total = before.to(torch.promote_types(before.dtype, torch.float32))
-        for part, factor in parts_of_one:
-            lengths = None if part.magnitude_O is None else part.magnitude_O.to(before.device)
-            total = merge(total, part.a_RI.to(before.device), part.b_OR.to(before.device), factor, lengths)
+        for part, factor in layer_parts:
+            magnitude = None if part.magnitude_O is None else part.magnitude_O.to(before.device)
+            total = merge(total, part.a_RI.to(before.device), part.b_OR.to(before.device), factor, magnitude)
         changed[name] = total.to(dtype or before.dtype)
     like = state["model.embed_tokens.weight"]
     return changed | {name: tensor.to(like.device, dtype or like.dtype) for name, tensor in head.items()}
 
 
 def fitted(state: Mapping[str, "Tensor"], config: "ModelConfig") -> dict[str, "Tensor"]:
-    """Return the parameters of this config alone: without the head over the vocabulary that a classifier lacks."""
+    """Keep only the parameters of this config: a classifier drops the base's vocabulary head."""
     return {name: state[name] for name in parameter_shapes(config)}

@@ -1,1 +1,1 @@
-"""Text sources, shards, streams and masking; no model, and token functions are passed in."""
+"""Text sources, token shards, batches and masking; models are unknown here and encode functions are passed in."""

@@ -1,7 +1,7 @@
-"""From rows to the arrays of one forward pass, one builder per objective.
+"""Build the input arrays of one forward pass from rows of tokens, one builder per objective.
 
-What is drawn for a row (masks, spans) comes from a generator seeded by (seed, number of the row): it is new in every
-epoch and the same on any number of processes. Knows no model; ids arrive as numbers.
+Random choices for a row (masks, spans) come from a generator seeded by (seed, address of the row), so they do not
+depend on the number of processes. Knows no model and no tokenizer: special ids are passed in.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from llmctl.data.stream import Documents, ExampleRows, PackedExamples, PackedRow
 
 Ints = NDArray[np.int64]
 Batch = dict[str, Ints]
-"""Arrays of one forward pass: `labels` and the inputs of `LanguageModel.hidden`, all (B, T), int64."""
+"""The arrays of one forward pass: `labels` and the inputs of `LanguageModel.hidden`, all (B, T), int64."""
 
 
 @dataclass(frozen=True)
 class Ids:
-    """The token numbers that builders insert."""
+    """The special token ids that builders insert; `special` (V,) marks all special tokens."""
 
     pad: int
     eos: int
@@ -31,7 +31,7 @@ class Ids:
 
 
 def stack(rows: Sequence[Ints], fill: int) -> Ints:
-    """Pad rows of unequal length on the right: (B, longest)."""
+    """Right-pad rows to the longest and stack them: (B, longest)."""
     out = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
     for index, row in enumerate(rows):
         out[index, : len(row)] = row
@@ -39,13 +39,13 @@ def stack(rows: Sequence[Ints], fill: int) -> Ints:
 
 
 class CausalBatches:
-    """Next-token prediction: the label of a position is its successor in the same document."""
+    """Next-token prediction: the label of a position is the next token of the same document."""
 
     def __init__(self, rows: PackedRows, ids: Ids) -> None:
         self.rows, self.ids, self.n_rows = rows, ids, rows.n_rows
 
     def address(self, number: int) -> int:
-        """Return where row `number` lies among fixed rows."""
+        """Return the address of row `number` among fixed rows."""
         return self.rows.address(number)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
@@ -54,7 +54,7 @@ class CausalBatches:
         tokens, documents = np.stack([row.tokens for row in rows]), np.stack([row.documents for row in rows])
         follows = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] != 0)
         batch = {"input_ids_BT": tokens[:, :-1], "labels": np.where(follows, tokens[:, 1:], IGNORE)}
-        # One document per row needs no mask, and attention is fastest without one.
+        # With one document per row the mask is redundant, and attention is faster without it.
         if (documents[:, :-1] != 1).any():
             batch["documents_BT"] = documents[:, :-1]
         return batch
@@ -67,7 +67,7 @@ class MaskedBatches:
         self.rows, self.ids, self.masking, self.seed, self.n_rows = rows, ids, masking, seed, rows.n_rows
 
     def address(self, number: int) -> int:
-        """Return where row `number` lies among fixed rows."""
+        """Return the address of row `number` among fixed rows."""
         return self.rows.address(number)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
@@ -89,14 +89,14 @@ class MaskedBatches:
 
 
 class SpanBatches:
-    """Span corruption over packed rows: every document of a row is corrupted and decoded on its own."""
+    """Span corruption over packed rows: every document of a row is corrupted and decoded separately."""
 
     def __init__(self, rows: PackedRows, ids: Ids, *, frac: float, mean_span_tokens: float, seed: int) -> None:
         self.rows, self.ids, self.frac, self.mean, self.seed = rows, ids, frac, mean_span_tokens, seed
         self.n_rows = rows.n_rows
 
     def address(self, number: int) -> int:
-        """Return where row `number` lies among fixed rows."""
+        """Return the address of row `number` among fixed rows."""
         return self.rows.address(number)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
@@ -120,24 +120,24 @@ class SpanBatches:
 
 
 class PairBatches:
-    """Supervised pairs; a side longer than `max_tokens` is cut there (the caller has counted and said so)."""
+    """Supervised pairs; a side longer than `max_tokens` is truncated (the caller reports how many)."""
 
     def __init__(self, rows: PairRows, ids: Ids, max_tokens: int) -> None:
         self.rows, self.ids, self.max_tokens, self.n_rows = rows, ids, max_tokens, rows.n_rows
 
     def address(self, number: int) -> int:
-        """Return which pair row `number` is."""
+        """Return the address of the pair in row `number`."""
         return self.rows.order.address(number)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the pairs with these numbers."""
-        limit = self.max_tokens - 1  # the end-of-text token needs a place
+        limit = self.max_tokens - 1  # one position is for the end-of-text token
         pairs = [self.rows.row(number) for number in numbers]
         return encoder_decoder_batch([[(source[:limit], target[:limit])] for source, target in pairs], self.ids)
 
 
 class AnswerBatches:
-    """Prompts with their answers for a decoder: only tokens marked as trained are labels, examples stay isolated."""
+    """Prompts with answers for a decoder: only tokens marked as trained become labels, and examples are isolated."""
 
     def __init__(
         self, tokens: Documents, trained: Documents, rows: PackedExamples | ExampleRows, ids: Ids, max_tokens: int
@@ -146,7 +146,7 @@ class AnswerBatches:
         self.max_tokens, self.n_rows = max_tokens, rows.n_rows
 
     def address(self, number: int) -> int:
-        """Return which row of examples, or which example, row `number` is."""
+        """Return the address of row `number`: a packed row or a single example."""
         return self.rows.address(number)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
@@ -174,7 +174,7 @@ class AnswerBatches:
 
 
 class ClassBatches:
-    """Texts with their labels or numbers; `first_lengths` says where the second text of a pair begins."""
+    """Classification and regression: texts with targets; `first_lengths` is where a pair's second text starts."""
 
     def __init__(
         self, tokens: Documents, values: NDArray[np.float64], first_lengths: Ints | None, rows: ExampleRows, ids: Ids
@@ -183,7 +183,7 @@ class ClassBatches:
         self.n_rows = rows.n_rows
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Return the batch of the rows with these numbers; `labels` says that each of them counts."""
+        """Return the batch of the rows with these numbers; `labels` (B, 1) only counts them, `targets` has the values."""
         indexes = [self.rows.index(number) for number in numbers]
         texts = [self.tokens.document(index).astype(np.int64) for index in indexes]
         batch: dict[str, Any] = {
@@ -206,10 +206,10 @@ class ClassBatches:
 
 
 def encoder_decoder_batch(rows: Sequence[Sequence[tuple[Ints, Ints]]], ids: Ids) -> Batch:
-    """Lay out rows of (source, target) pairs for an encoder-decoder, end-of-text added to both sides.
+    """Lay out rows of (source, target) pairs for an encoder-decoder, with end-of-text appended to both sides.
 
-    Pairs of one row are packed side by side and isolated by their document numbers. The decoder's input is its
-    target moved right by one, starting with the decoder's start token.
+    Pairs of one row are packed and isolated by document numbers. The decoder's input is its target shifted right by
+    one, starting with the decoder's start token.
     """
     eos, start = np.array([ids.eos]), np.array([ids.decoder_start])
     sources, targets, inputs, source_documents, target_documents = [], [], [], [], []
@@ -230,7 +230,7 @@ def encoder_decoder_batch(rows: Sequence[Sequence[tuple[Ints, Ints]]], ids: Ids)
 
 
 def join(parts: Sequence[Ints]) -> Ints:
-    """Concatenate, also nothing."""
+    """Concatenate arrays; an empty list gives an empty array, which np.concatenate refuses."""
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 

@@ -1,7 +1,8 @@
-"""The embedded default corpus: English reference prose read from the user's own Python installation.
+"""The default corpus: English reference text read from the user's own Python installation.
 
-The language reference of `pydoc_data.topics` and the standard library's docstrings, near-duplicates removed: about
-2 MB. Nothing is redistributed; its digest and the Python version say what it was. Built once, then cached.
+It consists of the language reference in `pydoc_data.topics` and the standard library's docstrings, near-duplicates
+removed: about 2 MB. Nothing is redistributed; provenance records its digest and the Python version. Built once, then
+cached.
 """
 
 import ast
@@ -22,7 +23,7 @@ from llmctl.errors import NotFoundError, OutputError
 from llmctl.files import cache_folder, write_bytes
 
 MIN_CHARACTERS = 80
-"""Shorter docstrings say little ("See base class.")."""
+"""Shorter docstrings are skipped: they contain little text ("See base class.")."""
 
 SKIPPED = {
     "test",
@@ -36,13 +37,13 @@ SKIPPED = {
     "__pycache__",
 }
 SHINGLE_WORDS = 8
-"""Documents that share most of their runs of eight words are near-duplicates."""
+"""Shingle length: documents that share most of their 8-word sequences are near-duplicates."""
 
 CACHE_VERSION = 2
 
 
 def builtin_documents() -> list[str]:
-    """Return the documents: topics of the language reference, then docstrings in the order of their modules."""
+    """Return the documents: topics of the language reference, then docstrings in module order."""
     return [str(text) for text in corpus()["documents"]]
 
 
@@ -52,7 +53,7 @@ def builtin_pairs() -> list[tuple[str, str]]:
 
 
 def builtin_provenance() -> dict[str, Any]:
-    """Return where the text came from: kind, Python version, sha256 and counts."""
+    """Describe the corpus: kind, Python version, sha256 and counts."""
     content = corpus()
     digest = hashlib.sha256(json.dumps([content["documents"], content["pairs"]]).encode()).hexdigest()
     documents = content["documents"]
@@ -68,7 +69,7 @@ def builtin_provenance() -> dict[str, Any]:
 
 
 def corpus() -> dict[str, Any]:
-    """Return documents and pairs, from the cache if it is whole and of this Python."""
+    """Return documents and pairs, from this Python's cache file if it is valid."""
     path = cache_path()
     content = read_cache(path)
     if content is None:
@@ -78,7 +79,7 @@ def corpus() -> dict[str, Any]:
 
 
 def read_cache(path: Path) -> dict[str, Any] | None:
-    """Return what the cache holds, None if there is none yet, or it is damaged or cannot be read."""
+    """Return the cached corpus; None if it is missing, damaged or unreadable."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             content = json.load(file)
@@ -88,7 +89,7 @@ def read_cache(path: Path) -> dict[str, Any] | None:
 
 
 def is_corpus(content: Any) -> bool:
-    """Tell whether the cache holds what was put there."""
+    """Tell whether parsed JSON has the structure of the corpus."""
     return (
         isinstance(content, dict)
         and isinstance(content.get("documents"), list)
@@ -99,7 +100,7 @@ def is_corpus(content: Any) -> bool:
 
 
 def cache_path() -> Path:
-    """Return the cache file for this Python."""
+    """Return the cache file of this Python version."""
     return (
         cache_folder()
         / f"builtin-{CACHE_VERSION}-{platform.python_implementation()}-{platform.python_version()}.json.gz"
@@ -107,15 +108,15 @@ def cache_path() -> Path:
 
 
 def store(path: Path, content: dict[str, Any]) -> None:
-    """Keep the corpus for the next run; a folder that cannot be written costs the next run some seconds, no more."""
+    """Cache the corpus; an unwritable folder is ignored, since rebuilding takes only seconds."""
     with suppress(OutputError):
         write_bytes(path, gzip.compress(json.dumps(content).encode(), compresslevel=1, mtime=0))
 
 
 def build() -> dict[str, Any]:
-    """Read the installation.
+    """Build the corpus from the Python installation.
 
-    Raises: NotFoundError where there is neither topic nor docstring (a stripped Python).
+    Raises: NotFoundError if it has neither topics nor docstrings (a stripped Python).
     """
     documents = topics()
     pairs: list[tuple[str, str]] = []
@@ -128,23 +129,24 @@ def build() -> dict[str, Any]:
                 pairs.append((name + signature, sentence))
     if not documents:
         raise NotFoundError(
-            "this Python has neither `pydoc_data` nor docstrings to train on", "name files: llmctl pretrain book.txt"
+            f"the Python in `{sysconfig.get_paths()['stdlib']}` has neither `pydoc_data` nor docstrings to train on",
+            "pass your own text: llmctl pretrain book.txt",
         )
-    unique = dict(reversed(pairs))  # of equal sources the first one stays
+    unique = dict(reversed(pairs))  # reversed: of equal sources, keep the first
     return {"documents": without_near_duplicates(documents), "pairs": sorted(unique.items())}
 
 
 def topics() -> list[str]:
-    """Return the language reference's topics, with the markup of the manual's source taken out."""
+    """Return the topics of the language reference."""
     try:
         from pydoc_data.topics import topics as content
-    except ImportError:  # some distributions pack it separately
+    except ImportError:  # some distributions package it separately
         return []
     return [text.strip() for _, text in sorted(content.items())]
 
 
 def library_files() -> Iterator[tuple[str, Path]]:
-    """Yield (module name, file) of the standard library's own sources, in a fixed order."""
+    """Yield (module name, file) of the standard library's sources, in a fixed order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -153,12 +155,12 @@ def library_files() -> Iterator[tuple[str, Path]]:
 
 
 def docstrings(module: str, path: Path) -> Iterator[tuple[str, str, str]]:
-    """Yield (qualified name, signature or nothing, docstring) of a file's module, classes and functions."""
+    """Yield (qualified name, signature or "", docstring) of a file's module, classes and functions."""
     try:
         source = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return
-    if '"""' not in source and "'''" not in source:  # no docstring worth the parsing
+    if '"""' not in source and "'''" not in source:  # parsing is slow: skip files without multi-line docstrings
         return
     try:
         tree = ast.parse(source)
@@ -177,7 +179,7 @@ def docstrings(module: str, path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def raw_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """Return a node's docstring, cleaned of indentation."""
+    """Return a node's docstring without indentation, empty if it has none."""
     if node.body and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant):
         value = node.body[0].value.value
         if isinstance(value, str):
@@ -192,21 +194,21 @@ def first_sentence(text: str) -> str:
 
 
 def without_near_duplicates(documents: list[str]) -> list[str]:
-    """Drop every document most of whose word runs stand in a longer kept one, so that none is on both sides of a split.
+    """Drop documents most of whose shingles occur in kept ones, so that train and held-out text do not overlap.
 
-    The longest are looked at first: a short text inside a long one would not make the long one a duplicate.
+    Longest first: a short text contained in a long one is the duplicate, not the other way round.
     """
     seen: set[int] = set()
     kept: set[int] = set()
-    for number in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
-        words = re.findall(r"\w+", documents[number].lower())
-        runs = {hash_of(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-        if len(runs & seen) <= len(runs) // 2:
-            kept.add(number)
-            seen |= runs
-    return [text for number, text in enumerate(documents) if number in kept]
+    for index in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
+        words = re.findall(r"\w+", documents[index].lower())
+        shingles = {hash_of(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))}
+        if len(shingles & seen) <= len(shingles) // 2:
+            kept.add(index)
+            seen |= shingles
+    return [text for index, text in enumerate(documents) if index in kept]
 
 
 def hash_of(words: list[str]) -> int:
-    """Return a hash that is the same in every process."""
+    """Return a hash that is stable across processes, unlike `hash`."""
     return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")

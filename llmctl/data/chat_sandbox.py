@@ -1,9 +1,9 @@
-"""Jinja for chat templates, which come with models and so from strangers: sandboxed, and bounded in time and size.
+"""A sandboxed Jinja environment for chat templates, which come with models and are untrusted.
 
-The environment is the one that transformers renders templates in: the same trimming of blocks, loop controls,
-`raise_exception`, `strftime_now`, `tojson` and the block `{% generation %}`. On top of the sandbox every loop, macro
-and operation that can grow a text is counted, so that no template runs without end or fills the memory. Imports
-jinja2, so import it inside functions.
+It matches the environment in which transformers renders templates: block trimming, loop controls, `raise_exception`,
+`strftime_now`, `tojson` and the block `{% generation %}`. Beyond Jinja's sandbox, every loop, macro and operation that
+can grow a string counts against a budget, so that no template runs forever or exhausts memory. Imports jinja2: import
+this module inside functions.
 """
 
 import functools
@@ -21,41 +21,41 @@ from jinja2.visitor import NodeTransformer
 
 MAX_STEPS = 300_000
 MAX_CHARS = 4_000_000
-"""Rounds of all loops, and characters of any text, that one rendering may take; a conversation is far from both."""
+"""Limits of one rendering: loop iterations in total and characters of any string; real conversations stay far below."""
 MAX_SECONDS = 20.0
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-"""Around what `{% generation %}` holds: noncharacters of Unicode. Texts must not hold them."""
+"""Markers around the content of `{% generation %}`: Unicode noncharacters, which texts must not contain."""
 
 WIDE = ("batch", "center", "indent", "slice", "truncate", "wordwrap")
-"""Filters whose arguments say how long something becomes."""
+"""Filters whose numeric arguments determine the size of the result."""
 
 
 class TemplateLimitError(Exception):
-    """A template has taken more time or space than a conversation can need."""
+    """A template exceeded the time or size limit."""
 
 
 class Budget:
-    """What one rendering may still take."""
+    """The steps and time left for one rendering."""
 
     def __init__(self) -> None:
         self.n_steps, self.deadline = 0, time.monotonic() + MAX_SECONDS
 
     def take(self, n_steps: int) -> None:
-        """Count steps.
+        """Use up steps.
 
-        Raises: TemplateLimitError when there are too many, or too late.
+        Raises: TemplateLimitError if the steps or the time are exhausted.
         """
         self.n_steps += n_steps
         if self.n_steps > MAX_STEPS or time.monotonic() > self.deadline:
-            raise TemplateLimitError("it does not come to an end")
+            raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} loop iterations or {MAX_SECONDS:g} seconds")
 
 
 class Counted(NodeTransformer):
-    """Puts a count into every loop and macro, and a size check around `~`."""
+    """Instruments a template: counts loop iterations and macro calls, checks the size of `~`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - jinja2's names, also below
-        """Count the rounds of a loop before and in it."""
+        """Count a loop's iterations before it starts (by length) and one by one (for generators)."""
         self.generic_visit(node)
         node.iter = own_call("counted", [node.iter])
         node.body.insert(0, nodes.Output([own_call("tick", [])]))
@@ -68,23 +68,23 @@ class Counted(NodeTransformer):
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        """Join by a function that looks at the size."""
+        """Replace `~` by a join that checks the size."""
         self.generic_visit(node)
         return own_call("joined", node.nodes)
 
 
 def own_call(name: str, arguments: Sequence[nodes.Node]) -> nodes.Call:
-    """Return the call of a method of the environment, which no template can name."""
+    """Build a call of a method of the environment, which templates cannot reach by name."""
     return nodes.Call(nodes.EnvironmentAttribute(name), list(arguments), [], None, None)
 
 
 class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: what the assistant has said."""
+    """`{% generation %}...{% endgeneration %}`: the assistant's tokens, which are trained on."""
 
     tags = {"generation"}  # noqa: RUF012 - as Extension declares it
 
     def parse(self, parser: Any) -> nodes.Node:
-        """Put the marks around the block."""
+        """Put markers around the block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         first, last = (nodes.Output([nodes.TemplateData(sign)], lineno=line) for sign in (OPEN, CLOSE))
@@ -92,7 +92,7 @@ class Generation(Extension):
 
 
 class ChatEnvironment(ImmutableSandboxedEnvironment):
-    """The environment of one template; `budget` is set anew for every rendering."""
+    """The environment of one template; `budget` is replaced before every rendering."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -110,31 +110,31 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def concat(self, parts: Iterable[str]) -> str:
-        """Return what a block holds."""
+        """Join the output of a block, checking the size."""
         return bounded_join(parts)
 
     def tick(self) -> str:
-        """Count one round."""
+        """Count one iteration; the empty string adds nothing to the output."""
         self.budget.take(1)
         return ""
 
     def counted(self, items: Any) -> Any:
-        """Count the rounds a loop is going to have."""
+        """Count all iterations of a loop in advance."""
         items = items if hasattr(items, "__len__") or not hasattr(items, "__iter__") else list(items)
         self.budget.take(len(items) if hasattr(items, "__len__") else 0)
         return items
 
     def joined(self, *parts: Any) -> str:
-        """Return what `~` joins."""
+        """Evaluate `~`, checking the size."""
         return bounded_join(map(str, parts))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operation whose result stays in proportion."""
+        """Evaluate a binary operation, checking the size of its result."""
         check_operands(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what may be called; methods of a text may not make it enormous."""
+        """Call a function as the sandbox allows, checking the result size of string methods."""
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps `format`
         if isinstance(owner, str):
             check_method(owner, getattr(obj, "__name__", ""), [*args, *kwargs.values()])
@@ -142,16 +142,16 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 def check_size(size: int) -> None:
-    """Refuse a text that cannot be part of a conversation.
+    """Check the size of a string, or the bits of a number, before it is built.
 
     Raises: TemplateLimitError.
     """
     if size > MAX_CHARS:
-        raise TemplateLimitError(f"it makes a text of more than {MAX_CHARS:,} characters")
+        raise TemplateLimitError(f"it builds a string of more than {MAX_CHARS:,} characters")
 
 
 def bounded_join(parts: Iterable[str]) -> str:
-    """Join texts as far as a text may go.
+    """Join strings, checking the size after each.
 
     Raises: TemplateLimitError.
     """
@@ -164,7 +164,7 @@ def bounded_join(parts: Iterable[str]) -> str:
 
 
 def check_operands(operator: str, left: Any, right: Any) -> None:
-    """Refuse an operation whose result would be out of all proportion.
+    """Check the size that the result of a binary operation would have.
 
     Raises: TemplateLimitError.
     """
@@ -181,17 +181,17 @@ def check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 def number_size(value: Any) -> int:
-    """Return how long a number is."""
+    """Return an integer's size in bits, 0 for anything else."""
     return value.bit_length() if isinstance(value, int) else 0
 
 
 def check_method(owner: str, name: str, arguments: Sequence[Any]) -> None:
-    """Refuse a method of a text whose result would be out of all proportion.
+    """Check the size that the result of a string method would have.
 
     Raises: TemplateLimitError.
     """
     numbers = [value for value in arguments if isinstance(value, int)]
-    if name in ("format", "format_map"):  # a width stands in the form itself
+    if name in ("format", "format_map"):  # the format string itself contains widths
         numbers += [10 ** min(len(digits), 9) for digits in "".join(c if c.isdecimal() else " " for c in owner).split()]
     check_size(max(map(abs, numbers), default=0))
     if name == "replace" and len(arguments) >= 2 and all(isinstance(value, str) for value in arguments[:2]):
@@ -204,7 +204,7 @@ def check_method(owner: str, name: str, arguments: Sequence[Any]) -> None:
 
 
 def bounded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that refuses enormous numbers; what jinja2 has noted on it stays noted."""
+    """Wrap a filter to check its numeric arguments; functools.wraps keeps the attributes jinja2 set on it."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -215,20 +215,20 @@ def bounded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replace(text: Any, old: str, new: str, count: int = -1) -> str:
-    """Return a text with one part of it replaced."""
+    """Implement the filter `replace`, checking the size."""
     text = str(text)
     check_method(text, "replace", [old, new])
     return text.replace(old, new, count)
 
 
 def join(items: Iterable[Any], separator: str = "", attribute: str | None = None) -> str:
-    """Return items, or one field of each, as one text."""
+    """Implement the filter `join`, checking the size."""
     texts = (str(item if attribute is None else item[attribute]) for item in items)
     return bounded_join(text if number == 0 else f"{separator}{text}" for number, text in enumerate(texts))
 
 
 def form(text: Any, *args: Any, **kwargs: Any) -> str:
-    """Return printf's form filled in."""
+    """Implement the filter `format` (printf style), checking the size."""
     check_method(str(text), "format", [*args, *kwargs.values()])
     return str(text) % (kwargs or args)
 
@@ -236,12 +236,12 @@ def form(text: Any, *args: Any, **kwargs: Any) -> str:
 def to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Return JSON as transformers' templates expect it: without HTML's escapes."""
+    """Serialize to JSON without HTML escapes, as transformers does."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def raise_exception(message: Any) -> str:
-    """Refuse a conversation.
+    """Let a template reject a conversation.
 
     Raises: TemplateError.
     """
@@ -249,6 +249,6 @@ def raise_exception(message: Any) -> str:
 
 
 def strftime_now(text: str) -> str:
-    """Return today's date in a form of strftime."""
+    """Format the current local time, as transformers does."""
     check_method(text, "format", [])
     return datetime.now().strftime(text)  # noqa: DTZ005 - local time, as in transformers

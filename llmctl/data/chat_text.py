@@ -1,7 +1,6 @@
-"""Chat templates: messages -> the text that a model has learned to see, as transformers renders it.
+"""Chat templates: render messages to the text a model was trained on, as transformers does.
 
-Knows Jinja and the plain text of models that bring no template. Refuses to know tokenizers: names of special tokens
-are passed in, and what becomes of the text is the caller's affair.
+Contains the plain template for models without one. Knows no tokenizers: special tokens are passed in as text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,32 +25,32 @@ PLAIN_TEMPLATE = """\
 {{ 'Assistant:\\n' }}
 {%- endif %}
 """
-"""For models without a template: no new tokens, and an answer begins a line, where every tokenizer cuts.
+"""For models without a template: adds no tokens, and an answer starts on a new line, where every tokenizer splits.
 
-`BEGIN` goes before it for models whose texts begin with a token.
+`BEGIN` is prepended for models whose texts start with a BOS token.
 """
 NEXT_USER = "\nUser:\n"
-"""What goes on after an answer of the plain template; a model that was not trained on it may not stop there."""
+"""What follows an answer in the plain template: a stop string for models that were not trained to end there."""
 
 
 class Rendered(NamedTuple):
-    """A conversation as text, and where in it the blocks `{% generation %}` lie."""
+    """A conversation as text, and the (start, stop) positions of its `{% generation %}` blocks."""
 
     text: str
     answers: list[tuple[int, int]]
 
 
 class Template:
-    """A Jinja chat template; `name` says where it is from, for errors.
+    """A Jinja chat template; `name` is its origin, for error messages.
 
-    Raises: UsageError, when it is first used, naming the line that is no Jinja.
+    Raises: UsageError, on first use, naming the line that is not valid Jinja.
     """
 
     def __init__(self, source: str, name: str = "the chat template") -> None:
         self.source, self.name = source, name
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a worker process compile its own."""
+        """Pickle the source only: compiled templates cannot be pickled, so each worker compiles its own."""
         return Template, (self.source, self.name)
 
     @cached_property
@@ -64,16 +63,16 @@ class Template:
         try:
             return environment, environment.from_string(self.source)
         except TemplateSyntaxError as error:
-            raise UsageError(f"{self.name} line {error.lineno} is no Jinja: {error.message}", HINT) from None
+            raise UsageError(f"{self.name} line {error.lineno} is not valid Jinja: {error.message}", HINT) from None
         except (RecursionError, ValueError, SyntaxError, MemoryError) as error:
             raise UsageError(f"{self.name} cannot be compiled: {error}", HINT) from None
 
     def render(
         self, messages: Sequence[Message], tokens: Mapping[str, str], *, add_generation_prompt: bool
     ) -> Rendered:
-        """Return the text of messages; `tokens` are the names a template may use, such as `eos_token`.
+        """Render messages; `tokens` are the special tokens a template may use, such as `eos_token`.
 
-        Raises: UsageError with what the template says of messages that it does not take, or why it is stopped.
+        Raises: UsageError if the template rejects the messages, fails, or exceeds the limits of the sandbox.
         """
         from jinja2.exceptions import SecurityError, TemplateError
 
@@ -81,30 +80,30 @@ class Template:
 
         environment, compiled = self._compiled
         environment.budget = sandbox.Budget()
-        shown = [message._asdict() for message in messages]
+        dicts = [message._asdict() for message in messages]
         try:
-            parts = compiled.generate(messages=shown, add_generation_prompt=add_generation_prompt, **NOTHING, **tokens)
+            parts = compiled.generate(messages=dicts, add_generation_prompt=add_generation_prompt, **NOTHING, **tokens)
             text = sandbox.bounded_join(parts)
         except SecurityError as error:
-            raise UsageError(f"{self.name} does what no template may: {error}", HINT) from None
+            raise UsageError(f"{self.name} does something the sandbox forbids: {error}", HINT) from None
         except TemplateError as error:
-            raise UsageError(f"{self.name} refuses the conversation: {error}", ORDER) from None
+            raise UsageError(f"{self.name} rejects the conversation: {error}", ORDER) from None
         except sandbox.TemplateLimitError as error:
-            raise UsageError(f"{self.name} is stopped: {error}", HINT) from None
+            raise UsageError(f"{self.name} was stopped: {error}", HINT) from None
         except BROKEN as error:
             raise UsageError(f"{self.name} fails: {type(error).__name__}: {error}", HINT) from None
         return cut_marks(text, sandbox.OPEN, sandbox.CLOSE)
 
 
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, MemoryError)
-"""What an expression of a template can raise."""
+"""Exceptions that expressions in a template can raise."""
 NOTHING: Mapping[str, None] = {"tools": None, "documents": None}
-HINT = "repair it, or take another"
-ORDER = "most templates want user and assistant in turn, a system message only at the beginning"
+HINT = "fix the template, or use another one"
+ORDER = "most templates require alternating user and assistant messages, and a system message only at the start"
 
 
 def cut_marks(text: str, first: str, last: str) -> Rendered:
-    """Take the marks of `{% generation %}` out of a text and return where they were."""
+    """Remove the `{% generation %}` markers from a text and return the positions of the blocks."""
     head, *blocks = text.split(first)
     pieces, answers, length = [head], [], len(head)
     for block in blocks:

@@ -1,7 +1,7 @@
-"""Sources of conversations: rows of jsonl, json, csv, tsv and parquet files in any of the usual shapes.
+"""Read conversations from jsonl, json, csv, tsv and parquet files in any of the common schemas.
 
-Knows how published chat and instruction sets spell a conversation. Refuses to know templates, tokenizers and models,
-and to guess: a row that fits two shapes is an error, as is one that fits none. A row's text is never changed.
+Knows the schemas of published chat and instruction datasets, but no templates, tokenizers or models. It does not guess:
+a row that matches two schemas, or none, is an error. Text is never changed.
 """
 
 import json
@@ -17,18 +17,18 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "assistant": ("assistant", "gpt", "bot", "model", "chatgpt", "ai"),
     "tool": ("tool", "function", "observation"),
 }
-"""A role and the names that published sets give it."""
+"""Each role and its names in published datasets."""
 
 
 class Message(NamedTuple):
-    """What one side says; `role` is one of `ROLES`."""
+    """One message of a conversation; `role` is one of `ROLES`."""
 
     role: str
     content: str
 
 
 class Conversation(NamedTuple):
-    """The messages of one row; `where` names its file and line for errors."""
+    """The messages of one row; `where` is its file and line, for error messages."""
 
     where: str
     messages: list[Message]
@@ -41,19 +41,20 @@ Reader = Callable[[Row, str], Iterator[Conversation]]
 def read_conversations(paths: Sequence[str], *, messages_key: str = "") -> Iterator[Conversation]:
     """Yield the conversations of files, folders, globs and `-` (JSON lines on stdin), in order.
 
-    `messages_key` names the field with the list of messages; empty, the shape is found row by row: `messages` or
+    `messages_key` is the field with the list of messages. If empty, the schema is detected row by row: `messages` or
     `conversations`, `prompt` with `completion`, `instruction` with `output` (Alpaca) or `instances` (self-instruct),
-    `question` with `answer`; text in a field `system` comes first.
+    `question` with `answer`. A field `system` becomes the first message.
 
-    Raises: NotFoundError and UsageError naming file, line and field of what is missing, of another kind or ambiguous.
+    Raises: NotFoundError for a missing file; UsageError naming file, line and field of anything missing, of the wrong
+        type or ambiguous.
     """
-    found = False
+    is_empty = True
     for name in sources.expand(paths):
         for where, row in tables.read_rows(name):
             for conversation in _read_row(row, where, messages_key):
-                found = True
+                is_empty = False
                 yield conversation
-    if not found:
+    if is_empty:
         listed = ", ".join(f"`{path}`" for path in paths) or "an empty list of files"
         raise UsageError(f"there are no conversations in {listed}", KNOWN_SHAPES)
 
@@ -62,7 +63,7 @@ def _read_row(row: Any, where: str, messages_key: str) -> Iterator[Conversation]
     if isinstance(row, list):
         row = {messages_key or "messages": row}
     if not isinstance(row, dict):
-        raise UsageError(f"{where} is {type(row).__name__}, not a conversation", KNOWN_SHAPES)
+        raise UsageError(f"{where} is of type {type(row).__name__}, not a conversation", KNOWN_SHAPES)
     if messages_key:
         _require(row, (messages_key,), where)
         conversations: Iterator[Conversation] = iter([_listed(row, messages_key, where)])
@@ -71,26 +72,27 @@ def _read_row(row: Any, where: str, messages_key: str) -> Iterator[Conversation]
     for conversation in conversations:
         if not any(message.role == "assistant" for message in conversation.messages):
             raise UsageError(
-                f"{conversation.where} has no message of the assistant", "a conversation needs at least one answer"
+                f"{conversation.where} has no assistant message", "a conversation needs at least one answer"
             )
         yield conversation
 
 
 def _shape(row: Row, where: str) -> tuple[str, ...]:
-    """Return the fields that say what a row is."""
-    fitting = [fields for fields in SHAPES if all(field in row for field in fields)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        shown = " or ".join(_fields(fields) for fields in fitting)
+    """Return the schema of a row, identified by its fields."""
+    matching = [fields for fields in SHAPES if all(field in row for field in fields)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        listed = " or ".join(_fields(fields) for fields in matching)
         raise UsageError(
-            f"{where} can be read by {shown}", "drop the fields that are not meant, or name the one with the messages"
+            f"{where} matches more than one schema: {listed}",
+            "remove the fields that are not meant, or name the one with the messages",
         )
-    partly = [fields for fields in SHAPES if fields[0] in row]
-    if partly:
-        missing = " or ".join(f"`{fields[1]}`" for fields in partly)
-        raise UsageError(f"{where} has `{partly[0][0]}` but no {missing}; it has {_fields(row)}", KNOWN_SHAPES)
-    raise UsageError(f"{where} is no conversation of a known shape; it has {_fields(row) or 'no fields'}", KNOWN_SHAPES)
+    partial = [fields for fields in SHAPES if fields[0] in row]
+    if partial:
+        missing = " or ".join(f"`{fields[1]}`" for fields in partial)
+        raise UsageError(f"{where} has `{partial[0][0]}` but no {missing}; it has {_fields(row)}", KNOWN_SHAPES)
+    raise UsageError(f"{where} matches no known schema; it has {_fields(row) or 'no fields'}", KNOWN_SHAPES)
 
 
 def _fields(names: Any) -> str:
@@ -103,7 +105,7 @@ def _require(row: Row, fields: Sequence[str], where: str) -> None:
             raise UsageError(f"{where} has no field `{field}`; it has {_fields(row)}", "name another field")
 
 
-# --- the shapes ------------------------------------------------------------------------------------------------------
+# --- schemas ---------------------------------------------------------------------------------------------------------
 
 
 def _messages(row: Row, where: str) -> Iterator[Conversation]:
@@ -134,18 +136,17 @@ def _instances(row: Row, where: str) -> Iterator[Conversation]:
     if not isinstance(instances, list) or not instances:
         raise UsageError(f"{where}: `instances` is {_kind(instances)}, not a list of inputs and outputs", KNOWN_SHAPES)
     for number, instance in enumerate(instances, start=1):
-        place = f"{where} instance {number}"
+        inner = f"{where} instance {number}"
         if not isinstance(instance, dict) or "output" not in instance:
-            raise UsageError(f"{place} has no `output`", "an instance is an object with `input` and `output`")
-        answer = Message("assistant", _text(instance["output"], "`output`", place))
-        yield Conversation(place, [*_system(row, place), _task(row, instance, place), answer])
+            raise UsageError(f"{inner} has no `output`", "an instance is an object with `input` and `output`")
+        answer = Message("assistant", _text(instance["output"], "`output`", inner))
+        yield Conversation(inner, [*_system(row, inner), _task(row, instance, inner), answer])
 
 
 def _question(row: Row, where: str) -> Iterator[Conversation]:
-    asked = Message("user", _text(row["question"], "`question`", where))
-    yield Conversation(
-        where, [*_system(row, where), asked, Message("assistant", _text(row["answer"], "`answer`", where))]
-    )
+    question = Message("user", _text(row["question"], "`question`", where))
+    answer = Message("assistant", _text(row["answer"], "`answer`", where))
+    yield Conversation(where, [*_system(row, where), question, answer])
 
 
 SHAPES: Mapping[tuple[str, ...], Reader] = {
@@ -156,22 +157,22 @@ SHAPES: Mapping[tuple[str, ...], Reader] = {
     ("instruction", "instances"): _instances,
     ("question", "answer"): _question,
 }
-"""The fields that a row of each shape has, and its reader."""
+"""The fields that identify each schema, and its reader."""
 KNOWN_SHAPES = "known fields: " + "; ".join(" with ".join(f"`{name}`" for name in fields) for fields in SHAPES)
 
 
-# --- their parts -----------------------------------------------------------------------------------------------------
+# --- fields ----------------------------------------------------------------------------------------------------------
 
 
 def _listed(row: Row, key: str, where: str) -> Conversation:
-    """Return the conversation that a field lists; in a table without lists it is a JSON text."""
+    """Read a list of messages from a field; in a csv or tsv file it is a JSON string."""
     value = row[key]
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise UsageError(
-                f"{where}: `{key}` is text, and not the JSON of a list: {error}", "a list of messages"
+                f"{where}: `{key}` is text but not a JSON list: {error}", "write the messages as a JSON list"
             ) from error
     messages = _message_list(value, key, where)
     return Conversation(where, [*_system(row, where, messages), *messages])
@@ -180,38 +181,38 @@ def _listed(row: Row, key: str, where: str) -> Conversation:
 def _message_list(value: Any, key: str, where: str) -> list[Message]:
     if not isinstance(value, list):
         raise UsageError(
-            f"{where}: `{key}` is {_kind(value)}, not a list of messages", "a message has `role`, `content`"
+            f"{where}: `{key}` is {_kind(value)}, not a list of messages", "a message has `role` and `content`"
         )
     if not value:
         raise UsageError(f"{where}: `{key}` is an empty list", "a conversation needs a question and an answer")
     return [_message(item, f"{where}: message {number} of `{key}`") for number, item in enumerate(value, start=1)]
 
 
-def _message(item: Any, place: str) -> Message:
-    """Return a message of the form role and content, or ShareGPT's from and value."""
+def _message(item: Any, where: str) -> Message:
+    """Read a message: `role` and `content`, or ShareGPT's `from` and `value`."""
     if not isinstance(item, dict):
-        raise UsageError(f"{place} is {_kind(item)}, not an object", "a message has `role` and `content`")
+        raise UsageError(f"{where} is {_kind(item)}, not an object", "a message has `role` and `content`")
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     for key in (role_key, content_key):
         if key not in item:
             raise UsageError(
-                f"{place} has no `{key}`; it has {_fields(item) or 'no fields'}",
+                f"{where} has no `{key}`; it has {_fields(item) or 'no fields'}",
                 "a message has `role` and `content`, or `from` and `value`",
             )
-    return Message(_role(item[role_key], role_key, place), _text(item[content_key], f"`{content_key}`", place))
+    return Message(_role(item[role_key], role_key, where), _text(item[content_key], f"`{content_key}`", where))
 
 
-def _role(value: Any, key: str, place: str) -> str:
+def _role(value: Any, key: str, where: str) -> str:
     for role, names in ROLES.items():
         if isinstance(value, str) and value.lower() in names:
             return role
     known = ", ".join(f"`{name}`" for names in ROLES.values() for name in names)
-    raise UsageError(f"{place} has the {key} `{str(value)[:40]}`, which is not known", f"known are {known}")
+    raise UsageError(f"{where} has the unknown {key} `{str(value)[:40]}`", f"use one of {known}")
 
 
-def _text(value: Any, what: str, place: str) -> str:
+def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{place}: {what} is {_kind(value)}, not text", "only text is read")
+        raise UsageError(f"{where}: {field} is {_kind(value)}, not text", "only text is supported")
     return tables.whole_characters(value)
 
 
@@ -220,20 +221,20 @@ def _kind(value: Any) -> str:
 
 
 def _system(row: Row, where: str, messages: Sequence[Message] = ()) -> list[Message]:
-    """Return the message that a field `system` makes."""
+    """Return the system message of a field `system`, or none."""
     value = row.get("system")
     if value is None or value == "":
         return []
     if messages and messages[0].role == "system":
-        raise UsageError(f"{where} has a field `system` beside a message of the system", "leave one of them out")
+        raise UsageError(f"{where} has both a field `system` and a system message", "remove one of them")
     return [Message("system", _text(value, "`system`", where))]
 
 
 def _history(row: Row, where: str) -> list[Message]:
-    """Return the turns before an Alpaca row's own: LLaMA-Factory's list of [question, answer]."""
+    """Return an Alpaca row's earlier turns: LLaMA-Factory's list of [question, answer]."""
     turns = row.get("history") or []
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise UsageError(f"{where}: `history` is not a list of [question, answer]", "leave it out, or make it one")
+        raise UsageError(f"{where}: `history` is not a list of [question, answer]", "correct or remove it")
     pairs = [
         (Message("user", _text(a, "`history`", where)), Message("assistant", _text(b, "`history`", where)))
         for a, b in turns
@@ -242,9 +243,9 @@ def _history(row: Row, where: str) -> list[Message]:
 
 
 def _task(row: Row, inputs: Row, where: str) -> Message:
-    """Return an instruction as a user's message, its input after a blank line."""
+    """Return an instruction as a user message, followed by its input, if any, after a blank line."""
     instruction = _text(row["instruction"], "`instruction`", where)
-    given = inputs.get("input")
-    if given is None or given == "":
+    task_input = inputs.get("input")
+    if task_input is None or task_input == "":
         return Message("user", instruction)
-    return Message("user", f"{instruction}\n\n{_text(given, '`input`', where)}")
+    return Message("user", f"{instruction}\n\n{_text(task_input, '`input`', where)}")

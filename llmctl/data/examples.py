@@ -1,7 +1,7 @@
-"""Labelled examples: rows of tables whose columns are found by name, and the labels that they hold.
+"""Read labeled examples of a task from tables, finding columns by name.
 
-Knows which columns a task reads and what they are usually called. Refuses to know tokenizers and models.
-An empty text stays an example: whether it is counted or left out is for the caller to say.
+Knows the columns of each task and their common names. Knows no tokenizers or models. An example with an empty text is
+yielded too: the caller decides whether to skip it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,19 +16,19 @@ from llmctl.errors import UsageError
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its place for messages, its texts by role, and what is wanted."""
+    """One row: its location for error messages, its texts by role, and its target."""
 
     where: str
     inputs: dict[str, str]
     target: Any
-    """classify, similarity: the label as it stands; translate, summarize: text; qa: texts; choice: an index."""
+    """classify, similarity: the raw label; translate, summarize: text; qa: list of texts; choice: an index."""
     choices: tuple[str, ...] = ()
     column: str = ""
-    """Name of the column that the target came from."""
+    """The column of the target."""
 
 
 class Role(NamedTuple):
-    """What a task reads from one column, and the names it usually has besides the role's, most telling first."""
+    """One input or target of a task, and common column names for it besides its own, most specific first."""
 
     names: tuple[str, ...]
     required: bool = True
@@ -67,32 +67,34 @@ TASKS: Mapping[str, Mapping[str, Role]] = {
     "choice": {
         "question": Role(("goal", *QUESTIONS), required=False),
         "context": Role(("ctx", "passage"), required=False),
-        "answer": Role(ANSWERS, required=False),  # PIQA keeps the answers in a file of their own
+        "answer": Role(ANSWERS, required=False),  # PIQA has its answers in a separate file
     },
     "lastword": {"text": Role(TEXTS)},
 }
 
 
 def read_examples(paths: Sequence[str], task: str, columns: ColumnsConfig) -> Iterator[Example]:
-    """Yield the examples of a task of TASKS in order; a column set in `columns` wins over the usual names.
+    """Yield the examples of a task of TASKS in order; columns set in `columns` take precedence over common names.
 
-    A table is json, jsonl, csv, tsv or parquet, or, when `columns.names` names its columns, any file of lines with
-    tabs; those names also stand for the header of a csv or tsv that has none. Besides tables, `translate` and
-    `summarize` read lines `source<TAB>target` and two files of parallel lines `a.en:a.de`; `choice` reads its
-    answers from a second file, one per line, as `data.jsonl:labels.lst`; `qa` reads SQuAD's nested JSON.
+    A table is json, jsonl, csv, tsv or parquet; with `columns.names`, also any file of tab-separated lines. Those names
+    also replace the missing header of a csv or tsv. Other inputs: `translate` and `summarize` read lines
+    `source<TAB>target` and two parallel files `a.en:a.de`; `choice` reads its answers from a second file, one per line,
+    as `data.jsonl:labels.lst`; `qa` reads SQuAD's nested JSON.
 
-    Raises: NotFoundError for a missing file; UsageError naming the file and line of a missing column, a row with too
-        few or too many cells, a row that is no table's, or when there is no example at all.
+    Raises: NotFoundError for a missing file; UsageError naming the file and line of a missing column, a row with the
+        wrong number of cells, a row that is not a table row, or if there are no examples.
     """
-    # On a command line a list is written with commas; a name that the user makes up needs none.
+    # On the command line a list is written with commas; a name that the user makes up needs none.
     names = tuple(part.strip() for name in columns.names for part in name.split(","))
-    columns, found = replace(columns, names=names), False
+    columns, is_empty = replace(columns, names=names), True
     for path in paths:
         for example in _read_path(path, task, columns):
-            found = True
+            is_empty = False
             yield example
-    if not found:
-        raise UsageError(f"there are no examples in {', '.join(f'`{path}`' for path in paths)}", "a row is one example")
+    if is_empty:
+        raise UsageError(
+            f"there are no examples in {', '.join(f'`{path}`' for path in paths)}", "each row must be one example"
+        )
 
 
 def _read_path(path: str, task: str, columns: ColumnsConfig) -> Iterator[Example]:
@@ -109,13 +111,13 @@ def _read_path(path: str, task: str, columns: ColumnsConfig) -> Iterator[Example
 
 def _answered(example: Example) -> Example:
     if example.choices and example.target is None:
-        hint = "name it with --set columns.answer=NAME, or give a file of answers after a colon: rows.jsonl:labels.lst"
-        raise UsageError(f"{example.where} has no column for the answer", hint)
+        hint = "name it with --set columns.answer=NAME, or append a file of answers: rows.jsonl:labels.lst"
+        raise UsageError(f"{example.where} has no answer column", hint)
     return example
 
 
 def _read_file(name: str, task: str, columns: ColumnsConfig) -> Iterator[Example]:
-    sources.expand([name])  # says what is wrong with the path
+    sources.expand([name])  # raises if the path does not exist
     if task in ("translate", "summarize") and not columns.names and _is_lines(name):
         keys = columns.source or "source", columns.target or "target"
         for where, (source, target) in pairs.tab_lines(name, *keys):
@@ -132,14 +134,14 @@ def _is_lines(name: str) -> bool:
 
 
 def _rows(name: str, task: str, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, row) of a file; every row is an object with named cells."""
+    """Yield (where, row) of a file; every row is a mapping of column names to cells."""
     if text_files.is_csv(name) or _is_delimited(name) or (columns.names and _is_lines(name)):
         yield from tables.read_cells(name, columns.names)
         return
     if _is_lines(name):
         shown = "stdin" if name == text_files.STDIN else name
-        hint = f"name the columns of lines with tabs: --set columns.names={_usual(task)}"
-        raise UsageError(f"`{shown}` is plain text without named columns", hint)
+        hint = f"name the columns of tab-separated lines: --set columns.names={_usual(task)}"
+        raise UsageError(f"`{shown}` is plain text without column names", hint)
     for where, row in tables.read_rows(name):
         for inner in _nested(row) if task == "qa" else [row]:
             yield where, _named(inner, where, columns)
@@ -150,7 +152,7 @@ def _is_delimited(name: str) -> bool:
 
 
 def _usual(task: str, n_columns: int = 0) -> str:
-    """Return the names that a table without a header would have."""
+    """Return plausible column names for a table without a header, as a hint shows them."""
     roles = TASKS[task]
     required = [name for name, role in roles.items() if role.required]
     names = list(roles) if n_columns >= len(roles) else required
@@ -158,7 +160,7 @@ def _usual(task: str, n_columns: int = 0) -> str:
 
 
 def _nested(row: Any) -> Iterator[Any]:
-    """Yield the questions of SQuAD's file, `data` > `paragraphs` > `qas`, each with its context, or the row itself."""
+    """Yield the questions of a SQuAD file (`data` > `paragraphs` > `qas`) with their contexts, or the row itself."""
     if not (isinstance(row, dict) and isinstance(row.get("data"), list)):
         yield row
         return
@@ -175,55 +177,60 @@ def _nested(row: Any) -> Iterator[Any]:
 def _named(row: Any, where: str, columns: ColumnsConfig) -> dict[str, Any]:
     if isinstance(row, list) and columns.names:
         if len(row) != len(columns.names):
-            raise UsageError(f"{where} has {len(row)} cells, not {len(columns.names)}", "name every column")
+            raise UsageError(
+                f"{where} has {len(row)} cells, not {len(columns.names)}",
+                f"name every column: columns.names is `{','.join(columns.names)}`",
+            )
         return dict(zip(columns.names, row, strict=True))
     if not isinstance(row, dict):
-        hint = "name the columns of a list with --set columns.names=..." if isinstance(row, list) else "one object each"
-        raise UsageError(f"{where} is {type(row).__name__}, not a row with columns", hint)
-    translation = row.get("translation")  # the layout of the WMT sets: {"translation": {"de": ..., "en": ...}}
+        is_list = isinstance(row, list)
+        hint = "name the columns of a list with --set columns.names=..." if is_list else "each row must be an object"
+        raise UsageError(f"{where} is of type {type(row).__name__}, not a row with columns", hint)
+    translation = row.get("translation")  # the layout of the WMT datasets: {"translation": {"de": ..., "en": ...}}
     return translation if isinstance(translation, dict) else row
 
 
 class _Finder:
-    """Finds the column of every role, once for each set of columns that rows of one file have."""
+    """Finds the column of every role; the result is cached per set of columns, which may vary between rows."""
 
     def __init__(self, name: str, task: str, columns: ColumnsConfig) -> None:
         self.task, self.columns = task, columns
         self.delimited = _is_lines(name) or text_files.is_csv(name)
-        self.found: dict[tuple[str, ...], dict[str, str]] = {}
+        self.cache: dict[tuple[str, ...], dict[str, str]] = {}
 
     def roles_of(self, row: dict[str, Any], where: str) -> dict[str, str]:
         """Return role -> column."""
         key = tuple(row)
-        if key not in self.found:
-            self.found[key] = self._resolve(key, where)
-        return self.found[key]
+        if key not in self.cache:
+            self.cache[key] = self._resolve(key, where)
+        return self.cache[key]
 
-    def _resolve(self, there: tuple[str, ...], where: str) -> dict[str, str]:
-        found: dict[str, str] = {}
-        usual = _usual_pair(there) if "pair" in TASKS[self.task] and not self.columns.text else {}
+    def _resolve(self, existing: tuple[str, ...], where: str) -> dict[str, str]:
+        resolved: dict[str, str] = {}
+        usual = _usual_pair(existing) if "pair" in TASKS[self.task] and not self.columns.text else {}
         for name, role in TASKS[self.task].items():
             chosen = getattr(self.columns, name)
-            column = chosen or usual.get(name) or next((n for n in (name, *role.names) if n in there), "")
-            if (chosen or role.required) and column not in there:
-                raise self._missing(name, chosen, there, where)
-            if column and (chosen or column not in found.values()):
-                found[name] = column
-        return found
+            column = chosen or usual.get(name) or next((n for n in (name, *role.names) if n in existing), "")
+            if (chosen or role.required) and column not in existing:
+                raise self._missing(name, chosen, existing, where)
+            # Common names overlap between roles; unless the user chose it, a column serves only one role.
+            if column and (chosen or column not in resolved.values()):
+                resolved[name] = column
+        return resolved
 
-    def _missing(self, role: str, chosen: str, there: tuple[str, ...], where: str) -> UsageError:
-        what = f"no column `{chosen}`" if chosen else f"no column for the {role}"
+    def _missing(self, role: str, chosen: str, existing: tuple[str, ...], where: str) -> UsageError:
+        missing = f"no column `{chosen}`" if chosen else f"no column for the {role}"
         usual = (chosen,) if chosen else (role, *TASKS[self.task][role].names)
-        close = [match for name in usual for match in get_close_matches(name, there, n=1)]
+        close = [match for name in usual for match in get_close_matches(name, existing, n=1)]
         hint = f"name it with --set columns.{role}={close[0] if close else 'NAME'}"
         if self.delimited and not self.columns.names:
-            hint += f", or, if the first line is no header: --set columns.names={_usual(self.task, len(there))}"
-        return UsageError(f"{where} has {what}; it has {', '.join(f'`{name[:40]}`' for name in there)}", hint)
+            hint += f", or, if the first line is not a header, --set columns.names={_usual(self.task, len(existing))}"
+        return UsageError(f"{where} has {missing}; it has {', '.join(f'`{name[:40]}`' for name in existing)}", hint)
 
 
-def _usual_pair(there: tuple[str, ...]) -> dict[str, str]:
+def _usual_pair(existing: tuple[str, ...]) -> dict[str, str]:
     for first, second in PAIRED_COLUMNS:
-        if first in there and second in there:
+        if first in existing and second in existing:
             return {"text": first, "pair": second}
     return {}
 
@@ -250,7 +257,7 @@ def _transduction(row: dict[str, Any], roles: dict[str, str], where: str) -> Exa
 
 
 def _question(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
-    """Make an example of a question; its answers are a text, several, or SQuAD's `{"text": [...]}` or `[{"text"}]`."""
+    """Convert a question; its answers are one text, a list, or SQuAD's `{"text": [...]}` or `[{"text": ...}]`."""
     column = roles["answer"]
     value = row[column]
     if isinstance(value, dict):
@@ -260,7 +267,7 @@ def _question(row: dict[str, Any], roles: dict[str, str], where: str) -> Example
     wrong = next((answer for answer in answers if not isinstance(answer, (str, int, float))), "")
     if not isinstance(wrong, (str, int, float)):
         raise UsageError(
-            f"{where}: `{column}` holds {wrong!r}, not an answer", "an answer is a text or a list of texts"
+            f"{where}: `{column}` contains {wrong!r}, not an answer", "an answer is a text or a list of texts"
         )
     return Example(
         where, _texts(row, roles, where, "question", "context"), [str(a) for a in answers], (), column=column
@@ -268,7 +275,7 @@ def _question(row: dict[str, Any], roles: dict[str, str], where: str) -> Example
 
 
 def _choice(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
-    options, marks = _options(row, where)
+    options, letters = _options(row, where)
     inputs = _texts(row, roles, where, "question", "context")
     if not inputs:
         raise UsageError(
@@ -276,51 +283,60 @@ def _choice(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
             "name it with --set columns.question=NAME",
         )
     column = roles.get("answer", "")
-    target = _index(row[column], options, marks, where, column) if column else None
+    target = _index(row[column], options, letters, where, column) if column else None
     return Example(where, inputs, target, options, column)
 
 
 def _options(row: dict[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the choices of a row and the marks (A, B, ...) they go by, if it has them (the layout of ARC)."""
+    """Return a row's choices and their letters (A, B, ...), if it has any (the layout of ARC)."""
     numbered = next((names for names in NUMBERED_CHOICES if all(name in row for name in names)), ())
     column = next((name for name in CHOICES if name in row), "")
     value: Any = [row[name] for name in numbered] if numbered else row.get(column)
-    marks: Any = ()
+    letters: Any = ()
     if isinstance(value, dict):
-        value, marks = value.get("text"), value.get("label", ())
+        value, letters = value.get("text"), value.get("label", ())
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
-        there = ", ".join(f"`{name}`" for name in row)
-        raise UsageError(f"{where} has no list of choices; it has {there}", "name the list `choices`")
-    return tuple(value), tuple(map(str, marks))
+        existing = ", ".join(f"`{name}`" for name in row)
+        raise UsageError(f"{where} has no list of choices; it has {existing}", "name the list `choices`")
+    return tuple(value), tuple(map(str, letters))
 
 
-def _index(value: Any, options: tuple[str, ...], marks: tuple[str, ...], where: str, column: str) -> int:
-    """Return which choice an answer names: by its mark, its place from 0, its letter, or its own text."""
+def _index(value: Any, options: tuple[str, ...], letters: tuple[str, ...], where: str, column: str) -> int:
+    """Return the index of the choice that an answer names: by the row's letters, its index, A, B, ... or its text."""
     text = str(value).strip()
-    if text in marks:
-        return marks.index(text)
+    # The row's own letters first: ARC also labels choices 1, 2, 3, 4, which are not indexes from 0.
+    if text in letters:
+        return letters.index(text)
     if text.isascii() and text.isdigit() and int(text) < len(options):
         return int(text)
     if len(text) == 1 and 0 <= ord(text.upper()) - ord("A") < len(options):
         return ord(text.upper()) - ord("A")
     if text in options:
         return options.index(text)
-    place = f"{where}: `{column}`" if column else where
-    raise UsageError(f"{place} is `{text[:60]}`, not one of the {len(options)} choices", "count them from 0")
+    cell = f"{where}: `{column}`" if column else where
+    raise UsageError(
+        f"{cell} is `{text[:60]}`, not one of the {len(options)} choices",
+        "give the choice's index from 0, its letter or its text",
+    )
 
 
 def _with_answers(examples: Iterator[Example], rows: str, answers: str) -> Iterator[Example]:
-    """Join rows with the lines of a file of answers."""
+    """Join examples with the lines of a separate file of answers."""
     sources.expand([answers])
     lines = ((number, line.strip()) for number, line in text_files.numbered_lines(answers) if line.strip())
     for example in examples:
         number, line = next(lines, (0, ""))
         if not line:
-            raise UsageError(f"`{answers}` ends before the rows of `{rows}`: {example.where} has no answer")
+            raise UsageError(
+                f"`{answers}` has fewer lines than `{rows}` has rows: {example.where} has no answer",
+                "write one answer per row",
+            )
         target = _index(line, example.choices, (), f"`{answers}` line {number}", "")
         yield Example(example.where, example.inputs, target, example.choices, answers)
     if extra := next(lines, None):
-        raise UsageError(f"`{answers}` goes on at line {extra[0]}, after the last row of `{rows}`")
+        raise UsageError(
+            f"`{answers}` has more lines than `{rows}` has rows, from line {extra[0]}", "write one answer per row"
+        )
 
 
 MAKERS: Mapping[str, Callable[[dict[str, Any], dict[str, str], str], Example]] = {

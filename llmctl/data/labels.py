@@ -1,6 +1,6 @@
-"""Labels of examples: which problem they pose, the set they come from, and their numbers.
+"""Labels of examples: the problem type, the label names and the encoding as numbers.
 
-Knows what a label looks like in a table. Refuses to know models: a set of names comes from the caller or the data.
+Knows how labels are written in tables. Knows no models: label names come from the caller or the data.
 """
 
 import math
@@ -22,22 +22,22 @@ INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 
 @dataclass(frozen=True)
 class Labels:
-    """What the labels of a data set are: the problem they pose and, unless they are numbers, their names in order."""
+    """The labels of a dataset: the problem type and, except for regression, the label names in order."""
 
     problem: Problem
     names: tuple[str, ...] = ()
 
     def encode(self, example: Example) -> int | float | list[float]:
-        """Return the target of an example: an index, a number, or a 1 or 0 per name.
+        """Return an example's target: an index (single), a number (regression), or a 0/1 vector (multi).
 
-        Raises: UsageError naming the place and value of a label that is missing, no number, or not in the set.
+        Raises: UsageError with the location and value of a label that is missing, not a number, or unknown.
         """
         value = as_label(example.target, example.where, example.column)
         if self.problem == "regression":
             return _number(value, example)
         if self.problem == "single":
             if isinstance(value, list):
-                raise UsageError(f"{_place(example)} holds several labels: `{value}`", "one label per row")
+                raise UsageError(f"{_place(example)} contains several labels: `{value}`", "give one label per row")
             return self._index(value, example)
         chosen = {self._index(name, example) for name in _several(value)}
         return [float(index in chosen) for index in range(len(self.names))]
@@ -47,20 +47,20 @@ class Labels:
             return self.names.index(name)
         named = not all(INTEGER.fullmatch(known) for known in self.names)
         if named and INTEGER.fullmatch(name) and 0 <= int(name) < len(self.names):
-            return int(name)  # a file of names: 3 means the fourth
+            return int(name)  # an index into the names: 3 is the fourth
         close = get_close_matches(name, self.names, n=1)
         known = ", ".join(f"`{known}`" for known in self.names[:20]) + (" ..." if len(self.names) > 20 else "")
-        hint = f"did you mean `{close[0]}`?" if close else "name the labels, or leave that row out"
+        hint = f"did you mean `{close[0]}`?" if close else "add the label to the names, or remove that row"
         raise UsageError(f"{_place(example)} is `{name[:60]}`, not one of the labels {known}", hint)
 
 
 def labels_of(examples: Iterable[Example], names: Sequence[str] = (), problem: Problem | None = None) -> Labels:
-    """Return the problem that the labels pose and their names.
+    """Infer the problem type and the label names.
 
-    Without a `problem`: several labels when any value is a list, or a text with `|` between labels; numbers when any
-    is no whole number; one label otherwise. Without `names`: the distinct labels, sorted, whole numbers by size.
+    Without `problem`: multi-label if any value is a list or contains `|`; regression if any is a fractional number;
+    single-label otherwise. Without `names`: the distinct labels, sorted, integers numerically.
 
-    Raises: UsageError naming the place of a label that is missing.
+    Raises: UsageError with the location of a missing label.
     """
     values = [as_label(example.target, example.where, example.column) for example in examples]
     problem = problem or _problem(values, names)
@@ -68,14 +68,14 @@ def labels_of(examples: Iterable[Example], names: Sequence[str] = (), problem: P
         return Labels(problem)
     if names:
         return Labels(problem, tuple(names))
-    found = {name for value in values for name in (_several(value) if problem == "multi" else _one(value))}
-    return Labels(problem, tuple(_sorted(found)))
+    distinct = {name for value in values for name in (_several(value) if problem == "multi" else _as_list(value))}
+    return Labels(problem, tuple(_sorted(distinct)))
 
 
 def as_label(value: Any, where: str, column: str) -> str | list[str]:
-    """Return a cell as a label, or as a list of them; numbers and truth values become their usual text.
+    """Convert a cell to a label or a list of labels; numbers and booleans become text.
 
-    Raises: UsageError naming the place when there is none.
+    Raises: UsageError with the location of a missing label.
     """
     if isinstance(value, (list, tuple)):
         return [_label_text(item, where, column) for item in value]
@@ -83,41 +83,41 @@ def as_label(value: Any, where: str, column: str) -> str | list[str]:
 
 
 def read_names(path: str) -> tuple[str, ...]:
-    """Return the names of the labels from a file with one per line, in their order.
+    """Read label names, in order, from a file with one per line.
 
-    Raises: NotFoundError for a missing file; UsageError when it is empty or names a label twice.
+    Raises: NotFoundError for a missing file; UsageError if it is empty or repeats a label.
     """
     sources.expand([path])
     names: list[str] = []
     for number, line in text_files.numbered_lines(path):
         name = line.strip()
         if name in names:
-            raise UsageError(f"`{path}` line {number} names the label `{name}` again", "every line is another label")
+            raise UsageError(f"`{path}` line {number} repeats the label `{name}`", "list each label once")
         if name:
             names.append(name)
     if not names:
-        raise UsageError(f"`{path}` names no labels", "a line is the name of one label")
+        raise UsageError(f"`{path}` contains no labels", "write one label per line")
     return tuple(names)
 
 
 def _label_text(value: Any, where: str, column: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():  # a column of whole numbers with a gap becomes floats
+    if isinstance(value, float) and value.is_integer():  # parquet turns an integer column with missing cells to floats
         return str(int(value))
     if isinstance(value, (int, float)) and math.isfinite(value):
         return str(value)
     if isinstance(value, str) and value.strip():
         return value.strip()
-    shown = "empty" if value is None or value == "" or isinstance(value, str) else f"`{value!r:.60}`, not a label"
-    raise UsageError(f"{where}: column `{column}` is {shown}", "give that row a label, or leave it out")
+    reason = "empty" if value is None or value == "" or isinstance(value, str) else f"`{value!r:.60}`, not a label"
+    raise UsageError(f"{where}: column `{column}` is {reason}", "give that row a label, or remove it")
 
 
 def _place(example: Example) -> str:
     return f"{example.where}: column `{example.column}`"
 
 
-def _one(value: str | list[str]) -> list[str]:
+def _as_list(value: str | list[str]) -> list[str]:
     return value if isinstance(value, list) else [value]
 
 
@@ -138,7 +138,7 @@ def _problem(values: Sequence[str | list[str]], names: Sequence[str]) -> Problem
 def _number(value: str | list[str], example: Example) -> float:
     if isinstance(value, str) and NUMBER.fullmatch(value) and math.isfinite(float(value)):
         return float(value)
-    raise UsageError(f"{_place(example)} is `{value}`, not a number", "the other labels are numbers: mend that row")
+    raise UsageError(f"{_place(example)} is `{value}`, not a number", "the other labels are numbers: correct that row")
 
 
 def _sorted(names: set[str]) -> list[str]:

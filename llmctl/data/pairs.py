@@ -1,6 +1,6 @@
-"""Sources of text pairs for sequence-to-sequence training: tables with two fields, or two files of parallel lines.
+"""Read text pairs for sequence-to-sequence training: tables with two fields, or two files with parallel lines.
 
-Knows which part of a row is the input and which the output. Refuses to know tokenizers and models.
+Knows which field is the source and which the target. Knows no tokenizers or models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,21 +15,23 @@ from llmctl.errors import UsageError
 def read_pairs(
     paths: Sequence[str], *, source_key: str = "source", target_key: str = "target"
 ) -> Iterator[tuple[str, str]]:
-    """Yield (source, target) of every pair, in order; pairs with an empty side are left out.
+    """Yield (source, target) of every pair, in order; pairs with an empty side are skipped.
 
     A .tsv or plain text line is `source<TAB>target` (further columns are ignored; a first line that names both keys
     is a header); jsonl, json, csv and parquet rows are read by their keys; `a.en:a.de` joins two files line by line.
 
-    Raises: NotFoundError and UsageError naming the path (and line) of what does not exist or is no pair.
+    Raises: NotFoundError for a missing file; UsageError naming the path and line of what is not a pair.
     """
-    found = False
+    is_empty = True
     for path in paths:
         for source, target in _read_path(path, source_key, target_key):
             if source and target:
-                found = True
+                is_empty = False
                 yield source, target
-    if not found:
-        raise UsageError(f"there are no pairs in {', '.join(f'`{p}`' for p in paths)}", "a line is source<TAB>target")
+    if is_empty:
+        raise UsageError(
+            f"there are no pairs in {', '.join(f'`{p}`' for p in paths)}", "write lines of source<TAB>target"
+        )
 
 
 def _read_path(path: str, source_key: str, target_key: str) -> Iterator[tuple[str, str]]:
@@ -45,13 +47,13 @@ def _read_path(path: str, source_key: str, target_key: str) -> Iterator[tuple[st
 
 
 def two_files(path: str) -> tuple[str, str] | None:
-    """Return the two files that `a:b` names, or None for one path; a file whose own name has a colon is one."""
+    """Split `a:b` into two file names; None for a single path, such as an existing file with a colon in its name."""
     left, colon, right = path.partition(":")
     return (left, right) if colon and not Path(path).exists() else None
 
 
 def tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (where, pair) of the lines `source<TAB>target` of a file or stdin; a header naming both keys is none."""
+    """Yield (where, pair) of the lines `source<TAB>target` of a file or stdin, skipping a header that names both keys."""
     shown = "stdin" if name == text_files.STDIN else name
     for number, line in text_files.numbered_lines(name):
         text = line.rstrip("\r\n")
@@ -59,21 +61,24 @@ def tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str
         if not text.strip() or (number == 1 and cells[:2] == [source_key, target_key]):
             continue
         if len(cells) < 2:
-            raise UsageError(f"`{shown}` line {number} has no tab: `{text[:60]}`", "a line is source<TAB>target")
+            raise UsageError(f"`{shown}` line {number} has no tab: `{text[:60]}`", "write lines of source<TAB>target")
         yield f"`{shown}` line {number}", (cells[0], cells[1])
 
 
 def parallel_lines(left: str, right: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (where, pair) of two files whose lines belong together.
+    """Yield (where, pair) of two files with parallel lines.
 
-    Raises: NotFoundError for a missing file; UsageError when one ends before the other.
+    Raises: NotFoundError for a missing file; UsageError if their lengths differ.
     """
     for name in (left, right):
-        sources.expand([name])  # a missing file is named before anything is read
+        sources.expand([name])  # raises for a missing file before anything is read
     for number, (a, b) in enumerate(zip_longest(_texts(left), _texts(right)), start=1):
         if a is None or b is None:
             short = left if a is None else right
-            raise UsageError(f"`{left}` and `{right}` are not parallel: `{short}` ends before line {number}")
+            raise UsageError(
+                f"`{left}` and `{right}` are not parallel: `{short}` ends before line {number}",
+                "both files need the same number of lines",
+            )
         yield f"`{left}` line {number}", (a, b)
 
 
@@ -86,8 +91,11 @@ def _sides(row: Any, source_key: str, target_key: str, where: str) -> tuple[str,
     if isinstance(row, list) and len(row) >= 2:  # a JSON array [source, target]
         row = {source_key: row[0], target_key: row[1]}
     if not isinstance(row, dict):
-        raise UsageError(f"{where} is {type(row).__name__}, not a pair", f"rows need `{source_key}` and `{target_key}`")
-    if isinstance(row.get("translation"), dict):  # the layout of the WMT sets: {"translation": {"de": ..., "en": ...}}
+        raise UsageError(
+            f"{where} is of type {type(row).__name__}, not a pair", f"rows need `{source_key}` and `{target_key}`"
+        )
+    # The layout of the WMT datasets: {"translation": {"de": ..., "en": ...}}
+    if isinstance(row.get("translation"), dict):
         row = row["translation"]
     return (
         tables.row_text(row, source_key, where, "data.source_key"),

@@ -1,4 +1,4 @@
-"""Encode documents in parallel and write them as shards."""
+"""Encode documents in parallel and write them as token shards, resumably."""
 
 import hashlib
 import json
@@ -21,13 +21,13 @@ from llmctl.errors import ArtifactError, MemoryLimitError
 from llmctl.files import write_bytes, writing
 
 BATCH_CHARACTERS = 1 << 20
-"""Text handed to a worker at a time."""
+"""The amount of text sent to a worker at a time."""
 
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
 
 
-_encode: EncodeBatch | None = None  # a worker process's own copy, set by its initializer
+_encode: EncodeBatch | None = None  # set in each worker process by its initializer
 
 
 def write_shards(
@@ -44,11 +44,11 @@ def write_shards(
     part: Part = WHOLE,
     say: Callable[[str], None] = lambda _: None,
 ) -> ShardSet | None:
-    """Encode documents into shards, resuming after the shards that are finished, and return the folder opened.
+    """Encode documents into shards, resuming after finished shards, and open the folder.
 
-    Each document is stored with `bos` and `eos` where given. With `part`, only every count-th document is encoded;
-    None is returned while other parts are missing. Memory stays bounded: one shard and the batches in flight.
-    Raises: ArtifactError if the folder was begun with another identity; OutputError if it cannot be written;
+    Each document gets `bos` and `eos` if given. With `part`, only every count-th document is encoded, and None is
+    returned while other parts are missing. Memory is bounded by one shard plus the batches in flight.
+    Raises: ArtifactError if the folder was started with another identity; OutputError if it cannot be written;
     MemoryLimitError if a worker process was killed.
     """
     folder = Path(folder)
@@ -56,11 +56,11 @@ def write_shards(
     dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    begun = resume_state(folder, part, identity)
+    finished = resume_state(folder, part, identity)
     own = (text for number, text in enumerate(documents) if number % part.count == part.index)
-    rest = islice(own, sum(shard["n_documents"] for shard in begun), None)
-    writer = _Writer(folder, part, dtype, identity, begun, shard_tokens)
-    for ids in encode_all(rest, encode_batch, workers):
+    remaining = islice(own, sum(shard["n_documents"] for shard in finished), None)
+    writer = _Writer(folder, part, dtype, identity, finished, shard_tokens)
+    for ids in encode_all(remaining, encode_batch, workers):
         writer.add([*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])])
     writer.finish()
     say(f"{writer.n_documents:,} documents, {writer.n_tokens:,} tokens in {folder}")
@@ -70,9 +70,9 @@ def write_shards(
 
 
 class RowWriter:
-    """Writes rows of ids that are made one at a time, such as those of two folders side by side.
+    """Writes rows of ids one at a time, such as to two folders in parallel.
 
-    Nothing is there before `finish`; rows of an earlier attempt are written again.
+    The folder is unreadable until `finish`; it does not resume: an earlier attempt is deleted.
     """
 
     def __init__(self, folder: Path, vocab_size: int, identity: Mapping[str, Any]) -> None:
@@ -88,7 +88,7 @@ class RowWriter:
         self.writer.add(ids)
 
     def finish(self) -> ShardSet:
-        """Write what is left and the manifest, and return the folder opened."""
+        """Write the last shard and the manifest, and open the folder."""
         self.writer.finish()
         return ShardSet.open(self.folder)
 
@@ -96,31 +96,41 @@ class RowWriter:
 def resume_state(folder: Path, part: Part, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the finished shards of this part.
 
-    Raises: ArtifactError if they were made from something else.
+    Raises: ArtifactError if they were made with another tokenizer, source or number of parts.
     """
     state = folder / f".{part.stem}.progress.json"
     final = folder / f"{part.stem}.json"
     for path in (final, state):
         if path.exists():
             known = read_manifest(path)
-            wrong = [key for key, value in identity.items() if known.get(key) != value]
-            if wrong:
-                raise ArtifactError(f"`{folder}` was encoded with another `{wrong[0]}`", "choose a new folder with -o")
+            differing = [key for key, value in identity.items() if known.get(key) != value]
+            if differing:
+                raise other_identity(folder, differing[0], known, identity)
             return list(known["shards"])
-    for path in sorted(folder.glob("part-*-of-*.json"))[:1]:  # another part of this corpus, or of another
+    # Without own shards, the folder may still contain another part, of this corpus or a different one.
+    for path in sorted(folder.glob("part-*-of-*.json"))[:1]:
         known = read_manifest(path)
-        wrong = [key for key, value in identity.items() if known.get(key) != value]
-        if "part_count" in wrong:
+        differing = [key for key, value in identity.items() if known.get(key) != value]
+        if "part_count" in differing:
             raise ArtifactError(
-                f"`{folder}` holds parts of another split than {part.count}", "choose a new folder with -o"
+                f"`{folder}` contains a corpus in {known.get('part_count')} parts, not {part.count}",
+                "choose a new folder with -o",
             )
-        if wrong:
-            raise ArtifactError(f"`{folder}` was encoded with another `{wrong[0]}`", "choose a new folder with -o")
+        if differing:
+            raise other_identity(folder, differing[0], known, identity)
     return []
 
 
+def other_identity(folder: Path, key: str, known: Mapping[str, Any], identity: Mapping[str, Any]) -> ArtifactError:
+    """Return the error for a folder that was encoded with another tokenizer, source or setting."""
+    return ArtifactError(
+        f"`{folder}` was encoded with `{key}` {known.get(key)!r:.80}, not {identity[key]!r:.80}",
+        "choose a new folder with -o",
+    )
+
+
 class _Writer:
-    """Collects tokens, publishes a shard when it is full, and the manifest at the end."""
+    """Collects tokens; writes each full shard, and the manifest at the end."""
 
     def __init__(
         self,
@@ -136,7 +146,7 @@ class _Writer:
         self.clear()
 
     def clear(self) -> None:
-        # Packed as on disk: a list of arrays would weigh a hundred bytes for every short document.
+        # Packed as on disk: a list of arrays would cost about a hundred bytes per document.
         self.tokens = array(TYPE_CODES[self.dtype])
         self.lengths = array("q")
 
@@ -155,7 +165,7 @@ class _Writer:
             self.publish()
 
     def publish(self) -> None:
-        """Write the shard that is full, then the progress file that counts it."""
+        """Write the collected shard, then the progress file that lists it: in this order a crash loses only a shard."""
         stem = f"{self.part.stem}-{len(self.shards):05d}"
         tokens = np.asarray(self.tokens).astype(self.dtype, copy=False).tobytes()
         self.shards.append(
@@ -192,10 +202,10 @@ class _Writer:
 
 
 def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int) -> Iterator[list[int]]:
-    """Yield the ids of every document in order, encoded in batches, over processes if more than one is asked.
+    """Yield the ids of every document in order, encoded in batches by `workers` processes.
 
-    Text of one batch is not worth a process. At most two batches per process are in flight.
-    Raises: MemoryLimitError if a process was killed, which is what a system does that runs out of memory.
+    A single batch is encoded in this process. At most two batches per worker are in flight.
+    Raises: MemoryLimitError if a worker was killed: most likely by the system's out-of-memory killer.
     """
     batches = batched_by_size(documents)
     first = list(islice(batches, 2))
@@ -206,7 +216,7 @@ def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int
     from concurrent.futures import Future, ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
-    # Started fresh, not forked: a process that has used torch or threads must not be copied.
+    # Spawned, not forked: forking a process that has used torch or threads can deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encode_batch,))
     pending: deque[Future[list[list[int]]]] = deque()
@@ -219,21 +229,22 @@ def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int
             yield from pending.popleft().result()
     except BrokenProcessPool:
         raise MemoryLimitError(
-            f"one of {workers} processes that encode text was killed", "fewer --workers need less memory; it resumes"
+            f"one of {workers} processes that encode text was killed, probably for lack of memory",
+            "run the same command with fewer --workers; it resumes",
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(encode_batch: EncodeBatch) -> None:
-    global _encode  # noqa: PLW0603 - one copy per worker process, not per batch
+    global _encode  # noqa: PLW0603 - pickled once per worker process, not per batch
     _encode = encode_batch
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; only the parent answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; only the parent handles it
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent's end, however sudden, and leave too: a killed job must not leave processes behind."""
+    """Exit when the parent process ends, even if it was killed, so that no orphans remain."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

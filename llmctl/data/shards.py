@@ -1,7 +1,7 @@
-"""Token shards on disk: memory-mapped, resumable, split over processes and hosts; merging them is only listing.
+"""Token shards on disk, memory-mapped; parts written by different processes or hosts merge by lying in one folder.
 
-A folder holds, per part i of n, shard files of raw little-endian token ids, the length of every document, and a
-manifest that names them. A finished shard is never made again. Knows no tokenizer: the encode function is passed in.
+Per part i of n, a folder contains shard files of raw little-endian token ids, the length of every document, and a
+manifest that lists them. Knows no tokenizer.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ VERSION = 1
 SHARD_TOKENS = 1 << 25
 
 PER_PART = {"part_index", "n_documents", "n_tokens", "shards"}
-"""What the manifests of two parts of one corpus may differ in."""
+"""Keys in which the manifests of two parts of one corpus may differ."""
 
 Ints = NDArray[np.int64]
 TYPE_CODES = {"<u2": "H", "<u4": "I"}
-"""How the types of ids on disk are called by `array`."""
+"""The id types on disk as type codes of the module `array`."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +37,27 @@ class Part:
 
     @property
     def stem(self) -> str:
-        """The beginning of this part's file names."""
+        """The common prefix of this part's file names."""
         return f"part-{self.index:05d}-of-{self.count:05d}"
 
 
 WHOLE = Part()
-"""A corpus that is encoded in one part."""
+"""A corpus encoded in one part."""
 
 
 def parse_part(text: str) -> Part:
-    """Read `i/n`, i from 0 to n - 1.
+    """Parse `i/n`, i from 0 to n - 1.
 
-    Raises: UsageError naming the value.
+    Raises: UsageError showing the value.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 0 <= int(match[1]) < int(match[2]):
-        raise UsageError(f"`--shard {text}` is not a part", "write i/n with i from 0 to n-1, such as 0/4")
+        raise UsageError(f"`--shard {text}` is not a valid part", "write i/n with i from 0 to n-1, such as 0/4")
     return Part(int(match[1]), int(match[2]))
 
 
 class ShardSet:
-    """All parts of a shard folder as one sequence of documents."""
+    """All parts of a shard folder as one sequence of documents, part by part."""
 
     def __init__(self, folder: Path, manifests: Sequence[Mapping[str, Any]]) -> None:
         self.folder = folder
@@ -76,8 +76,8 @@ class ShardSet:
         for shard, tokens, each in zip(shards, self._tokens, lengths, strict=True):
             if len(tokens) != int(each.sum()) or len(tokens) != shard["n_tokens"]:
                 raise ArtifactError(
-                    f"`{folder / shard['tokens']}` has {len(tokens)} tokens, its documents {int(each.sum())}, its "
-                    f"manifest says {shard['n_tokens']}",
+                    f"`{folder / shard['tokens']}` has {len(tokens)} tokens, but its documents have {int(each.sum())} "
+                    f"and its manifest lists {shard['n_tokens']}",
                     "encode the corpus again into a new folder",
                 )
 
@@ -85,19 +85,21 @@ class ShardSet:
     def open(cls, folder: str | Path) -> "ShardSet":
         """Open a folder with all its parts.
 
-        Raises: NotFoundError if it holds no shards, ArtifactError if a part is missing, damaged, or of another
+        Raises: NotFoundError if it contains no shards, ArtifactError if a part is missing, damaged, or of another
         tokenizer or source.
         """
         folder = Path(folder)
         manifests = [read_manifest(path) for path in sorted(folder.glob("part-*.json"))]
         if not manifests:
-            raise NotFoundError(f"`{folder}` holds no shards", "llmctl tokenize encode makes them")
+            raise NotFoundError(f"`{folder}` contains no token shards", "`llmctl tokenize encode` creates them")
         count = int(manifests[0]["part_count"])
-        there = {int(manifest["part_index"]) for manifest in manifests}
-        missing = sorted(set(range(count)) - there)
+        existing = {int(manifest["part_index"]) for manifest in manifests}
+        missing = sorted(set(range(count)) - existing)
         if missing:
             names = ", ".join(f"{index}/{count}" for index in missing[:8])
-            raise ArtifactError(f"`{folder}` lacks {len(missing)} of {count} parts: {names}", "run those --shard parts")
+            raise ArtifactError(
+                f"`{folder}` lacks {len(missing)} of {count} parts: {names}", "encode them with --shard"
+            )
         for manifest in manifests:
             for key in sorted((manifest.keys() | manifests[0].keys()) - PER_PART):
                 if manifest.get(key) != manifests[0].get(key):
@@ -107,20 +109,20 @@ class ShardSet:
         return cls(folder, manifests)
 
     def document(self, index: int) -> NDArray[np.integer[Any]]:
-        """Return the tokens of a document, mapped from the file."""
+        """Return the tokens of a document as a view of the memory-mapped file."""
         shard = int(np.searchsorted(self._first_document, index, side="right")) - 1
         start = int(self._offsets[index])
         return self._tokens[shard][start : start + int(self.lengths[index])]
 
     def content_sha256(self) -> str:
-        """Return the sha256 of all tokens and where documents end, however they lie in files."""
+        """Return the sha256 of all document lengths and tokens, independent of their division into files."""
         digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
         for tokens in self._tokens:
             digest.update(np.ascontiguousarray(tokens).data)
         return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Ints:
-        """Return tokens `start` to `stop` of all documents joined end to end."""
+        """Return tokens `start` to `stop` of the concatenation of all documents."""
         pieces = []
         at = 0
         for tokens in self._tokens:
@@ -132,34 +134,39 @@ class ShardSet:
 
 
 def is_shard_folder(path: Path) -> bool:
-    """Tell whether a folder holds encoded shards."""
+    """Tell whether a folder contains token shards."""
     return path.is_dir() and any(path.glob("part-*-of-*.json"))
 
 
 def is_begun(folder: Path, part: Part) -> bool:
-    """Tell whether a part has been encoded, whole or up to some shard."""
+    """Tell whether a part has been encoded, completely or in part."""
     return any((folder / name).exists() for name in (f"{part.stem}.json", f".{part.stem}.progress.json"))
 
 
 def map_array(path: Path, dtype: np.dtype[Any]) -> NDArray[np.integer[Any]]:
-    """Map a file of numbers; an empty file is an empty array, which mmap refuses."""
+    """Memory-map a file of numbers; an empty file, which mmap refuses, gives an empty array."""
     try:
         if path.stat().st_size == 0:
             return np.zeros(0, dtype=dtype)
         return np.memmap(path, dtype=dtype, mode="r")
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"shard `{path}` cannot be read: {error}", "encode the corpus again") from None
+        raise ArtifactError(
+            f"shard `{path}` cannot be read: {error}", "encode the corpus again into a new folder"
+        ) from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a part's manifest.
+    """Read and check a part's manifest.
 
-    Raises: ArtifactError if it is not one.
+    Raises: ArtifactError if it is damaged or of another version.
     """
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["version"] != VERSION:
-            raise ArtifactError(f"`{path}` is of version {manifest['version']}, this is version {VERSION}")
+            raise ArtifactError(
+                f"`{path}` has format version {manifest['version']}, but this program reads version {VERSION}",
+                "encode the corpus again into a new folder",
+            )
         check_manifest(manifest)
         return dict(manifest)
     except KeyError as error:
@@ -170,9 +177,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Refuse a manifest that lacks something, or whose files would lie elsewhere than beside it.
+    """Check that a manifest is complete and that its file names point into its own folder.
 
-    Raises: KeyError, TypeError or ValueError saying what is wrong.
+    Raises: KeyError, TypeError or ValueError with the reason.
     """
     for key in ("part_index", "part_count", "vocab_size"):
         int(manifest[key])

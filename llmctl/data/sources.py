@@ -1,7 +1,7 @@
-"""Text sources: files, folders, globs and stdin become a stream of documents in bounded memory.
+"""Read files, folders, globs and stdin as a stream of documents in bounded memory.
 
-Knows file formats and where a document ends. Refuses to know tokenizers, models and what the text is for.
-A document is never changed: line ends, tabs and spaces stay as they are; only a leading byte-order mark is dropped.
+Knows file formats and document boundaries, but no tokenizers or models. Documents are not modified: line ends, tabs and
+spaces are kept; only a leading byte-order mark is dropped.
 """
 
 import glob
@@ -29,26 +29,26 @@ Split = Literal["file", "line", "blank"]
 
 
 def read_documents(paths: Sequence[str], *, text_key: str = "text", split: Split = "file") -> Iterator[str]:
-    """Yield the documents of files, folders, globs and `-` (stdin), in the order given; folders sorted by name.
+    """Yield the documents of files, folders, globs and `-` (stdin), in the given order; files of folders by name.
 
-    `text_key` names the field of jsonl, json, csv, tsv and parquet rows; `split` says what one document of plain text
-    is: the file (very long ones are cut at line ends), a line, or a paragraph. Empty documents are left out.
+    `text_key` is the field of jsonl, json, csv, tsv and parquet rows; `split` is what one document of plain text is:
+    the file (very long ones are split at line ends), a line, or a paragraph. Empty documents are skipped.
 
     Raises: NotFoundError for a path that does not exist; UsageError for invalid UTF-8, binary content, rows without
-        the field, or when there is no text at all; MissingExtraError for .zst and .parquet without their packages.
+        the field, or if there is no text; MissingExtraError for .zst and .parquet without their packages.
     """
-    found = False
+    is_empty = True
     for name in expand(paths):
         for text in read_file(name, text_key=text_key, split=split):
             if text:
-                found = True
+                is_empty = False
                 yield text
-    if not found:
-        raise UsageError(f"there is no text in {_listed(paths)}", "name a file with at least one line of text")
+    if is_empty:
+        raise UsageError(f"there is no text in {_listed(paths)}", "pass a file with at least one line of text")
 
 
 def source_sha256(paths: Sequence[str]) -> str:
-    """Return the identity of a corpus: the digest of its files' digests in reading order; a pipe has none: ""."""
+    """Return a digest that identifies a corpus: that of its files' digests in reading order; empty if any is a pipe."""
     names = expand(paths)
     if any(map(is_pipe, names)):
         return ""
@@ -56,17 +56,17 @@ def source_sha256(paths: Sequence[str]) -> str:
 
 
 def expand(paths: Sequence[str]) -> list[str]:
-    """Return the files that paths, folders and globs stand for; `-` stays.
+    """Expand paths, folders and globs to file names; `-` is kept.
 
-    Raises: NotFoundError for what does not exist or a folder without text files; UsageError for an empty name.
+    Raises: NotFoundError for a missing path or a folder without text files; UsageError for an empty name.
     """
     names: list[str] = []
     for path in paths:
-        if not path:  # "" would be the current folder: most likely a shell variable that is not set
-            raise UsageError("the path of the text is empty", "name files, folders or globs")
+        if not path:  # "" would mean the current folder: most likely an unset shell variable
+            raise UsageError("the path of the text is empty", "pass files, folders or globs")
         if path == STDIN:
             names.append(path)
-        elif os.path.isdir(path):  # noqa: PTH112 - of a name that cannot be, os says no where pathlib raises
+        elif os.path.isdir(path):  # noqa: PTH112 - os.path returns False for invalid names, pathlib raises
             names += _folder_files(Path(path))
         elif os.path.exists(path):  # noqa: PTH110
             names.append(path)
@@ -78,7 +78,7 @@ def expand(paths: Sequence[str]) -> list[str]:
 def _folder_files(folder: Path) -> list[str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) in READERS and not _hidden(p, folder))
     if not files:
-        raise NotFoundError(f"the folder `{folder}` holds no text files", f"known endings: {' '.join(READERS)}")
+        raise NotFoundError(f"folder `{folder}` contains no text files", f"known extensions: {' '.join(READERS)}")
     return [str(file) for file in files]
 
 
@@ -87,21 +87,21 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def _glob_files(pattern: str) -> list[str]:
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (pathlib's glob takes no absolute patterns)
-    matches = sorted(match for match in found if Path(match).is_file())
+    paths = glob.glob(pattern, recursive=True)  # noqa: PTH207 (pathlib's glob takes no absolute patterns)
+    matches = sorted(path for path in paths if Path(path).is_file())
     if matches:
         return matches
     if glob.has_magic(pattern):
-        raise NotFoundError(f"no file matches `{pattern}`", "quote the pattern, or name the files")
+        raise NotFoundError(f"no file matches `{pattern}`", "check the pattern, or list the files")
     path = Path(pattern)
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, siblings, n=1)
     hint = f"did you mean `{path.parent / close[0]}`?" if close else "check the path"
-    raise NotFoundError(f"there is no file or folder `{pattern}`", hint)
+    raise NotFoundError(f"file or folder `{pattern}` does not exist", hint)
 
 
 def read_file(name: str, *, text_key: str, split: Split) -> Iterator[str]:
-    """Yield the documents of one file or stdin; an unknown ending is read as plain text."""
+    """Yield the documents of one file or stdin; a file with an unknown extension is plain text."""
     kind = "" if name == STDIN else _kind(Path(name))
     if kind in ROW_READERS:
         for where, row in read_rows(name):
@@ -114,7 +114,7 @@ def read_file(name: str, *, text_key: str, split: Split) -> Iterator[str]:
 
 
 def split_files(blocks: Iterator[TextBlock]) -> Iterator[str]:
-    """Make one document of a file, or several of bounded size cut at line ends."""
+    """Yield a file as one document, or as several of bounded size split at line ends."""
     parts: list[str] = []
     size = 0
     for block in blocks:
@@ -128,7 +128,7 @@ def split_files(blocks: Iterator[TextBlock]) -> Iterator[str]:
 
 
 def split_lines(blocks: Iterator[TextBlock]) -> Iterator[str]:
-    r"""Make a document of every line that is not blank; its end (\n or \r\n) is dropped."""
+    r"""Yield every non-blank line as a document, without its end (\n or \r\n)."""
     for block in blocks:
         for line in block.text.split("\n"):
             text = line.removesuffix("\r")
@@ -137,7 +137,7 @@ def split_lines(blocks: Iterator[TextBlock]) -> Iterator[str]:
 
 
 def split_paragraphs(blocks: Iterator[TextBlock]) -> Iterator[str]:
-    """Make a document of every run of lines between blank lines; lines inside keep their ends."""
+    """Yield every paragraph (lines between blank lines) as a document; line ends inside are kept."""
     lines: list[str] = []
     size = 0
     for block in blocks:
@@ -158,9 +158,6 @@ SPLITTERS: Mapping[Split, Callable[[Iterator[TextBlock]], Iterator[str]]] = {
     "line": split_lines,
     "blank": split_paragraphs,
 }
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def _listed(paths: Sequence[str]) -> str:

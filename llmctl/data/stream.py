@@ -1,7 +1,7 @@
-"""Rows of tokens and pairs in an order that is a pure function of (seed, number of the row).
+"""Rows of tokens, examples and pairs in an order that is a pure function of (seed, row number).
 
-There is no position to lose: row number 12,345 is the same after a restart, on any number of processes, and with any
-batch size. Knows nothing of objectives or models; tokens come from memory-mapped shards.
+There is no reader state: row 12,345 is the same after a restart and on any number of processes. Row numbers run
+through an endless sequence of epochs. Knows no objectives or models; tokens come from memory-mapped shards.
 """
 
 from bisect import bisect_left, insort
@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 
 class Documents(Protocol):
-    """Token sequences by number: what a ShardSet is."""
+    """Token sequences by index, such as a ShardSet."""
 
     @property
     def lengths(self) -> Ints:
@@ -28,18 +28,18 @@ class Documents(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """A stretch of packed text: tokens, and the number of the document each belongs to (from 1; 0 is padding)."""
+    """One packed row: tokens, and the number of each token's document within the row (from 1; 0 is padding)."""
 
     tokens: Ints
     documents: Ints
 
 
 class PackedRows:
-    """Documents joined end to end in a shuffled order and cut into rows of `seq_len` (+ `overlap`) tokens.
+    """Documents concatenated in shuffled order and cut into rows of `seq_len` (+ `overlap`) tokens.
 
-    Every epoch has its own order of documents, its own offset of the cuts, and its own order of rows. Unshuffled rows
-    cover every token once and pad the last row: that is how held-out text is measured. `fixed` rows are cut once, and
-    only their order is drawn: what was computed of one belongs to its address in every epoch.
+    Every epoch has its own document order, cut offset and row order. Unshuffled rows cover every token once and pad
+    the last row, for evaluation. `fixed` rows are cut once and only their order changes per epoch, so that results
+    computed for a row (such as cached teacher outputs) can be looked up by its address in every epoch.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class PackedRows:
         self.shuffle, self.isolate = shuffle, isolate
         self.n_tokens = int(source.lengths[self.selection].sum())
         usable = self.n_tokens - overlap
-        # A shuffled epoch gives up at most two rows to the offset and the remainder, an unshuffled one nothing.
+        # A shuffled epoch loses at most two rows to the offset and the remainder, an unshuffled one nothing.
         self.n_rows = max(1, (usable - seq_len + 1) // seq_len if shuffle else -(-usable // seq_len))
         self._layout = lru_cache(maxsize=2)(self._lay_out)
 
     def row(self, number: int) -> Row:
-        """Return row `number` of the endless sequence of epochs."""
+        """Return row `number`."""
         epoch, index = divmod(number, self.n_rows)
         order, starts, offset, rows = self._layout(epoch if self.shuffle else 0)
         start = offset + int(rows[index]) * self.seq_len
         return self._read(order, starts, start, start + self.seq_len + self.overlap)
 
     def address(self, number: int) -> int:
-        """Return where row `number` lies among fixed rows; among others a number is its own address."""
+        """Return the epoch-independent index of row `number` if rows are fixed, else `number` itself."""
         if not self.fixed:
             return number
         epoch, index = divmod(number, self.n_rows)
@@ -100,35 +100,36 @@ class PackedRows:
             begin, end = max(start, int(starts[at])), min(stop, int(starts[at + 1]))
             if end > begin:
                 number += 1
-                piece = self.source.document(int(order[at]))[begin - starts[at] : end - starts[at]]
-                tokens[begin - start : end - start] = piece
+                segment = self.source.document(int(order[at]))[begin - starts[at] : end - starts[at]]
+                tokens[begin - start : end - start] = segment
                 documents[begin - start : end - start] = number if self.isolate else 1
             at += 1
         return Row(tokens, documents)
 
 
 class ExampleRows:
-    """Examples one by one in shuffled order, neighbors of similar length, so that a batch has little padding.
+    """Single examples in shuffled order, grouped by similar length, so that batches have little padding.
 
-    The order is drawn per epoch; examples are sorted by length within windows of 64 batches only.
+    Every epoch has its own order; examples are sorted by length only within windows of 64 batches, so that batches
+    stay random.
     """
 
     def __init__(self, lengths: Ints, selection: Ints, *, seed: int, batch_size: int, shuffle: bool = True) -> None:
         self.lengths, self.selection = lengths, np.asarray(selection, dtype=np.int64)
         self.seed, self.batch_size, self.shuffle = seed, batch_size, shuffle
         self.n_rows = len(self.selection)
-        self._order = lru_cache(maxsize=2)(self._draw)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def index(self, number: int) -> int:
-        """Return which example is row `number` of the endless sequence of epochs."""
+        """Return the index of the example in row `number`."""
         epoch, index = divmod(number, self.n_rows)
         return int(self._order(epoch)[index])
 
     def address(self, number: int) -> int:
-        """Return where the example of row `number` stands in the selection, which is sorted."""
+        """Return the position of row `number`'s example in the selection, which is sorted."""
         return int(np.searchsorted(self.selection, self.index(number)))
 
-    def _draw(self, epoch: int) -> Ints:
+    def _shuffled(self, epoch: int) -> Ints:
         if not self.shuffle:
             return self.selection
         rng = np.random.default_rng([self.seed, epoch])
@@ -141,49 +142,50 @@ class ExampleRows:
                 for start in range(0, len(order), bucket)
             ]
         )
+        # Shuffle whole batches, so that training does not go from short to long; the incomplete one stays last.
         n_whole = len(order) // self.batch_size * self.batch_size
         batches = order[:n_whole].reshape(-1, self.batch_size)
         return np.concatenate([rng.permutation(batches, axis=0).reshape(-1), order[n_whole:]])
 
 
 class PackedExamples:
-    """Whole examples side by side in rows of at most `seq_len` positions, every epoch's rows in an order of its own.
+    """Whole examples packed into rows of at most `seq_len` positions; every epoch has its own row order.
 
-    Which examples share a row is decided once: the longest first, each into the fullest row that has room (best fit
-    decreasing), so that an epoch has the same number of rows as any other.
+    Examples are assigned to rows once, by best-fit decreasing (longest first, each into the fullest row with room), so
+    that every epoch has the same number of rows.
     """
 
     def __init__(self, lengths: Ints, selection: Ints, *, seq_len: int, seed: int, shuffle: bool = True) -> None:
         self.seed, self.shuffle = seed, shuffle
         self.rows = best_fit(lengths, np.asarray(selection, dtype=np.int64), seq_len)
         self.n_rows = len(self.rows)
-        self._order = lru_cache(maxsize=2)(self._draw)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def address(self, number: int) -> int:
-        """Return where row `number` of the endless sequence of epochs lies among the rows."""
+        """Return the epoch-independent index of row `number`."""
         epoch, index = divmod(number, self.n_rows)
         return int(self._order(epoch)[index])
 
     def indexes(self, number: int) -> list[int]:
-        """Return which examples make up row `number` of the endless sequence of epochs."""
+        """Return the indexes of the examples in row `number`."""
         return self.rows[self.address(number)]
 
-    def _draw(self, epoch: int) -> Ints:
+    def _shuffled(self, epoch: int) -> Ints:
         order = np.arange(self.n_rows)
         return np.random.default_rng([self.seed, epoch]).permutation(order) if self.shuffle else order
 
 
 def best_fit(lengths: Ints, selection: Ints, capacity: int) -> list[list[int]]:
-    """Put examples into as few rows of `capacity` positions as the best-fit-decreasing rule finds.
+    """Pack examples into rows of `capacity` positions by best-fit decreasing.
 
-    An example longer than that gets a row of its own. Rows stand in the order of their first example.
+    An example longer than that gets its own row. Rows are ordered by their first example.
     """
-    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]
+    by_room: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # rows by their free positions
     rows: list[list[int]] = []
-    roomy = SortedRooms(capacity)
+    rooms = SortedRooms(capacity)
     for index in selection[np.argsort(-lengths[selection], kind="stable")].tolist():
         size = min(int(lengths[index]), capacity)
-        room = roomy.smallest(size)
+        room = rooms.smallest(size)
         if room is None:
             row: list[int] = []
             rows.append(row)
@@ -191,38 +193,39 @@ def best_fit(lengths: Ints, selection: Ints, capacity: int) -> list[list[int]]:
         else:
             row = by_room[room].pop()
             if not by_room[room]:
-                roomy.remove(room)
+                rooms.remove(room)
         row.append(index)
         if not by_room[room - size]:
-            roomy.add(room - size)
+            rooms.add(room - size)
         by_room[room - size].append(row)
-    places = {int(index): place for place, index in enumerate(selection)}
-    return sorted(([*sorted(row, key=places.__getitem__)] for row in rows), key=lambda row: places[row[0]])
+    # Restore the selection's order, so that the result does not depend on the order of packing.
+    positions = {int(index): position for position, index in enumerate(selection)}
+    return sorted(([*sorted(row, key=positions.__getitem__)] for row in rows), key=lambda row: positions[row[0]])
 
 
 class SortedRooms:
-    """The amounts of room that some row has, in order."""
+    """The distinct amounts of free positions among rows, sorted, for binary search."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.rooms: list[int] = []
 
     def smallest(self, size: int) -> int | None:
-        """Return the least room that holds `size`, or None."""
-        place = bisect_left(self.rooms, max(size, 1))
-        return self.rooms[place] if place < len(self.rooms) else None
+        """Return the smallest amount that fits `size`, or None."""
+        index = bisect_left(self.rooms, max(size, 1))
+        return self.rooms[index] if index < len(self.rooms) else None
 
     def add(self, room: int) -> None:
-        """Note that a row has this much room."""
+        """Add an amount that a row now has."""
         insort(self.rooms, room)
 
     def remove(self, room: int) -> None:
-        """Note that no row has this much room any more."""
+        """Remove an amount that no row has any more."""
         del self.rooms[bisect_left(self.rooms, room)]
 
 
 class PairRows:
-    """Pairs of texts, in the order of `ExampleRows` by both lengths together."""
+    """Pairs of texts, ordered like `ExampleRows` by the sum of both lengths."""
 
     def __init__(
         self,
@@ -240,6 +243,6 @@ class PairRows:
         self.n_rows = self.order.n_rows
 
     def row(self, number: int) -> tuple[Ints, Ints]:
-        """Return pair `number` of the endless sequence of epochs: source tokens, target tokens."""
-        chosen = self.order.index(number)
-        return self.sources.document(chosen).astype(np.int64), self.targets.document(chosen).astype(np.int64)
+        """Return the source and target tokens of row `number`."""
+        index = self.order.index(number)
+        return self.sources.document(index).astype(np.int64), self.targets.document(index).astype(np.int64)

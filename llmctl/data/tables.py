@@ -1,4 +1,4 @@
-"""Rows of jsonl, json, csv, tsv and parquet files."""
+"""Read rows of jsonl, json, csv, tsv and parquet files, in bounded memory."""
 
 import csv
 import json
@@ -12,18 +12,19 @@ from llmctl.errors import MissingExtraError, UsageError
 
 
 def is_table(name: str) -> bool:
-    """Say whether the file has rows with fields; .tsv and plain text are lines."""
+    """Tell whether a file has rows with fields; .tsv and plain text count as lines."""
     return _kind(Path(name)) in ROW_READERS and _kind(Path(name)) != ".tsv"
 
 
 def read_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row) of a table file: a dict per line or row, or the bare JSON value; `columns` narrows parquet.
+    """Yield (where, row) of a table: a dict per row, or any JSON value; stdin is JSON lines.
 
-    Raises: UsageError for a file without rows; stdin is JSON lines.
+    columns: the columns to read from parquet.
+    Raises: UsageError for a file of another format.
     """
     kind = ".jsonl" if name == STDIN else _kind(Path(name))
     if kind not in ROW_READERS:
-        raise UsageError(f"`{name}` has no rows with fields", f"known endings: {' '.join(ROW_READERS)}")
+        raise UsageError(f"`{name}` is not a table", f"known extensions: {' '.join(ROW_READERS)}")
     if kind == ".parquet":
         yield from _parquet_rows(name, columns)
     else:
@@ -31,11 +32,11 @@ def read_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any
 
 
 def read_cells(name: str, names: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield (where, cells by column) of a csv, or of tab-separated lines under any other ending or from stdin.
+    """Yield (where, cells by column) of a csv file, or of tab-separated lines of any other file or stdin.
 
     `names` are the columns of a table without a header; otherwise the first line names them.
 
-    Raises: UsageError naming the line whose cells are fewer or more than the columns.
+    Raises: UsageError naming a line with the wrong number of cells.
     """
     shown = "stdin" if name == STDIN else name
     reader = _csv_reader(name) if is_csv(name) else _tsv_reader(name)
@@ -47,16 +48,16 @@ def read_cells(name: str, names: Sequence[str] = ()) -> Iterator[tuple[str, dict
             listed = ", ".join(f"`{column}`" for column in header)
             raise UsageError(
                 f"`{shown}` line {number} has {len(cells)} cells, not {len(header)}: the columns are {listed}",
-                "mend that line" if not names else "name every column, or mend that line",
+                "correct that line" if not names else "name every column, or correct that line",
             )
         else:
             yield f"`{shown}` line {number}", dict(zip(header, cells, strict=True))
 
 
 def row_text(row: Any, key: str, where: str, setting: str = "data.text_key") -> str:
-    """Return a row's text: a string, or a list of strings joined by newlines; `setting` is what chooses the key.
+    """Return a row's text: a string, or a list of strings joined by newlines; `setting` is the setting of `key`.
 
-    Raises: UsageError naming the place when the field is missing or no text.
+    Raises: UsageError with the location if the field is missing or not text.
     """
     value = row
     if isinstance(row, dict):
@@ -70,12 +71,15 @@ def row_text(row: Any, key: str, where: str, setting: str = "data.text_key") -> 
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "\n".join(value)
     if not isinstance(value, str):
-        raise UsageError(f"{where}: `{key}` is {type(value).__name__}, not text", "name another field")
+        raise UsageError(
+            f"{where}: `{key}` is of type {type(value).__name__}, not text",
+            f"choose another field with --set {setting}=NAME",
+        )
     return whole_characters(value)
 
 
 def whole_characters(text: str) -> str:
-    """Replace lone surrogates, which JSON can spell but UTF-8 cannot hold, with U+FFFD."""
+    r"""Replace lone surrogates, which JSON can express (`"\ud800"`) but UTF-8 cannot, with U+FFFD."""
     if text.isascii():
         return text
     try:
@@ -92,12 +96,15 @@ def _jsonl_rows(name: str) -> Iterator[tuple[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"`{name}` line {number} is not JSON: {error}", "one JSON value per line") from error
+            raise UsageError(f"`{name}` line {number} is not JSON: {error}", "write one JSON value per line") from error
         yield f"`{name}` line {number}", row
 
 
 def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
-    """Read a JSON array value by value, whatever its size, or one value, or values in a row."""
+    """Yield the items of a JSON array one by one, in bounded memory; also accepts one value or a sequence of values.
+
+    `wanted` is how much text to buffer before parsing: it doubles while a value is incomplete.
+    """
     decoder = json.JSONDecoder()
     blocks = text_blocks(name)
     buffer, position, index, wanted, ended = "", 0, 0, BLOCK_BYTES // 2, False
@@ -112,21 +119,21 @@ def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
             row, position = decoder.raw_decode(buffer, position)
         except ValueError as error:
             if ended:
-                raise UsageError(f"`{name}` item {index} is not JSON: {error}", "check the file") from error
-            wanted = 2 * (len(buffer) - position)  # the value may be longer than what was read
+                raise UsageError(f"`{name}` item {index} is not JSON: {error}", "correct the file") from error
+            wanted = 2 * (len(buffer) - position)  # the value may extend beyond the buffer: read more
             continue
         except RecursionError as error:
-            raise UsageError(f"`{name}` item {index} is not JSON we can read: {error}", "check the file") from error
+            raise UsageError(f"`{name}` item {index} is nested too deeply: {error}", "flatten the value") from error
         yield f"`{name}` item {index}", row
         index, wanted = index + 1, BLOCK_BYTES // 2
 
 
 def _skip(text: str, position: int, signs: str) -> int:
-    """Return the place of the next value, past blanks and one bracket or comma."""
-    blanks, mark = signs[:-1], signs[-1]
+    """Return the position of the next value, after whitespace and one bracket or comma (the last of `signs`)."""
+    blanks, separator = signs[:-1], signs[-1]
     while position < len(text) and text[position] in blanks:
         position += 1
-    if position < len(text) and text[position] == mark:
+    if position < len(text) and text[position] == separator:
         position += 1
         while position < len(text) and text[position] in blanks:
             position += 1
@@ -150,7 +157,7 @@ def _tsv_reader(name: str) -> Any:
 
 
 def _csv_lines(name: str) -> Iterator[str]:
-    csv.field_size_limit(1 << 30)  # the default of 128 KB is a limit for spreadsheets, not for documents
+    csv.field_size_limit(1 << 30)  # documents exceed the default of 128 KB
     return (line for _, line in numbered_lines(name))
 
 
@@ -169,7 +176,9 @@ def _numbered_cells(name: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
             if cells:
                 yield reader.line_num, cells
     except csv.Error as error:
-        raise UsageError(f"`{name}` line {reader.line_num}: {error}", "check the quotes of that line") from error
+        raise UsageError(
+            f"`{name}` line {reader.line_num} is not valid csv: {error}", "check the quotes of that line"
+        ) from error
 
 
 def _parquet_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -180,7 +189,7 @@ def _parquet_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str,
     try:
         file = parquet.ParquetFile(name)
     except (ArrowInvalid, OSError) as error:
-        raise UsageError(f"`{name}` is not a parquet file: {error}", "check the file") from error
+        raise UsageError(f"`{name}` is not a valid parquet file: {error}", "write the file again") from error
     known = [column for column in columns if column in file.schema_arrow.names]
     number = 0
     for batch in file.iter_batches(batch_size=1024, columns=known or None):

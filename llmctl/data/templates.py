@@ -1,6 +1,6 @@
-"""Prompts for models that are asked in words: one template per task, filled with an example's texts.
+"""Prompt templates for generative tasks: one per task, filled with an example's texts.
 
-A template is plain text with the names of roles in braces; everything else in it, other braces too, is literal.
+A template is plain text with role names in braces; everything else, including other braces, is literal.
 """
 
 import re
@@ -16,7 +16,7 @@ TEMPLATES: Mapping[str, str] = {
     "qa": "{context}\nQuestion: {question}\nAnswer:",
     "choice": "{context}\nQuestion: {question}\nAnswer:",
 }
-"""A decoder goes on from these; what it is to say follows after one space."""
+"""Prompts of decoders; the answer follows after one space."""
 
 SOURCE_TEMPLATES: Mapping[str, str] = {
     "translate": "{source}",
@@ -24,15 +24,15 @@ SOURCE_TEMPLATES: Mapping[str, str] = {
     "qa": "question: {question} context: {context}",  # Raffel et al. 2020 (T5), arXiv:1910.10683, appendix D
     "choice": "question: {question} context: {context}",
 }
-"""What an encoder-decoder reads as its source."""
+"""Source texts of encoder-decoders."""
 
 FIELD = re.compile(r"\{([a-z]+)\}")
 
 
 def template_for(task: str, family: Family, chosen: str = "") -> str:
-    """Return the template of a task: the one chosen, else the usual one for the family.
+    """Return the template of a task: the chosen one, else the default of the model family.
 
-    Raises: UsageError for a chosen one that holds none of the task's roles, or a word in braces that is none.
+    Raises: UsageError if the chosen one contains none of the task's roles, or an unknown one.
     """
     if not chosen:
         return (SOURCE_TEMPLATES if family == "encoder_decoder" else TEMPLATES)[task]
@@ -40,15 +40,17 @@ def template_for(task: str, family: Family, chosen: str = "") -> str:
     fields = FIELD.findall(chosen)
     unknown = next((field for field in fields if field not in roles), "")
     if unknown or not fields:
-        what = f"names `{{{unknown}}}`" if unknown else "holds no text of the example"
-        raise UsageError(f"the template `{chosen[:80]}` {what}", f"it may name {', '.join(f'{{{r}}}' for r in roles)}")
+        problem = f"contains the unknown field `{{{unknown}}}`" if unknown else "contains no field"
+        raise UsageError(
+            f"the template `{chosen[:80]}` {problem}", f"use any of {', '.join(f'{{{r}}}' for r in roles)}"
+        )
     return chosen
 
 
 def fill_template(template: str, inputs: Mapping[str, str]) -> str:
-    """Return the template with an example's texts; a line whose every role is missing is left out.
+    """Fill a template with an example's texts, dropping lines whose roles are all missing.
 
-    Of a choice that has no question, only a text to go on from (HellaSwag), the text itself is the prompt.
+    An example with a context but no question (HellaSwag) is a text to continue: its context is the whole prompt.
     """
     if set(inputs) == {"context"} and "{question}" in template:
         return inputs["context"]
@@ -58,6 +60,6 @@ def fill_template(template: str, inputs: Mapping[str, str]) -> str:
         if not fields or any(field in inputs for field in fields):
             lines.append(line)
     text = "\n".join(lines)
-    if "context" not in inputs:  # T5's questions stand on one line
+    if "context" not in inputs:  # T5's template has question and context on one line
         text = text.removesuffix(" context: {context}")
     return FIELD.sub(lambda match: inputs.get(match[1], ""), text)

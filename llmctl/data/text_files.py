@@ -1,4 +1,4 @@
-"""Files and pipes as blocks of text: compression, encoding, lines."""
+"""Read files and pipes as blocks of decoded text: decompression, UTF-8 checks, line boundaries."""
 
 import gzip
 import hashlib
@@ -16,14 +16,14 @@ STDIN = "-"
 BLOCK_BYTES = 1 << 20
 
 
-MAX_DOCUMENT_CHARS = 4 << 20  # a longer text file is cut at line ends into documents of about this size
+MAX_DOCUMENT_CHARS = 4 << 20  # longer text files are split at line ends into documents of about this size
 
 
 COMPRESSIONS = (".gz", ".zst")
 
 
 class TextBlock(NamedTuple):
-    """Some whole lines of one file, decoded."""
+    """Some complete lines of one file, decoded."""
 
     text: str
     offset: int
@@ -31,18 +31,18 @@ class TextBlock(NamedTuple):
 
 
 def is_pipe(name: str) -> bool:
-    """Say whether what is read is gone afterwards: stdin, a named pipe, a shell's `<(...)`."""
+    """Tell whether a source can be read only once: stdin, a named pipe, a shell's `<(...)`."""
     return name == STDIN or not Path(name).is_file()
 
 
 def file_sha256(name: str) -> str:
-    """Return the sha256 of one file's bytes as they lie on disk."""
+    """Return the sha256 of a file's bytes on disk, before decompression."""
     with Path(name).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kind(path: Path) -> str:
-    """Return the ending that says the format, compression aside."""
+    """Return the extension of the format, ignoring a compression extension."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -50,20 +50,20 @@ def _kind(path: Path) -> str:
 
 
 def is_csv(name: str) -> bool:
-    """Say whether the file's cells stand between commas."""
+    """Tell whether a file is comma-separated."""
     return name != STDIN and _kind(Path(name)) == ".csv"
 
 
 def open_binary(name: str) -> BinaryIO:
-    """Open a file or stdin for reading its bytes, decompressed by its ending.
+    """Open a file or stdin for reading bytes, decompressed according to its extension.
 
-    Raises: MissingExtraError for .zst without its package; NotFoundError and UsageError for what cannot be opened.
+    Raises: MissingExtraError for .zst without its package; NotFoundError or UsageError if it cannot be opened.
     """
     if name == STDIN:
         return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False)) if _has_fileno() else sys.stdin.buffer
     suffix = Path(name).suffix.lower()
     if suffix == ".gz":
-        _opened(Path(name)).close()  # says what is wrong with the path; gzip's own handle is closed with the stream
+        _opened(Path(name)).close()  # raises the proper error for a bad path; gzip then opens its own handle
         return cast("BinaryIO", gzip.open(name, "rb"))
     if suffix == ".zst":
         return _open_zstd(Path(name))
@@ -82,7 +82,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file `{path}`", "check the path") from error
+        raise NotFoundError(f"file `{path}` does not exist", "check the path") from error
     except OSError as error:
         raise UsageError(f"cannot read `{path}`: {error.strerror}", "check the file's permissions") from error
 
@@ -95,7 +95,7 @@ def _open_zstd(path: Path) -> BinaryIO:
             from backports import zstd
         except ImportError as error:
             raise MissingExtraError(f"reading `{path}`", "backports.zstd", "data") from error
-    _opened(path).close()  # as with gzip
+    _opened(path).close()  # raises the proper error for a bad path
     file: BinaryIO = zstd.ZstdFile(path, mode="r")
     return file
 
@@ -103,7 +103,7 @@ def _open_zstd(path: Path) -> BinaryIO:
 def text_blocks(name: str, *, whole_lines: bool = False) -> Iterator[TextBlock]:
     """Yield a file's text in blocks of about a megabyte that end at line ends.
 
-    A line longer than a document may be is cut between characters, unless `whole_lines`.
+    A line longer than the limit of a document is split between characters, unless `whole_lines`.
 
     Raises: UsageError naming file and byte offset for invalid UTF-8, NUL bytes or a damaged archive.
     """
@@ -119,7 +119,7 @@ def text_blocks(name: str, *, whole_lines: bool = False) -> Iterator[TextBlock]:
 
 
 def _line_blocks(file: BinaryIO, shown: str, limit_bytes: int | None) -> Iterator[bytes]:
-    """Cut a byte stream at line ends, a block's worth at a time; a line over the limit is cut elsewhere."""
+    """Split a byte stream into blocks at line ends; a line over the limit is split between characters."""
     parts: list[bytes] = []
     size = 0
     while data := _read_block(file, shown):
@@ -143,17 +143,20 @@ def _read_block(file: BinaryIO, shown: str) -> bytes:
     try:
         return file.read(BLOCK_BYTES)
     except (EOFError, gzip.BadGzipFile) as error:
-        raise UsageError(f"`{shown}` is damaged: {error}", "fetch or compress the file again") from error
+        raise UsageError(f"`{shown}` is damaged: {error}", "download or compress the file again") from error
     except OSError as error:
-        raise UsageError(f"cannot read `{shown}`: {error.strerror or error}", "check the file") from error
+        raise UsageError(
+            f"cannot read `{shown}`: {error.strerror or error}", "check the file and its permissions"
+        ) from error
     except Exception as error:
-        if type(error).__name__ in ("ZstdError", "error"):  # zlib.error and zstd's own, by name: no import for it
-            raise UsageError(f"`{shown}` is damaged: {error}", "fetch or compress the file again") from error
+        # zlib.error and ZstdError, compared by name: zstd is optional and must not be imported for this.
+        if type(error).__name__ in ("ZstdError", "error"):
+            raise UsageError(f"`{shown}` is damaged: {error}", "download or compress the file again") from error
         raise
 
 
 def _whole_characters(data: bytes) -> int:
-    """Return the length of the longest start of `data` that does not end inside a UTF-8 character."""
+    """Return the length of the longest prefix of `data` that does not end inside a UTF-8 character."""
     for back in range(1, min(4, len(data)) + 1):
         if data[-back] & 0xC0 != 0x80:  # the last byte that starts a character
             return len(data) - back if data[-back] >= 0xC0 else len(data)
@@ -161,9 +164,9 @@ def _whole_characters(data: bytes) -> int:
 
 
 def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
-    """Decode a part of a file that starts at byte `offset`.
+    """Decode the part of a file that starts at byte `offset`.
 
-    Raises: UsageError naming file and byte offset where it is not UTF-8, or holds a NUL and so is no text.
+    Raises: UsageError naming file and byte offset of invalid UTF-8 or of a NUL, which means binary content.
     """
     nul = data.find(0)
     try:
@@ -183,18 +186,18 @@ def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
 
 
 def _binary(shown: str, position: int) -> UsageError:
-    return UsageError(f"`{shown}` is binary, not text: NUL at byte {position}", "name a text file")
+    return UsageError(f"`{shown}` is binary, not text: NUL at byte {position}", "pass a text file")
 
 
 def _lines(text: str) -> list[str]:
-    """Cut at newlines only (splitlines also cuts at form feeds and other signs), keeping the ends."""
+    """Split at newlines only (str.splitlines also splits at form feeds and others), keeping the ends."""
     lines = [line + "\n" for line in text.split("\n")]
     lines[-1] = lines[-1][:-1]
     return [line for line in lines if line]
 
 
 def numbered_lines(name: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, line with its end) of a text file; only a newline ends a line."""
+    """Yield (line number from 1, line with its end) of a text file; only a newline ends a line."""
     number = 0
     for block in text_blocks(name, whole_lines=True):
         for line in _lines(block.text):

@@ -1,1 +1,1 @@
-"""Artifacts on disk: the run folder and the single file, Hugging Face families, GGUF."""
+"""File formats: model folders and single files in Hugging Face's layout, adapters, quantized weights, GGUF."""

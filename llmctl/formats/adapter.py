@@ -1,8 +1,8 @@
-"""Adapters on disk in PEFT's format: `adapter_config.json` and `adapter_model.safetensors` in a folder.
+"""Read adapters in PEFT's format: a folder with `adapter_config.json` and `adapter_model.safetensors`.
 
-Keys are those of the published architecture of the base, `base_model.model.<path>.lora_A.weight`. The header of what
-is written here also says where the adapter comes from and of which weights it is, so that another base is refused. As
-with models nothing read is trusted, nothing is guessed, and pickles are never loaded.
+Keys follow the base's published architecture: `base_model.model.<path>.lora_A.weight`. The headers of our own adapters
+also contain the provenance and a digest of the base's weights, so that another base is refused. Files are not trusted:
+unknown settings are refused and pickles are never loaded.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from llmctl.formats.adapter_names import (
     POOLER,
     Architecture,
     LowRank,
-    Place,
+    PublishedLinear,
     architecture_of,
     bare,
     by_path,
@@ -28,7 +28,7 @@ from llmctl.formats.adapter_names import (
     from_pattern,
     look_up,
 )
-from llmctl.formats.adapter_names import split as split_place
+from llmctl.formats.adapter_names import split as split_linear
 from llmctl.formats.artifact import (
     ADAPTER_CONFIG,
     FILES,
@@ -60,7 +60,7 @@ PARTS = {
 HEAD_FIELDS = ("n_labels", "labels", "problem", "pooling", "pooled_activation")
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "FEATURE_EXTRACTION")
 INITS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to draw the first factors; others change the base's weights."""
+"""Supported `init_lora_weights`; the other methods (PiSSA, OLoRA, LoftQ, ...) change the base's weights."""
 READ = {
     *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "base_model_name_or_path", "init_lora_weights"),
@@ -69,16 +69,17 @@ NO_MATTER = {
     *("auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "target_modules"),
     *("exclude_modules", "modules_to_save", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
 }
-"""Settings that change nothing of what the tensors say; any other that is set is refused."""
+"""Settings that do not change the result; any other one that is set is refused."""
 SAMPLE_BYTES = 65536
+"""How much `identity` reads of the beginning and the end of every tensor."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was found and checked by itself, its tensors still on disk.
+    """An adapter whose files have been checked, without the base; its tensors are still on disk.
 
     low_rank: path in the base -> part (`a`, `b`, `magnitude`) -> key in the file; whole: parameter of the base that is
-    stored as a whole -> key; files: tokenizer and chat template that were saved beside it.
+    stored in full (classification head) -> key; files: tokenizer and chat template stored with it.
     """
 
     path: Path
@@ -95,7 +96,7 @@ class Adapter:
 
     @property
     def dora(self) -> bool:
-        """Whether rows are brought to learned lengths."""
+        """Whether weight rows are rescaled to learned magnitudes."""
         return bool(self.values.get("use_dora"))
 
     @property
@@ -105,25 +106,25 @@ class Adapter:
 
     @property
     def base(self) -> str:
-        """What it calls its base; empty where it does not say."""
+        """The path or name of its base, empty if it has none."""
         return str(self.values.get("base_model_name_or_path") or "")
 
     @property
     def base_sha256(self) -> str:
-        """The `identity` of its base; empty in an adapter that was made elsewhere."""
+        """The `identity` of its base, empty if another program wrote the adapter."""
         return self.header.metadata.get("llmctl.base_sha256", "")
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where it comes from."""
+        """How it was made."""
         return self.metadata_object("llmctl.provenance")
 
     def pattern(self, key: str) -> list[tuple[Pattern[str], float]]:
-        """Return `rank_pattern` or `alpha_pattern`, ready for matching."""
+        """Return `rank_pattern` or `alpha_pattern` with compiled keys."""
         return compiled(self.values.get(key) or {}, f"{self.path / ADAPTER_CONFIG}: {key}")
 
     def metadata_object(self, key: str) -> dict[str, Any]:
-        """Return a JSON object of the header; empty where it is not there."""
+        """Parse a JSON object in the header's metadata; empty if missing."""
         return parse_object(self.header.metadata.get(key, "{}"), f"{self.path / ADAPTER_WEIGHTS}: {key}")
 
     def entry(self, key: str) -> TensorEntry:
@@ -132,36 +133,36 @@ class Adapter:
 
 
 def is_adapter(path: Path) -> bool:
-    """Tell whether this is an adapter's folder; one that also holds a model counts as the model."""
+    """Tell whether this is an adapter folder; one that also contains model weights counts as the model."""
     if any((path / name).is_file() for name in (WEIGHTS, INDEX)):
         return False
     return (path / ADAPTER_CONFIG).is_file() or (path / ADAPTER_WEIGHTS).is_file()
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter's folder and check what can be checked without its base.
+    """Read an adapter folder and check what can be checked without its base.
 
-    Raises: NotFoundError when there is none; ArtifactError naming what is damaged, or not read.
+    Raises: NotFoundError if files are missing; ArtifactError naming what is damaged or unsupported.
     """
     if not (path / ADAPTER_CONFIG).is_file():
-        raise NotFoundError(f"the folder `{path}` has no `{ADAPTER_CONFIG}`", "name the folder of a PEFT adapter")
+        raise NotFoundError(f"folder `{path}` has no `{ADAPTER_CONFIG}`", "pass the folder of a PEFT adapter")
     if not (path / ADAPTER_WEIGHTS).is_file():
         if (path / PICKLE).is_file():
             raise refuse_pickle(path / PICKLE)
-        raise NotFoundError(f"the adapter `{path}` has no `{ADAPTER_WEIGHTS}`", "fetch or save it again")
+        raise NotFoundError(f"the adapter `{path}` has no `{ADAPTER_WEIGHTS}`", "download or save it again")
     values = parse_object(read_small(path / ADAPTER_CONFIG).decode(errors="replace"), str(path / ADAPTER_CONFIG))
     check_values(values, str(path / ADAPTER_CONFIG))
     header = read_header(path / ADAPTER_WEIGHTS)
     files = {name: read_small(path / name) for name in FILES if (path / name).is_file()}
     adapter = Adapter(path, values, header, files, {}, {})
     for key, entry in header.tensors.items():
-        sort_in(adapter, key, entry)
+        classify_tensor(adapter, key, entry)
     check_parts(adapter)
     return adapter
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:
-    """Check the settings: those that are read for their values, all others for being off.
+    """Check the settings: supported ones for valid values, all others for being unset.
 
     Raises: ArtifactError naming the key.
     """
@@ -191,13 +192,13 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
             raise hf.refuse(key, value, "LoRA and DoRA on linear layers, with a classification head")
 
 
-def sort_in(adapter: Adapter, key: str, entry: TensorEntry) -> None:
-    """Note what a tensor is.
+def classify_tensor(adapter: Adapter, key: str, entry: TensorEntry) -> None:
+    """Add a tensor to `adapter.low_rank` or `adapter.whole` according to its name.
 
-    Raises: ArtifactError for a key or a dtype that is not understood.
+    Raises: ArtifactError for an unknown name or dtype.
     """
     if not key.startswith(PREFIX):
-        raise not_read(adapter, f"the tensor `{key[:120]}`, whose name does not begin with `{PREFIX}`")
+        raise not_read(adapter, f"the tensor `{key[:120]}`, whose name does not start with `{PREFIX}`")
     if entry.dtype not in ("F32", "F16", "BF16", "F64"):
         raise not_read(adapter, f"the tensor `{key[:120]}` of dtype {entry.dtype}")
     name = key.removeprefix(PREFIX)
@@ -211,52 +212,56 @@ def sort_in(adapter: Adapter, key: str, entry: TensorEntry) -> None:
 
 
 def not_read(adapter: Adapter, what: str) -> ArtifactError:
-    """Return the error for something in an adapter that is not understood."""
+    """Return the error for an unsupported part of an adapter."""
     return ArtifactError(
         f"the adapter `{adapter.path}` has {what}, which llmctl does not read",
-        "what is read: LoRA and DoRA on linear layers, with a classification head",
+        "supported: LoRA and DoRA on linear layers, with a classification head",
     )
 
 
 def check_parts(adapter: Adapter) -> None:
-    """Check that every layer has its factors and that their ranks are those of the settings.
+    """Check that every layer has its factors and that their ranks match the settings.
 
     Raises: ArtifactError naming the layer.
     """
     if not adapter.low_rank:
         raise not_read(adapter, "no tensor `....lora_A.weight`")
-    wanted = {"a", "b", "magnitude"} if adapter.dora else {"a", "b"}
+    expected = {"a", "b", "magnitude"} if adapter.dora else {"a", "b"}
     ranks = adapter.pattern("rank_pattern")
     for path, parts in adapter.low_rank.items():
-        if set(parts) != wanted:
-            odd = min(set(parts) ^ wanted)
-            raise damaged(adapter, f"`{path}` {'lacks' if odd in wanted else 'has'} its `{odd}`")
+        if set(parts) != expected:
+            part = min(set(parts) ^ expected)
+            problem = "has no" if part in expected else "has an unexpected"
+            raise damaged(adapter, f"`{path}` {problem} `{part}`")
         a, b = adapter.entry(parts["a"]).shape, adapter.entry(parts["b"]).shape
         rank = from_pattern(ranks, path) or adapter.values["r"]
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
-            raise damaged(adapter, f"the factors of `{path}` are {a} and {b}, its rank is {rank}")
+            raise damaged(adapter, f"the factors of `{path}` have the shapes {a} and {b}, but its rank is {rank}")
 
 
 def damaged(adapter: Adapter, what: str) -> ArtifactError:
-    """Return the error for an adapter that contradicts itself."""
-    return ArtifactError(f"the adapter `{adapter.path}` is damaged: {what}", "fetch or save it again")
+    """Return the error for an inconsistent adapter."""
+    return ArtifactError(f"the adapter `{adapter.path}` is damaged: {what}", "download or save it again")
 
 
 def adapted_config(adapter: Adapter, base: Artifact) -> ModelConfig:
-    """Return the config of the base with the adapter: with a head over labels where the adapter brings one.
+    """Return the base's config, with a classification head if the adapter contains one.
 
-    Raises: ArtifactError when the base's family has no such head.
+    Our adapters describe the head in their metadata; for others it follows from the published classifier of the base.
+    Raises: ArtifactError if the description is invalid.
     """
-    said = adapter.metadata_object("llmctl.head")
-    if said:
-        return replace(base.config, **{name: checked(name, said[name]) for name in HEAD_FIELDS if name in said})
+    head = adapter.metadata_object("llmctl.head")
+    if head:
+        return replace(base.config, **{name: checked(name, head[name]) for name in HEAD_FIELDS if name in head})
     if base.config.n_labels or not adapter.whole:
         return base.config
     model_type = base.hf.get("model_type")
     for row in CLASSIFIERS:
         if row.model_type == model_type:
-            one = row.read_config({**base.hf, "id2label": {"0": ""}, "problem_type": None})
-            outputs = next(name for name, ours in architecture_of(one, row).head.items() if ours == "classifier.weight")
+            # With one label, only to find the published name of the output layer; its shape has the number of labels.
+            trial = row.read_config({**base.hf, "id2label": {"0": ""}, "problem_type": None})
+            head_names = architecture_of(trial, row).head
+            outputs = next(name for name, ours in head_names.items() if ours == "classifier.weight")
             if outputs in adapter.whole and len(shape := adapter.entry(adapter.whole[outputs]).shape) == 2:
                 names = {str(number): f"LABEL_{number}" for number in range(shape[0])}
                 config = row.read_config({**base.hf, "id2label": names, "problem_type": None})
@@ -265,58 +270,60 @@ def adapted_config(adapter: Adapter, base: Artifact) -> ModelConfig:
     return base.config
 
 
-def fit(adapter: Adapter, architecture: Architecture) -> dict[str, Place]:
-    """Return path -> place of every layer that is adapted, names and shapes checked against the adapted architecture.
+def fit(adapter: Adapter, architecture: Architecture) -> dict[str, PublishedLinear]:
+    """Return path -> linear layer of every adapted layer, after checking names and shapes against the architecture.
 
-    Raises: ArtifactError naming what is not of this base.
+    Raises: ArtifactError naming what does not match this base.
     """
-    table = by_path(architecture.places)
-    found: dict[str, Place] = {}
+    table = by_path(architecture.linears)
+    adapted: dict[str, PublishedLinear] = {}
     for path, parts in adapter.low_rank.items():
-        place = look_up(table, path)
-        if place is None and bare(path) == POOLER and architecture.family.model_type == "bert":
-            continue
-        if place is None:
-            raise other_base(adapter, f"it adapts `{path[:120]}`, which is no layer of the base that takes adapters")
+        linear = look_up(table, path)
+        if linear is None and bare(path) == POOLER and architecture.family.model_type == "bert":
+            continue  # a classifier without a pooler does not use its adapter
+        if linear is None:
+            raise other_base(adapter, f"it adapts `{path[:120]}`, which is not an adaptable layer of the base")
         a, b = adapter.entry(parts["a"]).shape, adapter.entry(parts["b"]).shape
-        n_out = sum(place.sizes)
-        lengths = adapter.entry(parts["magnitude"]).shape if adapter.dora else (n_out,)
-        if (b[0], a[1], lengths) != (n_out, place.n_in, (n_out,)):
-            raise other_base(adapter, f"`{path}` maps {a[1]} to {b[0]} there, {place.n_in} to {n_out} in the base")
-        found[path] = place
+        n_out = sum(linear.sizes)
+        magnitude = adapter.entry(parts["magnitude"]).shape if adapter.dora else (n_out,)
+        if (b[0], a[1], magnitude) != (n_out, linear.n_in, (n_out,)):
+            raise other_base(
+                adapter, f"`{path}` has {a[1]} inputs and {b[0]} outputs, but {linear.n_in} and {n_out} in the base"
+            )
+        adapted[path] = linear
     check_head(adapter, architecture)
-    return found
+    return adapted
 
 
 def check_head(adapter: Adapter, architecture: Architecture) -> None:
-    """Check that whole parameters are those of the classification head.
+    """Check that all parameters stored in full belong to the classification head.
 
-    Raises: ArtifactError naming what is not.
+    Raises: ArtifactError naming those that do not.
     """
     heads, shapes = architecture.head, parameter_shapes(architecture.config)
     unknown = [name for name in adapter.whole if name not in heads]
     if unknown:
-        raise not_read(adapter, f"the whole parameters {few(unknown)}")
+        raise not_read(adapter, f"the full parameters {few(unknown)}")
     for name, key in adapter.whole.items():
-        here, there = shapes[heads[name]], adapter.entry(key).shape
-        if here != there:
-            raise other_base(adapter, f"`{name}` has the shape {there} there, {here} in the base")
+        in_base, in_adapter = shapes[heads[name]], adapter.entry(key).shape
+        if in_base != in_adapter:
+            raise other_base(adapter, f"`{name}` has the shape {in_adapter}, but {in_base} in the base")
 
 
 def other_base(adapter: Adapter, what: str) -> ArtifactError:
     """Return the error for an adapter of another base."""
-    hint = f"it names its base: `{adapter.base}`" if adapter.base else "name its base with -m"
+    hint = f"use its own base, `{adapter.base}`" if adapter.base else "pass its base with -m"
     return ArtifactError(f"the adapter `{adapter.path}` does not fit this base: {what}", hint)
 
 
 def read_parts(adapter: Adapter, architecture: Architecture) -> tuple[dict[str, LowRank], dict[str, "Tensor"]]:
-    """Return the adapters of our layers, and the parameters of a head, from disk; see `fit` for the errors."""
-    found = fit(adapter, architecture)
+    """Read the low-rank factors by our layer names, and the parameters of a head; see `fit` for the errors."""
+    adapted = fit(adapter, architecture)
     tensors = read_tensors(adapter.path / ADAPTER_WEIGHTS)
     alphas = adapter.pattern("alpha_pattern")
     ranks = {name: rank for name, rank in adapter.metadata_object("llmctl.ranks").items() if type(rank) is int}
     parts: dict[str, LowRank] = {}
-    for path, place in found.items():
+    for path, linear in adapted.items():
         keys = adapter.low_rank[path]
         alpha = from_pattern(alphas, path)
         whole = LowRank(
@@ -325,24 +332,23 @@ def read_parts(adapter: Adapter, architecture: Architecture) -> tuple[dict[str, 
             tensors[keys["b"]],
             tensors[keys["magnitude"]] if adapter.dora else None,
         )
-        parts |= split_place(place, whole, ranks, rslora=adapter.rslora)
+        parts |= split_linear(linear, whole, ranks, rslora=adapter.rslora)
     return parts, {architecture.head[name]: tensors[key] for name, key in adapter.whole.items()}
 
 
 def identity(tensors: Mapping[str, tuple[Path, str, TensorEntry]]) -> str:
-    """Return what tells weights from others: a SHA-256 over names, dtypes, shapes and both ends of every tensor.
+    """Return a SHA-256 that identifies weights: over names, dtypes, shapes and both ends of every tensor.
 
-    Not over all bytes: a large base would be read twice at every start. The same weights in one file, in shards, or
-    beside other metadata are the same.
+    Not over all bytes, which would read a large base twice at every start. It does not depend on sharding or metadata.
     """
     digest = hashlib.sha256()
-    begins: dict[Path, int] = {}
+    data_starts: dict[Path, int] = {}  # tensor offsets count from the end of the header
     for name, (path, _, entry) in sorted(tensors.items()):
         digest.update(json.dumps([name, entry.dtype, list(entry.shape)]).encode())
         with path.open("rb") as file:
-            if path not in begins:
-                begins[path] = 8 + int(struct.unpack("<Q", file.read(8))[0])
+            if path not in data_starts:
+                data_starts[path] = 8 + int(struct.unpack("<Q", file.read(8))[0])
             for begin in (entry.begin, max(entry.begin, entry.end - SAMPLE_BYTES)):
-                file.seek(begins[path] + begin)
+                file.seek(data_starts[path] + begin)
                 digest.update(file.read(min(SAMPLE_BYTES, entry.end - begin)))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Write an adapter in PEFT's format, so that PEFT opens it on the base as published and computes the same."""
+"""Write adapters in PEFT's format, so that PEFT loads them onto the published base with the same results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from llmctl.formats.adapter import ADAPTER_WEIGHTS, HEAD_FIELDS, PICKLE, PREFIX
 from llmctl.formats.adapter_names import (
     Architecture,
     LowRank,
-    Place,
+    PublishedLinear,
     common,
     owners,
     stack,
@@ -42,22 +42,22 @@ def write_adapter(
     files: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> Path:
-    """Write the adapters of a model's layers, by our names, and the parameters of its head; return `out`.
+    """Write the adapters of a model's layers (by our names) and the parameters of its head; return `out`.
 
-    architecture: that of the adapted model, its head included; weights: its frozen weights, of which only the lengths of layers
-    without an adapter are used, where they share a published layer with others (GPT-2 with DoRA). A new folder appears
-    whole or not at all; in an existing one the weights come last, so that no half is taken for a whole.
-    Raises: OutputError when something is there already and `force` is not given, or when the disk refuses.
+    architecture: of the adapted model with its head; weights: the frozen weights, used only for the row norms of layers
+    without an adapter that share a fused layer with adapted ones (GPT-2 with DoRA). A new folder is created atomically;
+    in an existing one the weights are written last, so that an incomplete adapter is never loaded.
+    Raises: OutputError if an adapter exists and `force` is not given, or if the disk refuses.
     """
     is_taken = any((out / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLE))
     refuse_overwrite(out, is_taken, force=force)
     if any((out / name).exists() for name in (WEIGHTS, INDEX)):
-        raise OutputError(f"`{out}` holds a model, an adapter was to be written there", "choose another folder with -o")
-    stacked: dict[str, tuple[Place, LowRank]] = {}
-    for place in architecture.places:
-        whole = stack(place, parts, weights, rslora=rslora)
-        if whole is not None:
-            stacked[place.path] = (place, whole)
+        raise OutputError(f"cannot write an adapter to `{out}`: it contains a model", "choose another folder with -o")
+    stacked: dict[str, tuple[PublishedLinear, LowRank]] = {}
+    for linear in architecture.linears:
+        combined = stack(linear, parts, weights, rslora=rslora)
+        if combined is not None:
+            stacked[linear.path] = (linear, combined)
     published = {name: head[ours] for name, ours in architecture.head.items() if ours in head}
     tensors = factors(stacked) | {PREFIX + name: tensor for name, tensor in published.items()}
     values = settings(architecture, stacked, list(published), base=base, dropout=dropout, rslora=rslora)
@@ -71,6 +71,7 @@ def write_adapter(
     }
     texts = {**(files or {}), ADAPTER_CONFIG: json_text(values).encode()}
     if out.exists():
+        # Remove the old weights first: a crash must not leave them with the new settings.
         with writing(out):
             for name in (ADAPTER_WEIGHTS, PICKLE):
                 (out / name).unlink(missing_ok=True)
@@ -82,9 +83,9 @@ def write_adapter(
 
 
 def head_metadata(architecture: Architecture) -> dict[str, str]:
-    """Return what the settings of PEFT do not say of a classification head."""
-    said = {name: value for name, value in native_values(architecture.config).items() if name in HEAD_FIELDS}
-    return {"llmctl.head": json.dumps(said, sort_keys=True, ensure_ascii=False)}
+    """Return the description of a classification head, for which PEFT's settings have no fields."""
+    values = {name: value for name, value in native_values(architecture.config).items() if name in HEAD_FIELDS}
+    return {"llmctl.head": json.dumps(values, sort_keys=True, ensure_ascii=False)}
 
 
 def write_parts(
@@ -97,8 +98,8 @@ def write_parts(
     write_safetensors(folder / ADAPTER_WEIGHTS, tensors, metadata)
 
 
-def factors(stacked: Mapping[str, tuple[Place, LowRank]]) -> dict[str, "Tensor"]:
-    """Return the tensors under PEFT's names."""
+def factors(stacked: Mapping[str, tuple[PublishedLinear, LowRank]]) -> dict[str, "Tensor"]:
+    """Return the tensors by PEFT's names."""
     tensors: dict[str, Tensor] = {}
     for path, (_, part) in stacked.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = part.a_RI
@@ -110,14 +111,14 @@ def factors(stacked: Mapping[str, tuple[Place, LowRank]]) -> dict[str, "Tensor"]
 
 def settings(
     architecture: Architecture,
-    stacked: Mapping[str, tuple[Place, LowRank]],
+    stacked: Mapping[str, tuple[PublishedLinear, LowRank]],
     head: Sequence[str],
     *,
     base: str,
     dropout: float,
     rslora: bool,
 ) -> dict[str, Any]:
-    """Return adapter_config.json."""
+    """Return the content of adapter_config.json."""
     rank, rank_pattern = common({path: part.rank for path, (_, part) in stacked.items()})
     alpha, alpha_pattern = common({path: part.alpha for path, (_, part) in stacked.items()})
     return {
@@ -132,7 +133,7 @@ def settings(
         "target_modules": target_modules(architecture, set(stacked)),
         "modules_to_save": owners(head) or None,
         "bias": "none",
-        "fan_in_fan_out": any(place.is_transposed for place, _ in stacked.values()),
+        "fan_in_fan_out": any(linear.is_transposed for linear, _ in stacked.values()),
         "use_dora": any(part.magnitude_O is not None for _, part in stacked.values()),
         "use_rslora": rslora,
         "init_lora_weights": True,
@@ -141,12 +142,12 @@ def settings(
 
 
 def whole_number(value: float) -> float:
-    """Return a number as PEFT writes it: without a point where it is whole."""
+    """Convert a float with an integer value to int, as PEFT writes it."""
     return int(value) if value == int(value) else value
 
 
 def task_type(architecture: Architecture) -> str | None:
-    """Return what PEFT calls the task; it has no name for masked words."""
+    """Return PEFT's name of the task; it has none for masked language modeling."""
     config = architecture.config
     if config.n_labels:
         return "SEQ_CLS"

@@ -1,4 +1,4 @@
-"""Write a model: a folder or a single file."""
+"""Write a model as a folder or as a single self-contained file."""
 
 import json
 import math
@@ -32,15 +32,15 @@ def write_artifact(
     schemes: Schemes | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a model as a folder, or as one file where `out` ends in .safetensors, and return `out`.
+    """Write a model as a folder, or as one file if `out` ends in .safetensors, and return `out`.
 
-    A new folder appears whole or not at all. Into an existing one (a run folder) each file is written whole, the
-    weights last; as their header carries the rest, they are right whenever the writing stops. Equal content gives
+    A new folder is created atomically. In an existing one (a run folder) each file is written atomically, the weights
+    last: their header contains all the rest, so the model is consistent whenever writing stops. Equal content gives
     equal bytes.
 
-    Shapes: `config` is complete (`LanguageModel(config).config`), `state` its state, a tied head with or without; modules
-    that `schemes` names have their packed tensors there, and no weight.
-    Raises: OutputError when a model is there already and `force` is not given, or when the disk refuses.
+    config: complete (`LanguageModel(config).config`); state: its state, with or without a tied head; modules in
+    `schemes` have packed tensors instead of a weight.
+    Raises: OutputError if a model exists and `force` is not given, or if the disk refuses.
     """
     schemes = schemes or {}
     family = family_with(config, schemes)
@@ -57,10 +57,10 @@ def write_artifact(
         "llmctl.files": json.dumps({name: b64encode(data).decode() for name, data in beside.items()}, sort_keys=True),
         "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
     }
-    if schemes:  # packed tensors do not tell
+    if schemes:  # the parameter count cannot be read off packed tensors
         shapes = parameter_shapes(config)
-        held = [stored_shape(stored, shapes) for stored in family.layout(config)]
-        metadata[COUNT] = str(sum(map(math.prod, held)))
+        unquantized = [stored_shape(stored, shapes) for stored in family.layout(config)]
+        metadata[COUNT] = str(sum(map(math.prod, unquantized)))
     if out.suffix == ".safetensors":
         refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
         write_safetensors(out, tensors, metadata)
@@ -85,7 +85,7 @@ def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callab
 
 
 def remove_stale(folder: Path, keep: set[str]) -> None:
-    """Remove what is left of another model that stood here: its shards, and tokenizer files not in `keep`."""
+    """Remove leftovers of a previous model in this folder: its shards, and tokenizer files not in `keep`."""
     with writing(folder):
         for stale in (folder / INDEX, *folder.glob("model-[0-9]*-of-[0-9]*.safetensors")):
             stale.unlink(missing_ok=True)
@@ -94,18 +94,18 @@ def remove_stale(folder: Path, keep: set[str]) -> None:
 
 
 def refuse_overwrite(out: Path, exists: bool, *, force: bool) -> None:
-    """Refuse to replace a model that the user did not say may go.
+    """Check that nothing is overwritten without `force`.
 
     Raises: OutputError.
     """
     if out.suffix not in (".safetensors", ".gguf") and out.is_file():
-        raise OutputError(f"`{out}` is a file, a model folder was to be written there", "choose another place with -o")
+        raise OutputError(f"cannot write a model folder to `{out}`: it is a file", "choose another path with -o")
     if exists and not force:
-        raise OutputError(f"`{out}` exists already", "choose another place with -o, or replace it with -f")
+        raise OutputError(f"`{out}` already exists", "choose another path with -o, or replace it with -f")
 
 
 def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:
-    """Return config.json, with the dtype under its old and its new name."""
+    """Return the content of config.json, with the dtype under its old (`torch_dtype`) and its new name (`dtype`)."""
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
         if not tensor.is_floating_point():
@@ -118,7 +118,7 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
 
 
 def with_generation_config(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Add a generation_config.json from the token ids, where a model that generates has none; sort the files."""
+    """Add a generation_config.json with the token ids if a generative model has none; sort the files by name."""
     known = {"generation_config.json": b""} if config.family == "encoder" else {}
     ids = {key: value for key, value in token_ids(config).items() if value is not None and key != "mask_token_id"}
     known = known or {"generation_config.json": json_text(ids).encode()}

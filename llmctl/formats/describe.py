@@ -1,7 +1,7 @@
-"""What a model file holds, told from its header alone: no tensor is read and torch is not loaded.
+"""Describe a model file from its header alone, without reading tensors or importing torch.
 
-Knows safetensors files, folders of them, adapters, and GGUF. A file that is sound but not one of our models (another
-architecture) is described as far as it goes; a damaged one is refused.
+Supports safetensors files and folders, adapters, and GGUF. A valid file of an unsupported architecture is described as
+far as possible; a damaged one is refused.
 """
 
 import json
@@ -12,14 +12,14 @@ from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
-from llmctl.formats.artifact import CONFIG, check_kind, n_numbers, parse_object, read_artifact, read_headers
+from llmctl.formats.artifact import CONFIG, check_kind, count_parameters, parse_object, read_artifact, read_headers
 from llmctl.formats.safetensors import Header
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Return architecture, sizes, tokenizer, provenance, metadata and tensors of a model file or folder.
 
-    Raises: NotFoundError; ArtifactError when a file is damaged or its tensors do not fit its configuration.
+    Raises: NotFoundError; ArtifactError if a file is damaged or its tensors do not match its configuration.
     """
     if path.suffix == ".gguf" and path.is_file():
         return describe_gguf(path)
@@ -37,7 +37,7 @@ def describe(path: Path) -> dict[str, Any]:
         artifact = read_artifact(path)
     except ArtifactError as error:
         named = named_architecture(metadata, folder)
-        if "does not read" not in str(error):
+        if "does not read" not in str(error):  # the wording of errors for unsupported, undamaged models
             raise
         return record | {"architecture": named, "unread": str(error), "metadata": plain_metadata(metadata)}
     return record | {
@@ -55,7 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def describe_adapter(path: Path) -> dict[str, Any]:
-    """Return the same of an adapter, whose base need not be there."""
+    """Return the same for an adapter, whose base need not exist."""
     adapter = read_adapter(path)
     values = adapter.values
     ranks = sorted({adapter.entry(parts["a"]).shape[0] for parts in adapter.low_rank.values()})
@@ -77,7 +77,7 @@ def describe_adapter(path: Path) -> dict[str, Any]:
 
 
 def named_architecture(metadata: Mapping[str, str], folder: Path) -> str:
-    """Return the architecture that a configuration names, whether it is read or not."""
+    """Return the architecture named in a configuration, supported or not."""
     text = metadata.get("llmctl.config") or (folder / CONFIG).read_text(encoding="utf-8", errors="replace")
     values = parse_object(text, str(folder / CONFIG))
     names = values.get("architectures") or [values.get("model_type")]
@@ -85,7 +85,7 @@ def named_architecture(metadata: Mapping[str, str], folder: Path) -> str:
 
 
 def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, Any]:
-    """Return counts and sizes over all weight files."""
+    """Return parameter count, size, dtypes and tensors over all weight files."""
     tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
     dtypes: dict[str, int] = {}
     for entry in tensors.values():
@@ -93,7 +93,7 @@ def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, An
     return {
         "path": str(path),
         "format": "safetensors",
-        "parameters": sum(map(n_numbers, headers.values())),
+        "parameters": sum(map(count_parameters, headers.values())),
         "bytes": sum(file.stat().st_size for file in headers),
         "dtypes": dtypes,
         "tensors": {name: [entry.dtype, list(entry.shape)] for name, entry in tensors.items()},
@@ -101,7 +101,7 @@ def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, An
 
 
 def describe_gguf(path: Path) -> dict[str, Any]:
-    """Return the same of a GGUF file, of any architecture."""
+    """Return the same for a GGUF file of any architecture."""
     from llmctl.formats.gguf.container import read_gguf_header
 
     header = read_gguf_header(path)
@@ -127,7 +127,7 @@ def describe_gguf(path: Path) -> dict[str, Any]:
 
 
 def shortened(value: Any) -> Any:
-    """Return a metadata value, a long list as its length."""
+    """Return a metadata value; replace a long list by its length."""
     return f"{len(value)} values" if isinstance(value, list) and len(value) > 16 else value
 
 
@@ -140,13 +140,13 @@ def product(shape: tuple[int, ...] | list[int]) -> int:
 
 
 def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the header's metadata without the parts that are shown on their own."""
-    shown = ("llmctl.config", "llmctl.files", "llmctl.provenance", "llmctl.ranks")
-    return {key: value for key, value in metadata.items() if key not in shown}
+    """Return the header's metadata without the entries that are shown separately."""
+    separate = ("llmctl.config", "llmctl.files", "llmctl.provenance", "llmctl.ranks")
+    return {key: value for key, value in metadata.items() if key not in separate}
 
 
 def tokenizer_kind(files: Mapping[str, bytes]) -> str | None:
-    """Return what kind of tokenizer the files are, or None."""
+    """Return the type of tokenizer that these files define, or None."""
     if any(name in files for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm")):
         return "sentencepiece"
     if "tokenizer.json" in files:

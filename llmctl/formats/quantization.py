@@ -1,12 +1,12 @@
-"""Weights in few bits on disk: which modules have them, under what scheme, in which tensors.
+"""Quantized weights on disk: which modules are quantized, with which scheme, in which tensors.
 
-`config.json` says it in `quantization_config` as compressed-tensors does, so that what fits there opens in transformers
-and vLLM. Modules go by the names of our parameters. Codes lie packed in words (`pack-quantized`) or, eight bits of them,
-one a byte (`int-quantized`); both are read wherever they stand.
+`quantization_config` in `config.json` follows compressed-tensors, so that transformers and vLLM can load whatever that
+format supports. Modules go by our parameter names. Codes are packed into 32-bit words (`pack-quantized`) or, if they
+have eight bits, stored one per byte (`int-quantized`); both are read for any module.
 
-transformers 5.24 has two ways to open such a file, and what is written here is what one of them takes. The usual one
-knows rounded inputs and embeddings in bytes only, and makes no room for packed zeros, which its library packs when it
-saves. With `dequantize` it multiplies weights out as it reads, zeros and all, by one scheme for the whole file.
+transformers 5.24 can load such a file in two ways, and every file we write suits one of them. The default way supports
+quantized inputs and embeddings only as bytes, and does not allocate packed zero points, although its library packs them
+when saving. With `dequantize` it dequantizes weights while loading, including zero points, but with one scheme per file.
 """
 
 import re
@@ -28,9 +28,9 @@ KEY = "quantization_config"
 METHOD = "compressed-tensors"
 IN_WORDS, IN_BYTES, IN_BOTH = "pack-quantized", "int-quantized", "mixed-precision"
 SMALL_SCALES = "llmctl-pack-quantized"
-"""Codes in words whose scales are in eight bits, which is ours alone: by this name others refuse it.
+"""Packed codes with 8-bit scales, our own extension: an unknown format makes other programs refuse the file.
 
-A method that it does not know transformers leaves out, and goes on with weights that mean nothing.
+An unknown `quant_method` would not: transformers ignores it and loads meaningless weights.
 """
 
 FORMS = (IN_WORDS, IN_BYTES, SMALL_SCALES)
@@ -43,19 +43,16 @@ HEAD_SCALE = f"{HEAD}.{SCALE}"
 WHOLE_DTYPES = {PACKED: "I32", ZERO: "I32", SHAPE: "I64", EXPONENT: "I8"}
 
 Schemes = Mapping[str, Scheme]
-"""Module -> scheme; a tied head goes by the embedding's name alone."""
+"""Module -> scheme; a tied head is listed under the embedding's name only."""
 
 
 def is_inside(name: str) -> bool:
-    """Tell whether a module is part of a block, not a table or a head."""
+    """Tell whether a module is part of a transformer block, not an embedding or a head."""
     return "layers." in name or "query_layer." in name
 
 
 def linear_modules(config: ModelConfig) -> dict[str, Shape]:
-    """Return the linear maps of a complete config's model and their shapes (O, I), the head over the vocabulary included.
-
-    A tied head is left out: it is the embedding.
-    """
+    """Return the linear layers of a model and their shapes (O, I), including the vocabulary head unless it is tied."""
     shapes = {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(config).items()}
     tables = (EMBEDDING, "embed_positions", "relative_bias", "embed_token_types", "query_embeddings")
     return {
@@ -66,7 +63,10 @@ def linear_modules(config: ModelConfig) -> dict[str, Shape]:
 
 
 def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
-    """Return the family that a model in few bits is written as: the published one where it has our names, else our own."""
+    """Return the family to write a quantized model as: the published one if it uses our names, else our own.
+
+    Packed codes cannot be fused, transposed or renamed on the way to a published layout.
+    """
     family = family_for(config)
     if not schemes:
         return family
@@ -77,19 +77,19 @@ def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
 
 
 def fits_bytes(scheme: Scheme) -> bool:
-    """Tell whether codes can lie one a byte, as signed numbers."""
+    """Tell whether codes can be stored one per byte, as signed integers."""
     return scheme.bits == 8 and scheme.symmetric and not scheme.group and not scheme.has_small_scales
 
 
 def whole_dtypes(schemes: Schemes, forms: Mapping[str, str]) -> dict[str, str]:
-    """Return the dtypes of the tensors that hold whole numbers under a name that others of them use for real ones."""
-    found = {f"{name}.{WEIGHT}": "I8" for name, form in forms.items() if form == IN_BYTES}
+    """Return the dtypes of tensors that contain integer codes, although their names usually mean floating point."""
+    dtypes = {f"{name}.{WEIGHT}": "I8" for name, form in forms.items() if form == IN_BYTES}
     small = [name for name, scheme in schemes.items() if scheme.has_small_scales]
-    return found | {f"{name}.{SCALE}": "U8" for name in small}
+    return dtypes | {f"{name}.{SCALE}": "U8" for name in small}
 
 
 def form_of(name: str, scheme: Scheme) -> str:
-    """Return how the codes of a module are written."""
+    """Return the form in which a module's codes are written."""
     if scheme.has_small_scales:
         return SMALL_SCALES
     wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
@@ -97,16 +97,16 @@ def form_of(name: str, scheme: Scheme) -> str:
 
 
 def shares_bytes(schemes: Schemes, config: ModelConfig) -> bool:
-    """Tell whether a tied head reads codes that lie in bytes; it then has the scales beside it once more.
+    """Tell whether a tied head shares codes stored as bytes; its scales are then written a second time.
 
-    transformers ties the codes, and each of the two is multiplied out by scales of its own.
+    transformers ties only the codes: embedding and head each dequantize with their own scales.
     """
     is_tied = config.tie_embeddings and not config.n_labels
     return is_tied and EMBEDDING in schemes and form_of(EMBEDDING, schemes[EMBEDDING]) == IN_BYTES
 
 
 def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str, Shape]:
-    """Return the tensors that hold a matrix (O, I), and their shapes."""
+    """Return the names and shapes of the tensors that store a quantized matrix of shape (O, I)."""
     n_out, n_in = shape
     n_groups = scheme.n_groups(n_in)
     if form == IN_BYTES:
@@ -118,14 +118,14 @@ def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str,
 
 
 def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
-    """Return what `config.json` says of quantized modules."""
+    """Return the `quantization_config` of `config.json`."""
     groups: dict[tuple[Scheme, str], list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault((scheme, form_of(name, scheme)), []).append(name)
     linear = set(linear_modules(config)) - {HEAD}
     shares = shares_bytes(schemes, config)
     written = {}
-    # What is meant by a kind of module comes before what is meant by name.
+    # A group that targets a module type comes before groups that target modules by name.
     ordered = sorted(groups.items(), key=lambda group: set(group[1]) != linear)
     for number, ((scheme, form), names) in enumerate(ordered):
         targets = ["Linear"] if set(names) == linear else names
@@ -166,9 +166,9 @@ def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
 
 
 def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict[str, Scheme]:
-    """Return the scheme of every quantized module that a `config.json` names.
+    """Return the scheme of every quantized module from the `quantization_config` of a `config.json`.
 
-    Raises: ArtifactError naming what is not read.
+    Raises: ArtifactError naming what is unsupported.
     """
     record = hf.get(KEY)
     if record is None:
@@ -194,33 +194,33 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
         scheme = read_scheme(group, where)
         schemes |= {name: scheme for name in known if name in names}
     shapes = linear | {EMBEDDING: parameter_shapes(config)[f"{EMBEDDING}.weight"]}
-    unfit = next((name for name, scheme in schemes.items() if not scheme.fits(shapes[name][1])), None)
-    if unfit:
+    misfit = next((name for name, scheme in schemes.items() if not scheme.fits(shapes[name][1])), None)
+    if misfit:
         raise refused(
-            where, "group_size", schemes[unfit].group, f"a divisor of the {shapes[unfit][1]} inputs of {unfit}"
+            where, "group_size", schemes[misfit].group, f"a divisor of the {shapes[misfit][1]} inputs of {misfit}"
         )
     return schemes
 
 
 def matching(patterns: Any, names: Collection[str], where: str) -> set[str]:
-    """Return the names that a list of names and `re:` patterns means."""
+    """Return the names selected by a list of names and `re:` patterns."""
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise refused(where, "targets", patterns, "a list of names")
-    found: set[str] = set()
+    selected: set[str] = set()
     for pattern in patterns:
         if not pattern.startswith("re:"):
-            found |= {name for name in names if name == pattern}
+            selected |= {name for name in names if name == pattern}
             continue
         try:
             rule = re.compile(pattern.removeprefix("re:"))
         except re.error as error:
             raise refused(where, "targets", pattern, "a regular expression") from error
-        found |= {name for name in names if rule.match(name)}
-    return found
+        selected |= {name for name in names if rule.match(name)}
+    return selected
 
 
 def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
-    """Return the scheme of a group."""
+    """Parse the scheme of one entry of `config_groups`."""
     weights, inputs = group.get("weights"), group.get("input_activations")
     if group.get("format") not in (None, *FORMS):
         raise refused(where, "format", group["format"], " and ".join(FORMS))
@@ -248,15 +248,15 @@ def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
     return Scheme(bits, group_size, symmetric=symmetric, activations=activations, scale_bits=scale_bits)
 
 
-def refused(where: str, key: str, value: Any, read: str) -> ArtifactError:
-    """Return the error for a way of quantizing that is not read."""
+def refused(where: str, key: str, value: Any, supported: str) -> ArtifactError:
+    """Return the error for an unsupported quantization setting."""
     return ArtifactError(
-        f"`{where}` has `{KEY}.{key}` {str(value)[:60]!r}, which llmctl does not read", f"what is read: {read}"
+        f"`{where}` has `{KEY}.{key}` {str(value)[:60]!r}, which llmctl does not read", f"supported: {supported}"
     )
 
 
 def dequantized(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
-    """Return a state in which quantized modules have the float32 weights that their codes mean."""
+    """Return a state in which quantized modules have dequantized float32 weights."""
     from llmctl.quant.grid import decode
     from llmctl.quant.weight import unpacked
 
@@ -269,26 +269,27 @@ def dequantized(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, 
 
 
 def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Tensor"]:
-    """Return the tensors of a file with all codes packed in words and scales multiplied out, as modules hold them."""
+    """Convert a file's tensors to the form modules use: codes packed into words, 8-bit scales decoded."""
     import torch
 
     from llmctl.quant.grid import scales_of
     from llmctl.quant.packing import pack
 
-    found = dict(tensors)
+    state = dict(tensors)
     for name, scheme in schemes.items():
-        codes_OI = found.pop(f"{name}.{WEIGHT}", None)
+        codes_OI = state.pop(f"{name}.{WEIGHT}", None)
         if codes_OI is not None:
-            found[f"{name}.{PACKED}"] = pack(codes_OI.view(torch.uint8) ^ scheme.middle, scheme.bits)
-            found[f"{name}.{SHAPE}"] = torch.tensor(codes_OI.shape)
+            # Flipping the top bit converts two's complement to the offset codes of the packed form.
+            state[f"{name}.{PACKED}"] = pack(codes_OI.view(torch.uint8) ^ scheme.middle, scheme.bits)
+            state[f"{name}.{SHAPE}"] = torch.tensor(codes_OI.shape)
         if scheme.has_small_scales:
-            scales_OG = scales_of(found[f"{name}.{SCALE}"], found.pop(f"{name}.{EXPONENT}"))
-            found[f"{name}.{SCALE}"] = scales_OG.bfloat16()
-    return found
+            scales_OG = scales_of(state[f"{name}.{SCALE}"], state.pop(f"{name}.{EXPONENT}"))
+            state[f"{name}.{SCALE}"] = scales_OG.bfloat16()
+    return state
 
 
 def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelConfig) -> dict[str, "Tensor"]:
-    """Return the tensors of quantized modules as they are stored."""
+    """Return the tensors of quantized modules in their form on disk: the inverse of `in_words`."""
     import torch
 
     from llmctl.quant.grid import scale_codes

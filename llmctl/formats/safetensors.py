@@ -1,8 +1,7 @@
-"""safetensors files: the header by the standard library alone, tensors by the library, and a writer of equal bytes.
+"""Read and write safetensors files: headers without the library, tensors with it, and a deterministic writer.
 
-Knows nothing of models. Reading trusts nothing: a header that is damaged or hostile is refused before any tensor is
-touched. The writer exists because the library's own puts the metadata in a random order: here equal content is equal
-bytes, and tensors are written one after the other.
+Knows nothing about models. Files are not trusted: a damaged or malicious header is refused before any tensor is read.
+The library's own writer orders metadata randomly; ours writes equal bytes for equal content, one tensor at a time.
 """
 
 import json
@@ -58,16 +57,16 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What stands at the head of a safetensors file."""
+    """The header of a safetensors file."""
 
     metadata: dict[str, str]
     tensors: dict[str, TensorEntry]
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file without touching its tensors.
+    """Read and check the header of a safetensors file without reading its tensors.
 
-    Raises: NotFoundError; ArtifactError naming the first thing that is wrong.
+    Raises: NotFoundError; ArtifactError with the first problem.
     """
     try:
         with path.open("rb") as file:
@@ -75,30 +74,32 @@ def read_header(path: Path) -> Header:
             file.seek(0)
             return parse_header(read_header_bytes(file, size, path), size, path)
     except FileNotFoundError as error:
-        raise NotFoundError(f"there is no file `{path}`") from error
+        raise NotFoundError(f"file `{path}` does not exist", "check the path") from error
     except IsADirectoryError as error:
-        raise ArtifactError(f"`{path}` is a folder, not a safetensors file") from error
+        raise ArtifactError(
+            f"`{path}` is a folder, not a safetensors file", "pass the path of a .safetensors file"
+        ) from error
 
 
 def damaged(path: Path, what: str) -> ArtifactError:
-    """Return the error for a file that breaks the format."""
-    return ArtifactError(f"`{path}` is not a sound safetensors file: {what}", "fetch or write the file again")
+    """Return the error for a file that violates the format."""
+    return ArtifactError(f"`{path}` is not a valid safetensors file: {what}", "download or write the file again")
 
 
 def read_header_bytes(file: BinaryIO, size: int, path: Path) -> bytes:
-    """Return the JSON at the head of the file, its length checked against the file's `size` in bytes."""
+    """Read the JSON header, checking its length against the file's `size` in bytes."""
     if size < 8:
-        raise damaged(path, f"it has {size} bytes, the header's length alone takes 8")
+        raise damaged(path, f"it has {size} bytes, but the header's length alone takes 8")
     (n_bytes,) = struct.unpack("<Q", file.read(8))
     if n_bytes > HEADER_LIMIT_BYTES:
-        raise damaged(path, f"its header claims {n_bytes} bytes, more than {HEADER_LIMIT_BYTES}")
+        raise damaged(path, f"its header claims {n_bytes} bytes, more than the limit of {HEADER_LIMIT_BYTES}")
     if n_bytes > size - 8:
-        raise damaged(path, f"its header claims {n_bytes} bytes, the file has {size - 8} after the length")
+        raise damaged(path, f"its header claims {n_bytes} bytes, but only {size - 8} follow")
     return file.read(n_bytes)
 
 
 def parse_header(raw: bytes, size: int, path: Path) -> Header:
-    """Check the header's JSON and that its tensors cover the rest of the file exactly."""
+    """Parse the JSON header and check that its tensors cover the rest of the file exactly."""
     try:
         obj = json.loads(raw.decode(), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -115,23 +116,26 @@ def parse_header(raw: bytes, size: int, path: Path) -> Header:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, refusing a key that stands there twice."""
+    """Build a JSON object, refusing duplicate keys.
+
+    Raises: ValueError.
+    """
     obj = dict(pairs)
     if len(obj) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key `{next(key for key in keys if keys.count(key) > 1)}` stands there twice")
+        raise ValueError(f"duplicate key `{next(key for key in keys if keys.count(key) > 1)}`")
     return obj
 
 
 def parse_entry(name: str, entry: Any, n_bytes: int, path: Path) -> TensorEntry:
-    """Check one tensor of the header by itself: dtype, shape, offsets, and that they agree."""
+    """Parse one tensor of the header and check that dtype, shape and offsets agree."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise damaged(path, f"tensor `{name}` does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise damaged(path, f"tensor `{name}` has the unknown dtype `{str(dtype)[:40]}`")
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
-        raise damaged(path, f"tensor `{name}` has a shape or offsets that are not whole numbers from 0")
+        raise damaged(path, f"tensor `{name}` has a shape or offsets that are not non-negative integers")
     begin, end = offsets
     if not begin <= end <= n_bytes:
         raise damaged(path, f"tensor `{name}` lies at bytes {begin} to {end} of {n_bytes}")
@@ -142,12 +146,12 @@ def parse_entry(name: str, entry: Any, n_bytes: int, path: Path) -> TensorEntry:
 
 
 def is_sizes(value: Any) -> bool:
-    """Say whether this is a list of whole numbers from 0."""
+    """Tell whether this is a list of non-negative 63-bit integers."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def count_elements(shape: Iterable[int], limit: int) -> int:
-    """Multiply the sizes of a shape, stopping just above `limit`, so that a hostile shape costs no time."""
+    """Multiply the sizes of a shape, stopping above `limit`, so that a malicious shape cannot build a huge integer."""
     sizes = list(shape)
     if 0 in sizes:
         return 0
@@ -160,19 +164,19 @@ def count_elements(shape: Iterable[int], limit: int) -> int:
 
 
 def check_coverage(tensors: Mapping[str, TensorEntry], n_bytes: int, path: Path) -> None:
-    """Check that the tensors follow each other without a hole or an overlap, up to the end of the file."""
+    """Check that the tensors are contiguous, without gaps or overlaps, up to the end of the file."""
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
-            kind = "overlaps the one before it" if entry.begin < position else "leaves a hole before it"
+            kind = "overlaps the previous one" if entry.begin < position else "has a gap before it"
             raise damaged(path, f"tensor `{name}` {kind}")
         position = entry.end
     if position != n_bytes:
-        raise damaged(path, f"its tensors take {position} bytes, the file has {n_bytes}")
+        raise damaged(path, f"its tensors take {position} bytes, but the file has {n_bytes}")
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "Tensor"]:
-    """Return the named tensors of a file, or all, in the dtypes they are stored in.
+    """Return the named tensors of a file, or all, in their stored dtypes.
 
     The tensors are views of the mapped file: copy before writing into them.
 
@@ -181,13 +185,13 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "T
     from safetensors import SafetensorError, safe_open
 
     header = read_header(path)
-    wanted = list(header.tensors) if names is None else list(names)
-    missing = [name for name in wanted if name not in header.tensors]
+    selected = list(header.tensors) if names is None else list(names)
+    missing = [name for name in selected if name not in header.tensors]
     if missing:
-        raise ArtifactError(f"`{path}` has no tensor `{missing[0]}`")
+        raise ArtifactError(f"`{path}` has no tensor `{missing[0]}`", "download or write the file again")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in wanted}
+            return {name: file.get_tensor(name) for name in selected}
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise damaged(path, str(error)) from error
 
@@ -195,10 +199,10 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "T
 def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata; equal content gives equal bytes.
 
-    The header is sorted, the wider dtypes come first so that every tensor is aligned, and one tensor at a time is
-    copied off its device. A tensor that shares memory with another is written twice: drop it before.
+    The header is sorted, wider dtypes come first so that every tensor is aligned, and one tensor at a time is copied
+    from its device. Tensors that share memory are each written: drop duplicates first.
 
-    Raises: OutputError when the file cannot be written or the metadata is too long.
+    Raises: OutputError if the file cannot be written or the metadata is too long.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -211,7 +215,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Map
     raw = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     if len(raw) > HEADER_LIMIT_BYTES:
-        raise OutputError(f"`{path}` would need a header of {len(raw)} bytes, the format allows {HEADER_LIMIT_BYTES}")
+        raise OutputError(
+            f"`{path}` would need a header of {len(raw)} bytes, but the format allows {HEADER_LIMIT_BYTES}",
+            "shorten the metadata",
+        )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)))
         file.write(raw)
@@ -228,9 +235,15 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
-    """Return the format's name of a torch dtype."""
+    """Return the format's name of a torch dtype.
+
+    Raises: OutputError if it has none.
+    """
     name = str(dtype).removeprefix("torch.")
-    found = [key for key, value in TORCH_NAMES.items() if value == name]
-    if not found:
-        raise OutputError(f"tensors of type `{name}` cannot be stored in a safetensors file")
-    return found[0]
+    names = [key for key, value in TORCH_NAMES.items() if value == name]
+    if not names:
+        raise OutputError(
+            f"a tensor of dtype `{name}` cannot be stored in a safetensors file",
+            f"use one of {', '.join(TORCH_NAMES.values())}",
+        )
+    return names[0]

@@ -1,12 +1,12 @@
-"""What a teacher said of every label of a corpus, on disk: safetensors shards of rows, and a manifest.
+"""Cached teacher outputs (signals) for every label of a corpus: safetensors shards of rows and a manifest.
 
-A record's address is its row in the packed corpus, so that order, batch size and number of processes are no matter. Shards
-appear whole or not at all, and say themselves what they are of and what their content's sha256 is, so that going on never
-trusts what it finds. The manifest, written last, has the sha256 of each file.
+Signals are addressed by row of the packed corpus, so they do not depend on order, batch size or number of processes.
+Shards are written atomically; each records what it was made of and the sha256 of its content, so that resuming can
+verify it. The manifest, written last, has the sha256 of every file.
 
-Kinds: `sampled` holds draws from the teacher's distribution as token and count, `topk` the likeliest tokens with their
-logarithms and the mass of all others, `hidden` the states under the teacher's head beside the head itself.
-Source of the first: Anshumann et al. 2025, arXiv:2503.16870.
+Kinds: `sampled` stores samples from the teacher's distribution as (token, count); `topk` the k most likely tokens with
+log-probabilities and the total probability of all others; `hidden` the teacher's last hidden states and its head.
+Source of `sampled`: Anshumann et al. 2025, arXiv:2503.16870.
 """
 
 import hashlib
@@ -31,24 +31,25 @@ MANIFEST = "manifest.json"
 HEAD = "head.safetensors"
 VERSION = 2
 OPEN_SHARDS = 64
-"""Shards whose pages stay mapped."""
+"""The number of shards kept memory-mapped."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def shard_name(number: int) -> str:
-    """Return the file of a shard."""
+    """Return the file name of a shard."""
     return f"signals-{number:05d}.safetensors"
 
 
 def id_dtype(vocab_size: int) -> type[np.unsignedinteger[Any]]:
-    """Return the narrowest type that holds a token."""
+    """Return the narrowest dtype for token ids."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def pack_sampled(draws_LN: NDArray[np.int64], vocab_size: int) -> Arrays:
-    """Return draws (L, n) as how many tokens each label has, the tokens, and how often each was drawn."""
-    ordered = np.sort(draws_LN, axis=1)
+def pack_sampled(samples_LN: NDArray[np.int64], vocab_size: int) -> Arrays:
+    """Compress sampled tokens (labels, samples): the number of distinct tokens per label, the tokens, their counts."""
+    ordered = np.sort(samples_LN, axis=1)
+    # Sorted, equal tokens are adjacent: runs that start where the token changes give the counts.
     is_new = np.ones(ordered.shape, dtype=bool)
     is_new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     starts = np.flatnonzero(is_new.ravel())
@@ -60,19 +61,19 @@ def pack_sampled(draws_LN: NDArray[np.int64], vocab_size: int) -> Arrays:
     }
 
 
-def unpack_sampled(arrays: Arrays, n_draws: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return tokens (L, K) and their shares (L, K), padded with nothing of a token that is there."""
+def unpack_sampled(arrays: Arrays, n_samples: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return tokens (L, K) and probabilities (L, K), padded with the label's first token at probability 0."""
     n_ids = arrays["n_ids"].astype(np.int64)
     width = int(n_ids.max(initial=1))
     filled = np.arange(width) < n_ids[:, None]
     ids = np.zeros((len(n_ids), width), dtype=np.int64)
-    shares = np.zeros((len(n_ids), width), dtype=np.float32)
-    ids[filled], shares[filled] = arrays["ids"], arrays["counts"] / np.float32(n_draws)
-    return np.where(filled, ids, ids[:, :1]), shares
+    probs = np.zeros((len(n_ids), width), dtype=np.float32)
+    ids[filled], probs[filled] = arrays["ids"], arrays["counts"] / np.float32(n_samples)
+    return np.where(filled, ids, ids[:, :1]), probs
 
 
 def write_shard(folder: Path, number: int, n_labels: Sequence[int], arrays: Arrays, made_of: Mapping[str, Any]) -> None:
-    """Write the signals of a shard's rows; `n_labels` are those of each row, `made_of` what a manifest will say."""
+    """Write the signals of a shard's rows; `n_labels` is per row, `made_of` the provenance recorded in the manifest."""
     tensors = {name: as_tensor(array) for name, array in arrays.items()}
     tensors["n_labels"] = torch.tensor(n_labels, dtype=torch.int32)
     metadata = {
@@ -83,7 +84,7 @@ def write_shard(folder: Path, number: int, n_labels: Sequence[int], arrays: Arra
 
 
 def finished_labels(folder: Path, number: int) -> list[int] | None:
-    """Return how many labels each row of a shard has; None if the shard is not there, or not as it was written."""
+    """Return the number of labels of each row of a shard; None if the shard is missing or damaged."""
     path = folder / shard_name(number)
     try:
         tensors = read_tensors(path)
@@ -95,46 +96,47 @@ def finished_labels(folder: Path, number: int) -> list[int] | None:
 
 
 def check_begun(folder: Path, made_of: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds signals of something else, finished or not.
+    """Check that the shards in a folder, finished or not, were made with the same teacher, data and settings.
 
     Raises: UsageError naming what differs, with both values.
     """
     for path in sorted(folder.glob("signals-*.safetensors")):
         try:
-            there = json.loads(read_header(path).metadata.get("made_of", "{}"))
+            existing = json.loads(read_header(path).metadata.get("made_of", "{}"))
         except (ArtifactError, ValueError):
-            continue  # a damaged one is made again
-        if differing := differences(flat(there), flat({"version": VERSION, **made_of})):
+            continue  # a damaged shard will be made again
+        if differing := differences(flat(existing), flat({"version": VERSION, **made_of})):
             raise UsageError(
-                f"the signals in `{folder}` are of something else: {differing}", "choose another folder with -o"
+                f"the teacher cache in `{folder}` was made with other settings: {differing}",
+                "choose another folder with -o",
             )
 
 
 def flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what signals are of in one level, with the types that JSON has."""
-    told = json.loads(json.dumps(made_of))
-    return {**told, **told.pop("identity", {})}
+    """Merge the nested `identity` into the top level; a JSON round trip makes the types comparable."""
+    values = json.loads(json.dumps(made_of))
+    return {**values, **values.pop("identity", {})}
 
 
-def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Return what of `wanted` is not so, as a text with both values; empty if all is."""
-    odd = [name for name in wanted if there.get(name) != wanted[name]]
-    return "; ".join(f"{name} {str(there.get(name))[:16]}, not {str(wanted[name])[:16]}" for name in odd)
+def differences(existing: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Describe the keys of `expected` whose values differ, with both values; empty if none does."""
+    mismatches = [name for name in expected if existing.get(name) != expected[name]]
+    return "; ".join(f"{name} {str(existing.get(name))[:16]}, not {str(expected[name])[:16]}" for name in mismatches)
 
 
 def as_tensor(array: NDArray[Any]) -> Tensor:
-    """Return an array as it is stored: 16 bits of a hidden state, which NumPy has no type for, are bfloat16."""
+    """Convert an array for storage; NumPy has no bfloat16, so hidden states arrive as int16 bit patterns."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.view(torch.bfloat16) if array.ndim == 2 and array.dtype == np.int16 else tensor
 
 
 def as_array(tensor: Tensor) -> NDArray[Any]:
-    """Return a stored tensor as an array over the same memory: bfloat16 as its 16 bits."""
+    """View a stored tensor as an array; bfloat16 becomes int16 bit patterns."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def content_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of tensors with their names, types and shapes."""
+    """Return the sha256 over the names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
@@ -143,7 +145,7 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any], n_shards: int) -> None:
-    """Note what the shards are, with the sha256 of each; from here on they can be used."""
+    """Write the manifest with the sha256 of every file, which completes the cache."""
     names = [shard_name(number) for number in range(n_shards)]
     names += [HEAD] if record["kind"] == "hidden" else []
     files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
@@ -157,7 +159,7 @@ def sha256(path: Path) -> str:
 
 
 class SignalStore:
-    """A cache of signals that is complete and whole."""
+    """A complete, verified cache of teacher outputs."""
 
     def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
         self.folder, self.record = folder, record
@@ -166,50 +168,54 @@ class SignalStore:
 
     @classmethod
     def open(cls, folder: Path) -> "SignalStore":
-        """Open a cache and check every file of it.
+        """Open a cache and verify every file's sha256.
 
-        Raises: NotFoundError if there is none or it was not finished; ArtifactError naming a damaged file.
+        Raises: NotFoundError if it does not exist or is unfinished; ArtifactError naming a damaged file.
         """
         try:
             record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             has_shards = any(folder.glob("signals-*.safetensors"))
-            what = f"`{folder}` is not finished" if has_shards else f"`{folder}` holds no teacher signals"
+            message = f"the teacher cache `{folder}` is unfinished" if has_shards else f"`{folder}` is no teacher cache"
             raise NotFoundError(
-                what, "llmctl distill cache TEACHER -d DATA -o FOLDER makes and finishes one"
+                message, "create or finish it with `llmctl distill cache TEACHER -d DATA -o FOLDER`"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"`{folder / MANIFEST}` is damaged: {error}", "make the cache again") from error
         if not isinstance(record, dict) or record.get("version") != VERSION:
-            raise ArtifactError(f"`{folder / MANIFEST}` is of another version", "make the cache again")
+            version = record.get("version") if isinstance(record, dict) else None
+            raise ArtifactError(
+                f"`{folder / MANIFEST}` has format version {version!r:.20}, but this program reads version {VERSION}",
+                "make the cache again",
+            )
         if problem := manifest_problem(record):
             raise ArtifactError(f"`{folder / MANIFEST}` is damaged: {problem}", "make the cache again")
-        for name, told in record["files"].items():
+        for name, entry in record["files"].items():
             path = folder / name
-            if not path.exists() or path.stat().st_size != told["bytes"] or sha256(path) != told["sha256"]:
+            if not path.exists() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
                 raise ArtifactError(
-                    f"`{path}` is damaged: it is not what was written",
-                    "llmctl distill cache with the same settings and folder makes it again, and nothing else",
+                    f"`{path}` is damaged: it does not match its sha256 in the manifest",
+                    "run `llmctl distill cache` with the same settings and folder: it rewrites damaged files only",
                 )
         return cls(folder, record)
 
     @property
     def n_labels(self) -> int:
-        """Labels with signals."""
+        """The number of labels in the cache."""
         return int(self.record["n_labels"])
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes on disk for each label, the head of `hidden` left out."""
-        total = sum(told["bytes"] for name, told in self.record["files"].items() if name != HEAD)
+        """Bytes on disk per label, not counting the head of `hidden`."""
+        total = sum(entry["bytes"] for name, entry in self.record["files"].items() if name != HEAD)
         return total / max(1, self.n_labels)
 
     def head(self) -> dict[str, Tensor]:
-        """Return the teacher's head, `weight` and maybe `bias`, of a cache of hidden states."""
+        """Return the teacher's head (`weight` and possibly `bias`) of a cache of kind `hidden`."""
         return read_tensors(self.folder / HEAD)
 
     def signals(self, addresses: Sequence[int]) -> Arrays:
-        """Return the signals of rows, one after the other.
+        """Return the signals of rows, concatenated.
 
         sampled: teacher_ids (N, K) and teacher_probs (N, K); topk also teacher_tail (N,); hidden: teacher_hidden (N, D).
         """
@@ -218,17 +224,17 @@ class SignalStore:
             return {"teacher_hidden": widened(np.concatenate([part["hidden"] for part in parts]))}
         if self.kind == "topk":
             logs, ids = (np.concatenate([part[name] for part in parts]) for name in ("logs", "ids"))
-            shares = np.exp(logs.astype(np.float32))
+            probs = np.exp(logs.astype(np.float32))
             tail = np.exp(np.concatenate([part["tail"] for part in parts]).astype(np.float32))
-            return {"teacher_ids": ids.astype(np.int64), "teacher_probs": shares, "teacher_tail": tail}
+            return {"teacher_ids": ids.astype(np.int64), "teacher_probs": probs, "teacher_tail": tail}
         joined = {name: np.concatenate([part[name] for part in parts]) for name in ("n_ids", "ids", "counts")}
-        ids, shares = unpack_sampled(joined, int(self.record["draws"]))
-        return {"teacher_ids": ids, "teacher_probs": shares}
+        ids, probs = unpack_sampled(joined, int(self.record["draws"]))
+        return {"teacher_ids": ids, "teacher_probs": probs}
 
     def _row(self, address: int) -> Arrays:
-        number, place = divmod(address, ROWS_PER_SHARD)
+        number, index = divmod(address, ROWS_PER_SHARD)
         arrays, starts, id_starts = self._shard(number)
-        labels = slice(int(starts[place]), int(starts[place + 1]))
+        labels = slice(int(starts[index]), int(starts[index + 1]))
         if self.kind != "sampled":
             return {name: array[labels] for name, array in arrays.items() if name != "n_labels"}
         ids = slice(int(id_starts[labels.start]), int(id_starts[labels.stop]))
@@ -237,20 +243,21 @@ class SignalStore:
     def _read(self, number: int) -> tuple[Arrays, NDArray[np.int64], NDArray[np.int64]]:
         tensors = read_tensors(self.folder / shard_name(number))
         arrays = {name: as_array(tensor) for name, tensor in tensors.items()}
+        # Where each row's labels start, and (for `sampled`) where each label's tokens start.
         starts = np.concatenate([[0], np.cumsum(arrays["n_labels"], dtype=np.int64)])
         n_ids = arrays.get("n_ids", np.zeros(0))
         return arrays, starts, np.concatenate([[0], np.cumsum(n_ids, dtype=np.int64)])
 
 
 def widened(hidden_LD: NDArray[Any]) -> NDArray[np.float32]:
-    """Return hidden states in float32: the 16 bits of a bfloat16 are its upper half."""
+    """Convert hidden states to float32; a bfloat16's bits are the upper half of the float32's."""
     if hidden_LD.dtype != np.int16:
         return hidden_LD.astype(np.float32, copy=False)
     return (hidden_LD.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def manifest_problem(record: Mapping[str, Any]) -> str:
-    """Return what is wrong with a manifest, or an empty string."""
+    """Return the problem with a manifest, or an empty string."""
     if record.get("kind") not in KINDS:
         return f"`kind` is {record.get('kind')!r}"
     counts = ["n_rows", "n_labels", "vocab_size", *(["draws"] if record["kind"] == "sampled" else [])]
@@ -260,9 +267,9 @@ def manifest_problem(record: Mapping[str, Any]) -> str:
     files, identity = record.get("files"), record.get("identity")
     if not isinstance(identity, dict) or not isinstance(files, dict):
         return "it has no `identity` or no `files`"
-    wanted = {shard_name(number) for number in range(-(-record["n_rows"] // ROWS_PER_SHARD))}
-    wanted |= {HEAD} if record["kind"] == "hidden" else set()
-    if set(files) != wanted:
-        return f"it names {len(files)} files, not the {len(wanted)} of its rows"
-    sound = all(isinstance(told, dict) and {"sha256", "bytes"} <= told.keys() for told in files.values())
-    return "" if sound else "a file has no `sha256` or no `bytes`"
+    expected = {shard_name(number) for number in range(-(-record["n_rows"] // ROWS_PER_SHARD))}
+    expected |= {HEAD} if record["kind"] == "hidden" else set()
+    if set(files) != expected:
+        return f"it lists {len(files)} files, but its rows need {len(expected)}"
+    is_complete = all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in files.values())
+    return "" if is_complete else "a file has no `sha256` or no `bytes`"

@@ -1,9 +1,9 @@
-"""Checkpoints: a folder appears complete or not at all, and the newest valid one wins.
+"""Checkpoints, published atomically: a folder is complete or absent, and a resume uses the newest valid one.
 
-Written under a temporary name, every file and the folder fsynced, the manifest with each file's sha256 last, then
-renamed. Weights and optimizer state are safetensors keyed by parameter name, the rest is JSON: nothing is ever
-unpickled. Every process writes the rows that it holds; the manifest says which file has which rows of which tensor,
-so that any number of processes reads what any other number wrote.
+Files are written to a temporary folder and fsynced, the manifest with every file's sha256 last; then the folder is
+renamed. Weights and optimizer state are safetensors keyed by parameter name, everything else is JSON: nothing is
+unpickled. Each rank writes the rows it owns; the index in `state.json` maps each tensor's rows to files, so a
+checkpoint can be resumed with a different number of ranks.
 """
 
 import hashlib
@@ -30,50 +30,50 @@ Result = TypeVar("Result")
 
 
 class Team(Protocol):
-    """The processes that save together."""
+    """The ranks that write one checkpoint together."""
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """This process's rank."""
 
     @property
     def world_size(self) -> int:
-        """How many there are."""
+        """The number of ranks."""
 
     def gather(self, obj: Any) -> list[Any]:
-        """Return what each of them gave."""
+        """Return every rank's object, in rank order, on every rank."""
 
 
 class Alone:
-    """A team of one."""
+    """A single process as a `Team`."""
 
     rank, world_size = 0, 1
 
     def gather(self, obj: Any) -> list[Any]:
-        """Return the one thing that was given."""
+        """Return a list of the one object."""
         return [obj]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: the loop's own numbers at once, tensors when they are asked for."""
+    """An opened checkpoint: the training state is loaded, tensors are read on demand."""
 
     path: Path
     state: dict[str, Any]
     index: dict[str, dict[str, Any]]
 
     def names(self, kind: str) -> list[str]:
-        """Return the names of the model's or the optimizer's tensors."""
+        """Return the tensor names of `model` or `optimizer`."""
         return list(self.index[kind])
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
-        """Return the shape of a whole tensor."""
+        """Return a tensor's full, unsharded shape."""
         return tuple(self.index[kind][name]["shape"])
 
     def read(self, kind: str, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the rows [start, stop) of a tensor, put together from the files that hold them.
+        """Return the rows [start, stop) of a tensor, concatenated from the files that contain them.
 
-        Raises: ArtifactError if some are nowhere.
+        Raises: ArtifactError if rows are missing.
         """
         shape, parts = self.shape(kind, name), self.index[kind][name]["parts"]
         if not shape:
@@ -82,22 +82,25 @@ class Checkpoint:
         pieces: list[Tensor] = []
         for file, first, n_rows in sorted(parts, key=lambda part: part[1]):
             low, high = max(start, first), min(stop, first + n_rows)
+            # An empty range still reads one file: the result needs that tensor's dtype and trailing dimensions.
             if low < high or (start == stop and not pieces):
                 rows = read_tensors(self.path / file, [name])[name]
                 pieces.append(rows[max(low - first, 0) : max(high - first, 0)])
         joined = torch.cat(pieces) if pieces else torch.empty(0)
         if joined.shape != (stop - start, *shape[1:]):
-            raise ArtifactError(f"checkpoint `{self.path}` lacks rows of `{name}`", "resume from an older one")
+            raise ArtifactError(
+                f"checkpoint `{self.path}` lacks rows of `{name}`", "delete its folder to resume from an older one"
+            )
         return joined
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """Return all whole tensors of the model or the optimizer."""
+        """Return all tensors of `model` or `optimizer`, unsharded."""
         return {name: self.read(kind, name) for name in self.names(kind)}
 
 
 @dataclass
 class Store:
-    """The checkpoints of a run; `verified` are those known to be valid, so that they are not read again to be sure."""
+    """The checkpoints of a run; `verified` names those whose digests were already checked, to avoid rereading them."""
 
     folder: Path
     team: Team = field(default_factory=Alone)
@@ -106,10 +109,10 @@ class Store:
     def save(
         self, step: int, model: Mapping[str, Part], optimizer: Mapping[str, Part], state: Mapping[str, Any]
     ) -> Path:
-        """Publish the checkpoint of a step and return its folder; every process gives the parts that it holds.
+        """Publish the checkpoint of a step and return its folder; each rank passes the rows it owns.
 
-        A valid checkpoint of the same step stays: a resumed run that saves it again holds the same.
-        Raises: OutputError, in every process, if the disk is full or read-only; what was there before stays.
+        An existing valid checkpoint of the same step is kept: a resumed run would write the same content.
+        Raises: OutputError, on every rank, if the disk is full or read-only; existing checkpoints are kept.
         """
         final = self.folder / name_of(step)
         temporary = self.folder / f".{final.name}.tmp"
@@ -128,12 +131,15 @@ class Store:
 
     def _begin(self, temporary: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():  # of a process that was killed; the run's lock is ours
+        if temporary.exists():  # left by a killed process: we hold the run's lock, so no live one uses it
             shutil.rmtree(temporary)
         temporary.mkdir()
 
     def _together(self, path: Path, action: Callable[[], Result]) -> list[Result]:
-        """Do something in every process and wait for all; the first one's error is everybody's."""
+        """Run an action on every rank and wait for all; if any fails, all raise the first error.
+
+        If only the failing rank raised, the others would wait for it in their next collective.
+        """
         result, problem = None, None
         try:
             with writing(path):
@@ -151,7 +157,7 @@ class Store:
         return published(self.folder)
 
     def is_valid(self, path: Path) -> bool:
-        """Tell whether a checkpoint is whole, reading it unless that is known."""
+        """Tell whether a checkpoint is complete and undamaged; the digests are computed once per process."""
         if path.name not in self.verified:
             if defect(path):
                 return False
@@ -159,9 +165,9 @@ class Store:
         return True
 
     def load_newest(self) -> tuple[Checkpoint, list[str]]:
-        """Open the newest valid checkpoint, and say in one line each which newer ones were skipped and why.
+        """Open the newest valid checkpoint; also return one line for each newer one that was skipped, with the reason.
 
-        Raises: NotFoundError if there is none at all, ArtifactError if all are damaged.
+        Raises: NotFoundError if there is no checkpoint, ArtifactError if all are damaged.
         """
         skipped: list[str] = []
         for path in self.published():
@@ -172,15 +178,16 @@ class Store:
             skipped.append(f"skipped checkpoint {path.name}: {problem}")
         if skipped:
             raise ArtifactError(
-                f"`{self.folder}` has no valid checkpoint: {'; '.join(skipped)}", "start the run again without --resume"
+                f"`{self.folder}` contains no valid checkpoint: {'; '.join(skipped)}",
+                "start a new run without --resume",
             )
-        raise NotFoundError(f"`{self.folder}` has no checkpoint yet", "start the run again without --resume")
+        raise NotFoundError(f"`{self.folder}` contains no checkpoint yet", "start a new run without --resume")
 
     def rotate(self, keep: int, protected: Path | None) -> None:
-        """Delete all but the newest `keep` valid checkpoints; `protected` (the best one) always stays; 0 keeps all.
+        """Delete all but the newest `keep` valid checkpoints and `protected` (the best one); 0 keeps all.
 
-        Damaged ones do not count, and go when as many newer valid ones are there. What cannot be deleted stays: the
-        checkpoint that has just been saved is none the worse for it.
+        A damaged checkpoint does not count toward `keep`; it is deleted once `keep` newer valid ones exist. A failed
+        deletion is ignored, because the new checkpoint has already been saved.
         """
         paths: list[Path] = []
         if self.team.rank == 0 and keep:
@@ -191,6 +198,7 @@ class Store:
             is_old = n_valid >= keep
             n_valid += self.is_valid(path)
             if is_old and path != protected:
+                # Rename first: a crash during deletion must not leave a partial folder under a checkpoint's name.
                 trash = path.with_name(f".{path.name}.trash")
                 with suppress(OSError):
                     shutil.rmtree(trash, ignore_errors=True)
@@ -198,31 +206,31 @@ class Store:
                     shutil.rmtree(trash)
 
     def sweep(self) -> None:
-        """Remove what killed processes left half-written or half-deleted; only the holder of the run's lock may."""
+        """Remove partially written or deleted checkpoints of killed processes; the caller must hold the run's lock."""
         for pattern in (".step-*.tmp", ".step-*.trash"):
             for path in self.folder.glob(pattern) if self.folder.is_dir() else ():
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def name_of(step: int) -> str:
-    """Return the name of a step's folder; names sort like numbers up to 10^8 steps."""
+    """Return the folder name of a step; names sort numerically below 10^8 steps."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a folder, -1 for a foreign name."""
+    """Return the step in a folder's name, -1 for any other name."""
     digits = path.name.removeprefix("step-")
     return int(digits) if digits.isdigit() else -1
 
 
 def published(folder: Path) -> list[Path]:
     """Return the checkpoint folders of a run, newest first, valid or not."""
-    found = [path for path in folder.glob("step-*") if step_of(path) >= 0] if folder.is_dir() else []
-    return sorted(found, key=step_of, reverse=True)
+    paths = [path for path in folder.glob("step-*") if step_of(path) >= 0] if folder.is_dir() else []
+    return sorted(paths, key=step_of, reverse=True)
 
 
 def write_parts(folder: Path, suffix: str, parts: Mapping[str, Mapping[str, Part]]) -> dict[str, Any]:
-    """Write a process's tensors; return the files' digests and where which rows are."""
+    """Write one rank's tensors; return each file's digest and each tensor's (shape, [file, first row, rows])."""
     report: dict[str, Any] = {"sha256": {}, "index": {kind: {} for kind in KINDS}}
     for kind, named in parts.items():
         if not named:
@@ -237,7 +245,7 @@ def write_parts(folder: Path, suffix: str, parts: Mapping[str, Mapping[str, Part
 
 
 def publish(temporary: Path, final: Path, step: int, reports: list[Any], state: Mapping[str, Any]) -> None:
-    """Write the numbers and, last, the manifest; then give the folder its name."""
+    """Write the training state and, last, the manifest; then rename the folder to its final name."""
     index: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
     digests: dict[str, str] = {}
     for report in reports:
@@ -258,7 +266,7 @@ def publish(temporary: Path, final: Path, step: int, reports: list[Any], state: 
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
+    """Return a file's sha256 as a hexadecimal string."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -281,29 +289,33 @@ def defect(path: Path) -> str:
                 return f"`{name}` is missing"
             if file_sha256(path / name) != digest:
                 return f"`{name}` does not match its sha256"
-        except OSError as error:  # a bad sector makes this one bad, not those beside it
+        except OSError as error:  # a bad sector invalidates this checkpoint only: the search goes on to older ones
             return f"`{name}` cannot be read ({error.strerror})"
     return ""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open one checkpoint that was found valid.
+    """Open a checkpoint whose digests have been checked.
 
-    Raises: ArtifactError if its numbers cannot be read.
+    Raises: ArtifactError if its state file cannot be read.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         return Checkpoint(path, state, state.pop("index"))
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"checkpoint `{path}` is damaged: `{STATE}` ({error})", "delete its folder") from error
+        raise ArtifactError(
+            f"checkpoint `{path}` is damaged: `{STATE}` ({error})", "delete its folder to resume from an older one"
+        ) from error
 
 
 def load(path: Path) -> Checkpoint:
-    """Check and open one checkpoint.
+    """Verify a checkpoint's digests and open it.
 
     Raises: ArtifactError if it is damaged.
     """
     problem = defect(path)
     if problem:
-        raise ArtifactError(f"checkpoint `{path}` is damaged: {problem}", "resume without it, or delete its folder")
+        raise ArtifactError(
+            f"checkpoint `{path}` is damaged: {problem}", "delete its folder to resume from an older one"
+        )
     return open_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Models side by side in a report: rows of a table and the gate on a drop."""
+"""Comparison reports of teacher and student: table rows and the check of a gate such as `--max-drop`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ ROWS: tuple[str, ...] = (
     "overlap",
     "calibration_error",
 )
-"""Figures in the order of the table."""
+"""Metrics in table order."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The record of `report.json`, and which gate was missed."""
+    """The content of `report.json`, and the message of a missed gate (empty if met)."""
 
     record: dict[str, Any]
     missed: str = ""
 
 
 def missed(record: Mapping[str, Any], gate: str) -> str:
-    """Return what is wrong with the student by the gate, or nothing."""
+    """Return a message if the student misses the gate, else an empty string."""
     if not gate or "loss" not in record["models"]["teacher"]:
         return ""
     metric, sides = record["metric"], record["models"]
@@ -43,14 +43,14 @@ def missed(record: Mapping[str, Any], gate: str) -> str:
     teacher, student = sides["teacher"][name], sides["student"][name]
     if parse_gate(gate).holds(name, teacher, student):
         return ""
-    return f"{name}: the student has {student:.6g} against {teacher:.6g} of its teacher, a drop of more than {gate}"
+    return f"{name}: student {student:.6g}, teacher {teacher:.6g}, which exceeds the allowed drop of {gate}"
 
 
 def shown(value: Any, form: str) -> str:
-    """Return a figure as the table has it."""
+    """Format a metric for a table cell; empty if there is no value."""
     return "" if value is None else format(value, form)
 
 
 def row(label: str, cells: Mapping[str, str]) -> str:
-    """Return one line of the table."""
+    """Format one table row: the label left-aligned, the cells right-aligned."""
     return (label.ljust(18) + "".join(cell.rjust(12) for cell in cells.values())).rstrip()

@@ -1,6 +1,6 @@
-"""Run folders: `runs/NNNN-command-name/` with a lock, a status that can be trusted, and `runs/latest`.
+"""Run folders: `runs/NNNN-command-name/` with a lock, a status verified against that lock, and `runs/latest`.
 
-Knows where runs live and in what state they are, nothing of what they train.
+Knows where runs are stored and their status, nothing about what they train.
 """
 
 import fcntl
@@ -17,25 +17,25 @@ from llmctl.errors import BusyError, NotFoundError, UsageError
 from llmctl.files import discard, write_json, writing
 
 NUMBERED = re.compile(r"(\d{4,})-")
-"""How the name of a folder in `runs/` begins."""
+"""The number prefix of a folder in `runs/`."""
 
 
 @dataclass
 class Run:
-    """An open run folder; the lock is held until `close` or the process's end."""
+    """An open run folder; the lock is held until `close` or process exit."""
 
     path: Path
     record: dict[str, Any] = field(default_factory=dict)
     lock: TextIO | None = None
 
     def update(self, **entries: Any) -> None:
-        """Merge entries into `run.json`, atomically; only the holder of the lock writes."""
+        """Merge entries into `run.json` atomically; without the lock nothing is written."""
         self.record.update(entries)
         if self.lock is not None:
             write_json(self.path / "run.json", self.record)
 
     def finish(self, **entries: Any) -> None:
-        """Mark the run as finished and let `runs/latest` follow it."""
+        """Mark the run as finished and point `runs/latest` at it."""
         self.update(status="finished", finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entries)
         if self.lock is not None and self.path.parent.resolve() == runs_folder().resolve():
             point_latest(self.path)
@@ -48,9 +48,9 @@ class Run:
 
 
 def create_run(command: str, name: str, *, out: Path | None = None) -> Run:
-    """Make a new run folder, numbered after the highest one there is; `out` names it outright.
+    """Create and lock a run folder with the next free number, or the folder `out` if given.
 
-    Raises: OutputError where it cannot be written.
+    Raises: OutputError if it cannot be written.
     """
     folder = runs_folder() if out is None else out.parent
     with writing(folder):
@@ -73,9 +73,9 @@ def create_run(command: str, name: str, *, out: Path | None = None) -> Run:
 
 
 def open_run(path: Path, *, command: str | None = None) -> Run:
-    """Lock a run folder and read its record.
+    """Lock a run folder and read its `run.json`.
 
-    Raises: BusyError if another process holds it.
+    Raises: BusyError if another process holds the lock.
     """
     lock = (path / ".lock").open("a+", encoding="utf-8")
     try:
@@ -83,18 +83,18 @@ def open_run(path: Path, *, command: str | None = None) -> Run:
     except OSError:
         lock.close()
         raise BusyError(
-            f"run `{path}` is in use by another process", "wait for it, or start a run of its own"
+            f"run `{path}` is in use by another process", "wait until it ends, or start a new run"
         ) from None
     run = Run(path, read_record(path), lock)
-    for left in path.glob(".*.tmp"):  # of a process that was killed while it wrote; the lock is ours
-        discard(left)
+    for leftover in path.glob(".*.tmp"):  # of a killed writer: we hold the lock, so no live process uses them
+        discard(leftover)
     if command is not None:
         run.update(status="running", command=command, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     return run
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return a run's `run.json`, or nothing where there is none that can be read."""
+    """Return the content of a run's `run.json`, empty if it is missing or unreadable."""
     try:
         record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,26 +103,26 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def is_held(path: Path) -> bool:
-    """Tell whether a live process holds a run's lock; asking takes it, shared, for a moment."""
+    """Tell whether a live process holds a run's lock; the test briefly takes a shared lock."""
     try:
         with (path / ".lock").open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
-    except OSError:  # held; or it cannot be asked, and then the run is better left alone
+    except OSError:  # locked, or locking failed for another reason: then assume that it is in use
         return True
     return False
 
 
 def find_run(name: str, *, holding: str = "recipe.yaml", finished: bool = False) -> Path:
-    """Return the folder of the run that a name means: a path, a run's number or beginning, or `latest`.
+    """Resolve a run name to its folder: a path, a run's number, a prefix of its name, or `latest`.
 
-    holding: the file that makes a folder a run to the caller; finished: whether `latest`, the newest run of all, may be
-    one that is finished. Without either it is what `--resume NAME` means.
-    Raises: NotFoundError if nothing fits; UsageError if the name is empty or several runs begin with it.
+    holding: the file that a folder must contain to count as a run; finished: let `latest` mean the newest run of any
+    status rather than the newest unfinished one. The defaults are those of `--resume NAME`.
+    Raises: NotFoundError if no run matches; UsageError if the name is empty or ambiguous.
     """
     if not name:
-        raise UsageError("the run's name is empty", "llmctl runs lists the runs")
+        raise UsageError("the run name is empty", "`llmctl runs` lists the runs")
     folder = runs_folder()
     if name == "latest":
         return find_latest(folder, holding=holding, finished=finished)
@@ -132,17 +132,18 @@ def find_run(name: str, *, holding: str = "recipe.yaml", finished: bool = False)
     inside = folder.is_dir() and Path(name).parent in (Path(), folder)
     runs = [path for path in sorted(folder.iterdir()) if (path / holding).is_file()] if inside else []
     runs = [path for path in runs if not path.is_symlink()]
+    # `12` means run 0012 first, and only then any run whose name starts with 12.
     number = f"{int(name):04d}-" if name.isdecimal() else Path(name).name
-    for beginning in (number, Path(name).name):
-        matches = [path for path in runs if path.name.startswith(beginning)]
+    for prefix in (number, Path(name).name):
+        matches = [path for path in runs if path.name.startswith(prefix)]
         if len(matches) > 1:
             names = ", ".join(f"`{path.name}`" for path in matches[:5])
-            raise UsageError(f"`{name}` means more than one run: {names}", "write more of the name")
+            raise UsageError(f"`{name}` matches more than one run: {names}", "give a longer prefix")
         if matches:
             return matches[0]
     if Path(name).is_dir() or (folder / name).is_dir():
-        raise NotFoundError(f"`{name}` is no run: it holds no {holding}", "llmctl runs lists the runs")
-    raise NotFoundError(f"there is no run `{name}` in `{folder}`", "llmctl runs lists the runs")
+        raise NotFoundError(f"`{name}` is not a run folder: it contains no `{holding}`", "`llmctl runs` lists the runs")
+    raise NotFoundError(f"run `{name}` does not exist in `{folder}`", "`llmctl runs` lists the runs")
 
 
 def find_latest(folder: Path, *, holding: str, finished: bool) -> Path:
@@ -154,35 +155,35 @@ def find_latest(folder: Path, *, holding: str, finished: bool) -> Path:
         if (path / holding).is_file() if finished else is_unfinished(read_record(path)):
             return path
     if finished:
-        raise NotFoundError(f"there is no run in `{folder}`", "llmctl pretrain makes one")
+        raise NotFoundError(f"there is no run in `{folder}`", "`llmctl pretrain` creates one")
     raise NotFoundError(f"there is no unfinished run in `{folder}`", "name the run: --resume runs/NNNN-...")
 
 
 def is_finished(path: Path) -> bool:
-    """Tell whether a run has ended with a model."""
+    """Tell whether a run's status is `finished`."""
     return read_record(path).get("status") == "finished"
 
 
 def is_unfinished(record: Mapping[str, Any]) -> bool:
-    """Tell whether a run was begun and not finished."""
+    """Tell whether a record exists and is not `finished`."""
     return bool(record) and record.get("status") != "finished"
 
 
 def point_latest(path: Path) -> None:
-    """Let `runs/latest` (and the text file `runs/LATEST`) name this run."""
+    """Point `runs/latest` (a symbolic link) and `runs/LATEST` (a text file) at this run."""
     folder = path.parent
     temporary = folder / f".latest-{os.getpid()}"
     try:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(path.name)
         temporary.replace(folder / "latest")
-    except OSError:  # a file system without symbolic links; the text file below serves it
+    except OSError:  # no symbolic links on this file system: the text file has to do
         temporary.unlink(missing_ok=True)
     (folder / "LATEST").write_text(path.name + "\n", encoding="utf-8")
 
 
 def runs_folder() -> Path:
-    """Return where runs live: `LLMCTL_RUNS`, else `runs/` of the nearest parent that has one, else `./runs`."""
+    """Return the runs folder: `LLMCTL_RUNS`, else the nearest `runs/` in this or a parent directory, else `./runs`."""
     named = os.environ.get("LLMCTL_RUNS")
     if named:
         return Path(named)

@@ -1,7 +1,7 @@
-"""What run folders tell: every run with its state and figures, one run in full, two runs side by side.
+"""Read-only views of run folders: the list of runs, one run in detail, two runs compared.
 
-Reads only, and trusts nothing it reads: a damaged record, missing metrics or lines of a kind not known here are said,
-never an error. Imports torch for the validity of checkpoints only.
+Trusts nothing it reads: a damaged record, missing metrics and lines of unknown kinds are reported, never an error.
+Imports torch only to validate checkpoints.
 """
 
 import json
@@ -25,28 +25,28 @@ from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_
 from llmctl.runs.metrics_file import MetricsFile
 
 NO_TOTAL_STEPS = 10**9
-"""What the loop's plan holds until a budget of minutes is divided by the time of a step."""
+"""The loop's placeholder for the total while a budget in minutes has not yet been converted to steps."""
 EXPECTED = ("loss", "perplexity", "bits_per_byte", "accuracy")
-"""Figures that a run is expected to have; others are shown where there are any."""
+"""Metrics reported for every run, as null if missing; others are reported only if present."""
 
 
 @dataclass(frozen=True)
 class History:
-    """One run's folder as it stands; nothing is read before it is asked for, and nothing twice."""
+    """A snapshot of one run folder; each file is read lazily and once."""
 
     path: Path
 
     @property
     def number(self) -> str:
-        """The shortest name that commands take: the number, or the whole name of a folder that `-o` named."""
-        found = NUMBERED.match(self.path.name)
-        return found[1] if found else self.path.name or str(self.path)
+        """The shortest name that commands accept: the number, or the full name of a folder made with `-o`."""
+        match = NUMBERED.match(self.path.name)
+        return match[1] if match else self.path.name or str(self.path)
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What run.json holds; nothing where it cannot be read.
+        """The content of `run.json`, empty if unreadable; a `running` record without a live process is `stopped`.
 
-        Read again if the run seems to have been killed: it may have ended between the two looks.
+        It is read a second time before that: the run may have finished between reading and checking the lock.
         """
         record = read_record(self.path)
         if record.get("status") == "running" and not is_held(self.path):
@@ -60,37 +60,37 @@ class History:
         """What is wrong with the folder, or an empty string."""
         if self.record:
             return ""
-        return "its run.json cannot be read" if (self.path / "run.json").exists() else "it holds no run.json"
+        return "its run.json cannot be read" if (self.path / "run.json").exists() else "it has no run.json"
 
     @property
     def status(self) -> str:
-        """The record's status; `stopped` is a run whose process has gone without a word."""
+        """The record's status; `stopped` means that the process died without recording an end."""
         return "damaged" if self.problem else str(self.record.get("status", "unknown"))
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
+        """The records of metrics.jsonl."""
         try:
             return [line for line in MetricsFile(self.path / "metrics.jsonl").read() if isinstance(line, dict)]
         except OSError:
             return []
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Return the lines of one kind."""
+        """Return the records of one kind: `train`, `eval` or `event`."""
         return [line for line in self.lines if line.get("kind") == kind]
 
     def last(self, key: str) -> float | None:
-        """Return the last number that metrics.jsonl has for a key."""
-        return next((found for line in reversed(self.lines) if (found := number(line.get(key))) is not None), None)
+        """Return the last number under a key in metrics.jsonl."""
+        return next((value for line in reversed(self.lines) if (value := number(line.get(key))) is not None), None)
 
     @property
     def config_class(self) -> type:
-        """The config of the command that began the run."""
+        """The config class of the command that started the run."""
         return TRAINING.get(str(self.record.get("command")), PretrainConfig)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
-        """The recipe's values by dotted key; nothing where there is none that can be read."""
+        """The recipe's values by dotted key, empty if the recipe is missing or unreadable."""
         try:
             return dict(flatten(read_recipe(str(self.path / "recipe.yaml")), keys_of(self.config_class)))
         except (LlmctlError, OSError):
@@ -98,7 +98,7 @@ class History:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a finished run recorded about its model."""
+        """The summary that a finished run recorded about its model."""
         return mapping(self.record.get("summary"))
 
     @cached_property
@@ -108,7 +108,7 @@ class History:
 
     @cached_property
     def saved(self) -> dict[str, Any]:
-        """The numbers of the newest checkpoint."""
+        """The training state in the newest checkpoint, empty if unreadable."""
         if not self.checkpoints:
             return {}
         try:
@@ -118,7 +118,7 @@ class History:
 
     @property
     def n_parameters(self) -> int | None:
-        """The model's size, as recorded at the end or as the newest checkpoint's header has it."""
+        """The parameter count: recorded at the end, or from the header of the newest checkpoint's weights."""
         recorded = number(self.summary.get("n_parameters"))
         if recorded is not None or not self.checkpoints:
             return None if recorded is None else int(recorded)
@@ -130,13 +130,13 @@ class History:
 
     @property
     def step(self) -> int | None:
-        """The last step that is known to have been taken."""
+        """The last step known to be complete, from the record, the newest checkpoint or the metrics."""
         known = map(number, (self.summary.get("steps"), self.saved.get("step"), self.last("step")))
         return max((int(step) for step in known if step is not None), default=None)
 
     @property
     def total_steps(self) -> int | None:
-        """The planned steps; None while a budget of minutes has not been divided yet."""
+        """The planned steps; None while a budget in minutes has not yet been converted to steps."""
         for value in (self.summary.get("steps"), self.saved.get("total_steps"), self.recipe.get("train.steps")):
             total = number(value)
             if total and total < NO_TOTAL_STEPS:
@@ -145,27 +145,27 @@ class History:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The figures on held-out text: the finished model's on all of it, else the best evaluation's so far."""
+        """The held-out metrics: of the finished model on all held-out text, else of the best evaluation so far."""
         after = mapping(self.summary.get("after"))
         evaluations = [line for line in self.of_kind("eval") if number(line.get("loss")) is not None]
         best = min(evaluations, key=lambda line: float(line["loss"]), default={})
-        found = {name: number((after or best).get(name)) for name in FIGURES}
-        return {name: value for name, value in found.items() if value is not None or name in EXPECTED}
+        values = {name: number((after or best).get(name)) for name in FIGURES}
+        return {name: value for name, value in values.items() if value is not None or name in EXPECTED}
 
     @property
     def metric(self) -> str:
-        """The figure that the run is judged by: a task's own, or bits per byte."""
+        """The run's main metric: the task's own, or bits per byte."""
         named = text(self.summary.get("metric")) or "loss"
         return "bits_per_byte" if named == "loss" and self.final["bits_per_byte"] is not None else named
 
     @property
     def seconds(self) -> float | None:
-        """The wall time. The record's is that of the last session, the metrics' that of all but the model's writing."""
+        """The wall time: the larger of the record's (last session only) and the metrics' (all training, no export)."""
         known = map(number, (self.record.get("seconds"), self.last("seconds")))
         return max((seconds for seconds in known if seconds is not None), default=None)
 
     def row(self) -> dict[str, Any]:
-        """Return what a list of runs shows of this one."""
+        """Return this run's row in the list of runs."""
         return {
             "run": str(self.path),
             "number": self.number,
@@ -184,22 +184,26 @@ class History:
         }
 
     def changed(self) -> dict[str, Any]:
-        """Return the recipe's values that are not the defaults; a key that is not known here has none."""
+        """Return the recipe's values that differ from the defaults; unknown keys are included."""
         default = values_of(self.config_class())
         return {key: value for key, value in self.recipe.items() if key not in default or default[key] != value}
 
     def resume_command(self, defects: Sequence[str]) -> str | None:
-        """Return how to go on with an unfinished run, if it can: with a valid checkpoint or from the start."""
-        can = is_unfinished(self.record) and self.status != "running" and (self.path / "recipe.yaml").is_file()
-        if not can or (defects and all(defects)):
+        """Return the command that resumes an unfinished run, or None.
+
+        defects: of each checkpoint, empty if valid. A run without any checkpoint restarts from step 0.
+        """
+        has_recipe = (self.path / "recipe.yaml").is_file()
+        can_resume = is_unfinished(self.record) and self.status != "running" and has_recipe
+        if not can_resume or (defects and all(defects)):
             return None
         return f"llmctl {self.record.get('command', 'pretrain')} --resume {shlex.quote(str(self.path))}"
 
 
 def list_runs() -> tuple[list[History], list[str]]:
-    """Return the runs of the runs folder, newest last, and the names of what else lies there.
+    """Return the runs in the runs folder, newest last, and the names of other files in it.
 
-    Folders that `-o` named have no number and come first.
+    Folders made with `-o` have no number and come first.
     """
     folder = runs_folder()
     runs, others = [], []
@@ -211,15 +215,15 @@ def list_runs() -> tuple[list[History], list[str]]:
         else:
             others.append(path.name)
 
-    def place(run: History) -> tuple[int, str]:
-        found = NUMBERED.match(run.path.name)
-        return (int(found[1]) if found else -1, run.path.name)
+    def sort_key(run: History) -> tuple[int, str]:
+        match = NUMBERED.match(run.path.name)
+        return (int(match[1]) if match else -1, run.path.name)
 
-    return sorted(runs, key=place), others
+    return sorted(runs, key=sort_key), others
 
 
 def find(name: str) -> History:
-    """Return the run that a name means, finished or not.
+    """Resolve a run name, finished or not.
 
     Raises: NotFoundError, UsageError as find_run does.
     """
@@ -227,7 +231,7 @@ def find(name: str) -> History:
 
 
 def in_full(run: History) -> dict[str, Any]:
-    """Return everything there is to say about one run; every checkpoint is read to the end for it."""
+    """Return all details of one run; this reads every checkpoint completely to verify its digests."""
     from llmctl.runs.checkpoint import defect
 
     defects = [defect(path) for path in run.checkpoints]
@@ -250,27 +254,27 @@ def in_full(run: History) -> dict[str, Any]:
 
 
 def compare(a: History, b: History) -> dict[str, Any]:
-    """Return in what two runs differ: recipe, environment, and the final figures with b - a."""
+    """Return the differences of two runs: recipe, environment, and the final metrics with b - a."""
     recipe = differing(a.recipe, b.recipe, values_of(b.config_class())) if a.recipe and b.recipe else None
-    here, there = mapping(a.record.get("environment")), mapping(b.record.get("environment"))
+    environment_a, environment_b = mapping(a.record.get("environment")), mapping(b.record.get("environment"))
     return {
         "a": str(a.path),
         "b": str(b.path),
         "recipe": recipe,
-        "environment": differing(here, there, {}) if here and there else None,
+        "environment": differing(environment_a, environment_b, {}) if environment_a and environment_b else None,
         "figures": {name: beside(x, y) for (name, x), y in zip(outcome(a).items(), outcome(b).values(), strict=True)},
         "held_out_differs": held_out_differs(recipe or {}),
     }
 
 
 def held_out_differs(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the differing keys that choose what is predicted, and from which text; figures then compare little."""
-    choosing = ("objective", "train.seed")  # the seed draws the held-out documents and what is masked
-    return [key for key in recipe if key in choosing or key.startswith("data.")]
+    """Return the differing keys that change the held-out text or the objective: metrics are then not comparable."""
+    other_keys = ("objective", "train.seed")  # the seed selects the held-out documents and the masked tokens
+    return [key for key in recipe if key in other_keys or key.startswith("data.")]
 
 
 def outcome(run: History) -> dict[str, float | None]:
-    """Return the figures by which runs are compared."""
+    """Return the metrics in which runs are compared."""
     return {
         "n_parameters": run.n_parameters,
         "steps": run.step,
@@ -282,18 +286,18 @@ def outcome(run: History) -> dict[str, float | None]:
 
 
 def beside(a: float | None, b: float | None) -> dict[str, float | None]:
-    """Return two figures and their difference, if there are two."""
+    """Return two values and their difference, None if either is missing."""
     return {"a": a, "b": b, "difference": None if a is None or b is None else b - a}
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Return both values of the keys that differ; what one leaves out has its default there."""
+    """Return both values of the keys that differ; a missing key has its default."""
     pairs = {key: [side.get(key, default.get(key)) for side in (a, b)] for key in {**a, **b}}
     return {key: values for key, values in pairs.items() if values[0] != values[1]}
 
 
 def spread(values: Sequence[float], n: int) -> list[float]:
-    """Return `n` means over equal parts of a long course, or a short one as it is."""
+    """Downsample a sequence to at most `n` values: means over `n` nearly equal parts."""
     if len(values) <= n:
         return list(values)
     bounds = [index * len(values) // n for index in range(n + 1)]
@@ -301,7 +305,7 @@ def spread(values: Sequence[float], n: int) -> list[float]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return the bytes of a folder's files; what vanishes meanwhile counts nothing."""
+    """Return the total size of a folder's files in bytes; files deleted meanwhile are skipped."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -311,13 +315,13 @@ def disk_bytes(folder: Path) -> int:
 
 
 def number(value: Any) -> float | None:
-    """Return the value if it is a finite number; what was written by another hand may hold anything."""
+    """Return the value if it is a finite number, else None; a file edited by hand may contain anything."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if is_number and math.isfinite(value) else None
 
 
 def text(value: Any) -> str | None:
-    """Return the value if it is a string."""
+    """Return the value if it is a string, else None."""
     return value if isinstance(value, str) else None
 
 

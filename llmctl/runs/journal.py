@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, samples.jsonl, trackers, and events that are also said."""
+"""The log of a training run: metrics.jsonl, samples.jsonl, experiment trackers, and events shown as progress."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from llmctl.runs.progress import Progress
 
 
 class Tracker(Protocol):
-    """Where figures go besides metrics.jsonl."""
+    """An experiment tracker that receives metrics in addition to metrics.jsonl."""
 
     def log(self, figures: dict[str, float], step: int) -> None:
-        """Send the figures of a step."""
+        """Send the metrics of a step."""
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Flush what has not been sent."""
 
 
 @dataclass
 class Journal:
-    """The files and trackers of a run; only the first process writes."""
+    """The files and trackers of a run; `is_open` is true only on the rank that writes them."""
 
     folder: Path
     progress: Progress
@@ -32,53 +32,53 @@ class Journal:
 
     @property
     def metrics(self) -> MetricsFile:
-        """The figures."""
+        """The file metrics.jsonl."""
         return MetricsFile(self.folder / "metrics.jsonl")
 
     @property
     def samples(self) -> MetricsFile:
-        """What the model wrote."""
+        """The file samples.jsonl: texts that the model generated during training."""
         return MetricsFile(self.folder / "samples.jsonl")
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, those before an interruption included."""
+        """Seconds of training, including those before an interruption."""
         return time.monotonic() - self.started
 
     def cut_after(self, step: int, checked_step: int) -> None:
-        """Drop the lines of steps and evaluations that are taken again."""
+        """Drop the records of steps and evaluations that a resumed run repeats."""
         if self.is_open:
             self.metrics.cut_after(step, checked_step)
             self.samples.cut_after(checked_step, checked_step)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Write a line of metrics, and send its figures to the trackers."""
+        """Append a metrics record and send its numbers to the trackers."""
         if not self.is_open:
             return
         problem = self.metrics.append({"kind": kind, "seconds": self.seconds, **record})
         if problem:
-            self.progress.say(f"a line of metrics is lost: {problem}")
+            self.progress.say(f"a metrics record was lost: {problem}")
         prefix = "" if kind == "train" else f"{kind}/"
-        figures = {prefix + name: value for name, value in record.items() if isinstance(value, float)}
+        metrics = {prefix + name: value for name, value in record.items() if isinstance(value, float)}
         for tracker in self.trackers.values() if kind != "event" else ():
-            tracker.log(figures, int(record["step"]))
+            tracker.log(metrics, int(record["step"]))
 
     def event(self, kind: str, step: int, text: str) -> None:
-        """Say and write down something out of the ordinary that happened in a step."""
+        """Show and record an unusual event of a step."""
         self.progress.say(text)
         self.log("event", {"step": step, "event": kind, "text": text})
 
     def show(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Write down what the model wrote, and say the first of it."""
+        """Record the generated samples and show the first one."""
         self.samples.append({"step": step, "samples": list(samples)})
         for sample in samples[:1]:
             self.progress.say(f"  {sample['prompt']}|{sample['text']}".replace("\n", " "))
 
     def tracker_ids(self) -> dict[str, str]:
-        """Return what the trackers' services call this run."""
+        """Return each tracker's own id of this run, empty if it has none."""
         return {name: str(getattr(getattr(t, "tracker", None), "id", "")) for name, t in self.trackers.items()}
 
     def close(self) -> None:
-        """Send what is left."""
+        """Flush the trackers."""
         for tracker in self.trackers.values():
             tracker.finish()

@@ -1,11 +1,11 @@
-"""The loss as a line of characters, and as an SVG picture."""
+"""Loss curves: a sparkline for the terminal and an SVG chart for the model card."""
 
 import math
 from collections.abc import Sequence
 
 
 def sparkline(values: Sequence[float], width: int = 30, *, ascii_only: bool = False) -> str:
-    """Return the last `width` values as a line of bars, scaled to their own range."""
+    """Draw the last `width` values as a line of bars, scaled to their range; non-finite values are dropped."""
     bars = "_.-=*#" if ascii_only else "▁▂▃▄▅▆▇█"
     recent = [value for value in values[-width:] if math.isfinite(value)]
     if not recent:
@@ -16,7 +16,7 @@ def sparkline(values: Sequence[float], width: int = 30, *, ascii_only: bool = Fa
 
 
 def loss_svg(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, float]]) -> str:
-    """Return a picture of the loss over the steps: training as a thin line, held-out as dots joined by a line."""
+    """Draw the loss over the steps as SVG: training as a thin line, held-out as dots joined by a line."""
     points = [*train, *held_out]
     if not points:
         return '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="360"/>\n'
@@ -26,11 +26,11 @@ def loss_svg(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, f
     low, high = min(loss for _, loss in points), max(loss for _, loss in points)
     span = (high - low) or 1.0
 
-    def place(step: int, loss: float) -> str:
+    def point(step: int, loss: float) -> str:
         return f"{left + inner_width * step / last_step:.1f},{top + inner_height * (high - loss) / span:.1f}"
 
     def path(series: Sequence[tuple[int, float]]) -> str:
-        return " ".join(place(step, loss) for step, loss in series)
+        return " ".join(point(step, loss) for step, loss in series)
 
     ticks = "".join(
         f'<text x="{left - 6}" y="{top + inner_height * share + 4:.1f}" text-anchor="end">{high - span * share:.2f}</text>'
@@ -39,7 +39,7 @@ def loss_svg(train: Sequence[tuple[int, float]], held_out: Sequence[tuple[int, f
         for share in (0.0, 0.25, 0.5, 0.75, 1.0)
     )
     dots = "".join(
-        '<circle r="3" fill="#c33" cx="{}" cy="{}"/>'.format(*place(step, loss).split(",")) for step, loss in held_out
+        '<circle r="3" fill="#c33" cx="{}" cy="{}"/>'.format(*point(step, loss).split(",")) for step, loss in held_out
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '

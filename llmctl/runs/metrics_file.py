@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line per record, cut after a step when a run resumes."""
+"""JSON Lines files of a run (metrics.jsonl, samples.jsonl), truncated to the checkpoint's step on resume."""
 
 import json
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from llmctl.metrics.figures import rounded
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one object per line, appended and flushed, so that a killed run keeps what it wrote."""
+    """A JSON Lines file; every record is flushed when appended, so a killed run keeps its records."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, record: Mapping[str, Any]) -> str:
-        """Add one line; return why it could not be written, or an empty string: training must not end for it."""
+        """Append a record; return the reason if that failed, else an empty string: logging must not stop training."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rounded(record), ensure_ascii=False) + "\n")
@@ -25,7 +25,7 @@ class MetricsFile:
         return ""
 
     def cut_after(self, step: int, checked_step: int) -> None:
-        """Drop the lines of steps and evaluations that a resumed run will take again, the closing one among them."""
+        """Drop the records of steps and evaluations that a resumed run repeats, including the final evaluation."""
 
         def stays(line: Mapping[str, Any]) -> bool:
             if line.get("kind") != "eval":
@@ -37,13 +37,13 @@ class MetricsFile:
             write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all complete lines."""
-        # A killed run may leave half a character; its line is half a line, which is passed over below.
+        """Return all complete records."""
+        # A killed run may leave part of a UTF-8 sequence; that line is incomplete too and is skipped below.
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         records = []
         for line in text.split("\n"):
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:  # the last line of a killed run
+            except json.JSONDecodeError:  # an incomplete last line of a killed run, or the empty one at the end
                 continue
         return records

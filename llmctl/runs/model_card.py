@@ -1,6 +1,6 @@
-"""The model card: what a model is, how it was made, what it scored, how to load it; Markdown with YAML front matter.
+"""The model card: Markdown with YAML front matter that says how a model was made, what it scored and how to load it.
 
-Knows only the numbers it is handed.
+Formats the facts it is passed; reads nothing.
 """
 
 from collections.abc import Mapping
@@ -26,12 +26,16 @@ HEAD_USE = 'llmctl classify -m {path} "a text"'
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Return the card; `facts` holds name, family, architecture, objective, n_parameters, data, before, after, command."""
+    """Return the card.
+
+    facts: name, family, architecture, objective, n_parameters, n_labels, steps, tokens, data, before, after, note and
+    command.
+    """
     family = facts["family"]
     before, after = facts["before"], facts["after"]
     rows = "\n".join(
-        f"| {figure.label} | {before[key]:{figure.form}} | {after[key]:{figure.form}} |"
-        for key, figure in FIGURES.items()
+        f"| {metric.label} | {before[key]:{metric.form}} | {after[key]:{metric.form}} |"
+        for key, metric in FIGURES.items()
         if before.get(key) is not None and after.get(key) is not None
     )
     data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items() if key != "findings")

@@ -1,6 +1,6 @@
-"""What a person sees while something trains: a live line on a terminal, plain lines elsewhere, nothing when quiet.
+"""Progress display on stderr: a live line on a terminal, plain lines elsewhere, nothing with --quiet.
 
-Everything goes to stderr. Knows numbers and strings only.
+Formats numbers and strings; knows nothing about training.
 """
 
 import sys
@@ -11,27 +11,27 @@ from typing import Any, Protocol
 from llmctl.runs.loss_curve import sparkline
 
 Say = Callable[[str], None]
-"""Writes one line of progress."""
+"""A function that prints one line of progress."""
 
 SAY_SECONDS = 3.0
-"""How long something takes at least before, and between, lines on how far it has come."""
+"""The minimum interval between two lines of `paced`, and before the first."""
 
 
 class Progress(Protocol):
-    """Where the loop sends what happens."""
+    """The display that the training loop reports to."""
 
     def step(self, record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> None:
-        """Show one step: its record has step, loss, lr, tokens_per_second, memory_bytes."""
+        """Show one step; its record has step, loss, lr, tokens_per_second, memory_bytes."""
 
     def say(self, text: str) -> None:
-        """Show one line that stays."""
+        """Show a permanent line."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
 
 def make_progress(*, quiet: bool, verbose: bool = False) -> Progress:
-    """Return the progress display that fits stderr; `verbose` is a line per step, wherever it goes."""
+    """Choose the display for stderr; `verbose` prints one line per step, even on a terminal."""
     if quiet:
         return Silent()
     if verbose:
@@ -40,7 +40,7 @@ def make_progress(*, quiet: bool, verbose: bool = False) -> Progress:
 
 
 class Silent:
-    """Shows nothing."""
+    """The display of --quiet."""
 
     def step(self, record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> None:
         """Show nothing."""
@@ -53,7 +53,7 @@ class Silent:
 
 
 class Plain:
-    """One line every ten seconds or every fiftieth of the steps, whichever is rarer: fit for logs."""
+    """For logs: one line every 10 seconds or every 2 % of the steps, whichever is less often."""
 
     def __init__(self, *, every_step: bool = False) -> None:
         self.every_step = every_step
@@ -62,7 +62,7 @@ class Plain:
         self.started = False
 
     def step(self, record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> None:
-        """Write a line if enough has happened since the last one."""
+        """Print a line if one is due; the first and the last step always print."""
         step, now = int(record["step"]), time.monotonic()
         is_due = now - self.last_time >= 10 and step - self.last_step >= total_steps / 50
         if self.every_step or is_due or not self.started or step == total_steps:
@@ -70,7 +70,7 @@ class Plain:
             self.say(describe(record, total_steps, eta_seconds))
 
     def say(self, text: str) -> None:
-        """Write the line."""
+        """Print the line."""
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
@@ -79,7 +79,7 @@ class Plain:
 
 
 class Live:
-    """One line that rich keeps up to date, at most four times a second, with the course of the loss."""
+    """For terminals: one line with a loss sparkline, redrawn by rich at most four times a second."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -95,7 +95,7 @@ class Live:
         self.live.start()
 
     def step(self, record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> None:
-        """Redraw the line."""
+        """Redraw the line if 0.25 seconds have passed."""
         self.losses.append(float(record["loss"]))
         now = time.monotonic()
         if now - self.shown_at < 0.25:
@@ -107,16 +107,16 @@ class Live:
         self.live.update(self.text(text, no_wrap=True, overflow="ellipsis"))
 
     def say(self, text: str) -> None:
-        """Print a line above the live one."""
+        """Print a permanent line above the live one."""
         self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
-        """Take the live line away."""
+        """Erase the live line."""
         self.live.stop()
 
 
 def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> str:
-    """Return a step as one line."""
+    """Format a step's record as one line."""
     utilization = f"  {record['utilization']:.0%} util" if record.get("utilization") else ""
     return (
         f"step {record['step']}/{total_steps}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
@@ -126,21 +126,24 @@ def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) ->
 
 
 def paced(say: Callable[[str], None], what: str, n_all: int) -> Callable[[int], None]:
-    """Return what takes the number of parts that are done, and says it with the time that is left; not too often."""
-    begun = said = time.monotonic()
+    """Return a callback that takes the number of finished parts and prints progress with the time left.
+
+    It prints at most every `SAY_SECONDS`.
+    """
+    started = last_printed = time.monotonic()
 
     def done(n_done: int) -> None:
-        nonlocal said
+        nonlocal last_printed
         now = time.monotonic()
-        if now - said >= SAY_SECONDS:
-            said = now
-            say(f"{what} {n_done} of {n_all}, eta {clock((now - begun) / n_done * (n_all - n_done))}")
+        if now - last_printed >= SAY_SECONDS:
+            last_printed = now
+            say(f"{what} {n_done} of {n_all}, eta {clock((now - started) / n_done * (n_all - n_done))}")
 
     return done
 
 
 def clock(seconds: float) -> str:
-    """Return seconds as m:ss or h:mm:ss."""
+    """Format seconds as m:ss or h:mm:ss."""
     whole = max(0, int(seconds))
     hours, rest = divmod(whole, 3600)
     minutes, rest = divmod(rest, 60)

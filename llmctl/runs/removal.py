@@ -1,7 +1,7 @@
-"""Remove runs, or their checkpoints: chosen and checked first, all of them, then removed so that a crash leaves no half.
+"""Remove runs or their checkpoints: all are checked before the first is removed, and a crash leaves no partial run.
 
-A folder is renamed to a hidden name before its files go; what a crash leaves under such a name, the next removal takes.
-Knows nothing of what a run holds but its record and its checkpoints.
+A folder is renamed to a hidden name before its files are deleted; the next removal deletes what a crash left behind.
+Of a run's content it knows only `run.json` and `checkpoints/`.
 """
 
 import re
@@ -18,12 +18,12 @@ from llmctl.runs.folder import find_run, is_held, open_run, point_latest, read_r
 from llmctl.runs.history import disk_bytes
 
 LEFT = re.compile(r"\..*\.[0-9a-f]{8}\.llmctl-removed")
-"""The hidden names of folders whose removal was begun."""
+"""Hidden names of folders whose removal has started."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A run and the folder of it that is to go; `kept` says why nothing does."""
+    """A run and the folder to remove (the run itself or its checkpoints); `kept` is the reason to keep it, if any."""
 
     run: Path
     path: Path
@@ -32,25 +32,26 @@ class Removal:
 
 
 def choose(names: Sequence[str], *, checkpoints: bool) -> list[Removal]:
-    """Return what is to be removed of the named runs; nothing is touched yet.
+    """Plan the removal of the named runs, without changing anything.
 
-    checkpoints: only their checkpoints, and none of an unfinished run, which needs them to go on.
-    Raises: NotFoundError or UsageError for a name, as find_run does; UsageError for a folder that holds other runs;
-    BusyError for a run whose process lives.
+    checkpoints: remove only checkpoints, and none of an unfinished run, which needs them to resume.
+    Raises: NotFoundError or UsageError for a name, as find_run does; UsageError for a folder that contains other runs;
+    BusyError for a run that is in use.
     """
-    found = {
+    # Keyed by resolved path: several names may mean one run.
+    folders = {
         folder.resolve(): folder for folder in (real(find_run(n, holding="run.json", finished=True)) for n in names)
     }
-    for folder in found.values():
+    for folder in folders.values():
         if any(folder.glob("*/run.json")):
-            raise UsageError(f"`{folder}` holds other runs", "name those that are to be removed")
+            raise UsageError(f"`{folder}` contains other runs", "name the runs to remove")
         if is_held(folder):
-            raise BusyError(f"run `{folder}` is in use by another process", "stop it first, or wait for its end")
-    return [checkpoints_of(folder) if checkpoints else whole(folder) for folder in found.values()]
+            raise BusyError(f"run `{folder}` is in use by another process", "stop it first, or wait until it ends")
+    return [checkpoints_of(folder) if checkpoints else whole(folder) for folder in folders.values()]
 
 
 def real(folder: Path) -> Path:
-    """Return the folder itself where a link (`runs/latest`) or a dot was named: that is what is renamed."""
+    """Resolve a link (`runs/latest`) or a dot path to the folder itself, which can be renamed."""
     if folder.is_symlink():
         target = folder.resolve()
         return folder.parent / target.name if folder.parent.resolve() == target.parent else target
@@ -58,25 +59,25 @@ def real(folder: Path) -> Path:
 
 
 def whole(folder: Path) -> Removal:
-    """Return the removal of a run."""
+    """Plan the removal of a run."""
     return Removal(folder, folder, disk_bytes(folder))
 
 
 def checkpoints_of(folder: Path) -> Removal:
-    """Return the removal of a run's checkpoints, or why they stay."""
+    """Plan the removal of a run's checkpoints, or say why they are kept."""
     path = folder / "checkpoints"
     if not path.is_dir():
         return Removal(folder, path, 0, "it has no checkpoints")
-    if read_record(folder).get("status") != "finished":  # a record that cannot be read says nothing against it
-        return Removal(folder, path, 0, "it is unfinished and goes on from them")
+    if read_record(folder).get("status") != "finished":  # an unreadable record has no status: keep them
+        return Removal(folder, path, 0, "it is unfinished and needs them to resume")
     return Removal(folder, path, disk_bytes(path))
 
 
 def remove(chosen: Sequence[Removal]) -> Iterator[Removal]:
-    """Remove what was chosen, and yield each as it has gone.
+    """Carry out the planned removals, yielding each when it is done.
 
-    Raises: BusyError, before anything is removed, if a run was begun again meanwhile; OutputError where the file
-    system refuses.
+    Raises: BusyError, before anything is removed, if a run has been resumed meanwhile; OutputError if the file system
+    refuses.
     """
     with ExitStack() as locks:
         for removal in chosen:
@@ -84,27 +85,27 @@ def remove(chosen: Sequence[Removal]) -> Iterator[Removal]:
                 locks.callback(open_run(removal.run).close)
         for removal in chosen:
             if not removal.kept:
-                take_away(removal)
+                delete_folder(removal)
             yield removal
 
 
-def take_away(removal: Removal) -> None:
-    """Remove one folder: out of sight first, and out of `latest`, then its files."""
+def delete_folder(removal: Removal) -> None:
+    """Remove one folder: hide it, update `latest`, then delete its files."""
     path = removal.path
     hidden = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.llmctl-removed"
     with writing(path):
         path.rename(hidden)
         if path == removal.run:
             repair_latest(path.parent)
-        with suppress(FileNotFoundError):  # another removal found it and helped
+        with suppress(FileNotFoundError):  # a concurrent removal also deletes hidden folders
             shutil.rmtree(hidden)
-        for left in path.parent.iterdir():
-            if LEFT.fullmatch(left.name) and not left.is_symlink():
-                shutil.rmtree(left, ignore_errors=True)
+        for leftover in path.parent.iterdir():
+            if LEFT.fullmatch(leftover.name) and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def repair_latest(folder: Path) -> None:
-    """Let `latest` and `LATEST` name the newest finished run that is left, or remove them, if theirs has gone."""
+    """If the run that `latest` and `LATEST` name was removed, point them at the newest finished run, or delete them."""
     link, file = folder / "latest", folder / "LATEST"
     named = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     is_dangling = link.is_symlink() and not link.exists()

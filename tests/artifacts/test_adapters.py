@@ -127,7 +127,7 @@ def test_bfloat16_is_rounded_once():
 
 def test_a_model_does_not_take_an_adapters_place_unasked():
     folder = make_adapter(make_base(Path("base")), Path("adapter"))
-    with pytest.raises(OutputError, match="`adapter` exists already"):
+    with pytest.raises(OutputError, match="`adapter` already exists"):
         export_model(folder, folder, to="hf")
 
 
@@ -142,12 +142,12 @@ def test_another_base_is_refused():
     folder = make_adapter(base, Path("adapter"))
     other = load_model(make_base(Path("other"), seed=5))
     for use in (lambda: apply_adapters(other, ["adapter"]), lambda: load_adapter(other, folder)):
-        with pytest.raises(ArtifactError, match="trained on other weights than those of `other`") as caught:
+        with pytest.raises(ArtifactError, match="trained on weights other than those of `other`") as caught:
             use()
-        assert caught.value.hint == "it names its base: `../base`"
+        assert caught.value.hint == "use its own base, `../base`"
     shutil.rmtree("base")
     Path("other").rename("base")
-    with pytest.raises(ArtifactError, match="trained on other weights than those of `base`") as caught:
+    with pytest.raises(ArtifactError, match="trained on weights other than those of `base`") as caught:
         load_model(folder)
     assert "changed since" in caught.value.hint
 
@@ -171,7 +171,7 @@ def test_the_base_is_found_from_the_adapter_or_from_here_or_in_full(home, monkey
     monkeypatch.chdir(home)
     load_model(away)
     (away / ADAPTER_CONFIG).write_text(json.dumps(values | {"base_model_name_or_path": None}))
-    with pytest.raises(NotFoundError, match="does not say what its base is"):
+    with pytest.raises(NotFoundError, match="does not name its base"):
         load_model(away)
 
 
@@ -187,7 +187,7 @@ def test_an_adapter_of_an_adapter_and_one_that_is_its_own_base():
     one = make_adapter(base, Path("one"))
     two = make_adapter(one, Path("two"), seed=2)
     load_model(two)
-    with pytest.raises(ArtifactError, match="other weights"):
+    with pytest.raises(ArtifactError, match="weights other"):
         apply_adapters(load_model(base), [str(two)])
     values = json.loads((one / ADAPTER_CONFIG).read_text()) | {"base_model_name_or_path": "../two"}
     (one / ADAPTER_CONFIG).write_text(json.dumps(values))
@@ -200,15 +200,18 @@ def test_lengths_and_heads_are_not_added_up():
     make_adapter(base, Path("lora"))
     make_adapter(base, Path("dora"), dora=True)
     loaded = load_model(base)
-    for names, part in ((["dora", "lora"], "cannot be added"), (["dora=0.5"], "no weight but 1, not 0.5")):
-        with pytest.raises(UsageError, match=f"`dora` is a DoRA adapter, which .*{part}"):
+    for names, part in (
+        (["dora", "lora"], "which cannot be combined"),
+        (["dora=0.5"], "so its weight must be 1, not 0.5"),
+    ):
+        with pytest.raises(UsageError, match=f"`dora` is a DoRA adapter, {part}"):
             apply_adapters(loaded, names)
     with_head = make_base(Path("classifier"), n_labels=3, pooling="last")
     for name in ("first", "second"):
         make_adapter(with_head, Path(name), targets=("q_proj",))
-    with pytest.raises(UsageError, match="each bring a classification head"):
+    with pytest.raises(UsageError, match="both contain a classification head"):
         apply_adapters(load_model(with_head), ["first", "second"])
-    with pytest.raises(UsageError, match="brings a classification head, which takes no weight but 1"):
+    with pytest.raises(UsageError, match="contains a classification head, so its weight must be 1"):
         apply_adapters(load_model(with_head), ["first=2"])
 
 
@@ -252,7 +255,7 @@ def test_what_is_beside_an_adapter_goes_before_what_is_beside_its_base():
         ("adapter=much", "`much`"),
         ("adapter=nan", "`nan`"),
         ("adapter=", "``"),
-        ("base", "no adapter's folder"),
+        ("base", "not an adapter folder"),
         ("", "empty"),
     ],
 )
@@ -271,7 +274,7 @@ def test_an_adapter_is_found_like_a_model(home, monkeypatch):
     (folder / "run.json").write_text(json.dumps({"status": "finished", "family": "decoder", "finished": "1"}))
     for name in (None, "0001", "latest", "runs/0001-a"):
         assert resolve_model(name, able="generate").path == folder
-    assert "an adapter of `../../base`" in announce(resolve_model(None, able="generate"))
+    assert "an adapter for `../../base`" in announce(resolve_model(None, able="generate"))
     same = make_adapter(base, Path("a=b"))
     assert apply_adapters(load_model(base), [str(same)]).artifact.path == same
     assert apply_adapters(load_model(base), ["0001=2"]).artifact.path == folder

@@ -476,4 +476,4 @@ def test_a_broken_template_is_named(call, models, tmp_path):
     for command in (["chat", "--script", "-"], ["generate", "--chat", "-"]):
         status, out, err = call(*command, "-m", "broken", "-q", stdin=b"a\n")
         assert (status, out) == (2, "")
-        assert "no Jinja" in err
+        assert "not valid Jinja" in err

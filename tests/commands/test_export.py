@@ -69,7 +69,7 @@ def test_what_is_no_gguf_has_its_exit_code(folder, models, tmp_path, capsys):
         (tmp_path / "nowhere", [], 3, "nowhere"),
         (models["encoder"], [], 4, "is an encoder, which is not exported as GGUF"),
         (folder, [], 4, "no tokenizer"),
-        (models["decoder"], ["-o", str(tmp_path / "there.gguf")], 8, "exists already"),
+        (models["decoder"], ["-o", str(tmp_path / "there.gguf")], 8, "already exists"),
     ]
     for model, flags, code, message in cases:
         assert run(["export", str(model), "--to", "gguf", "-o", str(out), *flags]) == code

@@ -67,7 +67,7 @@ BAD = {
     "empty.jsonl": ("", "classify", "there are no examples in `empty.jsonl`"),
     "silent.jsonl": ('{"messages": [{"role": "user", "content": "x"}]}\n', "chat", "`silent.jsonl` line 1"),
     "label.jsonl": ('{"text": "a", "label": null}\n', "classify", "line 1: column `label` is empty"),
-    "none.txt": ("a text\n", "qa", "`none.txt` is plain text without named columns"),
+    "none.txt": ("a text\n", "qa", "`none.txt` is plain text without column names"),
 }
 
 
@@ -86,10 +86,14 @@ def test_bad_data_is_named_with_its_place_and_leaves_no_run(capsys, models, name
 def test_bad_commands_are_answered(capsys, models):
     for arguments, status, message in (
         ((models["decoder"],), 2, "no data"),
-        (("nothing", "rows.tsv"), 3, "no model `nothing`"),
+        (("nothing", "rows.tsv"), 3, "model `nothing` does not exist"),
         ((models["decoder"], "rows.tsv", "--task", "clasify"), 2, "`task` is `clasify`"),
         ((models["decoder"], "rows.tsv", "--method", "lora", "-o", "x.safetensors"), 2, "--merge"),
-        ((models["decoder"], "rows.tsv", "--task", "qa", "--set", "template={nope}"), 2, "names `{nope}`"),
+        (
+            (models["decoder"], "rows.tsv", "--task", "qa", "--set", "template={nope}"),
+            2,
+            "contains the unknown field `{nope}`",
+        ),
         ((models["decoder"], "gone.jsonl"), 3, "gone.jsonl"),
         ((models["decoder"], "rows.tsv", "--task", "classify", "--rank", "0", "--method", "lora"), 2, "column"),
     ):

@@ -80,7 +80,7 @@ def test_what_is_used_is_said(call, models):
     assert status == 0
     assert err.startswith(f"model: {models / 'decoder'} (")
     _, _, err = call("generate", "a", "-m", models / "decoder-one", "-n", "1")
-    assert err.startswith(f"model: {models / 'decoder-one'} (named, an adapter of `")
+    assert err.startswith(f"model: {models / 'decoder-one'} (named, an adapter for `")
 
 
 def test_fill_with_an_adapter(call, models):
@@ -125,10 +125,10 @@ def test_use_takes_an_adapter(call, models, tmp_path, monkeypatch):
     ("arguments", "status", "part"),
     [
         (["-m", "decoder", "--adapter", "nowhere"], 3, "nowhere`"),
-        (["-m", "decoder", "--adapter", "decoder"], 2, "is no adapter's folder"),
-        (["-m", "decoder", "--adapter", "decoder-one=x"], 2, "has the weight `x`"),
+        (["-m", "decoder", "--adapter", "decoder"], 2, "is not an adapter folder"),
+        (["-m", "decoder", "--adapter", "decoder-one=x"], 2, "the weight `x` is not a finite number"),
         (["-m", "decoder", "--adapter", ""], 2, "empty"),
-        (["-m", "decoder", "--adapter", "encoder-one"], 4, "trained on other weights"),
+        (["-m", "decoder", "--adapter", "encoder-one"], 4, "trained on weights other"),
         (["--adapter", "encoder-one"], 2, "cannot generate"),
         (["-m", "encoder-one"], 2, "cannot generate"),
     ],
@@ -151,7 +151,7 @@ def test_a_base_that_is_gone_is_named(call, models, tmp_path):
     for arguments in (["-m", "a"], ["--adapter", "a"]):
         status, _, err = call("generate", "a", *arguments)
         assert status == 3
-        assert "`org/model`, the base of the adapter `a`, is not there" in err
-        assert "hint: -m BASE --adapter a" in err
+        assert "`org/model`, the base of the adapter `a`, does not exist" in err
+        assert "hint: pass the base: -m BASE --adapter a" in err
     assert call("generate", "a", "-m", models / "decoder", "--adapter", "a", "-n", "1")[0] == 0
     assert call("inspect", "a")[0] == 0

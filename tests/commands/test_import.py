@@ -13,7 +13,7 @@ def test_it_prints_the_path_and_nothing_else(shared_data, tmp_path, capsys):
     assert captured.out == f"{out}\n"
     assert "260,032 parameters" in captured.err
     assert run(["import", str(source), "-o", str(out)]) == 8
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run(["import", str(source), "-o", str(out), "-f", "--json", "-q", "--dtype", "float16"]) == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)

@@ -109,4 +109,4 @@ def test_weights_that_do_not_fit_their_configuration(folder, capsys):
     (folder / "config.json").write_text(json.dumps(config))
     write_safetensors(folder / "model.safetensors", {"model.norm.weight": torch.zeros(16)}, {"format": "pt"})
     assert run(["inspect", str(folder)]) == 4
-    assert "not those of its configuration" in capsys.readouterr().err
+    assert "do not match its configuration" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_damage_and_foreign_folders_are_said(capsys, runs):
     assert status == 0
     assert [line.split()[1] for line in out.splitlines()[1:]] == ["damaged", "damaged", "stopped"]
     assert f"{FIRST}: its run.json cannot be read" in err
-    assert f"{SECOND}: it holds no run.json" in err
+    assert f"{SECOND}: it has no run.json" in err
     assert "not runs: notes" in err
     status, out, _ = call(capsys, "show", "1")
     assert status == 0
@@ -104,7 +104,7 @@ def test_damage_and_foreign_folders_are_said(capsys, runs):
     for name in (SECOND, "runs/notes"):
         status, out, err = call(capsys, "show", name)
         assert (status, out) == (3, "")
-        assert "no run.json" in err
+        assert "no `run.json`" in err
 
 
 def test_show_tells_a_finished_run(capsys, runs):

@@ -36,7 +36,7 @@ def test_the_form_must_fit_the_name(folder, tmp_path):
         with pytest.raises(UsageError, match=to):
             export_model(folder, tmp_path / name, to=to)
     export_model(folder, tmp_path / "x", to="hf")
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         export_model(folder, tmp_path / "x", to="hf")
     export_model(folder, tmp_path / "x", to="hf", force=True)
 

@@ -168,7 +168,7 @@ def test_a_file_that_is_there_stays_unless_it_may_go(folder, tmp_path):
     out = tmp_path / "m.gguf"
     export_gguf(folder, out)
     before = out.read_bytes()
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         export_gguf(folder, out)
     export_gguf(folder, out, force=True)
     assert out.read_bytes() == before

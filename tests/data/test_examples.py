@@ -136,7 +136,7 @@ def test_answers_in_a_file_of_their_own(tmp_path):
     with pytest.raises(NotFoundError, match=r"c\.lst"):
         examples(both, "choice")
     assert [e.target for e in examples(both if labels.write_text("0\n1\n0\n") else "", "choice")] == [0, 1, 0]
-    for content, part in [("0\n1\n", "ends before"), ("0\n1\n0\n1\n", "line 4"), ("0\n7\n0\n", "line 2")]:
+    for content, part in [("0\n1\n", "fewer lines than"), ("0\n1\n0\n1\n", "line 4"), ("0\n7\n0\n", "line 2")]:
         labels.write_text(content)
         with pytest.raises(UsageError, match=part):
             examples(both, "choice")
@@ -158,7 +158,7 @@ def test_answers_in_a_file_of_their_own(tmp_path):
         ("a.jsonl", '{"text": "a"}\n', "classify", {"label": "mood"}, ["line 1", "`mood`", "`text`"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a"}\n', "classify", {}, ["line 2", "label"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "classify", {}, ["line 2", "not JSON"]),
-        ("a.jsonl", '{"text": 5, "label": 1}\n', "classify", {}, ["line 1", "`text` is int"]),
+        ("a.jsonl", '{"text": 5, "label": 1}\n', "classify", {}, ["line 1", "`text` is of type int"]),
         ("a.jsonl", "[1, 2]\n", "classify", {}, ["line 1", "list", "columns.names"]),
         ("a.jsonl", "[1, 2]\n", "classify", {"names": ("text",)}, ["line 1", "2 cells"]),
         ("a.jsonl", "7\n", "classify", {}, ["line 1", "int"]),

@@ -114,7 +114,7 @@ def test_another_tokenizer_or_source_is_refused(tmp_path):
     for key in IDENTITY:
         with pytest.raises(ArtifactError, match=key):
             write(tmp_path, identity=IDENTITY | {key: "other"})
-    with pytest.raises(ArtifactError, match="split"):
+    with pytest.raises(ArtifactError, match="in 1 parts, not 2"):
         write(tmp_path, part=Part(0, 2))
 
 

@@ -23,7 +23,8 @@ def test_a_chosen_template_is_literal_but_for_its_roles():
 
 
 @pytest.mark.parametrize(
-    ("template", "part"), [("{question}", "question"), ("{source} {target}", "target"), ("no role", "no text")]
+    ("template", "part"),
+    [("{question}", "question"), ("{source} {target}", "target"), ("no role", "contains no field")],
 )
 def test_a_template_that_does_not_fit_the_task(template: str, part: str):
     with pytest.raises(UsageError, match=part) as caught:

@@ -198,7 +198,7 @@ def test_a_kill_leaves_no_trace(teachers, here):  # noqa: F811
         killed.end()
         assert whole.end() == 0, whole.err
     assert not (here / "killed" / "manifest.json").exists()
-    with pytest.raises(NotFoundError, match="not finished"):
+    with pytest.raises(NotFoundError, match="is unfinished"):
         SignalStore.open(here / "killed")
     done = finish([*command, "-o", "killed", "--json"], env=environment())
     assert json.loads(done.out)["n_labels"] > 0
@@ -314,7 +314,7 @@ def test_signals_of_something_else_are_refused(teachers, here):  # noqa: F811
             run(teachers["decoder"], "teacher.cache=signals", *settings)
         shown = [part.split(" ")[-3:] for part in str(caught.value).split("else: ")[1].split("; ")]
         assert all(there.rstrip(",") != wanted for there, _, wanted in shown)
-    with pytest.raises(NotFoundError, match="no teacher signals"):
+    with pytest.raises(NotFoundError, match="is no teacher cache"):
         run(teachers["decoder"], "teacher.cache=text.txt.folder")
 
 

@@ -94,7 +94,7 @@ CHOICES = [LINEAR, ("q_proj", "v_proj"), ("down_proj",), ("o_proj",)]
 def test_target_modules_select_by_their_ends_what_was_chosen_and_nothing_else(architecture, leaves):
     config = config_of(architecture)
     known = architecture_of(config)
-    chosen = {p.path for p in known.places if any(m.rpartition(".")[2] in leaves for m in p.modules)}
+    chosen = {p.path for p in known.linears if any(m.rpartition(".")[2] in leaves for m in p.modules)}
     assert chosen
     targets = target_modules(known, chosen)
     paths = [stored.name.rpartition(".")[0] for stored in known.family.layout(config)]
@@ -110,10 +110,10 @@ def test_names_are_short_where_they_can_be_and_whole_where_they_must():
     known = architecture_of(config_of("BertForMaskedLM"))
     ends = {"attention.self.query": "query", "intermediate.dense": "intermediate.dense"}
     for end, short in ends.items():
-        assert target_modules(known, {p.path for p in known.places if p.path.endswith(end)}) == [short]
-    chosen = {p.path for p in known.places if p.modules[0].endswith("down_proj")}
+        assert target_modules(known, {p.path for p in known.linears if p.path.endswith(end)}) == [short]
+    chosen = {p.path for p in known.linears if p.modules[0].endswith("down_proj")}
     assert target_modules(known, chosen) == sorted(chosen)
-    both = chosen | {p.path for p in known.places if p.modules[0].endswith("o_proj")}
+    both = chosen | {p.path for p in known.linears if p.modules[0].endswith("o_proj")}
     assert target_modules(known, both) == ["output.dense"]
 
 
@@ -193,7 +193,7 @@ def check(folder: Path, config: ModelConfig | None = None) -> Adapter:
         ({"lora_alpha": None}, "`lora_alpha` 'None'"),
         ({"lora_alpha": float("inf")}, "`lora_alpha` 'inf'"),
         ({"lora_dropout": 1.0}, "`lora_dropout` '1.0'"),
-        ({"use_dora": True}, "lacks its `magnitude`"),
+        ({"use_dora": True}, "has no `magnitude`"),
         ({"use_dora": "yes"}, "`use_dora` 'yes'"),
         ({"use_rslora": 1}, "`use_rslora` '1'"),
         ({"rank_pattern": {"q_proj": 3}}, "its rank is 3"),
@@ -228,10 +228,10 @@ def test_settings_that_change_nothing_are_passed_over(folder):
 @pytest.mark.parametrize(
     ("old", "new", "part"),
     [
-        ("base_model.model.", "model.", "does not begin with"),
+        ("base_model.model.", "model.", "does not start with"),
         ("q_proj.lora_A", "q_proj.lora_embedding_A", "lora_embedding_A"),
-        ("q_proj.lora_A", "w_pack.lora_A", "lacks its"),
-        ("q_proj", "w_pack", "`model.layers.0.self_attn.w_pack`, which is no layer of the base"),
+        ("q_proj.lora_A", "w_pack.lora_A", "has no `a`"),
+        ("q_proj", "w_pack", "`model.layers.0.self_attn.w_pack`, which is not an adaptable layer of the base"),
         ("model.layers.0.self_attn.q_proj", "lm_head", "`lm_head`"),
         ("layers.1.mlp", "layers.7.mlp", "layers.7"),
         ("model.layers.0.mlp.down_proj.lora_A.weight", "model.embed_tokens.weight", "embed_tokens"),
@@ -248,7 +248,8 @@ def test_tensors_that_are_not_of_the_base_are_named(old, new, part, folder):
 
 
 @pytest.mark.parametrize(
-    ("shape", "part"), [((2, 17), "maps 17 to 16"), ((3, 16), "its rank is 2"), ((2, 16, 1), "its rank is 2")]
+    ("shape", "part"),
+    [((2, 17), "has 17 inputs and 16 outputs"), ((3, 16), "its rank is 2"), ((2, 16, 1), "its rank is 2")],
 )
 def test_shapes_that_do_not_fit_are_named(shape, part, folder):
     tensors = {name: tensor.clone() for name, tensor in read_tensors(folder / ADAPTER_WEIGHTS).items()}
@@ -263,7 +264,7 @@ def test_a_head_of_another_shape_or_of_no_head_is_refused(tmp_path):
     config = config_of("BertForSequenceClassification")
     out = write(tmp_path / "a", config, random_parts(config, ("q_proj",)))
     check(out, config)
-    with pytest.raises(ArtifactError, match=r"the whole parameters .*`bert\.pooler\.dense\.weight`"):
+    with pytest.raises(ArtifactError, match=r"the full parameters .*`bert\.pooler\.dense\.weight`"):
         check(out, config_of("BertForMaskedLM"))
     tensors = {name: tensor.clone() for name, tensor in read_tensors(out / ADAPTER_WEIGHTS).items()}
     rewrite(out, tensors=tensors | {"base_model.model.classifier.weight": torch.zeros(9, 16)})
@@ -280,7 +281,7 @@ def test_numbers_that_are_no_floats_and_files_that_are_damaged_are_refused(folde
     with pytest.raises(ArtifactError, match="no tensor"):
         check(folder)
     (folder / ADAPTER_WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(ArtifactError, match="not a sound safetensors file"):
+    with pytest.raises(ArtifactError, match="not a valid safetensors file"):
         check(folder)
     for text in ("{", "[]", "[" * 100_000):
         (folder / ADAPTER_CONFIG).write_text(text)
@@ -349,13 +350,13 @@ def test_patterns_that_could_take_forever_are_refused(key):
 def test_nothing_is_replaced_unasked(folder):
     config = config_of("LlamaForCausalLM")
     parts = random_parts(config, ("v_proj",))
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="already exists"):
         write(folder, config, parts)
     write(folder, config, parts, force=True)
     assert same(read_parts(read_adapter(folder), architecture_of(config))[0], parts)
     (folder / "model.safetensors").write_bytes(b"")
     assert not is_adapter(folder)
-    with pytest.raises(OutputError, match="holds a model"):
+    with pytest.raises(OutputError, match="it contains a model"):
         write(folder, config, parts, force=True)
 
 

@@ -95,7 +95,7 @@ def test_nothing_is_replaced_without_force(tmp_path):
     for name in ("m", "m.safetensors"):
         out = write(tmp_path / name)
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        with pytest.raises(OutputError, match="exists already") as caught:
+        with pytest.raises(OutputError, match="already exists") as caught:
             write(out, make(n_layers=1))
         assert "-f" in caught.value.hint
         assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -156,9 +156,9 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
     state.pop("lm_head.weight")
     cases = {
         "missing: `model.norm.weight`": {key: value for key, value in state.items() if key != "model.norm.weight"},
-        "not part of it: `model.extra`": state | {"model.extra": torch.zeros(1)},
-        r"another shape: `model.norm.weight \(3,\), not \(16,\)`": state | {"model.norm.weight": torch.zeros(3)},
-        "not floating-point": state | {"model.norm.weight": torch.zeros(16, dtype=torch.int8)},
+        "unexpected: `model.extra`": state | {"model.extra": torch.zeros(1)},
+        r"wrong shape: `model.norm.weight \(3,\), not \(16,\)`": state | {"model.norm.weight": torch.zeros(3)},
+        "wrong dtype: `model.norm.weight I8`": state | {"model.norm.weight": torch.zeros(16, dtype=torch.int8)},
         "has 0 tensors": {},
     }
     for message, tensors in cases.items():

@@ -164,9 +164,9 @@ def test_a_manifest_that_lacks_something_is_named(tmp_path):
         with pytest.raises(ArtifactError, match=r"manifest\.json"):
             SignalStore.open(tmp_path)
     path.unlink()
-    with pytest.raises(NotFoundError, match="not finished"):
+    with pytest.raises(NotFoundError, match="is unfinished"):
         SignalStore.open(tmp_path)
-    with pytest.raises(NotFoundError, match="no teacher signals"):
+    with pytest.raises(NotFoundError, match="is no teacher cache"):
         SignalStore.open(tmp_path / "elsewhere")
 
 

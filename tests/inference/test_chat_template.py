@@ -192,7 +192,7 @@ UNASKED = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>' }}{% 
         (MISTRAL, [Message("user", "a"), Message("user", "b"), Message("assistant", "c")], "Roles must alternate"),
         (MARKED.replace("assistant'", "tool'"), talk("a", "b"), "blocks cover none of this conversation"),
         (MARKED.replace("{% if add_generation_prompt %}", "{% if false %}"), talk("a", "b"), "does not begin where"),
-        ("{{ oops", talk("a", "b"), "no Jinja"),
+        ("{{ oops", talk("a", "b"), "not valid Jinja"),
     ],
 )
 def test_what_cannot_be_trained_is_named(byte_tokenizer, source: str, messages, part: str):

@@ -108,7 +108,7 @@ def test_latest_is_the_newest_run_here_and_the_newest_unfinished_for_resume(runs
         ("0009", NotFoundError, "0009"),
         ("/nowhere/at/all", NotFoundError, "nowhere"),
         ("[", NotFoundError, r"`\[`"),
-        ("foreign", NotFoundError, "holds no run.json"),
+        ("foreign", NotFoundError, "contains no `run.json`"),
         ("00", UsageError, "more than one run"),
         ("", UsageError, "empty"),
     ],

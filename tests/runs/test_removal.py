@@ -98,7 +98,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path):
         with pytest.raises(NotFoundError):
             choose([name], checkpoints=False)
     (runs / "run.json").write_text("{}")  # as `pretrain -o runs` leaves it
-    with pytest.raises(UsageError, match="holds other runs"):
+    with pytest.raises(UsageError, match="contains other runs"):
         choose(["runs"], checkpoints=False)
 
 

@@ -5,13 +5,18 @@ A YAML key is the dotted path of a field (`train.batch_size`), an environment va
 and `--set train.batch_size=8` is the flag.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmctl.quant.schemes import SCHEMES, weight_schemes
+from llmctl.tables.losses import DIVERGENCES, OTHER_LOSSES
+from llmctl.tables.methods import LEARNED, METHODS
+from llmctl.tables.objectives import OBJECTIVES
+from llmctl.tables.optimizers import OPTIMIZERS, SCHEDULES
+from llmctl.tables.tasks import measured_tasks, trained_tasks
+
 Family = Literal["decoder", "encoder", "encoder_decoder"]
-ObjectiveName = Literal["clm", "mlm", "span", "seq2seq"]
-TaskName = Literal["chat", "text", "classify", "translate", "summarize", "qa"]
 Problem = Literal["single", "multi", "regression"]
 
 
@@ -20,6 +25,17 @@ def setting(default: Any, meaning: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
     return field(default=default, metadata={"help": meaning})
+
+
+def choice(
+    default: str, meaning: str, *tables: Mapping[str, Any] | tuple[str, ...] | Callable[[], tuple[str, ...]]
+) -> Any:
+    """Declare a field that names a row of a table; the names are read when a config is loaded or shown."""
+
+    def names() -> tuple[str, ...]:
+        return tuple(name for table in tables for name in (table() if callable(table) else table))
+
+    return field(default=default, metadata={"help": meaning, "choices": names})
 
 
 def listed(default: tuple[str, ...], meaning: str) -> Any:
@@ -152,7 +168,7 @@ class DataConfig:
 class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
-    name: Literal["adamw", "muon"] = setting("muon", "adamw, or muon for matrices and adamw for the rest")
+    name: str = choice("muon", "optimizer; muon: adamw for what is no hidden matrix", OPTIMIZERS)
     lr: float = setting(3e-3, "peak learning rate of adamw")
     muon_lr: float = setting(0.02, "peak learning rate of muon")
     weight_decay: float = setting(0.1, "decoupled weight decay of the weight matrices")
@@ -160,9 +176,7 @@ class OptimConfig:
     beta2: float = setting(0.95, "adamw: decay of the second moment")
     eps: float = setting(1e-8, "adamw: epsilon")
     momentum: float = setting(0.95, "muon: momentum")
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
-        "wsd", "learning-rate schedule; wsd: warmup, stable, decay"
-    )
+    schedule: str = choice("wsd", "learning-rate schedule; wsd: warmup, stable, decay", SCHEDULES)
     warmup_frac: float = setting(0.02, "fraction of the steps with linear warmup")
     decay_frac: float = setting(0.5, "fraction of the steps with decay (wsd)")
     min_lr_frac: float = setting(0.0, "final learning rate as a fraction of the peak")
@@ -186,8 +200,10 @@ class TrainConfig:
     micro_batch_size: int = setting(0, "rows per forward pass; 0: the whole batch, -1: as many as fit in memory")
     seq_len: int = setting(256, "tokens per row")
     seed: int = setting(0, "seed for weights, data order and masking")
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
-        "auto", "compute precision; auto: bfloat16 where the hardware is fast at it, else float32"
+    dtype: str = choice(
+        "auto",
+        "compute precision; auto: bfloat16 where the hardware is fast at it, else float32",
+        ("auto", "float32", "bfloat16", "float64"),
     )
     master_weights: bool = setting(
         True, "keep float32 master weights next to bfloat16 weights (bfloat16 in one process on a CPU)"
@@ -248,9 +264,7 @@ class ParallelConfig:
 class PretrainConfig:
     """Settings of `llmctl pretrain`."""
 
-    objective: ObjectiveName = setting(
-        "clm", "clm: next token; mlm: masked tokens; span: span corruption (T5); seq2seq: text pairs"
-    )
+    objective: str = choice("clm", "pretraining objective", OBJECTIVES)
     model: ModelChoice = section(ModelChoice, "model")
     tokenizer: TokenizerConfig = section(TokenizerConfig, "tokenizer")
     data: DataConfig = section(DataConfig, "data")
@@ -307,13 +321,11 @@ class FinetuneDataConfig(DataConfig):
 class FinetuneOptimConfig(OptimConfig):
     """Optimizer and learning-rate schedule for fine-tuning."""
 
-    name: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon for matrices and adamw for the rest")
+    name: str = choice("adamw", "optimizer; muon: adamw for what is no hidden matrix", OPTIMIZERS)
     lr: float = setting(0.0, "peak learning rate of adamw; 0: chosen by method and model size")
     weight_decay: float = setting(0.01, "decoupled weight decay of the weight matrices")
     beta2: float = setting(0.999, "adamw: decay of the second moment")
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
-        "linear", "learning-rate schedule; wsd: warmup, stable, decay"
-    )
+    schedule: str = choice("linear", "learning-rate schedule; wsd: warmup, stable, decay", SCHEDULES)
     warmup_frac: float = setting(0.06, "fraction of the steps with linear warmup")
 
 
@@ -329,7 +341,7 @@ class FinetuneTrainConfig(TrainConfig):
 class TaskConfig:
     """The task an existing model is trained on, and how its examples are read."""
 
-    task: TaskName = setting("chat", "chat, text, classify, translate, summarize or qa")
+    task: str = choice("chat", "task", trained_tasks)
     model: str = setting("", "model to fine-tune: a folder, a file or a run")
     problem: Literal["auto", "single", "multi", "regression"] = setting(
         "auto", "classify: single (one label), multi (several labels), or regression; auto: inferred from the data"
@@ -358,8 +370,8 @@ class FinetuneConfig(TaskConfig):
     pooling: Literal["auto", "first", "mean", "last"] = setting(
         "auto", "classify: hidden state to classify; auto: as in the published classifier of the model family"
     )
-    qat: Literal["", "int8", "int6", "int5", "int4", "int4-sym", "int3", "int2"] = setting(
-        "", "quantization-aware training: train with this scheme's rounding and write a quantized model"
+    qat: str = choice(
+        "", "quantization-aware training with this scheme's rounding; writes a quantized model", ("",), weight_schemes
     )
     merge: bool = setting(False, "merge the adapter into the weights and write the full model")
     adapter: AdapterConfig = section(AdapterConfig, "adapter (lora, dora, qlora, qdora)")
@@ -389,10 +401,13 @@ class StudentConfig:
 class DistillLossConfig:
     """What the student learns from the teacher."""
 
-    name: Literal["auto", "fkl", "rkl", "jsd", "skl", "srkl", "akl", "taid", "tvd", "seq", "none"] = setting(
+    name: str = choice(
         "auto",
         "divergence between student and teacher; seq: train on texts generated by the teacher; none: only loss.match; "
         "auto: fkl, or none if the teacher has no prediction head (sentence encoders)",
+        ("auto",),
+        DIVERGENCES,
+        OTHER_LOSSES,
     )
     temperature: float = setting(0.0, "temperature of student and teacher; 0: 1, or 2 for mlm and labels")
     weight: float = setting(1.0, "weight of the divergence; the rest is cross-entropy on the data")
@@ -416,8 +431,8 @@ class TeacherConfig:
     """How the teacher is run, or the cache of its outputs."""
 
     more: tuple[str, ...] = listed((), "further teachers with the same vocabulary; probabilities are averaged")
-    dtype: Literal["auto", "fp32", "bf16", "int8"] = setting(
-        "auto", "precision of the teacher's weights; auto: train.dtype"
+    dtype: str = choice(
+        "auto", "precision of the teacher's weights; auto: train.dtype", ("auto", "float32", "bfloat16", "int8")
     )
     cache: str = setting("", "folder written by `llmctl distill cache`, used instead of the teacher")
     kind: Literal["sampled", "topk", "hidden"] = setting(
@@ -433,11 +448,9 @@ class TeacherConfig:
 class DistillOptimConfig(OptimConfig):
     """Optimizer and learning-rate schedule for distillation."""
 
-    name: Literal["adamw", "muon"] = setting("adamw", "adamw, or muon for matrices and adamw for the rest")
+    name: str = choice("adamw", "optimizer; muon: adamw for what is no hidden matrix", OPTIMIZERS)
     lr: float = setting(0.0, "peak learning rate of adamw; 0: chosen by student size")
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = setting(
-        "cosine", "learning-rate schedule; wsd: warmup, stable, decay"
-    )
+    schedule: str = choice("cosine", "learning-rate schedule; wsd: warmup, stable, decay", SCHEDULES)
     warmup_frac: float = setting(0.05, "fraction of the steps with linear warmup")
 
 
@@ -464,9 +477,7 @@ class BaselineConfig:
 class TaughtConfig(TaskConfig):
     """Settings shared by the commands that derive a model from another (distill, quantize)."""
 
-    task: Literal["auto", "chat", "text", "classify", "translate", "summarize", "qa"] = setting(  # type: ignore[assignment]
-        "auto", "chat, text, classify, translate, summarize or qa; auto: the task the teacher was trained for"
-    )
+    task: str = choice("auto", "task; auto: the task the teacher was trained for", ("auto",), trained_tasks)
     model: str = setting("", "teacher: a folder, a file or a run")
     loss: DistillLossConfig = section(DistillLossConfig, "loss between student and teacher")
     teacher: TeacherConfig = section(TeacherConfig, "teacher")
@@ -490,9 +501,7 @@ class DistillConfig(TaughtConfig):
 class WeightsConfig:
     """The quantization scheme and the method that chooses codes and scales."""
 
-    scheme: Literal["int8", "w8a8", "int6", "int5", "int4", "int4-sym", "int3", "int2"] = setting(
-        "int8", "int8, w8a8 (8-bit activations too), int6, int5, int4, int4-sym (no zero points), int3, or int2"
-    )
+    scheme: str = choice("int8", "quantization scheme; w8a8: 8-bit activations too; int4-sym: no zero points", SCHEMES)
     group: int = setting(
         -1,
         "group size: inputs that share a scale; 0: the whole row; -1: the scheme's, or the next smaller size that divides a layer's inputs",
@@ -500,12 +509,13 @@ class WeightsConfig:
     scale_bits: int = setting(
         0, "bits per scale: 16 (readable by other tools), or 8 (multiples of a power of two per row); 0: the scheme's"
     )
-    method: Literal["auto", "nearest", "clip", "weighted", "hqq", "awq", "gptq", "awq-gptq", "guided", "learned"] = (
-        setting(
-            "auto",
-            "quantization method; auto: nearest for int8, else guided (gptq with Fisher-weighted errors and refit scales); "
-            "learned: trained to reproduce the original model's outputs",
-        )
+    method: str = choice(
+        "auto",
+        "quantization method; auto: nearest for int8, else guided (gptq with Fisher-weighted errors and refit scales); "
+        "learned: trained to reproduce the original model's outputs",
+        ("auto",),
+        METHODS,
+        (LEARNED,),
     )
     learn: Literal["scales", "weights"] = setting(
         "scales",
@@ -575,16 +585,11 @@ class GenerateConfig:
     kv: str = setting("float", "KV cache: float (the model's precision) or int8")
 
 
-EvaluationName = Literal[
-    "auto", "text", "mask", "classify", "similarity", "translate", "summarize", "qa", "choice", "lastword"
-]
-
-
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Settings of `llmctl evaluate`."""
 
-    task: EvaluationName = setting("auto", "task to measure; auto: the task of the first model")
+    task: str = choice("auto", "task to measure; auto: the task of the first model", ("auto",), measured_tasks)
     data: tuple[str, ...] = setting((), "files, folders or globs; empty: the built-in corpus (text, mask)")
     columns: ColumnsConfig = section(ColumnsConfig, "columns of tables")
     labels: str = setting("", "file with one label per line; empty: the model's labels (classify)")
@@ -605,6 +610,6 @@ class EvaluateConfig:
     beams: int = setting(1, "beam width; 1: greedy (translate, summarize, qa)")
     max_tokens: int = setting(128, "maximum tokens per answer (translate, summarize, qa)")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device; auto: cuda if available")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "precision; auto: float32 on a CPU, bfloat16 on a GPU"
+    dtype: str = choice(
+        "auto", "precision; auto: float32 on a CPU, bfloat16 on a GPU", ("auto", "float32", "bfloat16", "float16")
     )

@@ -13,10 +13,17 @@ from typing import Any
 
 import torch
 
+from llmctl.tables.dtypes import full_name
+
 BFLOAT16_GAIN = 1.5
 """The speedup of bfloat16 matrix products from which they outweigh the conversions around them."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 LARGE_BLOCK_BYTES = 1 << 20
 """The block size from which `return_large_blocks` returns freed memory to the system."""
@@ -39,7 +46,7 @@ def name_of(dtype: torch.dtype) -> str:
 def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
     """Return the dtype of matrix products; `auto` is bfloat16 if the hardware is faster with it, else float32."""
     if name != "auto":
-        return DTYPES[name]
+        return DTYPES[full_name(name)]
     if on_cpu:
         gain = product_rate(torch.bfloat16) / product_rate(torch.float32)
         return torch.bfloat16 if gain > BFLOAT16_GAIN else torch.float32

@@ -7,7 +7,7 @@ Works on any config class; knows nothing about what the settings do.
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from llmctl.config import ModelChoice, ModelConfig
 from llmctl.errors import NotFoundError, UsageError
+from llmctl.tables.dtypes import full_name
 
 Config = TypeVar("Config")
 RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_NATIVE", "LLMCTL_DEBUG"}
@@ -36,6 +37,15 @@ class Key:
     default: Any
     meaning: str
     has_commas: bool = False
+    choices: Callable[[], tuple[str, ...]] | None = None
+
+    @property
+    def text(self) -> str:
+        """The description with the names that the setting takes."""
+        if self.choices is None:
+            return self.meaning
+        names = ", ".join(name or "empty" for name in self.choices())
+        return f"{self.meaning} [{names}]"
 
 
 def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
@@ -54,7 +64,9 @@ def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
             default = item.default
             if item.default_factory is not dataclasses.MISSING:
                 default = item.default_factory()
-            keys[name] = Key(kind, default, item.metadata["help"], "commas" in item.metadata)
+            keys[name] = Key(
+                kind, default, item.metadata["help"], "commas" in item.metadata, item.metadata.get("choices")
+            )
     return keys
 
 
@@ -215,12 +227,25 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
         value = str(value)
     if info.kind is int and isinstance(value, str):
         value = whole_number(value)
+    if info.choices is not None:
+        return chosen(key, "" if value is None else str(value), info.choices(), origins, problems)
     try:
         return TypeAdapter(info.kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         problems.append(f"`{key}` is `{value}` ({origins.get(key, 'default')}): {reason[0].lower()}{reason[1:]}")
         return None
+
+
+def chosen(key: str, value: str, names: Sequence[str], origins: Mapping[str, str], problems: list[str]) -> str:
+    """Return the name that is meant, or note that there is none."""
+    name = value if value in names else full_name(value)
+    if name not in names:
+        close = get_close_matches(value, names, n=1)
+        suffix = f", did you mean `{close[0]}`?" if close else ""
+        known = ", ".join(f"`{each}`" for each in names if each)
+        problems.append(f"`{key}` is `{value}` ({origins.get(key, 'default')}): it must be one of {known}{suffix}")
+    return name
 
 
 def whole_number(text: str) -> Any:
@@ -286,7 +311,7 @@ def dump(resolved: Resolved[Any]) -> str:
                 continue
             origin = f" [{resolved.origins[key]}]" if key in resolved.origins else ""
             text = f"{indent}{name}: {scalar(value)}"
-            lines.append(f"{text:<36}  # {keys[key].meaning}{origin}")
+            lines.append(f"{text:<36}  # {keys[key].text}{origin}")
 
     walk(nested(resolved.config), "", "")
     return "\n".join(lines) + "\n"

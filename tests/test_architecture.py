@@ -41,13 +41,14 @@ FLOORS = [
         "tokenizer": "sentencepiece and Hugging Face tokenizers",
         "recipe": "YAML, environment and flags -> config",
     },
+    {"config": "every setting once, with default and meaning"},
     {
-        "config": "every setting once, with default and meaning",
         "files": "atomic writes, JSON",
         "losses": "pure functions of tensors",
         "quant": "pure torch: grids, GPTQ, packing, quantized layers",
         "machine": "precision, threads and memory of this process",
     },
+    {"tables": "what a recipe can name, a row each: objectives, tasks, optimizers, losses, methods"},
     {"errors": "LlmctlError(message, hint) and its exit codes"},
 ]
 """Rooms from top to bottom; an import goes to a lower floor, or stays inside its room."""

@@ -55,7 +55,7 @@ def test_every_key_is_dumped_with_its_meaning():
         ("train.stepz=1", ("`train.stepz`", "did you mean `train.steps`")),
         ("train.steps=many", ("`train.steps`", "`many`", "integer")),
         ("train.steps=1.5", ("`train.steps`", "`1.5`")),
-        ("objective=gpt", ("`objective`", "`gpt`", "'clm'")),
+        ("objective=gpt", ("`objective`", "`gpt`", "`clm`")),
         ("optim.lr=", ("`optim.lr`",)),
         ("nonsense", ("`--set nonsense` has no `=`",)),
         ("model.depth=3", ("`model.depth`",)),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.find import Ability, require_family
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import Artifact
+from llmctl.tables.dtypes import full_name
 
 if TYPE_CHECKING:
     from llmctl.config import ModelConfig
@@ -96,6 +97,7 @@ def load_model(
     target = choose_device(device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     names["auto"] = torch.float32 if target == "cpu" else torch.bfloat16
+    dtype = full_name(dtype)
     if dtype not in names:
         raise UsageError(f"unknown dtype: `--dtype {dtype}`", "use float32, bfloat16, float16 or auto")
     tokenizer = fitting_tokenizer(artifact)

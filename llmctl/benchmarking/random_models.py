@@ -10,12 +10,12 @@ from llmctl.artifacts.load import materialize_buffers, without_weights
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.kernels.product_table import randomise
+from llmctl.machine import DTYPES
 from llmctl.model.presets import preset_config
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.linear import QuantLinear
 from llmctl.quant.schemes import SCHEMES, Scheme
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from llmctl.tables import dtypes
 
 SHAPES: dict[str, dict[str, Any]] = {
     "30M": {"d_model": 512, "n_layers": 8, "n_heads": 8, "d_ff": 1408, "vocab_size": 16_000, "max_positions": 2048},
@@ -36,14 +36,15 @@ def shape_config(name: str) -> ModelConfig:
 
 
 def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> LanguageModel:
-    """Return a model with random weights in a precision of `DTYPES` or a scheme of `SCHEMES`.
+    """Return a model with random weights in a dtype or a scheme of `SCHEMES`.
 
     A scheme applies to the blocks, with another group size if `group` is set; the head is then int8 and the rest float32.
     Raises: UsageError for an unknown precision.
     """
-    if precision not in DTYPES and precision not in SCHEMES:
+    if dtypes.full_name(precision) not in DTYPES and precision not in SCHEMES:
         raise UsageError(
-            f"`--scheme {precision}` is not supported", f"use {', '.join([*DTYPES, *SCHEMES])}, comma-separated"
+            f"`--scheme {precision}` is not supported",
+            f"use {', '.join([*dtypes.SHORT_NAMES, *SCHEMES])}, comma-separated",
         )
     model = without_weights(config)
     generator = torch.Generator().manual_seed(0)
@@ -52,7 +53,7 @@ def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> Lang
         model.lm_head = head  # type: ignore[assignment]
         scheme = SCHEMES[precision]
         quantize_blocks(model, replace(scheme, group=group or scheme.group))
-    dtype = DTYPES.get(precision, torch.float32)
+    dtype = DTYPES.get(dtypes.full_name(precision), torch.float32)
     for module in model.modules():
         if isinstance(module, QuantLinear):
             randomise(module, generator)

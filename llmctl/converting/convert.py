@@ -17,6 +17,7 @@ from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import PARTS, Schemes
 from llmctl.quant.schemes import SCALE_BITS
+from llmctl.tables.dtypes import full_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,7 @@ def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = Fals
 
     Raises: NotFoundError, ArtifactError, MissingExtraError from reading; OutputError from writing; UsageError.
     """
+    dtype = full_name(dtype)
     if dtype and dtype not in DTYPES:
         raise UsageError(f"`--dtype {dtype}` is not supported", f"`--dtype` takes {', '.join(DTYPES)}")
     if source.suffix == ".gguf" and source.is_file():

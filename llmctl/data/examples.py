@@ -4,14 +4,15 @@ Knows the columns of each task and their common names. Knows no tokenizers or mo
 yielded too: the caller decides whether to skip it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any
 
 from llmctl.config import ColumnsConfig
 from llmctl.data import pairs, sources, tables, text_files
 from llmctl.errors import UsageError
+from llmctl.tables.tasks import PAIRED_COLUMNS, TASKS
 
 
 @dataclass(frozen=True)
@@ -27,50 +28,8 @@ class Example:
     """The column of the target."""
 
 
-class Role(NamedTuple):
-    """One input or target of a task, and common column names for it besides its own, most specific first."""
-
-    names: tuple[str, ...]
-    required: bool = True
-
-
-PAIRED_COLUMNS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("text", "text_pair"),
-    ("question", "sentence"),
-    ("question", "passage"),
-)
-TEXTS = ("sentence", "review", "content", "title", *dict.fromkeys(first for first, _ in PAIRED_COLUMNS))
-SECONDS = ("sentence2", "hypothesis", "question2", "text2", "text_b", "text_pair")
-LABELS = ("labels", "class", "category", "score", "stars", "rating", "sentiment", "intent", "target")
-SOURCES = ("src", "input", "document", "article", "dialogue")
-TARGETS = ("tgt", "output", "summary", "highlights")
-QUESTIONS = ("query", "prompt")
 CHOICES = ("choices", "endings", "options")
 NUMBERED_CHOICES = (("sol1", "sol2"), ("ending0", "ending1", "ending2", "ending3"), ("choice1", "choice2"))
-ANSWERS = ("label", "answerKey", "gold", "target")
-
-TASKS: Mapping[str, Mapping[str, Role]] = {
-    "classify": {"text": Role(TEXTS), "pair": Role(SECONDS, required=False), "label": Role(LABELS)},
-    "similarity": {"text": Role(TEXTS), "pair": Role(SECONDS), "label": Role(("score", "similarity", *LABELS))},
-    "translate": {"source": Role(SOURCES), "target": Role(TARGETS)},
-    "summarize": {"source": Role(("document", "article", "dialogue", *SOURCES)), "target": Role(TARGETS)},
-    "qa": {
-        "question": Role(QUESTIONS),
-        "context": Role(("passage",), required=False),
-        "answer": Role(("answers", "target")),
-    },
-    "choice": {
-        "question": Role(("goal", *QUESTIONS), required=False),
-        "context": Role(("ctx", "passage"), required=False),
-        "answer": Role(ANSWERS, required=False),  # PIQA has its answers in a separate file
-    },
-    "lastword": {"text": Role(TEXTS)},
-}
 
 
 def read_examples(paths: Sequence[str], task: str, columns: ColumnsConfig) -> Iterator[Example]:
@@ -99,7 +58,7 @@ def read_examples(paths: Sequence[str], task: str, columns: ColumnsConfig) -> It
 
 def _read_path(path: str, task: str, columns: ColumnsConfig) -> Iterator[Example]:
     files = pairs.two_files(path)
-    if files and task in ("translate", "summarize"):
+    if files and TASKS[task].is_pairs:
         for where, (source, target) in pairs.parallel_lines(*files):
             yield Example(where, {"source": source}, target)
     elif files and task == "choice":
@@ -118,12 +77,12 @@ def _answered(example: Example) -> Example:
 
 def _read_file(name: str, task: str, columns: ColumnsConfig) -> Iterator[Example]:
     sources.expand([name])  # raises if the path does not exist
-    if task in ("translate", "summarize") and not columns.names and _is_lines(name):
+    if TASKS[task].is_pairs and not columns.names and _is_lines(name):
         keys = columns.source or "source", columns.target or "target"
         for where, (source, target) in pairs.tab_lines(name, *keys):
             yield Example(where, {"source": source}, target)
         return
-    maker = MAKERS.get(task, _plain)
+    maker: Callable[..., Example] = globals()[TASKS[task].make]
     finder = _Finder(name, task, columns)
     for where, row in _rows(name, task, columns):
         yield maker(row, finder.roles_of(row, where), where)
@@ -143,7 +102,7 @@ def _rows(name: str, task: str, columns: ColumnsConfig) -> Iterator[tuple[str, d
         hint = f"name the columns of tab-separated lines: --set columns.names={_usual(task)}"
         raise UsageError(f"`{shown}` is plain text without column names", hint)
     for where, row in tables.read_rows(name):
-        for inner in _nested(row) if task == "qa" else [row]:
+        for inner in _nested(row) if TASKS[task].make == "question_example" else [row]:
             yield where, _named(inner, where, columns)
 
 
@@ -153,7 +112,7 @@ def _is_delimited(name: str) -> bool:
 
 def _usual(task: str, n_columns: int = 0) -> str:
     """Return plausible column names for a table without a header, as a hint shows them."""
-    roles = TASKS[task]
+    roles = TASKS[task].roles
     required = [name for name, role in roles.items() if role.required]
     names = list(roles) if n_columns >= len(roles) else required
     return ",".join(names + ["_"] * (n_columns - len(names)))
@@ -207,8 +166,8 @@ class _Finder:
 
     def _resolve(self, existing: tuple[str, ...], where: str) -> dict[str, str]:
         resolved: dict[str, str] = {}
-        usual = _usual_pair(existing) if "pair" in TASKS[self.task] and not self.columns.text else {}
-        for name, role in TASKS[self.task].items():
+        usual = _usual_pair(existing) if "pair" in TASKS[self.task].roles and not self.columns.text else {}
+        for name, role in TASKS[self.task].roles.items():
             chosen = getattr(self.columns, name)
             column = chosen or usual.get(name) or next((n for n in (name, *role.names) if n in existing), "")
             if (chosen or role.required) and column not in existing:
@@ -220,7 +179,7 @@ class _Finder:
 
     def _missing(self, role: str, chosen: str, existing: tuple[str, ...], where: str) -> UsageError:
         missing = f"no column `{chosen}`" if chosen else f"no column for the {role}"
-        usual = (chosen,) if chosen else (role, *TASKS[self.task][role].names)
+        usual = (chosen,) if chosen else (role, *TASKS[self.task].roles[role].names)
         close = [match for name in usual for match in get_close_matches(name, existing, n=1)]
         hint = f"name it with --set columns.{role}={close[0] if close else 'NAME'}"
         if self.delimited and not self.columns.names:
@@ -246,17 +205,19 @@ def _texts(row: dict[str, Any], roles: dict[str, str], where: str, *names: str) 
     return {name: _text(row, roles[name], where, name) for name in names if name in roles}
 
 
-def _plain(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+def plain_example(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    """Convert a row with one or two texts and a label."""
     label = roles.get("label", "")
     return Example(where, _texts(row, roles, where, "text", "pair"), row.get(label), column=label)
 
 
-def _transduction(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+def pair_example(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    """Convert a row with a source and a target text."""
     target = _text(row, roles["target"], where, "target")
     return Example(where, _texts(row, roles, where, "source"), target, column=roles["target"])
 
 
-def _question(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+def question_example(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
     """Convert a question; its answers are one text, a list, or SQuAD's `{"text": [...]}` or `[{"text": ...}]`."""
     column = roles["answer"]
     value = row[column]
@@ -274,7 +235,8 @@ def _question(row: dict[str, Any], roles: dict[str, str], where: str) -> Example
     )
 
 
-def _choice(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+def choice_example(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    """Convert a question with options; the target is the index of the right one."""
     options, letters = _options(row, where)
     inputs = _texts(row, roles, where, "question", "context")
     if not inputs:
@@ -337,11 +299,3 @@ def _with_answers(examples: Iterator[Example], rows: str, answers: str) -> Itera
         raise UsageError(
             f"`{answers}` has more lines than `{rows}` has rows, from line {extra[0]}", "write one answer per row"
         )
-
-
-MAKERS: Mapping[str, Callable[[dict[str, Any], dict[str, str], str], Example]] = {
-    "translate": _transduction,
-    "summarize": _transduction,
-    "qa": _question,
-    "choice": _choice,
-}

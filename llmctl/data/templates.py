@@ -7,24 +7,8 @@ import re
 from collections.abc import Mapping
 
 from llmctl.config import Family
-from llmctl.data.examples import TASKS
 from llmctl.errors import UsageError
-
-TEMPLATES: Mapping[str, str] = {
-    "translate": "{source}\nTranslation:",
-    "summarize": "{source}\nTL;DR:",  # Radford et al. 2019 (GPT-2), section 3.6
-    "qa": "{context}\nQuestion: {question}\nAnswer:",
-    "choice": "{context}\nQuestion: {question}\nAnswer:",
-}
-"""Prompts of decoders; the answer follows after one space."""
-
-SOURCE_TEMPLATES: Mapping[str, str] = {
-    "translate": "{source}",
-    "summarize": "{source}",
-    "qa": "question: {question} context: {context}",  # Raffel et al. 2020 (T5), arXiv:1910.10683, appendix D
-    "choice": "question: {question} context: {context}",
-}
-"""Source texts of encoder-decoders."""
+from llmctl.tables.tasks import TASKS
 
 FIELD = re.compile(r"\{([a-z]+)\}")
 
@@ -35,8 +19,9 @@ def template_for(task: str, family: Family, chosen: str = "") -> str:
     Raises: UsageError if the chosen one contains none of the task's roles, or an unknown one.
     """
     if not chosen:
-        return (SOURCE_TEMPLATES if family == "encoder_decoder" else TEMPLATES)[task]
-    roles = [name for name in TASKS[task] if name not in ("target", "answer")]
+        row = TASKS[task]
+        return row.source_template if family == "encoder_decoder" else row.template
+    roles = [name for name in TASKS[task].roles if name not in ("target", "answer")]
     fields = FIELD.findall(chosen)
     unknown = next((field for field in fields if field not in roles), "")
     if unknown or not fields:

@@ -15,6 +15,7 @@ from llmctl.distilling.teacher import Teachers
 from llmctl.distributed.runtime import Runtime
 from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.transformer import LanguageModel
+from llmctl.tables.objectives import OBJECTIVES
 from llmctl.training.held_out import measure
 from llmctl.training.objectives import Objective, label_prediction, token_bytes_of
 from llmctl.training.task_data import TaskData
@@ -23,7 +24,7 @@ from llmctl.training.task_data import TaskData
 def matching_of(config: TaughtConfig, data: TaskData, channels: Sequence[int] | None = None) -> Matching:
     """Return what is matched besides predictions; `channels` are the teacher's hidden channels that the student has."""
     loss = config.loss
-    is_masked = data.text is not None and data.text.objective == "mlm"
+    is_masked = data.text is not None and OBJECTIVES[data.text.objective].is_masked
     return Matching(
         kind=loss.match,
         weight=loss.match_weight,

@@ -12,7 +12,8 @@ from llmctl.errors import UsageError
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.model.shapes import complete
-from llmctl.training.settings import TASKS, check_shared
+from llmctl.tables.tasks import trained_tasks
+from llmctl.training.settings import check_shared, lr_for_size
 
 DEFAULT_STEPS = 400
 """Steps of each part where no budget is given."""
@@ -53,7 +54,7 @@ def settle(config: DistillConfig) -> DistillConfig:
     made_for = artifact.provenance.get("objective")
     task = config.task
     if task == "auto":
-        task = "classify" if teacher.n_labels else made_for if made_for in TASKS else "text"
+        task = "classify" if teacher.n_labels else made_for if made_for in trained_tasks() else "text"
     given = student_model(config)
     shape = read_model(given).config if given else parse_student(student.shape, teacher)
     if student.init == "auto":
@@ -84,8 +85,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         train = replace(train, steps=DEFAULT_STEPS)
     train = replace(train, seq_len=min(train.seq_len, shape.max_positions, teacher.max_positions))
     if not optim.lr:
-        rate = REFERENCE_LR * (REFERENCE_PARAMETERS / n_student) ** 0.5
-        optim = replace(optim, lr=float(f"{min(max(rate, SMALLEST_LR), LARGEST_LR):.2g}"))
+        optim = replace(optim, lr=lr_for_size(n_student, REFERENCE_LR, REFERENCE_PARAMETERS, SMALLEST_LR, LARGEST_LR))
     return replace(config, task=task, stages=stages, student=student, loss=loss, train=train, optim=optim)
 
 

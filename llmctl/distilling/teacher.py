@@ -17,11 +17,10 @@ from llmctl.config import TaughtConfig
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.losses.teachers import DenseTeacher
+from llmctl.machine import DTYPES
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.int8 import to_int8
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
-
+from llmctl.tables.dtypes import full_name
 
 SIGNALS = ("teacher_ids", "teacher_probs", "teacher_tail", "teacher_hidden")
 """Arrays of a batch that stand in for a teacher; see distilling/teacher_cache.py."""
@@ -47,8 +46,8 @@ class Teacher:
         self.model = model.eval().requires_grad_(requires_grad=False)
 
     def to(self, device: torch.device, dtype: str, training_dtype: torch.dtype) -> "Teacher":
-        """Move it to a device in the dtype that is asked for: fp32, bf16, int8 (the blocks' matrices), or auto."""
-        self.model.to(device, training_dtype if dtype == "auto" else DTYPES[dtype])
+        """Move it to a device in the dtype that is asked for: float32, bfloat16, int8 (the blocks' matrices), or auto."""
+        self.model.to(device, training_dtype if dtype == "auto" else DTYPES.get(full_name(dtype), torch.float32))
         if dtype == "int8":
             for stack in self.model.stacks():
                 to_int8(stack.layers)

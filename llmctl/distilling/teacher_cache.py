@@ -129,7 +129,8 @@ def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
     states_ND = teacher.see(inputs_of(tensors)).hidden_BTD.flatten(0, 1)[places]
     if not states_ND.isfinite().all():
         raise DivergedError(
-            "the teacher's hidden states are not finite: they have nan or inf", "teacher.dtype=fp32, or another teacher"
+            "the teacher's hidden states are not finite: they have nan or inf",
+            "teacher.dtype=float32, or another teacher",
         )
     return states_ND
 

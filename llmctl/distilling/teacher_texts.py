@@ -16,6 +16,7 @@ from llmctl.files import write_bytes
 from llmctl.inference.generate import Prompt, generate
 from llmctl.preparing.corpus import Corpus, Ints
 from llmctl.runs.progress import Say
+from llmctl.tables.tasks import TASKS
 from llmctl.training.task_data import prepare_task
 
 PART_ROWS = 512
@@ -23,8 +24,6 @@ PART_ROWS = 512
 
 PROMPT_TOKENS = 16
 """Tokens of a text that a decoder goes on from, at most half of it: what is left is the teacher's."""
-
-PAIR_TASKS = ("text", "translate", "summarize")
 
 
 def write_texts(config: TaughtConfig, teacher: Loaded, folder: Path, say: Say) -> TaughtConfig:
@@ -35,7 +34,8 @@ def write_texts(config: TaughtConfig, teacher: Loaded, folder: Path, say: Say) -
     Raises: UsageError for a task whose examples are no plain texts or pairs.
     """
     family, task = teacher.model.config.family, config.task
-    if task not in (("text",) if family == "decoder" else PAIR_TASKS):
+    pair_tasks = ("text", *(name for name, row in TASKS.items() if row.is_pairs))
+    if task not in (("text",) if family == "decoder" else pair_tasks):
         raise UsageError(
             f"`--loss seq` does not know `--task {task}` of {family.replace('_', '-')} models",
             "text of a decoder; text, translate or summarize of an encoder-decoder",
@@ -68,7 +68,7 @@ def write_texts(config: TaughtConfig, teacher: Loaded, folder: Path, say: Say) -
         target_key="target",
     )
     # What a template made of the source is in the source by now.
-    template = "{source}" if task in ("translate", "summarize") else config.template
+    template = "{source}" if TASKS[task].is_pairs else config.template
     return replace(
         config, data=data, columns=replace(config.columns, source="source", target="target"), template=template
     )

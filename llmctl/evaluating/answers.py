@@ -1,7 +1,7 @@
 """Score generated texts (translations, summaries, answers) against references."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from llmctl.artifacts.load import Loaded
 from llmctl.config import EvaluateConfig, GenerateConfig
@@ -14,38 +14,32 @@ from llmctl.inference.generate import Prompt, generate
 from llmctl.inference.likelihood import ScoredRow, likelihoods
 from llmctl.metrics import scores
 from llmctl.metrics.scores import References
-
-METRICS: Mapping[str, Mapping[str, Callable[[Sequence[str], References], float]]] = {
-    "translate": {"bleu": scores.bleu, "chrf": scores.chrf},
-    "summarize": {"rouge_l": scores.rouge_l, "chrf": scores.chrf},
-    "qa": {"exact_match": scores.exact_match, "token_f1": scores.token_f1},
-}
-STOPS = {"translate": ("\n",), "summarize": ("\n\n",), "qa": ("\n",)}
-"""Stop strings for decoders: a model not fine-tuned on the task would continue after its answer."""
+from llmctl.tables.tasks import TASKS
 
 
-def evaluate_answers(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig, task: str) -> Measured:
+def evaluate_answers(loaded: Loaded, examples: Sequence[Example], config: EvaluateConfig) -> Measured:
     """Score generated texts (greedy or beam search); for an encoder-decoder also the loss on the targets.
 
     The filled template is the source of an encoder-decoder or the prompt of a decoder. A source longer than the context
     is truncated at its end, a prompt at its beginning.
     """
-    if "chrf" in METRICS[task]:
+    task = TASKS[config.task]
+    if "chrf" in task.generated:
         scores.load_sacrebleu("chrF")  # fail before minutes of generation
     family = loaded.model.config.family
-    template = template_for(task, family, chosen_template(loaded, config))
+    template = template_for(config.task, family, chosen_template(loaded, config))
     prompts, n_cut = _prompts(loaded, [fill_template(template, example.inputs) for example in examples], config)
     settings = GenerateConfig(
         max_tokens=config.max_tokens,
         temperature=0.0,
         beams=config.beams,
         batch_size=config.batch_size,
-        stop=STOPS[task] if family == "decoder" else (),
+        stop=task.stops if family == "decoder" else (),
     )
     done = list(generate(loaded, prompts, settings))
     generated = [completion.text.strip() for completion in done]
     references = [_references(example.target) for example in examples]
-    figures = {name: score(generated, references) for name, score in METRICS[task].items()}
+    figures = {name: scores.TEXT_SCORES[name](generated, references) for name in task.generated}
     if family == "encoder_decoder":
         figures |= _target_loss(loaded, prompts, references, config)
     return Measured(

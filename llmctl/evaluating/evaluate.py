@@ -1,114 +1,46 @@
 """Evaluate models on a task, one after the other on the same data, and compare them with the first.
 
-The table EVALUATORS lists the tasks; each is measured in its own file.
+tables/tasks.py lists the tasks; each kind is measured in its own file.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from llmctl.artifacts.find import a_model
 from llmctl.artifacts.load import Loaded, choose_device, load_model
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import EvaluateConfig, Family, ModelConfig
+from llmctl.config import EvaluateConfig, ModelConfig
 from llmctl.data.builtin import builtin_documents
-from llmctl.data.examples import TASKS, Example, read_examples
+from llmctl.data.examples import Example, read_examples
 from llmctl.data.sources import expand, read_documents
 from llmctl.data.text_files import is_pipe
 from llmctl.errors import GateError, UsageError
-from llmctl.evaluating.answers import METRICS, evaluate_answers
-from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword
-from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity
+from llmctl.evaluating.answers import evaluate_answers  # noqa: F401
+from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword  # noqa: F401 - named in the table
+from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity  # noqa: F401
 from llmctl.evaluating.result import Measured
-from llmctl.evaluating.text import evaluate_mask, evaluate_text
+from llmctl.evaluating.text import evaluate_mask, evaluate_text  # noqa: F401
 from llmctl.inference.encoding import longest_row, require_tokenizer
 from llmctl.machine import forget_peak_memory, give_back_memory, peak_since_forgotten
 from llmctl.metrics.figures import is_higher_better, rounded
 from llmctl.metrics.gate import Gate
 from llmctl.runs.progress import Say
+from llmctl.tables.tasks import TASKS, Task
 
-EVERY: tuple[Family, ...] = ("decoder", "encoder", "encoder_decoder")
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """A task: its metrics, main one first; the model families and heads it applies to; and its source."""
-
-    figures: tuple[str, ...]
-    families: tuple[Family, ...]
-    measure: Callable[[Loaded, Any, EvaluateConfig], Measured]
-    source: str
-    head: Literal["words", "labels", "any"] = "words"
-
-    def supports(self, model: ModelConfig) -> bool:
-        """Return whether the task applies to a model of this family and head."""
-        fits = self.head == "any" or (self.head == "labels") == bool(model.n_labels)
-        return model.family in self.families and fits
+Measure = Callable[[Loaded, Any, EvaluateConfig], Measured]
 
 
-GENERATORS: tuple[Family, ...] = ("decoder", "encoder_decoder")
-EVALUATORS: dict[str, Evaluator] = {
-    "text": Evaluator(
-        ("perplexity", "bits_per_byte", "loss", "accuracy"),
-        ("decoder",),
-        evaluate_text,
-        "transformers' guide to the perplexity of models of fixed length",
-    ),
-    "mask": Evaluator(
-        ("accuracy", "loss", "perplexity", "bits_per_byte"),
-        ("encoder",),
-        evaluate_mask,
-        "BERT, Devlin et al. 2019, arXiv:1810.04805",
-    ),
-    "classify": Evaluator(
-        ("accuracy", "f1", "mcc", "spearman", "pearson", "loss"),
-        EVERY,
-        evaluate_classify,
-        "GLUE, Wang et al. 2018, arXiv:1804.07461",
-        "labels",
-    ),
-    "similarity": Evaluator(
-        ("spearman", "pearson"), EVERY, evaluate_similarity, "STS benchmark, Cer et al. 2017, arXiv:1708.00055", "any"
-    ),
-    "translate": Evaluator(
-        (*METRICS["translate"], "loss", "perplexity"),
-        GENERATORS,
-        partial(evaluate_answers, task="translate"),
-        "BLEU, Post 2018, arXiv:1804.08771; chrF, Popovic 2015",
-    ),
-    "summarize": Evaluator(
-        (*METRICS["summarize"], "loss", "perplexity"),
-        GENERATORS,
-        partial(evaluate_answers, task="summarize"),
-        "ROUGE-L, Lin 2004; chrF, Popovic 2015",
-    ),
-    "qa": Evaluator(
-        (*METRICS["qa"], "loss", "perplexity"),
-        GENERATORS,
-        partial(evaluate_answers, task="qa"),
-        "SQuAD, Rajpurkar et al. 2016, arXiv:1606.05250",
-    ),
-    "choice": Evaluator(
-        ("accuracy", "accuracy_norm"),
-        GENERATORS,
-        evaluate_choice,
-        "PIQA, arXiv:1911.11641; HellaSwag, arXiv:1905.07830",
-    ),
-    "lastword": Evaluator(
-        ("accuracy", "perplexity", "loss"),
-        GENERATORS,
-        evaluate_lastword,
-        "LAMBADA, Paperno et al. 2016, arXiv:1606.06031",
-    ),
-}
-TEXT_TASKS = ("text", "mask")
+def supports(task: Task, model: ModelConfig) -> bool:
+    """Return whether a task applies to a model of this family and head."""
+    fits = task.head == "any" or (task.head == "labels") == bool(model.n_labels)
+    return model.family in task.measures and fits
 
 
 @dataclass(frozen=True)
@@ -165,12 +97,11 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterato
     choose_device(config.device)
     models = {path: read_model(path).config for path in paths}
     if config.task == "auto":
-        config = replace(config, task=default_task(models[paths[0]]))  # type: ignore[arg-type]
+        config = replace(config, task=default_task(models[paths[0]]))
         say(f"task: {config.task} (default of `{paths[0]}`; --task chooses another)")
-    evaluator = EVALUATORS[config.task]
     for path, model in models.items():
-        require_supported(evaluator, config.task, model, path)
-    metric = chosen_metric(evaluator, config)
+        require_supported(config.task, model, path)
+    metric = chosen_metric(config)
     data = read_data(config, say)
     for path in paths:
         yield evaluate_one(path, data, replace(config, metric=metric), say)
@@ -196,25 +127,26 @@ def check(config: EvaluateConfig) -> None:
         raise UsageError("; ".join(problems), "`llmctl evaluate --help` lists the options")
 
 
-def require_supported(evaluator: Evaluator, task: str, model: ModelConfig, path: Path) -> None:
+def require_supported(task: str, model: ModelConfig, path: Path) -> None:
     """Refuse a model that cannot be measured on a task.
 
     Raises: UsageError naming the tasks that apply to it.
     """
-    if evaluator.supports(model):
+    if supports(TASKS[task], model):
         return
-    able = ", ".join(name for name, row in EVALUATORS.items() if row.supports(model))
+    able = ", ".join(name for name, row in TASKS.items() if supports(row, model))
     kind = a_model(model.family) + (" with a classification head" if model.n_labels else "")
     more = "`llmctl finetune --task classify` trains a classifier; " if task == "classify" else ""
     raise UsageError(f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}")
 
 
-def chosen_metric(evaluator: Evaluator, config: EvaluateConfig) -> str:
+def chosen_metric(config: EvaluateConfig) -> str:
     """Return the metric that models are compared by; empty: the first metric that the task returns."""
-    if config.metric and config.metric not in evaluator.figures:
+    metrics = TASKS[config.task].metrics
+    if config.metric and config.metric not in metrics:
         raise UsageError(
             f"`--task {config.task}` has no metric `{config.metric}`",
-            f"`--metric` takes {', '.join(evaluator.figures)}",
+            f"`--metric` takes {', '.join(metrics)}",
         )
     return config.metric
 
@@ -234,10 +166,10 @@ def read_data(config: EvaluateConfig, say: Say) -> Texts | list[Example]:
 
     Raises: UsageError and NotFoundError from reading; UsageError if a task that needs a table gets no data.
     """
-    if config.task in TEXT_TASKS:
+    if TASKS[config.task].reads == "text":
         return read_texts(config, say)
     if not config.data:
-        roles = ", ".join(name for name, role in TASKS[config.task].items() if role.required)
+        roles = ", ".join(name for name, role in TASKS[config.task].roles.items() if role.required)
         raise UsageError(f"`--task {config.task}` needs data", f"`-d FILE` names a table with {roles or 'its rows'}")
     return list(islice(read_examples(config.data, config.task, config.columns), config.limit or None))
 
@@ -266,13 +198,14 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
     loaded = load_model(path, device=config.device, dtype=config.dtype, packed=True)
     require_tokenizer(loaded)
     longest_row(loaded, config.seq_len)
-    evaluator, begun = EVALUATORS[config.task], time.perf_counter()
-    measured = evaluator.measure(loaded, data, config)
+    measure: Measure = globals()[TASKS[config.task].evaluator]
+    begun = time.perf_counter()
+    measured = measure(loaded, data, config)
     seconds = time.perf_counter() - begun
     for count, what in ((measured.n_cut, "longer than the context and were truncated"), (measured.n_empty, "empty")):
         if count:
             say(f"{path}: {count:,} of {measured.n_rows:,} inputs are {what}")
-    metric = config.metric or next(name for name in evaluator.figures if name in measured.figures)
+    metric = config.metric or next(name for name in TASKS[config.task].metrics if name in measured.figures)
     return Evaluation(
         model=str(path),
         task=config.task,

@@ -15,7 +15,7 @@ from llmctl.distilling.teacher_data import check_teacher, prepare_taught
 from llmctl.errors import UsageError
 from llmctl.files import json_text, write_text
 from llmctl.formats.teacher_signals import SignalStore
-from llmctl.machine import choose_dtype
+from llmctl.machine import choose_dtype, name_of
 from llmctl.preparing.corpus import keep_corpus, open_corpus
 from llmctl.runs.progress import Say
 from llmctl.training.task_data import TaskData, open_task_model
@@ -37,9 +37,7 @@ def make_cache(config: DistillConfig, out: Path, say: Say) -> SignalStore:
     data = encode(config, teachers, out / DATA, say)
     device = torch.device(choose_device(config.train.device))
     dtype = choose_dtype(config.train.dtype, on_cpu=device.type == "cpu")
-    teacher_dtype = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}.get(
-        config.teacher.dtype, str(dtype).removeprefix("torch.")
-    )
+    teacher_dtype = name_of(dtype) if config.teacher.dtype == "auto" else config.teacher.dtype
     spec = Spec(config.teacher.kind, config.teacher.draws, config.teacher.top_k, config.train.seed, teacher_dtype)
     try:
         store = build_cache(

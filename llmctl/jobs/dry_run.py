@@ -16,9 +16,10 @@ from llmctl.machine import available_memory, choose_dtype, name_of, product_rate
 from llmctl.model.flops import Rows, row_flops
 from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
 from llmctl.model.training_memory import memory
+from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tokenizer.train import VOCAB_SIZES
 from llmctl.training.batches import rows_of
-from llmctl.training.settings import DEFAULT_STEPS, check, model_config
+from llmctl.training.settings import check, model_config
 
 
 def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
@@ -99,7 +100,7 @@ def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, r
         limits.append(max(1, int(train.minutes * 60 * rate / step_flops)))
     if not limits and preset is not None and preset.tokens:
         limits.append(math.ceil(preset.tokens / (rows.batch_size * rows.n_tokens)))
-    return min(limits, default=DEFAULT_STEPS[config.objective])
+    return min(limits, default=OBJECTIVES[config.objective].default_steps)
 
 
 MEMORY_FRAC = 0.85

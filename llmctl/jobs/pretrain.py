@@ -12,6 +12,7 @@ from llmctl.jobs.finish import Product, whole_model, xz_comparison
 from llmctl.jobs.job import Job
 from llmctl.jobs.session import Part, Session, identity
 from llmctl.preparing.corpus import Corpus, prepare_corpus
+from llmctl.tables.objectives import OBJECTIVES
 from llmctl.training.batches import label_flops, make_batches, rows_of
 from llmctl.training.build_model import build_model, label, load_base
 from llmctl.training.generation_scores import make_score
@@ -66,7 +67,7 @@ def note(summary: Mapping[str, Any]) -> str:
 def closing(config: PretrainConfig, corpus: Corpus, summary: Mapping[str, Any]) -> str:
     """Return bits per byte before and after, and a prompt of the model's kind."""
     xz = f" (xz -9: {summary['xz_bits_per_byte']:.3f})" if "xz_bits_per_byte" in summary else ""
-    verb = "fill" if config.objective == "mlm" else "generate"
+    verb = "fill" if OBJECTIVES[config.objective].is_masked else "generate"
     before, after = summary["before"]["bits_per_byte"], summary["after"]["bits_per_byte"]
     return (
         f"{summary['n_parameters']:,} parameters, {summary['steps']:,} steps in {summary['seconds']:.0f} s: "

@@ -28,6 +28,7 @@ from llmctl.recipe import Resolved, dump, nested, values_of
 from llmctl.runs import checkpoint
 from llmctl.runs.folder import Run
 from llmctl.runs.progress import Progress
+from llmctl.tables.optimizers import OPTIMIZERS
 from llmctl.training.batch import BatchSource
 from llmctl.training.freezing import freeze
 from llmctl.training.generation_scores import Score
@@ -209,7 +210,7 @@ def check_space(run: Run, part: Part) -> None:
     Raises: OutputError with the bytes needed and free.
     """
     n_trained = sum(parameter.numel() for parameter in part.model.parameters() if parameter.requires_grad)
-    n_bytes = 4 * (2 if part.config.optim.name == "muon" else 3) * n_trained
+    n_bytes = 4 * (1 + OPTIMIZERS[part.config.optim.name].floats_per_weight) * n_trained
     free = shutil.disk_usage(run.path).free
     if run.lock is not None and free < n_bytes:
         raise OutputError(

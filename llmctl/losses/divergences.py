@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmctl.tables.losses import DIVERGENCES
+
+Function = Callable[[Tensor, Tensor, "Divergence"], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -30,16 +34,8 @@ class Divergence:
 
     def __call__(self, log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:
         """Return the divergence of each row (C,) and its gradient (C, V); the inputs are used up."""
-        return DIVERGENCES[self.name].function(log_q_CV, log_p_CV, self)
-
-
-@dataclass(frozen=True)
-class DivergenceRow:
-    """A divergence with the place it comes from."""
-
-    function: Callable[[Tensor, Tensor, Divergence], tuple[Tensor, Tensor]]
-    summary: str
-    source: str
+        function: Function = globals()[DIVERGENCES[self.name].function]
+        return function(log_q_CV, log_p_CV, self)
 
 
 def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
@@ -142,16 +138,3 @@ def total_variation(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> 
     q_CV, gap_CV = log_q_CV.exp_(), log_p_CV.exp_()
     gap_CV.neg_().add_(q_CV)
     return gap_CV.abs().sum(dim=1) / 2, centered(q_CV, gap_CV.sign_().div_(2))
-
-
-DIVERGENCES: dict[str, DivergenceRow] = {
-    "fkl": DivergenceRow(forward_kl, "forward KL", "Hinton et al. 2015, arXiv:1503.02531"),
-    "rkl": DivergenceRow(reverse_kl, "reverse KL", "MiniLLM, Gu et al. 2023, arXiv:2306.08543"),
-    "jsd": DivergenceRow(jensen_shannon, "generalized Jensen-Shannon", "GKD, Agarwal et al. 2023, arXiv:2306.13649"),
-    "skl": DivergenceRow(skew_kl, "skewed forward KL", "DistiLLM, Ko et al. 2024, arXiv:2402.03898"),
-    "srkl": DivergenceRow(skew_reverse_kl, "skewed reverse KL", "DistiLLM, Ko et al. 2024, arXiv:2402.03898"),
-    "akl": DivergenceRow(adaptive_kl, "adaptive KL", "Wu et al. 2024, arXiv:2404.02657"),
-    "taid": DivergenceRow(interpolated_kl, "target moving to the teacher", "TAID, Shing et al. 2025, arXiv:2501.16937"),
-    "tvd": DivergenceRow(total_variation, "total variation", "DistillSpec, Zhou et al. 2023, arXiv:2310.08461"),
-}
-"""The divergences by name."""

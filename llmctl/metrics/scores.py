@@ -9,7 +9,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -231,3 +231,13 @@ def load_sacrebleu(what: str) -> Any:
         return import_module("sacrebleu.metrics")
     except ImportError as error:
         raise MissingExtraError(what, "sacrebleu", "eval") from error
+
+
+TEXT_SCORES: Mapping[str, Callable[[Sequence[str], References], float]] = {
+    "bleu": bleu,
+    "chrf": chrf,
+    "rouge_l": rouge_l,
+    "exact_match": exact_match,
+    "token_f1": token_f1,
+}
+"""Metrics of generated texts against references, by name."""

@@ -6,6 +6,7 @@ from llmctl.config import ModelConfig
 from llmctl.model.flops import Rows, Shape
 from llmctl.model.parameters import count_parameters
 from llmctl.model.shapes import complete
+from llmctl.tables.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
 
@@ -145,13 +146,15 @@ def memory(
 ) -> Memory:
     """Return the memory of a step on one of `n_devices`; `sharded` if they share weights and state evenly (fsdp).
 
-    Those are float32; adamw keeps two numbers per weight, muon one for the hidden matrices. Activations are those of
+    Those are float32; `optimizer` is a name in tables/optimizers.py. Activations are those of
     one micro-batch of the device's rows; with `recompute` the inputs of the blocks, and one block's. `n_chunks` is
     the number of gradients that are summed as a tree (deterministic), of which a logarithm is held at once.
     """
     config = complete(config)
     parameters = count_parameters(config)
-    n_muon = parameters.matrices if optimizer == "muon" else 0
+    row = OPTIMIZERS[optimizer]
+    n_own = parameters.matrices if row.matrices_only else parameters.total
+    n_state = row.floats_per_weight * n_own + OPTIMIZERS["adamw"].floats_per_weight * (parameters.total - n_own)
     own_rows = -(-rows.batch_size // n_devices)
     n_rows = min(micro_batch_size or own_rows, own_rows)
     if n_chunks:
@@ -180,7 +183,7 @@ def memory(
     return Memory(
         weights=-(-FLOAT_BYTES * parameters.total // n_shares),
         gradients=-(-FLOAT_BYTES * parameters.total * n_gradients // n_shares),
-        optimizer=-(-FLOAT_BYTES * (2 * parameters.total - n_muon) // n_shares),
+        optimizer=-(-FLOAT_BYTES * n_state // n_shares),
         copies=copies,
         activations=activations,
         logits=chunk + hidden + FLOAT_BYTES * parameters.head,

@@ -25,6 +25,7 @@ from llmctl.data.sources import read_documents, source_sha256
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import atomic_path, write_bytes, write_json
 from llmctl.runs.progress import Say
+from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer, tokenizer_from_files
 from llmctl.tokenizer.train import train_tokenizer
@@ -128,7 +129,7 @@ def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | 
     """
     if tokenizer is None and config.tokenizer.path:
         tokenizer = load_tokenizer(config.tokenizer.path)
-    if config.objective == "seq2seq":
+    if OBJECTIVES[config.objective].reads_pairs:
         return prepare_pairs(config, folder, tokenizer, say)
     if len(config.data.paths) == 1 and is_shard_folder(Path(config.data.paths[0])):
         return open_shards(config, Path(config.data.paths[0]), tokenizer)
@@ -306,7 +307,7 @@ def spool(source: str, path: Path) -> Path:
 def sentinels_for(config: PretrainConfig) -> TokenizerConfig:
     """Return the tokenizer settings with the maximum number of sentinels a row can need (span corruption)."""
     tokenizer, data = config.tokenizer, config.data
-    if config.objective != "span" or tokenizer.n_sentinels:
+    if OBJECTIVES[config.objective].needs != "sentinels" or tokenizer.n_sentinels:
         return tokenizer
     needed = round(config.train.seq_len * data.mask_frac / data.mean_span_tokens) + 1
     return replace(tokenizer, n_sentinels=min(needed, 100))

@@ -3,7 +3,7 @@
 Every method takes (weight (O, I) float32, scheme, moments of the inputs or None) and returns codes on a grid.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmctl.quant.grid import Codes, Grid, decode, encode, grouped, rounded_scales, search, whole_range
 from llmctl.quant.schemes import Scheme
+from llmctl.tables.methods import METHODS
 
 BLOCK = 128
 """Columns whose errors are carried on one by one (GPTQ); those behind them get the sum at once."""
@@ -261,23 +262,7 @@ def half_quadratic(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = 
     return Codes(encode(weight_OI, moved, scheme), moved)
 
 
-METHODS: Mapping[str, Method] = {
-    "nearest": nearest,
-    "clip": clipped,
-    "weighted": weighted,
-    "hqq": half_quadratic,
-    "awq": weighted,
-    "gptq": gptq,
-    "awq-gptq": gptq,
-    "guided": guided,
-}
-"""Methods by name. awq: scales move into the layer before, see `quant/factors.py`, and then as `weighted`, or as `gptq`."""
-
-NEEDS_DATA = ("weighted", "awq", "gptq", "awq-gptq", "guided")
-"""Methods that look at what comes into a layer."""
-
-EQUALIZES = ("awq", "awq-gptq")
-"""Methods for which scales move first."""
-
-WEIGHS = ("guided",)
-"""Methods for which inputs count as much as errors cost there."""
+def method_of(name: str) -> Method:
+    """Return the function of a method in tables/methods.py."""
+    function: Method = globals()[METHODS[name].function]
+    return function

@@ -76,3 +76,8 @@ themselves (QLoRA's double quantization, arXiv:2305.14314, section 3; llama.cpp'
 
 BY_BITS = {bits: f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)}
 """What a number of bits alone means."""
+
+
+def weight_schemes() -> tuple[str, ...]:
+    """Return the schemes that quantize weights only."""
+    return tuple(name for name, scheme in SCHEMES.items() if not scheme.activations)

@@ -22,9 +22,10 @@ from llmctl.model.streams import catch, chains, linears, names_of, run
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes, decode
-from llmctl.quant.methods import EQUALIZES, METHODS, NEEDS_DATA, WEIGHS, Moments, output_error
+from llmctl.quant.methods import Moments, method_of, output_error
 from llmctl.quant.schemes import Scheme
 from llmctl.runs.progress import Say, paced
+from llmctl.tables.methods import METHODS
 
 Plan = Mapping[str, Scheme]
 
@@ -56,7 +57,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
     in_blocks: set[str] = set()
     sees_data = needs_data(plan, method)
     weights: Weights = {}
-    if method in WEIGHS:
+    if METHODS[method].weighs:
         done = paced(say, "Fisher information: batch", len(batches))
         weights = token_weights(model, filter(is_inside, plan), batches, done=done)
     for prefix, blocks in chains(model):
@@ -68,7 +69,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
             in_blocks |= {f"{name}.{inner}" for inner in mine}
             moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in mine}) if streams else {}
             with torch.autocast("cpu", enabled=False):
-                if method in EQUALIZES or any(scheme.activations for scheme in mine.values()):
+                if METHODS[method].equalizes or any(scheme.activations for scheme in mine.values()):
                     equalize(block, mine, moments, method)
                 for inner, scheme in mine.items():
                     choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
@@ -76,7 +77,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
             done(number + 1)
     table = table_of(model)
     for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
-        is_read = name == table and method in NEEDS_DATA  # what comes into the head has gone through all others
+        is_read = name == table and METHODS[method].needs_data  # what comes into the head has gone through all others
         inputs = read_head(model, batches) if is_read else None
         with torch.autocast("cpu", enabled=False):
             choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
@@ -85,7 +86,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
 
 def fallback(method: str) -> str:
     """Return the method for what is chosen without a look at its inputs."""
-    return "clip" if method in NEEDS_DATA else method
+    return "clip" if METHODS[method].needs_data else method
 
 
 def table_of(model: LanguageModel) -> str:
@@ -115,7 +116,7 @@ def refuse_unfinite(model: LanguageModel, name: str) -> None:
 
 def needs_data(plan: Plan, method: str) -> bool:
     """Tell whether codes are chosen by what comes into the layers."""
-    return method in NEEDS_DATA or any(scheme.activations for scheme in plan.values())
+    return METHODS[method].needs_data or any(scheme.activations for scheme in plan.values())
 
 
 def equalize(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
@@ -130,7 +131,7 @@ def equalize(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: 
         weights = [one.weight.float() for one in maps]
         schemes = [mine[name] for name in readers]
         share = partial(shared_factors, joint=joint)
-        factors_I = best_factors(weights, schemes, moments[readers[0]], share, METHODS[method])
+        factors_I = best_factors(weights, schemes, moments[readers[0]], share, method_of(method))
         if factors_I is not None:
             fold(joint, maps, factors_I)
             divided = {id(moments[name]): moments[name].divided(factors_I) for name in readers}
@@ -145,7 +146,7 @@ def choose(
     if moments is None or moments.count == 0:  # never reached, as cross-attention without a memory
         method = fallback(method)
     original = weight.float()
-    codes = METHODS[method](original, scheme, moments)
+    codes = method_of(method)(original, scheme, moments)
     meant = decode(codes, scheme)
     if moments is not None and moments.count:
         found.lost[name] = output_error(original, meant, moments)

@@ -13,7 +13,8 @@ from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
 from llmctl.quantizing.bit_allocation import parse_size
-from llmctl.training.settings import TASKS, check_shared
+from llmctl.tables.tasks import trained_tasks
+from llmctl.training.settings import check_shared, lr_for_size
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
 REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
@@ -40,7 +41,7 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     model, train, weights, loss = artifact.config, config.train, config.weights, config.loss
     task, made_for = config.task, artifact.provenance.get("objective")
     if task == "auto":
-        task = "classify" if model.n_labels else made_for if made_for in TASKS else "text"
+        task = "classify" if model.n_labels else made_for if made_for in trained_tasks() else "text"
     method = weights.method
     if method == "auto":
         scheme = SCHEMES[weights.scheme]
@@ -67,12 +68,12 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         train = replace(train, dtype="float32")
     teacher = config.teacher
     if teacher.dtype == "auto":  # what is learned is small beside what bfloat16 rounds away of the weights
-        teacher = replace(teacher, dtype="fp32")
+        teacher = replace(teacher, dtype="float32")
     optim = config.optim
     if not optim.lr:
-        rate = min(max(REFERENCE_LR * (REFERENCE_PARAMETERS / count(model)) ** 0.5, SMALLEST_LR), LARGEST_LR)
-        of_scales = SCALES_LR * 2.0 ** min(0, SCALES_BITS - SCHEMES[weights.scheme].bits)
-        optim = replace(optim, lr=float(f"{of_scales if weights.learn == 'scales' else rate:.2g}"))
+        scales_lr = SCALES_LR * 2.0 ** min(0, SCALES_BITS - SCHEMES[weights.scheme].bits)
+        weights_lr = lr_for_size(count(model), REFERENCE_LR, REFERENCE_PARAMETERS, SMALLEST_LR, LARGEST_LR)
+        optim = replace(optim, lr=float(f"{scales_lr:.2g}") if weights.learn == "scales" else weights_lr)
     weights = replace(weights, method=method)
     return replace(config, task=task, teacher=teacher, loss=loss, train=train, optim=optim, weights=weights)
 

@@ -1,6 +1,6 @@
 """Answers that a model in training generates for held-out examples: a few to look at, and scores of many."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -8,22 +8,12 @@ from llmctl.artifacts.load import Loaded
 from llmctl.config import GenerateConfig
 from llmctl.distributed.runtime import Runtime
 from llmctl.inference.generate import Prompt, generate
-from llmctl.metrics import scores
-from llmctl.metrics.scores import References
+from llmctl.metrics.scores import TEXT_SCORES
 from llmctl.preparing.corpus import Corpus
 from llmctl.training.samples import SAMPLE_TOKENS, Sampler
 
 Score = Callable[[int | None], dict[str, float]]
 """From the held-out tokens to score at most (None is all) to metrics by name."""
-
-TEXT_SCORES: Mapping[str, Callable[[Sequence[str], References], float]] = {
-    "bleu": scores.bleu,
-    "chrf": scores.chrf,
-    "rouge_l": scores.rouge_l,
-    "exact_match": scores.exact_match,
-    "token_f1": scores.token_f1,
-}
-"""Metrics that need generated text, by name."""
 
 N_SAMPLES = 2
 EXTRA_TOKENS = 16

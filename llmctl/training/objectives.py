@@ -4,7 +4,6 @@ Next token, masked token, span and pair prediction are one function: they differ
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,32 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmctl.config import Family, ModelConfig, TrainConfig
+from llmctl.config import ModelConfig, TrainConfig
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.losses.cross_entropy import linear_cross_entropy
 from llmctl.metrics.figures import Sums
 from llmctl.metrics.scores import f1_score, matthews, pearson, spearman
 from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import Corpus
-
-
-@dataclass(frozen=True)
-class ObjectiveRow:
-    """An objective: which model it trains by default, what it is, where it comes from."""
-
-    families: tuple[Family, ...]
-    summary: str
-    source: str
-
-
-OBJECTIVES: dict[str, ObjectiveRow] = {
-    "clm": ObjectiveRow(("decoder",), "predict the next token", "GPT, Radford et al. 2018"),
-    "mlm": ObjectiveRow(("encoder",), "predict masked tokens", "BERT, arXiv:1810.04805"),
-    "span": ObjectiveRow(("encoder_decoder",), "write out the spans cut out of a text", "T5, arXiv:1910.10683"),
-    "seq2seq": ObjectiveRow(
-        ("encoder_decoder",), "map a source text to a target text", "Vaswani et al., arXiv:1706.03762"
-    ),
-}
 
 
 class Objective(nn.Module):

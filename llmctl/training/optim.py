@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,8 @@ from llmctl.config import OptimConfig
 from llmctl.distributed.sharding import own_rows
 from llmctl.errors import ArtifactError
 from llmctl.runs.checkpoint import Checkpoint
+from llmctl.tables.optimizers import OPTIMIZERS
 from llmctl.training.muon import Muon
-
-STATE_KEYS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "muon": {"momentum_buffer"}}
-"""What each optimizer keeps of every parameter."""
 
 NOT_FOR_MUON = ("embed", "lm_head", "relative_bias", "classifier", "lora_")
 """Parts of parameter names: tables, heads and thin factors are not maps that Muon's geometry is made for."""
@@ -24,36 +22,44 @@ NOT_FOR_MUON = ("embed", "lm_head", "relative_bias", "classifier", "lora_")
 def make_optimizers(
     model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.optim.Optimizer]:
-    """Return the optimizers by name: `adamw`, and `muon` for the hidden matrices if configured.
+    """Return the optimizers by name: the configured one, and adamw for what it leaves out.
 
-    Weight decay falls on matrices only. `dtype` is that of muon's products. A group's `lr_scale` is what layer decay
-    leaves of the learning rate. Source: AdamW, arXiv:1711.05101; layer decay: Howard and Ruder 2018, arXiv:1801.06146,
-    section 3.2, in the form of ELECTRA, arXiv:2003.10555.
+    Weight decay falls on matrices only. `dtype` is that of muon's matmuls. A group's `lr_scale` is its factor on the learning
+    rate under layer decay. Source: layer decay: Howard and Ruder 2018, arXiv:1801.06146, section 3.2, in the form of ELECTRA,
+    arXiv:2003.10555.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    muon = [(name, p) for name, p in named if config.name == "muon" and is_for_muon(name, p)]
-    chosen = {id(p) for _, p in muon}
-    rest = [(name, p) for name, p in named if id(p) not in chosen]
     scales = layer_scales([name for name, _ in model.named_parameters()], config.layer_decay)
+    row = OPTIMIZERS[config.name]
+    own = [(name, p) for name, p in named if not row.matrices_only or is_hidden_matrix(name, p)]
+    chosen = {id(p) for _, p in own}
     optimizers: dict[str, torch.optim.Optimizer] = {}
-    if muon:
-        optimizers["muon"] = Muon(
-            grouped(muon, scales, config.weight_decay),
-            lr=config.muon_lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            dtype=dtype,
-        )
-    if rest:
-        matrices, vectors = [(n, p) for n, p in rest if p.dim() >= 2], [(n, p) for n, p in rest if p.dim() < 2]
-        optimizers["adamw"] = torch.optim.AdamW(
-            [*grouped(matrices, scales, config.weight_decay), *grouped(vectors, scales, 0.0)],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
-        )
+    for name, some in ((config.name, own), ("adamw", [(name, p) for name, p in named if id(p) not in chosen])):
+        if some:
+            make: Make = globals()[OPTIMIZERS[name].make]
+            optimizers[name] = make(groups_of(some, scales, config.weight_decay), config, dtype)
     return optimizers
+
+
+Groups = list[dict[str, Any]]
+Make = Callable[[Groups, OptimConfig, torch.dtype], torch.optim.Optimizer]
+
+
+def adamw(groups: Groups, config: OptimConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """Return AdamW."""
+    del dtype
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def muon(groups: Groups, config: OptimConfig, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """Return Muon, whose orthogonalization multiplies in `dtype`."""
+    return Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=config.momentum, dtype=dtype)
+
+
+def groups_of(named: Sequence[tuple[str, nn.Parameter]], scales: Mapping[str, float], weight_decay: float) -> Groups:
+    """Return parameter groups: matrices with weight decay, then vectors without."""
+    matrices, vectors = [(n, p) for n, p in named if p.dim() >= 2], [(n, p) for n, p in named if p.dim() < 2]
+    return [*grouped(matrices, scales, weight_decay), *grouped(vectors, scales, 0.0)]
 
 
 def grouped(
@@ -86,42 +92,58 @@ def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
     return {name: decay ** (top - depth_of(name)) for name in names}
 
 
-def is_for_muon(name: str, parameter: torch.Tensor) -> bool:
+def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
     """Tell whether a parameter is a hidden matrix."""
     return parameter.dim() == 2 and not any(part in name for part in NOT_FOR_MUON)
 
 
-def peak_rates(config: OptimConfig) -> dict[str, float]:
-    """Return the peak learning rate of each optimizer."""
-    return {"muon": config.muon_lr, "adamw": config.lr}
-
-
 def schedule(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Return the learning rate of a step (counted from 0) as a share of its peak.
-
-    Source: cosine, arXiv:1608.03983; warmup-stable-decay, arXiv:2404.06395, with the linear decay of arXiv:2405.18392.
-    """
+    """Return the learning rate of a step (counted from 0) as a fraction of its peak."""
     warmup_steps = max(1, round(config.warmup_frac * total_steps))
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    shape: Callable[[int, int, int, OptimConfig], float] = globals()[config.schedule]
     low = config.min_lr_frac
-    if config.schedule == "cosine":
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-    if config.schedule == "linear":
-        return low + (1 - low) * (1 - min(done, 1.0))
-    if config.schedule == "wsd" and config.decay_frac > 0:
-        left = (total_steps - step) / max(1.0, config.decay_frac * total_steps)
-        return low + (1 - low) * min(1.0, max(left, 0.0))
+    return low + (1 - low) * shape(step, warmup_steps, total_steps, config)
+
+
+def progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return the fraction of the steps after warmup that is done."""
+    return (step - warmup_steps) / max(1, total_steps - warmup_steps)
+
+
+def cosine(step: int, warmup_steps: int, total_steps: int, config: OptimConfig) -> float:
+    """Return half a cosine from 1 to 0."""
+    del config
+    return 0.5 * (1 + math.cos(math.pi * min(progress(step, warmup_steps, total_steps), 1.0)))
+
+
+def linear(step: int, warmup_steps: int, total_steps: int, config: OptimConfig) -> float:
+    """Return a line from 1 to 0."""
+    del config
+    return 1 - min(progress(step, warmup_steps, total_steps), 1.0)
+
+
+def wsd(step: int, warmup_steps: int, total_steps: int, config: OptimConfig) -> float:
+    """Return 1, then a line to 0 over the last `decay_frac` of the steps."""
+    del warmup_steps
+    if config.decay_frac <= 0:
+        return 1.0
+    return min(1.0, max((total_steps - step) / max(1.0, config.decay_frac * total_steps), 0.0))
+
+
+def constant(step: int, warmup_steps: int, total_steps: int, config: OptimConfig) -> float:
+    """Return 1."""
+    del step, warmup_steps, total_steps, config
     return 1.0
 
 
 def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: OptimConfig, share: float) -> None:
     """Set every optimizer's learning rate to this share of its peak."""
-    for name, rate in peak_rates(config).items():
-        if name in optimizers:
-            for group in optimizers[name].param_groups:
-                group["lr"] = rate * share * group["lr_scale"]
+    for name, optimizer in optimizers.items():
+        rate = getattr(config, OPTIMIZERS[name].rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share * group["lr_scale"]
 
 
 def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) -> Iterable[tuple[str, torch.Tensor]]:
@@ -158,7 +180,7 @@ def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], s
     for optimizer in optimizers.values():
         optimizer.state.clear()
     for (optimizer_name, parameter_name), state in states.items():
-        missing = sorted(STATE_KEYS[optimizer_name] - set(state))
+        missing = sorted(OPTIMIZERS[optimizer_name].state - set(state))
         if missing:
             raise ArtifactError(
                 f"checkpoint `{saved.path}` has no `{optimizer_name}/{parameter_name}/{missing[0]}`",

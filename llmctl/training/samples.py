@@ -10,14 +10,9 @@ from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.fill import fill
 from llmctl.inference.generate import Prompt, generate
 from llmctl.preparing.corpus import Corpus
+from llmctl.tables.objectives import OBJECTIVES
 
 SAMPLE_TOKENS = 40
-DEFAULT_PROMPTS = {
-    "clm": ("The function returns",),
-    "mlm": ("Return a <mask> of strings.",),
-    "span": ("Return a <extra_id_0> of strings.",),
-    "seq2seq": ("os.path.join(a, *p)",),
-}
 Sampler = Callable[[], list[dict[str, str]]]
 
 
@@ -43,18 +38,18 @@ def make_sampler(config: PretrainConfig, corpus: Corpus, loaded: Loaded) -> Samp
 def own_prompts(config: PretrainConfig, corpus: Corpus) -> tuple[str, ...]:
     """Return the prompts of the embedded corpus, or the beginning of a held-out document of the user's own."""
     if not config.data.paths:
-        return DEFAULT_PROMPTS[config.objective]
+        return (OBJECTIVES[config.objective].prompt,)
     index = int(corpus.held_out[0])
     ids = [int(i) for i in corpus.documents.document(index)[:12] if corpus.tokenizer.token_bytes()[int(i)]]
     text = corpus.tokenizer.decode(ids)
-    if config.objective == "mlm":
+    if OBJECTIVES[config.objective].is_masked:
         return (corpus.tokenizer.decode(ids[:4]) + "<mask>" + corpus.tokenizer.decode(ids[5:]),)
     return (text,)
 
 
 def answers(loaded: Loaded, config: PretrainConfig, prompts: tuple[str, ...]) -> list[str]:
     """Return the model's answers: continuations, filled masks, spans or targets."""
-    if config.objective == "mlm":
+    if OBJECTIVES[config.objective].is_masked:
         return [
             filled.filled for filled in fill(loaded, [p if "<mask>" in p else p + "<mask>" for p in prompts], top_k=1)
         ]

@@ -12,33 +12,10 @@ from llmctl.config import Family, ModelConfig, PretrainConfig, TaskConfig
 from llmctl.errors import UsageError
 from llmctl.model.presets import get_preset, preset_config
 from llmctl.preparing.corpus import Corpus
-from llmctl.training.objectives import OBJECTIVES
+from llmctl.tables.objectives import OBJECTIVES
 
-DEFAULT_STEPS = {"clm": 300, "mlm": 350, "span": 200, "seq2seq": 400}
-"""Steps where no budget is given: about a minute on two cores with the embedded corpus and the default model."""
-
-FIXED = {
-    "objective",
-    "model",
-    "tokenizer",
-    "data",
-    "task",
-    "method",
-    "problem",
-    "labels",
-    "pooling",
-    "template",
-    "system",
-    "adapter",
-    "columns",
-    "student",
-    "loss",
-    "teacher",
-    "stages",
-    "baseline",
-    "weights",
-}
-"""Sections of a recipe that no run changes on its way."""
+CHANGEABLE = {"optim", "train", "parallel", "merge", "max_drop"}
+"""Sections of a recipe that a resumed run may change, with --allow-change; every other section makes another run."""
 
 
 def with_budget(config: PretrainConfig) -> PretrainConfig:
@@ -46,7 +23,7 @@ def with_budget(config: PretrainConfig) -> PretrainConfig:
     train = config.train
     if train.steps or train.tokens or train.minutes or train.epochs:
         return config
-    return replace(config, train=replace(train, steps=DEFAULT_STEPS[config.objective]))
+    return replace(config, train=replace(train, steps=OBJECTIVES[config.objective].default_steps))
 
 
 def check(config: PretrainConfig) -> None:
@@ -102,11 +79,12 @@ def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
         raise UsageError(
             f"the training part of the data has {n_tokens} tokens", "give more text, or a smaller --set data.val_frac"
         )
-    if config.objective == "mlm" and corpus.tokenizer.mask_id is None:
+    needs = OBJECTIVES[config.objective].needs
+    if needs == "mask" and corpus.tokenizer.mask_id is None:
         raise UsageError(
             "the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one"
         )
-    if config.objective == "span" and not corpus.tokenizer.sentinel_ids():
+    if needs == "sentinels" and not corpus.tokenizer.sentinel_ids():
         raise UsageError(
             "the tokenizer has no <extra_id_0>, ... tokens, which `--objective span` needs",
             "llmctl tokenize train --set n_sentinels=32 makes one, or leave --tokenizer away",
@@ -144,15 +122,21 @@ def refuse_changes(path: Path, changes: Mapping[str, tuple[Any, Any]], allowed: 
     def show(keys: Sequence[str]) -> str:
         return "; ".join(f"`{key}` {changes[key][0]} -> {changes[key][1]}" for key in keys)
 
-    fatal = [key for key in changes if key.split(".")[0] in FIXED]
+    fatal = [key for key in changes if key.split(".")[0] not in CHANGEABLE]
     if fatal:
-        raise UsageError(f"this would be another run than `{path}`: {show(fatal)}", "start a new run")
+        raise UsageError(
+            f"these settings differ from those `{path}` was started with and cannot change: {show(fatal)}",
+            "start a new run",
+        )
     refused = [key for key in changes if key not in allowed]
     if refused:
         flags = " ".join(f"--allow-change {key}" for key in refused)
         raise UsageError(
-            f"the recipe differs from that of `{path}`: {show(refused)}", f"{flags} goes on with it changed"
+            f"the recipe differs from that of `{path}`: {show(refused)}", f"{flags} resumes with the change"
         )
 
 
-TASKS = ("chat", "classify", "translate", "summarize", "qa")
+def lr_for_size(n_parameters: int, reference_lr: float, at_parameters: float, low: float, high: float) -> float:
+    """Return a peak learning rate that falls with the square root of the model's size, within [low, high]."""
+    rate = reference_lr * (at_parameters / n_parameters) ** 0.5
+    return float(f"{min(max(rate, low), high):.2g}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmctl.artifacts.find import a_model
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelChoice, ModelConfig, PretrainConfig, TaskConfig
@@ -26,19 +27,16 @@ from llmctl.preparing.corpus import Corpus, prepare_corpus
 from llmctl.preparing.examples import prepare_examples
 from llmctl.preparing.show_example import show_example as example_lines
 from llmctl.runs.progress import Say
+from llmctl.tables.objectives import OBJECTIVES, TEXT_OBJECTIVES
+from llmctl.tables.tasks import TASKS
 from llmctl.training.batch import BatchSource, to_device
 from llmctl.training.batches import make_batches, rows_of
 from llmctl.training.generation_scores import Score, make_sampler, make_score
-from llmctl.training.objectives import OBJECTIVES
 from llmctl.training.samples import Sampler
 from llmctl.training.settings import check_corpus
 
-TEXT_OBJECTIVES = {"decoder": "clm", "encoder": "mlm", "encoder_decoder": "span"}
-"""What `task: text` trains a family on, where a model does not say what it was pretrained on."""
-
-METRICS = {"translate": "bleu", "summarize": "rouge_l", "qa": "token_f1"}
 PROBLEM_METRICS = {"single": "accuracy", "multi": "f1", "regression": "spearman"}
-"""A task's own figure, by which the best step is chosen; of the others the loss."""
+"""The metric by which the best step is chosen, by the kind of labels."""
 
 CALIBRATION_BATCH_ROWS = 8
 
@@ -54,15 +52,11 @@ def check_task(config: TaskConfig, base: Loaded) -> None:
     family, task = base.model.config.family, config.task
     if base.tokenizer is None:
         raise UsageError(f"`{config.model}` has no tokenizer", "import the model with its tokenizer files")
-    if family == "encoder" and task not in ("classify", "text"):
+    if family not in TASKS[task].trains:
+        fitting = " or ".join(name for name, row in TASKS.items() if family in row.trains)
         raise UsageError(
-            f"`{config.model}` is an encoder, which writes no text, as `--task {task}` asks",
-            "--task classify, or a decoder or an encoder-decoder",
-        )
-    if family == "encoder_decoder" and task == "chat":
-        raise UsageError(
-            f"`{config.model}` is an encoder-decoder, `--task chat` is for decoders",
-            "--task qa, translate or summarize maps one text to another",
+            f"`{config.model}` is {a_model(family)}, which cannot be trained on `--task {task}`",
+            f"--task {fitting}, or another model",
         )
     if base.model.config.n_labels and task != "classify":
         raise UsageError(
@@ -78,7 +72,7 @@ def text_config(config: TaskConfig, base: Loaded) -> PretrainConfig:
     if objective not in OBJECTIVES or family not in OBJECTIVES[objective].families:
         objective = TEXT_OBJECTIVES[family]
     return PretrainConfig(
-        objective=objective,  # type: ignore[arg-type]
+        objective=objective,
         model=ModelChoice(config.model),
         data=config.data,
         optim=config.optim,
@@ -128,7 +122,7 @@ def metric_of(config: TaskConfig, corpus: Corpus, say: Say) -> str:
         return config.train.metric
     if config.task == "classify":
         return PROBLEM_METRICS[labels_of_corpus(corpus).problem]
-    metric = METRICS.get(config.task, "loss")
+    metric = TASKS[config.task].metric
     if metric == "bleu" and find_spec("sacrebleu") is None:
         say("the best step is chosen by the loss: BLEU needs sacrebleu (pip install 'llmctl[eval]')")
         return "loss"

@@ -13,14 +13,15 @@ from llmctl.artifacts.load import Loaded
 from llmctl.config import EvaluateConfig
 from llmctl.data.examples import Example
 from llmctl.errors import GateError, UsageError
+from llmctl.evaluating import evaluate as module
 from llmctl.evaluating.answers import evaluate_answers
 from llmctl.evaluating.choices import continuations, evaluate_choice, evaluate_lastword, without_last_word
 from llmctl.evaluating.evaluate import (
-    EVALUATORS,
     Evaluation,
     check_gate,
     default_task,
     evaluate,
+    supports,
     tokenizers_differ,
 )
 from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity
@@ -31,6 +32,7 @@ from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.generate import Prompt, generate
 from llmctl.metrics import scores
 from llmctl.metrics.gate import parse_gate
+from llmctl.tables.tasks import TASKS, measured_tasks
 
 TEXT = "a list of strings 中文，诗。 \n" * 12
 
@@ -231,9 +233,12 @@ def test_answers_are_what_generate_writes(make_loaded, kind: str, task: str):
     template = f"{{{role}}} =>"
     examples = rows(*[({role: text}, ["a list"] if task == "qa" else "a list") for text in TEXTS])
     config = EvaluateConfig(template=template, max_tokens=6)
-    measured = evaluate_answers(loaded, examples, config, task)
+    measured = evaluate_answers(loaded, examples, dataclasses.replace(config, task=task))
     assert (measured.n_rows, measured.n_empty, measured.n_cut) == (6, 1, 1)
-    close(evaluate_answers(loaded, examples, dataclasses.replace(config, batch_size=1), task).figures, measured.figures)
+    close(
+        evaluate_answers(loaded, examples, dataclasses.replace(config, task=task, batch_size=1)).figures,
+        measured.figures,
+    )
     from llmctl.config import GenerateConfig
 
     prompt = Prompt(0, encode_prompt(loaded, "a list =>"))
@@ -261,7 +266,7 @@ def test_the_loss_of_targets_is_that_of_a_forward_pass(make_loaded):
             logits = loaded.model(torch.tensor([source]), decoder_input_ids_BT=torch.tensor([[0, *target[:-1]]]))[0]
         nats += float(F.cross_entropy(logits.double(), torch.tensor(target), reduction="sum"))
         count += len(target)
-    figures = evaluate_answers(loaded, examples, EvaluateConfig(max_tokens=4), "translate").figures
+    figures = evaluate_answers(loaded, examples, EvaluateConfig(task="translate", max_tokens=4)).figures
     assert figures["loss"] == pytest.approx(nats / count, rel=1e-5)
 
 
@@ -272,11 +277,14 @@ def test_a_model_s_own_template_is_used(make_loaded):
     trained = Loaded(loaded.model, loaded.tokenizer, artifact)
     examples = rows(({"source": "a"}, "b"))
     settings = EvaluateConfig(max_tokens=3)
-    assert evaluate_answers(trained, examples, settings, "translate").example["prompt"] == "German: a"
+    assert (
+        evaluate_answers(trained, examples, dataclasses.replace(settings, task="translate")).example["prompt"]
+        == "German: a"
+    )
     chosen = dataclasses.replace(settings, template="{source}!")
-    assert evaluate_answers(trained, examples, chosen, "translate").example["prompt"] == "a!"
+    assert evaluate_answers(trained, examples, dataclasses.replace(chosen, task="translate")).example["prompt"] == "a!"
     with pytest.raises(UsageError, match="`--max-tokens 48`"):
-        evaluate_answers(loaded, examples, EvaluateConfig(max_tokens=48), "translate")
+        evaluate_answers(loaded, examples, EvaluateConfig(task="translate", max_tokens=48))
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
@@ -380,17 +388,19 @@ def test_every_figure_of_the_table_is_given(make_loaded):
         "choice": rows(({"question": "a"}, 0), choices=("x", "y")),
         "lastword": rows(({"text": "a b"}, None)),
     }
-    for task, row in EVALUATORS.items():
+    for task in measured_tasks():
+        row = TASKS[task]
+        measure = getattr(module, row.evaluator)
         given: set[str] = set()
-        for family in row.families:
+        for family in row.measures:
             for problem in ("single", "regression") if task == "classify" else ("single",):
                 kind = "t5" if family == "encoder_decoder" else "learned"
                 n_labels = {"single": 2, "regression": 1}[problem] if row.head == "labels" else 0
                 loaded = make_loaded(kind, family=family, n_labels=n_labels, problem=problem)
-                assert row.supports(loaded.model.config)
+                assert supports(row, loaded.model.config)
                 data = examples.get(task, [TEXT])
-                given |= row.measure(loaded, data, EvaluateConfig(max_tokens=2)).figures.keys()
-        assert set(row.figures) == {name for name in given if not name.startswith("n_")}, task
+                given |= measure(loaded, data, EvaluateConfig(task=task, max_tokens=2)).figures.keys()
+        assert set(row.metrics) == {name for name in given if not name.startswith("n_")}, task
         assert row.source
 
 

@@ -22,9 +22,9 @@ from llmctl.model.parameters import count_parameters
 from llmctl.model.presets import preset_config
 from llmctl.model.training_memory import Memory, activation_bytes, memory
 from llmctl.model.transformer import LanguageModel, initialize
+from llmctl.tables.objectives import OBJECTIVES
 from llmctl.training.objectives import LabelPrediction
 from llmctl.training.optim import make_optimizers, named_state
-from llmctl.training.settings import DEFAULT_STEPS
 
 VOCABULARY = 512
 N_ROWS = 3
@@ -259,8 +259,8 @@ def test_budget_is_the_first_that_is_named():
     assert plan(tokens=10_000, batch_size=2, seq_len=100).steps == 50
     assert plan(steps=7, tokens=10_000).steps == 7, "as in training"
     assert plan(preset="gpt3-small", steps=7).steps == 7
-    assert plan(preset="gpt2").steps == DEFAULT_STEPS["clm"], "no published number of tokens"
-    assert plan("mlm").steps == DEFAULT_STEPS["mlm"]
+    assert plan(preset="gpt2").steps == OBJECTIVES["clm"].default_steps, "no published number of tokens"
+    assert plan("mlm").steps == OBJECTIVES["mlm"].default_steps
     short, long = plan(minutes=0.001).steps, plan(minutes=1).steps
     assert 1 <= short < long
     assert plan(minutes=60, steps=7).steps == 7

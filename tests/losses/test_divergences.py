@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmctl.losses.divergences import DIVERGENCES, Divergence
+from llmctl.losses.divergences import Divergence
+from llmctl.tables.losses import DIVERGENCES
 
 NAMES = list(DIVERGENCES)
 

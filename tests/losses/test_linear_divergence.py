@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmctl.losses.divergences import DIVERGENCES, Divergence
+from llmctl.losses.divergences import Divergence
 from llmctl.losses.linear_divergence import linear_divergence
 from llmctl.losses.logits import choose_way
 from llmctl.losses.measures import N_BINS
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
+from llmctl.tables.losses import DIVERGENCES
 from tests.losses.test_divergences import NAMES, textbook
 
 N, V, D, E = 24, 61, 16, 20

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llmctl.quant.factors import best_factors, lost_by
-from llmctl.quant.methods import METHODS, Moments, gptq, nearest
+from llmctl.quant.methods import Moments, gptq, method_of, nearest
 from llmctl.quant.schemes import SCHEMES
 from tests.quant.test_methods import moments, weight
 
@@ -28,7 +28,7 @@ def test_inputs_that_stand_out_get_finer_columns():
 @pytest.mark.parametrize("name", ["awq", "awq-gptq"])
 @pytest.mark.parametrize("inputs", [moments, outlying])
 def test_factors_are_taken_only_where_the_method_itself_loses_less(name, inputs):
-    method = METHODS[name]
+    method = method_of(name)
     factors = best_factors([weight()], [SCHEME], inputs(), share=lambda one: one, method=method)
     if factors is not None:
         ones = torch.ones_like(factors)

@@ -3,18 +3,17 @@ import torch
 
 from llmctl.quant.grid import Codes, decode, encode, search, whole_range
 from llmctl.quant.methods import (
-    METHODS,
-    NEEDS_DATA,
-    WEIGHS,
     Moments,
     descended,
     errors,
     fitted,
     gptq,
+    method_of,
     output_error,
     weighted,
 )
 from llmctl.quant.schemes import SCHEMES, Scheme
+from llmctl.tables.methods import METHODS
 
 
 def weight(n_out: int = 48, n_in: int = 128, seed: int = 0) -> torch.Tensor:
@@ -32,8 +31,8 @@ def moments(n_in: int = 128, n_rows: int = 512, seed: int = 1) -> Moments:
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_lies_on_a_grid_stays_where_it_is(method: str, scheme: Scheme) -> None:
-    on_grid = decode(METHODS["nearest"](weight(), scheme, None), scheme)
-    again = METHODS[method](on_grid, scheme, moments())
+    on_grid = decode(method_of("nearest")(weight(), scheme, None), scheme)
+    again = method_of(method)(on_grid, scheme, moments())
     if method == "hqq":  # moves zeros by design
         assert torch.nn.functional.mse_loss(decode(again, scheme), on_grid) < 1e-4
         return
@@ -44,7 +43,7 @@ def test_what_lies_on_a_grid_stays_where_it_is(method: str, scheme: Scheme) -> N
 def test_eight_bits_are_within_half_a_step_of_the_weight() -> None:
     scheme = SCHEMES["int8"]
     grid = whole_range(weight(), scheme)
-    off = decode(METHODS["nearest"](weight(), scheme, None), scheme) - weight()
+    off = decode(method_of("nearest")(weight(), scheme, None), scheme) - weight()
     assert (off.abs() <= 0.51 * grid.scales_OG + 0.004 * weight().abs()).all()
 
 
@@ -76,7 +75,7 @@ def test_gptq_over_uncorrelated_inputs_of_equal_size_is_rounding() -> None:
 def test_methods_that_see_inputs_lose_less_of_the_output(name: str) -> None:
     scheme, found = SCHEMES[name], moments()
     lost = {
-        method: output_error(weight(), decode(METHODS[method](weight(), scheme, found), scheme), found)
+        method: output_error(weight(), decode(method_of(method)(weight(), scheme, found), scheme), found)
         for method in ("nearest", "clip", "weighted", "gptq", "guided")
     }
     assert 1.03 * lost["guided"] < lost["gptq"] < lost["weighted"] < lost["nearest"]
@@ -141,13 +140,13 @@ def test_gptq_takes_inputs_that_were_never_there() -> None:
 
 def test_rows_of_zeros_stay_zeros() -> None:
     for name, scheme in SCHEMES.items():
-        for method in METHODS.values():
+        for method in map(method_of, METHODS):
             shown = decode(method(torch.zeros(16, 128), scheme, moments()), scheme)
             assert torch.equal(shown, torch.zeros(16, 128)), name
 
 
 def test_the_table_says_which_methods_need_data() -> None:
-    assert set(WEIGHS) < set(NEEDS_DATA) < set(METHODS)
+    assert all(row.needs_data for row in METHODS.values() if row.weighs or row.equalizes)
 
 
 def test_an_input_counts_as_often_as_its_weight_says() -> None:

@@ -4,6 +4,7 @@ A crash or a full disk leaves the old file unchanged and no partial one. Knows n
 """
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -144,3 +145,9 @@ def discard(path: Path) -> None:
         return
     with suppress(OSError):
         path.unlink()
+
+
+def file_sha256(path: Path | str) -> str:
+    """Return the sha256 of a file's bytes as a hexadecimal string."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

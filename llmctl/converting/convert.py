@@ -3,7 +3,6 @@
 Weights are not rounded unless a dtype is given; torch is imported only for tensors.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
+from llmctl.files import file_sha256
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import PARTS, Schemes
@@ -85,7 +85,7 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, b
     config = gguf_config(header)
     files = tokenizer_files(header.metadata, config.vocab_size, config.max_positions)
     kept = ("general.name", "general.license", "general.architecture")
-    origin = {"format": "gguf", "weights": {path.name: sha256(path)}}
+    origin = {"format": "gguf", "weights": {path.name: file_sha256(path)}}
     origin |= {key: header.metadata[key] for key in kept if isinstance(header.metadata.get(key), str)}
     return config, gguf_state(header, config), files, origin
 
@@ -96,14 +96,8 @@ def origin_of(artifact: Artifact) -> dict[str, Any]:
     return {
         "format": "safetensors",
         "general.architecture": artifact.architecture,
-        "weights": {path.name: sha256(path) for path in files},
+        "weights": {path.name: file_sha256(path) for path in files},
     }
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cast(state: dict[str, "Tensor"], dtype: str) -> dict[str, "Tensor"]:

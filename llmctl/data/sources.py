@@ -19,11 +19,11 @@ from llmctl.data.text_files import (
     TextBlock,
     _kind,
     _lines,
-    file_sha256,
     is_pipe,
     text_blocks,
 )
 from llmctl.errors import NotFoundError, UsageError
+from llmctl.files import file_sha256
 
 Split = Literal["file", "line", "blank"]
 

@@ -1,7 +1,6 @@
 """Read files and pipes as blocks of decoded text: decompression, UTF-8 checks, line boundaries."""
 
 import gzip
-import hashlib
 import io
 import sys
 from collections.abc import Iterator
@@ -33,12 +32,6 @@ class TextBlock(NamedTuple):
 def is_pipe(name: str) -> bool:
     """Tell whether a source can be read only once: stdin, a named pipe, a shell's `<(...)`."""
     return name == STDIN or not Path(name).is_file()
-
-
-def file_sha256(name: str) -> str:
-    """Return the sha256 of a file's bytes on disk, before decompression."""
-    with Path(name).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kind(path: Path) -> str:

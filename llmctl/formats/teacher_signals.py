@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.files import write_json
+from llmctl.files import file_sha256, write_json
 from llmctl.formats.safetensors import read_header, read_tensors, tensor_bytes, write_safetensors
 
 KINDS = ("sampled", "topk", "hidden")
@@ -148,14 +148,8 @@ def write_manifest(folder: Path, record: Mapping[str, Any], n_shards: int) -> No
     """Write the manifest with the sha256 of every file, which completes the cache."""
     names = [shard_name(number) for number in range(n_shards)]
     names += [HEAD] if record["kind"] == "hidden" else []
-    files = {name: {"sha256": sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    files = {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
     write_json(folder / MANIFEST, {"version": VERSION, **record, "files": files})
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SignalStore:
@@ -192,7 +186,7 @@ class SignalStore:
             raise ArtifactError(f"`{folder / MANIFEST}` is damaged: {problem}", "make the cache again")
         for name, entry in record["files"].items():
             path = folder / name
-            if not path.exists() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            if not path.exists() or path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
                 raise ArtifactError(
                     f"`{path}` is damaged: it does not match its sha256 in the manifest",
                     "run `llmctl distill cache` with the same settings and folder: it rewrites damaged files only",

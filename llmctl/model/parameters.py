@@ -87,11 +87,8 @@ def norm(config: ModelConfig, name: str) -> dict[str, Shape]:
 
 
 def count(config: ModelConfig) -> int:
-    """Return the parameters of a shape, a tied weight counted once."""
-    sizes = {name: math.prod(dims) for name, dims in parameter_shapes(config).items()}
-    if config.tie_embeddings and not config.n_labels:
-        sizes.pop("lm_head.weight", None)
-    return sum(sizes.values())
+    """Return the number of parameters, a tied weight counted once."""
+    return count_parameters(config).total
 
 
 @dataclass(frozen=True)
@@ -110,56 +107,23 @@ class Parameters:
     head: int
 
 
+TABLES = ("embed_", "relative_bias", "query_embeddings")
+"""Parts of the names of parameters that are looked up by row."""
+
+
 def count_parameters(config: ModelConfig) -> Parameters:
     """Count a model's parameters without building it.
 
     Raises: UsageError if the configuration contradicts itself.
     """
     config = complete(config)
-    norm = (2 if config.norm == "layernorm" else 1) * config.d_model
-    if config.family == "encoder_decoder":
-        stacks = [
-            _stack(config, config.n_layers, norm, cross=False),
-            _stack(config, config.n_decoder_layers, norm, cross=True),
-        ]
-    else:
-        stacks = [_stack(config, config.n_layers, norm, cross=False)]
-    head = config.vocab_size * config.d_model
-    tables = head + sum(stack[0] for stack in stacks)
-    matrices = sum(stack[1] for stack in stacks)
-    vectors = sum(stack[2] for stack in stacks) + config.vocab_size * config.logits_bias
-    if config.head_transform:
-        matrices += config.d_model**2
-        vectors += config.d_model + norm
-    non_embedding = matrices + vectors + (0 if config.tie_embeddings else head)
-    return Parameters(tables + non_embedding, tables, non_embedding, matrices, head)
-
-
-def _stack(config: ModelConfig, n_layers: int, norm: int, *, cross: bool) -> tuple[int, int, int]:
-    """Return the table, matrix and vector parameters of one stack of blocks."""
-    tables = config.n_token_types * config.d_model
-    if config.positions == "learned":
-        tables += (config.max_positions + config.position_offset) * config.d_model
-    if config.positions == "relative":
-        tables += config.n_relative_buckets * config.n_heads
-    if config.query_layer:
-        tables += config.max_positions * config.d_model
-    n_blocks = n_layers + config.query_layer
-    matrices, vectors = _block(config, norm, cross=cross)
-    outer_norms = config.embedding_norm + (config.norm_position == "pre")
-    return tables, n_blocks * matrices, n_blocks * vectors + outer_norms * norm
-
-
-def _block(config: ModelConfig, norm: int, *, cross: bool) -> tuple[int, int]:
-    """Return the matrix and vector parameters of one block."""
-    q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    n_attentions, n_mlp = 1 + cross, 2 + config.gated
-    matrices = n_attentions * 2 * config.d_model * (q_width + kv_width) + n_mlp * config.d_model * config.d_ff
-    vectors = (2 + cross) * norm
-    if config.attention_bias:
-        vectors += n_attentions * (q_width + 2 * kv_width + config.d_model)
-    if config.qk_norm:
-        vectors += n_attentions * 2 * config.head_dim
-    if config.mlp_bias:
-        vectors += (n_mlp - 1) * config.d_ff + config.d_model
-    return matrices, vectors
+    shapes = parameter_shapes(config)
+    head_name = "classifier.weight" if config.n_labels else "lm_head.weight"
+    head = math.prod(shapes.pop(head_name))
+    embedding = sum(math.prod(shape) for name, shape in shapes.items() if any(part in name for part in TABLES))
+    rest = {name: shape for name, shape in shapes.items() if not any(part in name for part in TABLES)}
+    matrices = sum(math.prod(shape) for shape in rest.values() if len(shape) == 2)
+    vectors = sum(math.prod(shape) for shape in rest.values() if len(shape) == 1)
+    is_tied = config.tie_embeddings and not config.n_labels
+    non_embedding = matrices + vectors + (0 if is_tied else head)
+    return Parameters(embedding + non_embedding, embedding, non_embedding, matrices, head)

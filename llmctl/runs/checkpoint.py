@@ -6,7 +6,6 @@ unpickled. Each rank writes the rows it owns; the index in `state.json` maps eac
 checkpoint can be resumed with a different number of ranks.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from llmctl.distributed.sharding import Part
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
-from llmctl.files import sync, write_json, writing
+from llmctl.files import file_sha256, sync, write_json, writing
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 
 MANIFEST = "manifest.json"
@@ -263,12 +262,6 @@ def publish(temporary: Path, final: Path, step: int, reports: list[Any], state: 
     sync(temporary)
     temporary.rename(final)
     sync(final.parent)
-
-
-def file_sha256(path: Path) -> str:
-    """Return a file's sha256 as a hexadecimal string."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def defect(path: Path) -> str:

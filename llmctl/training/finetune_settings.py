@@ -3,16 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import FinetuneConfig
 from llmctl.errors import UsageError
-from llmctl.model.parameters import parameter_shapes
-from llmctl.training.settings import check_shared
+from llmctl.model.parameters import count
+from llmctl.training.settings import check_shared, lr_for_size
 
 FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
-SMALLEST_LR, LARGEST_LR = 1e-5, 1e-3
+SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTER_LR = 1e-5, 1e-3, 2e-3
 DEFAULT_EPOCHS = 3.0
 
 QUANTIZES = ("qlora", "qdora")
@@ -36,11 +34,8 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
         train = replace(train, epochs=DEFAULT_EPOCHS)
     train = replace(train, seq_len=min(train.seq_len, shape.max_positions))
     if not optim.lr:
-        n_parameters = sum(int(np.prod(dims)) for dims in parameter_shapes(shape).values())
-        factor = 1.0 if config.method == "full" else ADAPTER_FACTOR
-        rate = factor * FULL_LR * (REFERENCE_PARAMETERS / n_parameters) ** 0.5
-        rate = min(max(rate, SMALLEST_LR), LARGEST_LR * (1.0 if config.method == "full" else 2.0))
-        optim = replace(optim, lr=float(f"{rate:.2g}"))
+        factor, high = (1.0, LARGEST_LR) if config.method == "full" else (ADAPTER_FACTOR, LARGEST_ADAPTER_LR)
+        optim = replace(optim, lr=lr_for_size(count(shape), factor * FULL_LR, REFERENCE_PARAMETERS, SMALLEST_LR, high))
     return replace(config, train=train, optim=optim)
 
 

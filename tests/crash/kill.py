@@ -27,6 +27,7 @@ import torch
 from llmctl.config import PretrainConfig
 from llmctl.distributed import runtime
 from llmctl.errors import StoppedError
+from llmctl.files import file_sha256
 from llmctl.jobs.runner import begin, resume
 from llmctl.recipe import load
 from llmctl.runs import checkpoint
@@ -164,10 +165,10 @@ def leftovers(run: Path) -> set[tuple[str, int]]:
 def outcome(run: Path) -> dict[str, Any]:
     """Return all of a finished run that must not depend on where it was killed."""
     last, skipped = checkpoint.Store(run / "checkpoints").load_newest()
-    digests = {path.name: checkpoint.file_sha256(path) for path in sorted(last.path.glob("*.safetensors"))}
+    digests = {path.name: file_sha256(path) for path in sorted(last.path.glob("*.safetensors"))}
     return {
         "status": read_record(run)["status"],
-        "model": checkpoint.file_sha256(run / "model.safetensors"),
+        "model": file_sha256(run / "model.safetensors"),
         "skipped": skipped,
         "last": digests,
         "state": {name: value for name, value in last.state.items() if name not in VOLATILE},

@@ -21,6 +21,7 @@ import torch
 
 from llmctl.config import OptimConfig
 from llmctl.errors import ArtifactError, DivergedError, InterruptedRunError, LlmctlError, NotFoundError
+from llmctl.files import file_sha256
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 from llmctl.losses.base import Loss
 from llmctl.model.transformer import LanguageModel, initialize
@@ -194,7 +195,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Outc
 
 def remake(path: Path) -> None:
     """Make the manifest again for the files that are there."""
-    digests = {file.name: checkpoint.file_sha256(file) for file in path.iterdir() if file.name != checkpoint.MANIFEST}
+    digests = {file.name: file_sha256(file) for file in path.iterdir() if file.name != checkpoint.MANIFEST}
     step = checkpoint.step_of(path)
     (path / checkpoint.MANIFEST).write_text(json.dumps({"format": 2, "step": step, "sha256": digests}))
 

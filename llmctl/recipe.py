@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from llmctl.config import ModelChoice, ModelConfig
 from llmctl.errors import NotFoundError, UsageError
@@ -40,12 +40,18 @@ class Key:
     choices: Callable[[], tuple[str, ...]] | None = None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names that the setting takes; empty if it takes any value."""
+        if self.choices is not None:
+            return self.choices()
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
     def text(self) -> str:
-        """The description with the names that the setting takes."""
+        """The description with the names of the table that the setting takes."""
         if self.choices is None:
             return self.meaning
-        names = ", ".join(name or "empty" for name in self.choices())
-        return f"{self.meaning} [{names}]"
+        return f"{self.meaning} [{', '.join(name or 'empty' for name in self.choices())}]"
 
 
 def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from llmctl.cli import COMMANDS, run
-from llmctl.commands.common import command_app
+from llmctl.commands.common import command_app, result
 from llmctl.data import tables as data_tables
 from llmctl.losses import divergences
 from llmctl.model import presets
@@ -168,7 +168,7 @@ def test_a_command(call, monkeypatch):
     @module.app.command()
     def dummy(text: str) -> int:
         """Print a text."""
-        print(text)
+        result(text)
         return 0
 
     monkeypatch.setitem(sys.modules, "llmctl.commands.dummy", module)

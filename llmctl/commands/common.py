@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from llmctl.commands.grouped_help import GroupedCommand, GroupedGroup
 
 if TYPE_CHECKING:
     from llmctl.artifacts.find import Ability
@@ -25,9 +28,20 @@ KeysAndValues = Annotated[
 ]
 
 
+class App(typer.Typer):
+    """A Typer app whose commands show their options in groups."""
+
+    def command(  # type: ignore[override]
+        self, *arguments: Any, cls: type[TyperCommand] = GroupedCommand, **settings: Any
+    ) -> Any:
+        """Register a command."""
+        return super().command(*arguments, cls=cls, **settings)
+
+
 def command_app(**settings: Any) -> typer.Typer:
     """Return a Typer app with plain help, `-h`, and no shell-completion options."""
-    return typer.Typer(
+    return App(
+        cls=GroupedGroup,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

@@ -1,29 +1,48 @@
 """`llmctl finetune`: flags -> FinetuneConfig -> one training run -> the path of the model or adapter on stdout."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmctl.commands.common import command_app, result, result_json
-from llmctl.commands.training import Options, run_training, with_model, with_options
-
-if TYPE_CHECKING:
-    from llmctl.config import FinetuneConfig
+from llmctl.commands.grouped_help import settings_of
+from llmctl.commands.training import Options, help_of, needs_model, run_training, with_model, with_options
+from llmctl.config import FinetuneConfig
 
 app = command_app()
 
 
-@app.command()
+SETTINGS = {
+    "data": "data.paths",
+    "val": "data.val_paths",
+    "strict": "data.strict",
+    "task": "task",
+    "method": "method",
+    "qat": "qat",
+    "columns": "columns.names",
+    "labels": "labels",
+    "merge": "merge",
+    "rank": "adapter.rank",
+    "lr": "optim.lr",
+    "epochs": "train.epochs",
+    "freeze": "train.freeze",
+}
+"""The config keys that the options set."""
+
+
+@app.command(cls=help_of(FinetuneConfig, SETTINGS))
 @with_options
 def finetune(
     *,
     options: Options,
-    model: Annotated[str | None, typer.Argument(help="Model to fine-tune: folder, file or run.")] = None,
-    data: Annotated[list[str] | None, typer.Argument(help="Examples: files, folders, globs or `-`.")] = None,
-    task: Annotated[str | None, typer.Option(help="chat, text, classify, translate, summarize or qa.")] = None,
-    qat: Annotated[
-        str | None, typer.Option(help="Quantization-aware training to int8, int4, int3, ...; writes a quantized model.")
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Model to fine-tune: folder, file or run.")
     ] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help="Examples: files, folders, globs or `-`.")
+    ] = None,
+    task: Annotated[str | None, typer.Option()] = None,
+    qat: Annotated[str | None, typer.Option()] = None,
     method: Annotated[
         str | None, typer.Option(help="full, or an adapter: lora, dora; qlora, qdora on a 4-bit base.")
     ] = None,
@@ -55,25 +74,9 @@ def finetune(
 
       llmctl finetune runs/0003 train.tsv --val dev.tsv --task translate -o translator
     """
-    from llmctl.config import FinetuneConfig
-
-    flags: dict[str, Any] = {
-        "data.paths": data or None,
-        "data.val_paths": val or None,
-        "data.strict": strict,
-        "task": task,
-        "method": method,
-        "qat": qat,
-        "columns.names": columns,
-        "labels": labels,
-        "merge": merge,
-        "adapter.rank": rank,
-        "optim.lr": lr,
-        "train.epochs": epochs,
-        "train.freeze": freeze or None,
-    }
+    flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(FinetuneConfig, flags)
-    if options.resume in (None, "auto"):
+    if needs_model(options, model, resolved.config):
         resolved = with_model(resolved, model, quiet=options.quiet)
         refuse_single_file(resolved.config, options.out)
     if dry_run and not options.print_config:

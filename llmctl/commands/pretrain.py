@@ -1,24 +1,36 @@
 """`llmctl pretrain`: flags -> PretrainConfig -> one training run -> the model's path on stdout."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmctl.commands.common import command_app, result, result_json
-from llmctl.commands.training import Options, run_training, with_options
+from llmctl.commands.grouped_help import settings_of
+from llmctl.commands.training import Options, help_of, run_training, with_options
+from llmctl.config import PretrainConfig
 
 app = command_app()
 
 
-@app.command()
+SETTINGS = {
+    "data": "data.paths",
+    "objective": "objective",
+    "model": "model.preset",
+    "tokens": "train.tokens",
+}
+"""The config keys that the options set."""
+
+
+@app.command(cls=help_of(PretrainConfig, SETTINGS))
 @with_options
 def pretrain(
     *,
     options: Options,
     data: Annotated[
-        list[str] | None, typer.Argument(help="Text: files, folders, globs or `-`; default: the built-in corpus.")
+        list[str] | None,
+        typer.Argument(metavar="DATA", help="Text: files, folders, globs or `-`; default: the built-in corpus."),
     ] = None,
-    objective: Annotated[str | None, typer.Option(help="clm, mlm, span or seq2seq.")] = None,
+    objective: Annotated[str | None, typer.Option()] = None,
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="Preset (`llmctl presets`), or a model to continue from.")
     ] = None,
@@ -40,17 +52,9 @@ def pretrain(
 
       llmctl pretrain --model gpt3-175b --dry-run
     """
-    from llmctl.config import PretrainConfig
-
     known_kinds = {"char", "unigram", "bpe"}
-    flags: dict[str, Any] = {
-        "data.paths": data or None,
-        "objective": objective,
-        "model.preset": model,
-        "tokenizer.model_type": tokenizer if tokenizer in known_kinds else None,
-        "tokenizer.path": tokenizer if tokenizer not in known_kinds else None,
-        "train.tokens": tokens,
-    }
+    is_kind = tokenizer in ("char", "unigram", "bpe")
+    flags = settings_of(SETTINGS, locals()) | {"tokenizer.model_type" if is_kind else "tokenizer.path": tokenizer}
     resolved = options.resolve(PretrainConfig, flags)
     if dry_run and not options.print_config:
         from llmctl.jobs.dry_run import dry_run as plan

@@ -1,28 +1,48 @@
 """`llmctl quantize`: flags -> QuantizeConfig -> one run -> the model's path on stdout, the report on stderr."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmctl.commands.common import command_app
-from llmctl.commands.training import Options, run_training, with_model, with_options
+from llmctl.commands.grouped_help import settings_of
+from llmctl.commands.training import Options, help_of, needs_model, run_training, with_model, with_options
+from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
+from llmctl.quant.schemes import BY_BITS
 
 app = command_app()
 
 
-@app.command()
+SETTINGS = {
+    "scheme": "weights.scheme",
+    "group": "weights.group",
+    "method": "weights.method",
+    "embedding": "weights.embedding",
+    "target_size": "weights.target_size",
+    "target_bpw": "weights.target_bpw",
+    "calib": "data.paths",
+    "val": "data.val_paths",
+    "task": "task",
+    "max_drop": "max_drop",
+}
+"""The config keys that the options set."""
+
+
+@app.command(cls=help_of(QuantizeConfig, SETTINGS))
 @with_options
 def quantize(
     *,
     options: Options,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model folder, file or run.")] = None,
-    bits: Annotated[int | None, typer.Option("-b", "--bits", help="8, 6, 5, 4, 3 or 2, for int8 ... int2.")] = None,
-    scheme: Annotated[str | None, typer.Option(help="int8, w8a8, int4-sym, or int6 ... int2.")] = None,
+    bits: Annotated[
+        int | None, typer.Option("-b", "--bits", help=f"Bits per weight [{', '.join(map(str, BY_BITS))}]")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="Scheme, instead of --bits")] = None,
     group: Annotated[int | None, typer.Option(help="Group size: inputs that share a scale; 0: the whole row.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="nearest, clip, weighted, hqq, awq, gptq, awq-gptq, guided or learned; default: by bits."),
+        typer.Option(help="How codes and scales are chosen; default: by bits"),
     ] = None,
     target_size: Annotated[
         str | None, typer.Option(help="Allocate bits over the layers within this model size: 60MB.")
@@ -36,9 +56,7 @@ def quantize(
         typer.Option("--calib", "-d", "--data", help="Text or examples; default: the built-in corpus."),
     ] = None,
     val: Annotated[list[str] | None, typer.Option(help="Validation data; default: a fraction of the data.")] = None,
-    task: Annotated[
-        str | None, typer.Option(help="text, chat, classify, translate, ...; default: the model's.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="Task; default: the model's")] = None,
     max_drop: Annotated[
         str | None, typer.Option(help="Exit with code 10 if the model gets worse by more: 0.05 or 1%.")
     ] = None,
@@ -55,27 +73,14 @@ def quantize(
 
       llmctl quantize runs/0003 --bits 3 --method learned --steps 200 --calib corpus/
     """
-    from llmctl.config import QuantizeConfig
-    from llmctl.quant.schemes import BY_BITS
-
     if bits is not None and scheme is not None:
         raise UsageError(f"`--bits {bits}` and `--scheme {scheme}` set the same thing", "use only one")
     if bits is not None and bits not in BY_BITS:
         raise UsageError(f"`--bits {bits}` is not supported", "use 8, 6, 5, 4, 3 or 2")
-    flags: dict[str, Any] = {
-        "weights.scheme": scheme if bits is None else BY_BITS[bits],
-        "weights.group": group,
-        "weights.method": method,
-        "weights.embedding": embedding,
-        "weights.target_size": target_size,
-        "weights.target_bpw": target_bpw,
-        "data.paths": calib or None,
-        "data.val_paths": val or None,
-        "task": task,
-        "max_drop": max_drop,
-    }
+    if bits is not None:
+        scheme = BY_BITS[bits]
+    flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(QuantizeConfig, flags)
-    if options.resume in (None, "auto"):
+    if needs_model(options, model, resolved.config):
         resolved = with_model(resolved, model, quiet=options.quiet)
-
     return run_training("quantize", resolved, options)

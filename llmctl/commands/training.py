@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from llmctl.commands.common import find_model, note, result, result_json
+from llmctl.commands.grouped_help import settings_of, training_command
 
 if TYPE_CHECKING:
     from llmctl.distributed.launch import Layout
@@ -26,6 +27,22 @@ NodeRank = Annotated[int, typer.Option(help="Number of this host, from 0.")]
 Master = Annotated[str, typer.Option(help="HOST:PORT of host 0.")]
 
 
+KEYS = {
+    "steps": "train.steps",
+    "minutes": "train.minutes",
+    "batch_size": "train.batch_size",
+    "seq_len": "train.seq_len",
+    "seed": "train.seed",
+    "device": "train.device",
+    "dtype": "train.dtype",
+    "compile_": "train.compile",
+    "track": "train.track",
+    "parallel": "parallel.strategy",
+    "deterministic": "parallel.deterministic",
+}
+"""The config keys that these options set, by their names below."""
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of every training command."""
@@ -34,7 +51,7 @@ class Options:
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Output folder, or X.safetensors for a single file.")
     ] = None
-    steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps.")] = None
+    steps: Annotated[int | None, typer.Option(help="Budget in optimizer steps")] = None
     minutes: Annotated[float | None, typer.Option(help="Budget in minutes of wall time.")] = None
     batch_size: Annotated[
         str | None,
@@ -44,8 +61,8 @@ class Options:
     ] = None
     seq_len: Annotated[int | None, typer.Option(help="Tokens per row.")] = None
     seed: Annotated[int | None, typer.Option(help="Seed for weights, data order and masking.")] = None
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None
+    device: Annotated[str | None, typer.Option()] = None
+    dtype: Annotated[str | None, typer.Option()] = None
     compile_: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = None
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None
     nproc: Nproc = 1
@@ -53,7 +70,7 @@ class Options:
     node_rank: NodeRank = 0
     master: Master = ""
     max_restarts: Annotated[int, typer.Option(help="Restarts from the last checkpoint when a process dies.")] = 0
-    parallel: Annotated[str | None, typer.Option(help="ddp, or fsdp to shard weights and optimizer state.")] = None
+    parallel: Annotated[str | None, typer.Option()] = None
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic", help="Bit-identical weights on 1, 2 or 4 processes.")
     ] = None
@@ -73,20 +90,11 @@ class Options:
 
     def flags(self) -> dict[str, Any]:
         """Return the config keys that these options set."""
-        return {
-            "train.steps": self.steps,
-            "train.minutes": self.minutes,
-            "train.batch_size": None if self.batch_size == "auto" else self.batch_size,
-            "train.micro_batch_size": -1 if self.batch_size == "auto" else None,
-            "train.seq_len": self.seq_len,
-            "train.seed": self.seed,
-            "train.device": self.device,
-            "train.dtype": self.dtype,
-            "train.compile": self.compile_,
-            "train.track": self.track or None,
-            "parallel.strategy": self.parallel,
-            "parallel.deterministic": self.deterministic,
-        }
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        if self.batch_size == "auto":
+            values["batch_size"] = None
+        micro_batch_size = -1 if self.batch_size == "auto" else None
+        return settings_of(KEYS, values) | {"train.micro_batch_size": micro_batch_size}
 
     def resolve(self, config_class: type, flags: Mapping[str, Any]) -> "Resolved[Any]":
         """Resolve the config from recipe, environment and options; `flags` are the keys set by the command itself."""
@@ -95,6 +103,11 @@ class Options:
         refuse_shared_stdin(self.recipe, self.nproc * self.nnodes)
         settings = self.set_ or []
         return load(config_class, recipe=self.recipe, settings=settings, flags=self.flags() | dict(flags))
+
+
+def help_of(config_class: type, keys: Mapping[str, str]) -> type:
+    """Return the class of a training command whose own parameters set `keys`, beside the shared options."""
+    return training_command(config_class, {**KEYS, **keys})
 
 
 def with_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -122,6 +135,12 @@ def with_options(command: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
+def needs_model(options: Options, model: str | None, config: Any) -> bool:
+    """Tell whether a command has to find its model: not to resume, nor to print the defaults."""
+    is_named = bool(model or config.model)
+    return options.resume in (None, "auto") and (is_named or not options.print_config)
+
+
 def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> "Resolved[Any]":
     """Return the config with the model resolved: the argument, the recipe's, or the default model."""
     from llmctl.recipe import Resolved
@@ -132,6 +151,18 @@ def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> 
         note(f"model: {path}", quiet=quiet)
     origins = resolved.origins | ({"model": "flag"} if model else {})
     return Resolved(replace(resolved.config, model=str(path)), origins)
+
+
+def settled(command: str, resolved: "Resolved[Any]") -> "Resolved[Any]":
+    """Return the config with what the model decides filled in, if a model is named; else as it is."""
+    if not getattr(resolved.config, "model", ""):
+        return resolved
+    from llmctl.jobs.runner import JOBS
+    from llmctl.recipe import Resolved, changed_keys
+
+    config = JOBS[command].settle(resolved.config)
+    chosen = dict.fromkeys(changed_keys(resolved.config, config), "chosen by the model")
+    return Resolved(config, {**resolved.origins, **chosen})
 
 
 def run_training(
@@ -147,7 +178,7 @@ def run_training(
     from llmctl.recipe import dump
 
     if options.print_config:
-        result(dump(resolved).rstrip("\n"))
+        result(dump(settled(command, resolved)).rstrip("\n"))
         return 0
     timeout_seconds = resolved.config.parallel.timeout_seconds
     layout = Layout(

@@ -1,4 +1,4 @@
-"""The losses by name, each with the place it comes from, so that help and errors can print it."""
+"""The losses by name, each with its source, which help and errors print."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from llmctl.losses.matching import hidden_match, relation_match
 
 @dataclass(frozen=True)
 class LossRow:
-    """A loss with the place it comes from."""
+    """A loss with its source."""
 
     function: Callable[..., Any]
     source: str

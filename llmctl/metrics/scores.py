@@ -1,7 +1,7 @@
-"""Figures of predictions against what was wanted: pure functions of numbers and texts, each with its source.
+"""Task metrics of predictions against references: pure functions of numbers and texts, each with its source.
 
-Fractions are from 0 to 1 and correlations from -1 to 1; BLEU and chrF are from 0 to 100, as they are published.
-A figure that does not exist (a correlation of constants, a mean of nothing) is nan.
+Fractions are from 0 to 1 and correlations from -1 to 1; BLEU and chrF are from 0 to 100, as published. An undefined
+metric (a correlation of constants, a mean of nothing) is nan.
 """
 
 import math
@@ -20,7 +20,7 @@ from llmctl.errors import MissingExtraError
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 HAN = "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-"""Characters of scripts written without spaces (Chinese, Japanese); each counts as a word."""
+"""Characters of scripts without spaces (Chinese, Japanese); each counts as a word."""
 WORDS = re.compile(f"[{HAN}]|[^\\W{HAN}]+")
 IS_HAN = re.compile(f"[{HAN}]")
 
@@ -29,15 +29,15 @@ IS_HAN = re.compile(f"[{HAN}]")
 
 
 def accuracy(found: ArrayLike, wanted: ArrayLike) -> float:
-    """Return the share of rows that are right; a row of several labels (N, L) only if all of them are."""
+    """Return the fraction of correct rows; a row of several labels (N, L) is correct only if all of them are."""
     right = np.asarray(found) == np.asarray(wanted)
     return mean(right.reshape(len(right), -1).all(axis=1)) if len(right) else math.nan
 
 
 def f1_score(found: ArrayLike, wanted: ArrayLike, n_labels: int) -> float:
-    """Return F1: of label 1 when there are two, otherwise the mean over all labels (macro).
+    """Return F1: of label 1 if there are two, otherwise the mean over all labels (macro).
 
-    A label that is neither found nor wanted anywhere is left out of the mean; one never found counts 0.
+    A label that occurs in neither predictions nor references is excluded; one that is never predicted counts 0.
 
     Shapes: (N,) or (N, 1) numbers of labels, or (N, n_labels) of 0 and 1 for several labels per row.
     Source: van Rijsbergen 1979, chapter 7; macro: the mean of F1 values (Opitz & Burst 2019, arXiv:1911.03347).
@@ -55,7 +55,7 @@ def f1_score(found: ArrayLike, wanted: ArrayLike, n_labels: int) -> float:
 
 
 def matthews(found: ArrayLike, wanted: ArrayLike) -> float:
-    """Return Matthews' correlation for any number of labels; 0 when one side is constant, as is usual.
+    """Return Matthews' correlation for any number of labels; 0 if one side is constant, by convention.
 
     Source: Gorodkin 2004, "Comparing two K-category assignments by a K-category correlation coefficient", eq. 8.
     """
@@ -72,7 +72,7 @@ def matthews(found: ArrayLike, wanted: ArrayLike) -> float:
 
 
 def pearson(found: ArrayLike, wanted: ArrayLike) -> float:
-    """Return the linear correlation; nan when one side is constant.
+    """Return the linear correlation; nan if one side is constant.
 
     Source: Pearson 1895, "Note on regression and inheritance in the case of two parents".
     """
@@ -85,7 +85,7 @@ def pearson(found: ArrayLike, wanted: ArrayLike) -> float:
 
 
 def spearman(found: ArrayLike, wanted: ArrayLike) -> float:
-    """Return the correlation of the ranks, ties sharing the mean of theirs; nan when one side is constant.
+    """Return the rank correlation, with ties at their mean rank; nan if one side is constant.
 
     Source: Spearman 1904, "The proof and measurement of association between two things".
     """
@@ -93,14 +93,14 @@ def spearman(found: ArrayLike, wanted: ArrayLike) -> float:
 
 
 def ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Return ranks from 1; equal values share the mean of their ranks."""
+    """Return ranks from 1; equal values get their mean rank."""
     _, inverse, counts = np.unique(np.asarray(values).reshape(-1), return_inverse=True, return_counts=True)
     means: NDArray[np.float64] = np.cumsum(counts) - (counts - 1) / 2
     return means[inverse]
 
 
 def mean(values: ArrayLike) -> float:
-    """Return the mean; nan of nothing."""
+    """Return the mean; nan if there are no values."""
     values_N = np.asarray(values, dtype=np.float64)
     return float(values_N.mean()) if values_N.size else math.nan
 
@@ -108,36 +108,35 @@ def mean(values: ArrayLike) -> float:
 # --- texts -----------------------------------------------------------------------------------------------------------
 
 References = Sequence[Sequence[str]]
-"""Per text, the ones that would all be right."""
+"""The accepted references of each text."""
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text in lower case; of Chinese and Japanese every character is one."""
+    """Split a text into lowercase words; every Chinese or Japanese character is one."""
     return WORDS.findall(text.lower())
 
 
 def has_han(texts: Sequence[str]) -> bool:
-    """Tell whether most of the texts hold Chinese or Japanese."""
+    """Tell whether most of the texts contain Chinese or Japanese."""
     return sum(bool(IS_HAN.search(text)) for text in texts) * 2 > len(texts)
 
 
 def normal_answer(text: str) -> str:
-    """Return an answer in lower case without punctuation, articles and superfluous white space.
+    """Lowercase an answer and remove punctuation, articles and extra white space.
 
-    Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; here punctuation is that of all scripts, and spaces
-    between Chinese characters go too.
+    Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; here the punctuation of all scripts is removed.
     """
     kept = "".join(c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
     return " ".join(ARTICLES.sub(" ", kept).split())
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Return the tokens of a normalized answer: what stands between spaces, and Chinese characters one by one."""
+    """Split a normalized answer at spaces, and Chinese or Japanese text into characters."""
     return re.findall(f"[{HAN}]|[^\\s{HAN}]+", normal_answer(text))
 
 
 def exact_match(found: Sequence[str], wanted: References) -> float:
-    """Return the share of answers that, normalized, are one of the wanted ones.
+    """Return the fraction of answers that, normalized, equal one of their references.
 
     Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1.
     """
@@ -145,10 +144,10 @@ def exact_match(found: Sequence[str], wanted: References) -> float:
 
 
 def token_f1(found: Sequence[str], wanted: References) -> float:
-    """Return the mean overlap of answers with the wanted one that is nearest: F1 of their bags of tokens.
+    """Return the mean over answers of the best F1 between their bag of tokens and that of a reference.
 
-    Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; no answer against no answer counts 1 (version 2,
-    arXiv:1806.03822).
+    Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; an empty answer with an empty reference counts 1
+    (version 2, arXiv:1806.03822).
     """
     return _best_mean(found, wanted, _overlap)
 
@@ -161,7 +160,7 @@ def _overlap(found: str, wanted: str) -> float:
 
 
 def rouge_l(found: Sequence[str], wanted: References) -> float:
-    """Return the mean ROUGE-L, F with precision and recall of equal weight, over whole texts without stemming.
+    """Return the mean ROUGE-L F1 over whole texts, without stemming.
 
     Source: Lin 2004, "ROUGE: A package for automatic evaluation of summaries", section 3.1, sentence level, beta 1.
     """
@@ -173,18 +172,18 @@ def _rouge(a: list[str], b: list[str]) -> float:
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, a row of the table at a time in the bits of one number.
+    """Return the length of the longest common subsequence, with each row of the table as the bits of one integer.
 
     Source: Crochemore et al. 2001, "A fast and practical bit-vector algorithm for the longest common subsequence
-    problem"; the bits that end at 0 count the matches.
+    problem"; the number of zero bits at the end is the length.
     """
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}  # word -> bit mask of its positions in a
     for index, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << index
+        positions[word] = positions.get(word, 0) | 1 << index
     all_ones = (1 << len(a)) - 1
     row = all_ones
     for word in b:
-        matched = row & places.get(word, 0)
+        matched = row & positions.get(word, 0)
         row = ((row + matched) | (row - matched)) & all_ones
     return len(a) - row.bit_count()
 
@@ -194,7 +193,7 @@ def _best_mean(found: Sequence[str], wanted: References, score: Callable[[str, s
 
 
 def bleu(found: Sequence[str], wanted: References) -> float:
-    """Return corpus BLEU as `sacrebleu` defines it; Chinese targets are split into characters (`zh`), others by `13a`.
+    """Return sacrebleu's corpus BLEU; Chinese references are tokenized into characters (`zh`), others by `13a`.
 
     Raises: MissingExtraError without sacrebleu.
     Source: Papineni et al. 2002; Post 2018, arXiv:1804.08771.
@@ -205,7 +204,7 @@ def bleu(found: Sequence[str], wanted: References) -> float:
 
 
 def chrf(found: Sequence[str], wanted: References) -> float:
-    """Return corpus chrF as `sacrebleu` defines it: F2 of character n-grams up to 6.
+    """Return sacrebleu's corpus chrF: F2 of character n-grams up to 6.
 
     Raises: MissingExtraError without sacrebleu.
     Source: Popovic 2015, "chrF: character n-gram F-score for automatic MT evaluation".
@@ -217,15 +216,15 @@ def _corpus(metric: Any, found: Sequence[str], wanted: References) -> float:
     if not found:
         return math.nan
     n_references = max(map(len, wanted))
-    # sacrebleu takes one list per number of reference; None where a text has fewer.
+    # sacrebleu takes one list per reference number, with None for texts that have fewer.
     columns = [[others[n] if n < len(others) else None for others in wanted] for n in range(n_references)]
     return float(metric.corpus_score(list(found), columns).score)
 
 
 def load_sacrebleu(what: str) -> Any:
-    """Return sacrebleu's metrics.
+    """Import sacrebleu's metrics.
 
-    Raises: MissingExtraError saying `what` needs it.
+    Raises: MissingExtraError saying that `what` needs it.
     """
     try:
         return import_module("sacrebleu.metrics")

@@ -82,7 +82,7 @@ def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any
     artifact = adapt(loaded.artifact, [named_adapter(name) for name in names])
     require_family(artifact.config, able, artifact.path)
     tokenizer = loaded.tokenizer if artifact.files == loaded.artifact.files else fitting_tokenizer(artifact)
-    loaded.model.multiply_out()  # merged weights do not lie on the base's quantization grid
+    loaded.model.dequantize()  # merged weights do not lie on the base's quantization grid
     state = loaded.model.state_dict()
     state |= merged(state, architecture_on(loaded.artifact, artifact.config), artifact.adapters)
     model = without_weights(artifact.config)

@@ -1,4 +1,4 @@
-"""Names, shapes and number of a configuration's parameters, without building the model."""
+"""Names, shapes and number of a config's parameters, without building the model."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Shape = tuple[int, ...]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Return name -> shape of every entry of `LanguageModel(config).state_dict()`; the config must be complete."""
+    """Return name -> shape of every entry of `LanguageModel(config).state_dict()`, for a complete config."""
     V, D = config.vocab_size, config.d_model
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, D)}
     if config.family == "encoder_decoder":
@@ -29,7 +29,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool) -> dict[str, Shape]:
-    """Return the parameters of one stack of layers."""
+    """Return the parameter shapes of one stack of layers."""
     D = config.d_model
     shapes: dict[str, Shape] = {}
     if config.positions == "learned":
@@ -51,7 +51,7 @@ def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool
 
 
 def block_shapes(config: ModelConfig, prefix: str, *, cross: bool) -> dict[str, Shape]:
-    """Return the parameters of one layer."""
+    """Return the parameter shapes of one layer."""
     D, F = config.d_model, config.d_ff
     shapes = norm(config, prefix + "input_layernorm") | attention_shapes(config, prefix + "self_attn.")
     if cross:
@@ -63,7 +63,7 @@ def block_shapes(config: ModelConfig, prefix: str, *, cross: bool) -> dict[str, 
 
 
 def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
-    """Return the parameters of one attention."""
+    """Return the parameter shapes of one attention module."""
     D, H, bias = config.d_model, config.head_dim, config.attention_bias
     shapes = linear(prefix + "q_proj", config.n_heads * H, D, bias=bias)
     shapes |= linear(prefix + "k_proj", config.n_kv_heads * H, D, bias=bias)
@@ -75,19 +75,19 @@ def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
 
 
 def linear(name: str, n_out: int, n_in: int, *, bias: bool) -> dict[str, Shape]:
-    """Return the parameters of a linear map."""
+    """Return the parameter shapes of a linear layer."""
     weight: dict[str, Shape] = {name + ".weight": (n_out, n_in)}
     return weight | {name + ".bias": (n_out,)} if bias else weight
 
 
 def norm(config: ModelConfig, name: str) -> dict[str, Shape]:
-    """Return the parameters of a norm over the width."""
+    """Return the parameter shapes of a norm over the hidden channels."""
     weight: dict[str, Shape] = {name + ".weight": (config.d_model,)}
     return weight | {name + ".bias": (config.d_model,)} if config.norm == "layernorm" else weight
 
 
 def count(config: ModelConfig) -> int:
-    """Return the parameters of a shape, a tied weight counted once."""
+    """Return the number of parameters, counting a tied weight once."""
     sizes = {name: math.prod(dims) for name, dims in parameter_shapes(config).items()}
     if config.tie_embeddings and not config.n_labels:
         sizes.pop("lm_head.weight", None)
@@ -96,11 +96,11 @@ def count(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A model's parameters by what they cost.
+    """Parameter counts by kind.
 
-    embedding: tables that are looked up (tokens, positions, token types, queries). non_embedding: everything else,
-    an untied head included. matrices: the part of non_embedding that multiplies vectors, the untied head left out.
-    head: rows x columns of the matrix before the logits, tied or not.
+    embedding: lookup tables (tokens, positions, token types, queries). non_embedding: everything else, including an
+    untied head. matrices: the matrices in non_embedding, without an untied head. head: size of the output head's matrix,
+    tied or not.
     """
 
     total: int
@@ -136,7 +136,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
 
 def _stack(config: ModelConfig, n_layers: int, norm: int, *, cross: bool) -> tuple[int, int, int]:
-    """Return the table, matrix and vector parameters of one stack of blocks."""
+    """Return the number of embedding, matrix and vector parameters of one stack of blocks."""
     tables = config.n_token_types * config.d_model
     if config.positions == "learned":
         tables += (config.max_positions + config.position_offset) * config.d_model
@@ -151,7 +151,7 @@ def _stack(config: ModelConfig, n_layers: int, norm: int, *, cross: bool) -> tup
 
 
 def _block(config: ModelConfig, norm: int, *, cross: bool) -> tuple[int, int]:
-    """Return the matrix and vector parameters of one block."""
+    """Return the number of matrix and vector parameters of one block."""
     q_width, kv_width = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     n_attentions, n_mlp = 1 + cross, 2 + config.gated
     matrices = n_attentions * 2 * config.d_model * (q_width + kv_width) + n_mlp * config.d_model * config.d_ff

@@ -95,6 +95,7 @@ def find_named(name: str, able: Ability) -> Path:
         if newest is None:
             raise nothing_found(able)
         return newest
+    # Only bare names and paths into the runs folder are looked up there; `x/y` is a path.
     is_run = folder.is_dir() and path.parent in (Path(), folder)
     prefixes = (f"{int(name):04d}-", name) if name.isdecimal() else (path.name,)
     matches = (

@@ -102,6 +102,7 @@ def load_model(
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
     model.quantize(schemes)
+    # to_empty replaces every tensor, which breaks the tie of head and embedding.
     model.to_empty(device=target)
     materialize_buffers(model)
     model.tie()

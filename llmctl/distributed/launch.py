@@ -116,6 +116,7 @@ def supervise(layout: Layout, argv: Sequence[str], folder: Path) -> int:
     for name in ("torch", "torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = launch_config(layout, str(folder))
+    # torch has no hook for its agent's behavior: replace the class for the duration of the launch.
     agent = "LocalElasticAgent"
     original = getattr(api, agent)
     setattr(api, agent, agent_class(original, folder, layout.timeout_seconds))

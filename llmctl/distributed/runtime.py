@@ -108,6 +108,7 @@ class Runtime:
         """Return every process's object, in rank order; it is sent as JSON."""
         if self.world_size == 1:
             return [obj]
+        # Collectives need equal shapes, so sizes are exchanged first and the bytes padded.
         data = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8).to(self.device)
         sizes = self.accelerator.gather(torch.tensor([len(data)], device=self.device)).tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)

@@ -129,6 +129,7 @@ def target_modules(architecture: Architecture, chosen: Collection[str]) -> list[
     """Return the shortest suffixes by which PEFT selects exactly these paths, or full paths if no suffix does."""
     paths = [stored.name.rpartition(".")[0] for stored in architecture.family.layout(architecture.config)]
     parents = {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
+    # PEFT matches suffixes of all module paths, including parents and modules that our models do not have.
     others = ({*paths, *parents, *UNSEEN}) - set(chosen)
     return sorted({shortest_suffix(path, others) for path in chosen})
 

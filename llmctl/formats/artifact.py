@@ -150,6 +150,7 @@ def read_artifact(path: Path) -> Artifact:
     check_kind(path)
     folder = path if path.is_dir() else path.parent
     headers = read_headers(path)
+    # Shards have no common header: only a single file contains the configuration.
     metadata = next(iter(headers.values())).metadata if len(headers) == 1 else {}
     hf, where = read_hf(metadata, folder, path)
     files = read_files(metadata, folder, path)
@@ -347,7 +348,7 @@ def check_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise mismatch(path, family, f"missing: {few(missing)}")
-    shared = {HEAD_SCALE} if config.tie_embeddings else set()
+    shared = {HEAD_SCALE} if config.tie_embeddings else set()  # a second copy for transformers, see `shares_bytes`
     extra = [name for name in tensors if name not in {*expected, *shared} and not family.is_ignored(name, config)]
     if extra:
         raise mismatch(path, family, f"unexpected: {few(extra)}")

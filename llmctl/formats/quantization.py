@@ -92,6 +92,7 @@ def form_of(name: str, scheme: Scheme) -> str:
     """Return the form in which a module's codes are written."""
     if scheme.has_small_scales:
         return SMALL_SCALES
+    # transformers supports quantized inputs and embeddings only with codes as bytes.
     wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
     return IN_BYTES if wants_bytes and fits_bytes(scheme) else IN_WORDS
 
@@ -161,6 +162,7 @@ def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
         "ignore": [] if HEAD in schemes or shares else [HEAD],
         "kv_cache_scheme": None,
     }
+    # See the module's docstring: with `dequantize`, transformers reads zero points, but only one scheme.
     has_zeros = any(not scheme.symmetric for scheme in schemes.values())
     return record | ({"dequantize": True} if has_zeros and len(groups) == 1 else {})
 
@@ -300,6 +302,7 @@ def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelC
     for name, scheme in schemes.items():
         if form_of(name, scheme) == IN_BYTES:
             n_in = shapes[f"{name}.weight"][1]
+            # Flipping the top bit converts offset codes to two's complement.
             codes_OI = unpack(state[f"{name}.{PACKED}"], scheme.bits, n_in) ^ scheme.middle
             stored |= {f"{name}.{WEIGHT}": codes_OI.view(torch.int8), f"{name}.{SCALE}": state[f"{name}.{SCALE}"]}
             continue

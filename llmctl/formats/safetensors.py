@@ -137,6 +137,7 @@ def parse_entry(name: str, entry: Any, n_bytes: int, path: Path) -> TensorEntry:
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise damaged(path, f"tensor `{name}` has a shape or offsets that are not non-negative integers")
     begin, end = offsets
+    # Checked here, since the library maps the file: a wrong offset must not become a read outside it.
     if not begin <= end <= n_bytes:
         raise damaged(path, f"tensor `{name}` lies at bytes {begin} to {end} of {n_bytes}")
     n_bits = count_elements(shape, 8 * n_bytes) * DTYPE_BITS[dtype]
@@ -213,7 +214,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Map
         header[name] = {"data_offsets": [position, end], "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         position = end
     raw = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-len(raw) % 8)  # pads the header, so that tensor data starts aligned
     if len(raw) > HEADER_LIMIT_BYTES:
         raise OutputError(
             f"`{path}` would need a header of {len(raw)} bytes, but the format allows {HEADER_LIMIT_BYTES}",

@@ -131,6 +131,7 @@ def load_library(path: Path) -> Library:
 def make_native(library: Library, decoder: Decoder) -> Native | None:
     """Return the compiled step of a decoder, or None for an unsupported model."""
     config = decoder.config
+    # Llama-like models only: RMSNorm, SwiGLU, no biases.
     is_supported = (
         config.family == "decoder"
         and config.positions in {"rope", "none"}
@@ -192,7 +193,7 @@ class Step:
         if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None:
             return None
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
-        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()
+        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()  # the library works in float32
         logits_BV = torch.empty(B, self.config.vocab_size)
         self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
         cos, sin = self._rope(cache)

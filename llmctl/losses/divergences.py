@@ -117,6 +117,7 @@ def adaptive_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tupl
     The head is the smallest set of the teacher's most likely tokens with a total probability of `head_mass`.
     """
     p_CV, gap_CV = log_p_CV.exp(), (log_p_CV.exp() - log_q_CV.exp()).abs_()
+    # A token belongs to the head if the more likely ones before it have less than head_mass.
     sorted_CV, order_CV = p_CV.sort(dim=1, descending=True, stable=True)
     before_CV = sorted_CV.cumsum(dim=1) - sorted_CV
     is_head_CV = torch.empty_like(before_CV, dtype=torch.bool).scatter_(1, order_CV, before_CV < options.head_mass)

@@ -72,6 +72,7 @@ class _Chunk:
             bias_V = None if teacher.bias_V is None else teacher.bias_V[:V]
             own_CV = self.teacher_CV[: len(hidden_CD)]
             dtype = teacher.weight_VD.dtype
+            # `logits` accumulates in the teacher's own wide dtype; a float64 student with a float32 teacher needs casts.
             if own_CV.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
                 own_CV.copy_(hidden_CD.to(own_CV.dtype) @ teacher.weight_VD[:V].to(own_CV.dtype).T)
                 own_CV += 0 if bias_V is None else bias_V

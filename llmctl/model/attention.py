@@ -74,9 +74,9 @@ def build_mask(
     if not causal and window == 0 and query_documents_BT is None:
         return Mask(bias_NTS)
     if window == 0 and query_documents_BT is None and bias_NTS is None:
-        if n_queries == 1:
+        if n_queries == 1:  # the last position attends to everything
             return Mask()
-        if n_queries == n_keys:
+        if n_queries == n_keys:  # torch's causal flag aligns the mask to the first key, so only square masks fit
             return Mask(is_causal=True)
     allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if causal or window:
@@ -145,6 +145,7 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = pair
         else:
             k_BKSH, v_BKSH = self.keys_values(x_BTD if memory_BSD is None else memory_BSD)
+            # Before rotary embedding: relations of student and teacher are compared without positions.
             if attended is not None and layer in attended:
                 attended[layer] = (q_BNTH, k_BKSH, v_BKSH)
             if rope is not None:

@@ -36,6 +36,7 @@ def spans_of(mask: Tensor) -> Spans:
     columns = []
     for block_BCS in allowed_BTS.split(BLOCK, dim=1):
         seen_BS = block_BCS.any(dim=1).int()
+        # argmax returns the first maximum: the first key, and on the flipped mask the number of keys after the last.
         first, behind = seen_BS.argmax(dim=1).tolist(), seen_BS.flip(1).argmax(dim=1).tolist()
         columns.append([(low, n_keys - left) for low, left in zip(first, behind, strict=True)])
     return [list(row) for row in zip(*columns, strict=True)]
@@ -69,7 +70,7 @@ def tiles(q_BNTH: Tensor, n_keys: int, spans: Spans | None, *, is_causal: bool) 
         for index, i in enumerate(range(0, T, BLOCK)):
             e = min(T, i + BLOCK)
             low, high = 0, e if is_causal else n_keys
-            if spans is not None:
+            if spans is not None:  # rows of a chunk share one range, the union of theirs
                 own = [spans[row if len(spans) > 1 else 0][index] for row in range(b, c)]
                 low, high = min(span[0] for span in own), max(span[1] for span in own)
             rows.append(Tile(b, c, i, e, low, high))
@@ -87,6 +88,7 @@ class _Rows:
         self.q = q[b:c].reshape(self.n, self.G, -1, self.H)
         self.k, self.v = (tensor[b:c].reshape(self.n, self.S, self.H) for tensor in (k, v))
         self.bias = bias[b:c] if bias is not None and bias.shape[0] > 1 else bias
+        # Two buffers of the largest tile, reused by all tiles: allocation is expensive at this size.
         size = self.n * self.G * max((tile.e - tile.i) * (tile.high - tile.low) for tile in rows)
         self.buffers = q.new_empty(2, size)
 
@@ -107,6 +109,7 @@ class _Rows:
             per_head = scores.view(-1, self.K * self.G, tile.e - tile.i, tile.high - tile.low)
             per_head += bias
         elif causal is not None:
+            # Keys before the block are visible to all its queries: only its own square needs the mask.
             own = scores.view(self.n, self.G, tile.e - tile.i, -1)[..., tile.i :]
             own += causal[: tile.e - tile.i, : tile.e - tile.i]
         return torch.softmax(scores, -1, out=self.shaped(1, tile))

@@ -68,6 +68,7 @@ class KVCache:
         """
         stop = self.length + n_positions
         if documents_BT is not None:
+            # Later tokens continue the last document; clamped, so that they are not padding after an empty row.
             self.documents_BS[:, self.length : stop] = documents_BT
             self.documents_BS[:, stop:] = documents_BT[:, -1:].clamp(min=1)
             self.ragged = self.ragged or bool((documents_BT != 1).any())
@@ -123,7 +124,7 @@ class Int8KVCache(KVCache):
 
     def write(self, layer: int, keys_BKTH: Tensor, values_BKTH: Tensor) -> None:
         """Quantize and store T new positions of a layer."""
-        codes, scales = quantize_rows(torch.stack([keys_BKTH, values_BKTH]))
+        codes, scales = quantize_rows(torch.stack([keys_BKTH, values_BKTH]))  # one call for both: less overhead
         super().write(layer, *codes)
         for buffers, part_BKT1 in zip((self.key_scales, self.value_scales), scales, strict=True):
             buffers[layer].narrow(2, self.length, part_BKT1.shape[2]).copy_(part_BKT1)

@@ -53,6 +53,7 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
     """
     config = complete(config)
     smaller = cut_config(config, kept)
+    # T5 scales logits by d_model^-0.5; removing channels changes that, which the final norm's weight compensates.
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -62,7 +63,7 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
         part = sliced(name, tensor, config, kept)
         factor = kept.norms.get(name.removesuffix(".weight"), 1.0) if name.endswith("norm.weight") else 1.0
         if ratio != 1.0 and name == f"{list(prefixes(config))[-1]}norm.weight":
-            factor *= ratio  # keeps the logits' scale, which in T5 depends on the width
+            factor *= ratio
         result[new] = part * factor if factor != 1.0 else part.clone()
     return smaller, result
 

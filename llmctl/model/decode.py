@@ -66,6 +66,7 @@ class Decoder:
         assert covers(model.config)
         self.model, self.config = model, model.config
         self.stack: Stack = model.stacks()[-1]
+        # The fused weights replace the model's parameters; as inference tensors they could not be used in autograd.
         with torch.inference_mode(mode=False), torch.no_grad():
             self.layers = [Layer(block) for block in self.stack.layers]
         self.norm = norm_of(self.stack.norm) if model.config.norm_position == "pre" else None
@@ -119,6 +120,7 @@ class Decoder:
     ) -> Step:
         T = x_BTD.shape[1]
         rope = self._rope(positions_BT, T, cache, x_BTD.dtype) if self.config.positions == "rope" else None
+        # The common case of generation: no mask at all.
         if T == 1 and documents_BS is None and memory_documents_BS is None:
             return Step(cache, None, rope, memory_BSD, Mask())
         masks, memory_mask = self.stack.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
@@ -198,7 +200,7 @@ class SelfAttention:
         q_BTNH, k_BTKH, v_BTKH = both_BTAH.narrow(2, 0, N), both_BTAH.narrow(2, N, K), all_BTAH.narrow(2, N + K, K)
         cache, start, stop = step.cache, 0, step.cache.length + T
         cache.write(self.layer, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2))
-        if step.masks is None and self.window:
+        if step.masks is None and self.window:  # without a mask, a window is a shorter range of the cache
             start = max(0, stop - self.window)
         mask = Mask() if step.masks is None else step.masks[self.window]
         if T == 1 and isinstance(cache, Int8KVCache):

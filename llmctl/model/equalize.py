@@ -16,7 +16,7 @@ from llmctl.model.stack import Block, FeedForward
 class Joint:
     """Linear layers that share their input, and the module that produces it, whose outputs can be scaled.
 
-    source: a norm or a linear layer; readers: names of the linear layers in the block; repeats: how often each group of
+    source: a norm or a linear layer; readers: names of the linear layers in the block; repeats: how often module group of
     `width` outputs of the source occurs in the readers' input (grouped-query attention).
     """
 
@@ -31,19 +31,19 @@ def joints(block: Block) -> list[Joint]:
 
     Excluded are norms whose output is also used elsewhere (post-norm) and activations that do not commute with scaling.
     """
-    found = []
+    joints = []
     attention, mlp = block.self_attn, block.mlp
     if block.pre:
-        found.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
+        joints.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
         if block.cross:
-            found.append(Joint(block.cross_attention_layernorm, ("cross_attn.q_proj",)))
+            joints.append(Joint(block.cross_attention_layernorm, ("cross_attn.q_proj",)))
         readers = ("mlp.gate_proj", "mlp.up_proj") if mlp.gated else ("mlp.up_proj",)
-        found.append(Joint(block.post_attention_layernorm, readers))
-    for name, each in (("self_attn", attention), *((("cross_attn", block.cross_attn),) if block.cross else ())):
-        found.append(Joint(each.v_proj, (f"{name}.o_proj",), each.head_dim, each.n_heads // each.n_kv_heads))
+        joints.append(Joint(block.post_attention_layernorm, readers))
+    for name, module in (("self_attn", attention), *((("cross_attn", block.cross_attn),) if block.cross else ())):
+        joints.append(Joint(module.v_proj, (f"{name}.o_proj",), module.head_dim, module.n_heads // module.n_kv_heads))
     if is_linear_behind(mlp):
-        found.append(Joint(mlp.up_proj, ("mlp.down_proj",)))
-    return found
+        joints.append(Joint(mlp.up_proj, ("mlp.down_proj",)))
+    return joints
 
 
 def is_linear_behind(mlp: FeedForward) -> bool:

@@ -58,7 +58,9 @@ def listen(
     generator, n_labels = torch.Generator().manual_seed(seed), 0
     # Without trainable parameters, the graph must start at the embeddings' outputs.
     handles = [model.get_submodule(name).register_full_backward_hook(hook) for name, hook in hooks.items()]
-    handles += [table.register_forward_hook(begin) for table in model.modules() if isinstance(table, nn.Embedding)]
+    handles += [
+        table.register_forward_hook(require_grad) for table in model.modules() if isinstance(table, nn.Embedding)
+    ]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     model.eval().requires_grad_(False)
@@ -75,7 +77,7 @@ def listen(
     return n_labels
 
 
-def begin(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+def require_grad(_: nn.Module, __: Any, out: Tensor) -> Tensor:
     """Make an embedding's output require a gradient (a forward hook)."""
     return out.requires_grad_()
 

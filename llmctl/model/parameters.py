@@ -20,7 +20,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= stack_shapes(config, "model.", config.n_layers, cross=False)
     if config.n_labels:
         has_dense = config.pooled_activation != "none"
-        if has_dense:
+        if has_dense:  # a classifier has no vocabulary head
             shapes |= linear("classifier_dense", D, D, bias=True)
         return shapes | linear("classifier", config.n_labels, D, bias=has_dense)
     if config.head_transform:

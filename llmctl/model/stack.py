@@ -170,13 +170,14 @@ class Stack(nn.Module):
         for block in self.layers:
             if collect is not None:
                 collect.append(x_BTD)
-            again = self.recompute and self.training
-            x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if again else block(x_BTD, shared)
+            checkpoints = self.recompute and self.training
+            x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if checkpoints else block(x_BTD, shared)
         if collect is not None:
             collect.append(x_BTD)
         if self.config.norm_position == "pre":
             x_BTD = self.norm(x_BTD)
         if self.config.query_layer:
+            # After the final norm, as in the released code; its queries come from positions only.
             x_BTD = self.query_layer(x_BTD, shared, self.query_embeddings(positions_BT).expand_as(x_BTD))
         if cache is not None:
             cache.advance(T)
@@ -233,6 +234,7 @@ class Stack(nn.Module):
         S = T + (cache.length if cache is not None else 0)
         documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
         bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
+        # Layers with the same window share a mask.
         windows = {block.window for block in self.layers}
         if config.query_layer:
             windows.add(self.query_layer.window)
@@ -262,7 +264,7 @@ class Stack(nn.Module):
     ) -> Mask | None:
         if memory_BSD is None and (cache is None or cache.cross[0] is None):
             return None
-        if memory_documents_BS is None:
+        if memory_documents_BS is None:  # no padding: every query attends to the whole memory
             return Mask()
         if documents_BT is None:
             documents_BT = torch.ones(memory_documents_BS.shape[0], T, dtype=torch.long, device=device)

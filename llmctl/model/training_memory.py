@@ -126,8 +126,8 @@ class Memory:
     def peak(self) -> int:
         """The peak: gradients replace activations as these are freed, unless they are kept from earlier micro-batches."""
         forward = self.activations + self.logits
-        held = self.weights + self.optimizer + self.copies
-        return held + (forward + self.gradients if self.accumulates else max(forward, self.gradients))
+        permanent = self.weights + self.optimizer + self.copies
+        return permanent + (forward + self.gradients if self.accumulates else max(forward, self.gradients))
 
 
 def memory(

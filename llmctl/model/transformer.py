@@ -79,7 +79,7 @@ class LanguageModel(nn.Module):
         """Share the embedding's weight with the vocabulary head, if the config ties them."""
         if self.config.tie_embeddings and not self.config.n_labels:
             embedding = self.model.embed_tokens
-            if isinstance(embedding, QuantWeight):
+            if isinstance(embedding, QuantWeight):  # packed tensors are buffers, so each is shared by itself
                 for name in PARTS:
                     if hasattr(embedding, name):
                         setattr(self.lm_head, name, getattr(embedding, name))
@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
     def n_parameters(self) -> int:
         """The number of parameters: a tied weight counts once, a quantized weight like an unquantized one."""
         quantized = [module for module in self.modules() if isinstance(module, QuantWeight)]
-        packed = {id(module.weight_packed): module.n_out * module.n_in for module in quantized}
+        packed = {id(module.weight_packed): module.n_out * module.n_in for module in quantized}  # by id: tied ones once
         plain = sum(parameter.numel() for parameter in self.parameters())
         more = sum(module.n_more for module in self.modules() if isinstance(module, TunedLinear))
         return plain + sum(packed.values()) + more
@@ -299,7 +299,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n_layers = max(config.n_layers, config.n_decoder_layers)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2:  # biases and norms
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
             continue
         std = config.init_std

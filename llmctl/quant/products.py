@@ -174,9 +174,9 @@ def int8_onednn(layer: QuantWeight) -> Product:
     def product(x: Tensor) -> Tensor:
         codes_NI, scales_N1 = rounded_inputs(x.reshape(-1, layer.n_in))
         codes_NI = (codes_NI.to(torch.int16) + 128).to(torch.uint8)  # the kernel requires unsigned inputs
-        one = torch.ones(())
+        unit = torch.ones(())
         y_NO = torch.ops.onednn.qlinear_pointwise(
-            codes_NI, one, middle, packed, scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+            codes_NI, unit, middle, packed, scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return (y_NO * scales_N1).to(x.dtype).view(*x.shape[:-1], layer.n_out)
 

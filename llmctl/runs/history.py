@@ -262,7 +262,7 @@ def compare(a: History, b: History) -> dict[str, Any]:
         "b": str(b.path),
         "recipe": recipe,
         "environment": differing(environment_a, environment_b, {}) if environment_a and environment_b else None,
-        "figures": {name: beside(x, y) for (name, x), y in zip(outcome(a).items(), outcome(b).values(), strict=True)},
+        "figures": {name: paired(x, y) for (name, x), y in zip(outcome(a).items(), outcome(b).values(), strict=True)},
         "held_out_differs": held_out_differs(recipe or {}),
     }
 
@@ -285,7 +285,7 @@ def outcome(run: History) -> dict[str, float | None]:
     }
 
 
-def beside(a: float | None, b: float | None) -> dict[str, float | None]:
+def paired(a: float | None, b: float | None) -> dict[str, float | None]:
     """Return two values and their difference, None if either is missing."""
     return {"a": a, "b": b, "difference": None if a is None or b is None else b - a}
 

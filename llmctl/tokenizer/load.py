@@ -71,6 +71,7 @@ def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
         extra = {name: data for name, data in files.items() if name in KNOWN_FILES and name != MODEL_FILE}
         return SentencePieceTokenizer(files[MODEL_FILE], extra)
     own = {name: data for name, data in files.items() if name in KNOWN_FILES}
+    # Most specific first: models often have several files, of which tokenizer.json is complete by itself.
     if "tokenizer.json" in files:
         from llmctl.tokenizer.huggingface import HuggingFaceTokenizer
 

@@ -47,7 +47,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
             sentence_iterator=sentences(sample),
             model_writer=model,
             model_type=config.model_type,
-            vocab_size=1_000_000 if is_char else vocab_size,
+            vocab_size=1_000_000 if is_char else vocab_size,  # char: no limit, the corpus decides
             character_coverage=1.0 if is_char else config.character_coverage,
             byte_fallback=True,
             # In a corpus without spaces (Chinese), the space would otherwise fall back to the bytes of U+2581.
@@ -65,7 +65,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> SentencePi
             eos_id=3,
             pad_piece="<pad>",
             control_symbols=controls,
-            num_threads=1,
+            num_threads=1,  # the result depends on the number of threads
             minloglevel=2,
         )
     except RuntimeError as error:

@@ -88,6 +88,7 @@ def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any
     model = without_weights(artifact.config)
     model.load_state_dict(fitted(state, artifact.config), assign=True)
     model.tie()
+    # Computed buffers (sinusoidal positions) are not part of the state; the new model has them on the meta device.
     for name, buffer in loaded.model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)

@@ -73,7 +73,7 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
     chosen = default_file()
     if chosen.is_file():
         default = Path(chosen.read_text(encoding="utf-8").strip())
-        if not default.exists():
+        if not default.exists():  # do not fall back silently: the user chose this model
             raise NotFoundError(f"the default model `{default}` no longer exists", "`llmctl use MODEL` sets another")
         return Found(default, "set by `llmctl use`")
     raise nothing_found(able)

@@ -71,7 +71,7 @@ def begins_with_special(post_processor: Any) -> bool:
         return False
     if post_processor.get("type") == "Sequence":
         return any(map(begins_with_special, post_processor.get("processors") or []))
-    single = post_processor.get("single")
+    single = post_processor.get("single")  # TemplateProcessing's template for one text
     return isinstance(single, list) and bool(single) and isinstance(single[0], dict) and "SpecialToken" in single[0]
 
 

@@ -45,6 +45,7 @@ def check_layout(train: TrainConfig, parallel: ParallelConfig, world_size: int) 
             f"`train.batch_size` {batch}",
             "use 1, 2, 4, ... processes, or set parallel.gradient_chunks",
         )
+    # In deterministic mode a chunk is one micro-batch: it must fit, and its size must not depend on the memory limit.
     rows = -(-batch // chunks)
     if 0 < train.micro_batch_size < rows:
         needed = 1 << (-(-batch // train.micro_batch_size) - 1).bit_length()

@@ -223,6 +223,7 @@ def check_kind(path: Path) -> None:
         )
     if path.is_dir():
         if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+            # Most older published models contain only pickles: explain instead of reporting a missing file.
             pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
             if pickles:
                 raise refuse_pickle(path / pickles[0])
@@ -256,6 +257,7 @@ def read_headers(path: Path) -> dict[Path, Header]:
     missing = sorted({name for name in weight_map.values() if not (path / name).is_file()})
     if missing:
         raise ArtifactError(f"`{index}` lists `{missing[0]}`, which does not exist", "download the missing shards")
+    # The index is not trusted: the shards' own headers decide, and must agree with it.
     headers = {path / name: read_header(path / name) for name in sorted(set(weight_map.values()))}
     absent = [name for name, file in weight_map.items() if name not in headers[path / file].tensors]
     if absent:

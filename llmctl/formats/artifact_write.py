@@ -74,6 +74,7 @@ def write_artifact(
             write_folder(temporary, texts, lambda path: write_safetensors(path, tensors, metadata))
         return out
     write_folder(out, texts, lambda path: write_safetensors(path, tensors, metadata))
+    # Only afterwards: until the new weights exist, the old model stays usable.
     remove_stale(out, set(texts) if force else set(FILES))
     return out
 
@@ -114,7 +115,7 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
             continue
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + tensor.numel()
-    dtype = max(sorted(sizes), key=lambda name: sizes[name])
+    dtype = max(sorted(sizes), key=lambda name: sizes[name])  # sorted: a tie must not depend on the order of tensors
     head = {"architectures": [family.architecture], "model_type": family.model_type}
     return head | family.write_config(config) | {"torch_dtype": dtype, "dtype": dtype}
 

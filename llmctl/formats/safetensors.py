@@ -140,6 +140,7 @@ def parse_entry(name: str, entry: Any, n_bytes: int, path: Path) -> TensorEntry:
     # Checked here, since the library maps the file: a wrong offset must not become a read outside it.
     if not begin <= end <= n_bytes:
         raise damaged(path, f"tensor `{name}` lies at bytes {begin} to {end} of {n_bytes}")
+    # In bits, since some dtypes have fewer than eight per element.
     n_bits = count_elements(shape, 8 * n_bytes) * DTYPE_BITS[dtype]
     if n_bits != 8 * (end - begin):
         raise damaged(path, f"tensor `{name}` of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
@@ -185,7 +186,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "T
     """
     from safetensors import SafetensorError, safe_open
 
-    header = read_header(path)
+    header = read_header(path)  # our stricter checks, before the library maps the file
     selected = list(header.tensors) if names is None else list(names)
     missing = [name for name in selected if name not in header.tensors]
     if missing:
@@ -232,6 +233,7 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    # Via uint8, because NumPy has no bfloat16.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

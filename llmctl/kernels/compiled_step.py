@@ -195,6 +195,7 @@ class Step:
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
         x_BD = self.decoder.model.embed(tokens_B).float().contiguous()  # the library works in float32
         logits_BV = torch.empty(B, self.config.vocab_size)
+        # Set per call: the same model can be used with different caches and thread counts.
         self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
         cos, sin = self._rope(cache)
         self.library.llmctl_step(
@@ -217,6 +218,7 @@ class Step:
         if self.config.positions != "rope":
             return None, None
         if self.tables is None or len(self.tables[0]) < cache.max_len:
+            # The two halves of a head's table are equal: the library needs only one.
             cos_SH, sin_SH = rope_tables(torch.arange(cache.max_len), self.config.head_dim, self.config.rope_theta)
             half = self.config.head_dim // 2
             self.tables = cos_SH[:, :half].contiguous(), sin_SH[:, :half].contiguous()

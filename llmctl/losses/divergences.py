@@ -58,6 +58,7 @@ def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple
 def reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
     """Return KL(q || p); gradient q (log q/p - KL)."""
     del options
+    # In-place exponentials reuse the buffers of the logarithms: chunks are large.
     gap_CV = log_q_CV - log_p_CV
     q_CV, p_CV = log_q_CV.exp_(), log_p_CV.exp_()
     terms_CV = q_CV * gap_CV
@@ -82,7 +83,7 @@ def jensen_shannon(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> t
     """Return beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q."""
     beta = options.beta
     q_CV, p_CV = log_q_CV.exp_(), log_p_CV.exp_()
-    m_CV = q_CV + beta * (p_CV - q_CV)
+    m_CV = q_CV + beta * (p_CV - q_CV)  # in this form exactly q if p equals q
     from_p_C = log_ratio(p_CV, m_CV).mul_(p_CV).sum(dim=1)
     slope_CV = log_ratio(q_CV, m_CV)
     from_q_C = (q_CV * slope_CV).sum(dim=1)

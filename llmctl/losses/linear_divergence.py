@@ -79,6 +79,7 @@ class _Chunk:
             else:
                 logits(hidden_CD.to(dtype), teacher.weight_VD[:V], bias_V, own_CV)
             log_softmax_(own_CV, temperature)
+            # Several teachers are averaged as probabilities, not as logits.
             if len(teachers) == 1:
                 return own_CV
             part_CV = own_CV.exp() / len(teachers)
@@ -226,6 +227,7 @@ def linear_divergence(
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
     elif hidden_ND.dtype != weight_VD.dtype:
         hidden_ND = hidden_ND.to(weight_VD.dtype)
+    # A slice in the graph: its backward pass pads the gradient to the full vocabulary.
     if vocab_size is not None and vocab_size < len(weight_VD):
         weight_VD, bias_V = weight_VD[:vocab_size], None if bias_V is None else bias_V[:vocab_size]
     # Decided here: inside `forward` grad mode is off, and `needs_input_grad` is true for parameters even under no_grad.

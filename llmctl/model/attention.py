@@ -80,7 +80,8 @@ def build_mask(
             return Mask(is_causal=True)
     allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if causal or window:
-        behind_TS = offsets(n_queries, n_keys, device).neg()
+        behind_TS = offsets(n_queries, n_keys, device).neg()  # how many positions a key is before the query
+        # An encoder's window extends to both sides.
         allowed = behind_TS >= 0 if causal else behind_TS > -window
         allowed = allowed & (behind_TS < window) if window else allowed
     if query_documents_BT is not None and key_documents_BS is not None:
@@ -150,7 +151,7 @@ class Attention(nn.Module):
                 attended[layer] = (q_BNTH, k_BKSH, v_BKSH)
             if rope is not None:
                 q_BNTH, k_BKSH = apply_rope(q_BNTH, *rope), apply_rope(k_BKSH, *rope)
-            if cache is not None:
+            if cache is not None:  # keys are cached after rotary embedding: each is rotated once
                 k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
         return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale))
 
@@ -173,6 +174,7 @@ class Attention(nn.Module):
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
     """Return softmax(q k^T scale + mask) v with concatenated heads: (B, T, N*H)."""
     if trains_on_cpu(q_BNTH, k_BKSH):
+        # A custom autograd function gets no casts from autocast: apply its dtype here.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_BNTH.dtype
         if blocks_pay(k_BKSH.shape[2], mask, dtype):
             q, k, v = q_BNTH.to(dtype), k_BKSH.to(dtype), v_BKSH.to(dtype)

@@ -35,7 +35,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.buffers = [self.keys, self.values]
         self.documents_BS = torch.ones(batch, max_len, dtype=torch.long, device=device)
-        self.ragged = False
+        self.ragged = False  # becomes True with padding or several documents: masks are then needed
         self.cross: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
         self.length = 0
         self.max_len = max_len
@@ -89,7 +89,7 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may repeat (beam search)."""
-        for kind in self.buffers:
+        for kind in self.buffers:  # the lists are shared with self.keys, ...: replace their items
             for layer, buffer in enumerate(kind):
                 kind[layer] = buffer[rows]
         self.documents_BS = self.documents_BS[rows]

@@ -189,6 +189,7 @@ class SelfAttention:
         """Attend, storing keys and values in the cache."""
         (B, T, _), (N, K, H) = x_BTD.shape, self.heads
         all_BTAH = self.qkv(x_BTD).view(B, T, N + 2 * K, H)
+        # Query and key heads are processed together: both are normalized and rotated.
         both_BTAH = all_BTAH.narrow(2, 0, N + K)
         if self.norms is not None:
             q_BTNH, k_BTKH = both_BTAH.split([N, K], dim=2)
@@ -203,7 +204,7 @@ class SelfAttention:
         if step.masks is None and self.window:  # without a mask, a window is a shorter range of the cache
             start = max(0, stop - self.window)
         mask = Mask() if step.masks is None else step.masks[self.window]
-        if T == 1 and isinstance(cache, Int8KVCache):
+        if T == 1 and isinstance(cache, Int8KVCache):  # avoids dequantizing the whole cache for one query
             return self.out(attend_int8(q_BTNH, *cache.coded(self.layer, start, stop), mask, self.scale))
         return self.out(attend_cached(q_BTNH, *cache.read(self.layer, start, stop), mask, self.scale))
 
@@ -306,6 +307,7 @@ def join_linears(layers: Sequence[nn.Linear]) -> Dense:
     weight_OI = torch.cat([layer.weight for layer in layers])
     has_bias = layers[0].bias is not None
     bias_O = torch.cat([layer.bias for layer in layers]) if has_bias else None
+    # The original layers become views, so that the model does not need twice the memory.
     start = 0
     for layer in layers:
         layer.weight.data = weight_OI[start : start + layer.out_features]

@@ -109,6 +109,7 @@ class LoRALinear(nn.Linear):
         """
         y = self.plain(x)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        # The scale goes to the low-rank activations, which are the smallest tensor.
         delta = F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
         if self.lora_magnitude is None:
             return y + delta

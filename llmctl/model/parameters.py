@@ -89,7 +89,7 @@ def norm(config: ModelConfig, name: str) -> dict[str, Shape]:
 def count(config: ModelConfig) -> int:
     """Return the number of parameters, counting a tied weight once."""
     sizes = {name: math.prod(dims) for name, dims in parameter_shapes(config).items()}
-    if config.tie_embeddings and not config.n_labels:
+    if config.tie_embeddings and not config.n_labels:  # state_dict lists a tied head under both names
         sizes.pop("lm_head.weight", None)
     return sum(sizes.values())
 
@@ -116,7 +116,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     Raises: UsageError if the configuration contradicts itself.
     """
     config = complete(config)
-    norm = (2 if config.norm == "layernorm" else 1) * config.d_model
+    norm = (2 if config.norm == "layernorm" else 1) * config.d_model  # LayerNorm has a bias, RMSNorm does not
     if config.family == "encoder_decoder":
         stacks = [
             _stack(config, config.n_layers, norm, cross=False),

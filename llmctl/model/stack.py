@@ -86,6 +86,7 @@ class Block(nn.Module):
         h_BTD = self.input_layernorm(x_BTD) if self.pre else x_BTD
         mask = shared.masks[self.window]
         options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
+        # Keys and values of the query layer come from the hidden states, its queries from elsewhere.
         if query_BTD is None:
             y_BTD = self.self_attn(h_BTD, mask, **options)
         else:
@@ -110,7 +111,7 @@ class Block(nn.Module):
 
     def _join(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
         x_BTD = x_BTD + self.dropout(y_BTD)
-        return x_BTD if self.pre else norm(x_BTD)
+        return x_BTD if self.pre else norm(x_BTD)  # post-norm normalizes the sum
 
 
 class Stack(nn.Module):
@@ -186,7 +187,7 @@ class Stack(nn.Module):
     def positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
         """Return the positions of the next tokens in their documents (B or 1, T)."""
         T = x_BTD.shape[1]
-        if documents_BS is not None:
+        if documents_BS is not None:  # counted over cached positions too, hence the slice
             return positions_within(documents_BS)[:, -T:]
         past = cache.length if cache is not None else 0
         return torch.arange(past, past + T, device=x_BTD.device)[None, :]
@@ -231,7 +232,7 @@ class Stack(nn.Module):
     ) -> tuple[dict[int, Mask], Mask | None]:
         """Return the masks of T more positions: by window, and for the memory if there is one."""
         config, T = self.config, x_BTD.shape[1]
-        S = T + (cache.length if cache is not None else 0)
+        S = T + (cache.length if cache is not None else 0)  # cached keys come first
         documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
         bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
         # Layers with the same window share a mask.
@@ -262,6 +263,7 @@ class Stack(nn.Module):
         cache: KVCache | None,
         device: torch.device,
     ) -> Mask | None:
+        # After the first step, the memory is only in the cache.
         if memory_BSD is None and (cache is None or cache.cross[0] is None):
             return None
         if memory_documents_BS is None:  # no padding: every query attends to the whole memory

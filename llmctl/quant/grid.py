@@ -108,6 +108,7 @@ def _search(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None) -> G
     groups_OGg = grouped(weight_OI, scheme)
     weights = torch.ones_like(weight_OI[:1]) if importance_I is None else importance_I[None].to(weight_OI.dtype)
     weights_1Gg = grouped(weights, scheme)
+    # Per group, keep the grid with the least error over all clipped ranges.
     best, best_OG = whole_range(weight_OI, scheme), None
     for step in range(SEARCH_STEPS):
         grid = whole_range(weight_OI, scheme, 1 - step * (1 - NARROWEST) / (SEARCH_STEPS - 1))
@@ -118,7 +119,7 @@ def _search(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None) -> G
         steps_OGg = _codes(groups_OGg, best, scheme) - best.zeros_OG[..., None]
         power_OG = (steps_OGg.square() * weights_1Gg).sum(dim=2)
         fitted_OG = (groups_OGg * steps_OGg * weights_1Gg).sum(dim=2) / power_OG
-        usable = (power_OG > 0) & (fitted_OG > 0)
+        usable = (power_OG > 0) & (fitted_OG > 0)  # power 0: all codes are the zero point, so no scale follows
         grid = Grid(rounded_scales(torch.where(usable, fitted_OG, best.scales_OG), scheme), best.zeros_OG)
         best, best_OG = _better(best, best_OG, grid, _error(groups_OGg, weights_1Gg, grid, scheme))
     # A row may now mix scales of two grids with different exponents: bring them to one.

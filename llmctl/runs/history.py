@@ -131,6 +131,7 @@ class History:
     @property
     def step(self) -> int | None:
         """The last step known to be complete, from the record, the newest checkpoint or the metrics."""
+        # Metrics run ahead of checkpoints, and a finished run's summary is authoritative: the largest is right.
         known = map(number, (self.summary.get("steps"), self.saved.get("step"), self.last("step")))
         return max((int(step) for step in known if step is not None), default=None)
 
@@ -208,6 +209,7 @@ def list_runs() -> tuple[list[History], list[str]]:
     folder = runs_folder()
     runs, others = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        # `latest` and `LATEST` only point to runs; hidden folders are being removed.
         if path.name.startswith(".") or path.is_symlink() or path.name == "LATEST":
             continue
         if path.is_dir() and ((path / "run.json").exists() or NUMBERED.match(path.name)):

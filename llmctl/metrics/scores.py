@@ -124,7 +124,8 @@ def has_han(texts: Sequence[str]) -> bool:
 def normal_answer(text: str) -> str:
     """Lowercase an answer and remove punctuation, articles and extra white space.
 
-    Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; here the punctuation of all scripts is removed.
+    Source: Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1; here the punctuation of all scripts is removed, and
+    spaces between Chinese characters do not matter, since answers are compared as tokens (`answer_tokens`).
     """
     kept = "".join(c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
     return " ".join(ARTICLES.sub(" ", kept).split())

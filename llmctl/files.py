@@ -60,14 +60,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises: OutputError if the file system refuses.
     """
+    # In the same folder, since a rename is atomic only within a file system; random, since two processes may write.
     temporary = path.parent / f".{path.name[:40]}.{secrets.token_hex(4)}.tmp"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            sync(temporary)
+            sync(temporary)  # before the rename: otherwise a power failure could leave an empty file under the name
             temporary.replace(path)
-            sync(path.parent)
+            sync(path.parent)  # makes the rename itself durable
         finally:
             discard(temporary)
 

@@ -96,7 +96,7 @@ def available_memory(device: torch.device, n_sharing: int = 1) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit = Path("/sys/fs/cgroup/memory.max")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's limit, which /proc/meminfo does not show; or `max`
     if limit.is_file() and (text := limit.read_text(encoding="utf-8").strip()).isdigit():
         used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
         free = min(free, int(text) - used)
@@ -107,6 +107,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the process's peak memory: allocated by torch on a GPU, resident set size on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

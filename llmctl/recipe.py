@@ -61,6 +61,7 @@ def keys_of(config_class: type, prefix: str = "") -> dict[str, Key]:
     for item in dataclasses.fields(config_class):
         name, kind = prefix + item.name, hints[item.name]
         if kind is ModelChoice:
+            # A model section is a preset name plus overrides of ModelConfig, so its keys come from two classes.
             preset = {field.name: field for field in dataclasses.fields(ModelChoice)}["preset"]
             keys[f"{name}.preset"] = Key(str, preset.default, preset.metadata["help"])
             keys |= keys_of(ModelConfig, f"{name}.")
@@ -104,6 +105,7 @@ def load(
 
     if recipe is not None:
         take((key, value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe), keys))
+    # In order of precedence, lowest first: later sources overwrite values and origins.
     take(from_environment(keys, os.environ if environment is None else environment))
     take(from_settings(settings, keys, problems))
     take((key, value, "flag") for key, value in (flags or {}).items() if value is not None)
@@ -115,6 +117,7 @@ def load(
 
 def unknown_key(key: str, keys: Mapping[str, Key], origin: str) -> str:
     """Describe an unknown key, with the closest existing one."""
+    # A key of the right name in the wrong section is the most common mistake, before typing errors.
     last = key.rsplit(".", 1)[-1]
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == last]
     close = same_name or get_close_matches(key, keys, n=1, cutoff=0.6)
@@ -229,6 +232,7 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
         value = tuple(part.strip() for part in value.split(",") if part.strip())
     if get_origin(info.kind) is tuple and isinstance(value, (str, int)):
         value = (value,)
+    # YAML parses `name: 2024` as a number, but it is a valid string.
     if info.kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if info.kind is int and isinstance(value, str):

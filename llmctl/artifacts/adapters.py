@@ -82,12 +82,13 @@ def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any
     artifact = adapt(loaded.artifact, [named_adapter(name) for name in names])
     require_family(artifact.config, able, artifact.path)
     tokenizer = loaded.tokenizer if artifact.files == loaded.artifact.files else fitting_tokenizer(artifact)
-    loaded.model.multiply_out()  # merged weights do not lie on the base's quantization grid
+    loaded.model.dequantize()  # merged weights do not lie on the base's quantization grid
     state = loaded.model.state_dict()
     state |= merged(state, architecture_on(loaded.artifact, artifact.config), artifact.adapters)
     model = without_weights(artifact.config)
     model.load_state_dict(fitted(state, artifact.config), assign=True)
     model.tie()
+    # Computed buffers (sinusoidal positions) are not part of the state; the new model has them on the meta device.
     for name, buffer in loaded.model.named_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer)

@@ -74,7 +74,7 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
     chosen = default_file()
     if chosen.is_file():
         default = Path(chosen.read_text(encoding="utf-8").strip())
-        if not default.exists():
+        if not default.exists():  # do not fall back silently: the user chose this model
             raise NotFoundError(f"the default model `{default}` no longer exists", "`llmctl use MODEL` sets another")
         return Found(default, "set by `llmctl use`")
     raise nothing_found(able)
@@ -96,6 +96,7 @@ def find_named(name: str, able: Ability) -> Path:
         if newest is None:
             raise nothing_found(able)
         return newest
+    # Only bare names and paths into the runs folder are looked up there; `x/y` is a path.
     is_run = folder.is_dir() and path.parent in (Path(), folder)
     prefixes = (f"{int(name):04d}-", name) if name.isdecimal() else (path.name,)
     matches = (

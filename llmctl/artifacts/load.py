@@ -72,7 +72,7 @@ def begins_with_special(post_processor: Any) -> bool:
         return False
     if post_processor.get("type") == "Sequence":
         return any(map(begins_with_special, post_processor.get("processors") or []))
-    single = post_processor.get("single")
+    single = post_processor.get("single")  # TemplateProcessing's template for one text
     return isinstance(single, list) and bool(single) and isinstance(single[0], dict) and "SpecialToken" in single[0]
 
 
@@ -104,6 +104,7 @@ def load_model(
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
     model.quantize(schemes)
+    # to_empty replaces every tensor, which breaks the tie of head and embedding.
     model.to_empty(device=target)
     materialize_buffers(model)
     model.tie()

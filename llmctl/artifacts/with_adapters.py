@@ -103,6 +103,7 @@ def adapt(base: Artifact, adapters: Sequence[Weighted]) -> Adapted:
     """
     check_together(adapters)
     config = base.config
+    # An adapter with a classification head changes the config, and with it the layers that the others must fit.
     for adapter, _ in adapters:
         check_identity(adapter, base)
         config = adapted_config(adapter, base) if adapter.whole else config

@@ -9,7 +9,7 @@ from torch import nn
 from llmctl.artifacts.load import materialize_buffers, without_weights
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.kernels.product_table import randomise
+from llmctl.kernels.product_table import randomize
 from llmctl.machine import DTYPES
 from llmctl.model.presets import preset_config
 from llmctl.model.transformer import LanguageModel
@@ -56,7 +56,7 @@ def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> Lang
     dtype = DTYPES.get(dtypes.full_name(precision), torch.float32)
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            randomise(module, generator)
+            randomize(module, generator)
         elif parameters := list(module.parameters(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
             module.to(dtype)

@@ -52,6 +52,7 @@ class CausalBatches:
         """Return the batch of the rows with these numbers."""
         rows = [self.rows.row(number) for number in numbers]
         tokens, documents = np.stack([row.tokens for row in rows]), np.stack([row.documents for row in rows])
+        # The last token of a document has no label: its successor is in another document or padding.
         follows = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] != 0)
         batch = {"input_ids_BT": tokens[:, :-1], "labels": np.where(follows, tokens[:, 1:], IGNORE)}
         # With one document per row the mask is redundant, and attention is faster without it.
@@ -76,6 +77,7 @@ class MaskedBatches:
         for number in numbers:
             row = self.rows.row(number)
             real = row.documents != 0
+            # Seeded by address: fixed rows get the same masks in every epoch, for cached teacher outputs to match.
             rng = np.random.default_rng([self.seed, self.rows.address(number)])
             hidden, predicted = mask_tokens(row.tokens[real], rng, self.masking)
             inputs.append(hidden)
@@ -111,7 +113,7 @@ class SpanBatches:
         pairs = []
         for document in range(1, int(row.documents.max(initial=0)) + 1):
             tokens = row.tokens[row.documents == document]
-            tokens = tokens[~self.ids.special[tokens]]
+            tokens = tokens[~self.ids.special[tokens]]  # a sentinel or end-of-text in the input would be ambiguous
             if len(tokens):
                 pairs.append(
                     remove_spans(tokens, rng, sentinels=self.ids.sentinels, frac=self.frac, mean_span_tokens=self.mean)
@@ -165,6 +167,7 @@ class AnswerBatches:
         indexes = self.rows.indexes(number) if isinstance(self.rows, PackedExamples) else [self.rows.index(number)]
         tokens, labels, documents = [], [], []
         for document, index in enumerate(indexes, start=1):
+            # One token more than the row has positions: labels are shifted by one.
             ids = self.tokens.document(index).astype(np.int64)[: self.max_tokens + 1]
             is_trained = self.trained.document(index).astype(bool)[: self.max_tokens + 1]
             tokens.append(ids[:-1])

@@ -60,7 +60,7 @@ def read_conversations(paths: Sequence[str], *, messages_key: str = "") -> Itera
 
 
 def _read_row(row: Any, where: str, messages_key: str) -> Iterator[Conversation]:
-    if isinstance(row, list):
+    if isinstance(row, list):  # a JSON line that is a bare list of messages
         row = {messages_key or "messages": row}
     if not isinstance(row, dict):
         raise UsageError(f"{where} is of type {type(row).__name__}, not a conversation", KNOWN_SHAPES)
@@ -192,6 +192,7 @@ def _message(item: Any, where: str) -> Message:
     """Read a message: `role` and `content`, or ShareGPT's `from` and `value`."""
     if not isinstance(item, dict):
         raise UsageError(f"{where} is {_kind(item)}, not an object", "a message has `role` and `content`")
+    # Some datasets have `from` in addition to `role`, with another meaning.
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     for key in (role_key, content_key):
         if key not in item:

@@ -225,6 +225,7 @@ def question_example(row: dict[str, Any], roles: dict[str, str], where: str) -> 
         value = value.get("text", [])
     values: list[Any] = value if isinstance(value, list) else [value]
     answers = [answer.get("text") if isinstance(answer, dict) else answer for answer in values]
+    # "" stands for no wrong answer, since every string is a valid one.
     wrong = next((answer for answer in answers if not isinstance(answer, (str, int, float))), "")
     if not isinstance(wrong, (str, int, float)):
         raise UsageError(

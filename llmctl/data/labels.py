@@ -128,6 +128,7 @@ def _several(value: str | list[str]) -> list[str]:
 
 
 def _problem(values: Sequence[str | list[str]], names: Sequence[str]) -> Problem:
+    # A known label may itself contain the separator.
     if any(isinstance(value, list) or (SEPARATOR in value and value not in names) for value in values):
         return "multi"
     if not names and any(NUMBER.fullmatch(value) and not float(value).is_integer() for value in map(str, values)):

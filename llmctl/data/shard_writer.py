@@ -58,6 +58,7 @@ def write_shards(
         folder.mkdir(parents=True, exist_ok=True)
     finished = resume_state(folder, part, identity)
     own = (text for number, text in enumerate(documents) if number % part.count == part.index)
+    # Shards end at document boundaries, so the number of finished documents is the resume position.
     remaining = islice(own, sum(shard["n_documents"] for shard in finished), None)
     writer = _Writer(folder, part, dtype, identity, finished, shard_tokens)
     for ids in encode_all(remaining, encode_batch, workers):
@@ -100,7 +101,7 @@ def resume_state(folder: Path, part: Part, identity: Mapping[str, Any]) -> list[
     """
     state = folder / f".{part.stem}.progress.json"
     final = folder / f"{part.stem}.json"
-    for path in (final, state):
+    for path in (final, state):  # `final` if this part is complete, `state` if it was interrupted
         if path.exists():
             known = read_manifest(path)
             differing = [key for key, value in identity.items() if known.get(key) != value]

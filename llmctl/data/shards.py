@@ -65,14 +65,16 @@ class ShardSet:
         self.vocab_size = int(self.manifest["vocab_size"])
         shards = [shard for manifest in manifests for shard in manifest["shards"]]
         dtype = np.dtype(self.manifest["dtype"])
+        # Lengths are read into memory (8 bytes per document); tokens stay mapped.
         self._tokens = [map_array(folder / shard["tokens"], dtype) for shard in shards]
         lengths = [map_array(folder / shard["lengths"], np.dtype("<i8")) for shard in shards]
         self.lengths: Ints = np.concatenate([*lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64)
         self.n_documents = len(self.lengths)
         self.n_tokens = int(self.lengths.sum())
         self._first_document = np.cumsum([0, *map(len, lengths)])
-        offsets = [np.cumsum(each) - each for each in lengths]
+        offsets = [np.cumsum(each) - each for each in lengths]  # a document's first token, within its shard
         self._offsets: Ints = np.concatenate([*offsets, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+        # A truncated file would otherwise surface as wrong text in the middle of training.
         for shard, tokens, each in zip(shards, self._tokens, lengths, strict=True):
             if len(tokens) != int(each.sum()) or len(tokens) != shard["n_tokens"]:
                 raise ArtifactError(
@@ -188,5 +190,5 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     for shard in manifest["shards"]:
         int(shard["n_documents"]), int(shard["n_tokens"])
         for key in ("tokens", "lengths"):
-            if not re.fullmatch(r"part-\d+-of-\d+-\d+\.\w+\.bin", shard[key]):
+            if not re.fullmatch(r"part-\d+-of-\d+-\d+\.\w+\.bin", shard[key]):  # no path separators
                 raise ValueError(f"a shard is named {shard[key]!r}")

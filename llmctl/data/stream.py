@@ -85,6 +85,7 @@ class PackedRows:
         elif self.shuffle:
             rng = np.random.default_rng([self.seed, epoch])
             order = rng.permutation(order)
+            # A random offset puts the cuts elsewhere in every epoch, so that no token is always at a row's start.
             slack = self.n_tokens - self.overlap - self.n_rows * self.seq_len
             offset = int(rng.integers(max(1, min(self.seq_len, slack + 1))))
             rows = rng.permutation(rows)
@@ -94,7 +95,7 @@ class PackedRows:
     def _read(self, order: Ints, starts: Ints, start: int, stop: int) -> Row:
         tokens = np.zeros(stop - start, dtype=np.int64)
         documents = np.zeros(stop - start, dtype=np.int64)
-        at = int(np.searchsorted(starts, start, side="right")) - 1
+        at = int(np.searchsorted(starts, start, side="right")) - 1  # the document that contains the first token
         number = 0
         while at < len(order) and starts[at] < stop:
             begin, end = max(start, int(starts[at])), min(stop, int(starts[at + 1]))
@@ -185,7 +186,7 @@ def best_fit(lengths: Ints, selection: Ints, capacity: int) -> list[list[int]]:
     rooms = SortedRooms(capacity)
     for index in selection[np.argsort(-lengths[selection], kind="stable")].tolist():
         size = min(int(lengths[index]), capacity)
-        room = rooms.smallest(size)
+        room = rooms.smallest(size)  # best fit: the fullest row that still has room
         if room is None:
             row: list[int] = []
             rows.append(row)

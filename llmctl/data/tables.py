@@ -105,6 +105,7 @@ def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
 
     `wanted` is how much text to buffer before parsing: it doubles while a value is incomplete.
     """
+    # The library has no incremental parser, but raw_decode parses one value at a position of a buffer.
     decoder = json.JSONDecoder()
     blocks = text_blocks(name)
     buffer, position, index, wanted, ended = "", 0, 0, BLOCK_BYTES // 2, False
@@ -190,6 +191,7 @@ def _parquet_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str,
         file = parquet.ParquetFile(name)
     except (ArrowInvalid, OSError) as error:
         raise UsageError(f"`{name}` is not a valid parquet file: {error}", "write the file again") from error
+    # Missing columns are not an error here: row_text names them, with the columns that exist.
     known = [column for column in columns if column in file.schema_arrow.names]
     number = 0
     for batch in file.iter_batches(batch_size=1024, columns=known or None):

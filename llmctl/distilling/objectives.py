@@ -20,7 +20,7 @@ from llmctl.distilling.teacher import Seen, Teacher, inputs_of
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.losses.cross_entropy import linear_cross_entropy
 from llmctl.losses.divergences import Divergence
-from llmctl.losses.linear_divergence import Told, linear_divergence
+from llmctl.losses.linear_divergence import TeacherOutputs, linear_divergence
 from llmctl.losses.matching import hidden_match, relation_match
 from llmctl.losses.measures import N_BINS
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
@@ -199,7 +199,7 @@ class Distillation(_WithTeachers):
             parts |= dict(zip(BINS, found.bins.flatten(), strict=True))
         return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
 
-    def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> Told | None:
+    def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> TeacherOutputs | None:
         """Return what the loss hears of the teachers at the labels: of themselves, or as it was written down."""
         if "teacher_ids" in batch:
             return SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))

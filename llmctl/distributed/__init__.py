@@ -1,1 +1,1 @@
-"""Processes, devices, ranks."""
+"""Launching processes, ranks, devices, gradient reduction and sharding."""

@@ -1,8 +1,8 @@
-"""torch's elastic agent, without waiting for a host that is gone, and without restarts that are no use.
+"""torch's elastic agent, modified not to block on a lost host and not to restart after permanent errors.
 
-The agents of all hosts talk over one store. Where the way to it is cut, a question to it returns when TCP gives up, in
-a quarter of an hour; meanwhile the agent would see neither a signal nor the end of its own processes. So questions are
-asked by threads, which are left behind.
+The agents of all hosts communicate through one store. If the connection is lost, a request returns only when TCP gives
+up, after about 15 minutes; until then the agent would notice neither signals nor the end of its own processes. So
+requests run in threads, which are abandoned on a timeout.
 """
 
 import sys
@@ -14,14 +14,14 @@ from typing import Any
 from llmctl.distributed.failures import FINAL, culprit, describe, exit_code
 
 FAREWELL_SECONDS = 3.0
-"""How long an agent tries to tell the others that it ends."""
+"""How long an agent that ends tries to notify the others."""
 
 MARGIN_SECONDS = 5.0
-"""How much later than torch's own timeout ours strikes, whose message says less."""
+"""How much later than torch's own timeout ours fires: torch's error message is more specific."""
 
 
 def ask(action: Callable[..., Any], *arguments: Any) -> "Future[Any]":
-    """Begin an action in a thread of its own."""
+    """Start an action in its own thread."""
     executor = ThreadPoolExecutor(1)
     future = executor.submit(action, *arguments)
     executor.shutdown(wait=False)
@@ -29,9 +29,9 @@ def ask(action: Callable[..., Any], *arguments: Any) -> "Future[Any]":
 
 
 def within(seconds: float, action: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what an action returns.
+    """Return an action's result, or stop waiting for it after a timeout; its thread keeps running.
 
-    Raises: RendezvousTimeoutError if it takes longer; it goes on in its thread.
+    Raises: RendezvousTimeoutError on a timeout.
     """
     from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
@@ -39,31 +39,31 @@ def within(seconds: float, action: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return future.result(seconds)
     except TimeoutError as error:
-        if future.done():
+        if future.done():  # the action itself raised a TimeoutError
             raise
         raise RendezvousTimeoutError(f"no answer from the master within {seconds:.0f} s") from error
 
 
 class Latest:
-    """The newest answer to a question that is asked again and again, 0 until there is one; never waits."""
+    """A non-blocking poll: returns the most recent result of a request, 0 before the first one."""
 
     def __init__(self, action: Callable[[], int]) -> None:
         self.action = action
-        self.asked: Future[Any] | None = None
+        self.pending: Future[Any] | None = None
         self.answer = 0
 
     def __call__(self) -> int:
-        """Return it, and ask again where the last question is answered."""
-        if self.asked is None:
-            self.asked = ask(self.action)
-        elif self.asked.done():
-            asked, self.asked = self.asked, None
-            self.answer = asked.result()
+        """Return the latest result; start a new request if none is pending."""
+        if self.pending is None:
+            self.pending = ask(self.action)
+        elif self.pending.done():
+            done, self.pending = self.pending, None
+            self.answer = done.result()
         return self.answer
 
 
 def agent_class(original: Any, folder: Path, timeout_seconds: int) -> type[Any]:
-    """Return torch's agent with a line about every restart, and none after errors that would come again."""
+    """Return a subclass of torch's agent that announces restarts, and does not restart after permanent errors."""
 
     class Agent(original):  # type: ignore[misc]
         _remaining_restarts: int
@@ -77,7 +77,8 @@ def agent_class(original: Any, folder: Path, timeout_seconds: int) -> type[Any]:
 
         def _rendezvous(self, worker_group: Any) -> None:
             within(timeout_seconds + MARGIN_SECONDS, super()._rendezvous, worker_group)
-            worker_group.spec.rdzv_handler.num_nodes_waiting.answer = 0  # they have come
+            # All hosts have joined. A stale count of waiting hosts would trigger another restart.
+            worker_group.spec.rdzv_handler.num_nodes_waiting.answer = 0
 
         def _exit_barrier(self) -> None:
             within(timeout_seconds + MARGIN_SECONDS, super()._exit_barrier)
@@ -89,8 +90,8 @@ def agent_class(original: Any, folder: Path, timeout_seconds: int) -> type[Any]:
                 if exit_code(failure) in FINAL:
                     self._remaining_restarts = 0
                 else:
-                    what = describe(rank, failure, folder).splitlines()[0].removeprefix("error: ")
-                    sys.stderr.write(f"{what}; starting again ({self._remaining_restarts - 1} restarts left)\n")
+                    reason = describe(rank, failure, folder).splitlines()[0].removeprefix("error: ")
+                    sys.stderr.write(f"{reason}; restarting ({self._remaining_restarts - 1} restarts left)\n")
                     for path in folder.glob("error-*"):
                         path.unlink()
             return result

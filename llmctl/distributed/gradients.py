@@ -1,7 +1,7 @@
-"""How a step's batch is laid out over processes, and how their gradients become one.
+"""Split a step's batch over processes and sum their gradients.
 
-A batch is cut into micro-batches of consecutive rows, which go to the processes in order: two micro-batches on one
-process are the two of two processes, and so are their sums. Knows nothing of models or files.
+A batch is split into micro-batches of consecutive rows, assigned to processes in order: the micro-batches, and so the
+sum of their gradients, do not depend on how many processes share them. Knows nothing about models or files.
 """
 
 from collections.abc import Sequence
@@ -17,25 +17,26 @@ from llmctl.errors import UsageError
 
 
 def check_layout(train: TrainConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Refuse a batch that cannot be shared out.
+    """Check that a batch can be divided among the processes.
 
-    Raises: UsageError with the nearest that can.
+    Raises: UsageError suggesting a valid setting.
     """
     batch, chunks = train.batch_size, parallel.gradient_chunks
     if batch < world_size:
         raise UsageError(
             f"`train.batch_size` {batch} is smaller than the number of processes, {world_size}",
-            f"--batch-size {world_size}, or fewer processes",
+            f"use --batch-size {world_size}, or fewer processes",
         )
     if not parallel.deterministic:
         return
     if parallel.strategy == "fsdp" and world_size > 1:
         raise UsageError(
-            "`parallel.deterministic` does not go with `parallel.strategy` `fsdp`", "--parallel ddp, or leave one away"
+            "`parallel.deterministic` cannot be used with `parallel.strategy` `fsdp`",
+            "use --parallel ddp, or omit one of them",
         )
     if chunks < 1 or chunks & (chunks - 1):
         raise UsageError(
-            f"`parallel.gradient_chunks` is {chunks}, it must be a power of two",
+            f"`parallel.gradient_chunks` is {chunks}, but must be a power of two",
             f"--set parallel.gradient_chunks={1 << max(0, chunks.bit_length() - 1)}",
         )
     if chunks % world_size or batch < chunks:
@@ -44,6 +45,7 @@ def check_layout(train: TrainConfig, parallel: ParallelConfig, world_size: int) 
             f"`train.batch_size` {batch}",
             "use 1, 2, 4, ... processes, or set parallel.gradient_chunks",
         )
+    # In deterministic mode a chunk is one micro-batch: it must fit, and its size must not depend on the memory limit.
     rows = -(-batch // chunks)
     if 0 < train.micro_batch_size < rows:
         needed = 1 << (-(-batch // train.micro_batch_size) - 1).bit_length()
@@ -54,9 +56,9 @@ def check_layout(train: TrainConfig, parallel: ParallelConfig, world_size: int) 
 
 
 def lay_out(batch_size: int, micro_batch_size: int, parallel: ParallelConfig, world_size: int) -> list[list[range]]:
-    """Return the micro-batches of every process, as ranges of rows of the batch; each has at least one.
+    """Return each process's micro-batches as ranges of batch rows; every process gets at least one.
 
-    Their number is that of full micro-batches, and at least the number of processes; sizes differ by one row at most.
+    There are as many as full micro-batches need, and at least one per process; their sizes differ by at most one row.
     """
     if parallel.deterministic:
         n_parts = parallel.gradient_chunks
@@ -67,50 +69,51 @@ def lay_out(batch_size: int, micro_batch_size: int, parallel: ParallelConfig, wo
 
 
 def split(numbers: range, n_parts: int) -> list[range]:
-    """Cut a range into consecutive parts whose lengths differ by one at most, the longer ones first."""
+    """Split a range into consecutive parts whose lengths differ by at most one, the longer ones first."""
     size, n_longer = divmod(len(numbers), n_parts)
     bounds = [index * size + min(index, n_longer) for index in range(n_parts + 1)]
     return [numbers[bounds[index] : bounds[index + 1]] for index in range(n_parts)]
 
 
 class Gradients:
-    """Leaves the sum over micro-batches and processes in `.grad`; what a wrapper does by itself, it lets it do."""
+    """Accumulates gradients over micro-batches and processes in `.grad`, leaving the reduction to DDP or FSDP."""
 
     def __init__(self, runtime: Runtime, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self.runtime, self.module, self.parameters = runtime, module, parameters
 
     def scale(self, count: int) -> float:
-        """Return the factor on a micro-batch's summed loss; DDP averages over processes, which is undone here."""
+        """Return the factor for a micro-batch's summed loss: 1 / count, times the world size to undo DDP's averaging."""
         averages = isinstance(self.module, nn.parallel.DistributedDataParallel)
         return (self.runtime.world_size if averages else 1) / count
 
     def part(self, *, is_last: bool) -> AbstractContextManager[Any]:
-        """Surround one micro-batch; processes exchange gradients in the last one only."""
+        """Return the context of one micro-batch; with DDP, gradients are exchanged only in the last one."""
         if isinstance(self.module, nn.parallel.DistributedDataParallel) and not is_last:
             return self.module.no_sync()
         return nullcontext()
 
     def collect(self) -> None:
-        """Take note of a finished micro-batch."""
+        """Process the gradients of a finished micro-batch."""
 
     def finish(self) -> None:
         """Complete the sum."""
 
 
 class TreeGradients(Gradients):
-    """Sums gradients as one binary tree over the micro-batches of all processes.
+    """Sums gradients in a binary tree over the micro-batches of all processes, for bitwise reproducibility.
 
-    Floating-point sums depend on their order, so the order is a function of the micro-batches' numbers alone: inside
-    a process a tree over its own, between processes pairs, whose sum is the same from either side. 1, 2, 4, ...
-    processes get the same bits, and so the same weights.
+    Floating-point sums depend on their order, so the order depends only on the indexes of the micro-batches: each
+    process sums its own as a subtree, then processes exchange sums in pairs (a + b has the same bits as b + a). With
+    1, 2, 4, ... processes the gradients, and so the weights, are bitwise equal.
     """
 
     def __init__(self, runtime: Runtime, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__(runtime, module, parameters)
-        self.stack: list[tuple[int, list[Tensor]]] = []
-        self.pairs = self._meet() if runtime.world_size > 1 else []
+        self.stack: list[tuple[int, list[Tensor]]] = []  # complete subtrees: number of micro-batches, their sums
+        self.pairs = self._pair_groups() if runtime.world_size > 1 else []
 
-    def _meet(self) -> list[Any]:
+    def _pair_groups(self) -> list[Any]:
+        """Create one group of two processes per level of the tree: a rank's partner differs in one bit."""
         import torch.distributed as dist
 
         world_size, rank = self.runtime.world_size, self.runtime.rank
@@ -118,7 +121,7 @@ class TreeGradients(Gradients):
         while distance < world_size:
             own = None
             for first in range(world_size):
-                if first & distance == 0:  # every process makes every group, in the same order
+                if first & distance == 0:  # new_group is collective: all ranks create all groups, in the same order
                     group = dist.new_group([first, first | distance])
                     own = group if rank in (first, first | distance) else own
             groups.append(own)
@@ -126,7 +129,7 @@ class TreeGradients(Gradients):
         return groups
 
     def collect(self) -> None:
-        """Take the gradients of a micro-batch away and add up subtrees of equal size."""
+        """Move a micro-batch's gradients to the stack, merging subtrees of equal size."""
         tensors = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None
@@ -138,7 +141,7 @@ class TreeGradients(Gradients):
         self.stack.append((size, tensors))
 
     def finish(self) -> None:
-        """Add up over the processes, pair by pair, and put the sum into `.grad`."""
+        """Sum over the processes, one level of pairs at a time, and store the result in `.grad`."""
         import torch.distributed as dist
 
         ((_, tensors),) = self.stack
@@ -154,6 +157,6 @@ class TreeGradients(Gradients):
 
 
 def make_gradients(runtime: Runtime, module: nn.Module, parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Return what the config asks for."""
+    """Return the reduction selected by `parallel.deterministic`."""
     kind = TreeGradients if runtime.parallel.deterministic else Gradients
     return kind(runtime, module, parameters)

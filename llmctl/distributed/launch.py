@@ -1,8 +1,7 @@
-"""`--nproc N` and `--nnodes M`: the same command again in N processes, over torch's elastic launcher.
+"""`--nproc N` and `--nnodes M`: run the same command in N processes per host, with torch's elastic launcher.
 
-Ours are the exit codes, which it turns into 1, the report of at most three lines in place of its forty, that errors
-which would come again are not restarted, and that processes which are started again go on with the run that they had
-begun. Knows nothing of what is trained.
+Added to torch's launcher: the failed process's exit code instead of 1, a report of at most three lines instead of
+forty, no restart after permanent errors, and restarted processes resume their run. Knows nothing about training.
 """
 
 import logging
@@ -24,12 +23,12 @@ from llmctl.distributed.ranks import LAUNCHED, interface_towards, read_ranks
 from llmctl.errors import StoppedError, UsageError
 
 SHUTDOWN_SECONDS = 120
-"""Time that processes have for saving after a signal, before they are killed; torch's own is 30."""
+"""The time processes have to save a checkpoint after a signal before they are killed; torch's default is 30."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many processes on how many hosts, which host this is, where they meet, and how long they wait."""
+    """The launch options: processes per host, hosts, this host's number, the rendezvous address, restarts, timeout."""
 
     nproc: int = 1
     nnodes: int = 1
@@ -39,27 +38,29 @@ class Layout:
     timeout_seconds: int = 600
 
     def is_parent(self, environment: Mapping[str, str]) -> bool:
-        """Tell whether this process has to start the others.
+        """Tell whether this process must launch the others.
 
-        Raises: UsageError for a layout that cannot be, or one beside another launcher's.
+        Raises: UsageError for an invalid layout, or if another launcher already started this process.
         """
-        asked = (self.nproc, self.nnodes, self.node_rank, self.master, self.max_restarts)
-        if LAUNCHED in environment or asked == (1, 1, 0, "", 0):
+        options = (self.nproc, self.nnodes, self.node_rank, self.master, self.max_restarts)
+        if LAUNCHED in environment or options == (1, 1, 0, "", 0):
             return False
-        # One launcher per host under srun is fine; one per task would start as many runs of the same name.
+        # One launcher per host under srun is fine; one per task would start the same run several times.
         if "RANK" in environment or (self.nnodes == 1 and read_ranks(environment).world_size > 1):
             raise UsageError(
-                "`--nproc`, `--nnodes` and `--max-restarts` start processes, but RANK or the job step says that a "
-                "launcher has started this one already",
-                "leave them away under torchrun, accelerate launch or srun",
+                "`--nproc`, `--nnodes` and `--max-restarts` start processes, but this process was already started by "
+                "a launcher (RANK or a job step is set)",
+                "omit them under torchrun, accelerate launch or srun",
             )
         problems = self.problems()
         if problems:
-            raise UsageError("; ".join(problems), "llmctl pretrain --nnodes 2 --node-rank 0 --master 10.0.0.1:29500")
+            raise UsageError(
+                "; ".join(problems), "for example: llmctl pretrain --nnodes 2 --node-rank 0 --master 10.0.0.1:29500"
+            )
         return True
 
     def problems(self) -> list[str]:
-        """Return what is wrong with these numbers by themselves."""
+        """Return a message for every invalid option."""
         is_alone = self.nnodes == 1
         checks = [
             (self.nproc < 1, f"`--nproc {self.nproc}` must be at least 1"),
@@ -80,16 +81,16 @@ class Layout:
 
 
 def relaunch(layout: Layout, argv: Sequence[str]) -> int:
-    """Run `llmctl ARGV` in the processes of this host and return the exit code of the one that decides.
+    """Run `llmctl ARGV` in this host's processes and return 0, or the exit code of the process that failed first.
 
-    Raises: StoppedError if the other hosts do not come, or go.
+    Raises: StoppedError if other hosts do not join or are lost.
     """
     package = str(Path(__file__).resolve().parents[2])
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SHUTDOWN_SECONDS)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings about hosts without names, one per connection
-    # Shared with the agent, the store of torch 2.13 still holds the dead processes' addresses after a restart, and the
-    # new ones wait for them.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides one warning per connection about unnamed hosts
+    # If workers share the agent's store, torch 2.13 keeps the dead processes' addresses in it after a restart, and the
+    # new processes wait for them.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="llmctl-", ignore_cleanup_errors=True) as folder:
         os.environ[LAUNCHED] = str(Path(folder) / "run")
@@ -102,9 +103,9 @@ def relaunch(layout: Layout, argv: Sequence[str]) -> int:
 
 
 def supervise(layout: Layout, argv: Sequence[str], folder: Path) -> int:
-    """Start the processes, wait for their end, and report it.
+    """Start the processes, wait for them to end, and report a failure.
 
-    Raises: StoppedError if the other hosts do not come, or go.
+    Raises: StoppedError if other hosts do not join or are lost.
     """
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -115,6 +116,7 @@ def supervise(layout: Layout, argv: Sequence[str], folder: Path) -> int:
     for name in ("torch", "torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     config = launch_config(layout, str(folder))
+    # torch has no hook for its agent's behavior: replace the class for the duration of the launch.
     agent = "LocalElasticAgent"
     original = getattr(api, agent)
     setattr(api, agent, agent_class(original, folder, layout.timeout_seconds))
@@ -127,9 +129,9 @@ def supervise(layout: Layout, argv: Sequence[str], folder: Path) -> int:
         sys.stderr.write(last_words(folder, 0) or f"error: stopped by {name} before the first step\n")
         return 128 + int(error.sigval)
     except (RendezvousError, DistError) as error:
-        said = last_words(folder, 0)  # why this host's own processes ended says more
-        if said:
-            sys.stderr.write(said)
+        message = last_words(folder, 0)  # the error of this host's own process is more specific
+        if message:
+            sys.stderr.write(message)
             return LOST_PEER
         raise lost_hosts(layout, error, folder) from error
     finally:
@@ -138,10 +140,11 @@ def supervise(layout: Layout, argv: Sequence[str], folder: Path) -> int:
 
 
 def launch_config(layout: Layout, folder: str) -> Any:
-    """Return torch's configuration: a free port on one host; on several, the first one keeps the store.
+    """Return torch's launch configuration: a free port on a single host; with several, host 0 runs the store.
 
-    Left alone, torch decides by host names who keeps the store, and advertises what they resolve to: often loopback.
-    Raises: StoppedError if the master's address means nothing here.
+    By default torch decides by host name which host runs the store, and advertises the address that name resolves to,
+    often loopback.
+    Raises: StoppedError if the master's address cannot be resolved.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
@@ -149,7 +152,7 @@ def launch_config(layout: Layout, folder: str) -> Any:
     several = layout.nnodes > 1
     waits = {"join_timeout": layout.timeout_seconds, "read_timeout": layout.timeout_seconds}
     configs: dict[str, Any] = {"is_host": layout.node_rank == 0, **waits} if several else {}
-    # What was ignored when this process began (`nohup`, a job in the background) stays ignored.
+    # Signals ignored when this process started (`nohup`, background jobs) stay ignored.
     signals = [
         name for name in ("SIGTERM", "SIGINT", "SIGHUP") if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN
     ]
@@ -166,47 +169,47 @@ def launch_config(layout: Layout, folder: str) -> Any:
         monitor_interval=0.1,
         start_method="spawn",
         signals_to_handle=",".join(signals),
-        # The first process speaks for all; what another one said is shown if it is the one that failed.
+        # Only the first process writes to stderr; another one's output is shown if it is the one that failed.
         logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=dict.fromkeys(range(1, layout.nproc), Std.ERR)),
     )
 
 
 def own_address(master: str) -> str:
-    """Return the address by which this host is seen from the master.
+    """Return this host's address on the route to the master.
 
-    Raises: StoppedError if there is no way to it.
+    Raises: StoppedError if there is no route.
     """
     import socket
 
     host, _, port = master.rpartition(":")
-    interface_towards(host)  # raises if the name means nothing
+    interface_towards(host)  # raises if the name cannot be resolved
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((host, int(port)))  # sends nothing; asks the routing table
+            sock.connect((host, int(port)))  # a UDP connect sends nothing, but consults the routing table
             return str(sock.getsockname()[0])
     except (OSError, OverflowError) as error:
         raise StoppedError(
-            f"there is no way to the master `{master}`: {error}", "give an IPv4 address that this host can reach"
+            f"there is no route to the master `{master}`: {error}", "pass an IPv4 address that this host can reach"
         ) from None
 
 
 def pass_on(number: int, _: FrameType | None) -> None:
-    """Send a signal on to those processes of this host that heed it; the others, still loading, it would end."""
+    """Forward a signal to this host's processes that handle it; it would kill those that are still starting."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     for pid in children.read_text().split() if children.is_file() else ():
         with suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
-            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)
+            caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", status, re.MULTILINE)  # bit mask of handled signals
             if caught and int(caught[1], 16) >> (number - 1) & 1:
                 os.kill(int(pid), number)
 
 
 def lost_hosts(layout: Layout, error: Exception, folder: Path) -> StoppedError:
-    """Return the error for hosts that did not come or went away."""
+    """Return the error for hosts that did not join or were lost."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     hint = resume_hint(folder).strip().removeprefix("hint: ")
     return StoppedError(
-        f"host {layout.node_rank} of {layout.nnodes} does not reach the others at {layout.master} "
-        f"within {layout.timeout_seconds} s, or no longer ({reason})",
-        hint or "start the same command on all hosts; llmctl doctor --distributed checks who reaches whom",
+        f"host {layout.node_rank} of {layout.nnodes} cannot reach the other hosts at {layout.master} "
+        f"(waited {layout.timeout_seconds} s), or lost them ({reason})",
+        hint or "start the same command on all hosts; `llmctl doctor --distributed` checks their connections",
     )

@@ -1,7 +1,7 @@
-"""Which process of how many this is, as the launchers' environment tells it; imports no torch.
+"""This process's rank and world size from the launcher's environment; does not import torch.
 
-torchrun, `accelerate launch`, Kubeflow and dstack set RANK and WORLD_SIZE; a Slurm step and Open MPI have names of
-their own, which become the former here. A launcher that was asked for several processes and starts one is refused.
+torchrun, `accelerate launch`, Kubeflow and dstack set RANK and WORLD_SIZE; the variables of Slurm steps and Open MPI
+are translated to these. A launcher that was asked for several processes but started one is an error.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ from pathlib import Path
 from llmctl.errors import StoppedError, UsageError
 
 LAUNCHED = "LLMCTL_LAUNCHED"
-"""Set by `--nproc`: a file in which the run's folder stands, so that a restarted process goes on with it."""
+"""Set by `--nproc`: a file with the path of the run folder, so that restarted processes resume it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number, that of the processes, and both on this machine alone."""
+    """Rank and world size, over all hosts and on this host."""
 
     rank: int = 0
     world_size: int = 1
@@ -42,13 +42,13 @@ SOURCES: tuple[tuple[str, str, str, str], ...] = (
 
 
 def read_ranks(environment: Mapping[str, str]) -> Ranks:
-    """Return the place of this process among the ones that a launcher has started.
+    """Read this process's ranks; a process without a launcher is rank 0 of 1.
 
-    Raises: UsageError for half an environment, or numbers that cannot be.
+    Raises: UsageError for incomplete or invalid variables.
     """
     for rank, world, local_rank, local_world in SOURCES:
         if rank.startswith("SLURM") and "SLURM_STEP_ID" not in environment:
-            continue  # in the batch script itself, outside srun
+            continue  # the batch script itself, outside srun
         if rank not in environment and world not in environment:
             continue
         try:
@@ -56,39 +56,41 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
                 int(environment[rank]),
                 int(environment[world]),
                 int(environment.get(local_rank, "0")),
-                int(environment.get(local_world, "1").split(",")[0].split("(")[0]),  # Slurm writes `2(x3),1`
+                int(environment.get(local_world, "1").split(",")[0].split("(")[0]),  # Slurm's form: `2(x3),1`
             )
         except (KeyError, ValueError) as error:
             raise UsageError(
-                f"the environment has half of `{rank}` and `{world}`: {error}",
+                f"the environment variables `{rank}` and `{world}` are incomplete or invalid: {error}",
                 "start with --nproc, torchrun or srun, which set both",
             ) from None
         if not 0 <= numbers.rank < numbers.world_size:
-            raise UsageError(f"`{rank}` is {numbers.rank}, but `{world}` is {numbers.world_size}", "check the launcher")
+            raise UsageError(
+                f"`{rank}` is {numbers.rank}, but `{world}` is {numbers.world_size}", "check the launcher's settings"
+            )
         return numbers
     return Ranks()
 
 
 def is_guest(environment: Mapping[str, str]) -> bool:
-    """Tell whether another process of the same run speaks for this one."""
+    """Tell whether this process is not rank 0, which does all reporting."""
     return read_ranks(environment).rank > 0
 
 
 def join(environment: MutableMapping[str, str], parent: Sequence[str] | None = None) -> Ranks:
-    """Return this process's ranks, and complete the environment that torch's rendezvous reads.
+    """Return this process's ranks and complete the environment variables for torch's rendezvous.
 
-    Raises: UsageError if a launcher was asked for several processes and started one; StoppedError if the master's
-    name means nothing here.
+    Raises: UsageError if a launcher was asked for several processes but started one; StoppedError if the master's
+    host name cannot be resolved.
     """
     if LAUNCHED in environment:
         end_with_parent()
     ranks = read_ranks(environment)
     if ranks.world_size == 1:
-        wanted = promised_by_accelerate(parent if parent is not None else parent_command(), environment)
-        if wanted > 1:
+        requested = promised_by_accelerate(parent if parent is not None else parent_command(), environment)
+        if requested > 1:
             raise UsageError(
-                f"`accelerate launch` was asked for {wanted} processes and has started one",
-                f"llmctl COMMAND --nproc {wanted} starts them; accelerate itself cannot on a CPU",
+                f"`accelerate launch` was asked for {requested} processes but started one",
+                f"use llmctl COMMAND --nproc {requested}: accelerate cannot start several processes on a CPU",
             )
         return ranks
     environment["RANK"], environment["WORLD_SIZE"] = str(ranks.rank), str(ranks.world_size)
@@ -101,21 +103,21 @@ def join(environment: MutableMapping[str, str], parent: Sequence[str] | None = N
     environment.setdefault("MASTER_PORT", "29500")
     name = interface_towards(environment["MASTER_ADDR"])
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        if name:  # else gloo takes what the host's own name resolves to, often the loopback
+        if name:  # by default gloo uses the interface that the host's own name resolves to, often loopback
             environment.setdefault(variable, name)
     return ranks
 
 
 def end_with_parent() -> None:
-    """Ask for SIGTERM, which saves, when the launcher dies without a chance to pass a signal on."""
+    """Request SIGTERM, on which a run saves, if the launcher dies without forwarding a signal."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 def tell_launcher(text: str, environment: Mapping[str, str]) -> bool:
-    """Leave a process's last words to the launcher, which knows whose matter; tell whether there is one.
+    """Leave this process's error message for the launcher to report; return False if there is no launcher.
 
-    A process that dies takes all others with it, and each of them has an error to show, one line of which is the cause.
+    When one process dies, all others fail too; only the launcher can tell which of the errors is the cause.
     """
     if LAUNCHED not in environment:
         return False
@@ -123,11 +125,11 @@ def tell_launcher(text: str, environment: Mapping[str, str]) -> bool:
         path = Path(environment[LAUNCHED]).with_name(f"error-{environment.get('LOCAL_RANK', '0')}")
         path.write_text(text, encoding="utf-8")
         return True
-    return False  # the launcher and its folder are gone
+    return False  # the launcher has died and its folder is gone
 
 
 def parent_command() -> list[str]:
-    """Return the command line of the parent process, empty where the system does not tell."""
+    """Return the command line of the parent process, empty if unavailable."""
     try:
         return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -135,10 +137,10 @@ def parent_command() -> list[str]:
 
 
 def promised_by_accelerate(parent: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Return how many processes the `accelerate launch` above this process was asked for; 1 if there is none.
+    """Return the number of processes that a parent `accelerate launch` was asked for; 1 if there is none.
 
-    With `--cpu`, or a config of type MULTI_CPU, accelerate starts one process whatever number it was given, without a
-    word (accelerate issue 2741).
+    With `--cpu` or a config of type MULTI_CPU, accelerate silently starts one process whatever the number (accelerate
+    issue 2741).
     """
     words = [word for item in parent for word in item.split("=", 1)]
     if not any("accelerate" in word for word in words) or "launch" not in words:
@@ -161,17 +163,17 @@ def promised_by_accelerate(parent: Sequence[str], environment: Mapping[str, str]
 
 
 def first_host(environment: Mapping[str, str]) -> str:
-    """Return the first host of a Slurm job."""
+    """Return the first host of a Slurm job; `scontrol` expands a list such as `node[1-4]`."""
     hosts = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", "localhost"))
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
-        return found.stdout.split()[0]
+        result = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        return result.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return hosts.split(",")[0]
 
 
 def interface_towards(host: str) -> str | None:
-    """Return the network interface that packets to a host leave by, None if the system does not tell.
+    """Return the network interface on the route to a host, None if unknown.
 
     Raises: StoppedError if the host's name cannot be resolved.
     """
@@ -179,13 +181,13 @@ def interface_towards(host: str) -> str | None:
         family, _, _, _, address = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
     except OSError as error:
         raise StoppedError(
-            f"the master's address `{host}` cannot be resolved: {error}", "give its IP address with --master"
+            f"the master's address `{host}` cannot be resolved: {error}", "pass its IP address with --master"
         ) from None
     if family != socket.AF_INET:
         return None
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         try:
-            sock.connect(address)  # sends nothing; asks the routing table
+            sock.connect(address)  # a UDP connect sends nothing, but consults the routing table
         except OSError:
             return None
         own = sock.getsockname()[0]

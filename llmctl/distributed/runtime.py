@@ -1,7 +1,7 @@
-"""Device, precision and ranks: the only importer of accelerate besides the launcher.
+"""Device, precision and communication between ranks; the only module that imports accelerate.
 
-Knows nothing of objectives, optimizers' rules or files. What processes tell each other is numbers and JSON: nothing
-that a peer sends is ever unpickled.
+Knows nothing about objectives, optimizers or files. Processes exchange numbers and JSON: nothing that a peer sends is
+unpickled.
 """
 
 import json
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 PATIENCE = timedelta(days=2)
-"""How long processes wait while the first one prepares data, in which nobody talks."""
+"""How long processes wait while rank 0 prepares data, which involves no communication."""
 
 
 @dataclass
 class Runtime:
-    """One process's view of the machine and of its peers."""
+    """One process's device, precision, and communication with its peers."""
 
     accelerator: "Accelerator"
     dtype: torch.dtype
@@ -58,23 +58,23 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is rank 0, which writes files and progress."""
         return self.ranks.rank == 0
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """This process's rank."""
         return self.ranks.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """The number of processes."""
         return self.ranks.world_size
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """Move a module to the device and wrap it for precision and ranks.
+        """Move a module to the device and wrap it for mixed precision and DDP or FSDP.
 
-        Raises: LlmctlError if the wrapper is not the one that was asked for.
+        Raises: LlmctlError if Accelerate did not wrap it as requested.
         """
         if self.dtype == torch.float64:
             module = module.double()
@@ -83,18 +83,21 @@ class Runtime:
         if self.parallel.strategy == "fsdp":
             shard(module, self.device, self.dtype, self.world_size, offloads=self.parallel.cpu_offload)
             return module
-        if self.parallel.deterministic:  # gradients are summed by our own tree
+        if self.parallel.deterministic:  # TreeGradients sums the gradients: no DDP
             return self.accelerator.prepare_model(module, evaluation_mode=True).train()
         with warnings.catch_warnings():
-            # torch 2.13 renames `broadcast_buffers`; 2.11 knows no other name.
+            # torch 2.13 renamed `broadcast_buffers` and warns about the only name that 2.11 knows.
             warnings.simplefilter("ignore", FutureWarning)
             module = self.accelerator.prepare_model(module)
         if not isinstance(module, nn.parallel.DistributedDataParallel):
-            raise LlmctlError(f"the model was wrapped as {type(module).__name__}, not for {self.world_size} processes")
+            raise LlmctlError(
+                f"Accelerate wrapped the model as {type(module).__name__}, not for {self.world_size} processes",
+                "start with `llmctl ... --nproc N`",
+            )
         return module
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Compute gradients."""
+        """Backpropagate a loss."""
         self.accelerator.backward(loss)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -102,9 +105,10 @@ class Runtime:
         return tensor if self.world_size == 1 else self.accelerator.reduce(tensor, reduction="sum")
 
     def gather(self, obj: Any) -> list[Any]:
-        """Return what every process gave, in the order of their numbers; it travels as JSON."""
+        """Return every process's object, in rank order; it is sent as JSON."""
         if self.world_size == 1:
             return [obj]
+        # Collectives need equal shapes, so sizes are exchanged first and the bytes padded.
         data = torch.frombuffer(bytearray(json.dumps(obj).encode()), dtype=torch.uint8).to(self.device)
         sizes = self.accelerator.gather(torch.tensor([len(data)], device=self.device)).tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self.device)
@@ -113,56 +117,57 @@ class Runtime:
         return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
     def first(self, obj: Any) -> Any:
-        """Return what the first process gave."""
+        """Return rank 0's object."""
         return self.gather(obj if self.is_main else None)[0]
 
     def lead(self, action: Callable[[], Any]) -> Any:
-        """Let the first process do something while the others wait, for as long as it takes; return its result to all.
+        """Run an action on rank 0 while the others wait (up to `PATIENCE`), and return its result on all ranks.
 
-        The result travels as JSON. Raises: the first process's error, in every process.
+        The result is sent as JSON. Raises: rank 0's error, on every rank.
         """
         if self.world_size == 1:
             return action()
         import torch.distributed as dist
 
-        told, problem = None, None
+        message, problem = None, None
         if self.is_main:
             try:
-                told = [action(), None]
-            except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for it
+                message = [action(), None]
+            except Exception as error:  # noqa: BLE001 - the others wait and must learn of any error
                 problem = error
-                told = [None, [str(error), getattr(error, "hint", ""), getattr(error, "exit_code", 1)]]
+                message = [None, [str(error), getattr(error, "hint", ""), getattr(error, "exit_code", 1)]]
+        # The default group would time out during a long action, so the barrier uses a group with a longer timeout.
         if self.patient is None:
             self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         dist.barrier(self.patient)
-        result, failure = self.first(told)
+        result, failure = self.first(message)
         if problem is not None:
             raise problem
         if failure is not None:
-            raise retold(*failure)
+            raise remote_error(*failure)
         return result
 
     def probe(self) -> float:
-        """Return the milliseconds that summing 4 MiB over all processes takes.
+        """Measure the time of an all-reduce of 4 MiB in milliseconds.
 
         Raises: LlmctlError if the sum is wrong.
         """
         numbers = torch.full((2**20,), float(self.rank + 1), device=self.device)
-        self.sum(numbers)
-        begun = time.perf_counter()
-        found = float(self.sum(numbers)[-1])
-        seconds = time.perf_counter() - begun
+        self.sum(numbers)  # warm-up: opens the connections
+        started = time.perf_counter()
+        total = float(self.sum(numbers)[-1])
+        seconds = time.perf_counter() - started
         expected = self.world_size * (self.world_size + 1) / 2
-        if found != expected:
-            raise LlmctlError(f"the processes' sum is {found}, it should be {expected}", "check the network's driver")
+        if total != expected:
+            raise LlmctlError(f"an all-reduce returned {total} instead of {expected}", "check the network's driver")
         return 1000 * seconds
 
     def make_trackers(
         self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], ids: Mapping[str, str]
     ) -> dict[str, "GeneralTracker"]:
-        """Start the trackers of these names, through Accelerate; they write into the run folder or to their service.
+        """Start experiment trackers through Accelerate; they write to the run folder or to their service.
 
-        `ids` are those that a run which goes on has had at the services.
+        ids: the ids that a resumed run already has at the services.
         Raises: MissingExtraError if a tracker's package is not installed, UsageError for an unknown name.
         """
         kinds = tracker_kinds(names)
@@ -170,10 +175,10 @@ class Runtime:
             return {}
         trackers = {}
         for name, kind in kinds.items():
-            again = {"id": ids[name], "resume": "allow"} if name == "wandb" and ids.get(name) else {}
-            places = {"logging_dir": folder} if kind.requires_logging_directory else {}
-            tracker = kind(folder.name, **places, **again)
-            if hasattr(tracker, "start"):  # newer versions of Accelerate begin later than they are made
+            resume = {"id": ids[name], "resume": "allow"} if name == "wandb" and ids.get(name) else {}
+            location = {"logging_dir": folder} if kind.requires_logging_directory else {}
+            tracker = kind(folder.name, **location, **resume)
+            if hasattr(tracker, "start"):  # newer versions of Accelerate do not start in the constructor
                 tracker.start()
             tracker.store_init_configuration(
                 {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
@@ -183,7 +188,7 @@ class Runtime:
 
 
 def tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
-    """Return Accelerate's classes for trackers of these names.
+    """Return Accelerate's tracker classes by name.
 
     Raises: MissingExtraError if a tracker's package is not installed, UsageError for an unknown name.
     """
@@ -192,17 +197,17 @@ def tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     known = {str(name): kind for name, kind in LOGGER_TYPE_TO_CLASS.items()}
-    there = {str(name) for name in get_available_trackers()}
+    installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in known:
-            raise UsageError(f"there is no tracker `{name}`", f"known are {', '.join(sorted(known))}")
-        if name not in there:
+            raise UsageError(f"unknown tracker `{name}`", f"use one of {', '.join(sorted(known))}")
+        if name not in installed:
             raise MissingExtraError(f"`--track {name}`", name, name)
     return {name: known[name] for name in names}
 
 
-def retold(message: str, hint: str, exit_code: int) -> LlmctlError:
-    """Return another process's error."""
+def remote_error(message: str, hint: str, exit_code: int) -> LlmctlError:
+    """Rebuild an error that was raised in another process."""
     error = LlmctlError(message, hint)
     error.exit_code = exit_code
     return error
@@ -211,7 +216,7 @@ def retold(message: str, hint: str, exit_code: int) -> LlmctlError:
 def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtime:
     """Join the other processes if there are any, choose device and precision, and start Accelerate.
 
-    Raises: UsageError if a device is asked for that is not there; StoppedError if a peer does not come.
+    Raises: UsageError if the requested device is unavailable; StoppedError if a peer does not join.
     """
     parallel = parallel or ParallelConfig()
     ranks = join(os.environ)
@@ -220,32 +225,31 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
 
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UsageError(
-            "the Accelerate config asks for DeepSpeed, whose engine owns the optimizer and saves pickles",
-            "--parallel fsdp shares weights, gradients and optimizer state out as its ZeRO stage 3 does",
+            "the Accelerate config selects DeepSpeed, whose engine owns the optimizer and saves pickles",
+            "use --parallel fsdp, which shards weights, gradients and optimizer state like ZeRO stage 3",
         )
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
-        raise UsageError(
-            "`train.device` is `cuda`, but no CUDA device is visible", "--device cpu trains on the processor"
-        )
+        raise UsageError("`train.device` is `cuda`, but no CUDA device is visible", "use --device cpu")
     on_cpu = config.device == "cpu" or not has_cuda
     if on_cpu and (config.return_memory or config.micro_batch_size == -1):
         return_large_blocks()
     n_threads = threads_of(config, parallel, ranks)
     if n_threads:
         set_threads(n_threads)
-    accelerate_says = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":  # an Accelerate config file that asks for it
+    # Variables of an Accelerate config file: taken over into our settings, and removed so that Accelerate ignores them.
+    accelerate_precision = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no")
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true":
         parallel = ParallelConfig(**{**vars(parallel), "strategy": "fsdp"})
     if ranks.world_size > 1:
         connect(PartialState, on_cpu=on_cpu, timeout=timedelta(seconds=parallel.timeout_seconds), ranks=ranks)
     dtype = choose_dtype(config.dtype, on_cpu=on_cpu)
-    if config.dtype == "auto" and accelerate_says == "bf16":
+    if config.dtype == "auto" and accelerate_precision == "bf16":
         dtype = torch.bfloat16
     precision = (
         "bf16" if dtype == torch.bfloat16 and not (parallel.strategy == "fsdp" and ranks.world_size > 1) else "no"
     )
-    if ranks.world_size == 1:  # a second run in this process may have another precision than the first
+    if ranks.world_size == 1:  # Accelerate's state is global: a second run in this process may need another precision
         AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001 - there is no public way
     accelerator = Accelerator(
         cpu=on_cpu,
@@ -257,22 +261,22 @@ def start(config: TrainConfig, parallel: ParallelConfig | None = None) -> Runtim
             f"{ranks.world_size} processes were started, but Accelerate sees {accelerator.num_processes}",
             "start with `llmctl ... --nproc N`",
         )
-    tracker_kinds(config.track)  # refused before any work, not after the text is encoded
+    tracker_kinds(config.track)  # fail now rather than after the text has been encoded
     runtime = Runtime(accelerator, dtype, ranks, parallel)
     try:
-        # Every process has measured its own products; what the first one found holds.
+        # Every process measured its own speed and may have chosen another dtype: use rank 0's.
         runtime.dtype = DTYPES[runtime.first(name_of(dtype))]
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        raise StoppedError(f"rank {ranks.rank} lost another process at the start", "start all of them again") from error
+        raise StoppedError(f"rank {ranks.rank} lost another process at startup", "start all of them again") from error
     return runtime
 
 
 def connect(state: Any, *, on_cpu: bool, timeout: timedelta, ranks: Ranks) -> None:
-    """Meet the other processes.
+    """Connect to the other processes.
 
-    Raises: StoppedError if they do not come in time.
+    Raises: StoppedError if they do not join in time.
     """
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
@@ -282,16 +286,16 @@ def connect(state: Any, *, on_cpu: bool, timeout: timedelta, ranks: Ranks) -> No
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise StoppedError(
-            f"rank {ranks.rank} of {ranks.world_size} did not meet the others at {address} within "
+            f"rank {ranks.rank} of {ranks.world_size} could not connect to the others at {address} within "
             f"{timeout.total_seconds():.0f} s ({reason})",
-            "llmctl doctor --distributed checks who reaches whom; the interface is that of the route to the master",
+            "`llmctl doctor --distributed` checks the connections",
         ) from error
 
 
 def threads_of(config: TrainConfig, parallel: ParallelConfig, ranks: Ranks) -> int:
-    """Return the threads of this process, 0 to leave torch's: the cores are shared among those of a machine.
+    """Return this process's thread count, 0 for torch's default: processes of one host share its cores.
 
-    One where bits must not depend on the number of processes.
+    One thread if deterministic: the order of sums within an operation depends on the thread count.
     """
     if config.threads or parallel.deterministic:
         return config.threads or 1
@@ -299,7 +303,7 @@ def threads_of(config: TrainConfig, parallel: ParallelConfig, ranks: Ranks) -> i
 
 
 def describe_environment(runtime: Runtime) -> dict[str, Any]:
-    """Return what a result depends on besides its recipe: the machine, the precision, and the processes."""
+    """Return what affects results besides the recipe: machine, precision and number of processes."""
     return describe_machine() | {
         "device": runtime.device.type,
         "dtype": name_of(runtime.dtype),
@@ -309,7 +313,7 @@ def describe_environment(runtime: Runtime) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, deterministic: bool) -> list[str]:
-    """Return what of the environment has changed such that a resumed run is not the same bits, as `name a -> b`."""
+    """Return the changes of environment, as `name a -> b`, after which a resumed run is not bitwise the same."""
     harmless = {"python"} | ({"world_size", "strategy"} if deterministic else set())
     return [
         f"{name} {old[name]} -> {new[name]}"
@@ -319,7 +323,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, deterministic
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Tell whether an error means that another process, or the way to it, has gone."""
+    """Tell whether an error means that another process, or the connection to it, was lost."""
     import torch.distributed as dist
 
     text = str(error)
@@ -338,11 +342,11 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End a process of a group: gloo's threads abort one in five ordinary exits (pytorch issue 179291)."""
+    """Exit a process of a group with os._exit: gloo's threads abort one in five normal exits (pytorch issue 179291)."""
     import torch.distributed as dist
 
     if exit_code == 0 and dist.is_initialized():
-        with suppress(RuntimeError):  # a peer that dies now has done its part, and so have we
+        with suppress(RuntimeError):  # all work is done, so losing a peer now does not matter
             dist.barrier()
             dist.destroy_process_group()
     sys.stdout.flush()

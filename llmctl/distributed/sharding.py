@@ -1,4 +1,4 @@
-"""Tensors of which every process holds some rows: how a module becomes so, and whole tensors from and to shares."""
+"""Sharded tensors (FSDP2), of which each process has some rows: shard a module, convert to and from full tensors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Part(NamedTuple):
-    """The rows from `start` on of a tensor whose whole shape is `shape`; a tensor of no dimension is whole."""
+    """Rows of a tensor: those from `start` on, of a full tensor of `shape`; scalars are never split."""
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -16,15 +16,15 @@ class Part(NamedTuple):
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
-    """Return tensors as parts that are all of themselves."""
+    """Wrap full tensors as parts."""
     return {name: Part(tensor, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def shard(module: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int, *, offloads: bool) -> None:
-    """Share weights, gradients and optimizer state out over the processes, block by block (FSDP2).
+    """Shard weights, gradients and optimizer state over the processes, block by block (FSDP2).
 
-    Accelerate's plugin silently trains with DDP on a CPU, so torch's own function is called. Gradients are summed,
-    not averaged: the loss is divided by the global count before.
+    Uses torch's function directly, since Accelerate's plugin silently falls back to DDP on a CPU. Gradients are summed,
+    not averaged: the loss is already divided by the global count.
     Source: Zhao et al. 2023, arXiv:2304.11277.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -44,31 +44,31 @@ def shard(module: nn.Module, device: torch.device, dtype: torch.dtype, world_siz
 
 
 def reshard(module: nn.Module) -> None:
-    """Let go of weights that a forward pass has gathered, so that what is read or loaded next is the shares."""
+    """Free full weights that a forward pass gathered, so that the next read or load sees the shards."""
     for part in module.modules():
         if hasattr(part, "reshard"):
             part.reshard()  # type: ignore[operator]
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a process holds only some of a tensor's rows."""
+    """Tell whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:
-    """Return the rows of a tensor that this process holds."""
+    """Return this process's rows of a tensor, which may be unsharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_part(tensor: Any) -> Part:
-    """Return the rows of a sharded tensor that this process holds: consecutive ones, as torch.chunk cuts them."""
+    """Return this process's rows of a sharded tensor with their position; FSDP splits rows as torch.chunk does."""
     local, mesh = tensor.to_local(), tensor.device_mesh
     size = -(-tensor.shape[0] // mesh.size())
     return Part(local, tuple(tensor.shape), min(mesh.get_local_rank() * size, tensor.shape[0]))
 
 
 def own_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Part]:
-    """Return what this process saves of named tensors: its rows of sharded ones, and as the first one, all others."""
+    """Return what this rank saves of named tensors: its rows of sharded ones, and on rank 0 all unsharded ones."""
     parts = {}
     for name, tensor in tensors.items():
         if is_sharded(tensor):
@@ -79,7 +79,7 @@ def own_parts(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Part]:
 
 
 def own_rows(like: Any, read: Callable[..., Tensor]) -> Tensor:
-    """Return a tensor of the same layout, device and dtype as `like`, filled with `read(start, stop)` of its rows."""
+    """Return a tensor with the layout, device and dtype of `like`; `read(start, stop)` supplies this rank's rows."""
     if not is_sharded(like):
         return read().to(like.device, like.dtype)
     filled: Any = torch.zeros_like(like)
@@ -89,18 +89,18 @@ def own_rows(like: Any, read: Callable[..., Tensor]) -> Tensor:
 
 
 def fill(parameter: Any, read: Callable[..., Tensor]) -> None:
-    """Overwrite a parameter, or this process's rows of it, with `read(start, stop)`."""
+    """Overwrite a parameter, or this rank's rows of it, with `read(start, stop)`."""
     with torch.no_grad():
         parameter.copy_(own_rows(parameter, read))
 
 
 def whole_tensor(tensor: Any) -> Tensor:
-    """Return a tensor with all its rows; every process must ask."""
+    """Return the full tensor; a collective operation if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shared_like(whole: Tensor, like: Any) -> Tensor:
-    """Return a whole tensor in the layout of another: every process has all of it and keeps its own rows."""
+    """Shard a full tensor, present on every rank, like another one, without communication."""
     if not is_sharded(like):
         return whole
     from torch.distributed.tensor import distribute_tensor

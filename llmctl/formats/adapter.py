@@ -188,6 +188,7 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
     if not isinstance(values.get("base_model_name_or_path") or "", str):
         raise hf.refuse("base_model_name_or_path", values["base_model_name_or_path"], "a path")
     for key, value in values.items():
+        # An unknown setting that is set may change the result; unset ones come with newer versions of PEFT.
         if value and key not in READ and key not in NO_MATTER:
             raise hf.refuse(key, value, "LoRA and DoRA on linear layers, with a classification head")
 
@@ -202,6 +203,7 @@ def classify_tensor(adapter: Adapter, key: str, entry: TensorEntry) -> None:
     if entry.dtype not in ("F32", "F16", "BF16", "F64"):
         raise not_read(adapter, f"the tensor `{key[:120]}` of dtype {entry.dtype}")
     name = key.removeprefix(PREFIX)
+    # Everything that is not a low-rank factor is a parameter of modules_to_save, stored in full.
     for suffix, part in PARTS.items():
         if name.endswith(suffix):
             adapter.low_rank.setdefault(name.removesuffix(suffix), {})[part] = key

@@ -129,6 +129,7 @@ def target_modules(architecture: Architecture, chosen: Collection[str]) -> list[
     """Return the shortest suffixes by which PEFT selects exactly these paths, or full paths if no suffix does."""
     paths = [stored.name.rpartition(".")[0] for stored in architecture.family.layout(architecture.config)]
     parents = {path[: dot.start()] for path in paths for dot in re.finditer(r"\.", path)}
+    # PEFT matches suffixes of all module paths, including parents and modules that our models do not have.
     others = ({*paths, *parents, *UNSEEN}) - set(chosen)
     return sorted({shortest_suffix(path, others) for path in chosen})
 
@@ -150,6 +151,7 @@ def common(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
 
     A pattern's key matches the end of a path: the last name if all its layers agree, else the full path.
     """
+    # PEFT has one default value, and patterns for exceptions.
     usual = Counter(values.values()).most_common(1)[0][0]
     leaves: dict[str, set[float]] = {}
     for path, value in values.items():
@@ -177,7 +179,7 @@ def compiled(pattern: Mapping[str, Any], where: str) -> list[tuple[re.Pattern[st
                 "write layer names, or regular expressions with at most one repetition",
             )
         try:
-            rules.append((re.compile(rf"(.*\.)?({key})$"), value))
+            rules.append((re.compile(rf"(.*\.)?({key})$"), value))  # PEFT's rule: the key matches a whole suffix
         except re.error as error:
             raise ArtifactError(
                 f"`{where}` has the key `{key[:80]}`, which is not a regular expression: {error}", "correct the key"
@@ -242,13 +244,14 @@ def stack(
         return present[0][1]
     first = present[0][1]
     rank = sum(adapter.rank for _, adapter in present)
-    # One alpha for the sum of the ranks, chosen to keep the scale of the first; the others' ratio goes into B.
+    # The alpha with which the summed rank has the scale of the first adapter.
     alpha = first.alpha * ((rank / first.rank) ** 0.5 if rslora else rank / first.rank)
     blocks, magnitudes = [], []
     for module, size in zip(linear.modules, linear.sizes, strict=True):
         adapter = adapters.get(module)
         block_OR = first.b_OR.new_zeros(size, 0)
         if adapter is not None:
+            # The fused adapter has one scale, that of the first; the others' difference goes into B.
             ratio = scale(adapter, rslora=rslora) / scale(first, rslora=rslora)
             block_OR = adapter.b_OR if ratio == 1 else adapter.b_OR * ratio
         blocks.append(block_OR)

@@ -49,6 +49,7 @@ def write_adapter(
     in an existing one the weights are written last, so that an incomplete adapter is never loaded.
     Raises: OutputError if an adapter exists and `force` is not given, or if the disk refuses.
     """
+    # Check everything before the first write, including that the folder is not a model's.
     is_taken = any((out / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLE))
     refuse_overwrite(out, is_taken, force=force)
     if any((out / name).exists() for name in (WEIGHTS, INDEX)):

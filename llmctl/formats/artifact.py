@@ -150,6 +150,7 @@ def read_artifact(path: Path) -> Artifact:
     check_kind(path)
     folder = path if path.is_dir() else path.parent
     headers = read_headers(path)
+    # Shards have no common header: only a single file contains the configuration.
     metadata = next(iter(headers.values())).metadata if len(headers) == 1 else {}
     hf, where = read_hf(metadata, folder, path)
     files = read_files(metadata, folder, path)
@@ -222,6 +223,7 @@ def check_kind(path: Path) -> None:
         )
     if path.is_dir():
         if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
+            # Most older published models contain only pickles: explain instead of reporting a missing file.
             pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
             if pickles:
                 raise refuse_pickle(path / pickles[0])
@@ -255,6 +257,7 @@ def read_headers(path: Path) -> dict[Path, Header]:
     missing = sorted({name for name in weight_map.values() if not (path / name).is_file()})
     if missing:
         raise ArtifactError(f"`{index}` lists `{missing[0]}`, which does not exist", "download the missing shards")
+    # The index is not trusted: the shards' own headers decide, and must agree with it.
     headers = {path / name: read_header(path / name) for name in sorted(set(weight_map.values()))}
     absent = [name for name, file in weight_map.items() if name not in headers[path / file].tensors]
     if absent:
@@ -347,7 +350,7 @@ def check_tensors(
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise mismatch(path, family, f"missing: {few(missing)}")
-    shared = {HEAD_SCALE} if config.tie_embeddings else set()
+    shared = {HEAD_SCALE} if config.tie_embeddings else set()  # a second copy for transformers, see `shares_bytes`
     extra = [name for name in tensors if name not in {*expected, *shared} and not family.is_ignored(name, config)]
     if extra:
         raise mismatch(path, family, f"unexpected: {few(extra)}")

@@ -49,12 +49,14 @@ def write_artifact(
     tensors = to_stored(layout, state) | stored_parts(state, schemes, config)
     quantization = {KEY: write_schemes(schemes, config)} if schemes else {}
     hf_text = json_text(hf_config(family, config, tensors) | quantization)
-    beside = with_generation_config(config, files)
+    other_files = with_generation_config(config, files)
     metadata = {
         "format": "pt",
         "llmctl.version": __version__,
         "llmctl.config": hf_text,
-        "llmctl.files": json.dumps({name: b64encode(data).decode() for name, data in beside.items()}, sort_keys=True),
+        "llmctl.files": json.dumps(
+            {name: b64encode(data).decode() for name, data in other_files.items()}, sort_keys=True
+        ),
         "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
     }
     if schemes:  # the parameter count cannot be read off packed tensors
@@ -66,12 +68,13 @@ def write_artifact(
         write_safetensors(out, tensors, metadata)
         return out
     refuse_overwrite(out, any((out / name).exists() for name in (WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG)), force=force)
-    texts = {**beside, CONFIG: hf_text.encode()}
+    texts = {**other_files, CONFIG: hf_text.encode()}
     if not out.exists():
         with atomic_path(out) as temporary:
             write_folder(temporary, texts, lambda path: write_safetensors(path, tensors, metadata))
         return out
     write_folder(out, texts, lambda path: write_safetensors(path, tensors, metadata))
+    # Only afterwards: until the new weights exist, the old model stays usable.
     remove_stale(out, set(texts) if force else set(FILES))
     return out
 
@@ -112,7 +115,7 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
             continue
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + tensor.numel()
-    dtype = max(sorted(sizes), key=lambda name: sizes[name])
+    dtype = max(sorted(sizes), key=lambda name: sizes[name])  # sorted: a tie must not depend on the order of tensors
     head = {"architectures": [family.architecture], "model_type": family.model_type}
     return head | family.write_config(config) | {"torch_dtype": dtype, "dtype": dtype}
 

@@ -87,7 +87,7 @@ def named_architecture(metadata: Mapping[str, str], folder: Path) -> str:
 def describe_tensors(path: Path, headers: Mapping[Path, Header]) -> dict[str, Any]:
     """Return parameter count, size, dtypes and tensors over all weight files."""
     tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
-    dtypes: dict[str, int] = {}
+    dtypes: dict[str, int] = {}  # dtype -> number of tensors
     for entry in tensors.values():
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + 1
     return {

@@ -92,6 +92,7 @@ def form_of(name: str, scheme: Scheme) -> str:
     """Return the form in which a module's codes are written."""
     if scheme.has_small_scales:
         return SMALL_SCALES
+    # transformers supports quantized inputs and embeddings only with codes as bytes.
     wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
     return IN_BYTES if wants_bytes and fits_bytes(scheme) else IN_WORDS
 
@@ -119,10 +120,11 @@ def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str,
 
 def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
     """Return the `quantization_config` of `config.json`."""
+    # compressed-tensors describes groups of modules with the same scheme and format, not single modules.
     groups: dict[tuple[Scheme, str], list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault((scheme, form_of(name, scheme)), []).append(name)
-    linear = set(linear_modules(config)) - {HEAD}
+    linear = set(linear_modules(config)) - {HEAD}  # what transformers means by the target `Linear`
     shares = shares_bytes(schemes, config)
     written = {}
     # A group that targets a module type comes before groups that target modules by name.
@@ -161,6 +163,7 @@ def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:
         "ignore": [] if HEAD in schemes or shares else [HEAD],
         "kv_cache_scheme": None,
     }
+    # See the module's docstring: with `dequantize`, transformers reads zero points, but only one scheme.
     has_zeros = any(not scheme.symmetric for scheme in schemes.values())
     return record | ({"dequantize": True} if has_zeros and len(groups) == 1 else {})
 
@@ -189,6 +192,7 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
         if not isinstance(group, dict):
             raise refused(where, "config_groups", group, "an object with groups")
         targets = group.get("targets") or []
+        # Later groups override earlier ones: a group for all linear layers comes before exceptions by name.
         named = matching([target for target in targets if target != "Linear"], known, where)
         names = named | (set(linear) - ignored if "Linear" in targets else set())
         scheme = read_scheme(group, where)
@@ -231,6 +235,7 @@ def read_scheme(group: Mapping[str, Any], where: str) -> Scheme:
         raise refused(where, "num_bits", bits, f"{FEWEST_BITS} to {MOST_BITS}")
     if strategy not in ("group", "channel") or (strategy == "group" and (type(size) is not int or size < 1)):
         raise refused(where, "strategy", f"{strategy} {size}", "group with a group_size, or channel")
+    # With these orders, codes and scales are stored in the original column order; `group` would need a permutation.
     if weights.get("actorder") not in (None, "static", "weight"):
         raise refused(where, "actorder", weights.get("actorder"), "null, static or weight")
     if inputs is not None and (
@@ -263,7 +268,7 @@ def dequantized(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, 
     state = {name: tensor for name, tensor in tensors.items() if not name.endswith((*PARTS, SHAPE))}
     for name, scheme in schemes.items():
         parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
-        n_out, n_in = tensors[f"{name}.{SHAPE}"].tolist()
+        n_out, n_in = tensors[f"{name}.{SHAPE}"].tolist()  # packed words do not determine the number of codes
         state[f"{name}.weight"] = decode(unpacked(parts, scheme, n_out, n_in), scheme)
     return state
 
@@ -300,6 +305,7 @@ def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelC
     for name, scheme in schemes.items():
         if form_of(name, scheme) == IN_BYTES:
             n_in = shapes[f"{name}.weight"][1]
+            # Flipping the top bit converts offset codes to two's complement.
             codes_OI = unpack(state[f"{name}.{PACKED}"], scheme.bits, n_in) ^ scheme.middle
             stored |= {f"{name}.{WEIGHT}": codes_OI.view(torch.int8), f"{name}.{SCALE}": state[f"{name}.{SCALE}"]}
             continue

@@ -137,8 +137,10 @@ def parse_entry(name: str, entry: Any, n_bytes: int, path: Path) -> TensorEntry:
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise damaged(path, f"tensor `{name}` has a shape or offsets that are not non-negative integers")
     begin, end = offsets
+    # Checked here, since the library maps the file: a wrong offset must not become a read outside it.
     if not begin <= end <= n_bytes:
         raise damaged(path, f"tensor `{name}` lies at bytes {begin} to {end} of {n_bytes}")
+    # In bits, since some dtypes have fewer than eight per element.
     n_bits = count_elements(shape, 8 * n_bytes) * DTYPE_BITS[dtype]
     if n_bits != 8 * (end - begin):
         raise damaged(path, f"tensor `{name}` of shape {shape} and dtype {dtype} does not fill its {end - begin} bytes")
@@ -184,7 +186,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, "T
     """
     from safetensors import SafetensorError, safe_open
 
-    header = read_header(path)
+    header = read_header(path)  # our stricter checks, before the library maps the file
     selected = list(header.tensors) if names is None else list(names)
     missing = [name for name in selected if name not in header.tensors]
     if missing:
@@ -213,7 +215,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Map
         header[name] = {"data_offsets": [position, end], "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
         position = end
     raw = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * (-len(raw) % 8)  # pads the header, so that tensor data starts aligned
     if len(raw) > HEADER_LIMIT_BYTES:
         raise OutputError(
             f"`{path}` would need a header of {len(raw)} bytes, but the format allows {HEADER_LIMIT_BYTES}",
@@ -231,6 +233,7 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    # Via uint8, because NumPy has no bfloat16.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

@@ -103,7 +103,7 @@ def check_begun(folder: Path, made_of: Mapping[str, Any]) -> None:
     for path in sorted(folder.glob("signals-*.safetensors")):
         try:
             existing = json.loads(read_header(path).metadata.get("made_of", "{}"))
-        except (ArtifactError, ValueError):
+        except (ArtifactError, ValueError):  # ValueError: the metadata is not JSON
             continue  # a damaged shard will be made again
         if differing := differences(flat(existing), flat({"version": VERSION, **made_of})):
             raise UsageError(
@@ -229,7 +229,7 @@ class SignalStore:
         number, index = divmod(address, ROWS_PER_SHARD)
         arrays, starts, id_starts = self._shard(number)
         labels = slice(int(starts[index]), int(starts[index + 1]))
-        if self.kind != "sampled":
+        if self.kind != "sampled":  # one entry per label; only `sampled` has a varying number of tokens
             return {name: array[labels] for name, array in arrays.items() if name != "n_labels"}
         ids = slice(int(id_starts[labels.start]), int(id_starts[labels.stop]))
         return {"n_ids": arrays["n_ids"][labels], "ids": arrays["ids"][ids], "counts": arrays["counts"][ids]}

@@ -1,1 +1,1 @@
-"""Compiled decoding step and the choice of matmul kernels."""
+"""The compiled decoding step, and the choice of kernels for quantized products."""

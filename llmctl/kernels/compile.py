@@ -1,4 +1,4 @@
-"""Compile the decoding step for this processor, once, into the cache."""
+"""Compile the decoding step for this CPU into the cache folder."""
 
 import ctypes
 import hashlib
@@ -20,22 +20,22 @@ COMPILERS = ("c++", "g++", "clang++")
 
 FLAGS = (
     *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
-    # Sums may be reordered, as torch's own are; -ffast-math as a whole would change the process that loads this.
+    # Allow reordered sums, as in torch. -ffast-math would also set flush-to-zero for the whole process at load time.
     *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
 )
 
 
 HERE = "native"
-"""The processor of this machine, to its compiler."""
+"""The compiler's name for the CPU it runs on (`-march=native`)."""
 
 
 def source_path() -> Path:
-    """Return the file that is compiled."""
+    """Return the C++ source file."""
     return Path(__file__).parent / "cpp" / "decode.cpp"
 
 
 def library_path(processor: str = HERE) -> Path:
-    """Return where the library for this source, processor and set of flags lies."""
+    """Return the cache path of the compiled library; it changes with the source, the CPU and the flags."""
     features = ""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -45,20 +45,20 @@ def library_path(processor: str = HERE) -> Path:
 
 
 def flags_for(processor: str) -> tuple[str, ...]:
-    """Return the compiler's flags for a processor."""
+    """Return the compiler flags for a CPU."""
     return (*FLAGS, f"-march={processor}")
 
 
 def compile_library(processor: str = HERE) -> Path:
-    """Compile the step for this machine, or for another processor as compilers name it, and return its file; a few seconds.
+    """Compile the step for this CPU, or another one by its `-march` name, and return its path; takes a few seconds.
 
-    Raises: MissingCompilerError without a compiler; LlmctlError with the compiler's first complaint.
+    Raises: MissingCompilerError without a compiler; LlmctlError with the compiler's first error.
     """
     named = os.environ.get("CXX")
     compiler = next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
     if compiler is None:
         raise MissingCompilerError(
-            f"no C++ compiler found (looked for {named or ', '.join(COMPILERS)})", "install g++, or name one with CXX"
+            f"no C++ compiler found (tried {named or ', '.join(COMPILERS)})", "install g++, or set CXX to a compiler"
         )
     target = library_path(processor)
     with atomic_path(target) as temporary:
@@ -69,8 +69,8 @@ def compile_library(processor: str = HERE) -> Path:
             check=False,
         )
         if done.returncode:
-            complaint = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
             raise LlmctlError(
-                f"`{compiler}` cannot compile the decoding step: {complaint}", "a newer g++ may; CXX names it"
+                f"`{compiler}` cannot compile the decoding step: {message}", "set CXX to a newer compiler"
             )
     return target

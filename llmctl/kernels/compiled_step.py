@@ -1,7 +1,7 @@
-"""A decoding step compiled for this machine, by its own compiler, when the user asks for it (`llmctl doctor --compile`).
+"""Decoding step in C++, compiled on this machine on request (`llmctl doctor --compile`).
 
-What is compiled lies in the user's cache, under a name that changes with the source, the processor and the flags, and is
-used from then on by whatever decodes; `LLMCTL_NATIVE=0` leaves it out. Nothing needs it, and nothing fails without it.
+The library is in the user's cache, under a name that depends on source, CPU and flags. Once compiled, all decoding uses
+it, unless `LLMCTL_NATIVE=0`. It is optional: without it, decoding uses torch.
 """
 
 import ctypes
@@ -27,19 +27,19 @@ from llmctl.quant.schemes import GROUPS, Scheme
 from llmctl.quant.weight import QuantWeight
 
 MOST_ROWS = 4
-"""Rows up to which the compiled step is used: it reads a weight once and multiplies row by row."""
+"""The most rows (sequences) per step: weights are read once but multiplied row by row."""
 
 BLOCK, ROWS = 64, 4
-"""Inputs that are rounded together, and outputs that are multiplied together."""
+"""Inputs that are quantized with one scale, and outputs that are computed together; as in decode.cpp."""
 
 INT4_BITS, MOST_BITS = 4, 6
-"""Bits of codes in groups: up to the first they lie two in a byte, up to the second one in a byte."""
+"""Grouped codes up to the first width are stored two per byte, up to the second one per byte."""
 
 KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bytes": 4}
 
 
 class CMatrix(ctypes.Structure):
-    """As in decode.cpp."""
+    """The struct `Matrix` of decode.cpp."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),
@@ -53,7 +53,7 @@ class CMatrix(ctypes.Structure):
 
 
 class CLayer(ctypes.Structure):
-    """As in decode.cpp."""
+    """The struct `Layer` of decode.cpp."""
 
     _fields_ = (
         ("qkv", CMatrix),
@@ -67,7 +67,7 @@ class CLayer(ctypes.Structure):
 
 
 class CModel(ctypes.Structure):
-    """As in decode.cpp."""
+    """The struct `Model` of decode.cpp."""
 
     _fields_ = (
         ("n_layers", ctypes.c_int64),
@@ -87,7 +87,7 @@ class CModel(ctypes.Structure):
 
 
 def find_library() -> Library | None:
-    """Return the compiled library where there is one for this machine and it is wanted, else None."""
+    """Load the compiled library, or return None if there is none for this machine or it is disabled."""
     if os.environ.get("LLMCTL_NATIVE") == "0":
         return None
     path = library_path()
@@ -99,9 +99,9 @@ def find_library() -> Library | None:
 
 
 def load_library(path: Path) -> Library:
-    """Open a compiled library.
+    """Open a compiled library and declare its functions.
 
-    Raises: OSError, AttributeError where it is none of ours.
+    Raises: OSError, AttributeError if it is not one of ours.
     """
     library = ctypes.CDLL(str(path))
     library.llmctl_step.restype = None
@@ -129,9 +129,10 @@ def load_library(path: Path) -> Library:
 
 
 def make_native(library: Library, decoder: Decoder) -> Native | None:
-    """Return the compiled step of a decoder, or None for a model that it does not know."""
+    """Return the compiled step of a decoder, or None for an unsupported model."""
     config = decoder.config
-    is_known = (
+    # Llama-like models only: RMSNorm, SwiGLU, no biases.
+    is_supported = (
         config.family == "decoder"
         and config.positions in {"rope", "none"}
         and (config.norm, config.norm_position) == ("rmsnorm", "pre")
@@ -141,23 +142,23 @@ def make_native(library: Library, decoder: Decoder) -> Native | None:
         and config.logits_scale == 1.0
         and config.d_ff % ROWS == 0
     )
-    if not is_known:
+    if not is_supported:
         return None
     step = Step(library, decoder)
     return step if step.is_whole else None
 
 
 class Step:
-    """A model as the library sees it: pointers into tensors that this object keeps."""
+    """A model in the library's structs: pointers into tensors, which this object keeps alive."""
 
     def __init__(self, library: Library, decoder: Decoder) -> None:
         self.library, self.decoder, self.config = library, decoder, decoder.config
         self.kept: list[Tensor] = []
-        self.is_whole = True  # until a matrix turns up that the library cannot read
+        self.is_whole = True  # set to False by a matrix that the library does not support
         config = decoder.config
         layers = (CLayer * len(decoder.layers))()
-        for place, layer in enumerate(decoder.layers):
-            layers[place] = CLayer(
+        for index, layer in enumerate(decoder.layers):
+            layers[index] = CLayer(
                 self._matrix(layer.attention.qkv),
                 self._matrix(layer.attention.out),
                 self._matrix(layer.up),
@@ -186,14 +187,15 @@ class Step:
         self.tables: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
-        """Return the logits (B, V) after one more token per row, or None for more rows than pay."""
+        """Return the logits (B, V) after one more token per row, or None for unsupported inputs."""
         B, position = len(tokens_B), cache.length
         kind = KINDS.get(str(cache.keys[0].dtype).removeprefix("torch."))
         if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None:
             return None
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
-        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()
+        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()  # the library works in float32
         logits_BV = torch.empty(B, self.config.vocab_size)
+        # Set per call: the same model can be used with different caches and thread counts.
         self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
         cos, sin = self._rope(cache)
         self.library.llmctl_step(
@@ -216,10 +218,11 @@ class Step:
         if self.config.positions != "rope":
             return None, None
         if self.tables is None or len(self.tables[0]) < cache.max_len:
+            # The two halves of a head's table are equal: the library needs only one.
             cos_SH, sin_SH = rope_tables(torch.arange(cache.max_len), self.config.head_dim, self.config.rope_theta)
             half = self.config.head_dim // 2
             self.tables = cos_SH[:, :half].contiguous(), sin_SH[:, :half].contiguous()
-        offset = cache.length * (self.config.head_dim // 2) * 4
+        offset = cache.length * (self.config.head_dim // 2) * 4  # bytes: the position's row of the float32 table
         return self.tables[0].data_ptr() + offset, self.tables[1].data_ptr() + offset
 
     def _numbers(self, norm: nn.Module) -> int:
@@ -234,9 +237,9 @@ class Step:
         if isinstance(product, Dense):
             weight_OI = product.weight_OI.detach()
             name = str(weight_OI.dtype).removeprefix("torch.")
-            is_readable = product.bias_O is None and len(weight_OI) >= ROWS
+            is_supported = product.bias_O is None and len(weight_OI) >= ROWS
             if (
-                is_readable
+                is_supported
                 and name in ("float32", "bfloat16")
                 and weight_OI.is_contiguous()
                 and weight_OI.device.type == "cpu"
@@ -256,14 +259,14 @@ class Step:
 
 
 def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:
-    """Tell whether the library knows how a weight is coded."""
+    """Tell whether the library supports a quantized weight."""
     is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
     has_groups = scheme.bits <= MOST_BITS and scheme.group in GROUPS and n_in % scheme.group == 0
     return (is_int8 or has_groups) and n_out >= ROWS and n_in % BLOCK == 0
 
 
 def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
-    """Return a weight in few bits as the library sees it; the tensors it points into are added to those kept."""
+    """Return a quantized weight as the library's struct; the tensors it points into are appended to `kept`."""
     scheme, weight, zeros = layer.scheme, layer.weight_packed, None
     kind = "int8" if not scheme.group else "int4" if scheme.bits <= INT4_BITS else "bytes"
     if scheme.group and not (scheme.symmetric and scheme.bits == INT4_BITS):
@@ -272,15 +275,19 @@ def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
         if scheme.bits < INT4_BITS:
             weight = pack(codes_OI, INT4_BITS)
         elif scheme.bits > INT4_BITS:
+            # One code per byte; in every block, the even inputs before the odd ones, in the order of 4-bit codes.
             weight = codes_OI.view(layer.n_out, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
-    held = [weight, layer.weight_scale.contiguous(), zeros]
-    kept += [one for one in held if one is not None]
-    pointers = (one if one is None else one.data_ptr() for one in held)
+    tensors = [weight, layer.weight_scale.contiguous(), zeros]
+    kept += [tensor for tensor in tensors if tensor is not None]
+    pointers = (tensor if tensor is None else tensor.data_ptr() for tensor in tensors)
     return CMatrix(KINDS[kind], scheme.group, layer.n_out, layer.n_in, *pointers)
 
 
 def compiled_kinds(library: Library | None) -> dict[str, Kind]:
-    """Return the way to multiply for which the library unpacks the weight: in bfloat16 where that is fast, or as x is."""
+    """Return the product kind that dequantizes with the library, to bfloat16 if x has it or the CPU is fast with it.
+
+    Empty without a library.
+    """
     if library is None:
         return {}
 
@@ -309,5 +316,5 @@ def compiled_kinds(library: Library | None) -> dict[str, Kind]:
 
 
 def pointers_to(tensors: list[Tensor]) -> Any:
-    """Return an array of the tensors' addresses."""
+    """Return a C array of the tensors' addresses."""
     return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])

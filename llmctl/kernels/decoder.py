@@ -1,4 +1,4 @@
-"""Make a model ready for decoding: its products measured, its weights joined, and a compiled step where there is one."""
+"""Prepare a model for decoding: choose its products by measurement, fuse its weights, use a compiled step if present."""
 
 from llmctl.kernels.compiled_step import make_native
 from llmctl.kernels.product_table import Measured, give_table
@@ -7,7 +7,7 @@ from llmctl.model.transformer import LanguageModel
 
 
 def make_decoder(model: LanguageModel) -> Decoder | None:
-    """Return a decoder that takes the model's weights over, or None for a model of another kind."""
+    """Return a decoder that takes over the model's weights, or None if the model is not supported."""
     if not covers(model.config):
         return None
     table = Measured()

@@ -1,7 +1,7 @@
-"""Which product serves a weight in few bits on this machine: measured once, on a small problem, and kept in a file.
+"""The fastest product for each quantized weight on this machine, measured once on a small problem and cached in a file.
 
-A product that is wrong here, or that this torch does not know, is never taken. The file is one for all models, in the user's
-cache; processor, threads and versions are part of its keys, and without it the only loss is the time to measure again.
+A product that gives wrong results here, or that this torch version lacks, is never used. One file in the user's cache
+serves all models; its keys include CPU, threads and versions. Deleting it only costs a new measurement.
 """
 
 import json
@@ -25,25 +25,25 @@ from llmctl.quant.products import PRODUCTS, ROWS, Product, Table, plain
 from llmctl.quant.schemes import SCHEMES, Scheme
 
 LARGEST_SIDE = 2048
-"""Weights are measured at the next power of two of each side, at most at this."""
+"""The largest size to measure; sides of weights are rounded up to a power of two, at most to this."""
 
 LARGEST_ERROR = 0.02
-"""Of a product against the plain one, in the norm; bfloat16 makes 0.003, inputs in eight bits 0.01."""
+"""The largest relative error (in norm) against the plain product; bfloat16 gives 0.003, 8-bit inputs 0.01."""
 
 ROUNDS, CALLS = 4, 3
-"""The best of some rounds counts, as other processes only ever make a round slower."""
+"""The fastest round counts: interference by other processes only makes a round slower."""
 
 LONGEST_SECONDS = 0.1
-"""No further round is begun after this long."""
+"""No new round starts after this time."""
 
 REFERENCE = "bfloat16"
-"""The name under which the product with a plain bfloat16 weight is measured too."""
+"""The name of the product with a plain bfloat16 weight, measured for comparison."""
 
 Seconds = dict[str, float]
 
 
 def machine_key() -> str:
-    """Return what the speed of a product depends on: processor, threads and versions."""
+    """Return the key of everything that the speed of a product depends on: CPU, threads and versions."""
     return " | ".join(
         [
             processor_name(),
@@ -56,12 +56,12 @@ def machine_key() -> str:
 
 
 def products_path() -> Path:
-    """Return the file with what was measured."""
+    """Return the file with the measurements."""
     return cache_folder() / "products.json"
 
 
 def read_measured() -> dict[str, dict[str, Seconds]]:
-    """Return what was measured on any machine; nothing where the file is missing or damaged."""
+    """Read the measurements of all machines; empty if the file is missing or damaged."""
     try:
         content = json.loads(products_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def read_measured() -> dict[str, dict[str, Seconds]]:
 
 
 def is_measured(content: Any) -> bool:
-    """Tell whether a file's content is seconds by machine, problem and product."""
+    """Tell whether parsed JSON is a mapping machine -> problem -> product -> seconds."""
     return isinstance(content, dict) and all(
         isinstance(problems, dict)
         and all(
@@ -82,7 +82,7 @@ def is_measured(content: Any) -> bool:
 
 
 class Measured(Table):
-    """A table of products, filled as it is asked; with `again`, what the file says is measured anew."""
+    """A table of products that measures missing entries on demand; with `again`, it ignores the file."""
 
     def __init__(self, *, again: bool = False) -> None:
         self.library = find_library()
@@ -92,7 +92,7 @@ class Measured(Table):
         self.known = {} if again else read_measured().get(self.machine, {})
 
     def __call__(self, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
-        """Return the fastest product that is right."""
+        """Return the fastest correct product."""
         names = self.fitting(scheme, n_out, n_in)
         if names == ["plain"]:
             return "plain"
@@ -100,7 +100,7 @@ class Measured(Table):
         return min((name for name in names if name in times), key=times.__getitem__, default="plain")
 
     def times(self, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> Seconds:
-        """Return the seconds of every product that is right, and of bfloat16's."""
+        """Return the seconds of every correct product, and of the bfloat16 reference."""
         n_out, n_in = measured_side(n_out), measured_side(n_in)
         problem = f"{name_of(scheme)} {n_out}x{n_in} {n_rows}"
         if problem not in self.known:
@@ -109,34 +109,34 @@ class Measured(Table):
         return self.known[problem]
 
     def _store(self) -> None:
-        content = read_measured()
+        content = read_measured()  # read again: another process may have added entries
         content[self.machine] = {**content.get(self.machine, {}), **self.known}
         with suppress(OutputError):
             write_bytes(products_path(), json.dumps(content, indent=1).encode())
 
 
 def measured_side(size: int) -> int:
-    """Return the side that stands for a side of a weight."""
+    """Round a side of a weight to the size that is measured in its place."""
     return min(LARGEST_SIDE, max(256, 1 << (size - 1).bit_length()))
 
 
 def name_of(scheme: Scheme) -> str:
-    """Return what tells schemes apart."""
+    """Return a scheme's key in the file."""
     zeros = "symmetric" if scheme.symmetric else "zeros"
     return f"{scheme.bits}-bit group {scheme.group} {zeros} inputs {scheme.activations}"
 
 
 @torch.inference_mode()
 def measure(table: Table, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> Seconds:
-    """Return the seconds of every product of a random weight that is right."""
+    """Time every product that is correct on a random weight, in seconds."""
     generator = torch.Generator().manual_seed(0)
     layer = random_layer(scheme, n_out, n_in, generator)
     x_NI = torch.randn(n_rows, n_in, generator=generator)
-    expected_NO = plain(layer)(x_NI)
+    expected_NO = plain(layer)(x_NI)  # correctness first: a fast kernel may be wrong on some CPU
     products: dict[str, Product] = {}
     for name in table.fitting(scheme, n_out, n_in):
         if name != "plain":
-            with suppress(RuntimeError, TypeError, AttributeError):  # this torch or this processor does not know it
+            with suppress(RuntimeError, TypeError, AttributeError):  # unsupported by this torch version or CPU
                 product = table.kinds[name].make(layer)
                 error = (product(x_NI) - expected_NO).norm() / expected_NO.norm()
                 if float(error) < LARGEST_ERROR:
@@ -146,17 +146,17 @@ def measure(table: Table, scheme: Scheme, n_out: int, n_in: int, n_rows: int) ->
     weight_OI, narrow_NI = layer.dequantized(torch.bfloat16), x_NI.bfloat16()
     products[REFERENCE] = lambda _x: F.linear(narrow_NI, weight_OI)
     best = dict.fromkeys(products, float("inf"))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     for _ in range(ROUNDS):
         for name, product in products.items():
             best[name] = min(best[name], seconds_of(product, x_NI))
-        if time.perf_counter() - begun > LONGEST_SECONDS:
+        if time.perf_counter() - started > LONGEST_SECONDS:
             break
     return best
 
 
 def seconds_of(product: Product, x_NI: Tensor) -> float:
-    """Return the seconds of one call, the mean of a few."""
+    """Return the mean seconds of `CALLS` calls."""
     start = time.perf_counter()
     for _ in range(CALLS):
         product(x_NI)
@@ -164,16 +164,16 @@ def seconds_of(product: Product, x_NI: Tensor) -> float:
 
 
 def random_layer(scheme: Scheme, n_out: int, n_in: int, generator: torch.Generator) -> QuantLinear:
-    """Return a layer of random codes."""
+    """Return a layer with random codes."""
     layer = QuantLinear(n_in, n_out, scheme, bias=False)
-    randomise(layer, generator)
+    randomize(layer, generator)
     return layer
 
 
-def randomise(layer: QuantLinear, generator: torch.Generator) -> None:
-    """Draw codes, scales and zeros of a layer; its weights are about as large as a model's at the beginning.
+def randomize(layer: QuantLinear, generator: torch.Generator) -> None:
+    """Fill a layer with random codes, scales and zero points; weights have the magnitude of an initialized model's.
 
-    No two scales are the same, so that a product that mixes them up is wrong.
+    All scales differ, so that a product that mixes them up fails the check.
     """
     for name, buffer in layer.named_buffers(recurse=False):
         if name in ("weight_packed", "weight_zero_point"):
@@ -183,14 +183,14 @@ def randomise(layer: QuantLinear, generator: torch.Generator) -> None:
 
 
 def give_table(model: nn.Module, table: Table) -> None:
-    """Let all weights in few bits of a model choose their products by a table."""
+    """Make all quantized layers of a model choose their products by a table."""
     for module in model.modules():
         if isinstance(module, QuantLinear):
             module.table = table
 
 
 def survey() -> list[dict[str, Any]]:
-    """Return, measured anew, which product serves which scheme and rows, and its speed relative to bfloat16."""
+    """Measure the fastest product by scheme and number of rows, with its speed relative to bfloat16."""
     table = Measured(again=True)
     rows = []
     for name in ("int8", "w8a8", "int4"):
@@ -203,12 +203,12 @@ def survey() -> list[dict[str, Any]]:
 
 
 def render_survey(rows: list[Mapping[str, Any]]) -> list[str]:
-    """Return the lines a person reads about products: a row per scheme, a column per number of rows."""
+    """Format the survey as a table: a line per scheme, a column per number of rows."""
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
     lines = [f"products   {LARGEST_SIDE} x {LARGEST_SIDE}, speed relative to bfloat16 by rows of the input"]
     lines.append("  scheme  " + "".join(f"{n_rows:>13}" for n_rows in ROWS))
     for scheme in schemes:
-        found = [row for row in rows if row["scheme"] == scheme]
-        cells = "".join(f"{row['product'].partition('_')[2] or row['product']:>9}{row['speed']:4.1f}" for row in found)
+        own = [row for row in rows if row["scheme"] == scheme]
+        cells = "".join(f"{row['product'].partition('_')[2] or row['product']:>9}{row['speed']:4.1f}" for row in own)
         lines.append(f"  {scheme:<8}{cells}")
     return lines

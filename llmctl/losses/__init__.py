@@ -1,1 +1,1 @@
-"""Losses as pure functions of tensors, each with its source; they know nothing of models, batches or ranks."""
+"""Losses as pure functions of tensors, each with its source; they know no models, batches or ranks."""

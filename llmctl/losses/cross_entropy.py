@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that never holds all logits."""
+"""Cross-entropy over a vocabulary without materializing all logits."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from llmctl.losses.logits import add_gradients, logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T + bias`, with the gradient made in the forward pass, chunk by chunk."""
+    """Cross-entropy of `hidden @ weight.T + bias`, chunk by chunk, with the gradient computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -28,7 +28,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if needs and bias_V is not None else None
         total = hidden_ND.new_zeros((), dtype=torch.float64)
         n_correct = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        # Allocated once, and worked on in place: fresh memory of this size costs as much as a pass over it.
+        # Allocated once and updated in place: allocating memory of this size costs as much as a pass over it.
         buffer_CV = hidden_ND.new_empty(min(chunk_tokens, hidden_ND.shape[0]), weight_VD.shape[0], dtype=wide)
         for start in range(0, hidden_ND.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -37,14 +37,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits(hidden_ND[rows], weight_VD, bias_V, logits_CV)
             picked_C, best_C = logits_CV.gather(1, labels_C), logits_CV.amax(dim=1, keepdim=True)
             n_correct += (picked_C >= best_C).sum()
-            wanted_C = picked_C
+            target_C = picked_C
             if smoothing:
-                wanted_C = (1 - smoothing) * picked_C + smoothing * logits_CV.mean(dim=1, keepdim=True)
+                target_C = (1 - smoothing) * picked_C + smoothing * logits_CV.mean(dim=1, keepdim=True)
             exponentials_CV = logits_CV.sub_(best_C).exp_()
             sums_C = exponentials_CV.sum(dim=1, keepdim=True)
-            total += (sums_C.log() + best_C - wanted_C).sum(dtype=torch.float64)
+            total += (sums_C.log() + best_C - target_C).sum(dtype=torch.float64)
             if grad_hidden_ND is None or grad_weight_VD is None:
                 continue
+            # The gradient with respect to the logits: softmax minus the (smoothed) one-hot target.
             error_CV = exponentials_CV.div_(sums_C)
             error_CV.scatter_add_(1, labels_C, error_CV.new_full(labels_C.shape, smoothing - 1.0))
             if smoothing:
@@ -73,15 +74,15 @@ def linear_cross_entropy(
     chunk_tokens: int = 2048,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed negative log-likelihood of the labels, in nats, and how many were the likeliest.
+    """Return the summed negative log-likelihood of the labels, in nats, and the number of correct top-1 predictions.
 
-    Never holds more than `chunk_tokens` rows of logits. Under autocast the products run in its precision and are
-    accumulated in float32; softmax and sums are float32 and float64. The gradient is right for one backward call per
-    forward. With smoothing the label is one of probability 1 - s, and s is spread evenly over the vocabulary (Szegedy et
+    At most `chunk_tokens` rows of logits exist at a time. Under autocast the products run in its precision and are
+    accumulated in float32; softmax and sums are float32 and float64. The gradient is valid for one backward call per
+    forward. With smoothing s the label has probability 1 - s, and s is spread evenly over the vocabulary (Szegedy et
     al. 2015, arXiv:1512.00567, section 7).
 
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> two scalars (float64).
-    Source: the textbook loss; made in chunks with the gradient in the forward pass after Liger, arXiv:2410.10989.
+    Source: the textbook loss; chunked with the gradient in the forward pass after Liger, arXiv:2410.10989.
     """
     device = hidden_ND.device.type
     if torch.is_autocast_enabled(device):
@@ -89,7 +90,7 @@ def linear_cross_entropy(
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
     elif hidden_ND.dtype != weight_VD.dtype:
         hidden_ND = hidden_ND.to(weight_VD.dtype)
-    # Asked here: in `forward` the grad mode is off, and `needs_input_grad` is true of a parameter even under no_grad.
+    # Decided here: inside `forward` grad mode is off, and `needs_input_grad` is true for parameters even under no_grad.
     needs = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)
     )

@@ -1,8 +1,8 @@
-"""Divergences between a teacher's distribution p and a student's q, row by row, with their gradients.
+"""Divergences between a teacher's distribution p and a student's q, per row, with their gradients.
 
-Each takes log q and log p (C, V) and gives the divergence of every row, and its gradient with respect to the logits of q.
-Temperature is the caller's: both are at the same one. Where p and q are equal, divergence and gradient are exactly zero:
-what is written as a difference is computed as one.
+Each takes log q and log p (C, V), both at the caller's temperature, and returns every row's divergence and the gradient
+with respect to the logits of q. If p equals q, divergence and gradient are exactly zero: terms that cancel are computed
+as differences.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Function = Callable[[Tensor, Tensor, "Divergence"], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Divergence:
-    """A divergence by name, and what shapes it.
+    """A divergence by name, with its parameters.
 
-    temperature: of both sides; losses are multiplied by its square (Hinton et al. 2015, arXiv:1503.02531). beta: the
-    teacher's weight in jsd's mixture. skew: share of the other side in skl and srkl. head_mass: the teacher's
-    probability that is akl's head. taid_share: the teacher's share in taid's target.
+    temperature: of both distributions; losses are multiplied by its square (Hinton et al. 2015, arXiv:1503.02531).
+    beta: the teacher's weight in jsd's mixture. skew: the weight of the first distribution in skl's and srkl's mixture.
+    head_mass: the teacher probability of akl's head. taid_share: the teacher's weight in taid's target.
     """
 
     name: str = "fkl"
@@ -33,7 +33,7 @@ class Divergence:
     taid_share: float = 1.0
 
     def __call__(self, log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the divergence of each row (C,) and its gradient (C, V); the inputs are used up."""
+        """Return the divergence of each row (C,) and its gradient (C, V); the inputs are overwritten."""
         function: Function = globals()[DIVERGENCES[self.name].function]
         return function(log_q_CV, log_p_CV, self)
 
@@ -41,8 +41,8 @@ class Divergence:
 def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
     """Return KL(p || q); gradient q - p.
 
-    The sum of the gradient, which is nothing but rounding, is added to the terms: none of them is negative then, and a
-    student that is next to its teacher has a loss of more than noise.
+    The gradient sums to zero up to rounding, so adding it to the terms does not change the result; it makes each term
+    (p log p/q + q - p) non-negative, so that the loss of a student close to its teacher is not lost in rounding.
     """
     del options
     gap_CV = log_p_CV - log_q_CV
@@ -54,6 +54,7 @@ def forward_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple
 def reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
     """Return KL(q || p); gradient q (log q/p - KL)."""
     del options
+    # In-place exponentials reuse the buffers of the logarithms: chunks are large.
     gap_CV = log_q_CV - log_p_CV
     q_CV, p_CV = log_q_CV.exp_(), log_p_CV.exp_()
     terms_CV = q_CV * gap_CV
@@ -63,13 +64,13 @@ def reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple
 
 
 def centered(q_CV: Tensor, slope_CV: Tensor) -> Tensor:
-    """Return the gradient with respect to logits, of one with respect to probabilities: q (s - E_q s)."""
+    """Convert a gradient s with respect to probabilities into one with respect to logits: q (s - E_q s)."""
     mean_C1 = (q_CV * slope_CV).sum(dim=1, keepdim=True)
     return slope_CV.sub_(mean_C1).mul_(q_CV)
 
 
 def log_ratio(above_CV: Tensor, below_CV: Tensor) -> Tensor:
-    """Return log(above / below): zero where they are equal, and where the first is nothing, as its product with it is."""
+    """Return log(above / below), exactly 0 if they are equal; also 0 if `above` is 0, since above * log(above) is."""
     ratio_CV = above_CV / below_CV
     return torch.where(ratio_CV > 0, ratio_CV, 1.0).log_()
 
@@ -78,7 +79,7 @@ def jensen_shannon(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> t
     """Return beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q."""
     beta = options.beta
     q_CV, p_CV = log_q_CV.exp_(), log_p_CV.exp_()
-    m_CV = q_CV + beta * (p_CV - q_CV)
+    m_CV = q_CV + beta * (p_CV - q_CV)  # in this form exactly q if p equals q
     from_p_C = log_ratio(p_CV, m_CV).mul_(p_CV).sum(dim=1)
     slope_CV = log_ratio(q_CV, m_CV)
     from_q_C = (q_CV * slope_CV).sum(dim=1)
@@ -103,16 +104,17 @@ def skew_reverse_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> 
 
 
 def excess(above_CV: Tensor, below_CV: Tensor) -> Tensor:
-    """Return above / below - 1, and 0 where both are nothing."""
+    """Return above / below - 1, and 0 if both are 0."""
     return torch.where(below_CV > 0, (above_CV - below_CV) / below_CV, 0.0)
 
 
 def adaptive_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
     """Return w KL(p || q) + (1 - w) KL(q || p), w being the head's share of the gap |p - q|; w has no gradient.
 
-    The head is the fewest likeliest tokens that hold `head_mass` of the teacher.
+    The head is the smallest set of the teacher's most likely tokens with a total probability of `head_mass`.
     """
     p_CV, gap_CV = log_p_CV.exp(), (log_p_CV.exp() - log_q_CV.exp()).abs_()
+    # A token belongs to the head if the more likely ones before it have less than head_mass.
     sorted_CV, order_CV = p_CV.sort(dim=1, descending=True, stable=True)
     before_CV = sorted_CV.cumsum(dim=1) - sorted_CV
     is_head_CV = torch.empty_like(before_CV, dtype=torch.bool).scatter_(1, order_CV, before_CV < options.head_mass)
@@ -125,15 +127,15 @@ def adaptive_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tupl
 
 
 def interpolated_kl(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
-    """Return KL(r || q), r between student and teacher: softmax((1 - t) log q + t log p), without gradient."""
+    """Return KL(r || q) with the interpolated target r = softmax((1 - t) log q + t log p), without its gradient."""
     log_r_CV = log_p_CV.sub_(log_q_CV).mul_(options.taid_share).add_(log_q_CV)
-    # Both sums are made in the same way, so that nothing is left of them where the distributions are equal.
+    # Both normalizers are computed the same way, so that they cancel exactly if the distributions are equal.
     log_r_CV -= log_r_CV.logsumexp(dim=1, keepdim=True) - log_q_CV.logsumexp(dim=1, keepdim=True)
     return forward_kl(log_q_CV, log_r_CV, options)
 
 
 def total_variation(log_q_CV: Tensor, log_p_CV: Tensor, options: Divergence) -> tuple[Tensor, Tensor]:
-    """Return half the sum of |p - q|: 1 - it is what speculative decoding accepts."""
+    """Return half the sum of |p - q|, which is one minus the acceptance rate of speculative decoding."""
     del options
     q_CV, gap_CV = log_q_CV.exp_(), log_p_CV.exp_()
     gap_CV.neg_().add_(q_CV)

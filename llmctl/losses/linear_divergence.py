@@ -1,8 +1,9 @@
-"""A divergence between two models' predictions that never holds all logits of either.
+"""Divergence between student and teacher predictions without materializing all logits of either.
 
-Works through the labels in chunks and makes the gradient along the way, as `cross_entropy.py` does; logits are accumulated
-in float32 whatever the models' precision, since a student that is close to its teacher learns from small differences.
-Source: Hinton et al. 2015, arXiv:1503.02531; made in chunks with the gradient in the forward pass after Liger,
+Processes labels in chunks and computes the gradient in the forward pass, like `cross_entropy.py`. Logits are
+accumulated in float32 regardless of the models' precision: a student close to its teacher learns from small
+differences.
+Source: Hinton et al. 2015, arXiv:1503.02531; chunked with the gradient in the forward pass after Liger,
 arXiv:2410.10989.
 """
 
@@ -18,15 +19,15 @@ from llmctl.losses.logits import add_gradients, logits
 from llmctl.losses.measures import Measures
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 
-Told = Sequence[DenseTeacher] | SparseTeacher
+TeacherOutputs = Sequence[DenseTeacher] | SparseTeacher
 
 
 @dataclass(frozen=True)
 class DivergenceSums:
     """Sums over labels, float64; `total` has a gradient.
 
-    total: weight * divergence + (1 - weight) * cross-entropy. cross_entropy and correct: of the labels, at temperature 1.
-    measures: of student and teachers beside each other, where asked for.
+    total: weight * divergence + (1 - weight) * cross-entropy. cross_entropy and correct (top-1): of the labels, at
+    temperature 1. measures: comparison of student and teachers, if requested.
     """
 
     total: Tensor
@@ -38,9 +39,9 @@ class DivergenceSums:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a call works on beside the tensors that get gradients."""
+    """The inputs of a call that do not get gradients."""
 
-    told: Told
+    targets: TeacherOutputs
     labels_N: Tensor
     divergence: Divergence
     weight: float
@@ -50,7 +51,7 @@ class _Task:
 
 
 class _Chunk:
-    """The buffers of a call, and what is done in them; fresh memory of this size costs as much as a pass over it."""
+    """Reused buffers of logits: allocating memory of this size costs as much as a pass over it."""
 
     def __init__(self, n_rows: int, n_vocabulary: int, like: Tensor, dtype: torch.dtype) -> None:
         self.student_CV = like.new_empty(n_rows, n_vocabulary, dtype=dtype)
@@ -61,7 +62,7 @@ class _Chunk:
         return logits(hidden_CD, weight_VD, bias_V, self.student_CV[: len(hidden_CD)])
 
     def log_p(self, teachers: Sequence[DenseTeacher], rows: slice, temperature: float) -> Tensor:
-        """Return the logarithm of the teachers' mean distribution."""
+        """Return the log-probabilities of the teachers' mean distribution."""
         if self.teacher_CV is None:
             self.teacher_CV = torch.empty_like(self.student_CV)
         V = self.student_CV.shape[1]
@@ -71,43 +72,45 @@ class _Chunk:
             bias_V = None if teacher.bias_V is None else teacher.bias_V[:V]
             own_CV = self.teacher_CV[: len(hidden_CD)]
             dtype = teacher.weight_VD.dtype
+            # `logits` accumulates in the teacher's own wide dtype; a float64 student with a float32 teacher needs casts.
             if own_CV.dtype not in (dtype, torch.promote_types(dtype, torch.float32)):
                 own_CV.copy_(hidden_CD.to(own_CV.dtype) @ teacher.weight_VD[:V].to(own_CV.dtype).T)
                 own_CV += 0 if bias_V is None else bias_V
             else:
                 logits(hidden_CD.to(dtype), teacher.weight_VD[:V], bias_V, own_CV)
             log_softmax_(own_CV, temperature)
+            # Several teachers are averaged as probabilities, not as logits.
             if len(teachers) == 1:
                 return own_CV
-            share_CV = own_CV.exp() / len(teachers)
-            mean_CV = share_CV if mean_CV is None else mean_CV.add_(share_CV)
+            part_CV = own_CV.exp() / len(teachers)
+            mean_CV = part_CV if mean_CV is None else mean_CV.add_(part_CV)
         assert mean_CV is not None, "a divergence needs a teacher"
         return mean_CV.log_()
 
 
 def log_softmax_(logits_CV: Tensor, temperature: float) -> Tensor:
-    """Turn logits into logarithms of probabilities, in place."""
+    """Turn logits into log-probabilities, in place."""
     if temperature != 1.0:
         logits_CV /= temperature
     logits_CV -= logits_CV.amax(dim=1, keepdim=True)
     return logits_CV.sub_(logits_CV.exp().sum(dim=1, keepdim=True).log_())
 
 
-def sparse_divergence(log_q_CV: Tensor, told: SparseTeacher, rows: slice) -> tuple[Tensor, Tensor]:
-    """Return the forward KL from what is known of a teacher, per row, and its gradient; the input is used up.
+def sparse_divergence(log_q_CV: Tensor, targets: SparseTeacher, rows: slice) -> tuple[Tensor, Tensor]:
+    """Return each row's forward KL from a sparse teacher, and its gradient; the input is overwritten.
 
-    Without a tail: sum of p log p/q over the tokens, gradient (sum of p) q - p. With one, over K + 1 categories: tokens
-    outside the K share the gradient of the bucket that they are in.
+    Without a tail: sum of p log p/q over the tokens, gradient (sum of p) q - p. With a tail: over K + 1 categories;
+    all tokens outside the K share the gradient of the tail category.
     """
-    ids_CK, p_CK = told.ids_NK[rows].long(), told.probabilities_NK[rows].to(log_q_CV.dtype)
+    ids_CK, p_CK = targets.ids_NK[rows].long(), targets.probabilities_NK[rows].to(log_q_CV.dtype)
     picked_CK = log_q_CV.gather(1, ids_CK)
     loss_C = (torch.xlogy(p_CK, p_CK) - p_CK * picked_CK).sum(dim=1)
     q_CV = log_q_CV.exp_()
-    if told.tail_N is None:
+    if targets.tail_N is None:
         q_CV *= p_CK.sum(dim=1, keepdim=True)
         return loss_C, q_CV.scatter_add_(1, ids_CK, -p_CK)
-    tail_C = told.tail_N[rows].to(q_CV.dtype)
-    # Summed over what is outside, not taken from 1: where little is outside, little would be left of its digits.
+    tail_C = targets.tail_N[rows].to(q_CV.dtype)
+    # Summed over the outside tokens rather than as 1 - sum(inside), which would cancel if little is outside.
     outside_C = q_CV.scatter(1, ids_CK, 0.0).sum(dim=1).clamp_(min=torch.finfo(q_CV.dtype).tiny)
     loss_C += torch.xlogy(tail_C, tail_C) - tail_C * outside_C.log()
     picked_CK = picked_CK.exp()
@@ -117,7 +120,7 @@ def sparse_divergence(log_q_CV: Tensor, told: SparseTeacher, rows: slice) -> tup
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """The loss of `hidden @ weight.T + bias` against teachers, with the gradient made in the forward pass."""
+    """The loss of `hidden @ weight.T + bias` against teachers, with the gradient computed in the forward pass."""
 
     @staticmethod
     def forward(
@@ -134,8 +137,8 @@ class _LinearDivergence(torch.autograd.Function):
         for start in range(0, N, task.chunk_tokens):
             rows = slice(start, start + task.chunk_tokens)
             student_CV = buffers.log_q(hidden_ND[rows], weight_VD, bias_V)
-            told, error_CV = _chunk_loss(student_CV, buffers, task, rows)
-            sums += told
+            chunk_sums, error_CV = _chunk_loss(student_CV, buffers, task, rows)
+            sums += chunk_sums
             if grads[0] is not None and grads[1] is not None:
                 if grads[2] is not None:
                     grads[2] += error_CV.sum(dim=0)
@@ -153,37 +156,39 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _chunk_loss(student_CV: Tensor, buffers: _Chunk, task: _Task, rows: slice) -> tuple[Tensor, Tensor]:
-    """Return (total, divergence, nats, correct) of a chunk, and the gradient of its logits, which it replaces."""
-    heat, weight = task.divergence.temperature, task.weight
+    """Return (total, divergence, nats, correct) of a chunk, and the gradient of its logits, which are overwritten."""
+    temperature, weight = task.divergence.temperature, task.weight
     labels_C1 = task.labels_N[rows, None]
     picked_C1, best_C1 = student_CV.gather(1, labels_C1), student_CV.amax(dim=1, keepdim=True)
     correct = (picked_C1 >= best_C1).sum(dtype=torch.float64)
-    log_q1_CV: Tensor | None = None  # at temperature 1, where that is another
-    if heat != 1.0 and (weight < 1.0 or task.measures is not None):
+    # Cross-entropy and measures use temperature 1. A separate copy is made only if the divergence would overwrite it.
+    log_q1_CV: Tensor | None = None
+    if temperature != 1.0 and (weight < 1.0 or task.measures is not None):
         log_q1_CV = log_softmax_(student_CV.clone(), 1.0)
         nats_C = -log_q1_CV.gather(1, labels_C1)
-    elif heat != 1.0:
+    elif temperature != 1.0:
         nats_C = (student_CV - best_C1).exp_().sum(dim=1, keepdim=True).log_() + best_C1 - picked_C1
-    log_q_CV = log_softmax_(student_CV, heat)
-    if heat == 1.0:
+    log_q_CV = log_softmax_(student_CV, temperature)
+    if temperature == 1.0:
         nats_C = -log_q_CV.gather(1, labels_C1)
         if weight < 1.0:
             log_q1_CV = log_q_CV.clone()
     nats = nats_C.sum(dtype=torch.float64)
     if task.measures is not None:
-        assert not isinstance(task.told, SparseTeacher), "part of a distribution cannot be measured against"
-        one_CV = log_q_CV if log_q1_CV is None else log_q1_CV
-        task.measures.add(one_CV, buffers.log_p(task.told, rows, 1.0), labels_C1[:, 0])
+        assert not isinstance(task.targets, SparseTeacher), "measures need the teacher's full distribution"
+        own_CV = log_q_CV if log_q1_CV is None else log_q1_CV
+        task.measures.add(own_CV, buffers.log_p(task.targets, rows, 1.0), labels_C1[:, 0])
     if weight == 0.0:
         divergence, error_CV = nats.new_zeros(()), torch.zeros_like(log_q_CV)
     else:
-        if isinstance(task.told, SparseTeacher):
-            losses_C, error_CV = sparse_divergence(log_q_CV, task.told, rows)
+        if isinstance(task.targets, SparseTeacher):
+            losses_C, error_CV = sparse_divergence(log_q_CV, task.targets, rows)
         else:
-            losses_C, error_CV = task.divergence(log_q_CV, buffers.log_p(task.told, rows, heat))
-        divergence = heat**2 * losses_C.sum(dtype=torch.float64)
-        if heat * weight != 1.0:
-            error_CV *= heat * weight
+            losses_C, error_CV = task.divergence(log_q_CV, buffers.log_p(task.targets, rows, temperature))
+        divergence = temperature**2 * losses_C.sum(dtype=torch.float64)
+        # T^2 of the loss times 1/T of the logits' derivative.
+        if temperature * weight != 1.0:
+            error_CV *= temperature * weight
     if weight < 1.0:
         assert log_q1_CV is not None
         error_CV.add_(log_q1_CV.exp_(), alpha=1 - weight)
@@ -195,7 +200,7 @@ def _chunk_loss(student_CV: Tensor, buffers: _Chunk, task: _Task, rows: slice) -
 def linear_divergence(
     hidden_ND: Tensor,
     weight_VD: Tensor,
-    told: Told,
+    targets: TeacherOutputs,
     labels_N: Tensor,
     divergence: Divergence,
     *,
@@ -205,33 +210,34 @@ def linear_divergence(
     vocab_size: int | None = None,
     measure: bool = False,
 ) -> DivergenceSums:
-    """Return weight * T^2 * divergence + (1 - weight) * cross-entropy, summed over labels, and what it is made of.
+    """Return weight * T^2 * divergence + (1 - weight) * cross-entropy, summed over labels, with its components.
 
-    Never holds more than `chunk_tokens` rows of logits of a model. Under autocast the products run in its precision,
-    accumulated in float32; softmax and sums are float32 and float64. The gradient is right for one backward call per
-    forward. vocab_size: the tokens that both know; what lies beyond in either pads its vocabulary and takes no part.
-    A sparse teacher has forward KL at temperature 1 only.
+    At most `chunk_tokens` rows of a model's logits exist at a time. Under autocast the products run in its precision,
+    accumulated in float32; softmax and sums are float32 and float64. The gradient is valid for one backward call per
+    forward. vocab_size: the tokens common to both models; rows beyond it are padding and are ignored. A sparse teacher
+    supports only forward KL at temperature 1.
 
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> scalars (float64).
     """
     device = hidden_ND.device.type
-    if isinstance(told, SparseTeacher):
-        assert (divergence.name, divergence.temperature) == ("fkl", 1.0), "a sparse teacher knows forward KL at T=1"
+    if isinstance(targets, SparseTeacher):
+        assert (divergence.name, divergence.temperature) == ("fkl", 1.0), "a sparse teacher needs forward KL at T=1"
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
     elif hidden_ND.dtype != weight_VD.dtype:
         hidden_ND = hidden_ND.to(weight_VD.dtype)
+    # A slice in the graph: its backward pass pads the gradient to the full vocabulary.
     if vocab_size is not None and vocab_size < len(weight_VD):
         weight_VD, bias_V = weight_VD[:vocab_size], None if bias_V is None else bias_V[:vocab_size]
-    # Asked here: in `forward` the grad mode is off, and `needs_input_grad` is true of a parameter even under no_grad.
+    # Decided here: inside `forward` grad mode is off, and `needs_input_grad` is true for parameters even under no_grad.
     needs = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)
     )
     measures = Measures.zero(hidden_ND.device) if measure else None
-    task = _Task(told, labels_N, divergence, weight, chunk_tokens, measures, needs)
+    task = _Task(targets, labels_N, divergence, weight, chunk_tokens, measures, needs)
     with torch.autocast(device, enabled=False):
-        total, distance, nats, correct = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
+        total, divergence_sum, nats, correct = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
             hidden_ND, weight_VD, bias_V, task
         )
-    return DivergenceSums(total, distance, nats, correct, measures)
+    return DivergenceSums(total, divergence_sum, nats, correct, measures)

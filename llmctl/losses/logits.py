@@ -1,11 +1,10 @@
-"""Logits in float32 out of narrow inputs, and the products that give their gradients.
+"""float32 logits from bfloat16 or float16 inputs, and the products for their gradients.
 
-A product of bfloat16 matrices is rounded to bfloat16 when it is done, which leaves three digits: too few where two
-distributions are close to each other and their difference is what is learned. On CUDA the product itself can be kept in
-float32. On a CPU it is made twice: the second one starts from the negative of the first, so that what is left is the
-rounding error, which is added back. Which way works is tried once on a small block, not believed. A processor without
-instructions for bfloat16 takes ten to a hundred times as long for a narrow product as for a wide one (measured on one with
-AVX2 alone); there the matrices are widened block by block.
+The product of two bfloat16 matrices is rounded to bfloat16, three digits: too few if two distributions are close and
+their difference is the training signal. On CUDA the product can be returned in float32. On a CPU it is computed twice:
+the second product starts from the negative of the first, which leaves its rounding error, which is added back. Whether
+a method is accurate is tested once on a small block. A CPU without bfloat16 instructions is 10 to 100 times slower
+with bfloat16 than with float32 (measured with AVX2 only); there the matrices are upcast block by block.
 """
 
 import platform
@@ -16,14 +15,14 @@ from torch import Tensor
 
 WIDE = (torch.float32, torch.float64)
 LARGEST_ERROR = 1e-4
-"""Error of a way, relative to the largest logit, above which it is not taken; rounding to bfloat16 alone makes 2e-3."""
+"""The largest accepted error of a method, relative to the largest logit; rounding to bfloat16 alone gives 2e-3."""
 
 UPCAST_COLUMNS = 8192
-"""Rows of the weight that are widened together where nothing better works: a block, never all of it."""
+"""Rows of the weight to upcast at a time, to bound memory."""
 
 
 def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
-    """Write hidden @ weight.T + bias into `out`, accumulated in its dtype, float32 or float64, and return it."""
+    """Compute hidden @ weight.T + bias into `out`, accumulated in its dtype (float32 or float64), and return it."""
     WAYS[choose_way(weight_VD.dtype, weight_VD.device.type)](hidden_CD, weight_VD, out_CV)
     if bias_V is not None:
         out_CV += bias_V
@@ -31,24 +30,24 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: 
 
 
 def plain(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """Multiply wide matrices."""
+    """Multiply float32 or float64 matrices."""
     torch.mm(hidden_CD, weight_VD.T, out=out_CV)
 
 
 def kept(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """Multiply narrow matrices into a float32 result (CUDA)."""
+    """Multiply 16-bit matrices into a float32 result (CUDA)."""
     torch.mm(hidden_CD, weight_VD.T, out_dtype=torch.float32, out=out_CV)
 
 
 def pair(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """Multiply narrow matrices twice; the second product is the rounding error of the first."""
+    """Multiply 16-bit matrices twice; the second product is the rounding error of the first."""
     narrow_CV = hidden_CD @ weight_VD.T
     out_CV.copy_(narrow_CV)
     out_CV += narrow_CV.neg_().addmm_(hidden_CD, weight_VD.T)
 
 
 def upcast(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """Widen the matrices block by block, and multiply those."""
+    """Upcast the weight block by block and multiply the blocks."""
     wide_CD = hidden_CD.to(out_CV.dtype)
     for start in range(0, len(weight_VD), UPCAST_COLUMNS):
         block_BD = weight_VD[start : start + UPCAST_COLUMNS].to(out_CV.dtype)
@@ -60,7 +59,7 @@ WAYS = {"plain": plain, "kept": kept, "pair": pair, "upcast": upcast}
 
 @cache
 def choose_way(dtype: torch.dtype, device: str) -> str:
-    """Return the way that gives float32 logits of this dtype on this device, tried once."""
+    """Return the fastest accurate method for this dtype and device; tested once."""
     if dtype in WIDE:
         return "plain"
     candidates = ("kept", "upcast") if device == "cuda" else ("pair", "upcast") if is_native(dtype) else ("upcast",)
@@ -69,7 +68,7 @@ def choose_way(dtype: torch.dtype, device: str) -> str:
 
 @torch.no_grad()
 def error_of(way: str, dtype: torch.dtype, device: str) -> float:
-    """Return the error of a way on a small block against float64, relative to the largest logit."""
+    """Return a method's error on a small block against float64, relative to the largest logit."""
     generator = torch.Generator().manual_seed(0)
     hidden_CD = torch.randn(48, 192, generator=generator).to(device, dtype)
     weight_VD = torch.randn(320, 192, generator=generator).to(device, dtype)
@@ -77,23 +76,23 @@ def error_of(way: str, dtype: torch.dtype, device: str) -> float:
     with torch.autocast(device, enabled=False):
         try:
             WAYS[way](hidden_CD, weight_VD, out_CV)
-        except (RuntimeError, TypeError):  # this torch or this card does not know it
+        except (RuntimeError, TypeError):  # unsupported by this torch version or GPU
             return float("inf")
     exact_CV = hidden_CD.double() @ weight_VD.double().T
     return float((out_CV.double() - exact_CV).abs().amax() / exact_CV.abs().amax())
 
 
 def is_native(dtype: torch.dtype) -> bool:
-    """Tell whether this processor multiplies narrow matrices itself."""
+    """Tell whether this CPU has instructions for products of this dtype."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True  # tried and, where it is exact, taken
+        return True  # unknown: assume so, since choose_way tests the accuracy anyway
     return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001
 
 
 def add_gradients(
     error_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, grad_hidden_CD: Tensor, grad_weight_VD: Tensor
 ) -> None:
-    """Write a chunk's gradient of the hidden states, and add to that of the weight, which is wide.
+    """Write a chunk's gradient of the hidden states, and add its gradient of the weight (float32 or float64).
 
     error: the gradient of the logits.
     """

@@ -1,4 +1,4 @@
-"""How far a student and its teacher are apart, in figures that are sums over labels."""
+"""Metrics that compare a student with its teacher, as sums over labels."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 N_BINS = 15
-"""Bins of the student's confidence, as in Guo et al. 2017, arXiv:1706.04599."""
+"""Bins of the student's confidence for the calibration error, as in Guo et al. 2017, arXiv:1706.04599."""
 
 
 @dataclass
 class Measures:
-    """Sums over labels, float64: KL(p || q), same best token, sum of min(p, q), and bins of confidence (3, N_BINS).
+    """Sums over labels, float64: KL(p || q), top-1 agreement, sum of min(p, q), and confidence bins (3, N_BINS).
 
-    The bins' rows: how many labels, the sum of the confidences in the best token, and how often it was the label.
+    The bins' rows: number of labels, sum of the top-1 confidences, number of correct top-1 predictions.
     """
 
     kl: Tensor
@@ -23,17 +23,18 @@ class Measures:
 
     @classmethod
     def zero(cls, device: torch.device) -> "Measures":
-        """Return sums over nothing."""
-        nothing = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(nothing, nothing, nothing, torch.zeros(3, N_BINS, dtype=torch.float64, device=device))
+        """Return empty sums."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(zero, zero, zero, torch.zeros(3, N_BINS, dtype=torch.float64, device=device))
 
     def add(self, log_q_CV: Tensor, log_p_CV: Tensor, labels_C: Tensor) -> None:
-        """Add a chunk of labels; both distributions are at temperature 1."""
+        """Add a chunk of labels; both distributions must be at temperature 1."""
         q_CV, p_CV = log_q_CV.exp(), log_p_CV.exp()
+        # q - p sums to zero and makes every term non-negative, see `divergences.forward_kl`.
         self.kl = self.kl + (p_CV * (log_p_CV - log_q_CV) + q_CV - p_CV).sum(dtype=torch.float64)
         confidence_C, best_C = q_CV.max(dim=1)
         self.agreement = self.agreement + (p_CV.argmax(dim=1) == best_C).sum(dtype=torch.float64)
         self.overlap = self.overlap + torch.minimum(p_CV, q_CV).sum(dtype=torch.float64)
-        places_C = (confidence_C * N_BINS).long().clamp_(0, N_BINS - 1)
-        told_3C = torch.stack([torch.ones_like(confidence_C), confidence_C, (best_C == labels_C).to(q_CV.dtype)])
-        self.bins.index_add_(1, places_C, told_3C.double())
+        bins_C = (confidence_C * N_BINS).long().clamp_(0, N_BINS - 1)
+        values_3C = torch.stack([torch.ones_like(confidence_C), confidence_C, (best_C == labels_C).to(q_CV.dtype)])
+        self.bins.index_add_(1, bins_C, values_3C.double())

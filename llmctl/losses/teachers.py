@@ -1,4 +1,4 @@
-"""The forms in which a loss takes what a teacher says of N labels."""
+"""The forms in which a loss accepts a teacher's predictions of N labels."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """All of it: what the head's matrix multiplies (N, D), the matrix (V, D), and its bias (V,)."""
+    """The full distribution, as last hidden states (N, D) and the head's weight (V, D) and bias (V,)."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -16,11 +16,11 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class SparseTeacher:
-    """Some of it: tokens (N, K) with probabilities (N, K), padded with probability 0.
+    """A part of the distribution: tokens (N, K) with probabilities (N, K), padded with probability 0.
 
-    Without a tail the tokens are the whole target: draws, whose histogram is right on average (random sampling
-    knowledge distillation, Anshumann et al. 2025, arXiv:2503.16870). With a tail (N,), the mass of all other tokens, the
-    student is compared over K + 1 categories; padding then repeats a token of its row.
+    Without a tail the tokens are the complete target: samples, whose histogram is an unbiased estimate (random sampling
+    knowledge distillation, Anshumann et al. 2025, arXiv:2503.16870). With a tail (N,), the total probability of all
+    other tokens, the loss is over K + 1 categories; padding then repeats a token of its row.
     """
 
     ids_NK: Tensor

@@ -1,6 +1,6 @@
-"""Sums that become figures: bits per byte, perplexity, accuracy; the metrics file; the loss curve as SVG.
+"""Language-modeling metrics from sums (bits per byte, perplexity, accuracy), and the names and formats of all metrics.
 
-Knows nothing of models. A figure is always a quotient of two global sums, never an average of averages.
+Knows no models. A metric is always a quotient of two global sums, never an average of averages.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Figure(NamedTuple):
-    """What a figure is called, how it is written, and whether more of it is better."""
+    """A metric's label, its format, and whether higher is better."""
 
     label: str
     form: str
@@ -33,29 +33,29 @@ FIGURES: dict[str, Figure] = {
     "exact_match": Figure("exact match", ".1%", is_higher_better=True),
     "token_f1": Figure("token F1", ".3f", is_higher_better=True),
     "kl": Figure("KL to teacher", ".4f"),
-    "agreement": Figure("same best token", ".1%", is_higher_better=True),
+    "agreement": Figure("top-1 agreement", ".1%", is_higher_better=True),
     "overlap": Figure("sum of min(p, q)", ".3f", is_higher_better=True),
     "calibration_error": Figure("calibration error", ".4f"),
 }
-"""Held-out figures by the names they have in metrics.jsonl and in `--json`; of others, less is better."""
+"""Held-out metrics by their keys in metrics.jsonl and `--json`; for metrics not listed, lower is better."""
 
 
 def is_higher_better(name: str) -> bool:
-    """Tell whether more of a figure is better."""
+    """Tell whether higher values of a metric are better."""
     return name in FIGURES and FIGURES[name].is_higher_better
 
 
 def brief(figures: Mapping[str, Any]) -> str:
-    """Return the figures that have a name, as a person reads them."""
+    """Format the metrics listed in FIGURES on one line, with labels."""
     known = ((FIGURES[name], value) for name, value in figures.items() if name in FIGURES)
     return ", ".join(
-        f"{figure.label} {'-' if value is None else format(value, figure.form)}" for figure, value in known
+        f"{metric.label} {'-' if value is None else format(value, metric.form)}" for metric, value in known
     )
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What evaluations of text add up: nats, labels, bytes the labels stand for, labels that were the likeliest."""
+    """The sums of a text evaluation: nats, labels, bytes of the labels' text, correct top-1 predictions."""
 
     nats: float = 0.0
     count: float = 0.0
@@ -71,15 +71,15 @@ class Sums:
         )
 
     def figures(self) -> dict[str, float]:
-        """Return loss (nats per label), perplexity, bits per byte, accuracy, and the counts they rest on.
+        """Return loss (nats per label), perplexity, bits per byte, accuracy, and the underlying counts.
 
-        Bits per byte count the bytes of the predicted text, and the cost of every label: end-of-text and sentinels,
-        which stand for no byte, make it larger, never smaller.
+        Bits per byte divides the cost of all labels by the bytes of the predicted text: end-of-text and sentinels,
+        which have no bytes, increase it.
         """
         loss = self.nats / max(self.count, 1.0)
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
+            "perplexity": math.exp(min(loss, 700.0)),  # exp overflows above 709
             "bits_per_byte": self.nats / math.log(2) / self.n_bytes if self.n_bytes else math.nan,
             "accuracy": self.correct / max(self.count, 1.0),
             "n_labels": int(self.count),
@@ -88,7 +88,7 @@ class Sums:
 
 
 def rounded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the record with floats of six digits, and null where a number is not finite (JSON has no NaN)."""
+    """Round floats to six significant digits and replace non-finite ones by None (JSON has no NaN)."""
 
     def shorten(value: Any) -> Any:
         if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""How much worse than another a model may be: `0.01` in units of a figure, or `1%` of the other's."""
+"""Quality gates: how much worse than its reference a model may be, as `0.01` in units of a metric or `1%` of it."""
 
 import re
 from dataclasses import dataclass
@@ -11,24 +11,26 @@ DROP = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(%?)", re.ASCII)
 
 @dataclass(frozen=True)
 class Gate:
-    """The largest drop: in units of the figure, or as a share of the base's."""
+    """The largest allowed drop: in units of the metric, or as a fraction of the base's value."""
 
     amount: float
     is_relative: bool
     text: str
 
     def holds(self, metric: str, base: float, other: float) -> bool:
-        """Tell whether a figure is close enough to the base's, or better; one that is not a number is not."""
+        """Tell whether a metric is within the allowed drop of the base's, or better; nan never is."""
         sign = 1.0 if is_higher_better(metric) else -1.0
         return sign * (base - other) <= (abs(base) * self.amount if self.is_relative else self.amount)
 
 
 def parse_gate(text: str) -> Gate:
-    """Read `0.01` or `1%`.
+    """Parse `0.01` or `1%`.
 
     Raises: UsageError for anything else.
     """
-    found = DROP.fullmatch(text.strip())
-    if not found:
-        raise UsageError(f"`--max-drop {text}` is not an amount", "0.01 in units of the figure, or 1% of the first's")
-    return Gate(float(found[1]) / (100 if found[2] else 1), bool(found[2]), text.strip())
+    match = DROP.fullmatch(text.strip())
+    if not match:
+        raise UsageError(
+            f"`--max-drop {text}` is not a valid amount", "write 0.01 (in units of the metric) or 1% (relative)"
+        )
+    return Gate(float(match[1]) / (100 if match[2] else 1), bool(match[2]), text.strip())

@@ -1,1 +1,1 @@
-"""The model core: pure torch; no files, no devices, no ranks."""
+"""The models and operations on them, in pure torch: no files, no devices, no ranks."""

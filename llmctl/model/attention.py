@@ -1,6 +1,6 @@
-"""Multi-head attention, once for every family: grouped queries, rotary or biased scores, cached or not.
+"""Multi-head attention of all families: grouped queries, rotary embeddings or score biases, with or without a cache.
 
-Knows nothing of layers, norms around it, or where text comes from.
+Knows nothing about the layers around it.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from llmctl.model.kernels import RMSNorm, trains_on_cpu
 from llmctl.model.positions import apply_rope
 
 Attended = dict[int, tuple[Tensor, Tensor, Tensor] | None]
-"""Queries (B, N, T, H), keys and values (B, K, T, H) of the self-attention of the layers that are asked for."""
+"""Layer -> queries (B, N, T, H), keys and values (B, K, T, H) of its self-attention; filled for the layers present."""
 
 SHORT_KEYS = 256
 LARGEST_SHARE = 0.5
-"""Where blocks pay, see `blocks_pay`."""
+"""Limits for blocked attention, see `blocks_pay`."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Who may look at whom: a tensor for scaled_dot_product_attention, or nothing but causality.
+    """An attention mask: a tensor for scaled_dot_product_attention, or only the causal flag.
 
-    tensor: None, bool (True may look), or float (added to the scores); broadcastable to (B, N, T, S).
+    tensor: None, bool (True may attend), or float (added to the scores); broadcastable to (B, N, T, S).
     """
 
     tensor: Tensor | None = None
@@ -36,7 +36,7 @@ class Mask:
 
     @cached_property
     def spans(self) -> Spans | None:
-        """Which keys each block of queries may see, worked out once for all layers."""
+        """The range of keys that each block of queries may attend to, computed once for all layers."""
         return None if self.tensor is None else spans_of(self.tensor)
 
     @cached_property
@@ -44,7 +44,7 @@ class Mask:
         return {}
 
     def summand(self, dtype: torch.dtype) -> Tensor | None:
-        """Return what to add to scores of this dtype, four-dimensional; a bool mask is turned into it once."""
+        """Return the mask as a 4-D tensor to add to scores of this dtype; a bool mask is converted once."""
         if self.tensor is None:
             return None
         if self.tensor.dtype != torch.bool:
@@ -66,21 +66,22 @@ def build_mask(
     bias_NTS: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Mask:
-    """Combine causality, a band, document isolation and a position bias into one mask.
+    """Combine causality, a sliding window, document isolation and a position bias into one mask.
 
-    The queries are the last `n_queries` of the keys' positions where causal or banded. A query of document 0
-    (padding) may look at everything, so that its softmax has a denominator; nobody reads its result.
+    With causality or a window, the queries are at the last `n_queries` key positions. A query of document 0 (padding)
+    may attend to everything, since a fully masked softmax would be nan; its result is unused.
     """
     if not causal and window == 0 and query_documents_BT is None:
         return Mask(bias_NTS)
     if window == 0 and query_documents_BT is None and bias_NTS is None:
-        if n_queries == 1:
+        if n_queries == 1:  # the last position attends to everything
             return Mask()
-        if n_queries == n_keys:
+        if n_queries == n_keys:  # torch's causal flag aligns the mask to the first key, so only square masks fit
             return Mask(is_causal=True)
     allowed = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
     if causal or window:
-        behind_TS = offsets(n_queries, n_keys, device).neg()
+        behind_TS = offsets(n_queries, n_keys, device).neg()  # how many positions a key is before the query
+        # An encoder's window extends to both sides.
         allowed = behind_TS >= 0 if causal else behind_TS > -window
         allowed = allowed & (behind_TS < window) if window else allowed
     if query_documents_BT is not None and key_documents_BS is not None:
@@ -130,10 +131,10 @@ class Attention(nn.Module):
         cross: bool = False,
         attended: Attended | None = None,
     ) -> Tensor:
-        """Attend from `x` to itself and the cache, or to `memory` where given.
+        """Attend from `x` to itself and the cache, or to `memory` if given.
 
-        With `cross`, keys and values of the memory are taken from the cache if they are there. Where `attended` has
-        this layer's number, it receives queries, keys and values as they are before they are turned by position.
+        With `cross`, the memory's keys and values are taken from the cache after the first call. If `attended` has this
+        layer's number, it receives queries, keys and values before rotary embedding.
         """
         q_BNTH = self._heads(self.q_proj(x_BTD), self.n_heads)
         if self.qk_norm:
@@ -145,16 +146,17 @@ class Attention(nn.Module):
             k_BKSH, v_BKSH = pair
         else:
             k_BKSH, v_BKSH = self.keys_values(x_BTD if memory_BSD is None else memory_BSD)
+            # Before rotary embedding: relations of student and teacher are compared without positions.
             if attended is not None and layer in attended:
                 attended[layer] = (q_BNTH, k_BKSH, v_BKSH)
             if rope is not None:
                 q_BNTH, k_BKSH = apply_rope(q_BNTH, *rope), apply_rope(k_BKSH, *rope)
-            if cache is not None:
+            if cache is not None:  # keys are cached after rotary embedding: each is rotated once
                 k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
         return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale))
 
     def keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values of states, before they are turned by position (B, K, S, H)."""
+        """Return keys and values of states, before rotary embedding (B, K, S, H)."""
         k_BKSH = self._heads(self.k_proj(source_BSD), self.n_kv_heads)
         if self.qk_norm:
             k_BKSH = self._normed(self.k_norm, k_BKSH)
@@ -162,7 +164,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def _normed(norm: nn.RMSNorm, x_BNTH: Tensor) -> Tensor:
-        # Under autocast the projections are bfloat16 and the norm's weight is not: torch warns and leaves its fast path.
+        # Under autocast the projection is bfloat16 but the norm's weight is not: torch warns and takes a slow path.
         return norm(x_BNTH.to(norm.weight.dtype))
 
     def _heads(self, x_BTW: Tensor, n_heads: int) -> Tensor:
@@ -170,8 +172,9 @@ class Attention(nn.Module):
 
 
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Return softmax(q k^T scale + mask) v with the heads joined: (B, T, N*H)."""
+    """Return softmax(q k^T scale + mask) v with concatenated heads: (B, T, N*H)."""
     if trains_on_cpu(q_BNTH, k_BKSH):
+        # A custom autograd function gets no casts from autocast: apply its dtype here.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_BNTH.dtype
         if blocks_pay(k_BKSH.shape[2], mask, dtype):
             q, k, v = q_BNTH.to(dtype), k_BKSH.to(dtype), v_BKSH.to(dtype)
@@ -193,12 +196,12 @@ def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: fl
 
 
 def blocks_pay(n_keys: int, mask: Mask, dtype: torch.dtype) -> bool:
-    """Tell whether a training step on a CPU is faster in blocks than through scaled_dot_product_attention.
+    """Tell whether blocked attention is faster than scaled_dot_product_attention for a training step on a CPU.
 
-    A function of sizes, dtype and mask, never of time: a resumed run must take the way it took before. The limits
-    are measured (forward and backward, heads of 64, AVX-512). In bfloat16 torch's kernel is slow on short rows. In
-    long ones, and in float32, it is the faster one per pair of query and key, but also multiplies what a mask
-    forbids; short rows leave too little to skip. Where the mask is learned it has no fused backward pass at all.
+    Decided by sizes, dtype and mask, never by timing: a resumed run must use the same implementation. The limits are
+    measured (forward and backward, heads of 64, AVX-512). In bfloat16, torch's kernel is slow for short rows. For long
+    rows and in float32 it is faster per query-key pair, but also computes masked pairs, and only long rows have enough
+    of them to skip. For a learned mask (position bias) it has no fused backward pass.
     """
     is_learned = mask.tensor is not None and mask.tensor.requires_grad
     if n_keys <= SHORT_KEYS * (1 + mask.is_causal):

@@ -1,8 +1,8 @@
-"""A smaller model out of a larger one: which layers, channels, heads and feed-forward units stay.
+"""Structured pruning: build a smaller model from selected layers, channels, heads and feed-forward units.
 
-What stays is the same number in every layer, so that any runtime loads the result; which they are is a layer's own, except
-for hidden channels, which all layers share, and for heads under one table of relative positions. Pruning nothing
-changes no bit.
+Every layer keeps the same number of each, so that any runtime loads the result. The selection is per layer, except that
+hidden channels are shared by all layers, and heads by all layers with a common table of relative positions. Pruning
+nothing leaves every bit unchanged.
 Source: the axes are Minitron's, Muralidharan et al. 2024, arXiv:2407.14679, section 2.
 """
 
@@ -19,16 +19,16 @@ from llmctl.model.shapes import complete, window_of
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
-"""Tables of rows over the hidden channels, by the last part of their module's name."""
+"""Modules whose weight's columns are the hidden channels, by the last part of their name."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays of a model; what is not named stays whole.
+    """The parts of a model to keep; anything not listed is kept completely.
 
-    layers: the numbers of those that stay, by the stack's prefix (`model.`, `model.encoder.`, `model.decoder.`). channels: the
-    hidden channels. groups: key/value heads, with all their queries, by the attention's name. units: feed-forward units
-    by the layer's prefix. norms: factors on the weights of norms, by name.
+    layers: layer numbers by the stack's prefix (`model.`, `model.encoder.`, `model.decoder.`). channels: the hidden
+    channels. groups: key/value heads, with all their query heads, by the attention's name. units: feed-forward units by
+    the layer's prefix. norms: factors on the weights of norms, by name.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -39,20 +39,21 @@ class Kept:
 
 
 def prefixes(config: ModelConfig) -> dict[str, int]:
-    """Return the prefixes of a model's stacks with the number of their layers."""
+    """Return the prefix of each stack and its number of layers."""
     if config.family == "encoder_decoder":
         return {"model.encoder.": config.n_layers, "model.decoder.": config.n_decoder_layers}
     return {"model.": config.n_layers}
 
 
 def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the shape and the state of what stays of a model.
+    """Return the config and the state of the pruned model.
 
-    Raises: UsageError for layers of an encoder-decoder whose attention windows cannot be told together.
-    Shapes: `config` is complete, `state` the state of `LanguageModel(config)`.
+    config: complete; state: that of `LanguageModel(config)`.
+    Raises: UsageError if encoder and decoder would need different attention windows.
     """
     config = complete(config)
     smaller = cut_config(config, kept)
+    # T5 scales logits by d_model^-0.5; removing channels changes that, which the final norm's weight compensates.
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -62,13 +63,13 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
         part = sliced(name, tensor, config, kept)
         factor = kept.norms.get(name.removesuffix(".weight"), 1.0) if name.endswith("norm.weight") else 1.0
         if ratio != 1.0 and name == f"{list(prefixes(config))[-1]}norm.weight":
-            factor *= ratio  # the states under the head keep their scale
+            factor *= ratio
         result[new] = part * factor if factor != 1.0 else part.clone()
     return smaller, result
 
 
 def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
-    """Return the shape of what stays."""
+    """Return the config of the pruned model."""
     changes: dict[str, object] = {}
     counts = {prefix: len(kept.layers.get(prefix, range(n))) for prefix, n in prefixes(config).items()}
     changes["n_layers"] = next(iter(counts.values()))
@@ -89,9 +90,9 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
 
 
 def kept_windows(config: ModelConfig, kept: Kept) -> tuple[int, ...]:
-    """Return the attention windows of the layers that stay, in their order.
+    """Return the attention windows of the kept layers, in order.
 
-    Raises: UsageError where the two stacks of an encoder-decoder, which share one list, would need two.
+    Raises: UsageError if the two stacks of an encoder-decoder, which share one list, would need different ones.
     """
     windows = []
     for prefix, n_layers in prefixes(config).items():
@@ -101,26 +102,27 @@ def kept_windows(config: ModelConfig, kept: Kept) -> tuple[int, ...]:
     longest = max(windows, key=len)
     if any(own != longest[: len(own)] for own in windows):
         raise UsageError(
-            f"encoder and decoder share the attention windows {config.attention_windows}, which layers that go would part",
+            f"encoder and decoder share the attention windows {config.attention_windows}, but would need different ones "
+            "after removing these layers",
             "keep the same layers in both, or all",
         )
     return longest
 
 
 def renamed(name: str, kept: Kept) -> str | None:
-    """Return the name that a parameter has in the smaller model; None where its layer goes."""
-    found = LAYER.match(name)
-    if found is None:
+    """Return a parameter's name in the pruned model, None if its layer is removed."""
+    match = LAYER.match(name)
+    if match is None:
         return name
-    prefix, layer, rest = found[1].removesuffix("layers."), int(found[2]), found[3]
+    prefix, layer, rest = match[1].removesuffix("layers."), int(match[2]), match[3]
     layers = kept.layers.get(prefix)
     if layers is None:
         return name
-    return f"{found[1]}{layers.index(layer)}{rest}" if layer in layers else None
+    return f"{match[1]}{layers.index(layer)}{rest}" if layer in layers else None
 
 
 def sliced(name: str, tensor: Tensor, config: ModelConfig, kept: Kept) -> Tensor:
-    """Return the rows and columns of a parameter that stay."""
+    """Return the kept rows and columns of a parameter."""
     module, _, kind = name.rpartition(".")
     owner, _, last = module.rpartition(".")
     rows, columns = sides(owner, last, config, kept)
@@ -128,7 +130,7 @@ def sliced(name: str, tensor: Tensor, config: ModelConfig, kept: Kept) -> Tensor
 
 
 def sides(owner: str, last: str, config: ModelConfig, kept: Kept) -> tuple[Tensor | None, Tensor | None]:
-    """Return which rows and columns of a module's weight stay; None is all. Its bias has the rows."""
+    """Return the kept rows and columns of a module's weight (None: all); its bias follows the rows."""
     channels, units = kept.channels, kept.units.get(owner.removesuffix("mlp"))
     if last in ("q_proj", "k_proj", "v_proj"):
         return head_rows(config, kept.groups.get(owner), queries=last == "q_proj"), channels
@@ -144,17 +146,17 @@ def sides(owner: str, last: str, config: ModelConfig, kept: Kept) -> tuple[Tenso
         "k_norm": (None, None),
         **dict.fromkeys(WIDE, (None, channels)),
     }
-    return table.get(last, (channels, channels))  # norms, and maps of the stream onto itself
+    return table.get(last, (channels, channels))  # norms, and square layers on the residual stream (head_dense, ...)
 
 
 def query_heads(config: ModelConfig, groups: Tensor) -> Tensor:
-    """Return the query heads of groups."""
+    """Return the query heads of key/value groups."""
     size = config.n_heads // config.n_kv_heads
     return (groups[:, None] * size + torch.arange(size)).flatten()
 
 
 def head_rows(config: ModelConfig, groups: Tensor | None, *, queries: bool) -> Tensor | None:
-    """Return the rows of a projection that belong to the heads that stay."""
+    """Return the rows of a projection that belong to the kept heads."""
     if groups is None:
         return None
     heads = query_heads(config, groups) if queries else groups
@@ -162,6 +164,6 @@ def head_rows(config: ModelConfig, groups: Tensor | None, *, queries: bool) -> T
 
 
 def pick(tensor: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """Return rows and columns of a tensor."""
+    """Select rows and columns of a tensor (None: all)."""
     tensor = tensor if rows is None else tensor[rows]
     return tensor if columns is None else tensor[:, columns]

@@ -1,8 +1,8 @@
-"""Decoding with as few operations per token as torch allows: the same numbers as `LanguageModel.hidden`, sooner.
+"""Cached decoding with as few torch operations per token as possible; same results as `LanguageModel.hidden`.
 
-In a small model a token costs the calls, not the arithmetic. So queries, keys and values come out of one product, gate and
-up out of another; rotations are looked up; nothing that a token does not need is built for it. Weights that are joined are
-moved, not copied: the model's own layers become views of them and go on working. Knows nothing of sampling.
+In a small model, a token's time goes into operator calls, not arithmetic. So query, key and value use one fused
+product, gate and up another, and rotary tables are cached. Fused weights are moved, not copied: the model's own layers
+become views of them and keep working. Knows nothing about sampling.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,32 +21,32 @@ from llmctl.model.transformer import LanguageModel
 from llmctl.quant.joined import join_quantized
 from llmctl.quant.linear import QuantLinear
 
-Map = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
 
 Native = Callable[[Tensor, KVCache], Tensor | None]
-"""A compiled step, where there is one: from tokens (B,) to logits (B, V), or None for what it does not do."""
+"""A compiled step from tokens (B,) to logits (B, V); returns None for cases it does not support."""
 
 FEW_QUERIES = 3
-"""Query heads per key head below which half-precision attention on a CPU is made in float32.
+"""Query heads per key head below which half-precision attention on a CPU is computed in float32.
 
-Measured with one: torch's kernel takes five times as long in bfloat16 as the conversion of all keys and values and the
-product in float32; from three on it is the faster one.
+With one head, torch's bfloat16 kernel takes five times as long as converting all keys and values and multiplying in
+float32; from three on the bfloat16 kernel is faster (measured).
 """
 
 
 def covers(config: ModelConfig) -> bool:
-    """Tell whether a model can be decoded this way; the others go through `LanguageModel.hidden`."""
+    """Tell whether `Decoder` supports a model; others use `LanguageModel.hidden`."""
     return config.family != "encoder" and config.positions != "relative" and not config.query_layer
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the layers share while T more positions are decoded.
+    """The inputs that all layers share while T positions are decoded.
 
-    masks: by window, None where every row is one text and one position is decoded: then what it may see is a range of the
-    cache. rope: cosines and signed sines (B or 1, T, 1, H).
+    masks: by window; None when decoding one position of unpadded rows, which attend to a contiguous range of the cache.
+    rope: cosines and signed sines (B or 1, T, 1, H).
     """
 
     cache: KVCache
@@ -57,15 +57,16 @@ class Step:
 
 
 class Decoder:
-    """A model's decoder, ready for one token after another.
+    """A model's decoder, prepared for token-by-token generation.
 
-    Takes the weights over: to be made of a model that is used, never of one that is being trained.
+    It takes over the model's weights, so the model must not be trained any more.
     """
 
     def __init__(self, model: LanguageModel) -> None:
         assert covers(model.config)
         self.model, self.config = model, model.config
         self.stack: Stack = model.stacks()[-1]
+        # The fused weights replace the model's parameters; as inference tensors they could not be used in autograd.
         with torch.inference_mode(mode=False), torch.no_grad():
             self.layers = [Layer(block) for block in self.stack.layers]
         self.norm = norm_of(self.stack.norm) if model.config.norm_position == "pre" else None
@@ -73,11 +74,11 @@ class Decoder:
         self.native: Native | None = None
 
     def logits(self, tokens_B: Tensor, cache: KVCache, positions_B1: Tensor | None = None) -> Tensor:
-        """Append one token per row and return the logits of what follows (B, V)."""
+        """Append one token per row and return the logits of the next one (B, V)."""
         if self.native is not None and not cache.ragged:
-            found_BV = self.native(tokens_B, cache)
-            if found_BV is not None:
-                return found_BV
+            logits_BV = self.native(tokens_B, cache)
+            if logits_BV is not None:
+                return logits_BV
         hidden_BTD = self.hidden(tokens_B[:, None], cache, positions_BT=positions_B1)
         return self.model.head(hidden_BTD[:, -1])
 
@@ -91,17 +92,17 @@ class Decoder:
         memory_BSD: Tensor | None = None,
         memory_documents_BS: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states under the head (B, T, D), as `LanguageModel.hidden`, or `decode` over an encoder."""
+        """Return the last hidden states (B, T, D), like `LanguageModel.hidden` or, with an encoder, `decode`."""
         T = ids_BT.shape[1]
         documents_BS = cache.mark(T, documents_BT)
         x_BTD = self.model.embed(ids_BT)
         if documents_BS is None:
-            positions_BT = None  # all rows are at the same place
+            positions_BT = None  # without padding, all rows are at the same position
         elif positions_BT is None:
             positions_BT = self.stack.positions(x_BTD, documents_BS, cache)
         if self.config.positions != "rope" or self.config.embedding_norm or self.config.n_token_types:
-            places_BT = self.stack.positions(x_BTD, None, cache) if positions_BT is None else positions_BT
-            x_BTD = self.stack.embed(x_BTD, places_BT, None)
+            embedded_BT = self.stack.positions(x_BTD, None, cache) if positions_BT is None else positions_BT
+            x_BTD = self.stack.embed(x_BTD, embedded_BT, None)
         step = self._step(x_BTD, documents_BS, positions_BT, cache, memory_BSD, memory_documents_BS)
         for layer in self.layers:
             x_BTD = layer(x_BTD, step)
@@ -119,6 +120,7 @@ class Decoder:
     ) -> Step:
         T = x_BTD.shape[1]
         rope = self._rope(positions_BT, T, cache, x_BTD.dtype) if self.config.positions == "rope" else None
+        # The common case of generation: no mask at all.
         if T == 1 and documents_BS is None and memory_documents_BS is None:
             return Step(cache, None, rope, memory_BSD, Mask())
         masks, memory_mask = self.stack.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
@@ -127,9 +129,9 @@ class Decoder:
     def _rope(self, positions_BT: Tensor | None, n_positions: int, cache: KVCache, dtype: torch.dtype) -> Rope:
         tables = self.tables
         if tables is None or len(tables[0]) < cache.max_len or tables[0].dtype != dtype:
-            places_S = torch.arange(cache.max_len, device=cache.documents_BS.device)
-            cos_SH, sin_SH = rope_tables(places_S, self.config.head_dim, self.config.rope_theta)
-            sin_SH[:, : self.config.head_dim // 2].neg_()
+            all_S = torch.arange(cache.max_len, device=cache.documents_BS.device)
+            cos_SH, sin_SH = rope_tables(all_S, self.config.head_dim, self.config.rope_theta)
+            sin_SH[:, : self.config.head_dim // 2].neg_()  # see SelfAttention: the sign of the rotated first half
             tables = self.tables = cos_SH[:, None].to(dtype), sin_SH[:, None].to(dtype)
         cos_S1H, sin_S1H = tables
         if positions_BT is None:
@@ -138,7 +140,7 @@ class Decoder:
 
 
 class Layer:
-    """One block over the weights it took from the model."""
+    """One transformer block with fused weights."""
 
     def __init__(self, block: Block) -> None:
         self.block = block
@@ -153,7 +155,7 @@ class Layer:
         self.down = join([mlp.down_proj])
 
     def __call__(self, x_BTD: Tensor, step: Step) -> Tensor:
-        """Run the layer."""
+        """Run the block, pre-norm or post-norm."""
         first, second = self.norms
         if self.pre:
             x_BTD = x_BTD + self.attention(first(x_BTD), step)
@@ -174,7 +176,7 @@ class Layer:
 
 
 class SelfAttention:
-    """Attention of new positions to themselves and the cache."""
+    """Self-attention of new positions to themselves and the cache."""
 
     def __init__(self, attention: Attention, layer: int, window: int) -> None:
         self.layer, self.window, self.scale = layer, window, attention.scale
@@ -184,54 +186,57 @@ class SelfAttention:
         self.norms = (norm_of(attention.q_norm), norm_of(attention.k_norm)) if attention.qk_norm else None
 
     def __call__(self, x_BTD: Tensor, step: Step) -> Tensor:
-        """Attend, and leave keys and values in the cache."""
+        """Attend, storing keys and values in the cache."""
         (B, T, _), (N, K, H) = x_BTD.shape, self.heads
         all_BTAH = self.qkv(x_BTD).view(B, T, N + 2 * K, H)
+        # Query and key heads are processed together: both are normalized and rotated.
         both_BTAH = all_BTAH.narrow(2, 0, N + K)
         if self.norms is not None:
             q_BTNH, k_BTKH = both_BTAH.split([N, K], dim=2)
             both_BTAH = torch.cat([self.norms[0](q_BTNH), self.norms[1](k_BTKH)], dim=2)
         if step.rope is not None:
-            # The halves of a head change places; the sines of the first one carry the minus of the rotation.
+            # Rotary embedding as x * cos + swapped halves * sin; the minus sign is in the first half's sines.
             cos, sin = step.rope
             both_BTAH = torch.addcmul(both_BTAH * cos, both_BTAH.roll(H // 2, -1), sin)
         q_BTNH, k_BTKH, v_BTKH = both_BTAH.narrow(2, 0, N), both_BTAH.narrow(2, N, K), all_BTAH.narrow(2, N + K, K)
         cache, start, stop = step.cache, 0, step.cache.length + T
         cache.write(self.layer, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2))
-        if step.masks is None and self.window:
+        if step.masks is None and self.window:  # without a mask, a window is a shorter range of the cache
             start = max(0, stop - self.window)
         mask = Mask() if step.masks is None else step.masks[self.window]
-        if T == 1 and isinstance(cache, Int8KVCache):
-            return self.out(look_at_codes(q_BTNH, *cache.coded(self.layer, start, stop), mask, self.scale))
-        return self.out(look(q_BTNH, *cache.read(self.layer, start, stop), mask, self.scale))
+        if T == 1 and isinstance(cache, Int8KVCache):  # avoids dequantizing the whole cache for one query
+            return self.out(attend_int8(q_BTNH, *cache.coded(self.layer, start, stop), mask, self.scale))
+        return self.out(attend_cached(q_BTNH, *cache.read(self.layer, start, stop), mask, self.scale))
 
 
 class CrossAttention:
-    """Attention to an encoder's output, whose keys and values are made once."""
+    """Cross-attention to an encoder's output, whose keys and values are computed once."""
 
     def __init__(self, attention: Attention, layer: int) -> None:
         self.attention, self.layer = attention, layer
         self.query, self.out = join([attention.q_proj]), join([attention.o_proj])
 
     def __call__(self, x_BTD: Tensor, step: Step) -> Tensor:
-        """Attend to the memory, or to what the cache keeps of it."""
+        """Attend to the memory's keys and values, from the cache after the first call."""
         attention = self.attention
         q_BTNH = self.query(x_BTD).unflatten(-1, (attention.n_heads, attention.head_dim))
         if attention.qk_norm:
             q_BTNH = attention.q_norm(q_BTNH)
         pair = step.cache.cross[self.layer]
         if pair is None:
-            assert step.memory_BSD is not None, "a decoder over an encoder needs its output, or a cache that holds it"
+            assert step.memory_BSD is not None, (
+                "cross-attention needs the encoder's output, or a cache that contains it"
+            )
             pair = step.cache.cross[self.layer] = attention.keys_values(step.memory_BSD)
         assert step.memory_mask is not None
-        return self.out(look(q_BTNH, *pair, step.memory_mask, attention.scale))
+        return self.out(attend_cached(q_BTNH, *pair, step.memory_mask, attention.scale))
 
 
-def look(q_BTNH: Tensor, keys_BKSH: Tensor, values_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Return attention's output with the heads joined (B, T, N*H).
+def attend_cached(q_BTNH: Tensor, keys_BKSH: Tensor, values_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
+    """Return attention's output with concatenated heads (B, T, N*H).
 
-    At one position, the query heads that share keys are laid out as positions of one head: torch's fused kernels do not
-    know shared keys in every precision, and what they do in their place takes several times as long.
+    For a single position, the query heads that share keys are passed as positions of one head: torch's fused kernels do
+    not support grouped queries in every precision, and its fallback is several times slower.
     """
     B, T, N, H = q_BTNH.shape
     if T > 1:
@@ -243,13 +248,12 @@ def look(q_BTNH: Tensor, keys_BKSH: Tensor, values_BKSH: Tensor, mask: Mask, sca
     return y_BKRH.to(q_BTNH.dtype).reshape(B, 1, N * H)
 
 
-def look_at_codes(
+def attend_int8(
     q_B1NH: Tensor, keys_BKSH: Tensor, k_BKS1: Tensor, values_BKSH: Tensor, v_BKS1: Tensor, mask: Mask, scale: float
 ) -> Tensor:
-    """Return attention's output with the heads joined (B, 1, N*H), at one position, over keys and values in 8 bits.
+    """Return attention's output with concatenated heads (B, 1, N*H) for one position, over 8-bit keys and values.
 
-    A position's scales are one number for its whole key or value, so that scores and probabilities take them, not the
-    many numbers that the codes mean.
+    A position has one scale per key and value, so scores and probabilities are scaled instead of dequantizing all codes.
     """
     B, _, N, H = q_B1NH.shape
     q_BKRH = q_B1NH.reshape(B, keys_BKSH.shape[1], -1, H).float()
@@ -261,12 +265,12 @@ def look_at_codes(
 
 
 def widened(x: Tensor) -> Tensor:
-    """Return half-precision numbers in float32, others as they are."""
+    """Convert half-precision tensors to float32; return others unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def norm_of(norm: nn.Module) -> Map:
-    """Return what a norm does, without a module's detours."""
+def norm_of(norm: nn.Module) -> Function:
+    """Return a norm as a plain function, without the overhead of a module call."""
     if isinstance(norm, nn.LayerNorm):
         return lambda x: F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     assert isinstance(norm, nn.RMSNorm)
@@ -274,8 +278,8 @@ def norm_of(norm: nn.Module) -> Map:
     return lambda x: F.rms_norm(x, shape, norm.weight, norm.eps)
 
 
-def join(layers: Sequence[nn.Module]) -> Map:
-    """Return one map whose outputs are those of all layers side by side; see the module for what becomes of weights."""
+def join(layers: Sequence[nn.Module]) -> Function:
+    """Fuse layers with the same input into one function with concatenated outputs; weights are moved, not copied."""
     if len(layers) > 1 and all(type(layer) is nn.Linear for layer in layers):
         return join_linears([layer for layer in layers if isinstance(layer, nn.Linear)])
     quantized = [layer for layer in layers if isinstance(layer, QuantLinear)]
@@ -288,7 +292,7 @@ def join(layers: Sequence[nn.Module]) -> Map:
 
 
 class Dense:
-    """A linear map without a module's detours."""
+    """A linear layer without the overhead of a module call."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self.weight_OI, self.bias_O = weight_OI, bias_O
@@ -299,10 +303,11 @@ class Dense:
 
 
 def join_linears(layers: Sequence[nn.Linear]) -> Dense:
-    """Join layers with weights of one precision; a missing bias is zero where another has one."""
+    """Fuse linear layers; all or none have biases."""
     weight_OI = torch.cat([layer.weight for layer in layers])
     has_bias = layers[0].bias is not None
     bias_O = torch.cat([layer.bias for layer in layers]) if has_bias else None
+    # The original layers become views, so that the model does not need twice the memory.
     start = 0
     for layer in layers:
         layer.weight.data = weight_OI[start : start + layer.out_features]

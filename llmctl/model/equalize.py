@@ -1,4 +1,4 @@
-"""Move scales from one layer into the one before it, so that the model computes the same with weights easier to round.
+"""Fold scale factors of a layer's inputs into the layer before, which leaves the model's function unchanged.
 
 Source: AWQ, Lin et al. 2023, arXiv:2306.00978, section 3.2; SmoothQuant, Xiao et al. 2022, arXiv:2211.10438, eq. 3 and 4.
 """
@@ -14,10 +14,10 @@ from llmctl.model.stack import Block, FeedForward
 
 @dataclass(frozen=True)
 class Joint:
-    """Linear maps that read the same inputs, and what makes these inputs, whose outputs can be scaled.
+    """Linear layers that share their input, and the module that produces it, whose outputs can be scaled.
 
-    source: a norm or a linear map; readers: names of the maps inside the block; repeats: how many times over the readers see
-    each group of `width` outputs of the source (grouped-query attention).
+    source: a norm or a linear layer; readers: names of the linear layers in the block; repeats: how often module group of
+    `width` outputs of the source occurs in the readers' input (grouped-query attention).
     """
 
     source: nn.Module
@@ -27,29 +27,32 @@ class Joint:
 
 
 def joints(block: Block) -> list[Joint]:
-    """Return the joints of a block; where a norm's output also goes past the readers, or an activation bends, there is none."""
-    found = []
+    """Return the joints of a block.
+
+    Excluded are norms whose output is also used elsewhere (post-norm) and activations that do not commute with scaling.
+    """
+    joints = []
     attention, mlp = block.self_attn, block.mlp
     if block.pre:
-        found.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
+        joints.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
         if block.cross:
-            found.append(Joint(block.cross_attention_layernorm, ("cross_attn.q_proj",)))
+            joints.append(Joint(block.cross_attention_layernorm, ("cross_attn.q_proj",)))
         readers = ("mlp.gate_proj", "mlp.up_proj") if mlp.gated else ("mlp.up_proj",)
-        found.append(Joint(block.post_attention_layernorm, readers))
-    for name, each in (("self_attn", attention), *((("cross_attn", block.cross_attn),) if block.cross else ())):
-        found.append(Joint(each.v_proj, (f"{name}.o_proj",), each.head_dim, each.n_heads // each.n_kv_heads))
+        joints.append(Joint(block.post_attention_layernorm, readers))
+    for name, module in (("self_attn", attention), *((("cross_attn", block.cross_attn),) if block.cross else ())):
+        joints.append(Joint(module.v_proj, (f"{name}.o_proj",), module.head_dim, module.n_heads // module.n_kv_heads))
     if is_linear_behind(mlp):
-        found.append(Joint(mlp.up_proj, ("mlp.down_proj",)))
-    return found
+        joints.append(Joint(mlp.up_proj, ("mlp.down_proj",)))
+    return joints
 
 
 def is_linear_behind(mlp: FeedForward) -> bool:
-    """Tell whether a factor on what goes up comes out in front of what goes down."""
+    """Tell whether scaling up_proj's outputs scales down_proj's inputs: gated, or ReLU (positively homogeneous)."""
     return mlp.gated or mlp.activation == "relu"
 
 
 def shared_factors(factors_I: Tensor, joint: Joint) -> Tensor:
-    """Return factors (I,) that heads of one group have in common: their geometric mean."""
+    """Make factors (I,) equal among the query heads of a group: their geometric mean."""
     if joint.repeats == 1:
         return factors_I
     grouped = factors_I.view(-1, joint.repeats, joint.width)
@@ -58,7 +61,7 @@ def shared_factors(factors_I: Tensor, joint: Joint) -> Tensor:
 
 @torch.no_grad()
 def fold(joint: Joint, readers: Sequence[nn.Linear], factors_I: Tensor) -> None:
-    """Multiply the columns of the readers by factors (I,), positive and shared as above, and divide the source by them."""
+    """Multiply the readers' columns by factors (I,), positive and from `shared_factors`; divide the source by them."""
     for reader in readers:
         reader.weight.mul_(factors_I)
     outputs_O = factors_I

@@ -1,4 +1,4 @@
-"""FLOPs of a training step, from sizes alone."""
+"""FLOPs of a training step, computed from the config."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from llmctl.model.shapes import complete, window_of
 
 @dataclass(frozen=True)
 class Shape:
-    """Multiplications per token in the parts of a model, and the widths they come from."""
+    """Weights (multiplications per token) of one layer's parts and of the head, and the width of all query heads."""
 
     attention: int
     feed_forward: int
@@ -17,7 +17,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Shape":
-        """Count the matrices of one layer and the head."""
+        """Count the matrices of one layer and the head of a complete config."""
         D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
         head = config.vocab_size * D + (D * D if config.head_transform else 0)
         return cls(2 * D * N * H + 2 * D * K * H, (3 if config.gated else 2) * D * config.d_ff, head, N * H)
@@ -27,8 +27,8 @@ class Shape:
 class Rows:
     """The rows of an optimizer step.
 
-    source: tokens per row that the only stack, or the encoder, reads; target: those of the decoder beside an encoder,
-    else 0. label_frac: share of the positions that are predicted. packed: documents of a row are kept apart by masks.
+    source: tokens per row of the encoder, or of the only stack; target: of the decoder next to an encoder, else 0.
+    label_frac: fraction of positions with a label. packed: documents of a row are isolated by masks.
     """
 
     batch_size: int
@@ -39,12 +39,12 @@ class Rows:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens per row, those of both sides."""
+        """Tokens per row, source and target."""
         return self.source + self.target
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the FLOPs of a forward and backward pass per token of rows of `seq_len` tokens, all of them predicted.
+    """Return the training FLOPs (forward and backward) per token of rows of `seq_len` tokens, all with labels.
 
     An encoder-decoder is counted with as many target as source tokens, per token of either.
     """
@@ -55,9 +55,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 def row_flops(config: ModelConfig, source: int, target: int = 0, label_frac: float = 1.0) -> float:
     """Return the FLOPs of a forward and backward pass over one row.
 
-    Six per weight and token (two forward, four backward) plus the attention scores: 12 x heads' width per layer and
-    pair of query and key that may look at each other, so half of all pairs where causal, a band where banded. The
-    head works on predicted positions only.
+    Six per weight and token (two forward, four backward) plus attention: 12 x width of the heads per layer and unmasked
+    query-key pair, so half of all pairs if causal, fewer with a window. The head is applied to positions with labels.
     Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1; PaLM, arXiv:2204.02311, appendix B.
     """
     config = complete(config)
@@ -72,7 +71,7 @@ def row_flops(config: ModelConfig, source: int, target: int = 0, label_frac: flo
         n_layers = config.n_layers + int(config.query_layer)
         stack = 6.0 * n_layers * block * source + scores(source, n_layers, causal=config.family == "decoder")
         return stack + 6 * shape.head * source * label_frac
-    # Queries and outputs of cross-attention are made from the target, keys and values from the source.
+    # Cross-attention: query and output projections per target token, key and value projections per source token.
     crossing = 6 * config.d_model * shape.width * 2 * target + 12 * shape.width * source * target
     crossing += 6 * (shape.attention - 2 * config.d_model * shape.width) * source
     encoder = 6.0 * config.n_layers * block * source + scores(source, config.n_layers, causal=False)
@@ -81,7 +80,7 @@ def row_flops(config: ModelConfig, source: int, target: int = 0, label_frac: flo
 
 
 def keys_seen(tokens: int, window: int, *, causal: bool) -> float:
-    """Return how many keys a query sees, averaged over a row; a window of 0 is the whole row."""
+    """Return the mean number of keys a query attends to; a window of 0 is the whole row."""
     reach = min(window or tokens, tokens)
     behind = reach - reach * (reach - 1) / (2 * tokens)
     return behind if causal else 2 * behind - 1

@@ -1,4 +1,4 @@
-"""Which parts of a model matter, by what they do on a few batches.
+"""Importance of layers, channels, heads and feed-forward units, from their activations on a few batches.
 
 Source: Minitron, Muralidharan et al. 2024, arXiv:2407.14679, section 2.2 (channels, heads, units by their activations);
 block influence: ShortGPT, Men et al. 2024, arXiv:2403.03853, eq. 1.
@@ -21,11 +21,11 @@ Batches = Sequence[Mapping[str, Tensor]]
 
 @dataclass
 class Importance:
-    """Sums over the positions of batches, by the name of the module.
+    """Sums over the positions of batches, by module name.
 
-    channels (D,): absolute outputs of all norms. energy: squares of what each norm reads (D,). groups (K,): length of what
-    a key/value head's queries add to the stream. units (F,): length of what a unit adds. influence: 1 - cosine
-    between what goes into a block and what comes out.
+    channels (D,): absolute outputs of all norms. energy (D,): squared inputs of each norm. groups (K,): norm of the
+    contribution of a key/value head's query heads to the residual stream. units (F,): norm of a unit's contribution.
+    influence: 1 - cosine similarity between a block's input and output.
     """
 
     channels: Tensor
@@ -37,18 +37,18 @@ class Importance:
 
 @torch.no_grad()
 def rank(model: LanguageModel, batches: Batches) -> Importance:
-    """Run batches through a model and return what its parts do."""
-    found = Importance(torch.zeros(model.config.d_model))
+    """Measure the importance of a model's parts on batches."""
+    result = Importance(torch.zeros(model.config.d_model))
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, Attention):
-            handles.append(module.o_proj.register_forward_pre_hook(of_heads(found, name, module)))
+            handles.append(module.o_proj.register_forward_pre_hook(of_heads(result, name, module)))
         elif isinstance(module, FeedForward):
-            handles.append(module.down_proj.register_forward_pre_hook(of_units(found, name, module)))
+            handles.append(module.down_proj.register_forward_pre_hook(of_units(result, name, module)))
         elif isinstance(module, Block):
-            handles.append(module.register_forward_hook(of_block(found, name)))
+            handles.append(module.register_forward_hook(of_block(result, name)))
         elif is_norm(name):
-            handles.append(module.register_forward_hook(of_norm(found, name)))
+            handles.append(module.register_forward_hook(of_norm(result, name)))
     was_training = model.training
     model.eval()
     try:
@@ -58,66 +58,66 @@ def rank(model: LanguageModel, batches: Batches) -> Importance:
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return found
+    return result
 
 
 def read(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Run a batch through a model and return what is under its head (B, T, D), or what its classifier says."""
+    """Run a batch through a model; return the last hidden states (B, T, D), or a classifier's outputs."""
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
     return model.classify(**inputs) if model.config.n_labels else model.hidden(**inputs)
 
 
 def is_norm(name: str) -> bool:
-    """Tell whether a module norms the hidden channels."""
+    """Tell whether a module is a norm over the hidden channels."""
     return name.endswith("norm") and not name.endswith(("q_norm", "k_norm"))
 
 
 def add(sums: dict[str, Tensor], name: str, values: Tensor) -> None:
-    """Add to the sums of a name."""
+    """Add values to the sum of a name."""
     sums[name] = sums[name] + values if name in sums else values
 
 
-def of_norm(found: Importance, name: str) -> Callable[..., None]:
-    """Return the hook of a norm."""
+def of_norm(result: Importance, name: str) -> Callable[..., None]:
+    """Return a forward hook for a norm."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        found.channels += output.float().abs().flatten(0, -2).sum(dim=0).cpu()
-        add(found.energy, name, args[0].float().square().flatten(0, -2).sum(dim=0).cpu())
+        result.channels += output.float().abs().flatten(0, -2).sum(dim=0).cpu()
+        add(result.energy, name, args[0].float().square().flatten(0, -2).sum(dim=0).cpu())
 
     return hook
 
 
-def of_heads(found: Importance, name: str, attention: Attention) -> Callable[..., None]:
-    """Return the hook of an attention's output projection."""
+def of_heads(result: Importance, name: str, attention: Attention) -> Callable[..., None]:
+    """Return a forward pre-hook for an attention's output projection."""
     weight_DNH = attention.o_proj.weight.unflatten(1, (attention.n_heads, attention.head_dim)).float()
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         heads_PNH = args[0].float().flatten(0, -2).unflatten(-1, (attention.n_heads, attention.head_dim))
-        # The length of W h from the Gram matrix of W, without making what every head adds.
+        # |W h| from the Gram matrix of W, without materializing every head's output.
         gram_NHH = torch.einsum("dnh,dng->nhg", weight_DNH, weight_DNH)
         squares_PN = torch.einsum("pnh,nhg,png->pn", heads_PNH, gram_NHH, heads_PNH)
         lengths_N = squares_PN.clamp(min=0).sqrt().sum(dim=0)
-        add(found.groups, name, lengths_N.unflatten(0, (attention.n_kv_heads, -1)).sum(dim=1).cpu())
+        add(result.groups, name, lengths_N.unflatten(0, (attention.n_kv_heads, -1)).sum(dim=1).cpu())
 
     return hook
 
 
-def of_units(found: Importance, name: str, feed_forward: FeedForward) -> Callable[..., None]:
-    """Return the hook of a feed-forward layer's output projection."""
+def of_units(result: Importance, name: str, feed_forward: FeedForward) -> Callable[..., None]:
+    """Return a forward pre-hook for a feed-forward layer's output projection."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        lengths_F = feed_forward.down_proj.weight.float().norm(dim=0)
-        add(found.units, name.removesuffix("mlp"), (args[0].float().abs().flatten(0, -2).sum(dim=0) * lengths_F).cpu())
+        norms_F = feed_forward.down_proj.weight.float().norm(dim=0)
+        add(result.units, name.removesuffix("mlp"), (args[0].float().abs().flatten(0, -2).sum(dim=0) * norms_F).cpu())
 
     return hook
 
 
-def of_block(found: Importance, name: str) -> Callable[..., None]:
-    """Return the hook of a block."""
+def of_block(result: Importance, name: str) -> Callable[..., None]:
+    """Return a forward hook for a block."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         distance = (1 - F.cosine_similarity(args[0].float(), output.float(), dim=-1)).sum()
-        found.influence[name] = found.influence.get(name, 0.0) + float(distance)
+        result.influence[name] = result.influence.get(name, 0.0) + float(distance)
 
     return hook
 

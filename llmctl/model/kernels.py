@@ -1,6 +1,6 @@
-"""Forward and backward passes written out, where torch composes them from many passes over memory on a CPU.
+"""Explicit forward and backward passes for a CPU, for operations that torch composes from many passes over memory.
 
-Each equals its plain form, which serves everywhere else: on GPUs, under torch.compile, and without gradients.
+Each equals its plain form, which is used otherwise: on GPUs, under torch.compile, and without gradients.
 """
 
 from typing import Any
@@ -11,13 +11,13 @@ from torch.autograd.function import once_differentiable
 
 
 def trains_on_cpu(*tensors: Tensor) -> bool:
-    """Tell whether gradients of one of these tensors will be asked for, on a CPU and operation by operation."""
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return wanted and tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
+    """Tell whether one of these tensors needs a gradient, on a CPU in eager mode."""
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return needs_grad and tensors[0].device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with a backward pass of its own.
+    """torch's RMSNorm with an explicit backward pass for a CPU.
 
     Source: Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
@@ -43,6 +43,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D, inverse = ctx.saved_tensors
         with torch.autocast("cpu", enabled=False):
+            # dx = inverse * (w * grad) - x * inverse^3 / D * sum(w * grad * x)
             product = grad * x
             along = (product @ weight_D)[..., None] * inverse.pow(3).div_(x.shape[-1])
             rows_ND = product.reshape(-1, x.shape[-1])
@@ -52,9 +53,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `x` with the pairs (i, i + H/2) of its last dimension turned by the angles of the tables.
+    """Rotate the pairs (i, i + H/2) of the last dimension by the angles of the tables.
 
-    Shapes: x (..., H); tables broadcast with the same, the two halves of their last dimension equal.
+    Shapes: x (..., H); the tables broadcast to it, with equal halves of their last dimension.
     """
     rotated: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return rotated
@@ -74,7 +75,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """Return `x` turned by the angles times the sign."""
+    """Rotate by the angles times `sign`; the backward pass is the rotation by the negative angles."""
     half = x.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]
     (first, second), out = x.split(half, dim=-1), torch.empty_like(x)

@@ -1,4 +1,4 @@
-"""Names, shapes and number of a configuration's parameters, without building the model."""
+"""Names, shapes and number of a config's parameters, without building the model."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Shape = tuple[int, ...]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Return name -> shape of every entry of `LanguageModel(config).state_dict()`; the config must be complete."""
+    """Return name -> shape of every entry of `LanguageModel(config).state_dict()`, for a complete config."""
     V, D = config.vocab_size, config.d_model
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, D)}
     if config.family == "encoder_decoder":
@@ -20,7 +20,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= stack_shapes(config, "model.", config.n_layers, cross=False)
     if config.n_labels:
         has_dense = config.pooled_activation != "none"
-        if has_dense:
+        if has_dense:  # a classifier has no vocabulary head
             shapes |= linear("classifier_dense", D, D, bias=True)
         return shapes | linear("classifier", config.n_labels, D, bias=has_dense)
     if config.head_transform:
@@ -29,7 +29,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool) -> dict[str, Shape]:
-    """Return the parameters of one stack of layers."""
+    """Return the parameter shapes of one stack of layers."""
     D = config.d_model
     shapes: dict[str, Shape] = {}
     if config.positions == "learned":
@@ -51,7 +51,7 @@ def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool
 
 
 def block_shapes(config: ModelConfig, prefix: str, *, cross: bool) -> dict[str, Shape]:
-    """Return the parameters of one layer."""
+    """Return the parameter shapes of one layer."""
     D, F = config.d_model, config.d_ff
     shapes = norm(config, prefix + "input_layernorm") | attention_shapes(config, prefix + "self_attn.")
     if cross:
@@ -63,7 +63,7 @@ def block_shapes(config: ModelConfig, prefix: str, *, cross: bool) -> dict[str, 
 
 
 def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
-    """Return the parameters of one attention."""
+    """Return the parameter shapes of one attention module."""
     D, H, bias = config.d_model, config.head_dim, config.attention_bias
     shapes = linear(prefix + "q_proj", config.n_heads * H, D, bias=bias)
     shapes |= linear(prefix + "k_proj", config.n_kv_heads * H, D, bias=bias)
@@ -75,13 +75,13 @@ def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
 
 
 def linear(name: str, n_out: int, n_in: int, *, bias: bool) -> dict[str, Shape]:
-    """Return the parameters of a linear map."""
+    """Return the parameter shapes of a linear layer."""
     weight: dict[str, Shape] = {name + ".weight": (n_out, n_in)}
     return weight | {name + ".bias": (n_out,)} if bias else weight
 
 
 def norm(config: ModelConfig, name: str) -> dict[str, Shape]:
-    """Return the parameters of a norm over the width."""
+    """Return the parameter shapes of a norm over the hidden channels."""
     weight: dict[str, Shape] = {name + ".weight": (config.d_model,)}
     return weight | {name + ".bias": (config.d_model,)} if config.norm == "layernorm" else weight
 
@@ -93,11 +93,11 @@ def count(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Parameters:
-    """A model's parameters by what they cost.
+    """Parameter counts by kind.
 
-    embedding: tables that are looked up (tokens, positions, token types, queries). non_embedding: everything else,
-    an untied head included. matrices: the part of non_embedding that multiplies vectors, the untied head left out.
-    head: rows x columns of the matrix before the logits, tied or not.
+    embedding: lookup tables (tokens, positions, token types, queries). non_embedding: everything else, including an
+    untied head. matrices: the matrices in non_embedding, without an untied head. head: size of the output head's matrix,
+    tied or not.
     """
 
     total: int

@@ -1,4 +1,4 @@
-"""Position schemes as pure functions of tensors: rotary, sinusoidal, and T5's relative buckets.
+"""Position encodings as pure functions of tensors: rotary, sinusoidal, and T5's relative buckets.
 
 Shape suffixes (one legend for the package): B batch, T target time, S source or cached time, V vocabulary,
 D model width, F feed-forward width, N query heads, K key/value heads, H head width.
@@ -13,7 +13,7 @@ from llmctl.model.kernels import rotate, trains_on_cpu
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines that rotate the halves of each head.
+    """Return the cosine and sine tables of rotary embeddings.
 
     Shapes: positions (..., T) -> two float32 tensors (..., T, H).
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of `LlamaForCausalLM`.
@@ -25,7 +25,7 @@ def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor,
 
 
 def apply_rope(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
-    """Rotate queries or keys; the tables are broadcast over the heads."""
+    """Apply rotary embeddings to queries or keys; the tables are broadcast over the heads."""
     cos, sin = (table.unsqueeze(-3).to(x_BNTH.dtype) for table in (cos_BTH, sin_BTH))
     if trains_on_cpu(x_BNTH):
         return rotate(x_BNTH, cos, sin)
@@ -34,10 +34,10 @@ def apply_rope(x_BNTH: Tensor, cos_BTH: Tensor, sin_BTH: Tensor) -> Tensor:
 
 
 def sinusoidal_table(n_positions: int, d_model: int) -> Tensor:
-    """Return the fixed position table of the 2017 Transformer, float32 (n_positions, D).
+    """Return the sinusoidal position table of the 2017 Transformer, float32 (n_positions, D).
 
-    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5. The sines stand in the first half and the cosines in
-    the second, as in Marian (the paper interleaves them; a permutation of channels, learned either way).
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5. Sines are in the first half and cosines in the second, as
+    in Marian (the paper interleaves them; this only permutes channels, which training absorbs).
     """
     rates = 10000.0 ** (-2.0 * (torch.arange(d_model, dtype=torch.float64) // 2) / d_model)
     angles = torch.arange(n_positions, dtype=torch.float64)[:, None] * rates
@@ -45,7 +45,7 @@ def sinusoidal_table(n_positions: int, d_model: int) -> Tensor:
 
 
 def relative_buckets(offsets_TS: Tensor, *, causal: bool, n_buckets: int, max_distance: int) -> Tensor:
-    """Map key position minus query position to T5's buckets: exact up to half of them, then logarithmic.
+    """Map key position minus query position to T5's buckets: half of them exact, the rest logarithmic.
 
     Source: Raffel et al. 2020, arXiv:1910.10683, section 2.1.
     """
@@ -63,9 +63,9 @@ def relative_buckets(offsets_TS: Tensor, *, causal: bool, n_buckets: int, max_di
 
 
 def positions_within(documents_BT: Tensor) -> Tensor:
-    """Count positions from 0 anew in every document of a packed row.
+    """Return positions that restart from 0 in every document of a packed row.
 
-    Shapes: documents (B, T), equal numbers standing together -> positions (B, T), int64.
+    Shapes: documents (B, T), each document contiguous -> positions (B, T), int64.
     """
     index = torch.arange(documents_BT.shape[1], device=documents_BT.device)
     starts = torch.ones_like(documents_BT, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Named models: plain sizes that fit every family, and the systems this field grew from, each with its source.
+"""Model presets: our own sizes, which fit every family, and published models, each with its source.
 
-To add a preset, add a row to `PRESETS`. A row is data: nothing here builds a model or imports torch, and the
-parameter count is worked out in closed form. Special token ids belong to the tokenizer and are in no row.
+To add a preset, add a row to `_ROWS`. Rows are data: nothing here builds a model or imports torch. Special token ids
+belong to the tokenizer and are not part of a preset.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,8 @@ class Preset:
     """One row of the table.
 
     config: fields of ModelConfig that differ from its defaults. n_parameters: as published, None for our own sizes.
-    tokens: the training tokens as published, 0 if they are not. dims_only: the row is widths and depths only, and
-    the family brings the rest.
+    tokens: training tokens as published, 0 if unknown. dims_only: the row contains only widths and depths; the family
+    determines the rest.
     """
 
     summary: str
@@ -31,12 +31,12 @@ class Preset:
     dims_only: bool = False
 
 
-# The maths of each family's default block; the plain sizes below bring only dimensions.
+# The default architecture of each family, for presets that contain only dimensions.
 FAMILIES: Mapping[Family, Mapping[str, Any]] = MappingProxyType(
     {
         "decoder": {"family": "decoder"},  # LlamaForCausalLM, the defaults of ModelConfig
         "encoder": {"family": "encoder"},  # EuroBertForMaskedLM: the same block, not causal
-        "encoder_decoder": {  # T5ForConditionalGeneration v1.1; it knows no grouped queries
+        "encoder_decoder": {  # T5ForConditionalGeneration v1.1, which has no grouped queries
             "family": "encoder_decoder",
             "positions": "relative",
             "activation": "gelu_tanh",
@@ -87,8 +87,8 @@ _GPT = {
     "mlp_bias": True,
 }
 _GPT2 = {**_GPT, "vocab_size": 50_257, "max_positions": 1024, "dropout": 0.1}
-# The paper alternates "dense and locally banded sparse attention" and gives no width. 256 is what GPT-Neo, the open
-# model of these shapes, chose; the first layer is dense.
+# The paper alternates "dense and locally banded sparse attention" without giving a width. 256 is that of GPT-Neo, the
+# open model of these shapes; the first layer is dense.
 _GPT3 = {**_GPT, "vocab_size": 50_257, "max_positions": 2048, "attention_windows": (0, 256)}
 _PANGU = {**_GPT, "vocab_size": 40_000, "max_positions": 1024, "query_layer": True}
 _JURASSIC = {**_GPT, "vocab_size": 256_000, "max_positions": 2048}
@@ -128,8 +128,8 @@ _LIEBER = "Lieber et al. 2021, Jurassic-1 whitepaper, AI21 Labs"
 _T5_SOURCE = "Raffel et al. 2020, arXiv:1910.10683; gated: Shazeer 2020, arXiv:2002.05202; released T5 v1.1"
 
 _ROWS: dict[str, Preset] = {
-    # Our own sizes. Vocabularies are nominal: a run that trains its tokenizer takes the tokenizer's size. Widths are
-    # multiples of 64, and of 256 from `small` on, so that block-wise quantization never meets a remainder.
+    # Our own sizes. Vocabulary sizes are nominal: a run that trains its tokenizer uses the tokenizer's. Widths are
+    # multiples of 64, and of 256 from `small` on, so that they divide into quantization blocks.
     "tiny": _size(
         "about 1 M parameters, for a minute on a CPU",
         **_shape(128, 4, 4, d_ff=320, vocab_size=2048, max_positions=512),
@@ -196,7 +196,7 @@ _ROWS: dict[str, Preset] = {
     "pangu-alpha-2.6b": Preset("PanGu-Alpha 2.6B", _ZENG, {**_PANGU, **_shape(2560, 31, 32)}, 2_600_000_000),
     "pangu-alpha-13b": Preset("PanGu-Alpha 13B", _ZENG, {**_PANGU, **_shape(5120, 39, 40)}, 13_100_000_000),
     "pangu-alpha-200b": Preset("PanGu-Alpha 200B", _ZENG, {**_PANGU, **_shape(16_384, 63, 128)}, 207_000_000_000),
-    # "256K" pieces; read as 256,000, which gives both published counts.
+    # "256K" pieces, taken as 256,000, which reproduces both published parameter counts.
     "jurassic-1-large": Preset(
         "Jurassic-1 Large", _LIEBER, {**_JURASSIC, **_shape(4096, 32, 32)}, 7_500_000_000, 300_000_000_000
     ),
@@ -254,7 +254,7 @@ _ROWS: dict[str, Preset] = {
 }
 PRESETS: Mapping[str, Preset] = MappingProxyType(_ROWS)
 
-# A family's bare name is the system its paper is known for.
+# The bare name of a series means the model its paper is known for.
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "transformer": "transformer-base",
@@ -267,23 +267,23 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 
 def get_preset(name: str) -> Preset:
-    """Return the row of a preset or alias; letter case does not matter.
+    """Return a preset by name or alias, ignoring case.
 
-    Raises: UsageError with the closest name.
+    Raises: UsageError suggesting the closest name.
     """
     key = name.lower()
     key = ALIASES.get(key, key)
     if key not in PRESETS:
         close = get_close_matches(key, [*PRESETS, *ALIASES], n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "llmctl presets lists them"
-        raise UsageError(f"there is no preset `{name}`", hint)
+        hint = f"did you mean `{close[0]}`?" if close else "`llmctl presets` lists them"
+        raise UsageError(f"unknown preset `{name}`", hint)
     return PRESETS[key]
 
 
 def preset_config(name: str, family: Family | None = None) -> ModelConfig:
-    """Return the model configuration of a preset; a plain size takes the maths of the family, decoder if None.
+    """Return a preset's model config; for our own sizes, with the architecture of `family` (default decoder).
 
-    Raises: UsageError for an unknown name, or when a published system is of another family.
+    Raises: UsageError for an unknown name, or if a published model is of another family.
     """
     preset = get_preset(name)
     if preset.dims_only:
@@ -292,7 +292,7 @@ def preset_config(name: str, family: Family | None = None) -> ModelConfig:
     if family is not None and family != config.family:
         sizes = ", ".join(f"`{size}`" for size, row in PRESETS.items() if row.dims_only)
         raise UsageError(
-            f"preset `{name}` is a model of the family `{config.family}`, not `{family}`",
-            f"the sizes {sizes} fit every family",
+            f"preset `{name}` is of the family `{config.family}`, not `{family}`",
+            f"use one of {sizes}, which fit every family",
         )
     return config

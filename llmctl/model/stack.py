@@ -1,4 +1,4 @@
-"""Blocks and stacks of them: attention, feed-forward, norms, cross-attention."""
+"""Transformer blocks and stacks of them: attention, cross-attention, feed-forward, norms."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Return the norm that the whole model uses."""
+    """Create a norm of the model's kind over the hidden channels."""
     kind = RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.d_model, eps=config.norm_eps)
 
@@ -46,7 +46,7 @@ class FeedForward(nn.Module):
         self.gated = config.gated
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Transform each position on its own."""
+        """Transform each position independently."""
         act = ACTIVATIONS[self.activation]
         if self.gated:
             return self.down_proj(act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
 
 @dataclass(frozen=True)
 class Pass:
-    """What the layers of a stack share in one forward pass."""
+    """The inputs that all layers of a stack share in one forward pass."""
 
     masks: dict[int, Mask]
     rope: tuple[Tensor, Tensor] | None = None
@@ -66,7 +66,7 @@ class Pass:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention where there is a memory, feed-forward; each with its residual and norm."""
+    """Self-attention, optional cross-attention, and feed-forward, each with residual connection and norm."""
 
     def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
@@ -82,10 +82,11 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, shared: Pass, query_BTD: Tensor | None = None) -> Tensor:
-        """Run one layer; `query` replaces the queries' input (PanGu-Alpha's query layer)."""
+        """Run one layer; `query` replaces the input of the query projection (PanGu-Alpha's query layer)."""
         h_BTD = self.input_layernorm(x_BTD) if self.pre else x_BTD
         mask = shared.masks[self.window]
         options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
+        # Keys and values of the query layer come from the hidden states, its queries from elsewhere.
         if query_BTD is None:
             y_BTD = self.self_attn(h_BTD, mask, **options)
         else:
@@ -93,7 +94,7 @@ class Block(nn.Module):
         x_BTD = self._join(x_BTD, y_BTD, self.input_layernorm)
         if self.cross:
             assert shared.memory_mask is not None, (
-                "a decoder over an encoder needs its output, or a cache that holds it"
+                "cross-attention needs the encoder's output, or a cache that contains it"
             )
             h_BTD = self.cross_attention_layernorm(x_BTD) if self.pre else x_BTD
             y_BTD = self.cross_attn(
@@ -110,11 +111,11 @@ class Block(nn.Module):
 
     def _join(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
         x_BTD = x_BTD + self.dropout(y_BTD)
-        return x_BTD if self.pre else norm(x_BTD)
+        return x_BTD if self.pre else norm(x_BTD)  # post-norm normalizes the sum
 
 
 class Stack(nn.Module):
-    """Blocks with the position information they share and, in pre-norm models, the final norm."""
+    """Blocks with their common position encoding and, in pre-norm models, the final norm."""
 
     layers: Any
     sinusoids: Tensor
@@ -122,7 +123,7 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig, n_layers: int, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
         self.config, self.causal = config, causal
-        self.recompute = False  # activations inside blocks are computed again in the backward pass
+        self.recompute = False  # activation checkpointing: recompute blocks in the backward pass
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
         elif config.positions == "sinusoidal":
@@ -157,7 +158,8 @@ class Stack(nn.Module):
     ) -> Tensor:
         """Return the last hidden states (B, T, D).
 
-        `collect` receives the states before and after every block, `attended` what the layers in it attend with.
+        `collect` receives the hidden states before and after every block, `attended` the queries, keys and values of
+        the layers it lists.
         """
         T = x_BTD.shape[1]
         documents_BS = documents_BT if cache is None else cache.mark(T, documents_BT)
@@ -169,28 +171,29 @@ class Stack(nn.Module):
         for block in self.layers:
             if collect is not None:
                 collect.append(x_BTD)
-            again = self.recompute and self.training
-            x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if again else block(x_BTD, shared)
+            checkpoints = self.recompute and self.training
+            x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if checkpoints else block(x_BTD, shared)
         if collect is not None:
             collect.append(x_BTD)
         if self.config.norm_position == "pre":
             x_BTD = self.norm(x_BTD)
         if self.config.query_layer:
+            # After the final norm, as in the released code; its queries come from positions only.
             x_BTD = self.query_layer(x_BTD, shared, self.query_embeddings(positions_BT).expand_as(x_BTD))
         if cache is not None:
             cache.advance(T)
         return x_BTD
 
     def positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Return the places of the next tokens in their documents (B or 1, T)."""
+        """Return the positions of the next tokens in their documents (B or 1, T)."""
         T = x_BTD.shape[1]
-        if documents_BS is not None:
+        if documents_BS is not None:  # counted over cached positions too, hence the slice
             return positions_within(documents_BS)[:, -T:]
         past = cache.length if cache is not None else 0
         return torch.arange(past, past + T, device=x_BTD.device)[None, :]
 
     def embed(self, x_BTD: Tensor, positions_BT: Tensor, token_types_BT: Tensor | None) -> Tensor:
-        """Add to embedded tokens what the stack adds before its first block."""
+        """Add position and token type embeddings to token embeddings, then norm and dropout."""
         config = self.config
         if config.positions == "learned":
             x_BTD = x_BTD + self.embed_positions(positions_BT + config.position_offset)
@@ -227,11 +230,12 @@ class Stack(nn.Module):
         memory_documents_BS: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[dict[int, Mask], Mask | None]:
-        """Return the masks of T more positions: by window, and over the memory where there is one."""
+        """Return the masks of T more positions: by window, and for the memory if there is one."""
         config, T = self.config, x_BTD.shape[1]
-        S = T + (cache.length if cache is not None else 0)
+        S = T + (cache.length if cache is not None else 0)  # cached keys come first
         documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
         bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
+        # Layers with the same window share a mask.
         windows = {block.window for block in self.layers}
         if config.query_layer:
             windows.add(self.query_layer.window)
@@ -259,9 +263,10 @@ class Stack(nn.Module):
         cache: KVCache | None,
         device: torch.device,
     ) -> Mask | None:
+        # After the first step, the memory is only in the cache.
         if memory_BSD is None and (cache is None or cache.cross[0] is None):
             return None
-        if memory_documents_BS is None:
+        if memory_documents_BS is None:  # no padding: every query attends to the whole memory
             return Mask()
         if documents_BT is None:
             documents_BT = torch.ones(memory_documents_BS.shape[0], T, dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""Run a model block by block and catch what goes into its layers."""
+"""Run a model block by block and capture the inputs of its layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from llmctl.model.transformer import LanguageModel
 
 
 class _CaughtError(Exception):
-    """The inputs of a block are known; the rest of the pass is not needed."""
+    """Raised to stop a forward pass once a block's inputs have been captured."""
 
 
 def chains(model: LanguageModel) -> Iterator[tuple[str, list[nn.Module]]]:
-    """Yield runs of blocks that hand their stream on, with a name for people; encoders come before decoders."""
+    """Yield sequences of blocks that pass on their hidden states, with a display name; encoders before decoders."""
     for stack in model.stacks():
         prefix = "" if len(model.stacks()) == 1 else "decoder " if stack.causal else "encoder "
         yield prefix, list(stack.layers)
@@ -28,12 +28,12 @@ def names_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def linears(block: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Return the linear maps of a block by their names in it."""
+    """Return the linear layers of a block with their names in it."""
     return [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
 
 
 def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Return what a block is called with when the model reads a batch."""
+    """Return the arguments of a block when the model processes a batch."""
     caught: list[tuple[Any, ...]] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -51,6 +51,6 @@ def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -
 
 
 def run(block: nn.Module, stream: Sequence[Any]) -> Tensor:
-    """Return what a block makes of a stream."""
+    """Run a block on captured arguments."""
     out: Tensor = block(*stream)
     return out

@@ -1,4 +1,4 @@
-"""Memory of a training step by part, from sizes alone; `benchmarks/memory.py` holds it against what a step takes."""
+"""Predicted memory of a training step by part, computed from the config; `benchmarks/memory.py` checks it."""
 
 from dataclasses import asdict, dataclass
 
@@ -12,20 +12,20 @@ FLOAT_BYTES = 4
 
 
 def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes: int) -> int:
-    """Return what a forward pass over `n_rows` rows keeps for the backward pass, below the head.
+    """Return the size of the activations that a forward pass over `n_rows` rows saves, without the head.
 
-    Counted from the operations of our block, as torch keeps their tensors on a CPU (see `Kept`).
+    Counted from the operations of our block, as torch saves their tensors on a CPU (see `Kept`).
     Source: the method of Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
     """
     config = complete(config)
     kept = Kept(config, product_bytes, rows.packed)
     if config.family != "encoder_decoder":
         per_token = (config.n_layers + int(config.query_layer)) * kept.block(rows.source) + kept.around()
-        # The query layer multiplies embeddings of positions beside the states.
+        # The query layer also multiplies position embeddings.
         per_token += config.query_layer * config.d_model * product_bytes
         return n_rows * rows.source * per_token
     encoder = config.n_layers * kept.block(rows.source) + kept.around()
-    encoder += FLOAT_BYTES * config.d_model  # the memory itself
+    encoder += FLOAT_BYTES * config.d_model  # the encoder's output, saved for cross-attention
     encoder += config.n_decoder_layers * kept.remembered()
     decoder = config.n_decoder_layers * (kept.block(rows.target) + kept.crossing(rows.source)) + kept.around()
     return n_rows * (rows.source * encoder + rows.target * decoder)
@@ -33,10 +33,10 @@ def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes per token that the parts of a block keep for the backward pass.
+    """Bytes per token that the parts of a block save for the backward pass.
 
-    `product_bytes` is the width of a number in matrix products; the residual stream and the norms are float32. Where
-    the two differ, every product keeps a converted copy of its input; where they do not, products share it.
+    `product_bytes` is the size of an element in matrix products; the residual stream and the norms are float32. If they
+    differ, every product saves a converted copy of its input; otherwise products share it.
     """
 
     config: ModelConfig
@@ -44,7 +44,7 @@ class Kept:
     packed: bool
 
     def norm(self, n_products: int) -> int:
-        """Count a norm's input, and the inputs of products."""
+        """Count a norm's input, and the inputs of the `n_products` products that follow it."""
         D = self.config.d_model
         own = FLOAT_BYTES * D
         if self.product_bytes == FLOAT_BYTES:
@@ -52,23 +52,23 @@ class Kept:
         return own + self.product_bytes * D * n_products
 
     def attention(self, keys: int) -> int:
-        """Count queries, keys, values and output; no scores, unless a learned bias on them wants a gradient."""
+        """Count queries, keys, values and output; scores only if they have a learned bias that needs a gradient."""
         config = self.config
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         normed = FLOAT_BYTES * (q + kv) if config.qk_norm else 0
         joined = self.product_bytes * q
         if config.positions == "relative":
-            # The fused kernel has no gradient of the bias; the plain one keeps all in float32, and scores.
+            # The fused kernel has no gradient for the bias; the plain one saves everything in float32, and scores.
             return FLOAT_BYTES * (3 * q + config.n_heads * keys) + joined + normed
         own = self.product_bytes * (2 * q + 2 * kv) + FLOAT_BYTES * config.n_heads
         return own + (normed + joined if config.qk_norm else 0) + self.mask(keys)
 
     def mask(self, keys: int) -> int:
-        """Count a mask, which every layer turns into numbers of its own."""
+        """Count a mask, which every layer converts to its own additive copy."""
         return self.product_bytes * keys if self.packed else 0
 
     def feed_forward(self) -> int:
-        """Count the factors; ReLU's gradient needs its output only, which the next product keeps anyway."""
+        """Count the intermediate tensors; ReLU's gradient needs only its output, which the next product saves anyway."""
         n_factors = (4 if self.config.gated else 2) - (self.config.activation == "relu")
         return self.product_bytes * self.config.d_ff * n_factors
 
@@ -77,25 +77,25 @@ class Kept:
         return self.product_bytes * self.config.d_model if self.config.dropout else 0
 
     def block(self, keys: int) -> int:
-        """Count one layer, cross-attention left out."""
+        """Count one layer without cross-attention."""
         norms = self.norm(3) + self.norm(2 if self.config.gated else 1)
         return norms + self.attention(keys) + self.feed_forward() + 2 * self.dropped()
 
     def crossing(self, keys: int) -> int:
-        """Count a layer's cross-attention, per token of the target."""
+        """Count a layer's cross-attention per target token."""
         q = self.config.n_heads * self.config.head_dim
         normed = FLOAT_BYTES * q + self.product_bytes * q if self.config.qk_norm else 0
         own = self.product_bytes * 2 * q + FLOAT_BYTES * self.config.n_heads + normed
         return self.norm(1) + own + self.mask(keys) + self.dropped()
 
     def remembered(self) -> int:
-        """Count a layer's cross-attention, per token of the source: keys, values, and the copies they are made of."""
+        """Count a layer's cross-attention per source token: keys, values, and converted copies of their input."""
         kv = self.config.n_kv_heads * self.config.head_dim
         copies = 0 if self.product_bytes == FLOAT_BYTES else 2 * self.config.d_model
         return self.product_bytes * (2 * kv + copies) + (FLOAT_BYTES * kv if self.config.qk_norm else 0)
 
     def around(self) -> int:
-        """Count what stands before the first and after the last layer of a stack."""
+        """Count the operations before the first and after the last layer of a stack."""
         n_norms = self.config.embedding_norm + (self.config.norm_position == "pre")
         dropped = FLOAT_BYTES * self.config.d_model if self.config.dropout else 0
         return n_norms * self.norm(0) + dropped
@@ -105,9 +105,9 @@ class Kept:
 class Memory:
     """Bytes on one device, by part.
 
-    copies: weights in the precision of the products; on several devices those gathered for two neighboring blocks
-    and the head. logits: those of one chunk, the gradient of the hidden states, and the head's own gradient.
-    accumulates: gradients stay from one micro-batch to the next.
+    copies: weights in the precision of the products; if sharded, those gathered for two adjacent blocks and the head.
+    logits: those of one chunk, the gradient of the hidden states, and the head's own gradient. accumulates: gradients
+    are kept from one micro-batch to the next.
     """
 
     weights: int
@@ -125,10 +125,10 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once: gradients replace activations, except where they are there from before."""
+        """The peak: gradients replace activations as these are freed, unless they are kept from earlier micro-batches."""
         forward = self.activations + self.logits
-        held = self.weights + self.optimizer + self.copies
-        return held + (forward + self.gradients if self.accumulates else max(forward, self.gradients))
+        permanent = self.weights + self.optimizer + self.copies
+        return permanent + (forward + self.gradients if self.accumulates else max(forward, self.gradients))
 
 
 def memory(
@@ -144,11 +144,11 @@ def memory(
     n_chunks: int = 0,
     recompute: bool = False,
 ) -> Memory:
-    """Return the memory of a step on one of `n_devices`; `sharded` if they share weights and state evenly (fsdp).
+    """Return the memory of a step on one of `n_devices`; `sharded`: weights and optimizer state are split evenly (fsdp).
 
-    Those are float32; `optimizer` is a name in tables/optimizers.py. Activations are those of
-    one micro-batch of the device's rows; with `recompute` the inputs of the blocks, and one block's. `n_chunks` is
-    the number of gradients that are summed as a tree (deterministic), of which a logarithm is held at once.
+    These are float32; `optimizer` is a name in tables/optimizers.py. Activations are those of one micro-batch of the
+    device's rows; with `recompute`, the inputs of all blocks and one block's activations. `n_chunks` is the number of
+    gradients summed in a tree (deterministic), of which log2 exist at a time.
     """
     config = complete(config)
     parameters = count_parameters(config)
@@ -160,24 +160,24 @@ def memory(
     if n_chunks:
         n_rows = min(n_rows, -(-rows.batch_size // n_chunks))
     n_labels = max(1, round(n_rows * (rows.target or rows.source) * rows.label_frac))
-    # The logits, which become the softmax in place; in lower precision also as they come and as they go on.
+    # float32 logits, turned into the softmax in place; below float32, also the products' output and the gradient's copy.
     logit_bytes = FLOAT_BYTES + (0 if product_bytes == FLOAT_BYTES else 2 * product_bytes)
     chunk = logit_bytes * min(chunk_tokens, n_labels) * config.vocab_size
     hidden = product_bytes * n_labels * config.d_model
     copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices
     if n_devices > 1 and sharded:
-        # Beside the gathered weights: a block's whole gradients, and the buffer in which they are exchanged.
+        # In addition to the gathered weights: a block's full gradients, and the buffer of their reduction.
         copies = product_bytes * (2 * block_matrices(config) + parameters.head)
         copies += 2 * FLOAT_BYTES * block_matrices(config)
     n_shares = n_devices if sharded else 1
-    # Subtrees that wait for their sibling while the last micro-batch runs.
+    # Subtrees that wait for their sibling while the last micro-batch is computed.
     n_gradients = max(1, (n_chunks // n_devices).bit_length() - 1)
     activations = activation_bytes(config, rows, n_rows, product_bytes)
     if recompute:
         sides = ((config.n_layers, rows.source), (config.n_decoder_layers, rows.target))
         n_blocks = sum(n_layers for n_layers, tokens in sides if tokens)
         inputs = FLOAT_BYTES * config.d_model * n_rows * sum(n_layers * tokens for n_layers, tokens in sides)
-        # Gradients of a block's two widest tensors stand beside its activations, where else they take the place of others'.
+        # Gradients of a block's two widest tensors add to its activations; without recompute they replace freed ones.
         passing = 2 * FLOAT_BYTES * config.d_ff * n_rows * max(rows.source, rows.target)
         activations = inputs + activations // max(1, n_blocks) + passing
     return Memory(
@@ -192,6 +192,6 @@ def memory(
 
 
 def block_matrices(config: ModelConfig) -> int:
-    """Return the weights in the matrices of the largest block."""
+    """Return the number of matrix weights in the largest block."""
     shape = Shape.of(config)
     return shape.attention * (2 if config.family == "encoder_decoder" else 1) + shape.feed_forward

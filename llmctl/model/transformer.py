@@ -1,8 +1,8 @@
-"""One block, three families: decoder, encoder and encoder-decoder from the same attention and feed-forward code.
+"""The language model: decoder, encoder and encoder-decoder built from the same blocks.
 
-Parameter names are `LlamaForCausalLM`'s where it has the part, so that the default decoder and encoder are written
-to disk as they are. `hidden()` and `head()` are separate: a loss works through the vocabulary in chunks and never
-holds a (tokens x vocabulary) float32 tensor. No files, no devices, no ranks.
+Parameters have `LlamaForCausalLM`'s names where possible, so that the default decoder and encoder are stored without
+renaming. `hidden()` and `head()` are separate because losses process the vocabulary in chunks and never materialize a
+(tokens x vocabulary) float32 tensor. No files, no devices, no ranks.
 """
 
 from collections.abc import Mapping
@@ -24,12 +24,12 @@ from llmctl.quant.weight import PARTS, QuantWeight
 
 
 class LanguageModel(nn.Module):
-    """Any model of the family tree: embeddings, one or two stacks, and a head over the vocabulary or over labels.
+    """A model of any family: embeddings, one or two stacks, and a vocabulary or classification head.
 
-    Raises: UsageError at construction when the config contradicts itself.
+    Raises: UsageError if the config is inconsistent.
     """
 
-    model: Any  # a Stack, or a module holding two; torch types attributes of modules as tensors
+    model: Any  # a Stack, or a module with two; torch types attributes of modules as tensors
     lm_head: nn.Linear
     classifier: nn.Linear
 
@@ -56,8 +56,8 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.logits_bias)
         self.tie()
 
-    def multiply_out(self) -> None:
-        """Replace what is held in few bits by plain layers with the weights that the codes mean."""
+    def dequantize(self) -> None:
+        """Replace quantized modules by plain ones with dequantized weights, in place."""
         packed = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantWeight)]
         for name, module in packed:
             weight = nn.Parameter(module.weight.to(self.dtype))
@@ -71,15 +71,15 @@ class LanguageModel(nn.Module):
             self.tie()
 
     def stacks(self) -> list[Stack]:
-        """Return the stacks: one, or an encoder and a decoder."""
+        """Return the single stack, or encoder and decoder."""
         is_pair = self.config.family == "encoder_decoder"
         return [self.model.encoder, self.model.decoder] if is_pair else [self.model]
 
     def tie(self) -> None:
-        """Let the head over the vocabulary use the embedding's weight, where the config says so."""
+        """Share the embedding's weight with the vocabulary head, if the config ties them."""
         if self.config.tie_embeddings and not self.config.n_labels:
             embedding = self.model.embed_tokens
-            if isinstance(embedding, QuantWeight):
+            if isinstance(embedding, QuantWeight):  # packed tensors are buffers, so each is shared by itself
                 for name in PARTS:
                     if hasattr(embedding, name):
                         setattr(self.lm_head, name, getattr(embedding, name))
@@ -88,38 +88,40 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device of the parameters."""
         return self.some_parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of its activations."""
+        """The dtype of the activations."""
         return self.some_parameter.dtype
 
     @property
     def n_parameters(self) -> int:
-        """How many numbers the weights stand for, a tied one counted once, one in few bits like any other."""
-        held = {id(one.weight_packed): one.n_out * one.n_in for one in self.modules() if isinstance(one, QuantWeight)}
+        """The number of parameters: a tied weight counts once, a quantized weight like an unquantized one."""
+        quantized = [module for module in self.modules() if isinstance(module, QuantWeight)]
+        packed = {id(module.weight_packed): module.n_out * module.n_in for module in quantized}  # by id: tied ones once
         plain = sum(parameter.numel() for parameter in self.parameters())
-        return plain + sum(held.values()) + sum(one.n_more for one in self.modules() if isinstance(one, TunedLinear))
+        more = sum(module.n_more for module in self.modules() if isinstance(module, TunedLinear))
+        return plain + sum(packed.values()) + more
 
     @property
     def some_parameter(self) -> Tensor:
-        """A parameter that is there whatever is held in few bits: norms are not."""
+        """Any parameter; norms always are parameters, since they are never quantized."""
         return next(self.parameters())
 
     @property
     def schemes(self) -> dict[str, Scheme]:
-        """The schemes of what is held in few bits, as `quantize` takes them."""
-        found = {name: module.scheme for name, module in self.named_modules() if isinstance(module, QuantWeight)}
+        """The schemes of the quantized modules, as accepted by `quantize`."""
+        schemes = {name: module.scheme for name, module in self.named_modules() if isinstance(module, QuantWeight)}
         if self.config.tie_embeddings:
-            found.pop("lm_head", None)
-        return found
+            schemes.pop("lm_head", None)
+        return schemes
 
     def quantize(self, schemes: Mapping[str, Scheme]) -> None:
-        """Replace modules by empty ones that hold their weight in few bits; a tied head goes with the embedding.
+        """Replace modules by empty quantized ones, to load packed tensors into; a tied head follows the embedding.
 
-        Shapes: name of a linear map, or `model.embed_tokens` -> scheme.
+        schemes: name of a linear layer, or `model.embed_tokens` -> scheme.
         """
         for name, scheme in schemes.items():
             module: Any = self.get_submodule(name)
@@ -148,10 +150,10 @@ class LanguageModel(nn.Module):
         collect: list[Tensor] | None = None,
         attended: Attended | None = None,
     ) -> Tensor:
-        """Return the hidden states under the head (B, T, D): of the decoder in an encoder-decoder.
+        """Return the last hidden states (B, T, D), in an encoder-decoder those of the decoder.
 
-        `documents` numbers the documents of a packed row from 1; 0 is padding. None means that each row is one
-        document without padding. A document never attends to another.
+        `documents` numbers the documents of a packed row from 1; 0 is padding; None means one document per row without
+        padding. Documents do not attend to each other.
         """
         if self.config.family == "encoder_decoder":
             assert decoder_input_ids_BT is not None, "an encoder-decoder needs decoder_input_ids_BT"
@@ -176,7 +178,7 @@ class LanguageModel(nn.Module):
         )
 
     def encode(self, input_ids_BS: Tensor, *, documents_BS: Tensor | None = None) -> Tensor:
-        """Return the encoder's hidden states (B, S, D) of an encoder-decoder."""
+        """Return the hidden states (B, S, D) of an encoder-decoder's encoder."""
         return self.model.encoder(self.embed(input_ids_BS), documents_BT=documents_BS)
 
     def decode(
@@ -190,7 +192,7 @@ class LanguageModel(nn.Module):
         collect: list[Tensor] | None = None,
         attended: Attended | None = None,
     ) -> Tensor:
-        """Return the decoder's hidden states (B, T, D) over an encoder's output, or over the cache of it."""
+        """Return the decoder's hidden states (B, T, D), given the encoder's output or a cache of it."""
         return self.model.decoder(
             self.embed(decoder_input_ids_BT),
             documents_BT=documents_BT,
@@ -202,7 +204,7 @@ class LanguageModel(nn.Module):
         )
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """Return what the head's matrix multiplies: the transformed, scaled hidden states (..., D)."""
+        """Return the input of the head's matrix: transformed, scaled hidden states (..., D)."""
         if self.config.head_transform:
             hidden = self.head_norm(ACTIVATIONS[self.config.activation](self.head_dense(hidden)))
         return hidden if self.config.logits_scale == 1.0 else hidden * self.config.logits_scale
@@ -219,10 +221,10 @@ class LanguageModel(nn.Module):
         token_types_BT: Tensor | None = None,
         pooling: str = "",
     ) -> Tensor:
-        """Return one state per row (B, D), padding left out; `pooling` other than the config's may be asked for.
+        """Return one pooled state per row (B, D), ignoring padding; `pooling` overrides the config's.
 
-        The decoder of an encoder-decoder reads the input moved right by one, as BART's classifier does (Lewis et al.
-        2020, arXiv:1910.13461, section 3.1).
+        An encoder-decoder's decoder gets the input shifted right by one, as in BART's classifier (Lewis et al. 2020,
+        arXiv:1910.13461, section 3.1).
         """
         inputs: dict[str, Any] = {"token_types_BT": token_types_BT}
         if self.config.family == "encoder_decoder":
@@ -260,13 +262,13 @@ def pool(states_BTD: Tensor, documents_BT: Tensor | None, pooling: str) -> Tenso
     if pooling == "mean":
         sums_BD = (states_BTD * is_real_BT[..., None]).sum(dim=1)
         return sums_BD / is_real_BT.sum(dim=1, keepdim=True).clamp(min=1)
-    places_T = torch.arange(states_BTD.shape[1], device=states_BTD.device)
-    last_B = (is_real_BT * places_T).amax(dim=1)
+    positions_T = torch.arange(states_BTD.shape[1], device=states_BTD.device)
+    last_B = (is_real_BT * positions_T).amax(dim=1)
     return states_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
 
 
 def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a whole state dict from one in which a tied head stands once, under the embedding's name."""
+    """Complete a state dict that contains a tied weight only under the embedding's name."""
     state = dict(tensors)
     if config.tie_embeddings and not config.n_labels:
         for part in ("weight", *PARTS):
@@ -276,28 +278,28 @@ def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in another's place."""
+    """Replace the submodule `name` of `root`."""
     parent, _, last = name.rpartition(".")
     setattr(root.get_submodule(parent), last, module)
 
 
 def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Load a state dict, tied weights once or twice."""
+    """Load a state dict that contains tied weights once or twice."""
     model.load_state_dict(with_tied(model.config, tensors))
 
 
 def initialize(model: LanguageModel, seed: int) -> None:
-    """Draw the initial weights, reproducibly, whatever was drawn before.
+    """Initialize the weights, depending only on the seed.
 
-    Normal with `init_std`; the projections back into the residual stream of a pre-norm model are divided by
-    sqrt(2 layers) (GPT-2, Radford et al. 2019, section 2.3). Where the scores are not scaled (T5), the queries take
-    the scale over, as in Raffel et al. 2020.
+    Normal with `init_std`; output projections to the residual stream of a pre-norm model are divided by sqrt(2 layers)
+    (GPT-2, Radford et al. 2019, section 2.3). If attention scores are not scaled (T5), query projections are scaled
+    instead, as in Raffel et al. 2020.
     """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     n_layers = max(config.n_layers, config.n_decoder_layers)
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+        if parameter.dim() < 2:  # biases and norms
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
             continue
         std = config.init_std

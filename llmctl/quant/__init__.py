@@ -1,1 +1,1 @@
-"""Quantized linear layers as pure torch: they know nothing of models, files or devices."""
+"""Quantization in pure torch: schemes, rounding methods, packed layers; knows no models, files or devices."""

@@ -1,11 +1,11 @@
-"""Weights in llama.cpp's blocks: 32 or 256 neighbors of a row with scales of their own, byte for byte as files hold them.
+"""Quantize weights to llama.cpp's block formats: 32 or 256 adjacent weights of a row with their own scales, as bytes.
 
-The formats are ggml's; how scales are chosen is ours: candidates around the whole range, each refitted by least squares
-to its codes, the one of least weighted error kept. A large weight counts for more, as in llama.cpp where nothing was
-measured: by the root mean square of its group plus its own size. Codes are taken last, on the scales as stored, so
-that what comes out is what a reader of the bytes gets, bit for bit.
+The formats are ggml's; the search for scales is ours: candidates around the full range are each refit by least squares
+to their codes, and the one with the least weighted error is kept. As in llama.cpp without an importance matrix, an
+error is weighted by the root mean square of the group plus the weight's magnitude. Codes are computed last, with the
+scales as stored, so that the returned values are bit for bit those that a reader of the bytes gets.
 Source: ggml-common.h and ggml-quants.c of ggml-org/ggml for layouts; the idea of its make_qkx2_quants for the search.
-Shapes: N blocks, G groups of a block, g weights of a group.
+Shapes: N blocks, w weights of a block, G groups of a block, g weights of a group.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,27 +16,27 @@ from torch import Tensor
 
 SYMMETRIC_STEPS = torch.arange(-9, 10) * 0.1
 AFFINE_STEPS = torch.arange(-10, 11, 2) * 0.1
-"""How far candidates of a scale lie from the whole range's, in codes."""
+"""Offsets of the candidate scales from the scale of the full range, in code steps."""
 
 ROUNDS = 2
-"""Times that a block's 16-bit scales are refitted to its codes."""
+"""How often a block's 16-bit scales are refit to its codes."""
 
 CHUNK_WEIGHTS = 1 << 18
-"""Weights that are searched at a time: what the processor's cache holds."""
+"""Weights that are processed at a time, to fit into the CPU cache."""
 
 BYTE, NIBBLE = 8, 15
 TINY = torch.finfo(torch.float32).tiny
 
 
 class Blocks(NamedTuple):
-    """A matrix as bytes (O, B) uint8 of whole blocks, and as the weights (O, I) float32 that they stand for."""
+    """A quantized matrix: bytes (O, B) uint8 of whole blocks, and the weights (O, I) float32 that they decode to."""
 
     bytes_OB: Tensor
     values_OI: Tensor
 
 
 class Kind(NamedTuple):
-    """A format: weights and bytes of a block, and what turns weights (N, w) into bytes (N, b) and values (N, w)."""
+    """A format: weights and bytes per block, and the function from weights (N, w) to bytes (N, b) and values (N, w)."""
 
     n_weights: int
     n_bytes: int
@@ -44,9 +44,9 @@ class Kind(NamedTuple):
 
 
 def encode(weight_OI: Tensor, name: str) -> Blocks:
-    """Return a matrix in blocks of the format `name`, a key of KINDS; its rows are whole blocks.
+    """Quantize a matrix to the format `name`, a key of KINDS; rows must divide into blocks.
 
-    A scale that is too large for a 16-bit float makes values that are not finite: the caller looks.
+    A scale too large for float16 gives non-finite values, which the caller must check.
     """
     kind = KINDS[name]
     assert weight_OI.shape[1] % kind.n_weights == 0, f"rows of {weight_OI.shape[1]} in {name}"
@@ -63,22 +63,25 @@ def encode(weight_OI: Tensor, name: str) -> Blocks:
 
 
 def weights_of(x: Tensor) -> Tensor:
-    """Return how much each weight's error counts; groups lie in the last dimension."""
+    """Return the weight of each element's squared error; the last dimension is the group."""
     return x.square().mean(dim=-1, keepdim=True).sqrt() + x.abs()
 
 
 def inverse(scale: Tensor) -> Tensor:
-    """Return 1 / scale, and 0 for 0 and what is next to it: all codes of such a group are then the zero's."""
+    """Return 1 / scale, or 0 for zero and subnormal scales: the codes of such a group then decode to zero."""
     return torch.where(scale.abs() < TINY, 0.0, 1 / scale)
 
 
 def stored(scale: Tensor) -> Tensor:
-    """Return the nearest number that a 16-bit float holds."""
+    """Round to float16."""
     return scale.half().float()
 
 
 def fit_symmetric(x: Tensor, lowest: int, highest: int) -> Tensor:
-    """Return the scale (..., 1) of x ~ scale * code, lowest <= code <= highest, signed so that the largest reaches lowest."""
+    """Fit the scale (..., 1) of x ~ scale * code, lowest <= code <= highest.
+
+    Its sign maps the element of largest magnitude to `lowest`, which has one step more than `highest`.
+    """
     w = weights_of(x)
     extreme = x.gather(-1, x.abs().argmax(dim=-1, keepdim=True))
     best_scale, best_gain = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
@@ -87,16 +90,16 @@ def fit_symmetric(x: Tensor, lowest: int, highest: int) -> Tensor:
         weighted = w * codes
         product, power = (weighted * x).sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
         scale = product * inverse(power)
-        gain = scale * product  # what the error is smaller by than that of zeros
+        gain = scale * product  # the reduction of the weighted error compared to all codes 0
         is_better = gain > best_gain
         best_scale, best_gain = torch.where(is_better, scale, best_scale), torch.where(is_better, gain, best_gain)
     return best_scale
 
 
 def fit_affine(x: Tensor, highest: int, *, below_zero: bool) -> tuple[Tensor, Tensor]:
-    """Return scale and offset (..., 1) of x ~ scale * code + offset, 0 <= code <= highest.
+    """Fit scale and offset (..., 1) of x ~ scale * code + offset, 0 <= code <= highest.
 
-    below_zero: the offset is never above 0, as where its size is stored without a sign.
+    below_zero: constrain the offset to be at most 0, for formats that store its magnitude without a sign.
     """
     w = weights_of(x)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
@@ -117,7 +120,7 @@ def fit_affine(x: Tensor, highest: int, *, below_zero: bool) -> tuple[Tensor, Te
 def _least_squares(
     x: Tensor, w: Tensor, codes: Tensor, sums: tuple[Tensor, Tensor], *, below_zero: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the scale and offset of least weighted squared error for given codes."""
+    """Return the scale and offset of least weighted squared error for fixed codes (2x2 normal equations)."""
     total, total_x = sums
     weighted = w * codes
     total_q, total_qq = weighted.sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
@@ -141,50 +144,50 @@ def _affine_error(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor, highest: 
 
 
 def half_bytes(scale_N1: Tensor) -> Tensor:
-    """Return 16-bit floats as their bytes (N, 2), the low one first."""
+    """Return float16 values as bytes (N, 2), little-endian."""
     bits = scale_N1.half().view(torch.int16).int()
     return torch.cat([bits & 255, (bits >> BYTE) & 255], dim=1).to(torch.uint8)
 
 
 def nibbles(low: Tensor, high: Tensor) -> Tensor:
-    """Return pairs of four bits as bytes."""
+    """Pack pairs of 4-bit values into bytes."""
     return (low & NIBBLE) | ((high & NIBBLE) << 4)
 
 
-# --- formats of 32 ---------------------------------------------------------------------------------------------------
+# --- formats with blocks of 32 ---------------------------------------------------------------------------------------
 
 
 def q8_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks of a scale and 32 codes of eight bits: nearest codes over the whole range."""
+    """Encode blocks of a scale and 32 8-bit codes, rounded to nearest over the full range."""
     scale_N1 = stored(x_Nw.abs().amax(dim=1, keepdim=True) / 127)
     codes_Nw = (x_Nw * inverse(scale_N1)).round_().clamp_(-127, 127)
     return torch.cat([half_bytes(scale_N1), codes_Nw.to(torch.int8).view(torch.uint8)], dim=1), codes_Nw * scale_N1
 
 
 def _symmetric_32(x_Nw: Tensor, middle: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return stored scales (N, 1), codes from 0 (N, 32) uint8, and values (N, 32)."""
+    """Return float16 scales (N, 1), unsigned codes (N, 32) uint8, and values (N, 32)."""
     scale_N1 = stored(fit_symmetric(x_Nw, -middle, middle - 1))
     codes_Nw = (x_Nw * inverse(scale_N1)).round_().clamp_(-middle, middle - 1)
     return scale_N1, (codes_Nw + middle).to(torch.uint8), codes_Nw * scale_N1
 
 
 def q4_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks of a scale and 32 codes of four bits."""
+    """Encode blocks of a scale and 32 4-bit codes."""
     scale_N1, codes_Nw, values_Nw = _symmetric_32(x_Nw, 8)
     return torch.cat([half_bytes(scale_N1), nibbles(codes_Nw[:, :16], codes_Nw[:, 16:])], dim=1), values_Nw
 
 
 def q5_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks of a scale, the fifth bits of 32 codes, and their lower four."""
+    """Encode blocks of a scale, the fifth bits of 32 codes, and their lower four bits."""
     scale_N1, codes_Nw, values_Nw = _symmetric_32(x_Nw, 16)
-    places = torch.arange(8, dtype=torch.uint8)
-    fifth_N4 = ((codes_Nw >> 4).view(-1, 4, 8) << places).sum(dim=2).to(torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8)
+    fifth_N4 = ((codes_Nw >> 4).view(-1, 4, 8) << shifts).sum(dim=2).to(torch.uint8)
     parts = [half_bytes(scale_N1), fifth_N4, nibbles(codes_Nw[:, :16], codes_Nw[:, 16:])]
     return torch.cat(parts, dim=1), values_Nw
 
 
 def q4_1(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks of a scale, an offset, and 32 codes of four bits."""
+    """Encode blocks of a scale, an offset, and 32 4-bit codes."""
     scale_N1, offset_N1 = map(stored, fit_affine(x_Nw, NIBBLE, below_zero=False))
     codes_Nw = ((x_Nw - offset_N1) * inverse(scale_N1)).round_().clamp_(0, NIBBLE)
     values_Nw = codes_Nw * scale_N1 + offset_N1
@@ -193,11 +196,14 @@ def q4_1(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(parts, dim=1), values_Nw
 
 
-# --- formats of 256 --------------------------------------------------------------------------------------------------
+# --- formats with blocks of 256 --------------------------------------------------------------------------------------
 
 
 class _Affine(NamedTuple):
-    """Eight groups of a block: 16-bit scales of scales and offsets (N, 1, 1), six-bit ones (N, 8, 1), codes (N, 8, 32)."""
+    """The 8 groups of a Q4_K block.
+
+    float16 scales of the scales and of the offsets (N, 1, 1), 6-bit scales and offsets (N, 8, 1), codes (N, 8, 32).
+    """
 
     d: Tensor
     d_offset: Tensor
@@ -206,12 +212,12 @@ class _Affine(NamedTuple):
     codes: Tensor
 
     def values(self) -> Tensor:
-        """Return the weights, multiplied in the order that readers multiply in."""
+        """Decode the weights, multiplying in the same order as llama.cpp, for equal bits."""
         return (self.d * self.scales) * self.codes - self.d_offset * self.offsets
 
 
 def q4_k(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks of 256: eight groups of 32 codes of four bits, six-bit scales and offsets, and 16-bit scales of those."""
+    """Encode blocks of 256: 8 groups of 32 4-bit codes, 6-bit scales and offsets, and float16 scales of both."""
     x_NGg = x_Nw.view(-1, 8, 32)
     w_NGg = weights_of(x_NGg)
     scale_NG1, offset_NG1 = fit_affine(x_NGg, NIBBLE, below_zero=True)
@@ -222,10 +228,10 @@ def q4_k(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
     best_error = _error(x_NGg, w_NGg, best.values())
     for _ in range(ROUNDS):
         d, d_offset = _refit(x_NGg, w_NGg, best)
-        found = _with_codes(x_NGg, d, d_offset, scales, offsets)
-        error = _error(x_NGg, w_NGg, found.values())
+        candidate = _with_codes(x_NGg, d, d_offset, scales, offsets)
+        error = _error(x_NGg, w_NGg, candidate.values())
         is_better = error < best_error
-        best = _Affine(*(torch.where(is_better, new, old) for new, old in zip(found, best, strict=True)))
+        best = _Affine(*(torch.where(is_better, new, old) for new, old in zip(candidate, best, strict=True)))
         best_error = torch.where(is_better, error, best_error)
     return _q4_k_bytes(best), best.values().flatten(1)
 
@@ -240,7 +246,7 @@ def _error(x_NGg: Tensor, w_NGg: Tensor, values_NGg: Tensor) -> Tensor:
 
 
 def _refit(x_NGg: Tensor, w_NGg: Tensor, block: _Affine) -> tuple[Tensor, Tensor]:
-    """Return the two 16-bit scales of least weighted squared error for given codes and six-bit scales."""
+    """Return the two float16 scales of least weighted squared error for fixed codes and 6-bit scales."""
     a, b = block.scales * block.codes, block.offsets
     aa, ab, bb, ax, bx = (
         (w_NGg * left * right).sum((1, 2), keepdim=True)
@@ -249,13 +255,14 @@ def _refit(x_NGg: Tensor, w_NGg: Tensor, block: _Affine) -> tuple[Tensor, Tensor
     determinant = aa * bb - ab.square()
     d = (ax * bb - ab * bx) * inverse(determinant)
     d_offset = (ab * ax - aa * bx) * inverse(determinant)
-    is_sound = (determinant > 0) & (d > 0) & (d_offset >= 0)
-    return stored(torch.where(is_sound, d, block.d)), stored(torch.where(is_sound, d_offset, block.d_offset))
+    is_valid = (determinant > 0) & (d > 0) & (d_offset >= 0)  # both scales are unsigned in the format
+    return stored(torch.where(is_valid, d, block.d)), stored(torch.where(is_valid, d_offset, block.d_offset))
 
 
 def _q4_k_bytes(block: _Affine) -> Tensor:
-    """Return d, d_offset, twelve bytes of six-bit numbers, and codes; even groups in low bits, odd ones in high bits."""
+    """Lay out d, d_offset, 12 bytes of 6-bit numbers, and codes: even groups in the low nibbles, odd ones in the high."""
     scales_N8, offsets_N8 = block.scales[..., 0].to(torch.uint8), block.offsets[..., 0].to(torch.uint8)
+    # The last four groups' upper two bits go into the free upper bits of the first four groups' bytes.
     s_first, s_last, o_first, o_last = scales_N8[:, :4], scales_N8[:, 4:], offsets_N8[:, :4], offsets_N8[:, 4:]
     six_bits = [s_first | ((s_last >> 4) << 6), o_first | ((o_last >> 4) << 6), nibbles(s_last, o_last)]
     codes = block.codes.to(torch.uint8).view(-1, 4, 2, 32)
@@ -264,7 +271,7 @@ def _q4_k_bytes(block: _Affine) -> Tensor:
 
 
 def q6_k(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks of 256: 16 groups of 16 codes of six bits, eight-bit scales, and a 16-bit scale of those."""
+    """Encode blocks of 256: 16 groups of 16 6-bit codes, 8-bit scales, and a float16 scale of those."""
     x_NGg = x_Nw.view(-1, 16, 16)
     scale_NG1 = fit_symmetric(x_NGg, -32, 31)
     extreme = scale_NG1.gather(1, scale_NG1.abs().argmax(dim=1, keepdim=True))
@@ -272,6 +279,7 @@ def q6_k(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
     scales = (scale_NG1 * inverse(d)).round_().clamp_(-128, 127)
     codes = (x_NGg * inverse(d * scales)).round_().clamp_(-32, 31)
     values = (d * scales) * codes
+    # Each half of 128 codes: lower nibbles of quarters 1 and 3, 2 and 4 share bytes; so do all four upper bit pairs.
     first, second, third, fourth = (codes + 32).to(torch.uint8).view(-1, 2, 4, 32).unbind(dim=2)
     low = torch.cat([nibbles(first, third), nibbles(second, fourth)], dim=2).flatten(1)
     high = (first >> 4) | (second >> 4 << 2) | (third >> 4 << 4) | (fourth >> 4 << 6)
@@ -287,4 +295,4 @@ KINDS: Mapping[str, Kind] = {
     "Q4_0": Kind(32, 18, q4_0),
     "Q4_K": Kind(256, 144, q4_k),
 }
-"""ggml's formats that are written here, by their names."""
+"""The supported ggml formats by name."""

@@ -1,6 +1,6 @@
-"""Weights in eight bits: one scale per output, symmetric, rounded to the nearest; products in the input's precision.
+"""8-bit weights: symmetric, one scale per output channel, round-to-nearest; products in the input's precision.
 
-A quarter of float32's memory; the weight is multiplied out for every product.
+Takes a quarter of float32's memory; the weight is dequantized for every product.
 """
 
 import torch
@@ -11,7 +11,7 @@ LARGEST = 127.0
 
 
 def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes (..., O, I) and float32 scales (..., O, 1), so that codes * scales is nearest to the numbers.
+    """Quantize to int8 codes (..., O, I) and float32 scales (..., O, 1).
 
     Source: Jacob et al. 2018, arXiv:1712.05877, symmetric and per output channel.
     """
@@ -21,7 +21,7 @@ def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """A linear layer that holds its weight in eight bits; it is not trained."""
+    """A linear layer with an 8-bit weight, for inference."""
 
     codes_OI: Tensor
     scales_O1: Tensor
@@ -41,7 +41,7 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(module: nn.Module) -> int:
-    """Replace all linear layers inside a module, in place, and return how many."""
+    """Replace all linear layers inside a module, in place; return their number."""
     count = 0
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Linear):

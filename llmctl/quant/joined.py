@@ -1,4 +1,4 @@
-"""Several layers over the same input as one layer whose outputs stand side by side: one product in place of three."""
+"""Fuse quantized layers with the same input (query, key, value) into one: a single product instead of three."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from llmctl.quant.packing import pack, unpack
 
 
 def join_quantized(layers: Sequence[QuantLinear]) -> QuantLinear:
-    """Return one layer; the weights are moved: the given layers hold views of its codes and scales from now on.
+    """Return a layer with concatenated outputs; the given layers' codes and scales become views of its tensors.
 
-    The layers must have one scheme and equal inputs, and biases all or none.
+    The layers must have the same scheme and number of inputs, and either all or none have biases.
     """
     first = layers[0]
     scheme = first.scheme
@@ -20,7 +20,7 @@ def join_quantized(layers: Sequence[QuantLinear]) -> QuantLinear:
     joined.weight_scale = torch.cat([layer.weight_scale for layer in layers])
     if first.bias is not None:
         joined.bias = torch.cat([layer.bias for layer in layers if layer.bias is not None])
-    if not scheme.symmetric:  # words of zeros run along the outputs
+    if not scheme.symmetric:  # zero points are packed along the outputs, so words cannot simply be concatenated
         zeros_GO = torch.cat(
             [unpack(layer.weight_zero_point.T.contiguous(), scheme.bits, layer.n_out) for layer in layers], dim=1
         )

@@ -1,7 +1,8 @@
-"""Linear layers that learn what they are rounded to: the scales of fixed codes, or the weight behind the codes as well.
+"""Linear layers for quantization-aware training: learn the scales of fixed codes, or scales and weights.
 
-Source: LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5 (gradients of weight and scale); fixed zeros, weights beside
-scales, and scales alone under fixed codes: EfficientQAT, Chen et al. 2024, arXiv:2407.11062, section 3.
+Source: LSQ, Esser et al. 2020, arXiv:1902.08153, eq. 3 and 5 (gradients of weight and scale); fixed zero points,
+training weights and scales together, and scales alone with fixed codes: EfficientQAT, Chen et al. 2024,
+arXiv:2407.11062, section 3.
 """
 
 from collections.abc import Mapping
@@ -16,18 +17,20 @@ from llmctl.quant.grid import Codes, Grid, decode, encode, grouped, rounded_scal
 from llmctl.quant.schemes import Scheme
 
 NEAREST = 0.49
-"""How far from its value a weight begins at most, in steps of its scale: its code is the one that was chosen."""
+"""The largest initial distance of a weight from its code's value, in steps: below half, so it rounds to that code."""
 
 
 class _Rounded(torch.autograd.Function):
+    """Fake quantization with LSQ's gradients: straight-through for weights in range, exact for scales."""
+
     @staticmethod
     def forward(ctx: Any, weight_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor, levels: int) -> Tensor:
         ctx.save_for_backward(weight_OI, scales_OG, zeros_OG)
         ctx.levels = levels
         scales, zeros = scales_OG[..., None], zeros_OG[..., None]
         groups = weight_OI.unflatten(1, (scales_OG.shape[1], -1))
-        places = (groups / scales).add_(zeros).round_().clamp_(0, levels)
-        return places.sub_(zeros).mul_(scales).flatten(1)
+        codes = (groups / scales).add_(zeros).round_().clamp_(0, levels)
+        return codes.sub_(zeros).mul_(scales).flatten(1)
 
     @staticmethod
     @once_differentiable
@@ -36,17 +39,20 @@ class _Rounded(torch.autograd.Function):
         scales, zeros = scales_OG[..., None], zeros_OG[..., None]
         n_groups = scales_OG.shape[1]
         steps = weight_OI.unflatten(1, (n_groups, -1)) / scales
-        places = steps + zeros
-        inside = (places >= -0.5) & (places <= ctx.levels + 0.5)
+        position = steps + zeros
+        inside = (position >= -0.5) & (position <= ctx.levels + 0.5)
         grad = grad_OI.unflatten(1, (n_groups, -1))
-        off = places.round_().clamp_(0, ctx.levels).sub_(zeros).sub_(steps * inside)
-        return (grad * inside).flatten(1), (grad * off).sum(dim=2), None, None
+        # d(output)/d(scale): the rounding error in range, the clamped code outside.
+        slope = position.round_().clamp_(0, ctx.levels).sub_(zeros).sub_(steps * inside)
+        return (grad * inside).flatten(1), (grad * slope).sum(dim=2), None, None
 
 
 class _Scaled(torch.autograd.Function):
+    """Dequantization of fixed codes with gradients for the scales."""
+
     @staticmethod
     def forward(ctx: Any, codes_OI: Tensor, scales_OG: Tensor, zeros_OG: Tensor) -> Tensor:
-        ctx.save_for_backward(codes_OI, zeros_OG)  # bytes: the steps are made anew in the backward pass
+        ctx.save_for_backward(codes_OI, zeros_OG)  # uint8; the float steps are recomputed in the backward pass
         return _steps(codes_OI, zeros_OG).mul_(scales_OG[..., None]).flatten(1)
 
     @staticmethod
@@ -61,10 +67,10 @@ def _steps(codes_OI: Tensor, zeros_OG: Tensor) -> Tensor:
 
 
 class TunedLinear(nn.Module):
-    """What linear layers whose scales learn have in common.
+    """Base class of linear layers with learned scales.
 
-    Parameters: bias, and ratio (O, G): the logarithm of what the grid's scales are multiplied by, so that one learning rate
-    fits scales of any size. Buffers: scales and zeros (O, G).
+    Parameters: bias, and ratio (O, G), the logarithm of a factor on the grid's scales, so that one learning rate suits
+    scales of any magnitude. Buffers: scales and zeros (O, G).
     """
 
     scales_OG: Tensor
@@ -81,37 +87,37 @@ class TunedLinear(nn.Module):
 
     @property
     def n_more(self) -> int:
-        """How many more numbers the weight stands for than there are parameters for it."""
-        held = sum(one.numel() for name, one in self.named_parameters() if name != "bias")
-        return self.in_features * self.out_features - held
+        """The difference between the size of the weight matrix and the number of its parameters here."""
+        n_parameters = sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
+        return self.in_features * self.out_features - n_parameters
 
     @torch.no_grad()
     def put(self, codes: Codes, original_OI: Tensor) -> None:
-        """Begin with codes that were chosen for a weight."""
+        """Initialize from the codes of a quantized weight."""
         del original_OI
         self.ratio.zero_()
         self.scales_OG.copy_(codes.grid.scales_OG)
         self.zeros_OG.copy_(codes.grid.zeros_OG)
 
     def scales(self) -> Tensor:
-        """Return the scales (O, G) as a file will hold them; the gradient goes past the rounding."""
+        """Return the scales (O, G) rounded to their stored precision, with a straight-through gradient."""
         exact = self.scales_OG * self.ratio.exp()
         return exact + (rounded_scales(exact.detach(), self.scheme) - exact.detach())
 
     def rounded(self) -> Tensor:
-        """Return the weight (O, I) that the codes mean."""
+        """Return the dequantized weight (O, I)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b of the weight that the codes mean."""
+        """Return x W^T + b with the dequantized weight."""
         return F.linear(x, self.rounded(), self.bias)
 
 
 class ScaledLinear(TunedLinear):
-    """A linear layer whose codes stay, uint8 (O, I), and whose scales learn.
+    """A linear layer with fixed codes, uint8 (O, I), and learned scales.
 
-    Codes that make up for each other's errors, as GPTQ's, are lost when weights cross their thresholds one by one; their
-    scales can only become better fitted.
+    GPTQ's codes compensate each other's errors; training weights would change them one by one and lose that. Scales
+    alone can be fitted without changing any code.
     """
 
     codes_OI: Tensor
@@ -122,18 +128,18 @@ class ScaledLinear(TunedLinear):
 
     @torch.no_grad()
     def put(self, codes: Codes, original_OI: Tensor) -> None:
-        """Begin with codes that were chosen."""
+        """Initialize from the codes of a quantized weight."""
         super().put(codes, original_OI)
         self.codes_OI.copy_(codes.codes_OI)
 
     def rounded(self) -> Tensor:
-        """Return the weight (O, I) that the codes mean."""
+        """Return the dequantized weight (O, I)."""
         weight: Tensor = _Scaled.apply(self.codes_OI, self.scales(), self.zeros_OG)  # type: ignore[no-untyped-call]
         return weight
 
 
 class LearnedLinear(TunedLinear):
-    """A linear layer whose weight (O, I), a parameter, is rounded to a grid in every pass, and learns all the same."""
+    """A linear layer whose trainable weight (O, I) is rounded to a grid in every forward pass (fake quantization)."""
 
     def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
         super().__init__(n_in, n_out, scheme, bias=bias)
@@ -141,21 +147,21 @@ class LearnedLinear(TunedLinear):
 
     @torch.no_grad()
     def put(self, codes: Codes, original_OI: Tensor) -> None:
-        """Begin with codes that were chosen, each weight as near to the original as its code allows."""
+        """Initialize each weight as close to the original as possible while it still rounds to its code."""
         super().put(codes, original_OI)
-        meant = decode(codes, self.scheme)
-        room = grouped(torch.ones_like(meant), self.scheme) * (codes.grid.scales_OG * NEAREST)[..., None]
-        reach = room.flatten(1)
-        self.weight.copy_(meant + (original_OI - meant).clamp(-reach, reach))
+        decoded = decode(codes, self.scheme)
+        reach = grouped(torch.ones_like(decoded), self.scheme) * (codes.grid.scales_OG * NEAREST)[..., None]
+        reach = reach.flatten(1)
+        self.weight.copy_(decoded + (original_OI - decoded).clamp(-reach, reach))
 
     def rounded(self) -> Tensor:
-        """Return the weight (O, I) that the codes mean."""
+        """Return the dequantized weight (O, I)."""
         weight: Tensor = _Rounded.apply(self.weight, self.scales(), self.zeros_OG, self.scheme.levels)  # type: ignore[no-untyped-call]
         return weight
 
 
 def learned_codes(tensors: Mapping[str, Tensor], scheme: Scheme) -> Codes:
-    """Return the codes of what a layer has become, of its tensors by their names in it."""
+    """Return the codes of a trained layer from its state dict."""
     scales_OG = rounded_scales(tensors["scales_OG"].float() * tensors["ratio"].float().exp(), scheme)
     grid = Grid(scales_OG, tensors["zeros_OG"].to(torch.uint8))
     return Codes(

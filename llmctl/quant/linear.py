@@ -1,6 +1,6 @@
-"""Layers whose weights are packed codes: a linear map and an embedding, which may share one weight.
+"""Quantized layers with packed weights: linear and embedding, which may share one weight; not trainable.
 
-How a product is computed depends on the machine, see `products.py`; nothing here is trained.
+The product's implementation depends on the machine, see `products.py`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from llmctl.quant.weight import QuantWeight
 
 
 class QuantLinear(QuantWeight):
-    """A linear layer over a matrix in few bits."""
+    """A linear layer with a quantized weight."""
 
     bias: Tensor | None
 
@@ -29,16 +29,16 @@ class QuantLinear(QuantWeight):
 
     @property
     def in_features(self) -> int:
-        """The inputs, as torch's linear layers name them."""
+        """The number of inputs, by torch's name."""
         return self.n_in
 
     @property
     def out_features(self) -> int:
-        """The outputs."""
+        """The number of outputs, by torch's name."""
         return self.n_out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b, in the precision of x; gradients go through to x."""
+        """Return x W^T + b in the precision of x; differentiable in x."""
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _Frozen.apply(x, self)  # type: ignore[no-untyped-call]
         else:
@@ -46,14 +46,14 @@ class QuantLinear(QuantWeight):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x W^T."""
+        """Return x W^T, with the implementation chosen at the first call."""
         if self._product is None:
             self._product = choose(self, self.table)
         return self._product(x)
 
 
 class _Frozen(torch.autograd.Function):
-    """The product with a weight that is not trained; it is multiplied out again on the way back, and never kept."""
+    """The product with a frozen quantized weight, which the backward pass dequantizes again instead of keeping it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantLinear) -> Tensor:
@@ -67,7 +67,7 @@ class _Frozen(torch.autograd.Function):
 
 
 class QuantEmbedding(QuantWeight):
-    """An embedding whose rows are codes."""
+    """An embedding with quantized rows."""
 
     like: Tensor
 
@@ -76,7 +76,7 @@ class QuantEmbedding(QuantWeight):
         self.register_buffer("like", torch.zeros(()), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Return the rows of ids (..., I), in the precision that the module was moved to."""
+        """Return the dequantized rows of ids (..., I), in the precision that the module was moved to."""
         flat, scheme = ids.reshape(-1), self.scheme
         scales = self.weight_scale[flat].float()
         if scheme.symmetric:

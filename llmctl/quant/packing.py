@@ -1,4 +1,4 @@
-"""Codes of a few bits in 32-bit words, without gaps: code i of a row begins at bit i * bits, the lowest bits first.
+"""Pack codes into 32-bit words without gaps: code i of a row starts at bit i * bits, lowest bits first.
 
 This is the layout of compressed-tensors' `pack-quantized`. Shapes: codes (R, N) uint8; words (R, ceil(N * bits / 32)) int32.
 """
@@ -7,36 +7,36 @@ import torch
 from torch import Tensor
 
 BLOCK = 32
-"""Codes that fill whole words whatever their width."""
+"""The number of codes that fill whole words at any width."""
 
 
 def n_words(n_codes: int, bits: int) -> int:
-    """Return the words of a row."""
+    """Return the number of words of a row."""
     return -(-n_codes * bits // 32)
 
 
 def pack(codes_RN: Tensor, bits: int) -> Tensor:
-    """Return the words of codes; every code must be below 2 ** bits."""
+    """Pack codes into words; every code must be below 2 ** bits."""
     n_rows, n_codes = codes_RN.shape
-    if bits == 8 and n_codes % 4 == 0:
+    if bits == 8 and n_codes % 4 == 0:  # whole bytes: the words are a reinterpretation
         return codes_RN.contiguous().view(torch.int32).clone()
     padded = torch.nn.functional.pad(codes_RN.to(torch.int64), (0, -n_codes % BLOCK))
     blocks_RGB = padded.view(n_rows, -1, BLOCK)
-    words_RGW = blocks_RGB.new_zeros(n_rows, blocks_RGB.shape[1], bits)
-    for place in range(BLOCK):
-        word, shift = divmod(place * bits, 32)
-        code_RG = blocks_RGB[:, :, place]
+    words_RGW = blocks_RGB.new_zeros(n_rows, blocks_RGB.shape[1], bits)  # 32 codes of `bits` bits are `bits` words
+    for index in range(BLOCK):
+        word, shift = divmod(index * bits, 32)
+        code_RG = blocks_RGB[:, :, index]
         words_RGW[:, :, word] |= (code_RG << shift) & 0xFFFFFFFF
-        if shift + bits > 32:
+        if shift + bits > 32:  # the code continues in the next word
             words_RGW[:, :, word + 1] |= code_RG >> (32 - shift)
     words_RW = words_RGW.view(n_rows, -1)[:, : n_words(n_codes, bits)]
-    return words_RW.to(torch.int32)  # the upper half of the 32-bit numbers becomes the negative ones
+    return words_RW.to(torch.int32)  # wraps: values from 2^31 on become negative
 
 
 def unpack(words_RW: Tensor, bits: int, n_codes: int) -> Tensor:
-    """Return the codes of words."""
+    """Unpack `n_codes` codes per row from words."""
     n_rows = len(words_RW)
-    if bits in (2, 4, 8):  # a byte holds whole codes
+    if bits in (2, 4, 8):  # codes do not cross bytes: a faster path
         bytes_RB = words_RW.contiguous().view(torch.uint8)
         if bits == 8:
             return bytes_RB[:, :n_codes].contiguous()
@@ -45,10 +45,10 @@ def unpack(words_RW: Tensor, bits: int, n_codes: int) -> Tensor:
     padded = torch.nn.functional.pad(words_RW.to(torch.int64) & 0xFFFFFFFF, (0, -words_RW.shape[1] % bits))
     words_RGW = padded.view(n_rows, -1, bits)
     codes_RGB = torch.empty(n_rows, words_RGW.shape[1], BLOCK, dtype=torch.uint8, device=words_RW.device)
-    for place in range(BLOCK):
-        word, shift = divmod(place * bits, 32)
+    for index in range(BLOCK):
+        word, shift = divmod(index * bits, 32)
         code_RG = words_RGW[:, :, word] >> shift
         if shift + bits > 32:
             code_RG = code_RG | (words_RGW[:, :, word + 1] << (32 - shift))
-        codes_RGB[:, :, place] = code_RG & (2**bits - 1)
+        codes_RGB[:, :, index] = code_RG & (2**bits - 1)
     return codes_RGB.view(n_rows, -1)[:, :n_codes].contiguous()

@@ -1,8 +1,8 @@
-"""Products with a weight in few bits: the plain one that is right everywhere, and those that a processor has kernels for.
+"""Matrix products with a quantized weight: a portable one, and others that use CPU kernels.
 
-Each computes x W^T of the same weight; they differ in speed, and by the rounding of their inputs to bfloat16, or to eight
-bits where the scheme says so. Which one is fastest depends on how many rows x has and on the machine: that is for a table
-to say, `usual` where nothing was measured.
+All compute x W^T of the same weight. They differ in speed, and in rounding inputs to bfloat16, or to 8 bits if the
+scheme requires it. Which is fastest depends on the number of rows of x and on the machine, so a table chooses; `usual`
+is the default one, without measurements.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,31 +18,32 @@ from llmctl.quant.weight import QuantWeight
 Product = Callable[[Tensor], Tensor]
 
 ROWS = (1, 4, 16, 64, 256)
-"""Numbers of rows that are told apart: x counts as the next larger one, and as the largest beyond."""
+"""Row counts that are distinguished: x is rounded up to the next one, or down to the largest."""
 
 FEW_ROWS = 32
-"""Rows up to which products that unpack as they go are usually the faster ones on a CPU; beyond, unpacking once is."""
+"""The row count up to which kernels for few rows are usually faster on a CPU than unpacking the weight first."""
 
 UNPACKED_WEIGHTS = 1 << 20
+"""Weights that are unpacked at a time: what stays in the CPU cache."""
 
 LARGEST_CODE = 127.0
 
 INT4_BITS, INT4_ZERO = 4, 8
-"""Of torch's int4 kernel: its codes, and the one that means zero."""
+"""The code width of torch's int4 kernel, and its zero point."""
 
 MOST_BITS_OF_STEPS = 6
-"""Bits of a code up to which the steps from zero are made of two halves of four bits, with room for the sign."""
+"""The widest codes whose signed distance from the zero point fits into int8, and into two 4-bit codes."""
 
 
 def rounded_inputs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inputs (..., I) as int8 codes and scales (..., 1), token by token, symmetric."""
+    """Quantize inputs (..., I) per token to symmetric int8 codes and scales (..., 1)."""
     wide = x.float()
     scales = (wide.abs().amax(dim=-1, keepdim=True) / LARGEST_CODE).clamp_(min=1e-30)
     return (wide / scales).round_().to(torch.int8), scales
 
 
 def plain(layer: QuantWeight) -> Product:
-    """Return the product with the weight multiplied out, which needs nothing of the machine."""
+    """Return the product with the dequantized weight, which works on any machine."""
 
     def product(x: Tensor) -> Tensor:
         if layer.scheme.activations:
@@ -54,7 +55,7 @@ def plain(layer: QuantWeight) -> Product:
 
 
 def unpacked(layer: QuantWeight) -> Product:
-    """Return the product that unpacks some rows of the weight at a time, in the precision of x."""
+    """Return a product that dequantizes some rows of the weight at a time, in the precision of x."""
     scheme = layer.scheme
     if is_int8(scheme, layer.n_out, layer.n_in):
         return unpacked_8(layer)
@@ -64,18 +65,18 @@ def unpacked(layer: QuantWeight) -> Product:
 
 
 def narrow(layer: QuantWeight) -> Product:
-    """Return the same product in bfloat16."""
+    """Return the same product computed in bfloat16."""
     product = unpacked(layer)
     return lambda x: product(x.bfloat16()).to(x.dtype)
 
 
 def unpacked_8(layer: QuantWeight) -> Product:
-    """Multiply by the codes, which are whole numbers in any precision, and scale what comes out."""
+    """Multiply by the int8 codes, which every precision represents exactly, and scale the outputs."""
     scales_O, middle = layer.weight_scale.flatten(), layer.scheme.middle
     bytes_OI = layer.weight_packed.view(torch.uint8)
 
     def product(x: Tensor) -> Tensor:
-        # To flip a byte's upper bit is to subtract the middle: a pass over bytes, not over numbers.
+        # Flipping a byte's top bit subtracts the zero point 128 without widening the bytes.
         signed = ((part ^ middle).view(torch.int8) for part in bytes_OI.split(rows_of(layer)))
         parts = [F.linear(x, part.to(x.dtype)) for part in signed]
         return torch.cat(parts, dim=-1).mul_(scales_O.to(x.dtype))
@@ -84,7 +85,7 @@ def unpacked_8(layer: QuantWeight) -> Product:
 
 
 def unpacked_4(layer: QuantWeight) -> Product:
-    """Multiply the even inputs by the lower halves of the bytes and the odd ones by the upper: nothing is interleaved."""
+    """Multiply even inputs by the low nibbles and odd ones by the high: permuting x avoids interleaving the weight."""
     n_groups = layer.scheme.n_groups(layer.n_in)
     bytes_OB = layer.weight_packed.view(torch.uint8)
     zeros_OG = layer.codes().grid.zeros_OG
@@ -95,7 +96,7 @@ def unpacked_4(layer: QuantWeight) -> Product:
         for start in range(0, layer.n_out, n_rows):
             part = slice(start, start + n_rows)
             bytes_PB = bytes_OB[part]
-            # In float32, which torch is faster in than in bfloat16 where groups are short; rounded once either way.
+            # Dequantized in float32: faster in torch than bfloat16 for short groups, and also rounded only once.
             weight_P2B = x.new_empty(len(bytes_PB), 2, bytes_PB.shape[1], dtype=torch.float32)
             weight_P2B[:, 0].copy_(bytes_PB & 15)
             weight_P2B[:, 1].copy_(bytes_PB >> 4)
@@ -109,7 +110,7 @@ def unpacked_4(layer: QuantWeight) -> Product:
 
 
 def unpacked_steps(layer: QuantWeight) -> Product:
-    """Multiply by what a byte per weight says: how many steps of its scale it is from zero."""
+    """Keep one byte per weight, its signed distance from the zero point, and multiply by it times the scale."""
     steps_OI, n_groups = steps_of(layer), layer.scheme.n_groups(layer.n_in)
     scales_OG1 = layer.weight_scale[..., None]
 
@@ -124,24 +125,24 @@ def unpacked_steps(layer: QuantWeight) -> Product:
 
 
 def steps_of(layer: QuantWeight) -> Tensor:
-    """Return how many steps of its scale every weight is from zero (O, I) int8; at most `MOST_BITS_OF_STEPS`."""
+    """Return code - zero point of every weight (O, I) int8; codes have at most `MOST_BITS_OF_STEPS` bits."""
     codes_OI, (_, zeros_OG) = layer.codes()
     groups_OGg = codes_OI.view(torch.int8).view(*zeros_OG.shape, -1)
     return (groups_OGg - zeros_OG.view(torch.int8)[..., None]).flatten(1)
 
 
 def rows_of(layer: QuantWeight) -> int:
-    """Return the rows of a weight that are unpacked at a time: what stays in a processor's cache."""
+    """Return the number of weight rows to unpack at a time."""
     return max(1, UNPACKED_WEIGHTS // layer.n_in)
 
 
 def int8_rows(layer: QuantWeight) -> Product:
-    """Return the product of torch's int8 kernel for few rows (one scale per output)."""
+    """Return the product with torch's int8 kernel for few rows (one scale per output)."""
     codes_OI = signed_codes(layer)
     scales_O = layer.weight_scale.flatten()
 
     def product(x: Tensor) -> Tensor:
-        # With inputs in float32 this kernel and the next go number by number.
+        # For float32 inputs, this kernel and the int4 one fall back to slow scalar code.
         rows_NI = x.reshape(-1, layer.n_in).bfloat16()
         y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI, codes_OI, scales_O)  # noqa: SLF001
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
@@ -150,7 +151,7 @@ def int8_rows(layer: QuantWeight) -> Product:
 
 
 def int8_both(layer: QuantWeight) -> Product:
-    """Return the product of int8 inputs with an int8 weight, summed in 32 bits."""
+    """Return the product of int8 inputs with an int8 weight, accumulated in int32."""
     codes_IO = signed_codes(layer).t()
     scales_O = layer.weight_scale.flatten().float()
 
@@ -163,7 +164,7 @@ def int8_both(layer: QuantWeight) -> Product:
 
 
 def int8_onednn(layer: QuantWeight) -> Product:
-    """Return the same product by oneDNN, over a weight in the order it likes."""
+    """Return the same product with oneDNN, on a weight in its blocked layout."""
     codes_OI = signed_codes(layer)
     packed = torch.ops.onednn.qlinear_prepack(codes_OI, None)
     scales_O = layer.weight_scale.flatten().float()
@@ -172,10 +173,10 @@ def int8_onednn(layer: QuantWeight) -> Product:
 
     def product(x: Tensor) -> Tensor:
         codes_NI, scales_N1 = rounded_inputs(x.reshape(-1, layer.n_in))
-        codes_NI = (codes_NI.to(torch.int16) + 128).to(torch.uint8)  # the kernel takes unsigned inputs
-        one = torch.ones(())
+        codes_NI = (codes_NI.to(torch.int16) + 128).to(torch.uint8)  # the kernel requires unsigned inputs
+        unit = torch.ones(())
         y_NO = torch.ops.onednn.qlinear_pointwise(
-            codes_NI, one, middle, packed, scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
+            codes_NI, unit, middle, packed, scales_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return (y_NO * scales_N1).to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
@@ -183,11 +184,11 @@ def int8_onednn(layer: QuantWeight) -> Product:
 
 
 def int4_groups(layer: QuantWeight) -> Product:
-    """Return the product of torch's int4 kernel for few rows; wider codes are two of them, whose values add up."""
+    """Return the product with torch's int4 kernel for few rows; wider codes are split into two int4 products."""
     codes_OI, (scales_OG, zeros_OG) = layer.codes()
     if layer.scheme.bits == INT4_BITS:
         halves = [int4_half(layer, codes_OI, scales_OG, (INT4_ZERO - zeros_OG.float()) * scales_OG)]
-    else:  # steps in place of codes and zeros, whose products with scales would be rounded
+    else:  # code - zero point, since the kernel takes (zero point * scale) in bfloat16, which rounds it
         steps_OI, none_OG = steps_of(layer).int() + INT4_ZERO, torch.zeros_like(scales_OG)
         upper_OI = steps_OI >> INT4_BITS
         halves = [int4_half(layer, steps_OI - (upper_OI << INT4_BITS), scales_OG, none_OG)]
@@ -203,7 +204,7 @@ def int4_groups(layer: QuantWeight) -> Product:
 
 
 def int4_half(layer: QuantWeight, codes_OI: Tensor, scales_OG: Tensor, middles_OG: Tensor) -> Product:
-    """Return the kernel's product for codes below 16; middles: the values of the code that is its zero."""
+    """Return the kernel's product for codes below 16; middles: the values that the code `INT4_ZERO` decodes to."""
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int(), 1)  # noqa: SLF001
     scales_GO2 = torch.stack([scales_OG, middles_OG], dim=-1).transpose(0, 1).contiguous().bfloat16()
     kernel = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001
@@ -216,19 +217,19 @@ def signed_codes(layer: QuantWeight) -> Tensor:
 
 
 def is_int8(scheme: Scheme, n_out: int, n_in: int) -> bool:
-    """Tell whether there are int8 kernels."""
+    """Tell whether the int8 kernels support a weight."""
     return scheme.bits == 8 and not scheme.group and scheme.symmetric and n_out % 16 == 0 and n_in % 32 == 0
 
 
 def is_int4(scheme: Scheme, n_out: int, n_in: int) -> bool:
-    """Tell whether int4 kernels serve, one or two for a weight."""
+    """Tell whether one or two int4 kernels support a weight."""
     has_groups = scheme.bits <= MOST_BITS_OF_STEPS and scheme.group in GROUPS and not scheme.activations
     return has_groups and scheme.fits(n_in) and n_out % 16 == 0 and n_in % 32 == 0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to multiply: what makes the product of a layer, and for which schemes and shapes (scheme, O, I)."""
+    """An implementation: the factory of a layer's product, and a test of (scheme, O, I) for support."""
 
     make: Callable[[QuantWeight], Product]
     fits: Callable[[Scheme, int, int], bool]
@@ -245,20 +246,20 @@ PRODUCTS: Mapping[str, Kind] = {
     ),
     "int4_groups": Kind(int4_groups, is_int4),
 }
-"""All of them are for a CPU; elsewhere there is the plain one."""
+"""The implementations for a CPU; other devices use `plain`."""
 
 
 class Table:
-    """Which product serves a weight at a number of rows, one of `ROWS`; here what is fastest on most processors."""
+    """Chooses a product for a weight and a row count of `ROWS`; this one by what is fastest on most CPUs."""
 
     kinds: Mapping[str, Kind] = PRODUCTS
 
     def fitting(self, scheme: Scheme, n_out: int, n_in: int) -> list[str]:
-        """Return the products that a weight can have."""
+        """Return the products that support a weight."""
         return [name for name, kind in self.kinds.items() if kind.fits(scheme, n_out, n_in)]
 
     def __call__(self, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
-        """Return the name of a product, one of `kinds`."""
+        """Return the name of the chosen product, a key of `kinds`."""
         names = self.fitting(scheme, n_out, n_in)
         if "int8_both" in names:
             return "int8_both"
@@ -271,12 +272,12 @@ usual = Table()
 
 
 def counted_as(n_rows: int) -> int:
-    """Return the number in `ROWS` that stands for a number of rows."""
+    """Round a number of rows to one of `ROWS`."""
     return next((size for size in ROWS if n_rows <= size), ROWS[-1])
 
 
 class ByRows:
-    """A layer's product: at each number of rows the one that a table names, made when it is first needed."""
+    """A layer's product, chosen by a table for each number of rows and created on first use."""
 
     def __init__(self, layer: QuantWeight, table: Table) -> None:
         self.layer, self.table = layer, table
@@ -293,6 +294,7 @@ class ByRows:
         layer = self.layer
         name = self.table(layer.scheme, layer.n_out, layer.n_in, counted_as(n_rows))
         if name not in self.made:
+            # Packed weights outlive this call: created in inference mode, they could not be used in training later.
             with torch.inference_mode(mode=False), torch.no_grad():
                 self.made[name] = self.table.kinds[name].make(layer)
         self.of_rows[n_rows] = self.made[name]
@@ -300,5 +302,5 @@ class ByRows:
 
 
 def choose(layer: QuantWeight, table: Table = usual) -> Product:
-    """Return the product for a layer where it lies."""
+    """Return a layer's product for the device it is on."""
     return ByRows(layer, table) if layer.weight_packed.device.type == "cpu" else plain(layer)

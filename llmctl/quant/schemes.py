@@ -1,31 +1,30 @@
-"""How weights are held in few bits: the codes' width, who shares a scale, and what happens to the inputs.
+"""Quantization schemes: bits, group size, symmetry, and whether activations are quantized too.
 
-A weight is (code - zero) * scale with an unsigned code; inputs in groups share scale and zero.
+A weight is (code - zero) * scale with an unsigned code; a group of adjacent inputs shares scale and zero point.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 SCALE_BITS = 16
-"""Of a scale that is a bfloat16 number by itself."""
+"""Bits of a bfloat16 scale."""
 
 EXPONENT_BITS = 8
-"""Of the power of two, one for a row, that a row's scales in fewer bits are multiples of."""
+"""Bits of the exponent that a row's 8-bit scales share."""
 
 GROUPS = (128, 64, 32)
-"""Group sizes that kernels know, the widest first."""
+"""Group sizes that kernels support, the largest first."""
 
 FEWEST_BITS, MOST_BITS = 2, 8
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one matrix is held.
+    """The quantization of one matrix.
 
-    bits: of a code. group: neighboring inputs that share a scale; 0 is the whole row. symmetric: the zero is the
-    middle code and is not stored. activations: 8 where inputs are rounded to eight bits, token by token, when they are
-    multiplied; 0 where they stay as they are. scale_bits: of a scale; with 8, scales are multiples of a power of two that
-    their row has in common.
+    bits: per code. group: adjacent inputs that share a scale; 0 is the whole row. symmetric: the zero point is the
+    middle code and not stored. activations: 8 to quantize inputs to 8 bits per token at run time, 0 to leave them.
+    scale_bits: per scale; 8-bit scales are multiples of a power of two that their row shares.
     """
 
     bits: int
@@ -41,24 +40,24 @@ class Scheme:
 
     @property
     def middle(self) -> int:
-        """The code of zero where the scheme is symmetric."""
+        """The zero point of a symmetric scheme."""
         return 2 ** (self.bits - 1)
 
     @property
     def has_small_scales(self) -> bool:
-        """Whether scales are codes too, each row with an exponent."""
+        """Whether scales are quantized too, with one exponent per row."""
         return self.scale_bits < SCALE_BITS
 
     def n_groups(self, n_in: int) -> int:
-        """Return the groups of a row."""
+        """Return the number of groups in a row."""
         return n_in // self.group if self.group else 1
 
     def fits(self, n_in: int) -> bool:
-        """Tell whether a row can be cut into whole groups."""
+        """Tell whether a row divides into groups."""
         return n_in > 0 and (not self.group or n_in % self.group == 0)
 
     def size_bits(self, n_out: int, n_in: int) -> int:
-        """Return the bits of a matrix (O, I) by the theory: codes, scales, and zeros where they are stored."""
+        """Return the nominal bits of a matrix (O, I): codes, scales and stored zero points, without padding."""
         per_group = self.scale_bits + (0 if self.symmetric else self.bits)
         per_row = EXPONENT_BITS if self.has_small_scales else 0
         return n_out * (n_in * self.bits + self.n_groups(n_in) * per_group + per_row)
@@ -70,12 +69,12 @@ SCHEMES: Mapping[str, Scheme] = {
     "int4-sym": Scheme(4, 32),
     **{f"int{bits}": Scheme(bits, 32, symmetric=False, scale_bits=8) for bits in (6, 5, 4, 3, 2)},
 }
-"""Names of schemes. int8 and w8a8: one scale per output (Jacob et al. 2018, arXiv:1712.05877). int4-sym: groups as llama.cpp's
-Q4_0 and many published models have them. The others: groups with a zero of their own, and scales that are held in few bits
-themselves (QLoRA's double quantization, arXiv:2305.14314, section 3; llama.cpp's K-quants). int2 is for study."""
+"""Schemes by name. int8 and w8a8: one scale per output (Jacob et al. 2018, arXiv:1712.05877). int4-sym: groups as in
+llama.cpp's Q4_0 and many published models. The others: groups with zero points and quantized scales (QLoRA's double
+quantization, arXiv:2305.14314, section 3; llama.cpp's K-quants). int2 is experimental."""
 
 BY_BITS = {bits: f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)}
-"""What a number of bits alone means."""
+"""The default scheme of each number of bits."""
 
 
 def weight_schemes() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A matrix held as packed codes: its tensors, and what they mean: (codes - zeros) * scales."""
+"""A quantized matrix as packed tensors, with the value (codes - zeros) * scales."""
 
 from collections.abc import Callable
 from typing import Self
@@ -11,14 +11,14 @@ from llmctl.quant.packing import n_words, pack, unpack
 from llmctl.quant.schemes import Scheme
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point")
-"""The tensors of a matrix; the last only where the scheme is not symmetric."""
+"""The tensors of a matrix; the last only if the scheme is not symmetric."""
 
 
 class QuantWeight(nn.Module):
-    """A matrix (O, I) in few bits.
+    """A quantized matrix (O, I).
 
-    Buffers, as compressed-tensors' `pack-quantized` names and lays them out: weight_packed (O, words) int32,
-    weight_scale (O, G) bfloat16, and where the scheme is not symmetric weight_zero_point (words of O, G) int32.
+    Buffers with the names and layout of compressed-tensors' `pack-quantized`: weight_packed (O, words) int32,
+    weight_scale (O, G) bfloat16 and, if the scheme is not symmetric, weight_zero_point (words of O, G) int32.
     """
 
     weight_packed: Tensor
@@ -36,25 +36,25 @@ class QuantWeight(nn.Module):
             self.register_buffer("weight_zero_point", words)
 
     def put(self, codes: Codes) -> None:
-        """Take codes in."""
+        """Store codes in the buffers."""
         for name, tensor in packed(codes, self.scheme).items():
             getattr(self, name).copy_(tensor)
 
     def codes(self) -> Codes:
-        """Return the codes."""
+        """Return the unpacked codes."""
         return unpacked(dict(self.named_buffers(recurse=False)), self.scheme, self.n_out, self.n_in)
 
     @property
     def weight(self) -> Tensor:
-        """The matrix (O, I) float32, multiplied out anew every time."""
+        """The dequantized matrix (O, I) float32, recomputed at every access."""
         return self.dequantized()
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the matrix (O, I)."""
+        """Return the dequantized matrix (O, I)."""
         return decode(self.codes(), self.scheme).to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moving a model to another precision leaves the scales alone: they are part of what the codes mean.
+        # model.to(dtype) must not convert the scales: bfloat16 is their stored precision.
         scales = self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != torch.bfloat16:
@@ -63,7 +63,7 @@ class QuantWeight(nn.Module):
 
 
 def packed(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
-    """Return codes as the tensors of a file."""
+    """Pack codes into the tensors of a file."""
     tensors = {
         "weight_packed": pack(codes.codes_OI, scheme.bits),
         "weight_scale": codes.grid.scales_OG.bfloat16(),
@@ -74,7 +74,7 @@ def packed(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def unpacked(tensors: dict[str, Tensor], scheme: Scheme, n_out: int, n_in: int) -> Codes:
-    """Return the codes of a file's tensors."""
+    """Unpack the codes of a file's tensors."""
     scales_OG = tensors["weight_scale"].float()
     if scheme.symmetric:
         zeros_OG = torch.full_like(scales_OG, scheme.middle, dtype=torch.uint8)

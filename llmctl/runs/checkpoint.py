@@ -118,6 +118,7 @@ class Store:
         rank, team = self.team.rank, self.team
         self._together(final, lambda: self._begin(temporary) if rank == 0 else None)
         try:
+            # Each stage ends with a gather: the manifest must not be written before all ranks have their files.
             suffix = "" if team.world_size == 1 else f"-{rank + 1:05d}-of-{team.world_size:05d}"
             parts = dict(zip(KINDS, (model, optimizer), strict=True))
             reports = self._together(final, lambda: write_parts(temporary, suffix, parts))
@@ -255,7 +256,7 @@ def publish(temporary: Path, final: Path, step: int, reports: list[Any], state: 
     write_json(temporary / STATE, {**state, "index": index})
     digests[STATE] = file_sha256(temporary / STATE)
     write_json(temporary / MANIFEST, {"format": 2, "step": step, "sha256": digests})
-    if final.exists():
+    if final.exists():  # an earlier save of this step; rename cannot replace a non-empty folder
         if not defect(final):
             return
         shutil.rmtree(final)
@@ -278,6 +279,7 @@ def defect(path: Path) -> str:
         return f"its {MANIFEST} does not name `{STATE}`"
     for name, digest in digests.items():
         try:
+            # A manifest is not trusted: names must not point outside the folder.
             if Path(name).name != name or not (path / name).is_file():
                 return f"`{name}` is missing"
             if file_sha256(path / name) != digest:

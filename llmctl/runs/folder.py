@@ -126,6 +126,7 @@ def find_run(name: str, *, holding: str = "recipe.yaml", finished: bool = False)
     folder = runs_folder()
     if name == "latest":
         return find_latest(folder, holding=holding, finished=finished)
+    # An existing path wins over a prefix, so that a full name is never ambiguous.
     exact = [path for path in (Path(name), folder / name) if (path / holding).is_file()]
     if exact:
         return exact[0]

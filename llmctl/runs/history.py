@@ -131,6 +131,7 @@ class History:
     @property
     def step(self) -> int | None:
         """The last step known to be complete, from the record, the newest checkpoint or the metrics."""
+        # Metrics run ahead of checkpoints, and a finished run's summary is authoritative: the largest is right.
         known = map(number, (self.summary.get("steps"), self.saved.get("step"), self.last("step")))
         return max((int(step) for step in known if step is not None), default=None)
 
@@ -208,6 +209,7 @@ def list_runs() -> tuple[list[History], list[str]]:
     folder = runs_folder()
     runs, others = [], []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        # `latest` and `LATEST` only point to runs; hidden folders are being removed.
         if path.name.startswith(".") or path.is_symlink() or path.name == "LATEST":
             continue
         if path.is_dir() and ((path / "run.json").exists() or NUMBERED.match(path.name)):
@@ -262,7 +264,7 @@ def compare(a: History, b: History) -> dict[str, Any]:
         "b": str(b.path),
         "recipe": recipe,
         "environment": differing(environment_a, environment_b, {}) if environment_a and environment_b else None,
-        "figures": {name: beside(x, y) for (name, x), y in zip(outcome(a).items(), outcome(b).values(), strict=True)},
+        "figures": {name: paired(x, y) for (name, x), y in zip(outcome(a).items(), outcome(b).values(), strict=True)},
         "held_out_differs": held_out_differs(recipe or {}),
     }
 
@@ -285,7 +287,7 @@ def outcome(run: History) -> dict[str, float | None]:
     }
 
 
-def beside(a: float | None, b: float | None) -> dict[str, float | None]:
+def paired(a: float | None, b: float | None) -> dict[str, float | None]:
     """Return two values and their difference, None if either is missing."""
     return {"a": a, "b": b, "difference": None if a is None or b is None else b - a}
 

@@ -64,6 +64,7 @@ class Plain:
     def step(self, record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> None:
         """Print a line if one is due; the first and the last step always print."""
         step, now = int(record["step"]), time.monotonic()
+        # Both conditions: at most one line per 10 seconds, and at most about 50 in total.
         is_due = now - self.last_time >= 10 and step - self.last_step >= total_steps / 50
         if self.every_step or is_due or not self.started or step == total_steps:
             self.started, self.last_time, self.last_step = True, now, step
@@ -101,6 +102,7 @@ class Live:
         if now - self.shown_at < 0.25:
             return
         self.shown_at = now
+        # The numbers take about 90 columns.
         width = max(10, min(30, self.console.width - 90))
         bars = sparkline(self.losses, width, ascii_only=self.ascii_only)
         text = f"{describe(record, total_steps, eta_seconds)}  {bars}"

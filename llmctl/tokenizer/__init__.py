@@ -1,1 +1,1 @@
-"""Text to token ids and back: one small interface over sentencepiece and Hugging Face `tokenizers`."""
+"""Tokenizers: one interface over sentencepiece and Hugging Face `tokenizers`."""

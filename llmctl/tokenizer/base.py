@@ -1,4 +1,4 @@
-"""What every tokenizer can do; commands and engines see nothing else of it."""
+"""The tokenizer interface that all other packages use."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class SpecialToken(NamedTuple):
-    """A token that a template writes by its name; some swallow the white space on their left or right."""
+    """A token that templates write by name; some strip the white space to their left or right."""
 
     token_id: int
     strips_left: bool = False
@@ -18,10 +18,10 @@ class SpecialToken(NamedTuple):
 
 
 class Tokenizer(ABC):
-    """Text to ids and back.
+    """Converts text to ids and back.
 
-    Text is literal: no special token is ever parsed out of it, so that what a user writes cannot become control.
-    `sha256` identifies the content; two tokenizers with the same one give the same ids.
+    Text is literal: special tokens are never parsed in it, so user input cannot inject control tokens. `sha256`
+    identifies the content: tokenizers with the same digest give the same ids.
     """
 
     vocab_size: int
@@ -38,54 +38,54 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def piece(self, index: int) -> str:
-        """Return the piece of an id as the vocabulary writes it."""
+        """Return the piece of an id as written in the vocabulary."""
 
     @abstractmethod
     def piece_bytes(self, index: int) -> bytes:
-        """Return the UTF-8 bytes an id stands for; none for a special token."""
+        """Return the UTF-8 bytes of an id, empty for a special token."""
 
     @abstractmethod
     def special_id(self, text: str) -> int | None:
-        """Return the id of a special token such as `<mask>`, `[MASK]` or `<|im_end|>`, None if there is none."""
+        """Return the id of a special token such as `<mask>`, `[MASK]` or `<|im_end|>`, None if it does not exist."""
 
     @abstractmethod
     def special_tokens(self) -> dict[str, SpecialToken]:
-        """Return every special token by its name."""
+        """Return all special tokens by name."""
 
     @abstractmethod
     def files(self) -> dict[str, bytes]:
-        """Return what has to lie beside a model for this tokenizer to be found again."""
+        """Return the files to store with a model, from which this tokenizer can be loaded again."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids; special tokens are omitted, invalid UTF-8 becomes U+FFFD."""
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of a text, between the begin and end tokens where asked and there are such."""
+        """Return the ids of a text, optionally with BOS and EOS tokens if the tokenizer has them."""
         ids = self.encode_batch([text])[0]
         head = [self.bos_id] if bos and self.bos_id is not None else []
         tail = [self.eos_id] if eos and self.eos_id is not None else []
         return [*head, *ids, *tail]
 
-    def encode_next(self, text: str, *, after_special: bool) -> list[int]:  # noqa: ARG002 - for those that care
-        """Return the ids of a text that goes on after another, without the space some put before a first word.
+    def encode_next(self, text: str, *, after_special: bool) -> list[int]:  # noqa: ARG002 - for subclasses
+        """Return the ids of a text that continues another, without the dummy space before its first word.
 
-        Where that space comes back after a special token (`after_special`) is the tokenizer's own affair.
+        after_special: the previous token is a special one; some tokenizers then do add the space.
         """
         return self.encode(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the exact bytes of ids, so that a stream can hold back an incomplete character."""
+        """Return the exact bytes of ids, from which a stream can hold back an incomplete character."""
         return b"".join(self._bytes[index] for index in ids)
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """Return how many UTF-8 bytes each id stands for, int32 (V,); 0 for special tokens."""
+        """Return the number of UTF-8 bytes of each id, int32 (V,); 0 for special tokens."""
         return np.array([len(data) for data in self._bytes], dtype=np.int32)
 
     def word_starts(self) -> NDArray[np.bool_]:
-        """Return which ids begin a word, bool (V,).
+        """Return which ids start a word, bool (V,).
 
-        A word begins with white space, or is a character of a script without spaces.
+        A word starts with white space, or is a character of a script without spaces.
         """
         return np.array([starts_word(data.decode("utf-8", "replace")) for data in self._bytes], dtype=bool)
 
@@ -102,12 +102,12 @@ class Tokenizer(ABC):
 
 
 def starts_word(text: str) -> bool:
-    """Tell whether a piece begins a word."""
+    """Tell whether a piece starts with white space, a CJK character or a Hangul syllable."""
     return bool(text) and (text[0].isspace() or "\u2e80" <= text[0] <= "\u9fff" or "\uac00" <= text[0] <= "\ud7a3")
 
 
 def digest(files: Mapping[str, bytes]) -> str:
-    """Return one sha256 of named contents."""
+    """Return one sha256 over named files."""
     import hashlib
 
     total = hashlib.sha256()

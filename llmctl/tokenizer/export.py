@@ -1,8 +1,8 @@
-"""`tokenizer.json` and `tokenizer_config.json` for our own tokenizers, written without the libraries that read them.
+"""Write `tokenizer.json` and `tokenizer_config.json` for our own tokenizers, without Hugging Face's libraries.
 
-Spaces stand in the vocabulary as they are (not as U+2581, which then falls back to bytes as ours does), so that ids
-agree for every text but one: a special token written out, which those libraries take for the token itself. (Of a
-unigram model, where two segmentations are equally likely, either may be taken.)
+The vocabulary contains plain spaces instead of U+2581, which therefore falls back to bytes as it does in ours. Ids
+agree for all texts except those that spell out a special token, which Hugging Face parses. (With a unigram model, ties
+between equally likely segmentations may be broken differently.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ SPACE = "\u2581"
 def tokenizer_json(
     scored: Sequence[tuple[str, float]], specials: Mapping[str, int], is_unigram: bool
 ) -> dict[str, Any]:
-    """Return the content of `tokenizer.json` for pieces in the order of their ids."""
+    """Return the content of `tokenizer.json` for pieces in id order."""
     pieces = [piece if piece in specials else piece.replace(SPACE, " ") for piece, _ in scored]
     unk = next(piece for piece in specials if "unk" in piece)
     if is_unigram:
@@ -53,9 +53,9 @@ def tokenizer_json(
 
 
 def digit_split(pieces: Sequence[str], specials: Mapping[str, int]) -> dict[str, Any] | None:
-    """Return the rule that keeps digits apart, as a vocabulary trained with split digits does; None for others.
+    """Return a pre-tokenizer that isolates digits if no piece of the vocabulary joins them, else None.
 
-    Without it a unigram reader takes a `<0x41>` in a text for the byte piece of that name.
+    Without it, unigram models match a literal `<0x41>` in a text with the byte piece of that name.
     """
     texts = (piece for piece in pieces if len(piece) > 1 and piece not in specials and not is_byte(piece))
     if any(set(piece) & set("0123456789") for piece in texts):
@@ -64,20 +64,20 @@ def digit_split(pieces: Sequence[str], specials: Mapping[str, int]) -> dict[str,
 
 
 def merges(pieces: Sequence[str], scores: Sequence[float], specials: Mapping[str, int]) -> list[list[str]]:
-    """Return the pairs that join to a piece, best piece first: sentencepiece joins whatever pair gives the best one.
+    """Return all pairs that merge to a piece, best piece first: sentencepiece merges any pair that gives the best one.
 
-    Source: Kudo and Richardson 2018, arXiv:1808.06226, section 3.1; the pairs of one piece are ordered by their parts'
-    ids, as there is no order among them in sentencepiece.
+    Source: Kudo and Richardson 2018, arXiv:1808.06226, section 3.1. sentencepiece does not order the pairs of one
+    piece; here they are ordered by the ids of their parts.
     """
     rank = {piece: index for index, piece in enumerate(pieces) if piece not in specials and not is_byte(piece)}
-    found: list[tuple[float, int, int, list[str]]] = []
+    pairs: list[tuple[float, int, int, list[str]]] = []
     for piece, index in rank.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in rank and right in rank:
-                found.append((-scores[index], rank[left], rank[right], [left, right]))
-    found.sort(key=lambda entry: entry[:3])
-    return [pair for *_, pair in found]
+                pairs.append((-scores[index], rank[left], rank[right], [left, right]))
+    pairs.sort(key=lambda entry: entry[:3])
+    return [pair for *_, pair in pairs]
 
 
 def is_byte(piece: str) -> bool:
@@ -86,7 +86,7 @@ def is_byte(piece: str) -> bool:
 
 
 def added_token(piece: str) -> dict[str, Any]:
-    """Return how Hugging Face describes a special token."""
+    """Return the entry of a special token in Hugging Face's format."""
     return {
         "content": piece,
         "single_word": False,
@@ -98,7 +98,7 @@ def added_token(piece: str) -> dict[str, Any]:
 
 
 def tokenizer_config(tokens: Mapping[str, str], specials: Mapping[str, int]) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`; `tokens` maps pad, unk, bos, eos, mask to their pieces."""
+    """Return the content of `tokenizer_config.json`; `tokens` maps the roles pad, unk, bos, eos, mask to pieces."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{role}_token": piece for role, piece in tokens.items()},

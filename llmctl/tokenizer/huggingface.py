@@ -1,6 +1,6 @@
-"""Tokenizers that published models bring for Hugging Face's `tokenizers` library (extra `hub`).
+"""Tokenizers of published models, through Hugging Face's `tokenizers` library (extra `hub`).
 
-`tokenizer.json` of any kind; BERT's `vocab.txt` (WordPiece) and GPT-2's vocabulary and merges are turned into one.
+Reads any `tokenizer.json`; BERT's `vocab.txt` (WordPiece) and GPT-2's vocabulary and merges are converted to one.
 """
 
 import json
@@ -20,30 +20,30 @@ ROLES = {
     "eos": ("</s>", "[SEP]", "<|im_end|>", "<|endoftext|>"),
     "mask": ("<mask>", "[MASK]"),
 }
-"""Where no config says which token plays a role, the first of these that exists does."""
+"""The usual tokens of each role; the first one that exists is used if the config names none."""
 
 
 MAX_VOCAB_SIZE = 1 << 24
-"""No vocabulary is near this; a larger id in a file is damage, and would cost memory for every id below it."""
+"""Larger ids mean a damaged file: no vocabulary comes near, and memory is allocated for every id below."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` with its config.
 
-    Raises: MissingExtraError without the `tokenizers` package; ArtifactError for a file it cannot read.
+    Raises: MissingExtraError without the `tokenizers` package; ArtifactError for an invalid file.
     """
 
     def __init__(self, content: bytes, files: Mapping[str, bytes]) -> None:
         tokenizers = tokenizers_module()
-        if multiprocessing.parent_process():  # a worker process has its core and no more
+        if multiprocessing.parent_process():  # worker processes share the cores: one thread each
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
             self._json: dict[str, Any] = json.loads(content)
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-            raise ArtifactError(f"`tokenizer.json` cannot be read: {error}", "fetch it again") from None
+            raise ArtifactError(f"`tokenizer.json` cannot be read: {error}", "download it again") from None
         config = json_object(files, "tokenizer_config.json")
-        self._tokenizer.encode_special_tokens = True  # what looks like a special token in a text is text
+        self._tokenizer.encode_special_tokens = True  # encode special tokens in a text as plain text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._files = dict(files)
@@ -56,13 +56,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._pieces, default=-1) + 1
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ArtifactError(
-                f"`tokenizer.json` has the id {self.vocab_size - 1}, which cannot be", "fetch the tokenizer again"
+                f"`tokenizer.json` has the id {self.vocab_size - 1}, above the limit of {MAX_VOCAB_SIZE - 1}",
+                "download the tokenizer again",
             )
         for role, names in ROLES.items():
             setattr(self, f"{role}_id", role_id(role, names, config, vocabulary, self._special))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a worker process make its own copy out of the files."""
+        """Pickle the files only: each worker process builds its own tokenizer."""
         return HuggingFaceTokenizer, (self._content, self._files)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -70,9 +71,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:
-        """Return the ids of a text that goes on after another, without the space before a first word.
+        """Return the ids of a text that continues another, without the dummy space before its first word.
 
-        After a special token it comes back, but with the scheme `first` of Metaspace.
+        After a special token the space is added, except with Metaspace's scheme `first`.
         """
         if self._inner is None or (after_special and '"first"' not in json.dumps(self._json.get("pre_tokenizer"))):
             return self.encode(text)
@@ -81,7 +82,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @cached_property
     def _inner(self) -> Any:
-        """The same tokenizer without a space before a first word; None where there is none."""
+        """The same tokenizer without the dummy space; None if it adds none."""
         bare = without_prefix(self._json)
         if bare == self._json:
             return None
@@ -92,19 +93,20 @@ class HuggingFaceTokenizer(Tokenizer):
         return tokenizer
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special tokens are left out."""
+        """Return the text of ids; special tokens are omitted."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def piece(self, index: int) -> str:
-        """Return the piece of an id as the vocabulary writes it."""
+        """Return the piece of an id as written in the vocabulary."""
         return self._pieces.get(index, "")
 
     def piece_bytes(self, index: int) -> bytes:
-        """Return the UTF-8 bytes an id stands for; none for a special token."""
+        """Return the UTF-8 bytes of an id, empty for a special token."""
         piece = self.piece(index)
         if piece in self._special or not piece:
             return b""
+        # Byte-level BPE maps bytes to printable characters; a piece with any other character was added as plain text.
         if self._kind == "bytes":
             return bytes(self._byte_of[c] for c in piece) if all(c in self._byte_of for c in piece) else piece.encode()
         if self._kind == "words":
@@ -114,16 +116,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return piece.replace("\u2581", " ").encode()
 
     def special_id(self, text: str) -> int | None:
-        """Return the id of a special token, None if there is none of this name."""
+        """Return the id of a special token, None if it does not exist."""
         return self._special.get(text)
 
     def special_tokens(self) -> dict[str, SpecialToken]:
-        """Return every special token by its name."""
+        """Return all special tokens by name."""
         entries = [entry for entry in self._json.get("added_tokens", []) if entry.get("special")]
         return {e["content"]: SpecialToken(e["id"], bool(e.get("lstrip")), bool(e.get("rstrip"))) for e in entries}
 
     def files(self) -> dict[str, bytes]:
-        """Return the files it was made from."""
+        """Return the files the tokenizer was loaded from."""
         return dict(self._files)
 
     @cached_property
@@ -142,7 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def without_prefix(part: Any) -> Any:
-    """Return a `tokenizer.json`, or a part of it, in which nothing puts a space before a first word."""
+    """Return a `tokenizer.json`, or a part of it, without the steps that add a space before the first word."""
     if isinstance(part, list):
         return [without_prefix(item) for item in part if not is_prefix(item)]
     if not isinstance(part, dict):
@@ -161,38 +163,38 @@ def without_prefix(part: Any) -> Any:
 
 
 def is_prefix(part: Any) -> bool:
-    """Tell whether a step of a `tokenizer.json` only puts a space before a text."""
+    """Tell whether a step of a `tokenizer.json` only prepends a space."""
     return isinstance(part, dict) and part.get("type") == "Prepend"
 
 
 def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Return what one of the files says; nothing where it is missing.
+    """Parse one of the files as a JSON object, empty if the file is missing.
 
-    Raises: ArtifactError naming the file if it is no JSON object.
+    Raises: ArtifactError naming the file if it is not a JSON object.
     """
     try:
         content = json.loads(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"`{name}` cannot be read: {error}", "fetch it again") from None
+        raise ArtifactError(f"`{name}` cannot be read: {error}", "download it again") from None
     if not isinstance(content, dict):
-        raise ArtifactError(f"`{name}` is a {type(content).__name__}, not a JSON object", "fetch it again")
+        raise ArtifactError(f"`{name}` is a {type(content).__name__}, not a JSON object", "download it again")
     return content
 
 
 def text_lines(data: bytes, name: str) -> list[str]:
-    """Return the lines of one of the files.
+    """Split one of the files into lines.
 
-    Only LF ends a line: some pieces are themselves characters that splitlines() would cut at (U+2028).
-    Raises: ArtifactError naming the file and the byte that is not UTF-8.
+    Only LF ends a line: some pieces are characters at which splitlines() would split (U+2028).
+    Raises: ArtifactError naming the file and the first byte that is not UTF-8.
     """
     try:
         return data.decode().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ArtifactError(f"`{name}` is not UTF-8 at byte {error.start}", "fetch it again") from None
+        raise ArtifactError(f"`{name}` is not UTF-8 at byte {error.start}", "download it again") from None
 
 
 def tokenizers_module() -> Any:
-    """Return the `tokenizers` library.
+    """Import the `tokenizers` library.
 
     Raises: MissingExtraError naming the extra.
     """
@@ -210,7 +212,7 @@ def role_id(
     vocabulary: Mapping[str, int],
     special: Mapping[str, int],
 ) -> int | None:
-    """Return the id that plays a role: the config's token, else the first usual name that is special."""
+    """Return the id of a role such as `eos`: the config's token, else the first of `names` that is special."""
     token = config.get(f"{role}_token")
     token = token.get("content") if isinstance(token, Mapping) else token
     if isinstance(token, str) and token in vocabulary:
@@ -219,7 +221,7 @@ def role_id(
 
 
 def byte_characters() -> dict[int, str]:
-    """Return GPT-2's printable character for every byte: itself where printable, else one from U+0100 on.
+    """Return GPT-2's printable character for every byte: the byte itself if printable, else one from U+0100 on.
 
     Source: Radford et al. 2019, section 2.2.
     """
@@ -231,16 +233,16 @@ def byte_characters() -> dict[int, str]:
 
 
 def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
-    """Make BERT's tokenizer out of `vocab.txt`; lower case unless the config says otherwise.
+    """Build BERT's tokenizer from `vocab.txt`; lowercases unless the config disables it.
 
-    Raises: ArtifactError for a list of lines that is no such vocabulary.
+    Raises: ArtifactError if the file is not a WordPiece vocabulary.
     Source: Devlin et al. 2019, arXiv:1810.04805.
     """
     tokenizers = tokenizers_module()
     lines = text_lines(vocabulary, "vocab.txt")
     pieces = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
     if "[UNK]" not in pieces:
-        raise ArtifactError("`vocab.txt` is no WordPiece vocabulary: it has no `[UNK]`", "fetch it again")
+        raise ArtifactError("`vocab.txt` is not a WordPiece vocabulary: it has no `[UNK]`", "download it again")
     lowercase = bool(json_object(files, "tokenizer_config.json").get("do_lower_case", True))
     model = tokenizers.models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100)  # noqa: S106
     tokenizer = tokenizers.Tokenizer(model)
@@ -253,9 +255,9 @@ def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFa
 
 
 def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
-    """Make GPT-2's tokenizer out of its vocabulary and merges.
+    """Build GPT-2's tokenizer from its vocabulary and merges.
 
-    Raises: ArtifactError if the two are damaged or do not belong together.
+    Raises: ArtifactError if they are damaged or do not match.
     Source: Radford et al. 2019.
     """
     tokenizers = tokenizers_module()
@@ -268,7 +270,9 @@ def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) ->
     try:
         model = tokenizers.models.BPE(pieces, pairs)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        raise ArtifactError(f"`vocab.json` and `merges.txt` do not make a tokenizer: {error}", "fetch both") from None
+        raise ArtifactError(
+            f"`vocab.json` and `merges.txt` do not form a valid tokenizer: {error}", "download both again"
+        ) from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

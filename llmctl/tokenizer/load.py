@@ -1,4 +1,4 @@
-"""Find the tokenizer in a file, a folder, or the files that a model carries."""
+"""Load a tokenizer from a file, a folder, or the files in a model's header."""
 
 import base64
 import json
@@ -21,22 +21,22 @@ KNOWN_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-KNOWN_KINDS = "known are tokenizer.model, tokenizer.json, vocab.txt, vocab.json with merges.txt"
+KNOWN_KINDS = "supported: tokenizer.model, tokenizer.json, vocab.txt, or vocab.json with merges.txt"
 MAX_HEADER_BYTES = 100_000_000
 
 MERGES_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe", "tokenizer_config.json")
 NEEDED_BESIDE: dict[str, tuple[str, ...]] = {MODEL_FILE: ()} | dict.fromkeys(MERGES_FILES[:4], MERGES_FILES)
-"""What lies beside a tokenizer file and is part of it; of most kinds only the config."""
+"""The companion files that each kind of tokenizer file needs; all other kinds need only the config."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a folder, of a tokenizer file of any known kind, or of a single-file model.
+    """Load a tokenizer from a folder, a tokenizer file of any known kind, or a single-file model.
 
-    Raises: NotFoundError, UsageError for a file of no known kind, ArtifactError for a damaged one.
+    Raises: NotFoundError, UsageError for an unknown kind of file, ArtifactError for a damaged one.
     """
     path = Path(path)
     if not path.exists():
-        raise NotFoundError(f"there is no tokenizer at `{path}`", "llmctl tokenize train makes one")
+        raise NotFoundError(f"tokenizer `{path}` does not exist", "`llmctl tokenize train` creates one")
     if path.is_dir():
         files = {name: (path / name).read_bytes() for name in KNOWN_FILES if (path / name).is_file()}
         if not files and (path / "tokenizer").is_dir():
@@ -50,27 +50,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except ArtifactError as error:
         raise ArtifactError(f"the tokenizer in `{path}` is damaged: {error}", error.hint) from error
     if tokenizer is None:
-        raise UsageError(f"`{path}` holds no tokenizer of a known kind", KNOWN_KINDS)
+        raise UsageError(f"`{path}` contains no tokenizer of a known kind", KNOWN_KINDS)
     return tokenizer
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    """Return the file of a tokenizer under the name it is known by, with those beside it that it needs."""
+    """Read a tokenizer file, under its standard name, and the companion files in its folder."""
     if path.name in KNOWN_FILES:
         kind = path.name
     else:
         kind = {".model": MODEL_FILE, ".txt": "vocab.txt", ".json": "tokenizer.json"}.get(path.suffix, path.name)
-    beside = NEEDED_BESIDE.get(kind, ("tokenizer_config.json",))
-    found = {name: path.parent / name for name in beside if (path.parent / name).is_file()}
-    return {name: place.read_bytes() for name, place in found.items()} | {kind: path.read_bytes()}
+    names = NEEDED_BESIDE.get(kind, ("tokenizer_config.json",))
+    companions = {name: path.parent / name for name in names if (path.parent / name).is_file()}
+    return {name: file.read_bytes() for name, file in companions.items()} | {kind: path.read_bytes()}
 
 
 def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
-    """Return the tokenizer that files make up, None if they hold none."""
+    """Build the tokenizer that these files define, None if they define none."""
     if MODEL_FILE in files:
         extra = {name: data for name, data in files.items() if name in KNOWN_FILES and name != MODEL_FILE}
         return SentencePieceTokenizer(files[MODEL_FILE], extra)
     own = {name: data for name, data in files.items() if name in KNOWN_FILES}
+    # Most specific first: models often have several files, of which tokenizer.json is complete by itself.
     if "tokenizer.json" in files:
         from llmctl.tokenizer.huggingface import HuggingFaceTokenizer
 
@@ -89,32 +90,35 @@ def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
-    """Return the tokenizer that files make up.
+    """Build the tokenizer that these files define.
 
-    Raises: UsageError if they hold none.
+    Raises: UsageError if they define none.
     """
     tokenizer = find_tokenizer(files)
     if tokenizer is None:
-        raise UsageError(f"no tokenizer among {', '.join(f'`{name}`' for name in files) or 'no files'}", KNOWN_KINDS)
+        listed = ", ".join(f"`{name}`" for name in files) or "an empty list of files"
+        raise UsageError(f"there is no tokenizer in {listed}", KNOWN_KINDS)
     return tokenizer
 
 
 def files_in_header(path: Path) -> dict[str, bytes]:
-    """Return the files that a single-file model carries in its header (`llmctl.files`), without loading tensors.
+    """Read the files in a single-file model's header (`llmctl.files`), without loading tensors.
 
-    Raises: ArtifactError if the header is not one.
+    Raises: UsageError if it contains none, ArtifactError if the header is damaged.
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size):
-                raise ArtifactError(f"`{path}` has a header of {length} bytes, which cannot be", "fetch it again")
+                raise ArtifactError(
+                    f"`{path}` claims a header of {length} bytes, which is impossible", "download it again"
+                )
             header = json.loads(file.read(length))
         content = json.loads(header["__metadata__"]["llmctl.files"])
         return {str(name): base64.b64decode(data, validate=True) for name, data in content.items()}
     except KeyError:
         raise UsageError(
-            f"`{path}` carries no tokenizer in its header", "give its folder, or a tokenizer file"
+            f"`{path}` contains no tokenizer in its header", "pass its folder, or a tokenizer file"
         ) from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"`{path}` has a damaged header: {error}", "fetch it again") from None
+        raise ArtifactError(f"`{path}` has a damaged header: {error}", "download it again") from None

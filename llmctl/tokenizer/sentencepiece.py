@@ -1,4 +1,4 @@
-"""Tokenizers of the sentencepiece kind: ours, and the `.model` files that published models bring."""
+"""sentencepiece tokenizers: our own, and the `.model` files of published models."""
 
 import json
 import multiprocessing
@@ -12,34 +12,34 @@ from llmctl.tokenizer.base import SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.export import tokenizer_config, tokenizer_json
 
 SPACE = "\u2581"
-"""sentencepiece writes a space as U+2581; a U+2581 in a user's text would come back as a space."""
+"""sentencepiece's symbol for a space; a U+2581 in a user's text would be decoded as a space."""
 
 MODEL_FILE = "tokenizer.model"
 
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-"""`normalizer_spec { add_dummy_prefix: false }` (field 3 of field 3); what comes last in a protocol buffer holds."""
+"""`normalizer_spec { add_dummy_prefix: false }` (field 3 of field 3); in a protocol buffer the last value wins."""
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model.
 
-    With byte fallback, a U+2581 in the text is encoded as its three bytes, and `decode(encode(x)) == x` holds for
-    every string if the model normalizes nothing and adds no dummy prefix (ours does neither).
-    Raises: ArtifactError at construction if the bytes are not a sentencepiece model.
+    With byte fallback, a U+2581 in the text is encoded as its three bytes. If the model also does not normalize and
+    adds no dummy prefix, as our own, `decode(encode(x)) == x` for every string.
+    Raises: ArtifactError if the bytes are not a sentencepiece model.
     """
 
     def __init__(self, proto: bytes, extra_files: dict[str, bytes] | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        if not proto:  # the library takes it for a model that comes later, and says so on stderr
-            raise ArtifactError(f"`{MODEL_FILE}` is empty", "fetch it again")
+        if not proto:  # the library accepts this as a model to be loaded later, with a message on stderr
+            raise ArtifactError(f"`{MODEL_FILE}` is empty", "download it again")
         try:
             self._processor = SentencePieceProcessor(model_proto=proto)
             self.vocab_size = self._processor.get_piece_size()
         except (RuntimeError, ValueError, OSError) as error:
-            raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: {error}", "fetch it again") from None
+            raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: {error}", "download it again") from None
         if self.vocab_size == 0:
-            raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: it has no pieces", "fetch it again")
+            raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: it has no pieces", "download it again")
         self._proto = proto
         self._extra = extra_files or {}
         self.sha256 = digest({MODEL_FILE: proto})
@@ -49,20 +49,21 @@ class SentencePieceTokenizer(Tokenizer):
         self.mask_id = self.special_id("<mask>")
         self._space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._has_bytes = all(processor.is_byte(index) for index in self._space_bytes)
+        # Probe the behavior: the library does not expose the model's normalizer settings.
         first = processor.encode("a")
         self._prefix = bool(first) and self.piece(first[0]).startswith(SPACE)
         probe = "  a\tb \n"
         self.is_lossless = self._has_bytes and not self._prefix and processor.decode(processor.encode(probe)) == probe
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a worker process make its own copy out of the files."""
+        """Pickle the files only: each worker process builds its own tokenizer."""
         return SentencePieceTokenizer, (self._proto, self._extra)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
         batch = [text if isinstance(text, str) else str(text) for text in texts]
         processor = self._processor
-        # Of one text nothing is shared out: starting a thread costs more than a line.
+        # A single text is encoded without threads: starting one takes longer than encoding a line.
         ids: list[list[int]] = (
             [processor.encode(batch[0])]
             if len(batch) == 1
@@ -82,14 +83,14 @@ class SentencePieceTokenizer(Tokenizer):
         return out
 
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:
-        """Return the ids of a text that goes on after another, without the space before a first word.
+        """Return the ids of a text that continues another, without the dummy space before its first word.
 
-        After a special token it comes back if `tokenizer_config.json` says `legacy`, as in transformers.
+        After a special token the space is added if `tokenizer_config.json` sets `legacy`, as in transformers.
         """
         if not self._prefix:
             return self.encode(text)
-        begins = after_special and self._is_legacy and not text.startswith(" ")
-        ids: list[int] = self._inner.encode(f" {text}" if begins else text)
+        adds_space = after_special and self._is_legacy and not text.startswith(" ")
+        ids: list[int] = self._inner.encode(f" {text}" if adds_space else text)
         return ids
 
     @cached_property
@@ -107,17 +108,17 @@ class SentencePieceTokenizer(Tokenizer):
         return isinstance(config, dict) and config.get("legacy") is True
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of ids; special tokens are omitted, invalid UTF-8 becomes U+FFFD."""
         text = self.decode_bytes(ids).decode("utf-8", "replace")
         return text.removeprefix(" ") if self._prefix else text
 
     def piece(self, index: int) -> str:
-        """Return the piece of an id as the vocabulary writes it."""
+        """Return the piece of an id as written in the vocabulary."""
         piece: str = self._processor.id_to_piece(index)
         return piece
 
     def piece_bytes(self, index: int) -> bytes:
-        """Return the UTF-8 bytes an id stands for; none for a special token."""
+        """Return the UTF-8 bytes of an id, empty for a special token."""
         processor, piece = self._processor, self.piece(index)
         if processor.is_byte(index):
             return bytes([int(piece[3:5], 16)])
@@ -128,19 +129,19 @@ class SentencePieceTokenizer(Tokenizer):
         return piece.replace(SPACE, " ").encode()
 
     def special_id(self, text: str) -> int | None:
-        """Return the id of a control piece, None if there is none of this name."""
-        index = int(self._processor.piece_to_id(text))
+        """Return the id of a control piece, None if it does not exist."""
+        index = int(self._processor.piece_to_id(text))  # the unknown id if there is no such piece
         known = self._processor.id_to_piece(index) == text
         special = self._processor.is_control(index) or self._processor.is_unknown(index)
         return index if known and special else None
 
     def specials(self) -> dict[str, int]:
-        """Return every special piece with its id."""
+        """Return the special pieces with their ids, which our own models have at the start of the vocabulary."""
         pieces = {self.piece(index): index for index in range(min(self.vocab_size, 4096))}
         return {piece: index for piece, index in pieces.items() if self.special_id(piece) is not None}
 
     def special_tokens(self) -> dict[str, SpecialToken]:
-        """Return every control piece, and the one for what is unknown, by its name."""
+        """Return all control pieces and the unknown piece by name."""
         return dict(self._controls)
 
     @cached_property
@@ -150,11 +151,11 @@ class SentencePieceTokenizer(Tokenizer):
         return {self.piece(index): SpecialToken(index) for index in ids}
 
     def scored_pieces(self) -> list[tuple[str, float]]:
-        """Return all pieces with their scores, in the order of their ids."""
+        """Return all pieces with their scores, in id order."""
         return [(self.piece(index), float(self._processor.get_score(index))) for index in range(self.vocab_size)]
 
     def files(self) -> dict[str, bytes]:
-        """Return the model, and for our own also what Hugging Face's tokenizers read."""
+        """Return the model file; for our own models also the files of Hugging Face's tokenizers."""
         files = {MODEL_FILE: self._proto, **self._extra}
         if self.is_lossless and "tokenizer.json" not in files:
             files["tokenizer.json"] = as_json(tokenizer_json(self.scored_pieces(), self.specials(), self._is_unigram()))
@@ -177,11 +178,11 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def n_threads(n_texts: int) -> int:
-    """Return how many threads encode so many texts; a worker process has its core and no more."""
+    """Return the number of threads to encode this many texts; one in a worker process."""
     n_cores = 1 if multiprocessing.parent_process() else os.cpu_count() or 1
     return max(1, min(n_texts, n_cores))
 
 
 def as_json(content: Any) -> bytes:
-    """Return JSON bytes that are the same every time."""
+    """Serialize to JSON deterministically."""
     return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()

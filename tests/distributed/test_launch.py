@@ -98,7 +98,7 @@ def test_a_killed_rank_ends_all_with_its_code_and_three_lines(text, tmp_path):
     assert not [pid for pid in everyone if Path(f"/proc/{pid}").exists()]
     report = error_lines(run.err)
     assert report[0].startswith("error: rank 1 was killed by SIGKILL")
-    assert report[1] == f"hint: go on from the last checkpoint with: llmctl pretrain --resume {out}"
+    assert report[1] == f"hint: resume from the last checkpoint with: llmctl pretrain --resume {out}"
     assert len(report) == 2
 
 
@@ -121,7 +121,7 @@ def test_a_killed_rank_is_started_again_with_the_same_weights(text, undisturbed,
         run.wait_for("step 15/")
         os.kill(run.rank(1), signal.SIGKILL)
         assert run.end() == 0, run.err
-    assert "rank 1 was killed by SIGKILL, perhaps for want of memory; starting again (1 restarts left)" in run.lines
+    assert "rank 1 was killed by SIGKILL, possibly for lack of memory; restarting (1 restarts left)" in run.lines
     assert run.out == f"{out}\n"
     assert weights(out) == undisturbed
 
@@ -167,7 +167,7 @@ def test_what_nohup_ignores_stays_ignored(text, tmp_path):
 def test_an_error_that_would_come_again_is_not_restarted(text, tmp_path):
     command = job(text, tmp_path / "run", "--nproc", "2", "--max-restarts", "2", model__max_positions=8)
     done = finish([*LLMCTL, *command], code=2)
-    assert "starting again" not in done.err
+    assert "restarting" not in done.err
     assert error_lines(done.err)[0] == "error: `train.seq_len` 32 is longer than `model.max_positions` 8"
     assert len(error_lines(done.err)) == 2
 
@@ -179,9 +179,9 @@ def test_an_error_that_would_come_again_is_not_restarted(text, tmp_path):
         (["--nnodes", "2"], {}, "`--master ` must be HOST:PORT"),
         (["--nnodes", "2", "--node-rank", "2", "--master", "h:1"], {}, "`--node-rank 2` must be from 0 to 1"),
         (["--node-rank", "1"], {}, "`--node-rank 1` needs `--nnodes`"),
-        (["--nproc", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "has started this one already"),
-        ([], {"RANK": "0"}, "half of `RANK` and `WORLD_SIZE`"),
-        ([], {"WORLD_SIZE": "2"}, "half of `RANK` and `WORLD_SIZE`"),
+        (["--nproc", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "this process was already started by a launcher"),
+        ([], {"RANK": "0"}, "variables `RANK` and `WORLD_SIZE` are incomplete"),
+        ([], {"WORLD_SIZE": "2"}, "variables `RANK` and `WORLD_SIZE` are incomplete"),
         (["--nproc", "3", "--batch-size", "2"], {}, "`train.batch_size` 2 is smaller than the number of processes, 3"),
         (["--nproc", "2", "-r", "-"], {}, "`-r -` can be read only once"),
     ],
@@ -234,8 +234,8 @@ def test_accelerate_that_starts_one_process_of_two_is_refused(text, tmp_path, ho
         flags = ["--config_file", str(tmp_path / "config.yaml")]
     done = finish([*ACCELERATE, *flags, "-m", "llmctl", *job(text, tmp_path / "run")], code=1)
     report = error_lines(done.err)
-    assert report[0] == "error: `accelerate launch` was asked for 2 processes and has started one"
-    assert report[1].startswith("hint: llmctl COMMAND --nproc 2")
+    assert report[0] == "error: `accelerate launch` was asked for 2 processes but started one"
+    assert report[1].startswith("hint: use llmctl COMMAND --nproc 2")
     assert "returned non-zero exit status 2" in done.err  # accelerate turns it into 1
     assert not (tmp_path / "run").exists()
 

@@ -298,7 +298,7 @@ def test_a_published_encoder_needs_no_objective():
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(UsageError, match="there is no preset `gpt5`"):
+    with pytest.raises(UsageError, match="unknown preset `gpt5`"):
         plan(preset="gpt5")
     with pytest.raises(UsageError, match=r"`model\.d_model` 511"):
         plan(preset="transformer-base", overrides={"d_model": 511})

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from llmctl.losses.base import IGNORE
 from llmctl.model import fisher
-from llmctl.model.fisher import go_back, token_weights
+from llmctl.model.fisher import backward_from_samples, token_weights
 from llmctl.model.transformer import LanguageModel
 from tests.formats.families.test_table import CONFIGS, config_of
 
@@ -32,7 +32,7 @@ def batch(n_rows: int = 3, seed: int = 1) -> dict[str, torch.Tensor]:
 def test_the_gradient_is_that_of_the_log_probability_of_what_is_drawn(monkeypatch) -> None:
     monkeypatch.setattr(fisher, "CHUNK_TOKENS", 5)
     model, given = decoder(), batch()
-    assert go_back(model, given, torch.Generator().manual_seed(2)) == 18
+    assert backward_from_samples(model, given, torch.Generator().manual_seed(2)) == 18
     found = model.get_parameter(f"{MAP}.weight").grad
     assert found is not None
     model.zero_grad()

@@ -172,13 +172,13 @@ def test_alias_and_letter_case():
 
 
 def test_unknown_name_is_answered_with_the_closest():
-    with pytest.raises(UsageError, match="there is no preset `gpt-2`") as caught:
+    with pytest.raises(UsageError, match="unknown preset `gpt-2`") as caught:
         get_preset("gpt-2")
     assert "`gpt2`" in caught.value.hint
 
 
 def test_published_system_refuses_another_family():
-    with pytest.raises(UsageError, match="`bert-base` is a model of the family `encoder`, not `decoder`") as caught:
+    with pytest.raises(UsageError, match="`bert-base` is of the family `encoder`, not `decoder`") as caught:
         preset_config("bert-base", "decoder")
     assert "`tiny`" in caught.value.hint
     assert preset_config("bert-base", "encoder") == preset_config("bert-base")

@@ -169,7 +169,7 @@ class Trial:
             second.kill()
             log("step 60 is done; every process of host 1 is killed")
             first.wait_for("rank ")
-            log(next(line for line in first.lines if "starting again" in line))
+            log(next(line for line in first.lines if "restarting" in line))
             with running(on_host(1, arguments, "--max-restarts", "3")) as (again,):
                 log("host 1 is started again")
                 assert (first.end(), again.end()) == (0, 0), first.err + again.err

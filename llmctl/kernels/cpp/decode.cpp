@@ -1,11 +1,12 @@
-// A token through all layers of a Llama-like decoder in one call: weights in few bits, bfloat16 or float32.
+// One decoding step through all layers of a Llama-like decoder in one call; weights are quantized, bfloat16 or float32.
 //
-// Weights of 4 and 8 bits are read where the model's files have them: rows of codes, the lowest bits first. Inputs of coded weights are
-// rounded to 8 bits in blocks of 64 (as llama.cpp's Q8_0 does in blocks of 32), so that products are sums of whole numbers.
-// One parallel region for a whole token; every thread norms and rounds the inputs for itself, which costs less than to wait
-// for another. Compiled for the machine it runs on; without the instructions it wants, plain loops do the same.
+// 4-bit and 8-bit weights are used in the packed layout of the model's files: rows of codes, lowest bits first. Inputs of
+// quantized weights are rounded to 8 bits in blocks of 64 (llama.cpp's Q8_0 uses blocks of 32), so that dot products are
+// integer sums. There is one parallel region per token; every thread computes norms and rounded inputs redundantly, which
+// is cheaper than synchronizing. Compiled for the machine it runs on; without its vector instructions, plain loops do the
+// same.
 //
-// Shapes: B rows (tokens side by side), D width, F feed-forward, N query heads, K key heads, H head width.
+// Shapes: B rows (sequences), D width, F feed-forward, N query heads, K key heads, H head width.
 
 #include <omp.h>
 #include <sched.h>
@@ -25,7 +26,7 @@
 
 namespace {
 
-constexpr long BLOCK = 64;  // inputs that are rounded with one scale
+constexpr long BLOCK = 64;  // inputs that are quantized with one scale
 
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BYTES = 4 };
 
@@ -33,15 +34,15 @@ struct Matrix {  // O outputs x I inputs
   int32_t kind;
   int32_t group;          // INT4, BYTES: inputs that share a scale; 32, 64 or 128
   int64_t n_out, n_in;
-  const void* weight;     // unsigned codes; of BYTES below 64, one a byte, the even ones of 64 inputs before the odd ones
-  const uint16_t* scale;  // bfloat16: (O,) of INT8, (O, G) of INT4 and BYTES
-  const uint8_t* zero;    // (O, G) of INT4 and BYTES; null means 8 everywhere
+  const void* weight;     // unsigned codes; BYTES: one per byte, below 64, in each block of 64 the even inputs before the odd
+  const uint16_t* scale;  // bfloat16: (O,) for INT8, (O, G) for INT4 and BYTES
+  const uint8_t* zero;    // zero points (O, G) for INT4 and BYTES; null means 8 everywhere
 };
 
 struct Layer {
   Matrix qkv, out, up, down;
   const float *norm_attention, *norm_mlp;
-  int64_t window;  // 0 is none
+  int64_t window;  // attention window in tokens; 0 is full attention
 };
 
 struct Model {
@@ -54,7 +55,7 @@ struct Model {
   Matrix head;
 };
 
-// As many numbers as a register has room for: wider vectors go through memory.
+// Floats per register; compilers spill wider vectors to memory.
 #if defined(__AVX512F__)
 constexpr long LANES = 16;
 #elif defined(__AVX2__)
@@ -74,7 +75,7 @@ inline float widen(uint16_t half) {
   return number;
 }
 
-inline uint16_t narrow(float number) {  // to the nearest, ties to even
+inline uint16_t narrow(float number) {  // round to nearest, ties to even; any NaN becomes the quiet NaN
   uint32_t bits;
   memcpy(&bits, &number, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
@@ -86,7 +87,7 @@ inline Floats load(const uint16_t* p) {
   Words words = __builtin_convertvector(*(const Halves*)p, Words) << 16;
   return (Floats)words;
 }
-inline Floats load(const int8_t* p) {  // __builtin_convertvector would go number by number (g++ 12)
+inline Floats load(const int8_t* p) {  // g++ 12 compiles __builtin_convertvector to scalar code here
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)
@@ -109,7 +110,9 @@ inline float total(Floats v) {
 #endif
 }
 
-inline float power_of_e(float x) {  // relative error below 2e-7; vectorised, which the library's is not
+// e^x with a relative error below 2e-7; unlike the library's, compilers can vectorize it. x = (whole + f) log 2: a Taylor
+// polynomial for the fraction, and `whole` goes into the exponent bits.
+inline float power_of_e(float x) {
   float t = std::min(std::max(x, -87.f), 88.f) * 1.44269504f;
   float whole = std::floor(t + 0.5f), f = (t - whole) * 0.69314718f;
   float p = 1.f + f * (1.f + f * (0.5f + f * (0.166666667f + f * (0.0416666667f + f * (0.00833333333f + f * 0.00138888889f)))));
@@ -136,12 +139,12 @@ float dot(const Number* w, const float* x, long n) {
 }
 
 template <class Number>
-void dots(const Number* w, const float* x, long n, float* y) {  // row by row, as memory likes it
+void dots(const Number* w, const float* x, long n, float* y) {  // row by row: sequential memory access
   for (long r = 0; r < 4; r++) y[r] = dot(w + r * n, x, n);
 }
 
-inline float largest(const float* x, long n) {  // of the magnitudes
-  int32_t most = 0;  // as whole numbers, so that a NaN is the largest and stays one
+inline float largest(const float* x, long n) {  // the largest magnitude
+  int32_t most = 0;  // compared as integers, in which a NaN is larger than all numbers and propagates
   for (long i = 0; i < n; i++) {
     int32_t bits;
     memcpy(&bits, x + i, 4);
@@ -152,11 +155,11 @@ inline float largest(const float* x, long n) {  // of the magnitudes
   return number;
 }
 
-// One thread's inputs of a product: a row as it is and, for coded weights, in 8 bits.
+// One thread's input row of a product, as float32 and, for quantized weights, in 8 bits.
 struct Input {
-  std::vector<float> x, scale, sum;            // scale: of blocks of 64; sum: of 32 inputs, as real numbers
-  std::vector<float> tiled_scale, tiled_sum;   // both of every group, once for each of the rows that are multiplied together
-  std::vector<float> scaled, shift;            // scratch
+  std::vector<float> x, scale, sum;            // scale: per block of 64; sum: per 32 inputs, of the dequantized values
+  std::vector<float> tiled_scale, tiled_sum;   // both per group, repeated for each of the ROWS outputs computed together
+  std::vector<float> scaled, shift;            // scratch, see rows4
   std::vector<int8_t> codes;
   float whole_sum = 0;
   void reserve(long n) {
@@ -165,7 +168,7 @@ struct Input {
   }
 };
 
-// `split`: the even inputs of a block before the odd ones, as the lower and upper halves of bytes have them.
+// Quantize the input. `split`: store a block's even inputs before the odd ones, to match the low and high nibbles of weights.
 void round_inputs(Input& in, long n, bool split) {
   for (long block = 0; block < n / BLOCK; block++) {
     const float* x = in.x.data() + block * BLOCK;
@@ -186,7 +189,7 @@ void round_inputs(Input& in, long n, bool split) {
 #if defined(__AVX2__)
 inline __m256i bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 #if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-// Sums of four products of unsigned and signed bytes, added to 8 numbers.
+// Multiply unsigned by signed bytes and add each four products to one of 8 int32 sums.
 inline __m256i add_products(__m256i sums, __m256i u, __m256i s) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   return _mm256_dpbusd_epi32(sums, u, s);
@@ -194,7 +197,7 @@ inline __m256i add_products(__m256i sums, __m256i u, __m256i s) {
   return _mm256_dpbusd_avx_epi32(sums, u, s);
 #endif
 }
-// A block's 64 products as 8 sums, those of the first half of the bytes before those of the second.
+// A block's 64 products as 8 int32 sums: lanes 0-3 from the first half of its bytes, lanes 4-7 from the second.
 inline __m256i block4(const uint8_t* w, const int8_t* q) {
   const __m256i low = _mm256_set1_epi8(15);
   __m256i v = bytes(w);
@@ -205,7 +208,8 @@ inline __m256i block8(const uint8_t* w, const int8_t* q) {
   return add_products(add_products(_mm256_setzero_si256(), bytes(w), bytes(q)), bytes(w + 32), bytes(q + 32));
 }
 inline __m256i block6(const uint8_t* w, const int8_t* q) { return block8(w, q); }
-#else  // by way of sums of two in 16 bits, which saturate: at most 4 * 63 * 127, and 2 * 128 * 127 where codes are made signed
+#else  // via int16 sums of two products, which saturate: they stay below 4 * 63 * 127; 8-bit codes are made signed, for
+       // at most 2 * 128 * 127
 #define SIGNED_BYTES
 inline __m256i in_fours(__m256i pairs) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
 inline __m256i block4(const uint8_t* w, const int8_t* q) {
@@ -226,19 +230,19 @@ inline __m256i block8(const uint8_t* w, const int8_t* q) { return _mm256_add_epi
 inline __m256 multiply_add(__m256i whole, __m256 scale, __m256 sum) {
   return _mm256_add_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(whole), scale), sum);
 }
-inline __m256 pair(const float* p) {  // two scales, four lanes each
+inline __m256 pair(const float* p) {  // broadcast two scales to four lanes each
   double both;
   memcpy(&both, p, 8);
   return _mm256_permutevar_ps(_mm256_castpd_ps(_mm256_set1_pd(both)), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
 }
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-inline __m512 two_scales(const float* p) {  // eight lanes each
+inline __m512 two_scales(const float* p) {  // broadcast two scales to eight lanes each
   double both;
   memcpy(&both, p, 8);
   const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
   return _mm512_permutevar_ps(_mm512_castpd_ps(_mm512_set1_pd(both)), places);
 }
-inline __m512 four_scales(const float* p) {  // four lanes each
+inline __m512 four_scales(const float* p) {  // broadcast four scales to four lanes each
   const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), places);
 }
@@ -247,7 +251,7 @@ inline __m128 totals(__m256 a, __m256 b, __m256 c, __m256 d) {
   __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
-inline __m256 first_lanes(const float* p, long n) {  // the first n of 8 numbers, zeros after them
+inline __m256 first_lanes(const float* p, long n) {  // load the first n of 8 floats, and zeros for the rest
   const __m256i places = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), places));
 }
@@ -256,14 +260,14 @@ inline __m256 first_lanes(const float* p, long n) {  // the first n of 8 numbers
 #if defined(SIGNED_BYTES)
 constexpr float ZERO8 = 0;
 #else
-constexpr float ZERO8 = 128;  // the code of zero in 8 bits, as `sums8` leaves it
+constexpr float ZERO8 = 128;  // the zero point of 8-bit codes, which `sums8` does not subtract
 #endif
 
-constexpr long AHEAD = 4096;  // bytes that memory is asked for before they are needed
-constexpr long ROWS = 4;  // rows of a matrix that are multiplied together, so that inputs are loaded once
+constexpr long AHEAD = 4096;  // prefetch distance in bytes
+constexpr long ROWS = 4;  // rows of a matrix that are computed together, so that inputs are loaded once
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-// As `sums4` below for two codes in a byte, two blocks at a time.
+// Like `sums4<false>` below (two codes per byte), two blocks at a time.
 void sums4_in_pairs(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale, const float* shift, long n_scales,
                     long blocks, bool halves, float* y) {
   const __m512i low = _mm512_set1_epi8(15);
@@ -276,7 +280,7 @@ void sums4_in_pairs(const uint8_t* w, long row_bytes, const int8_t* q, const flo
     }
   }
   for (long i = 0; i < blocks; i += 2) {
-    bool alone = i + 1 == blocks;  // its products are in the lower half of the register, and zeros in the upper
+    bool alone = i + 1 == blocks;  // an odd last block: the register's upper half is zero
     __mmask64 mask = alone ? 0xffffffffu : ~0ull;
     __m512i a = _mm512_loadu_si512(q + 64 * i), b = alone ? _mm512_setzero_si512() : _mm512_loadu_si512(q + 64 * i + 64);
     __m512i even = _mm512_shuffle_i64x2(a, b, 0x44), odd = _mm512_shuffle_i64x2(a, b, 0xee);
@@ -296,8 +300,8 @@ void sums4_in_pairs(const uint8_t* w, long row_bytes, const int8_t* q, const flo
 }
 #endif
 
-// y[r] = sum over blocks of scale[r][block] (codes . inputs) - sum over groups of shift[r][group]; codes are two in a byte, or
-// `wide`.
+// y[r] = sum over blocks of scale[r][block] (codes . inputs) - sum over groups of shift[r][group]. Codes are two per byte, or
+// one if `wide`. `halves`: scales are per 32 inputs, two per block.
 template <bool wide>
 void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale, const float* shift, long n_scales,
            long blocks, bool halves, float* y) {
@@ -342,6 +346,7 @@ void sums4(const uint8_t* w, long row_bytes, const int8_t* q, const float* scale
 #endif
 }
 
+// y[r] = sum over blocks of scale[block] (codes . inputs), for 8-bit codes with one scale per row, applied by the caller.
 void sums8(const uint8_t* w, long n_in, const int8_t* q, const float* scale, float* y) {
 #if defined(__AVX2__)
   __m256 sums[ROWS] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -363,6 +368,8 @@ void sums8(const uint8_t* w, long n_in, const int8_t* q, const float* scale, flo
 #endif
 }
 
+// ROWS outputs from row n of a grouped matrix. sum (code - zero) * scale * x is computed as scale * (codes . x) minus the
+// shift scale * zero * sum(x), so that the inner loop needs no zero points.
 void rows4(const Matrix& m, Input& in, long n, float* y) {
   bool halves = m.group == 32;
   long n_scales = m.n_in / (halves ? 32 : BLOCK), per_group = m.group / (halves ? 32 : BLOCK), n_groups = m.n_in / m.group;
@@ -370,7 +377,7 @@ void rows4(const Matrix& m, Input& in, long n, float* y) {
   const uint8_t* zero = m.zero ? m.zero + n * n_groups : nullptr;
   float *scaled = in.scaled.data(), *shift = in.shift.data();
   const float *x_scale = in.tiled_scale.data(), *x_sum = in.tiled_sum.data();
-  // The usual cases in vectors: groups of rows stand side by side.
+  // The common cases, which compilers can vectorize: one scale per group, and the rows' groups are contiguous.
   if (per_group == 1 && zero)
     for (long i = 0; i < ROWS * n_scales; i++) {
       float s = widen(scale[i]);
@@ -401,6 +408,7 @@ void rows8(const Matrix& m, Input& in, long n, float* y) {
   for (long r = 0; r < ROWS; r++) y[r] = widen(m.scale[n + r]) * (y[r] - ZERO8 * in.whole_sum);
 }
 
+// Quantize and tile the input as the kind of matrix needs it.
 void prepare(const Matrix& m, Input& in) {
   if (m.kind == FLOAT32 || m.kind == BFLOAT16) return;
   round_inputs(in, m.n_in, m.kind != INT8);
@@ -416,7 +424,7 @@ void prepare(const Matrix& m, Input& in) {
     }
 }
 
-// y[0..ROWS) of rows n, n + 1, ... of a matrix.
+// Compute the outputs of rows n to n + ROWS - 1 of a matrix.
 void rows(const Matrix& m, Input& in, long n, float* y) {
   switch (m.kind) {
     case FLOAT32: return dots((const float*)m.weight + n * m.n_in, in.x.data(), m.n_in, y);
@@ -431,14 +439,14 @@ void normed(const float* x, const float* weight, long n, float eps, float* y) {
   for (long i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
 }
 
-// Threads wait for each other without the system's help, unless it takes long.
+// A spinning barrier: between layers, waits are too short for the system's; after 2000 spins it yields.
 struct Barrier {
   int n_threads;
   std::atomic<int> count{0}, round{0};
   void wait() {
     if (n_threads == 1) return;
     int mine = round.load(std::memory_order_acquire);
-    if (count.fetch_add(1, std::memory_order_acq_rel) == n_threads - 1) {
+    if (count.fetch_add(1, std::memory_order_acq_rel) == n_threads - 1) {  // the last one: reset, then release the others
       count.store(0, std::memory_order_relaxed);
       round.store(mine + 1, std::memory_order_release);
       return;
@@ -452,17 +460,18 @@ struct Barrier {
   }
 };
 
-// A key or value of one head into the cache; in 8 bits with a scale of its own.
+// Store a key or value of one head in the cache; in 8 bits with its own scale.
 inline void keep(const float* x, long H, float* p, float*) { memcpy(p, x, H * sizeof(float)); }
 inline void keep(const float* x, long H, uint16_t* p, float*) {
   for (long i = 0; i < H; i++) p[i] = narrow(x[i]);
 }
 inline void keep(const float* x, long H, int8_t* p, float* scale) {
   float most = largest(x, H);
-  *scale = std::max(most / 127.f, std::numeric_limits<float>::min());  // in this order a NaN stays one
+  *scale = std::max(most / 127.f, std::numeric_limits<float>::min());  // this argument order keeps a NaN
   for (long i = 0; i < H; i++) p[i] = (int8_t)(int32_t)std::nearbyintf(x[i] / *scale);
 }
 
+// Rotary embedding of one head, in place.
 void turn(float* head, const float* cos, const float* sin, long H) {
   for (long i = 0; i < H / 2; i++) {
     float a = head[i], b = head[i + H / 2];
@@ -471,7 +480,7 @@ void turn(float* head, const float* cos, const float* sin, long H) {
   }
 }
 
-// One key head of one row: keeps the new key and value and lets its query heads look at all of them.
+// Attention of one key head of one row: stores the new key and value, then computes the output of its query heads.
 template <class Number>
 void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number* values, float* key_scales,
             float* value_scales, long n_places, long position, long window, const float* cos, const float* sin,
@@ -497,7 +506,7 @@ void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number
       scores[t] = power_of_e(scores[t] - most);
       sum += scores[t];
     }
-    if (is_coded)
+    if (is_coded)  // after the sum: the softmax's denominator does not include the values' scales
       for (long t = start; t <= position; t++) scores[t] *= value_scales[t];
     float* y = out + (k * R + r) * H;
     long i = 0;
@@ -516,19 +525,19 @@ void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number
   }
 }
 
-// What codes 0 to 15 of a group mean.
+// The values of the codes 0 to 15 of a group.
 inline void values_of(float scale, float zero, float* values) {
   for (int code = 0; code < 16; code++) values[code] = (code - zero) * scale;
 }
 
-// A group of 4-bit codes, two in a byte, as numbers.
+// Dequantize a group of 4-bit codes, two per byte, by table lookup.
 void spread4(const uint8_t* bytes, long n_bytes, const float* values, float* y) {
 #if defined(__AVX512F__)
   const __m512 table = _mm512_loadu_ps(values);
   for (long i = 0; i < n_bytes; i += 8) {
     __m512i codes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(bytes + i)));
-    codes = _mm512_or_si512(codes, _mm512_slli_epi64(codes, 28));  // the upper half of a byte into the upper word
-    _mm512_storeu_ps(y + 2 * i, _mm512_permutexvar_ps(codes, table));  // of an index, the lowest four bits count
+    codes = _mm512_or_si512(codes, _mm512_slli_epi64(codes, 28));  // high nibble to the upper 32 bits
+    _mm512_storeu_ps(y + 2 * i, _mm512_permutexvar_ps(codes, table));  // uses only the lowest four bits of an index
   }
 #else
   for (long i = 0; i < n_bytes; i++) y[2 * i] = values[bytes[i] & 15], y[2 * i + 1] = values[bytes[i] >> 4];
@@ -553,7 +562,7 @@ void spread4(const uint8_t* bytes, long n_bytes, const float* values, uint16_t* 
 inline void put(float number, float* y) { *y = number; }
 inline void put(float number, uint16_t* y) { *y = narrow(number); }
 
-// Outputs first to last of a coded matrix, multiplied out.
+// Dequantize rows first to last of a matrix.
 template <class Number>
 void unpack(const Matrix& m, long first, long last, int n_threads, Number* y) {
   const uint8_t* codes = (const uint8_t*)m.weight;
@@ -569,7 +578,7 @@ void unpack(const Matrix& m, long first, long last, int n_threads, Number* y) {
     if (m.kind == BYTES) {
       const uint16_t* scale = m.scale + r * n_groups;
       const uint8_t* zero = m.zero + r * n_groups;
-      for (long first = 0; first < m.n_in; first += 32) {  // every input's group is that of the first of 32
+      for (long first = 0; first < m.n_in; first += 32) {  // groups are multiples of 32, so 32 inputs share one
         float s = widen(scale[first / m.group]), z = zero[first / m.group];
         const uint8_t* even = codes + r * m.n_in + first / BLOCK * BLOCK + first % BLOCK / 2;
         uint8_t ordered[32];
@@ -590,14 +599,15 @@ void unpack(const Matrix& m, long first, long last, int n_threads, Number* y) {
 
 extern "C" {
 
-// Writes outputs first to last of a coded matrix, (last - first, I), as numbers of a kind: FLOAT32 or BFLOAT16.
+// Dequantize rows first to last of a matrix to y (last - first, I), of kind FLOAT32 or BFLOAT16.
 void llmctl_unpack(const Matrix* matrix, int64_t first, int64_t last, int32_t n_threads, int32_t kind, void* y) {
   if (kind == BFLOAT16) unpack(*matrix, first, last, n_threads, (uint16_t*)y);
   else unpack(*matrix, first, last, n_threads, (float*)y);
 }
 
-// Writes the logits (B, V) of the tokens whose embeddings are x (B, D), which is overwritten. keys, values: by layer, (B, K,
-// n_places, H); of codes key_scales, value_scales by layer, (B, K, n_places). cos, sin: H/2 numbers, or null for no rotation.
+// Compute the logits (B, V) after one token per row, given their embeddings x (B, D), which are overwritten. keys, values: per
+// layer (B, K, n_places, H), appended at `position`; for an INT8 cache also key_scales, value_scales, per layer (B, K,
+// n_places). cos, sin: the position's H/2 values, or null without rotary embeddings.
 void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, void* const* values, float* const* key_scales,
                  float* const* value_scales, int64_t n_places, int64_t position, const float* cos, const float* sin,
                  float* logits) {
@@ -607,7 +617,7 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
   Barrier barrier{1};
 #pragma omp parallel num_threads(m.n_threads)
   {
-    long id = omp_get_thread_num(), n_threads = omp_get_num_threads();  // a limit may have made them fewer
+    long id = omp_get_thread_num(), n_threads = omp_get_num_threads();  // OpenMP may start fewer threads than requested
 #pragma omp single
     barrier.n_threads = n_threads;
     std::vector<float> scores;
@@ -615,7 +625,7 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
     for (Input& in : inputs) in.reserve(std::max({D, F, A}));
     auto begin = [&](long n) { return n / ROWS * id / n_threads * ROWS; };
     auto end = [&](long n) { return n / ROWS * (id + 1) / n_threads * ROWS; };
-    // Gives this thread's share of n outputs, from the first on, to `use`, counted from 0.
+    // Compute this thread's share of the outputs first to first + n_outputs, and pass them to `use` with their index from 0.
     auto each = [&](const Matrix& w, long first, long n_outputs, auto use) {
       float y[ROWS];
       for (long n = begin(n_outputs); n < end(n_outputs); n += ROWS)
@@ -623,7 +633,7 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
           rows(w, inputs[b], first + n, y);
           for (long r = 0; r < ROWS; r++) use(b, n + r, y[r]);
         }
-      if (n_outputs % ROWS && id == n_threads - 1)  // the last few, with some before them again
+      if (n_outputs % ROWS && id == n_threads - 1)  // the remainder: compute the last ROWS outputs, use only the new ones
         for (long b = 0; b < B; b++) {
           rows(w, inputs[b], first + n_outputs - ROWS, y);
           for (long r = ROWS - n_outputs % ROWS; r < ROWS; r++) use(b, n_outputs - ROWS + r, y[r]);
@@ -662,7 +672,7 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
       barrier.wait();
       take(layer.up, x, layer.norm_mlp);
       float* h = middle.data();
-      // Gates first, then what they let through, so that memory is read in order.
+      // First all gates, then SiLU and the product with up, so that weights are read sequentially.
       each(layer.up, 0, F, [&](long b, long n, float y) { h[b * F + n] = y; });
       for (long b = 0; b < B; b++)
         for (long n = begin(F); n < end(F); n++) h[b * F + n] /= 1.f + power_of_e(-h[b * F + n]);

@@ -68,6 +68,13 @@ class GgufHeader:
     tensors: dict[str, GgufTensor]
 
 
+DAMAGED = "the file is damaged or incomplete: convert or download it again"
+"""The hint for contents that contradict each other."""
+
+UNSUPPORTED = "import the model from its Hugging Face folder, or convert it without this"
+"""The hint for contents that mean something llmctl does not compute."""
+
+
 class Cursor:
     """A position in the header's bytes; every step is checked against the end of the file.
 
@@ -136,7 +143,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises: NotFoundError; ArtifactError naming the first thing that is wrong.
     """
     if not path.is_file():
-        raise NotFoundError(f"there is no file `{path}`")
+        raise NotFoundError(f"there is no file `{path}`", "check the path")
     cursor = Cursor(path, map_file(path))
     if cursor.take(4) != MAGIC:
         raise cursor.damaged("it does not begin with `GGUF`")

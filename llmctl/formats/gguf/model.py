@@ -12,7 +12,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.llama import LLAMA, QWEN3
-from llmctl.formats.gguf.container import GgufHeader, dequantize, map_file
+from llmctl.formats.gguf.container import DAMAGED, UNSUPPORTED, GgufHeader, dequantize, map_file
 from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -92,11 +92,13 @@ def refuse_extras(header: GgufHeader, architecture: str) -> None:
         value = header.metadata.get(f"{architecture}.{key}")
         if value not in allowed:
             raise ArtifactError(
-                f"`{header.path}` has `{architecture}.{key}` {str(value)[:60]!r}, which llmctl does not read"
+                f"`{header.path}` has `{architecture}.{key}` {str(value)[:60]!r}, which llmctl does not read",
+                UNSUPPORTED,
             )
     if "rope_freqs.weight" in header.tensors:
         raise ArtifactError(
-            f"`{header.path}` scales its rotary frequencies (rope_freqs.weight), which llmctl does not read"
+            f"`{header.path}` scales its rotary frequencies (rope_freqs.weight), which llmctl does not read",
+            UNSUPPORTED,
         )
 
 
@@ -105,7 +107,7 @@ def hf_values(header: GgufHeader, architecture: str) -> dict[str, Any]:
     data = {key.removeprefix(f"{architecture}."): value for key, value in header.metadata.items()}
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
-        raise ArtifactError(f"`{header.path}` has no tensor `token_embd.weight`")
+        raise ArtifactError(f"`{header.path}` has no tensor `token_embd.weight`", DAMAGED)
     values = {
         "vocab_size": embedding.shape[0],
         "hidden_size": data.get("embedding_length"),
@@ -125,7 +127,8 @@ def hf_values(header: GgufHeader, architecture: str) -> dict[str, Any]:
     rotated = data.get("rope.dimension_count", values["head_dim"])
     if rotated != values["head_dim"]:
         raise ArtifactError(
-            f"`{header.path}` rotates {rotated} of {values['head_dim']} channels, which llmctl does not read"
+            f"`{header.path}` rotates {rotated} of {values['head_dim']} channels, which llmctl does not read",
+            UNSUPPORTED,
         )
     return values
 
@@ -154,7 +157,9 @@ def check_gguf_tensors(header: GgufHeader, config: ModelConfig) -> None:
     Raises: ArtifactError naming the first that is missing, left over, or of another shape.
     """
     if config.n_layers > len(header.tensors):
-        raise ArtifactError(f"`{header.path}` claims {config.n_layers} layers and has {len(header.tensors)} tensors")
+        raise ArtifactError(
+            f"`{header.path}` claims {config.n_layers} layers and has {len(header.tensors)} tensors", DAMAGED
+        )
     names, shapes = tensor_names(config), parameter_shapes(config)
     for name in names:
         if name not in header.tensors:
@@ -162,11 +167,15 @@ def check_gguf_tensors(header: GgufHeader, config: ModelConfig) -> None:
         shape = header.tensors[name].shape
         if shape != shapes[names[name]]:
             wanted = shapes[names[name]]
-            raise ArtifactError(f"tensor `{name}` of `{header.path}` has the shape {shape}, its metadata says {wanted}")
+            raise ArtifactError(
+                f"tensor `{name}` of `{header.path}` has the shape {shape}, its metadata says {wanted}", DAMAGED
+            )
     extra = [name for name in header.tensors if name not in names]
     if extra:
         kind = header.metadata["general.architecture"]
-        raise ArtifactError(f"`{header.path}` has the tensor `{extra[0][:80]}`, which is not part of a {kind} model")
+        raise ArtifactError(
+            f"`{header.path}` has the tensor `{extra[0][:80]}`, which is not part of a {kind} model", UNSUPPORTED
+        )
 
 
 def gguf_state(header: GgufHeader, config: ModelConfig) -> dict[str, "Tensor"]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from llmctl.errors import ArtifactError
 from llmctl.files import json_text
+from llmctl.formats.gguf.container import DAMAGED
 
 T = TypeVar("T")
 
@@ -55,10 +56,10 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
     kind, tokens, types = values.get("model"), values.get("tokens"), values.get("token_type")
     if not is_list(tokens, str) or len(tokens) != vocab_size:
         found = len(tokens) if isinstance(tokens, list) else 0
-        raise ArtifactError(f"the GGUF file has {found} tokens for an embedding of {vocab_size} rows")
+        raise ArtifactError(f"the GGUF file has {found} tokens for an embedding of {vocab_size} rows", DAMAGED)
     types = types if types is not None else [1] * vocab_size
     if not is_list(types, int) or len(types) != vocab_size:
-        raise ArtifactError("`tokenizer.ggml.token_type` of the GGUF file does not fit its tokens")
+        raise ArtifactError("`tokenizer.ggml.token_type` of the GGUF file does not fit its tokens", DAMAGED)
     if kind == "llama":
         files = {"tokenizer.model": sentencepiece_model(values, tokens, types)}
     elif kind == "gpt2":
@@ -85,7 +86,7 @@ def token_id(values: Mapping[str, Any], name: str, n_tokens: int) -> int:
     """
     value = values.get(f"{name}_token_id", -1)
     if type(value) is not int or not -1 <= value < n_tokens:
-        raise ArtifactError(f"`tokenizer.ggml.{name}_token_id` of the GGUF file is {str(value)[:40]}")
+        raise ArtifactError(f"`tokenizer.ggml.{name}_token_id` of the GGUF file is {str(value)[:40]}", DAMAGED)
     return value
 
 
@@ -123,10 +124,10 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
         known = f"what is read: {', '.join(PRE_TOKENIZERS)}"
         raise ArtifactError(f"the GGUF file has the pre-tokenizer `{str(pre)[:60]}`, which llmctl does not read", known)
     if not is_list(merges, str):
-        raise ArtifactError("the GGUF file has no `tokenizer.ggml.merges`")
+        raise ArtifactError("the GGUF file has no `tokenizer.ggml.merges`", DAMAGED)
     pairs = [merge.split(" ") for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
-        raise ArtifactError("`tokenizer.ggml.merges` of the GGUF file has an entry that is not two tokens")
+        raise ArtifactError("`tokenizer.ggml.merges` of the GGUF file has an entry that is not two tokens", DAMAGED)
     added = [
         {
             "id": index,
@@ -192,7 +193,7 @@ def sentencepiece_model(values: Mapping[str, Any], tokens: list[str], types: lis
     """
     scores = values.get("scores")
     if not is_list(scores, float) or len(scores) != len(tokens):
-        raise ArtifactError("`tokenizer.ggml.scores` of the GGUF file does not fit its tokens")
+        raise ArtifactError("`tokenizer.ggml.scores` of the GGUF file does not fit its tokens", DAMAGED)
     pieces = b"".join(
         field_bytes(1, field_bytes(1, token.encode()) + field_float(2, score) + field_int(3, kind))
         for token, score, kind in zip(tokens, scores, types, strict=True)

@@ -41,7 +41,10 @@ def tokenizer_values(
     else:
         values, tokens, names = *byte_level_values(files.get("tokenizer.json", b"{}")), {}
     if len(tokens) > vocab_size:
-        raise ArtifactError(f"the tokenizer has {len(tokens):,} tokens, the model {vocab_size:,} rows for them")
+        raise ArtifactError(
+            f"the tokenizer has {len(tokens):,} tokens, the model {vocab_size:,} rows for them",
+            "use the tokenizer that the model was trained with",
+        )
     for index in range(len(tokens), vocab_size):
         tokens.append((names[index], CONTROL) if index in names else (f"[PAD{index}]", UNUSED))
     values |= {"tokens": [token for token, _ in tokens], "token_type": [kind for _, kind in tokens]}

@@ -70,9 +70,9 @@ def cut_student(
     report |= {"d_ff": smaller.d_ff, "n_kv_heads": smaller.n_kv_heads}
     if channels is not None:
         report["channels"] = channels
-    solved = f", {report['loss_after']:.3f} with its maps solved for anew" if refit_batches else ""
+    solved = f", {report['loss_after']:.3f} after refitting output projections" if refit_batches else ""
     say(
-        f"cut: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
+        f"pruned: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
         f"{told(layers, config)}"
     )
     return Cut(smaller, state, report)

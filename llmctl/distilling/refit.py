@@ -56,7 +56,7 @@ def refit(
             fit(block, last, own, wanted, kept.channels, real)
             own = passed([block], own)
             say(
-                f"solved for the maps of {prefix.removeprefix('model.').replace('.', ' ')}layer {place + 1} of {len(blocks)}"
+                f"refit the output projections of {prefix.removeprefix('model.').replace('.', ' ')}layer {place + 1} of {len(blocks)}"
             )
 
 

@@ -139,7 +139,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
         text = "-" if gap is None else f"{gap:.1%}"
         more = found.get("gap_recovered_equal_compute")
         facts.append(
-            f"share of the gap from scratch to teacher that is closed: {text}"
+            f"fraction of the gap between scratch and teacher that is closed: {text}"
             + (f" ({more:.1%} against scratch with equal compute)" if more is not None else "")
         )
     return [*lines, *facts]

@@ -124,7 +124,7 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
         (loss.match_weight < 0, f"`loss.match_weight` is {loss.match_weight}, it is negative"),
         (
             loss.match == "relation" and not splits(loss.relation_heads, complete(teacher), complete(shape)),
-            f"`loss.relation_heads` is {loss.relation_heads}, the attention of teacher and student is not divisible by it",
+            f"`loss.relation_heads` is {loss.relation_heads}, which does not divide the attention of teacher and student",
         ),
         (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
         (
@@ -141,7 +141,7 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
         ),
         (
             loss.on_policy > 0 and (teacher.family != "decoder" or not has_words),
-            "`loss.on_policy` is for decoders that learn a divergence",
+            "`loss.on_policy` needs a decoder and a divergence",
         ),
         (
             loss.on_policy > 0 and config.parallel.strategy == "fsdp",
@@ -149,36 +149,39 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
         ),
         (
             bool(teacher.n_labels) and loss.name != "fkl",
-            f"`loss.name` {loss.name} is for models of text, `{config.model}` has {teacher.n_labels} labels: fkl",
+            f"`loss.name` {loss.name} needs token predictions, `{config.model}` predicts {teacher.n_labels} labels: use fkl",
         ),
-        (bool(teacher.n_labels) and loss.match != "none", "`loss.match` is for models of text, not of labels"),
-        (is_bare(artifact) and loss.name != "none", f"`{config.model}` predicts no words: `loss.name` none"),
+        (
+            bool(teacher.n_labels) and loss.match != "none",
+            "`loss.match` needs token predictions, the teacher predicts labels",
+        ),
+        (is_bare(artifact) and loss.name != "none", f"`{config.model}` predicts no tokens: use `loss.name` none"),
         (loss.name == "none" and loss.match == "none", "`loss.name` and `loss.match` are both none"),
         (
             loss.name == "none" and config.task != "text",
-            f"`loss.name` none learns from plain text, `--task {config.task}` is for a divergence",
+            f"`loss.name` none needs plain text, `--task {config.task}` needs a divergence",
         ),
         (
             loss.name == "seq" and (teacher.family == "encoder" or bool(teacher.n_labels)),
-            f"`loss.name` seq needs a teacher that writes, `{config.model}` does not",
+            f"`loss.name` seq needs a teacher that generates text, `{config.model}` does not",
         ),
         (
             bool(config.teacher.cache) and (not has_words or loss.match != "none" or loss.on_policy > 0),
-            "`teacher.cache` holds what a teacher said of the data's tokens: `loss.match` none and no `loss.on_policy`",
+            "`teacher.cache` has predictions of the data's tokens only: use `loss.match` none and no `loss.on_policy`",
         ),
         (
             bool(config.teacher.cache) and loss.temperature != 1.0,
-            f"`loss.temperature` is {loss.temperature}, `teacher.cache` knows 1",
+            f"`loss.temperature` is {loss.temperature}, `teacher.cache` needs 1",
         ),
         (
             bool(config.teacher.cache) and loss.name != "fkl",
-            f"`loss.name` is {loss.name}, with `teacher.cache` it is fkl",
+            f"`loss.name` is {loss.name}, `teacher.cache` needs fkl",
         ),
         (not 1 <= config.teacher.draws <= 255, f"`teacher.draws` is {config.teacher.draws}, not in [1, 255]"),
         (config.teacher.top_k < 1, f"`teacher.top_k` is {config.teacher.top_k}, it must be at least 1"),
         (
             config.baseline.enabled and bool(budget),
-            "`baseline` needs a budget in steps, tokens or epochs, so that both get the same",
+            "`baseline` needs a budget in steps, tokens or epochs, so that both get the same steps",
         ),
         (
             config.baseline.enabled and not all(factor > 0 for factor in config.baseline.lr_factors),

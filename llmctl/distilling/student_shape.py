@@ -34,7 +34,7 @@ WIDTH_WEIGHT = 4
 """Power of the share of the width beside the share of layers: all layers have learned their whole width."""
 
 TOLERANCE = 0.02
-HINT = "50%, or layers=6,dim=512,heads=8,ffn=1408, or a model that is there"
+HINT = "50%, or layers=6,dim=512,heads=8,ffn=1408, or an existing model"
 
 
 def parse_student(text: str, teacher: ModelConfig) -> ModelConfig:
@@ -66,7 +66,7 @@ def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
         if not sign or key not in KEYS:
             near = get_close_matches(key, KEYS, n=1)
             meant = f", did you mean `{near[0]}`?" if near else ""
-            raise UsageError(f"`--student {text}`: `{part.strip()}` is neither a share nor a size{meant}", HINT)
+            raise UsageError(f"`--student {text}`: `{part.strip()}` is neither a percentage nor a size{meant}", HINT)
         if not NUMBER.fullmatch(number):
             raise UsageError(f"`--student {text}`: `{key}` is `{number[:20]}`, it must be a number of at least 1", HINT)
         if KEYS[key] in values:
@@ -110,7 +110,7 @@ def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelCon
             )
     if "n_heads" in values and (values["n_kv_heads"] < 1 or values["n_heads"] != values["n_kv_heads"] * size):
         raise UsageError(
-            f"`--student {text}`: {values['n_heads']} heads are not whole groups of {size}",
+            f"`--student {text}`: {values['n_heads']} heads do not divide into groups of {size}",
             f"heads={max(1, values['n_heads'] // size) * size}",
         )
     heads, dim = values.get("n_heads", teacher.n_heads), values.get("d_model", teacher.d_model)
@@ -119,9 +119,7 @@ def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelCon
             f"`--student {text}`: dim {dim} is not divisible by {heads} heads", f"dim={max(1, dim // heads) * heads}"
         )
     if dim < teacher.d_model and teacher.positions == "sinusoidal":
-        raise UsageError(
-            f"`--student {text}`: a narrower model has another table of sinusoidal positions", "leave dim away"
-        )
+        raise UsageError(f"`--student {text}`: a narrower model has other sinusoidal positions", "leave dim away")
     return buildable(resized(teacher, values), teacher, text)
 
 
@@ -145,7 +143,7 @@ def buildable(shape: ModelConfig, teacher: ModelConfig, text: str) -> ModelConfi
     Raises: UsageError.
     """
     if family_for(shape) is not family_for(teacher):
-        raise UsageError(f"`--student {text}` is no shape of {family_for(teacher).architecture}", HINT)
+        raise UsageError(f"`--student {text}` is not a shape of {family_for(teacher).architecture}", HINT)
     return shape
 
 
@@ -167,7 +165,7 @@ def within_budget(teacher: ModelConfig, frac: float, text: str) -> ModelConfig:
         return buildable(max(fitting, key=count), teacher, text)
     smallest = resized(list(widths(teacher))[-1], {"n_layers": 1, "d_ff": 8} | only_pairs(teacher, 1))
     raise UsageError(
-        f"`--student {text}` is {budget:,.0f} parameters, the smallest part of this teacher has {count(smallest):,}",
+        f"`--student {text}` is {budget:,.0f} parameters, the smallest student of this teacher has {count(smallest):,}",
         f"{100 * count(smallest) / total + 1:.0f}% or more: most of it is the vocabulary",
     )
 

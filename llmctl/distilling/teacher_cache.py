@@ -114,7 +114,7 @@ def build_cache(
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         write_shard(folder, number, counts, joined, told)
         n_labels += sum(counts)
-        say(f"teacher signals of {rows.stop:,} of {source.n_rows:,} rows")
+        say(f"cached teacher outputs of {rows.stop:,} of {source.n_rows:,} rows")
     write_manifest(folder, told | {"n_labels": n_labels}, n_shards)
     return SignalStore.open(folder)
 
@@ -129,7 +129,7 @@ def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
     states_ND = teacher.see(inputs_of(tensors)).hidden_BTD.flatten(0, 1)[places]
     if not states_ND.isfinite().all():
         raise DivergedError(
-            "the teacher's hidden states are not finite: they have nan or inf",
+            "the teacher's hidden states are not finite: they contain nan or inf",
             "teacher.dtype=float32, or another teacher",
         )
     return states_ND
@@ -211,8 +211,8 @@ def check_cache(store: SignalStore, identity: Mapping[str, Any], n_rows: int) ->
     wanted = {**json.loads(json.dumps(identity)), "rows": n_rows}
     if differing := differences(made_of, wanted):
         raise UsageError(
-            f"the signals in `{store.folder}` are of something else: {differing}",
-            "make them with the same teacher, data and row settings: llmctl distill cache",
+            f"the cache `{store.folder}` does not match this run: {differing}",
+            "make one with the same teacher, data and row settings: llmctl distill cache",
         )
 
 

@@ -23,7 +23,7 @@ def prepare_taught(
     if student is not None and config.loss.name != "seq":
         check_same_words(config.model, str(student))
     if not config.data.paths:
-        say("no --data: using the embedded default corpus, which is small and of one kind")
+        say("no --data: using the built-in corpus, which is small and of one kind")
     if config.loss.name == "seq":
         config = write_texts(config, teachers.original(), folder / "written", say)
     corpus = prepare_task(config, base, folder, say)
@@ -39,8 +39,8 @@ def check_teacher(config: TaughtConfig, corpus: Corpus) -> None:
     begun_with = corpus.provenance["teacher"]["sha256"]
     if identity_of(read_model(Path(config.model))) != begun_with:
         raise ArtifactError(
-            f"`{config.model}` is not the teacher that this run was begun with ({begun_with[:12]})",
-            "put it back, or start a new run",
+            f"`{config.model}` is not the teacher that this run was started with ({begun_with[:12]})",
+            "restore it, or start a new run",
         )
 
 

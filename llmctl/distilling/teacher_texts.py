@@ -37,13 +37,13 @@ def write_texts(config: TaughtConfig, teacher: Loaded, folder: Path, say: Say) -
     pair_tasks = ("text", *(name for name, row in TASKS.items() if row.is_pairs))
     if task not in (("text",) if family == "decoder" else pair_tasks):
         raise UsageError(
-            f"`--loss seq` does not know `--task {task}` of {family.replace('_', '-')} models",
+            f"`--loss seq` does not support `--task {task}` of {family.replace('_', '-')} models",
             "text of a decoder; text, translate or summarize of an encoder-decoder",
         )
     corpus = prepare_task(config, teacher, folder / "given", say)
     if family == "encoder_decoder" and corpus.targets is None:
         raise UsageError(
-            f"`{config.model}` was trained on spans of one text, `--loss seq` needs pairs",
+            f"`{config.model}` was trained on span corruption, `--loss seq` needs pairs",
             "--task translate with pairs",
         )
     made = folder / "made"
@@ -56,7 +56,7 @@ def write_texts(config: TaughtConfig, teacher: Loaded, folder: Path, say: Say) -
             continue
         rows = train[number * PART_ROWS : (number + 1) * PART_ROWS]
         write_bytes(path, lines(answer(config, teacher, corpus, rows)))
-        say(f"the teacher has written {min(len(train), (number + 1) * PART_ROWS):,} of {len(train):,} texts")
+        say(f"the teacher has generated {min(len(train), (number + 1) * PART_ROWS):,} of {len(train):,} texts")
     held_out = folder / "held-out.jsonl"
     write_bytes(held_out, lines(given(teacher, corpus, corpus.held_out)))
     data = replace(

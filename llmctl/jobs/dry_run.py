@@ -75,7 +75,7 @@ def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
 def layout_of(config: PretrainConfig, n_processes: int) -> str:
     """Return the layout in words."""
     extra = ", deterministic" if config.parallel.deterministic else ""
-    recompute = ", activations computed again" if config.parallel.activation_checkpointing else ""
+    recompute = ", activations recomputed" if config.parallel.activation_checkpointing else ""
     return f"{n_processes} processes, {config.parallel.strategy}{extra}{recompute}"
 
 
@@ -143,5 +143,5 @@ def fitting_rows(config: Any, shape: ModelConfig, rows: Rows, runtime: Runtime) 
         return n_rows
     raise MemoryLimitError(
         f"one row of {config.train.seq_len} tokens needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free",
-        "lower train.seq_len or the model's size, or share it out with --parallel fsdp on more processes",
+        "lower train.seq_len or the model's size, or shard it with --parallel fsdp on more processes",
     )

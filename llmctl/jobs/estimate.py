@@ -91,7 +91,7 @@ class Estimate:
             f"tokens       {self.tokens:,} in {self.steps:,} step{'s' * (self.steps != 1)} of {rows.batch_size:,} x {row}",
             f"FLOPs        {self.flops_per_token:.3g} per token, {self.flops:.3g} in all",
             "",
-            f"memory per device, {self.layout}, products in {self.dtype}:",
+            f"memory per device, {self.layout}, matmuls in {self.dtype}:",
             *self._memory_table(),
             *(
                 [f"micro-batches of {self.fitting_rows} rows fit this machine's free memory"]
@@ -134,7 +134,7 @@ def estimate(
     `options` are those of `memory` that say how devices share the work.
     """
     config = complete(config)
-    rates = {"this CPU, products alone at their measured rate": cpu_flops}
+    rates = {"this CPU, matmuls alone at their measured rate": cpu_flops}
     for gpu, rate in GPU_FLOPS.items():
         rates[f"{gpu}, assumed {ASSUMED_UTILIZATION:.0%} of {rate / 1e12:.0f} TFLOP/s"] = rate * ASSUMED_UTILIZATION
     parts = {

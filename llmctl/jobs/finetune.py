@@ -110,8 +110,8 @@ def open_base(session: Session, config: FinetuneConfig, corpus: Corpus) -> Loade
     begun_with = corpus.provenance["base"]["sha256"]
     if identity_of(base.artifact) != begun_with:
         raise ArtifactError(
-            f"`{base.artifact.path}` is not the model that this run was begun with ({begun_with[:12]})",
-            "put it back, or start a new run",
+            f"`{base.artifact.path}` is not the model that this run was started with ({begun_with[:12]})",
+            "restore it, or start a new run",
         )
     return base
 

@@ -59,9 +59,9 @@ def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
             raise
         raise StoppedError(
             f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
-            f"go on from the last checkpoint with: llmctl {read_record(run).get('command', 'pretrain')} --resume {run}"
+            f"resume from the last checkpoint: llmctl {read_record(run).get('command', 'pretrain')} --resume {run}"
             if run
-            else "start all of them again",
+            else "restart all of them",
         ) from error
 
 
@@ -77,9 +77,9 @@ def naming_memory(runtime: Runtime) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise MemoryLimitError(
-            f"the memory of {runtime.device.type} is used up ({str(error).strip().splitlines()[0][:160]})",
+            f"out of {runtime.device.type} memory ({str(error).strip().splitlines()[0][:160]})",
             "--batch-size auto fits micro-batches to the memory; --set parallel.activation_checkpointing=true and "
-            "--parallel fsdp need less of it",
+            "--parallel fsdp need less",
         ) from error
 
 
@@ -99,8 +99,8 @@ def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
         blind = [rank for rank, sees in enumerate(runtime.gather(is_seen(path / "run.json"))) if not sees]
     if blind:
         raise UsageError(
-            f"the run folder `{path}` is not there for rank {', '.join(map(str, blind))}",
-            "all hosts must share it: name a folder on a shared file system with -o, and start everywhere in the same place",
+            f"the run folder `{path}` is not visible to rank {', '.join(map(str, blind))}",
+            "all hosts must share it: use -o with a folder on a shared file system, and start all processes in the same directory",
         )
     return opened[0] if opened else Run(path, read_record(path))
 

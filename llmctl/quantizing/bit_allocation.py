@@ -200,7 +200,7 @@ def check_budget(
     weights = sum(shapes[name][0] * shapes[name][1] for name in choices)
     if least > budget_bits:
         raise UsageError(
-            f"the model cannot be held in {(budget_bits + rest_bits) / 8e6:,.3f} MB",
+            f"the model cannot be quantized to {(budget_bits + rest_bits) / 8e6:,.3f} MB",
             f"the smallest possible is {(least + rest_bits) / 8e6:,.3f} MB, {least / weights:.2f} bits per weight in the blocks",
         )
 

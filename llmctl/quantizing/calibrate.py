@@ -111,7 +111,7 @@ def refuse_unfinite(model: LanguageModel, name: str) -> None:
     """
     for key, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ArtifactError(f"`{name}` has NaN or infinite numbers in `{key}`", "fetch or train the model again")
+            raise ArtifactError(f"`{name}` has NaN or infinite values in `{key}`", "download or train the model again")
 
 
 def needs_data(plan: Plan, method: str) -> bool:

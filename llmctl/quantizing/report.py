@@ -88,7 +88,7 @@ def missed(record: Mapping[str, Any], gate: str) -> str:
     before, after = sides["before"][name], sides["after"][name]
     if parse_gate(gate).holds(name, before, after):
         return ""
-    return f"{name}: {after:.6g} in few bits against {before:.6g} before, a drop of more than {gate}"
+    return f"{name}: {after:.6g} quantized against {before:.6g} before, a drop of more than {gate}"
 
 
 def render(record: Mapping[str, Any]) -> list[str]:
@@ -107,7 +107,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
     measured = [name for name in ROWS if any(name in side for side in sides.values())]
     lines += [line(FIGURES[name].label, name, FIGURES[name].form) for name in measured]
     facts = [
-        f"{record['bits_per_weight']:.2f} bits per weight in all, {record['bits_per_weight_layers']:.2f} in the blocks",
+        f"{record['bits_per_weight']:.2f} bits per weight in total, {record['bits_per_weight_layers']:.2f} in the blocks",
         f"peak memory {record['peak_memory_bytes'] / 1e6:,.0f} MB",
     ]
     slower = [name for name in ("reading", "writing") if record.get(f"{name}_ratio", 1.0) < 1.0]

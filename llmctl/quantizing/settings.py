@@ -88,7 +88,7 @@ def check_quantize(config: QuantizeConfig) -> None:
     artifact = read_model(Path(config.model))
     if artifact.schemes:
         bits = ", ".join(sorted({str(scheme.bits) for scheme in artifact.schemes.values()}))
-        raise UsageError(f"`{config.model}` is in few bits already ({bits})", "name the model that it was made from")
+        raise UsageError(f"`{config.model}` is already quantized ({bits} bits)", "pass the original model")
     weights = config.weights
     check_shared(
         config,
@@ -98,7 +98,7 @@ def check_quantize(config: QuantizeConfig) -> None:
         ),
         (
             weights.learn == "weights" and weights.method != "learned",
-            f"`weights.learn` is for `weights.method` learned, which is {weights.method}",
+            f"`weights.learn` needs `weights.method` learned, not {weights.method}",
         ),
         (
             weights.scale_bits not in (0, 8, SCALE_BITS),
@@ -106,29 +106,29 @@ def check_quantize(config: QuantizeConfig) -> None:
         ),
         (
             weights.scale_bits == 8 and not SCHEMES[weights.scheme].group,
-            f"`weights.scale_bits` 8 is for schemes with groups, {weights.scheme} has one scale per output",
+            f"`weights.scale_bits` 8 needs a scheme with groups, {weights.scheme} has one scale per output",
         ),
         (weights.group < -1, f"`weights.group` is {weights.group}, it must be -1, 0 or more"),
         (weights.target_bpw < 0, f"`weights.target_bpw` is {weights.target_bpw}, it is negative"),
         (
             bool(weights.target_bpw and weights.target_size),
-            "`weights.target_bpw` and `weights.target_size` are two budgets",
+            "`weights.target_bpw` and `weights.target_size` exclude each other",
         ),
         (
             bool(weights.target_bpw or weights.target_size) and bool(SCHEMES[weights.scheme].activations),
-            "bits are shared out among weights alone: not with w8a8",
+            "targets allocate bits of weights only: not with w8a8",
         ),
         (
             weights.method == "learned" and bool(SCHEMES[weights.scheme].activations),
-            "`weights.method` learned is for weights alone: not with w8a8",
+            "`weights.method` learned trains weights only: not with w8a8",
         ),
         (
             bool(weights.target_bpw or weights.target_size) and is_bare(artifact),
-            f"`{config.model}` predicts nothing by which it could be told what bits are worth: no target",
+            f"`{config.model}` has no prediction head, so layer sensitivity cannot be measured: omit the target",
         ),
-        (config.loss.name == "seq", "`loss.name` seq is for students"),
-        (bool(config.teacher.cache), "`teacher.cache` is for students: the model itself is there"),
-        (config.loss.on_policy > 0, "`loss.on_policy` is for students"),
+        (config.loss.name == "seq", "`loss.name` seq is for `llmctl distill`"),
+        (bool(config.teacher.cache), "`teacher.cache` is for `llmctl distill`"),
+        (config.loss.on_policy > 0, "`loss.on_policy` is for `llmctl distill`"),
     )
     if weights.target_size:
         parse_size(weights.target_size)

@@ -23,7 +23,7 @@ def load_base(config: PretrainConfig) -> Any:
     base = load_model(Path(name), device="cpu", dtype="float32")
     check_family(config, base.model.config.family, name)
     if base.tokenizer is None:
-        raise UsageError(f"`{name}` has no tokenizer, so its training cannot go on", "give it one with --tokenizer")
+        raise UsageError(f"`{name}` has no tokenizer, so its training cannot continue", "give it one with --tokenizer")
     return base
 
 
@@ -35,7 +35,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     if wanted and wanted < tokenizer.vocab_size:
         raise UsageError(
             f"`model.vocab_size` {wanted} is smaller than the tokenizer's {tokenizer.vocab_size}",
-            "leave model.vocab_size away, or lower tokenizer.vocab_size",
+            "omit model.vocab_size, or lower tokenizer.vocab_size",
         )
     context = shape.max_positions
     if "max_positions" not in config.model.overrides:

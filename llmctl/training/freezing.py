@@ -23,8 +23,8 @@ def freeze(model: LanguageModel, patterns: Sequence[str]) -> int:
         if not chosen:
             parts = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in named})
             raise UsageError(
-                f"`train.freeze` has `{pattern}`, which names no parameter",
-                f"embeddings, layers.0-3, or patterns of names such as {', '.join(parts[:4])}",
+                f"`train.freeze` has `{pattern}`, which matches no parameter",
+                f"use embeddings, layers.0-3, or name patterns such as {', '.join(parts[:4])}",
             )
         for name in chosen:
             named[name].requires_grad_(False)

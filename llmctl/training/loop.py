@@ -329,7 +329,7 @@ class _Loop:
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         spike = state.spike(loss, norm) if is_finite else ""
         if spike:
-            self.journal.event("spike", state.step + 1, f"step {state.step + 1} stands out: {spike}")
+            self.journal.event("spike", state.step + 1, f"step {state.step + 1} is a spike: {spike}")
         if is_finite and not (spike and self.config.skip_spikes):
             state.bad_steps = 0
             for optimizer in self.optimizers.values():
@@ -391,7 +391,7 @@ class _Loop:
         state = self.state
         metrics = self.evaluate(self.config.eval_tokens)
         self.journal.log("eval", {"step": state.step, **metrics})
-        self.t.progress.say(f"step {state.step}: held out {brief(metrics)}")
+        self.t.progress.say(f"step {state.step}: validation {brief(metrics)}")
         before = state.best_value, state.best_step, state.checks_since_best
         name = self.t.metric
         value = metrics[name]

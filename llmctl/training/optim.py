@@ -167,8 +167,8 @@ def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], s
         optimizer_name, parameter_name, entry = key.split("/")
         if optimizer_name not in optimizers or parameter_name not in parameters:
             raise ArtifactError(
-                f"checkpoint `{saved.path}` holds state of `{key}`, which this run does not have",
-                "resume with the recipe that the run was begun with",
+                f"checkpoint `{saved.path}` has state of `{key}`, which this run does not have",
+                "resume with the run's own recipe",
             )
         parameter = parameters[parameter_name]
         shape = saved.shape("optimizer", key)

@@ -97,7 +97,7 @@ class Saver:
         # A sharded weight may be finite in one process only, and all must decide alike.
         if float(self.runtime.sum(finite.to(self.runtime.device))) < self.runtime.world_size:
             raise DivergedError(
-                f"training diverged: weights are not finite at step {self.state.step}; no checkpoint was made of them",
+                f"training diverged: weights are not finite at step {self.state.step}; they were not saved",
                 f"lower optim.lr, then {self.resume_command}",
             )
         rank = self.runtime.rank

@@ -66,7 +66,7 @@ def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -
     ]
     problems = [sentence for wrong, sentence in [*checks, *more] if wrong]
     if problems:
-        raise UsageError("; ".join(problems), "--print-config shows every key with its meaning")
+        raise UsageError("; ".join(problems), "--print-config lists every key with a description")
 
 
 def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
@@ -82,12 +82,12 @@ def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
     needs = OBJECTIVES[config.objective].needs
     if needs == "mask" and corpus.tokenizer.mask_id is None:
         raise UsageError(
-            "the tokenizer has no mask token, which `--objective mlm` needs", "leave --tokenizer away to train one"
+            "the tokenizer has no mask token, which `--objective mlm` needs", "omit --tokenizer to train one"
         )
     if needs == "sentinels" and not corpus.tokenizer.sentinel_ids():
         raise UsageError(
             "the tokenizer has no <extra_id_0>, ... tokens, which `--objective span` needs",
-            "llmctl tokenize train --set n_sentinels=32 makes one, or leave --tokenizer away",
+            "llmctl tokenize train --set n_sentinels=32 makes one, or omit --tokenizer",
         )
 
 
@@ -108,7 +108,7 @@ def check_family(config: PretrainConfig, family: Family, name: str) -> None:
     if family not in allowed:
         fitting = [row for row, entry in OBJECTIVES.items() if family in entry.families]
         raise UsageError(
-            f"`{name}` is of the family {family}, but `--objective {config.objective}` trains {' or '.join(allowed)}",
+            f"`{name}` is of family {family}, but `--objective {config.objective}` trains {' or '.join(allowed)}",
             f"--objective {' or '.join(fitting)} trains it",
         )
 

@@ -58,7 +58,7 @@ def watch_signals() -> Iterator[Caught]:
             raise SecondSignalError(number)
         caught.number = number
         echoes_until = time.monotonic() + (ECHO_SECONDS if LAUNCHED in os.environ else 0.0)
-        sys.stderr.write("\nfinishing this step and saving; once more stops at once\n")
+        sys.stderr.write("\nfinishing this step and saving; press Ctrl-C again to stop at once\n")
 
     watched = [number for number in (*ENDING, signal.SIGUSR1) if signal.getsignal(number) != signal.SIG_IGN]
     old = {number: signal.signal(number, note) for number in watched}

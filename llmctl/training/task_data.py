@@ -60,7 +60,7 @@ def check_task(config: TaskConfig, base: Loaded) -> None:
         )
     if base.model.config.n_labels and task != "classify":
         raise UsageError(
-            f"`{config.model}` has a classification head, `--task {task}` needs one over the vocabulary",
+            f"`{config.model}` has a classification head, `--task {task}` needs a language modeling head",
             "--task classify, or the model it was made from",
         )
 

@@ -63,7 +63,7 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "neither a share nor a size"),
+        ("", "neither a percentage nor a size"),
         ("half", "neither"),
         ("layer=3", "did you mean `layers`"),
         ("layers=0", "at least 1"),

@@ -237,7 +237,7 @@ def test_a_run_does_not_go_on_with_another_base(models, tmp_path, monkeypatch):
     write_artifact(
         base, model.model.config, model.model.state_dict(), files=model.artifact.files, provenance={}, force=True
     )
-    with pytest.raises(ArtifactError, match="begun with"):
+    with pytest.raises(ArtifactError, match="started with"):
         resume("finetune", str(find_run("latest")), quiet=True)
     with pytest.raises(UsageError, match="llmctl finetune"):
         resume("pretrain", str(find_run("latest")), quiet=True)

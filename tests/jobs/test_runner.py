@@ -276,7 +276,7 @@ def test_a_changed_recipe_is_shown_and_refused_unless_allowed(corpus):
         with pytest.raises(UsageError, match=f"`{key}`") as caught:
             resume("pretrain", str(folder), quiet=True, given=given)
         assert f"--allow-change {key}" in caught.value.hint
-    with pytest.raises(UsageError, match="another run"):
+    with pytest.raises(UsageError, match="cannot change"):
         resume("pretrain", str(folder), quiet=True, given={"model.d_model": 64}, allowed=["model.d_model"])
     with pytest.raises(UsageError, match="power of two"):
         resume(

@@ -1,11 +1,11 @@
-"""Bits per layer under a budget: those get more whose rounding would move the model's predictions more.
+"""Allocate bits to layers under a size budget: more to those whose rounding error changes the predictions more.
 
-Layers that are multiplied as one, as they read the same inputs, get the same.
+Layers with the same inputs, which are multiplied as one, get the same bits.
 
-How much is measured on a few batches: to second order, the divergence from the full model that a change of a layer's outputs
-makes is half the mean square of that change along the gradient of the log-probability of what the model itself would say.
+Sensitivity is measured on a few batches: to second order, the KL divergence caused by a change of a layer's outputs is half
+its mean square along the gradient of the log-probability of tokens sampled from the model.
 
-Source: as in `fisher.py`; allocation by marginal returns: Shoham and Gersho 1988, doi:10.1109/29.90373.
+Source: as in `model/fisher.py`; allocation by marginal returns: Shoham and Gersho 1988, doi:10.1109/29.90373.
 """
 
 import math
@@ -31,15 +31,15 @@ from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 from llmctl.runs.progress import paced
 
 WIDTHS = {2: (1,), 3: (1, 2), 4: (1, 2), 5: (2,), 6: (2,)}
-"""Bits that a layer may get in groups, and how many times as wide as the plan's these are; eight bits are for whole rows.
+"""Bits of grouped schemes, with their group sizes as multiples of the plan's; 8 bits always use whole rows.
 
-With more bits the scales of narrow groups cost more than they bring."""
+With more bits, the scales of small groups cost more than they gain."""
 
 PART_WEIGHTS = 1 << 30
-"""Changes of weights, two bytes each, that are held at the same time; a larger model is gone through several times."""
+"""Weight changes (2 bytes each) kept in memory at a time; a larger model takes several passes."""
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers of a module that become one product, by the ends of their names."""
+"""Layers of a module that are fused into one matmul, by the ends of their names."""
 
 SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)i?B?", re.ASCII | re.IGNORECASE)
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
@@ -59,12 +59,12 @@ def parse_size(text: str) -> int:
 
 
 def candidates(plan: Mapping[str, Scheme], widths: Mapping[str, int]) -> dict[str, list[Scheme]]:
-    """Return the schemes that every layer of a plan may get: with its groups, or twice as wide ones, and int8."""
+    """Return the candidate schemes of every layer in a plan: its group size or twice that, and int8."""
     return {name: schemes_like(planned, widths[name]) for name, planned in plan.items() if is_inside(name)}
 
 
 def schemes_like(planned: Scheme, width: int) -> list[Scheme]:
-    """Return the schemes for a layer of so many inputs, the smallest first."""
+    """Return the candidate schemes of a layer with `width` inputs, the smallest first."""
     base = planned if planned.group else SCHEMES["int4"]
     group = base.group if base.fits(width) else 0
     sizes = {
@@ -82,10 +82,10 @@ def measure_costs(
     seed: int,
     say: Callable[[str], None] = lambda _: None,
 ) -> Costs:
-    """Return nats per token that each choice of each layer is expected to cost; the model stays as it is.
+    """Return the expected cost of each candidate of each layer in nats per token; the model is not changed.
 
-    The clipped range tells, whatever method will choose the codes: to count only what GPTQ leaves of each layer's error, 0.07
-    of it in some keys and 0.53 in some gates, was measured to share out no better (SmolLM2: KL 0.0254 either way).
+    Costs are those of clipped rounding, whatever method chooses the codes later: counting only the error that GPTQ leaves
+    (0.07 of it in some key projections, 0.53 in some gates) allocated no better (SmolLM2: KL 0.0254 either way).
     """
     costs: Costs = {}
     for part in parts_of(model, choices):
@@ -94,7 +94,7 @@ def measure_costs(
 
 
 def parts_of(model: LanguageModel, choices: Mapping[str, list[Scheme]]) -> list[dict[str, list[Scheme]]]:
-    """Return the choices in parts whose changes are held in memory at the same time."""
+    """Split the candidates into parts whose weight changes fit in memory together."""
     parts: list[dict[str, list[Scheme]]] = []
     held = PART_WEIGHTS
     for name, schemes in choices.items():
@@ -110,7 +110,7 @@ def parts_of(model: LanguageModel, choices: Mapping[str, list[Scheme]]) -> list[
 def measure_part(
     model: LanguageModel, choices: Mapping[str, list[Scheme]], batches: Batches, seed: int, say: Callable[[str], None]
 ) -> Costs:
-    """Return the costs of some layers."""
+    """Return the costs of one part of the layers."""
     costs: Costs = {name: dict.fromkeys(schemes, 0.0) for name, schemes in choices.items()}
     inputs: dict[str, Tensor] = {}
     handles, hooks = [], {}
@@ -132,7 +132,7 @@ def measure_part(
 
 
 def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
-    """Return the hook that keeps what comes into a layer until its gradient comes back."""
+    """Return the hook that keeps a layer's input until the backward pass."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[name] = args[0].detach()
@@ -143,7 +143,7 @@ def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 def adder(
     inputs: dict[str, Tensor], name: str, changes: list[Tensor], schemes: list[Scheme], costs: dict[Scheme, float]
 ) -> Hook:
-    """Return the hook that adds up what each change of a layer's weight would cost."""
+    """Return the hook that adds up the cost of each change of a layer's weight."""
 
     def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
         x_NI, grad_NO = inputs.pop(name).flatten(0, -2), grads[0].flatten(0, -2)
@@ -155,7 +155,7 @@ def adder(
 
 
 class Budget(NamedTuple):
-    """What layers share: the schemes each may get, their shapes, the bits for all of them, and those of everything else."""
+    """The bits to allocate: candidate schemes and shapes by layer, the bits for all of them, and the bits of everything else."""
 
     choices: dict[str, list[Scheme]]
     shapes: dict[str, tuple[int, ...]]
@@ -175,7 +175,7 @@ def budget_of(config: ModelConfig, plan: Mapping[str, Scheme], weights: WeightsC
 
 
 def other_bits(config: ModelConfig, plan: Mapping[str, Scheme], allocated: set[str]) -> int:
-    """Return the bits of everything whose scheme is settled: embedding, head, norms, biases."""
+    """Return the bits of everything with a fixed scheme: embedding, head, norms, biases."""
     shapes = parameter_shapes(config)
     bits = sum(scheme.size_bits(*shapes[f"{name}.weight"]) for name, scheme in plan.items() if name not in allocated)
     planned = {f"{name}.weight" for name in plan}
@@ -192,9 +192,9 @@ def check_budget(
     budget_bits: float,
     rest_bits: float = 0,
 ) -> None:
-    """Refuse a budget below what the smallest choice of every layer takes; rest_bits as in `allocate`.
+    """Refuse a budget below the smallest candidate of every layer; rest_bits as in `allocate`.
 
-    Raises: UsageError with the smallest budget that can be.
+    Raises: UsageError with the smallest possible budget.
     """
     least = sum(min(scheme.size_bits(*shapes[name]) for scheme in each) for name, each in choices.items())
     weights = sum(shapes[name][0] * shapes[name][1] for name in choices)
@@ -208,9 +208,9 @@ def check_budget(
 def allocate(
     costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget_bits: float, rest_bits: float = 0
 ) -> dict[str, Scheme]:
-    """Return the scheme of every layer of least cost within a budget, by the largest saving per bit at each step.
+    """Return the scheme of every layer, greedily: at each step the upgrade with the largest gain per bit that still fits.
 
-    rest_bits: of the parts of the model whose bits are settled, for the message.
+    rest_bits: of the parts of the model with fixed bits, for the error message.
 
     Raises: UsageError as `check_budget`.
     """
@@ -240,6 +240,6 @@ def allocate(
 
 
 def unit_of(name: str) -> str:
-    """Return a name that layers have in common which get the same bits."""
+    """Return the name shared by layers that must get the same bits."""
     parent, _, last = name.rpartition(".")
     return next((f"{parent}.{ends[0]}" for ends in TOGETHER if last in ends), name)

@@ -1,6 +1,6 @@
-"""Choose the codes of a model, layer by layer: what comes into a layer has gone through the quantized ones before it.
+"""Quantize a model block by block: the inputs of each block come from the quantized blocks before it.
 
-No more than one layer's moments, and the streams of the calibration rows, are held at a time.
+Memory holds the input moments of one block and the hidden states of the calibration rows.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ Plan = Mapping[str, Scheme]
 
 @dataclass
 class Calibrated:
-    """Codes by module, and the share of each layer's output that they lose, where inputs were seen."""
+    """Codes by module, and each layer's relative output error where inputs were measured."""
 
     codes: dict[str, Codes] = field(default_factory=dict)
     lost: dict[str, float] = field(default_factory=dict)
@@ -42,12 +42,12 @@ class Calibrated:
 def calibrate(
     model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say, *, is_narrow: bool = False
 ) -> Calibrated:
-    """Return codes for the modules of a plan; the model's own weights become what the codes mean.
+    """Return codes for the modules of a plan; the model's weights are replaced by their dequantized values.
 
-    The head over the vocabulary, or the embedding that is one, is chosen by what comes out of the quantized blocks. Other
-    modules outside them take the clipped range. is_narrow: whether batches go through the model in bfloat16.
+    The output head, or the tied embedding, is calibrated on the output of the quantized blocks. Other modules outside the
+    blocks use the clipped range. is_narrow: run the batches in bfloat16.
     """
-    # Without its cache: weights change between two passes through a block, and the second is to see that.
+    # No autocast cache: weights change between two passes through a block, and the second must see that.
     with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow, cache_enabled=False):
         return _calibrate(model.eval(), plan, method, batches, say)
 
@@ -77,7 +77,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
             done(number + 1)
     table = table_of(model)
     for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
-        is_read = name == table and METHODS[method].needs_data  # what comes into the head has gone through all others
+        is_read = name == table and METHODS[method].needs_data  # the head's inputs have passed all blocks
         inputs = read_head(model, batches) if is_read else None
         with torch.autocast("cpu", enabled=False):
             choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
@@ -85,19 +85,19 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
 
 
 def fallback(method: str) -> str:
-    """Return the method for what is chosen without a look at its inputs."""
+    """Return the method for modules whose inputs are not measured."""
     return "clip" if METHODS[method].needs_data else method
 
 
 def table_of(model: LanguageModel) -> str:
-    """Return the name of the table that the head multiplies by; nothing where there is none."""
+    """Return the module whose weight the output head multiplies by; empty if there is no head."""
     if model.config.n_labels:
         return ""
     return EMBEDDING if model.config.tie_embeddings else HEAD
 
 
 def read_head(model: LanguageModel, batches: Batches) -> Moments:
-    """Return the moments of what comes into the head."""
+    """Return the input moments of the output head."""
     moments = Moments.empty(model.config.d_model, model.device)
     for batch in batches:
         moments.add(model.head_input(read(model, batch)))
@@ -105,7 +105,7 @@ def read_head(model: LanguageModel, batches: Batches) -> Moments:
 
 
 def refuse_unfinite(model: LanguageModel, name: str) -> None:
-    """Refuse weights that no grid can hold.
+    """Refuse weights that are not finite.
 
     Raises: ArtifactError naming the tensor.
     """
@@ -115,12 +115,12 @@ def refuse_unfinite(model: LanguageModel, name: str) -> None:
 
 
 def needs_data(plan: Plan, method: str) -> bool:
-    """Tell whether codes are chosen by what comes into the layers."""
+    """Return whether calibration needs batches."""
     return METHODS[method].needs_data or any(scheme.activations for scheme in plan.values())
 
 
 def equalize(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
-    """Move scales between the layers of a block where that loses less; the moments become those of the new inputs."""
+    """Move scales between the layers of a block where that lowers the error; the moments are updated."""
     if not isinstance(block, Block):
         return
     for joint in joints(block):
@@ -141,9 +141,11 @@ def equalize(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: 
 def choose(
     found: Calibrated, root: nn.Module, inner: str, name: str, scheme: Scheme, method: str, moments: Moments | None
 ) -> None:
-    """Choose the codes of a module and put what they mean in its place."""
+    """Choose the codes of a module and replace its weight by the dequantized one."""
     weight: Tensor = root.get_submodule(inner).weight  # type: ignore[assignment]
-    if moments is None or moments.count == 0:  # never reached, as cross-attention without a memory
+    if (
+        moments is None or moments.count == 0
+    ):  # not reached by any input, such as cross-attention without an encoder output
         method = fallback(method)
     original = weight.float()
     codes = method_of(method)(original, scheme, moments)
@@ -157,9 +159,9 @@ def choose(
 def observe(
     block: nn.Module, streams: Sequence[Sequence[Any]], weights: Mapping[str, list[Tensor] | None]
 ) -> dict[str, Moments]:
-    """Return the moments of what comes into the linear maps of a block; those that read the same share them.
+    """Return the input moments of the linear layers of a block; layers with the same input share them.
 
-    weights: of every position, for each stream, of the maps that have some.
+    weights: per-position weights of a layer's inputs, for each batch.
     """
     moments: dict[str, Moments] = {}
     last: list[tuple[Tensor, Moments]] = []

@@ -1,4 +1,4 @@
-"""A model whose codes are learned: its layers train through their rounding, from codes that were chosen."""
+"""Fake quantization: layers that train through their rounding (QAT, learned scales), starting from chosen codes."""
 
 from collections.abc import Mapping
 
@@ -14,15 +14,15 @@ from llmctl.quantizing.calibrate import calibrate
 from llmctl.quantizing.packed_state import small_in_16_bits, stored_state
 
 LEARNED_PARTS = ("weight", "codes_OI", "ratio", "scales_OG", "zeros_OG")
-"""Tensors of a layer that learns: the weight, or the codes that stay."""
+"""Tensors of a trained layer: the weight, or fixed codes, and the scales."""
 
 
 def learner(
     model: LanguageModel, state: Mapping[str, Tensor], schemes: Mapping[str, Scheme], *, weights: bool = True
 ) -> LanguageModel:
-    """Turn a model into one that learns codes, and return it: it begins with those of a packed state.
+    """Replace a model's linear layers by fake-quantized ones that start from the codes of a packed state.
 
-    weights: whether codes may become others; else only scales learn.
+    weights: train weights and so change codes; else only scales are trained.
     """
     shapes = parameter_shapes(model.config)
     tables = {name: scheme for name, scheme in schemes.items() if not is_inside(name)}
@@ -43,19 +43,19 @@ def learner(
     found = {name: tensor for name, tensor in given.items() if tensor is not None}
     load_tensors(model, {name: tensor for name, tensor in own.items() if name in inner} | found)
     for name, parameter in model.named_parameters():
-        # Norms and biases, of which each moves all that comes after, would be moved by noise more than they could mend.
+        # Frozen: with the few tokens of calibration, noise in norms and biases cost more than training them gained.
         if not weights and not name.endswith(".ratio"):
             parameter.requires_grad_(False)
     return model
 
 
 def parts_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the packed tensors of a module."""
+    """Return the packed tensors of a module by part."""
     return {part: state[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state}
 
 
 def learned_state(trained: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) -> dict[str, Tensor]:
-    """Return the state to write of a model that has learned its codes."""
+    """Return the state dict to write for a trained fake-quantized model."""
     state = dict(trained)
     for name, scheme in schemes.items():
         if is_inside(name):
@@ -66,7 +66,7 @@ def learned_state(trained: Mapping[str, Tensor], schemes: Mapping[str, Scheme]) 
 
 
 def rounding(model: LanguageModel, schemes: Mapping[str, Scheme]) -> LanguageModel:
-    """Turn a model into one that trains through its rounding, from the clipped range of every group; needs no data."""
+    """Replace a model's linear layers by fake-quantized ones over the clipped range of every group; needs no data."""
     copy = LanguageModel(model.config)
     load_tensors(copy, model.state_dict())
     found = calibrate(copy, schemes, "clip", [], lambda _: None)

@@ -1,4 +1,4 @@
-"""State dicts of quantized models as files hold them."""
+"""State dicts of quantized models, as they are stored."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from llmctl.quantizing.calibrate import Calibrated
 
 
 def small_in_16_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state whose float32 tables have 16 bits; vectors, and what is packed, stay as they are."""
+    """Return a state dict with float32 matrices in 16 bits; vectors and packed tensors are unchanged."""
     return {
         name: tensor.half() if tensor.dim() > 1 and tensor.dtype == torch.float32 else tensor
         for name, tensor in state.items()
@@ -20,7 +20,7 @@ def small_in_16_bits(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stored_state(model: LanguageModel, found: Calibrated, plan: Mapping[str, Scheme]) -> dict[str, Tensor]:
-    """Return the state to write: packed tensors, 16-bit tables, and the small rest as it is."""
+    """Return the state dict to write: packed tensors, 16-bit matrices, other tensors unchanged."""
     dropped = {f"{name}.weight" for name in plan}
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in dropped}
     state = small_in_16_bits(kept)

@@ -1,11 +1,10 @@
-"""The base of an adapter, made out of a model in full precision: its blocks' linear maps in four bits, chosen without data.
+"""The 4-bit base of an adapter (qlora, qdora): the linear layers of the blocks, quantized without data.
 
-An adapter makes up for the rounding that it was trained on, so it belongs to these codes and to no others: they are
-written once, into the run's own folder, and the adapter names them there. Where we deviate from QLoRA: the codes are
-whole numbers on the clipped range of every group of 64, with a zero of its own, not NF4, whose levels no kernel here
-multiplies by; scales have 16 bits and are not quantized again; the optimizer's state is not paged.
+An adapter compensates the rounding it was trained on, so it only fits these codes: they are written once, into the run
+folder, and the adapter refers to them. Differences from QLoRA: integer codes over the clipped range of each group of 64 with
+a zero point, not NF4, for which there is no kernel here; 16-bit scales without double quantization; no paged optimizer.
 
-Source: QLoRA, Dettmers et al. 2023, arXiv:2305.14314; with DoRA's lengths: Liu et al. 2024, arXiv:2402.09353.
+Source: QLoRA, Dettmers et al. 2023, arXiv:2305.14314; DoRA's magnitudes: Liu et al. 2024, arXiv:2402.09353.
 """
 
 from pathlib import Path
@@ -21,18 +20,18 @@ from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import plan_of
 
 BASE = "base-int4"
-"""The folder of the base inside that of the run."""
+"""The base's folder in the run folder."""
 
 WEIGHTS = WeightsConfig(scheme="int4", scale_bits=16, method="clip", embedding="float")
-"""As in the paper embedding and heads stay in 16 bits."""
+"""Embedding and heads stay in 16 bits, as in the paper."""
 
 BITS = SCHEMES[WEIGHTS.scheme].bits
 
 
 def write_packed_base(given: Loaded, out: Path) -> dict[str, Any]:
-    """Write a model in four bits, and return what it was made from; the weights of the one given become what it means.
+    """Write a model in 4 bits and return its provenance; the given model's weights are replaced by the dequantized ones.
 
-    Raises: ArtifactError for weights that are no finite numbers; OutputError.
+    Raises: ArtifactError for non-finite weights; OutputError.
     """
     refuse_unfinite(given.model, str(given.artifact.path))
     plan = plan_of(given.model.config, QuantizeConfig(weights=WEIGHTS))

@@ -1,4 +1,4 @@
-"""What a quantization reports: the model before and after, side by side, measured on the same rows and this machine."""
+"""Report of a quantization: the model before and after, on the same rows and on this machine."""
 
 import math
 from collections.abc import Mapping
@@ -34,10 +34,10 @@ def make_report(
     device: torch.device,
 ) -> Report:
     """Return the report of a run; the models are `before` and `after`."""
-    # Where codes were learned, those that they began with stand between the two.
+    # With trained codes, the chosen ones are shown in between.
     sides: dict[str, dict[str, Any]] = {name: rounded(figures) for name, figures in measured.items()}
     for name, model in models.items():
-        give_table(model, Measured())  # the products that it is used with
+        give_table(model, Measured())  # the matmul kernels that are used in generation
         writes = writing_speed(model, batch)
         sides[name] = {
             "bytes": stored_bytes(source if name == "before" else result),
@@ -65,12 +65,12 @@ def make_report(
 
 
 def stored_bytes(artifact: Artifact) -> int:
-    """Return the bytes of a model's tensors on disk."""
+    """Return the size of a model's tensors on disk in bytes."""
     return sum(entry.end - entry.begin for _, _, entry in artifact.tensors.values())
 
 
 def layer_bits(artifact: Artifact, schemes: Mapping[str, Scheme]) -> float:
-    """Return the bits per weight of the matrices inside the blocks, scales and zeros counted."""
+    """Return the bits per weight of the matrices in the blocks, including scales and zero points."""
     shapes = parameter_shapes(artifact.config)
     inside = [name for name in schemes if "layers." in name]
     parts = [f"{name}.{part}" for name in inside for part in (WEIGHT, *PARTS, EXPONENT)]
@@ -80,7 +80,7 @@ def layer_bits(artifact: Artifact, schemes: Mapping[str, Scheme]) -> float:
 
 
 def missed(record: Mapping[str, Any], gate: str) -> str:
-    """Return what is wrong with the model by the gate, or nothing."""
+    """Return which gate the model misses, or an empty string."""
     sides = record["models"]
     name = "perplexity" if record["metric"] in ("loss", "kl") and "perplexity" in sides["before"] else record["metric"]
     if not gate or name not in sides["before"]:

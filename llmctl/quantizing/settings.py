@@ -1,4 +1,4 @@
-"""What a quantization is, before anything is built: settings that the model decides, and those that cannot be."""
+"""Settings of a quantization: those the model decides, and checks before anything is built."""
 
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -19,23 +19,23 @@ from llmctl.training.settings import check_shared, lr_for_size
 SMALL_GROUPS = (*GROUPS, 16, 8)
 REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
 SMALLEST_LR, LARGEST_LR = 1e-6, 1e-3
-"""The peak learning rate of weights falls with the root of the model's size (learned)."""
+"""Peak learning rate of trained weights, falling with the square root of the model size (learned)."""
 
 SCALES_LR, SCALES_BITS = 1e-3, 4
-"""That of scales, which learn as logarithms, is a share of any scale; with every bit more the same share moves the outermost
-codes by twice as many steps, and is half as large."""
+"""Peak learning rate of scales, which are trained as logarithms: a relative change. With each additional bit the same relative
+change moves the outermost codes by twice as many steps, so the rate is halved."""
 
 DEFAULT_STEPS = 200
-"""Steps where codes are learned and no budget is given."""
+"""Steps of `learned` without a budget."""
 
 OUTSIDE = ("head_dense", "classifier_dense")
-"""Maps between the blocks and a head; they are few and get the head's bits."""
+"""Dense layers between the blocks and a head, which get the head's scheme."""
 
 
 def settle(config: QuantizeConfig) -> QuantizeConfig:
-    """Fill in what the model decides, so that the recipe of the run says it.
+    """Fill in what the model decides, so that the run's recipe states it.
 
-    Raises: NotFoundError or ArtifactError for a model that is not there or damaged.
+    Raises: NotFoundError or ArtifactError for a missing or damaged model.
     """
     artifact = read_model(Path(config.model))
     model, train, weights, loss = artifact.config, config.train, config.weights, config.loss
@@ -45,7 +45,7 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     method = weights.method
     if method == "auto":
         scheme = SCHEMES[weights.scheme]
-        # Inputs in few bits are measured on data anyway.
+        # Activation quantization needs calibration data anyway.
         wide = scheme.bits == 8 and not (scheme.activations or weights.target_bpw or weights.target_size)
         method = "nearest" if wide else "guided"
     bare = is_bare(artifact)
@@ -59,15 +59,17 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     )
     if method == "learned" and not (train.steps or train.tokens or train.minutes or train.epochs):
         train = replace(train, steps=DEFAULT_STEPS)
-    if method == "learned":  # codes are told from the weights behind them, which must not be rounded themselves
+    if method == "learned":  # codes are rounded from the weights, which must stay in float32
         train = replace(
             train, master_weights=False, metric=train.metric or ("kl" if loss.name != "none" and task == "text" else "")
         )
     train = replace(train, seq_len=min(train.seq_len, model.max_positions))
-    if method != "learned" and train.dtype == "auto":  # the figures are to show the codes, not the products' rounding
+    if (
+        method != "learned" and train.dtype == "auto"
+    ):  # metrics should show the error of the codes, not of bfloat16 matmuls
         train = replace(train, dtype="float32")
     teacher = config.teacher
-    if teacher.dtype == "auto":  # what is learned is small beside what bfloat16 rounds away of the weights
+    if teacher.dtype == "auto":  # the differences to learn are smaller than bfloat16's rounding of the weights
         teacher = replace(teacher, dtype="float32")
     optim = config.optim
     if not optim.lr:
@@ -79,7 +81,7 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
 
 
 def check_quantize(config: QuantizeConfig) -> None:
-    """Refuse settings that exclude each other, or that this model does not have.
+    """Refuse settings that contradict each other or do not fit the model.
 
     Raises: UsageError listing all of them.
     """
@@ -138,9 +140,9 @@ def check_quantize(config: QuantizeConfig) -> None:
 
 
 def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
-    """Return the scheme of every module that is to be held in few bits; a tied head goes with the embedding.
+    """Return the scheme of every module to quantize; a tied head is quantized with the embedding.
 
-    Raises: UsageError for a group that does not divide a layer's inputs, or nothing left to do.
+    Raises: UsageError for a group size that does not divide a layer's inputs, or if nothing is left to quantize.
     """
     weights = config.weights
     scheme = SCHEMES[weights.scheme]

@@ -1,4 +1,4 @@
-"""Batches as the loop knows them: arrays by name, `labels` among them, made from row numbers."""
+"""Batches of the training loop: arrays by name, including `labels`, made from row numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -13,14 +13,14 @@ Batch = dict[str, np.ndarray]
 
 
 class BatchSource(Protocol):
-    """Batches by row number: the endless training stream, or the rows of a held-out set."""
+    """Batches by row number, of the endless training stream or of a validation set."""
 
     @property
     def n_rows(self) -> int:
-        """Rows of one epoch."""
+        """Number of rows in an epoch."""
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Return the arrays of these rows; `labels` among them."""
+        """Return the arrays of these rows, including `labels`."""
 
 
 def to_device(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
@@ -29,10 +29,10 @@ def to_device(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str
 
 
 def positions(batch: Batch) -> int:
-    """Return how many positions a batch has where tokens are predicted or pooled: the decoder's of a pair."""
+    """Return the number of positions in a batch; of a pair, those of the decoder."""
     return int(batch.get("decoder_input_ids_BT", batch["input_ids_BT"]).size)
 
 
 def idle(batch: Batch) -> Batch:
-    """Return a batch without a label: a pass over it takes part in the exchanges and adds nothing."""
+    """Return the batch without labels: a pass over it joins the collective operations and adds nothing."""
     return batch | {"labels": np.full_like(batch["labels"], IGNORE)}

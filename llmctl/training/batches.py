@@ -114,17 +114,17 @@ def make_batches(
 
 
 def label_flops(config: PretrainConfig, model: ModelConfig) -> float:
-    """Return the model's FLOPs per position of a row; 0 for an encoder-decoder, whose two sides differ in length."""
+    """Return the model's FLOPs per position; 0 for an encoder-decoder, whose two sides differ in length."""
     if model.family == "encoder_decoder":
         return 0.0
     per_token = flops_per_token(model, config.train.seq_len)
-    # The head works where labels are, and nowhere else.
+    # The head runs only at labeled positions.
     unlabeled = 1 - config.data.mask_frac if OBJECTIVES[config.objective].is_masked else 0.0
     return per_token - 6 * Shape.of(model).head * unlabeled
 
 
 def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
-    """Return the rows of a step; those of pairs are taken as full on both sides, which real ones are at most."""
+    """Return the rows of a step for estimates; pairs count as full on both sides, an upper bound."""
     train, data = config.train, config.data
     if shape.family != "encoder_decoder":
         is_encoder = shape.family == "encoder"
@@ -134,6 +134,6 @@ def rows_of(config: PretrainConfig, shape: ModelConfig) -> Rows:
     if OBJECTIVES[config.objective].needs == "sentinels":
         n_noise = max(1, round(train.seq_len * data.mask_frac))
         n_spans = max(1, round(n_noise / data.mean_span_tokens))
-        # Either side has a sentinel per span and ends with its end-of-text token.
+        # Each side has one sentinel per span and an end token.
         source, target = train.seq_len - n_noise + n_spans + 1, n_noise + n_spans + 1
     return Rows(train.batch_size, source, target, packed=True)

@@ -1,4 +1,4 @@
-"""From a budget to a number of steps, and when to evaluate and save."""
+"""From a budget to a number of steps; when to evaluate and save."""
 
 import time
 
@@ -6,18 +6,18 @@ from llmctl.config import TrainConfig
 from llmctl.training.state import State
 
 UNKNOWN = 10**9
-"""The total while a budget of minutes has not been divided by a measured step yet."""
+"""The number of steps while a budget in minutes has not been divided by the measured step time yet."""
 
 
 class Planner:
-    """Turns a budget into a number of steps, which the learning rate needs to know before the end.
+    """Turns a budget into a number of steps, which the learning-rate schedule depends on.
 
-    Steps, tokens and epochs give it at once. A budget of minutes is divided by the measured time of a step: first at step 4,
-    then at doubling steps until half the time is used; after that the plan only shrinks, if the machine gets slower.
+    Steps, tokens and epochs determine it at once. A budget in minutes is divided by the measured step time: first at step 4,
+    then at doubling intervals until half the time is used; after that the number only decreases.
     """
 
     RESERVE_FRAC = 0.06
-    """Share of the time left for the last evaluation and for writing the model."""
+    """Fraction of the budget reserved for the final evaluation and writing the model."""
 
     def __init__(self, config: TrainConfig, deadline: float | None, n_rows: int = 0) -> None:
         self.config, self.deadline, self.n_rows = config, deadline, n_rows
@@ -25,7 +25,7 @@ class Planner:
         self.begun: tuple[int, float] = (0, 0.0)
 
     def begin(self, state: State) -> None:
-        """Set the total where it is not known from a checkpoint."""
+        """Set the number of steps, unless a checkpoint has set it."""
         self.begun = (state.step, time.monotonic())
         self.next_revision = max(4, state.step + 4)
         if state.total_steps:
@@ -36,7 +36,7 @@ class Planner:
         state.total_steps = config.steps or by_tokens or by_epochs or UNKNOWN
 
     def revise(self, state: State) -> None:
-        """Divide the time that is left by the time that a step takes."""
+        """Recompute the number of steps from the remaining time and the measured step time."""
         if self.deadline is None or state.step < self.next_revision:
             return
         now = time.monotonic()
@@ -50,12 +50,12 @@ class Planner:
         self.next_revision = state.step * 2 if is_early else state.step + max(1, state.step // 20)
 
     def is_check_due(self, state: State) -> bool:
-        """Tell whether this step is evaluated, and has not been yet."""
+        """Return whether this step has to be evaluated and has not been yet."""
         if state.step in (0, state.checked_step):
             return False
         every = self.config.eval_every or max(1, -(-state.total_steps // 10))
         return state.step >= state.total_steps or state.step % every == 0
 
     def is_save_due(self, state: State) -> bool:
-        """Tell whether this step gets a checkpoint that no evaluation makes."""
+        """Return whether a checkpoint is due at this step besides those of evaluations."""
         return bool(self.config.save_every) and state.step % self.config.save_every == 0

@@ -1,4 +1,4 @@
-"""The model that a run trains: a preset with its overrides, initialized for a tokenizer, or one that is there."""
+"""The model to pretrain: a preset with overrides, initialized for a tokenizer, or an existing model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,12 @@ from llmctl.training.settings import check_family, model_config
 
 
 def load_base(config: PretrainConfig) -> Any:
-    """Load the model that `model.preset` names if it is a path, else return None."""
+    """Load the model if `model.preset` is a path, else return None."""
     name = config.model.preset
     if name == "auto" or name.lower() in PRESETS or name.lower() in ALIASES:
         return None
     if not Path(name).exists():
-        get_preset(name)  # raises, with the closest name
+        get_preset(name)  # raises, suggesting the closest name
     base = load_model(Path(name), device="cpu", dtype="float32")
     check_family(config, base.model.config.family, name)
     if base.tokenizer is None:
@@ -28,7 +28,7 @@ def load_base(config: PretrainConfig) -> Any:
 
 
 def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """Build and initialize the model for a tokenizer: its vocabulary and ids, and a context of at least a row."""
+    """Build and initialize the model with the tokenizer's vocabulary and ids, and a context of at least `train.seq_len`."""
     shape = model_config(config)
     check_family(config, shape.family, config.model.preset)
     wanted = config.model.overrides.get("vocab_size", 0)

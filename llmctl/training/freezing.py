@@ -1,4 +1,4 @@
-"""Which parameters train: those that no pattern of `train.freeze` names."""
+"""Freeze parameters by the patterns of `train.freeze`."""
 
 import re
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from llmctl.errors import UsageError
 from llmctl.model.transformer import LanguageModel
 
 LAYERS = re.compile(r"layers\.(\d+)(?:-(\d+))?")
-"""`layers.2` or `layers.0-3`: layers by number, both ends included, of every stack."""
+"""`layers.2` or `layers.0-3` (inclusive), in every stack."""
 
 
 def freeze(model: LanguageModel, patterns: Sequence[str]) -> int:
-    """Take the parameters that patterns name out of training, and return how many numbers they hold.
+    """Freeze the parameters that match a pattern, and return their number of elements.
 
     A pattern is `embeddings`, `layers.N`, `layers.M-N`, or a shell pattern of parameter names.
-    Raises: UsageError for a pattern that names nothing, and if nothing is left to train.
+    Raises: UsageError for a pattern without a match, or if nothing is left to train.
     """
     named = dict(model.named_parameters())
     for pattern in patterns:
@@ -34,7 +34,7 @@ def freeze(model: LanguageModel, patterns: Sequence[str]) -> int:
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Tell whether a pattern names a parameter."""
+    """Return whether a pattern matches a parameter."""
     if pattern == "embeddings":
         return ".embed_" in name or ".embedding_norm." in name
     layers = LAYERS.fullmatch(pattern)

@@ -1,4 +1,4 @@
-"""Figures on held-out rows: the same batches on any number of processes, added up exactly."""
+"""Metrics on held-out rows: the same batches on any number of processes, summed exactly."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from llmctl.training.batch import BatchSource, idle, to_device
 from llmctl.training.objectives import Objective
 
 EVAL_ROWS = 16
-"""Rows measured together where no micro-batch says otherwise."""
+"""Rows per forward pass, unless a micro-batch size is set."""
 
 
 def measure(
@@ -27,9 +27,9 @@ def measure(
     *,
     sharded: bool,
 ) -> dict[str, float]:
-    """Return an objective's figures on all rows, or on evenly spread ones of `max_tokens`; dropout off.
+    """Return an objective's metrics without dropout, on all rows or on evenly spaced ones of `max_tokens`.
 
-    `module` is the objective as it is wrapped. `give_way` is called between batches, by all processes together, and may raise.
+    `module`: the wrapped objective. `give_way` is called between batches, in all processes together, and may raise.
     """
     n_rows = source.n_rows
     wanted = n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // config.seq_len))
@@ -40,7 +40,7 @@ def measure(
     outputs = torch.zeros(len(rows), objective.n_outputs, dtype=torch.float64, device=runtime.device)
     module.eval()
     try:
-        # Gathered weights must not be inference tensors: training uses them again.
+        # Gathered weights must not be inference tensors, since training uses them again.
         with torch.no_grad() if sharded else torch.inference_mode():
             for start in range(0, len(batches), runtime.world_size):
                 give_way()
@@ -52,7 +52,7 @@ def measure(
                     if loss.outputs is not None:
                         first = index * size
                         outputs[first : first + len(loss.outputs)] = loss.outputs.double()
-                elif sharded:  # every pass gathers weights, so all processes must make as many
+                elif sharded:  # each forward pass gathers weights, so all processes must run equally many
                     module(to_device(idle(source.batch(batches[0])), runtime.device))
     finally:
         module.train()

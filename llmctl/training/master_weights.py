@@ -1,7 +1,7 @@
-"""Weights in bfloat16 beside a float32 master that takes the updates.
+"""bfloat16 weights with float32 master weights that receive the updates.
 
-Products need no conversion of weights, and the residual stream is half as wide; an update that is too small for
-bfloat16 is kept in the master until it counts. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.1.
+Matmuls need no weight conversion and activations take half the memory; updates too small for bfloat16 accumulate in the
+master weights. Source: Micikevicius et al. 2018, arXiv:1710.03740, section 3.1.
 """
 
 import copy
@@ -15,7 +15,7 @@ from llmctl.model.transformer import LanguageModel
 
 
 class Masters:
-    """A model whose parameters are bfloat16, and its float32 twin; tied weights are tied in both."""
+    """A model with bfloat16 parameters and its float32 copy; tied weights are tied in both."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.master = model, copy.deepcopy(model)
@@ -25,18 +25,18 @@ class Masters:
 
     @torch.no_grad()
     def push(self) -> None:
-        """Give the model what the master holds, rounded."""
+        """Copy the master weights to the model, rounded."""
         torch._foreach_copy_([parameter.data for parameter, _ in self.pairs], [master.data for _, master in self.pairs])
 
     def restore(self) -> None:
-        """Let the model be float32 again, with the master's weights."""
+        """Convert the model back to float32 with the master weights."""
         for parameter, master in self.pairs:
             parameter.grad = None
             parameter.data = master.data
 
 
 class MasterGradients(Gradients):
-    """Adds the model's bfloat16 gradients up in the master, in float32."""
+    """Accumulates the model's bfloat16 gradients in the master, in float32."""
 
     def __init__(self, runtime: Runtime, module: nn.Module, masters: Masters) -> None:
         pairs = [pair for pair in masters.pairs if pair[1].requires_grad]
@@ -44,7 +44,7 @@ class MasterGradients(Gradients):
         self.pairs = pairs
 
     def collect(self) -> None:
-        """Move the gradients of a micro-batch to the master."""
+        """Add the gradients of a micro-batch to the master's."""
         for parameter, master in self.pairs:
             gradient: Tensor | None = parameter.grad
             if gradient is None:
@@ -57,5 +57,5 @@ class MasterGradients(Gradients):
 
 
 def wants_masters(runtime: Runtime, *, is_on: bool) -> bool:
-    """Tell whether a run trains this way: one process, on a processor, in bfloat16."""
+    """Return whether a run uses master weights: one process, on a CPU, in bfloat16."""
     return is_on and runtime.dtype == torch.bfloat16 and runtime.device.type == "cpu" and runtime.world_size == 1

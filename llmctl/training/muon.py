@@ -1,7 +1,7 @@
-"""Muon: momentum whose update is made orthogonal, for the hidden matrices of a model.
+"""Muon: momentum with an orthogonalized update, for the hidden matrices of a model.
 
-Ours rather than torch's for two reasons: products run in the dtype that is fast on the machine (torch's are always
-bfloat16, which many processors multiply at half of float32's rate), and a sharded matrix is orthogonalised whole.
+Not torch's, for two reasons: matmuls run in the dtype that is fast on the machine (torch's always use bfloat16, which many
+CPUs multiply at half of float32's rate), and a sharded matrix is orthogonalized as a whole.
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; scale of the update: same, "original".
 """
 
@@ -15,12 +15,12 @@ from torch import Tensor
 from llmctl.distributed.sharding import shared_like, whole_tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration, chosen for the steepest slope at zero; singular values end between 0.7 and 1.2."""
+"""Coefficients of the quintic iteration, chosen for the steepest slope at zero; singular values end between 0.7 and 1.2."""
 
 N_ITERATIONS = 5
 
 TOGETHER = 16
-"""Matrices of one shape that are made orthogonal in one call: small products alone do not fill a processor."""
+"""Matrices of one shape orthogonalized per call: small matmuls alone do not use all cores."""
 
 
 def orthogonalise(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,7 +33,7 @@ def orthogonalise(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the spectral norm is at most this one
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the Frobenius norm bounds the spectral norm
     for _ in range(N_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -41,9 +41,9 @@ def orthogonalise(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay.
+    """Orthogonalized Nesterov momentum with decoupled weight decay.
 
-    `dtype` is that of the iterations: bfloat16 is enough for them where it is fast.
+    `dtype`: of the iterations; bfloat16 is precise enough where it is fast.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take one step; parameters without a gradient stay."""
+        """Take one step; parameters without a gradient do not change."""
         assert closure is None, "the loss is not computed again"
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}

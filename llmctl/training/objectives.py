@@ -1,6 +1,6 @@
-"""What is learned: objectives as `(model, batch) -> Loss`, and the table that names them.
+"""Training objectives as functions `(model, batch) -> Loss`.
 
-Next token, masked token, span and pair prediction are one function: they differ in which labels a batch carries.
+Next-token, masked-token, span and pair prediction are one objective: they differ only in the labels of a batch.
 """
 
 from collections.abc import Mapping
@@ -22,28 +22,26 @@ from llmctl.preparing.corpus import Corpus
 
 
 class Objective(nn.Module):
-    """`forward(batch) -> Loss`, and the figures that its sums make on held-out rows.
+    """`forward(batch) -> Loss`, and the metrics computed from its sums over held-out rows.
 
-    parts: the loss's parts that are added up; n_outputs: numbers that evaluation keeps of every row, for figures that
-    are no sums.
+    parts: additional sums of the loss; n_outputs: values kept per row in evaluation, for metrics that are not sums.
     """
 
     parts: tuple[str, ...] = ()
     n_outputs = 0
     progress = 0.0
-    """The share of the steps that is done, kept up by the loop: for losses that change on their way."""
+    """The fraction of the steps that is done, set by the loop, for losses that change during training."""
 
     def figures(self, nats: float, count: float, parts: Mapping[str, float], outputs: NDArray[Any]) -> dict[str, float]:
-        """Return the figures of sums over held-out rows and of the outputs of every row (N, n_outputs): the loss."""
+        """Return the metrics of sums over held-out rows and of the outputs of every row (N, n_outputs): the loss."""
         del parts, outputs
         return {"loss": nats / max(count, 1.0)}
 
 
 class LabelPrediction(Objective):
-    """Predict a batch's labels with a model; head and loss run inside `forward`, so that wrappers see all of it.
+    """Cross-entropy on a batch's labels; head and loss run inside `forward`, so that DDP and FSDP wrap all of it.
 
-    `token_bytes` (V,) are the UTF-8 bytes of each token: their sum over the labels makes bits per byte comparable
-    between tokenizers.
+    `token_bytes` (V,): UTF-8 bytes of each token, which make bits per byte comparable between tokenizers.
     """
 
     token_bytes: Tensor
@@ -83,11 +81,11 @@ class LabelPrediction(Objective):
 
 
 class Classification(Objective):
-    """Predict a row's label, labels or number with a model's classification head.
+    """Classification or regression with a model's classification head.
 
-    Batches hold `labels` (B, 1), IGNORE where a row does not count, and `targets` (B, K): the label's number; 0 or 1 for
-    each label of several; or the number itself. The loss is summed over rows: cross-entropy, binary cross-entropy
-    (a mean over the labels), squared error.
+    Batches have `labels` (B, 1), IGNORE for rows that do not count, and `targets` (B, K): the label's index; 0 or 1 for each
+    of several labels; or a number. The loss is summed over rows: cross-entropy, binary cross-entropy (mean over the labels),
+    or squared error.
     """
 
     parts = ("correct",)
@@ -99,14 +97,14 @@ class Classification(Objective):
         self.n_outputs = 2 if config.problem == "single" else 2 * config.n_labels
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Return the loss summed over rows, with part `correct`; in evaluation also predictions beside targets."""
+        """Return the loss summed over rows, with part `correct`; in evaluation also predictions and targets."""
         inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
         return self.loss(self.model.classify(**inputs).float(), batch)
 
     def loss(
         self, logits_BL: Tensor, batch: dict[str, Tensor], more_B: Tensor | None = None, weight: float = 1.0
     ) -> Loss:
-        """Return the loss of outputs: `weight` times that of the labels, plus `more` per row."""
+        """Return the loss of logits: `weight` times that of the labels, plus `more_B` per row."""
         counts_B1 = batch["labels"] != IGNORE
         targets = batch["targets"]
         if self.model.config.problem == "single":
@@ -162,7 +160,7 @@ def label_prediction(model: LanguageModel, corpus: Corpus, train: TrainConfig) -
 
 
 def token_bytes_of(corpus: Corpus, config: ModelConfig) -> Tensor:
-    """Return the bytes of every token of a model's vocabulary (V,); ids that only pad it have none."""
+    """Return the bytes of every token of a model's vocabulary (V,); padding rows have 0."""
     token_bytes = np.zeros(config.vocab_size, dtype=np.int32)
     known = corpus.tokenizer.token_bytes()
     token_bytes[: len(known)] = known

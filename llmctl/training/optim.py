@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate as a pure function of the step: there is no scheduler state to lose."""
+"""Optimizers, and the learning rate as a pure function of the step: there is no scheduler state to save."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from llmctl.tables.optimizers import OPTIMIZERS
 from llmctl.training.muon import Muon
 
 NOT_FOR_MUON = ("embed", "lm_head", "relative_bias", "classifier", "lora_")
-"""Parts of parameter names: tables, heads and thin factors are not maps that Muon's geometry is made for."""
+"""Parts of parameter names that Muon is not meant for: embeddings, heads and low-rank factors."""
 
 
 def make_optimizers(
@@ -73,9 +73,9 @@ def grouped(
 
 
 def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
-    """Return each parameter's factor on the learning rate: 1 for the head, less by `decay` with every layer below.
+    """Return each parameter's learning-rate factor: 1 for the head, multiplied by `decay` for every layer below.
 
-    Embeddings are below the first layer. The decoder of an encoder-decoder stands on top of its encoder.
+    Embeddings count as below the first layer, the decoder of an encoder-decoder as on top of its encoder.
     """
     places = {name: re.match(r"(.*\.)layers\.(\d+)\.", name) for name in names}
     found = {(place[1], int(place[2])) for place in places.values() if place}
@@ -93,7 +93,7 @@ def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Tell whether a parameter is a hidden matrix."""
+    """Return whether a parameter is a hidden matrix."""
     return parameter.dim() == 2 and not any(part in name for part in NOT_FOR_MUON)
 
 
@@ -139,7 +139,7 @@ def constant(step: int, warmup_steps: int, total_steps: int, config: OptimConfig
 
 
 def set_rates(optimizers: dict[str, torch.optim.Optimizer], config: OptimConfig, share: float) -> None:
-    """Set every optimizer's learning rate to this share of its peak."""
+    """Set every optimizer's learning rate to this fraction of its peak."""
     for name, optimizer in optimizers.items():
         rate = getattr(config, OPTIMIZERS[name].rate)
         for group in optimizer.param_groups:
@@ -156,10 +156,10 @@ def named_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer]) 
 
 
 def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], saved: Checkpoint) -> None:
-    """Put back what `named_state` gave; keys are matched by parameter name, and a process takes its own rows.
+    """Restore what `named_state` yielded, by parameter name; each process takes its own rows.
 
-    What a parameter has by now and had not then (at a rollback to before the first step) is forgotten.
-    Raises: ArtifactError if the checkpoint is of other optimizers or parameters, or lacks a part of their state.
+    State that is not in the checkpoint (after a rollback to before the first step) is cleared.
+    Raises: ArtifactError if the checkpoint has other optimizers or parameters, or lacks part of their state.
     """
     parameters = dict(model.named_parameters())
     states: dict[tuple[str, str], dict[str, Any]] = {}

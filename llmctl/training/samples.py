@@ -1,4 +1,4 @@
-"""Samples during training: fixed prompts that the model continues at every evaluation, so that one sees it learn."""
+"""Samples at every evaluation: continuations of fixed prompts that show the model learning."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def make_sampler(config: PretrainConfig, corpus: Corpus, loaded: Loaded) -> Samp
 
 
 def own_prompts(config: PretrainConfig, corpus: Corpus) -> tuple[str, ...]:
-    """Return the prompts of the embedded corpus, or the beginning of a held-out document of the user's own."""
+    """Return the prompt for the built-in corpus, or the beginning of a held-out document of the user's data."""
     if not config.data.paths:
         return (OBJECTIVES[config.objective].prompt,)
     index = int(corpus.held_out[0])

@@ -1,6 +1,6 @@
-"""Which settings make sense, by themselves, with the data at hand, and beside those of a run that goes on.
+"""Checks of settings: alone, against the data, and against those of a resumed run.
 
-Knows no model and no device; everything here is decided before anything is built.
+Knows no model and no device: all of it happens before anything is built.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ def with_budget(config: PretrainConfig) -> PretrainConfig:
 
 
 def check(config: PretrainConfig) -> None:
-    """Refuse settings that exclude each other before anything is read.
+    """Refuse settings that contradict each other, before anything is read.
 
     Raises: UsageError listing all of them.
     """
@@ -40,7 +40,7 @@ def check(config: PretrainConfig) -> None:
 
 
 def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -> None:
-    """Refuse what no training command can do, and `more`: pairs of whether something is wrong and the sentence for it.
+    """Refuse settings that no training command accepts, and `more`: pairs of a condition and its message.
 
     Raises: UsageError listing all of them.
     """
@@ -70,7 +70,7 @@ def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -
 
 
 def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
-    """Refuse text that is too short to learn from.
+    """Refuse text that is too short to train on.
 
     Raises: UsageError with the numbers.
     """
@@ -92,7 +92,7 @@ def check_corpus(config: PretrainConfig, corpus: Corpus) -> None:
 
 
 def model_config(config: PretrainConfig) -> ModelConfig:
-    """Return the shape to train: the preset in the objective's family, with the overrides, not yet a vocabulary."""
+    """Return the preset in the objective's family with the overrides, before the vocabulary is known."""
     name = "tiny" if config.model.preset == "auto" else config.model.preset
     family = config.model.overrides.get("family", OBJECTIVES[config.objective].families[0])
     shape = preset_config(name, family if get_preset(name).dims_only else None)
@@ -114,7 +114,7 @@ def check_family(config: PretrainConfig, family: Family, name: str) -> None:
 
 
 def refuse_changes(path: Path, changes: Mapping[str, tuple[Any, Any]], allowed: Sequence[str]) -> None:
-    """Keep a run from going on with another recipe unless its user says that he means it.
+    """Refuse to resume a run with changed settings, unless they are allowed.
 
     Raises: UsageError with the difference.
     """

@@ -1,4 +1,4 @@
-"""What changes while training, besides weights and optimizer; saved with every checkpoint, each number needed."""
+"""The state of the loop besides weights and optimizer, saved with every checkpoint."""
 
 import math
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ from typing import Any
 from llmctl.errors import ArtifactError
 
 WINDOW = 128
-"""Steps whose losses and gradient norms tell what is usual (OLMo's SkipStepOptimizer)."""
+"""Window of recent losses and gradient norms in steps (OLMo's SkipStepOptimizer)."""
 
 FEWEST = 32
-"""Steps before which nothing is called a spike."""
+"""Steps before spikes are detected."""
 
 N_DEVIATIONS = 6.0
 
 
 @dataclass
 class State:
-    """The numbers of the loop.
+    """The counters of the loop.
 
-    There is no position in the data and no state of random numbers: both follow from (seed, step). Nor is there one
-    of a scheduler: the learning rate follows from (step, total_steps, lr_scale).
+    There is no data position and no random state: both follow from (seed, step). There is no scheduler state: the learning
+    rate follows from (step, total_steps, lr_scale).
     """
 
     step: int = 0
@@ -44,13 +44,13 @@ class State:
     trackers: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON knows it."""
+        """Return the state for JSON."""
         return asdict(self)
 
     def take(self, saved: Mapping[str, Any]) -> None:
-        """Become the saved state.
+        """Take over a saved state.
 
-        Raises: ArtifactError if an item is missing: a run that goes on without it would not be the same.
+        Raises: ArtifactError if an item is missing: the resumed run would differ.
         """
         for item in fields(self):
             if item.name not in saved:
@@ -58,7 +58,7 @@ class State:
             setattr(self, item.name, saved[item.name])
 
     def spike(self, loss: float, norm: float) -> str:
-        """Return what stands out of the last steps, in words, or an empty string; remember the two otherwise.
+        """Return a description of a spike, or an empty string; both values join the window.
 
         Source: OLMo-core's SkipStepOptimizer: more than six deviations above the mean of 128 steps.
         """

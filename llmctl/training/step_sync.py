@@ -1,4 +1,4 @@
-"""What processes tell each other before a step, in one sum: counts, signals, and the first one's clock and plan."""
+"""What processes exchange before a step, in one all-reduce: counts, signals, and the first one's clock and step budget."""
 
 import signal
 from dataclasses import astuple, dataclass
@@ -10,10 +10,10 @@ from llmctl.distributed.runtime import Runtime
 
 @dataclass(frozen=True)
 class Word:
-    """What one process says, or the sum over all of them; every field is a number, so that words can be added up.
+    """The values of one process, or their sum over all; every field is a number.
 
     labels, positions: of the step's own micro-batches. sigint, sigterm, sighup: 1 for the signal that came.
-    wants_save, at_limit: 1 if a checkpoint is due, if the time is up. total_steps: the plan, from the first one only.
+    wants_save, at_limit: 1 if a checkpoint is due, if the time limit is reached. total_steps: from the first process only.
     """
 
     labels: float = 0
@@ -27,12 +27,12 @@ class Word:
 
     @property
     def number(self) -> int:
-        """The signal to end for, 0 if none came."""
+        """The signal that ends the run, 0 if none came."""
         came = {signal.SIGINT: self.sigint, signal.SIGTERM: self.sigterm, signal.SIGHUP: self.sighup}
         return next((int(number) for number, count in came.items() if count), 0)
 
 
 def agree(runtime: Runtime, word: Word) -> Word:
-    """Return the sum of what all processes say."""
+    """Return the sum over all processes."""
     told = torch.tensor(astuple(word), dtype=torch.float64, device=runtime.device)
     return Word(*runtime.sum(told).tolist())

@@ -1,4 +1,4 @@
-"""Signals, noted for the loop to act on between two steps: save and end, or save and go on."""
+"""Signals, recorded for the loop to act on between two steps: save and stop, or save and continue."""
 
 import os
 import signal
@@ -12,23 +12,23 @@ from types import FrameType
 from llmctl.distributed.ranks import LAUNCHED
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a run after the step at hand."""
+"""Signals that end a run after the current step."""
 
 ECHO_SECONDS = 2.0
-"""Time in which a second signal is the first one again: `systemctl stop` and Slurm signal every process of a job, the
-launcher as well as those it passes the signal on to."""
+"""Interval in which a second signal counts as the first: `systemctl stop` and Slurm signal every process of a job, and the
+launcher forwards its signal too."""
 
 
 @dataclass
 class Caught:
-    """The first ending signal that came, 0 if none, and whether SIGUSR1 asked for a checkpoint."""
+    """The first stop signal (0 if none), and whether SIGUSR1 requested a checkpoint."""
 
     number: int = 0
     wants_save: bool = False
 
 
 class SecondSignalError(KeyboardInterrupt):
-    """A second signal while the first is being obeyed: ends at once, with the exit code 128 + number."""
+    """A second signal while the first is handled: exits at once with code 128 + number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -37,10 +37,10 @@ class SecondSignalError(KeyboardInterrupt):
 
 @contextmanager
 def watch_signals() -> Iterator[Caught]:
-    """Note signals for the loop; a second ending one ends at once.
+    """Record signals for the loop; a second stop signal exits at once.
 
-    A signal that was ignored when the process began (a job in the background, `nohup`) stays ignored. Workers that
-    are forked later inherit the handlers, but only the process that set them acts.
+    Signals ignored at startup (background jobs, `nohup`) stay ignored. Forked workers inherit the handlers, but only the
+    process that set them acts.
     """
     caught, owner = Caught(), os.getpid()
     echoes_until = 0.0

@@ -1,4 +1,4 @@
-"""Cut a student out of a model: which layers go, and what the others lose, by measurements on a few batches."""
+"""Prune a student from a model: layers, heads, units and channels, chosen by measurements on a few batches."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from llmctl.model.importance import Batches, Importance, rank, stack_of
 from llmctl.model.transformer import LanguageModel, load_tensors
 
 GREEDY_LAYERS = 12
-"""Of deeper models the layers that go are chosen by their influence: trying each takes too long."""
+"""Depth above which layers are chosen by influence, since trying each one takes too long."""
 
 MeanLoss = Callable[[LanguageModel, Sequence[int] | None], float]
-"""The loss of a model that has these hidden channels of the one that is cut; None is all of them."""
+"""The loss of a model that has these hidden channels of the pruned one; None is all of them."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What was cut out: its shape, its state, and how it was chosen."""
+    """A pruned model: its shape, its state dict, and how it was chosen."""
 
     config: ModelConfig
     state: dict[str, Tensor]
@@ -39,12 +39,12 @@ def cut_student(
     say: Callable[[str], None],
     refit_batches: Batches = (),
 ) -> Cut:
-    """Cut a shape out of a model.
+    """Prune a model to a shape.
 
-    mean_loss: the loss of a model on the same batches. refit_batches: those on which the maps into the stream are solved
-    for anew; without any they stay as they were cut. pick: `greedy` lets the layer go whose absence costs least, one
-    after the other; `influence` those that change the stream least; `uniform` keeps evenly spaced ones; `auto` is greedy
-    where that is few enough trials. The first layer stays, and by influence the last.
+    mean_loss: the loss of a model on the same batches. refit_batches: those on which output projections are refit; without
+    any they are not. pick: `greedy` removes the layer whose removal costs least, one after the other; `influence` those that
+    change the residual stream least; `uniform` keeps evenly spaced ones; `auto` is greedy if that needs few trials. The first
+    layer is always kept, by influence the last too.
     """
     config = model.config
     report: dict[str, Any] = {"loss_before": mean_loss(model, None)}
@@ -79,7 +79,7 @@ def cut_student(
 
 
 def told(layers: Mapping[str, Sequence[int]], config: ModelConfig) -> str:
-    """Return which layers stay, in words."""
+    """Return a description of the kept layers."""
     parts = []
     for prefix, kept in layers.items():
         name = prefix.removeprefix("model.").rstrip(".")
@@ -91,7 +91,7 @@ def told(layers: Mapping[str, Sequence[int]], config: ModelConfig) -> str:
 def choose_layers(
     model: LanguageModel, prefix: str, wanted: int, importance: Importance, mean_loss: MeanLoss, way: str
 ) -> tuple[int, ...]:
-    """Return the layers of a stack that stay, in their order."""
+    """Return the kept layers of a stack in order."""
     n_layers = prefixes(model.config)[prefix]
     if way == "uniform":
         step = (n_layers - 1) / max(1, wanted - 1)
@@ -109,7 +109,7 @@ def choose_layers(
 
 
 def loss_without(model: LanguageModel, prefix: str, layers: Sequence[int], missing: int, mean_loss: MeanLoss) -> float:
-    """Return the loss with some layers of a stack, without one of them; the model is as before afterwards."""
+    """Return the loss with some layers of a stack and without one of them; the model is restored."""
     stack = stack_of(model, prefix)
     whole = stack.layers
     stack.layers = nn.ModuleList(whole[layer] for layer in layers if layer != missing)
@@ -122,7 +122,7 @@ def loss_without(model: LanguageModel, prefix: str, layers: Sequence[int], missi
 def narrow(
     model: LanguageModel, shape: ModelConfig, importance: Importance, layers: dict[str, tuple[int, ...]]
 ) -> Kept:
-    """Return what stays, with the channels, heads and units that do most."""
+    """Return what is kept: the most important channels, heads and units."""
     config = model.config
     channels = best(importance.channels, shape.d_model) if shape.d_model < config.d_model else None
     units: dict[str, Tensor] = {}
@@ -135,7 +135,7 @@ def narrow(
 
 
 def shared(config: ModelConfig, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the scores of heads; under one table of relative positions all self-attentions of a stack share them."""
+    """Return the scores of heads; a shared relative position table makes all self-attentions of a stack keep the same heads."""
     if config.positions != "relative":
         return dict(groups)
     result = dict(groups)
@@ -147,12 +147,12 @@ def shared(config: ModelConfig, groups: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def best(scores: Tensor, n: int) -> Tensor:
-    """Return the numbers of the n largest scores, in their order."""
+    """Return the indices of the n largest scores in ascending order."""
     return scores.topk(n).indices.sort().values
 
 
 def norm_factors(importance: Importance, channels: Tensor | None) -> dict[str, float]:
-    """Return factors that keep what norms give for the channels that stay, whose mean square is another than all's."""
+    """Return norm factors that preserve the scale of the kept channels, whose mean square differs from that of all."""
     if channels is None:
         return {}
     return {

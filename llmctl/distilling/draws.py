@@ -1,9 +1,9 @@
-"""Draws from distributions over a vocabulary, by random numbers that belong to an address.
+"""Sample from distributions over a vocabulary with counter-based random numbers.
 
-`torch.multinomial` adds the vocabulary up in float32, where the mass of a tail token is less than the sum's last digit: such
-tokens are drawn too seldom or never. Here the vocabulary is summed in blocks, and the sums are added up in float64, so that
-every token has its share. The numbers come from a counter (Salmon et al. 2011, doi:10.1145/2063384.2063405), not from a
-state: they are the same in any order and on any device.
+`torch.multinomial` sums the vocabulary in float32, where the probability of a tail token is below the sum's precision: such
+tokens are sampled too rarely or never. Here blocks of the vocabulary are summed and their sums accumulated in float64, so
+that every token keeps its probability. Random numbers come from a counter (Salmon et al. 2011,
+doi:10.1145/2063384.2063405), not from a state: they are the same in any order and on any device.
 """
 
 import numpy as np
@@ -13,22 +13,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 64
-"""Tokens of a block: few enough that looking through one costs little, many enough that there are few."""
+"""Tokens per block: small enough to search cheaply, large enough that there are few blocks."""
 
 
 def uniforms(seed: int, address: int, n_labels: int, n_draws: int) -> NDArray[np.float64]:
-    """Return numbers from [0, 1) that belong to (seed, address), of shape (L, n); more labels leave the first as they are."""
+    """Return uniform numbers (L, n) in [0, 1) for (seed, address); more labels do not change the first ones."""
     key = np.array([seed % 2**64, address % 2**64], dtype=np.uint64)
-    # Bits, not Generator.random: NumPy promises that these never change.
+    # Raw bits, not Generator.random: NumPy guarantees that these never change.
     raw = np.random.Philox(key=key).random_raw(n_labels * n_draws)
     return ((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(n_labels, n_draws)
 
 
 def draw(p_LV: Tensor, uniforms_Ln: Tensor) -> Tensor:
-    """Return the tokens (L, n) that numbers from [0, 1), float64, point to in distributions, which need not add up to one."""
+    """Return the tokens (L, n) selected by float64 numbers in [0, 1); the distributions need not sum to one."""
     n_pad = -p_LV.shape[1] % BLOCK
     p_LGB = (F.pad(p_LV, (0, n_pad)) if n_pad else p_LV).unflatten(1, (-1, BLOCK))
-    # Sums of a block are good to 1e-7 of themselves in float32; it is their sum that is not.
+    # A block's sum is accurate to 1e-7 in float32; the sum over all blocks is not.
     mass_LG = p_LGB.sum(2).double().cumsum(1)
     place_Ln = below(uniforms_Ln * mass_LG[:, -1:], mass_LG[:, -1:])
     block_Ln = torch.searchsorted(mass_LG, place_Ln, right=True)
@@ -42,5 +42,5 @@ def draw(p_LV: Tensor, uniforms_Ln: Tensor) -> Tensor:
 
 
 def below(place: Tensor, end: Tensor) -> Tensor:
-    """Return places that rounding has not moved to the end, where no token lies."""
+    """Return indices clamped to tokens with nonzero probability, in case rounding moved them past the end."""
     return torch.minimum(place, torch.nextafter(end, torch.zeros_like(end)))

@@ -1,7 +1,7 @@
-"""What a student learns: a teacher's distribution of the next token, of labels, or its hidden states.
+"""Distillation objectives: a teacher's distribution over tokens or labels, or its hidden states.
 
-Objectives over the student alone; a teacher is asked from inside `forward` and is no part of the module, so that
-wrappers which exchange or shard parameters see one model. Signals that were written down before stand in for it.
+The teacher runs inside `forward` but is not a submodule, so that DDP and FSDP see only the student. Cached teacher outputs
+can replace it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,11 +35,10 @@ MEASURED = ("kl", "agreement", "overlap", *BINS)
 
 @dataclass(frozen=True)
 class Matching:
-    """What is matched besides predictions: `hidden`, `relation` or nothing.
+    """What is matched besides predictions: `hidden`, `relation` or `none`.
 
-    labels_frac: predicted labels per position, which turns a sum over positions into one over labels, so that the
-    mean of both is taken over the same count, however a batch is cut. channels: the teacher's hidden channels that the
-    student has; None is all of them.
+    labels_frac: labels per position, which scales a sum over positions to one over labels, so that both are divided by the
+    same count, however a batch is split. channels: the teacher's hidden channels that the student has; None is all of them.
     """
 
     kind: str = "none"
@@ -51,7 +50,7 @@ class Matching:
 
 
 def make_divergence(config: DistillLossConfig, progress: float = 0.0) -> Divergence:
-    """Return the divergence of a recipe; `progress` moves TAID's target from the student to the teacher."""
+    """Return the divergence of a config; `progress` moves TAID's target from the student to the teacher."""
     share = config.taid_start + (1 - config.taid_start) * progress
     return Divergence(
         config.name,
@@ -64,7 +63,7 @@ def make_divergence(config: DistillLossConfig, progress: float = 0.0) -> Diverge
 
 
 def calibration_error(bins_3N: NDArray[Any]) -> float:
-    """Return the expected calibration error of (count, sum of confidences, number right) per bin.
+    """Return the expected calibration error of (count, sum of confidences, number correct) per bin.
 
     Source: Guo et al. 2017, arXiv:1706.04599, eq. 3.
     """
@@ -73,7 +72,7 @@ def calibration_error(bins_3N: NDArray[Any]) -> float:
 
 
 def real_positions(batch: Mapping[str, Tensor]) -> Tensor:
-    """Return where the stack under the head reads real tokens, bool (B, T)."""
+    """Return which positions of the stack under the head are not padding, bool (B, T)."""
     name = "decoder_" if "decoder_input_ids_BT" in batch else ""
     documents_BT = batch.get(f"{name}documents_BT")
     return (
@@ -82,7 +81,7 @@ def real_positions(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 class _WithTeachers(Objective):
-    """What the objectives below share: a student, its teachers, and what is matched between them."""
+    """Shared by the objectives below: a student, its teachers, and what is matched between them."""
 
     def __init__(self, model: LanguageModel, teachers: Sequence[Teacher], matching: Matching) -> None:
         super().__init__()
@@ -91,7 +90,7 @@ class _WithTeachers(Objective):
         self.matching = matching
 
     def see(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Attended | None, list[Seen]]:
-        """Return the student's hidden states and what its last layer attends with, and what the teachers see."""
+        """Return the student's hidden states, the queries, keys and values of its last layer, and the teachers' outputs."""
         inputs = inputs_of(batch)
         attended: Attended | None = None
         layer = 0
@@ -130,10 +129,10 @@ class _WithTeachers(Objective):
 
 
 class Distillation(_WithTeachers):
-    """Learn a teacher's distribution over the vocabulary at every label, mixed with the label itself.
+    """Divergence from a teacher's distribution over the vocabulary at every label, mixed with cross-entropy.
 
-    The held-out loss is the cross-entropy of the data, as everywhere, so that figures compare; beside it stand the
-    divergence from the teacher and how far the two agree.
+    The held-out loss is the cross-entropy on the data, as everywhere, so that metrics compare; KL divergence and agreement
+    with the teacher are reported next to it.
     """
 
     token_bytes: Tensor
@@ -159,7 +158,7 @@ class Distillation(_WithTeachers):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Return the loss summed over labels; in evaluation also how teacher and student compare."""
+        """Return the loss summed over labels; in evaluation also the comparison with the teacher."""
         n_given = (batch["labels"] != IGNORE).sum()
         if self.training and self.writer is not None:
             batch = self.writer.write(self.model, batch)
@@ -186,7 +185,7 @@ class Distillation(_WithTeachers):
         if self.matching.kind != "none":
             total = total + self.matched(batch, hidden_BTD, attended, seen)
         if self.training and self.writer is not None:
-            # The loop divides by the labels that the data came with; what was written has fewer.
+            # The loop divides by the number of labels in the data; generated rows have fewer.
             total = total * (n_given / max(1, len(labels)))
         parts = {
             "bytes": self.token_bytes[labels].sum(dtype=torch.float64),
@@ -200,12 +199,12 @@ class Distillation(_WithTeachers):
         return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
 
     def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> TeacherOutputs | None:
-        """Return what the loss hears of the teachers at the labels: of themselves, or as it was written down."""
+        """Return the teachers' outputs at the labels, live or cached."""
         if "teacher_ids" in batch:
             return SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
         if "teacher_hidden" in batch:
             assert self.head is not None
-            # Batches know no bfloat16; what was written in it comes back as it was.
+            # NumPy batches have no bfloat16: cached values stored in it are reinterpreted.
             return [replace(self.head, hidden_ND=batch["teacher_hidden"].to(self.head.weight_VD.dtype))]
         if not self.teachers:
             return None
@@ -215,7 +214,7 @@ class Distillation(_WithTeachers):
         ]
 
     def untold(self, hidden_ND: Tensor, labels: Tensor) -> Loss:
-        """Return the loss of the labels, where nothing is known of a teacher: held-out rows beside a cache."""
+        """Return the cross-entropy of the labels if there is no teacher: held-out rows with a cache."""
         head = self.model.lm_head
         nats, correct = linear_cross_entropy(
             self.model.head_input(hidden_ND), head.weight, labels, bias_V=head.bias, chunk_tokens=self.chunk_tokens
@@ -224,7 +223,7 @@ class Distillation(_WithTeachers):
         return Loss(nats, torch.tensor(float(len(labels)), dtype=torch.float64, device=nats.device), parts)
 
     def figures(self, nats: float, count: float, parts: Mapping[str, float], outputs: NDArray[Any]) -> dict[str, float]:
-        """Return the figures of label prediction, and those of teacher and student beside each other."""
+        """Return the metrics of label prediction, and those that compare teacher and student."""
         del outputs
         labels = max(count, 1.0)
         figures = Sums(parts["nats"], count, parts["bytes"], parts["correct"]).figures()
@@ -237,9 +236,9 @@ class Distillation(_WithTeachers):
 
 
 class StateDistillation(_WithTeachers):
-    """Learn a teacher's states where it predicts no tokens: a sentence encoder.
+    """Match a teacher's hidden states, for a teacher without a prediction head (a sentence encoder).
 
-    Rows are read without masks: what was hidden from an encoder that predicts is put back.
+    Masked tokens are restored first: nothing is predicted.
     """
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
@@ -252,9 +251,9 @@ class StateDistillation(_WithTeachers):
 
 
 class LabelDistillation(Classification):
-    """Learn a teacher's distribution over labels, or its numbers, mixed with the labels of the data.
+    """Divergence from a teacher's distribution over labels, or from its numbers, mixed with the data's labels.
 
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; several labels are several distributions over yes and no.
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; multi-label: a Bernoulli distribution per label.
     """
 
     def __init__(
@@ -264,7 +263,7 @@ class LabelDistillation(Classification):
         self.teachers, self.config = tuple(teachers), config
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Return the loss summed over rows; in evaluation that of the labels alone."""
+        """Return the loss summed over rows; in evaluation only that of the labels."""
         inputs = inputs_of(batch)
         logits_BL = self.model.classify(**inputs).float()
         if not self.training:
@@ -275,7 +274,7 @@ class LabelDistillation(Classification):
         return self.loss(logits_BL, batch, weight * self.divergence(logits_BL, told), 1 - weight)
 
     def divergence(self, logits_BL: Tensor, told: Sequence[Tensor]) -> Tensor:
-        """Return how far the student is from its teachers, per row."""
+        """Return the divergence of the student from its teachers, per row."""
         problem, heat = self.model.config.problem, self.config.temperature
         if problem == "regression":
             return (logits_BL - torch.stack(list(told)).mean(dim=0)).square().mean(dim=1)

@@ -1,11 +1,11 @@
-"""After a cut: maps that write into the stream take over, as far as linear maps can, what went did.
+"""Refit output projections after pruning, so that they compensate what was removed as far as linear layers can.
 
-Block by block from the bottom, what comes in are the student's own states with the errors made so far, and what is to come
-out is what the student's next block was given in the teacher. So attention makes up for errors below it and for heads
-that are gone, and the last map of a block for units that are gone and for the layers between it and the next block that
-stayed. Nothing is trained: each map is solved for by least squares, drawn to the weights that were cut out.
-Source: layers replaced by linear maps that go into the feed-forward part before them, ReplaceMe, Shopkhoev et al. 2025,
-arXiv:2505.02819, section 3; maps solved for anew after units are gone, SlimGPT, Ling et al. 2024, arXiv:2412.18110.
+Block by block from the bottom: inputs are the student's own states, including earlier errors; targets are the teacher's
+inputs to the student's next block. Attention's output projection thus compensates earlier errors and removed heads, the
+last projection of a block the removed units and the removed layers up to the next kept block. Nothing is trained: each
+projection is a least-squares solution, regularized toward the pruned weights.
+Source: layers replaced by linear maps merged into the feed-forward layer before them: ReplaceMe, Shopkhoev et al. 2025,
+arXiv:2505.02819, section 3; projections refit after pruning units: SlimGPT, Ling et al. 2024, arXiv:2412.18110.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,19 +21,19 @@ from llmctl.model.streams import catch, run
 from llmctl.model.transformer import LanguageModel
 
 RIDGE = 1e-2
-"""What draws a map to the weights that were cut out, as a share of the mean square of what comes into it."""
+"""Ridge toward the pruned weights, as a fraction of the mean square of the inputs."""
 
 Stream = tuple[Any, ...]
-"""What a block is called with: its input (B, T, D) and what the layers share."""
+"""The arguments of a block: its input (B, T, D) and what all layers share."""
 
 
 @torch.no_grad()
 def refit(
     teacher: LanguageModel, student: LanguageModel, kept: Kept, batches: Batches, say: Callable[[str], None]
 ) -> None:
-    """Solve for a student's maps into its stream, in place; `say` hears of every block.
+    """Refit a student's output projections in place; `say` reports every block.
 
-    kept: what of the teacher the student consists of. Both are on the CPU, in float32 and in their evaluation mode.
+    kept: the parts of the teacher that the student has. Both models are on the CPU, in float32 and evaluation mode.
     """
     for prefix, n_layers in prefixes(teacher.config).items():
         if not is_cut(kept, prefix):
@@ -61,13 +61,13 @@ def refit(
 
 
 def is_cut(kept: Kept, prefix: str) -> bool:
-    """Tell whether anything of a stack is gone."""
+    """Return whether anything of a stack was removed."""
     names = (*kept.groups, *kept.units)
     return kept.channels is not None or prefix in kept.layers or any(name.startswith(prefix) for name in names)
 
 
 def is_real(batch: Mapping[str, Tensor], stream: Stream) -> Tensor:
-    """Return which positions of a stream are no padding (B, T)."""
+    """Return which positions are not padding (B, T)."""
     shape = stream[0].shape[:2]
     for name in ("decoder_documents_BT", "documents_BT"):
         if name in batch and batch[name].shape == shape:
@@ -76,9 +76,9 @@ def is_real(batch: Mapping[str, Tensor], stream: Stream) -> Tensor:
 
 
 def sums(block: Block) -> list[tuple[str, str]]:
-    """Return a block's maps into the stream in their order, each with the norm that reads the sum it adds to.
+    """Return a block's output projections in order, each with the norm that follows its residual sum.
 
-    The last of a block whose norms come first has none: its sum is what comes out of the block.
+    The last one of a pre-norm block has none: its sum is the block's output.
     """
     maps = ["self_attn.o_proj", *(["cross_attn.o_proj"] if block.cross else []), "mlp.down_proj"]
     norms = [
@@ -90,7 +90,7 @@ def sums(block: Block) -> list[tuple[str, str]]:
 
 
 def passed(blocks: Sequence[Block], streams: Sequence[Stream]) -> list[Stream]:
-    """Return the streams after some blocks."""
+    """Return the hidden states after some blocks."""
     result = list(streams)
     for block in blocks:
         result = [(run(block, stream), *stream[1:]) for stream in result]
@@ -98,7 +98,7 @@ def passed(blocks: Sequence[Block], streams: Sequence[Stream]) -> list[Stream]:
 
 
 def seen(block: Block, stream: Stream, *names: str) -> tuple[Tensor, list[Tensor]]:
-    """Return what a block makes of a stream, and what comes into some of its modules; no name stands for the former."""
+    """Return a block's output, under an empty name, and the inputs of some of its modules."""
     modules = [block.get_submodule(name) for name in names if name]
     caught: dict[nn.Module, Tensor] = {}
     handles = [one.register_forward_pre_hook(lambda module, args: caught.update({module: args[0]})) for one in modules]
@@ -111,7 +111,7 @@ def seen(block: Block, stream: Stream, *names: str) -> tuple[Tensor, list[Tensor
 
 
 def written(block: Block, one: tuple[str, str], streams: Sequence[Stream]) -> tuple[list[Tensor], list[Stream]]:
-    """Return the sums that one of a block's maps adds to, and the streams after the block."""
+    """Return the residual sums that a projection adds to, and the hidden states after the block."""
     found = [seen(block, stream, one[1]) for stream in streams]
     return [caught[0] for _, caught in found], [
         (out, *stream[1:]) for (out, _), stream in zip(found, streams, strict=True)
@@ -119,7 +119,7 @@ def written(block: Block, one: tuple[str, str], streams: Sequence[Stream]) -> tu
 
 
 def take_norm(norm: nn.Module, other: nn.Module, channels: Tensor | None) -> None:
-    """Give a norm the parameters of another, of the channels that stay."""
+    """Copy a norm's parameters of the kept channels to another norm."""
     for parameter, told in zip(norm.parameters(), other.parameters(), strict=True):
         parameter.copy_(told if channels is None else told[channels])
 
@@ -132,7 +132,7 @@ def fit(
     channels: Tensor | None,
     real: Sequence[Tensor],
 ) -> None:
-    """Solve for one of a block's maps, so that the sum it adds to is what is wanted."""
+    """Solve for one projection, so that its residual sum matches the target."""
     module: Any = block.get_submodule(one[0])
     n_in, has_bias = module.in_features, module.bias is not None
     second_II = torch.zeros(n_in + has_bias, n_in + has_bias, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""What a distillation reports: teacher, student and baselines side by side, measured on the same rows, here.
+"""Report of a distillation: teacher, student and baselines, measured on the same rows and this machine.
 
-Every figure is measured or counted from sizes; what was not measured is not there.
+Every number is measured or counted from sizes; what was not measured is omitted.
 """
 
 from collections.abc import Mapping
@@ -39,12 +39,12 @@ def make_report(
 ) -> Report:
     """Return the report of a run.
 
-    before, after: the student's figures as the loop has them. scratch: those of the baselines by name. flops: of a
-    row, the student's and the teachers' share. rows: of a step. measured: empty where the teacher reads other tokens.
+    before, after: the student's metrics from the loop. scratch: those of the baselines by name. flops: per row, of the
+    student and of the teachers. rows: per step. measured: empty if the teacher has another tokenizer.
     """
     sides: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        n_parameters = count(model.config)  # quantized layers hold none
+        n_parameters = count(model.config)  # quantized layers have no parameters
         sides[name] = {
             "n_parameters": n_parameters,
             "bytes_float32": FLOAT_BYTES * n_parameters,
@@ -89,13 +89,13 @@ def make_report(
 
 
 def recovered(sides: Mapping[str, Mapping[str, Any]], scratch_loss: float) -> float | None:
-    """Return the share of the gap between a model from scratch and the teacher that the student closes, by the loss."""
+    """Return the fraction of the loss gap between scratch and teacher that the student closes."""
     gap = scratch_loss - sides["teacher"].get("loss", scratch_loss)
     return None if gap <= 0 else (scratch_loss - sides["student"]["loss"]) / gap
 
 
 def render(record: Mapping[str, Any]) -> list[str]:
-    """Return the report as a table of at most 79 columns: a row per figure, a column per model."""
+    """Return the report as a table of at most 79 columns: a row per metric, a column per model."""
     sides: dict[str, Mapping[str, Any]] = {
         "teacher": record["models"]["teacher"],
         "cut": {"n_parameters": record["models"]["student"]["n_parameters"]} | record["student_before_training"],

@@ -1,4 +1,4 @@
-"""What a distillation is, before anything is built: settings that teacher and student decide, and those that cannot be."""
+"""Settings of a distillation: those that teacher and student decide, and checks before anything is built."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +16,21 @@ from llmctl.tables.tasks import trained_tasks
 from llmctl.training.settings import check_shared, lr_for_size
 
 DEFAULT_STEPS = 400
-"""Steps of each part where no budget is given."""
+"""Steps of each part without a budget."""
 
 REFERENCE_LR, REFERENCE_PARAMETERS = 5e-3, 1e6
 SMALLEST_LR, LARGEST_LR = 5e-5, 6e-3
-"""The peak learning rate falls with the root of the student's size."""
+"""The peak learning rate falls with the square root of the student's size."""
 
 WARM = 2.0
-"""Temperature where a distribution is narrow: masked words and labels (DistilBERT, arXiv:1910.01108)."""
+"""Temperature for peaked distributions: masked tokens and labels (DistilBERT, arXiv:1910.01108)."""
 
 HALF = 0.45
-"""A student of less than this share of its teacher is cut in two steps (Model-Optimizer's guide; NVIDIA 2025)."""
+"""A student below this fraction of its teacher is pruned in two stages (Model-Optimizer's guide; NVIDIA 2025)."""
 
 
 def student_model(config: DistillConfig) -> Path | None:
-    """Return the student that is there, where a model is named in place of a shape."""
+    """Return the path of the student if an existing model is named instead of a shape."""
     text = config.student.shape
     return Path(text) if Path(text).exists() else None
 
@@ -44,10 +44,9 @@ def student_shape(config: DistillConfig) -> ModelConfig:
 
 
 def settle(config: DistillConfig) -> DistillConfig:
-    """Fill in what teacher and student decide, so that the recipe of the run says it.
+    """Fill in what teacher and student decide, so that the run's recipe states it.
 
-    Raises: NotFoundError or ArtifactError for a teacher that is not there or damaged; UsageError for a student that
-        cannot be.
+    Raises: NotFoundError or ArtifactError for a missing or damaged teacher; UsageError for an impossible student.
     """
     artifact = read_model(Path(config.model))
     teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
@@ -90,18 +89,18 @@ def settle(config: DistillConfig) -> DistillConfig:
 
 
 def splits(n_heads: int, *shapes: ModelConfig) -> bool:
-    """Tell whether queries and keys of all shapes can be cut into so many heads."""
+    """Return whether the queries and keys of all shapes divide into this many heads."""
     widths = [heads * shape.head_dim for shape in shapes for heads in (shape.n_heads, shape.n_kv_heads)]
     return n_heads > 0 and not any(width % n_heads for width in widths)
 
 
 def relation_heads(teacher: ModelConfig, student: ModelConfig) -> int:
-    """Return into how many heads relations are split: the teacher's, or as many as both can be cut into."""
+    """Return the number of relation heads: the teacher's, or the most that divide both models."""
     return next(heads for heads in range(teacher.n_heads, 0, -1) if splits(heads, teacher, student))
 
 
 def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
-    """Refuse settings that exclude each other, or that this teacher and this student do not have.
+    """Refuse settings that contradict each other or do not fit teacher and student.
 
     Raises: UsageError listing all of them.
     """

@@ -1,8 +1,8 @@
-"""What a student looks like: from a share of the teacher's parameters, or from numbers.
+"""The student's shape, from a percentage of the teacher's parameters or from sizes.
 
-A share is met by fewer layers first and a narrower feed-forward part to land on it, since that is what heals fastest and
-what makes a model faster; the width of the stream and the heads are cut where that is not enough. Of an encoder-decoder
-the decoder goes first: it takes most of the time (DistilBART, Shleifer and Rush 2020, arXiv:2010.13002).
+A percentage is met by removing layers first and narrowing the feed-forward layers to hit it, since that recovers fastest
+and is fastest to run; model width and heads are reduced only if that is not enough. In an encoder-decoder the decoder is
+reduced first: it takes most of the time (DistilBART, Shleifer and Rush 2020, arXiv:2010.13002).
 """
 
 import re
@@ -28,17 +28,17 @@ KEYS = {
 NUMBER = re.compile(r"0*[1-9]\d{0,8}", re.ASCII)
 SHARE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*%", re.ASCII)
 NARROWEST_FFN = 0.6
-"""Share of the feed-forward units that stay at least where a share of the parameters is asked for."""
+"""Minimum fraction of feed-forward units kept for a percentage."""
 
 WIDTH_WEIGHT = 4
-"""Power of the share of the width beside the share of layers: all layers have learned their whole width."""
+"""Exponent of the width fraction relative to the depth fraction: all layers have learned to use the whole width."""
 
 TOLERANCE = 0.02
 HINT = "50%, or layers=6,dim=512,heads=8,ffn=1408, or an existing model"
 
 
 def parse_student(text: str, teacher: ModelConfig) -> ModelConfig:
-    """Return the shape that a text means: `50%`, or `layers=6,dim=512`.
+    """Parse a shape: `50%`, or `layers=6,dim=512`.
 
     Raises: UsageError naming what is wrong with it.
     """
@@ -54,9 +54,9 @@ def parse_student(text: str, teacher: ModelConfig) -> ModelConfig:
 
 
 def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
-    """Return the sizes that a text names, by the config's names.
+    """Parse sizes, by their names in the config.
 
-    Raises: UsageError for a key or number that cannot be.
+    Raises: UsageError for an invalid key or number.
     """
     values: dict[str, int] = {}
     has_both = False
@@ -81,9 +81,9 @@ def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
 
 
 def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelConfig:
-    """Return a shape of these sizes, what belongs together filled in.
+    """Return the shape with these sizes and those that follow from them.
 
-    Raises: UsageError for one that is no part of the teacher or that no published architecture has.
+    Raises: UsageError for a shape that cannot be pruned from the teacher or that no published architecture has.
     """
     for name, value in values.items():
         if value > getattr(teacher, name):
@@ -124,13 +124,13 @@ def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelCon
 
 
 def has_free_heads(teacher: ModelConfig) -> bool:
-    """Tell whether the width of the heads together may differ from that of the stream in this architecture."""
+    """Return whether heads * head width may differ from the model width in this architecture."""
     wider = replace(teacher, d_model=3 * teacher.n_heads * teacher.head_dim)
     return family_for(wider) is family_for(teacher)
 
 
 def resized(teacher: ModelConfig, values: dict[str, int]) -> ModelConfig:
-    """Return the teacher's shape with other sizes, and what follows from them."""
+    """Return the teacher's shape with other sizes and those that follow from them."""
     changes: dict[str, object] = dict(values)
     if "d_model" in values and teacher.logits_scale == teacher.d_model**-0.5:
         changes["logits_scale"] = values["d_model"] ** -0.5
@@ -138,7 +138,7 @@ def resized(teacher: ModelConfig, values: dict[str, int]) -> ModelConfig:
 
 
 def buildable(shape: ModelConfig, teacher: ModelConfig, text: str) -> ModelConfig:
-    """Return a shape that the teacher's architecture has, so that what opens the one opens the other.
+    """Return the shape if the teacher's architecture supports it, so that the same programs open both.
 
     Raises: UsageError.
     """
@@ -148,9 +148,9 @@ def buildable(shape: ModelConfig, teacher: ModelConfig, text: str) -> ModelConfi
 
 
 def within_budget(teacher: ModelConfig, frac: float, text: str) -> ModelConfig:
-    """Return the best shape with a share of the parameters.
+    """Return the best shape with a fraction of the parameters.
 
-    Raises: UsageError with the smallest share that is possible.
+    Raises: UsageError with the smallest possible fraction.
     """
     total = count(teacher)
     budget = frac * total
@@ -171,7 +171,7 @@ def within_budget(teacher: ModelConfig, frac: float, text: str) -> ModelConfig:
 
 
 def preference(shape: ModelConfig, teacher: ModelConfig) -> tuple[float, float]:
-    """Return what makes a shape better: an encoder that stays whole, then the mildest worst cut of all its sizes."""
+    """Return the sort key of shapes: a complete encoder first, then the mildest reduction of the most reduced size."""
     layers = (shape.n_layers + shape.n_decoder_layers) / (teacher.n_layers + teacher.n_decoder_layers)
     units = (shape.d_ff / shape.d_model) / (teacher.d_ff / teacher.d_model)
     width = (shape.d_model / teacher.d_model) ** WIDTH_WEIGHT
@@ -179,12 +179,12 @@ def preference(shape: ModelConfig, teacher: ModelConfig) -> tuple[float, float]:
 
 
 def only_pairs(teacher: ModelConfig, n_layers: int) -> dict[str, int]:
-    """Return the decoder's layers where there is a decoder beside an encoder."""
+    """Return the decoder layers to change if the model is an encoder-decoder."""
     return {"n_decoder_layers": n_layers} if teacher.family == "encoder_decoder" else {}
 
 
 def depths(wide: ModelConfig, teacher: ModelConfig, budget: float) -> Iterator[ModelConfig]:
-    """Yield shapes of every depth, with as many feed-forward units as the budget has room for."""
+    """Yield shapes of every depth, with as many feed-forward units as the budget allows."""
     unit = step_of(teacher.d_ff)
     decoders = range(1, teacher.n_decoder_layers + 1) if teacher.family == "encoder_decoder" else (0,)
     for n_layers in range(1, teacher.n_layers + 1):
@@ -199,9 +199,9 @@ def depths(wide: ModelConfig, teacher: ModelConfig, budget: float) -> Iterator[M
 
 
 def widths(teacher: ModelConfig) -> Iterator[ModelConfig]:
-    """Yield the teacher's shape at its own width, then narrower ones."""
+    """Yield the teacher's shape at its own width, then at smaller widths."""
     yield teacher
-    if teacher.positions == "sinusoidal":  # the table of a narrower model is another one
+    if teacher.positions == "sinusoidal":  # a narrower model has another table
         return
     size = teacher.n_heads // teacher.n_kv_heads
     for groups in range(teacher.n_kv_heads - 1, 0, -1):
@@ -214,12 +214,12 @@ def widths(teacher: ModelConfig) -> Iterator[ModelConfig]:
 
 
 def step_of(width: int) -> int:
-    """Return what a width is a multiple of: 64 where that is fine enough, less in small models."""
+    """Return the step of a width: 64 if fine enough, less in small models."""
     return next((step for step in (64, 32, 16) if width >= 12 * step), 8)
 
 
 def shape_between(teacher: ModelConfig, student: ModelConfig, share: float) -> ModelConfig:
-    """Return the shape on the way from teacher (0) to student (1)."""
+    """Interpolate the shape between teacher (0) and student (1)."""
     teacher, student = complete(teacher), complete(student)
     if share in (0.0, 1.0):
         return student if share else teacher
@@ -236,7 +236,7 @@ def shape_between(teacher: ModelConfig, student: ModelConfig, share: float) -> M
     values["n_kv_heads"] = between("n_kv_heads")
     values["n_heads"] = values["n_kv_heads"] * size
     values["d_model"] = student.d_model
-    if student.d_model < teacher.d_model:  # a multiple of the heads, as everywhere
+    if student.d_model < teacher.d_model:  # a multiple of the number of heads
         heads = values["n_heads"]
         wide = heads * teacher.head_dim if not has_free_heads(teacher) else between("d_model") // heads * heads
         values["d_model"] = max(student.d_model // heads * heads, wide)

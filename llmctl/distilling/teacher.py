@@ -1,6 +1,6 @@
-"""Teachers beside the model that is trained: frozen, in evaluation mode, and never part of what is saved or wrapped.
+"""Teachers: frozen models in evaluation mode that are never saved or wrapped with the student.
 
-Knows nothing of losses beyond the form in which they take a teacher.
+Knows nothing of losses except the form of teacher outputs they take.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,30 +23,30 @@ from llmctl.quant.int8 import to_int8
 from llmctl.tables.dtypes import full_name
 
 SIGNALS = ("teacher_ids", "teacher_probs", "teacher_tail", "teacher_hidden")
-"""Arrays of a batch that stand in for a teacher; see distilling/teacher_cache.py."""
+"""Arrays of a batch that replace a teacher; see distilling/teacher_cache.py."""
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what of a batch a model reads."""
+    """Return the model inputs of a batch."""
     return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets", *SIGNALS)}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a teacher makes of a batch: hidden states under the head (B, T, D), and what a layer attends with."""
+    """A teacher's outputs: hidden states before the head (B, T, D), and queries, keys and values of a layer."""
 
     hidden_BTD: Tensor
     qkv: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 class Teacher:
-    """A frozen model. No module: wrappers that shard or exchange parameters must not see it."""
+    """A frozen model. Not an nn.Module, so that DDP and FSDP do not see it."""
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model.eval().requires_grad_(requires_grad=False)
 
     def to(self, device: torch.device, dtype: str, training_dtype: torch.dtype) -> "Teacher":
-        """Move it to a device in the dtype that is asked for: float32, bfloat16, int8 (the blocks' matrices), or auto."""
+        """Move the model to a device in a dtype: float32, bfloat16, int8 (the blocks' matrices), or auto (training's)."""
         self.model.to(device, training_dtype if dtype == "auto" else DTYPES.get(full_name(dtype), torch.float32))
         if dtype == "int8":
             for stack in self.model.stacks():
@@ -55,31 +55,31 @@ class Teacher:
 
     @torch.no_grad()
     def see(self, inputs: Mapping[str, Any], layer: int = 0) -> Seen:
-        """Read a batch; with a layer from 1 also return its queries, keys and values."""
+        """Run a batch; with a layer (from 1) also return its queries, keys and values."""
         attended: dict[int, tuple[Tensor, Tensor, Tensor] | None] = {layer - 1: None}
         hidden_BTD = self.model.hidden(**inputs, attended=attended if layer else None)
         return Seen(hidden_BTD, attended[layer - 1])
 
     @torch.no_grad()
     def dense(self, hidden_ND: Tensor) -> DenseTeacher:
-        """Return the form in which losses take hidden states and the head over them."""
+        """Return hidden states and head as losses take them."""
         head = self.model.lm_head
         return DenseTeacher(self.model.head_input(hidden_ND), head.weight, head.bias)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its head."""
+        """The dtype of the head."""
         return self.model.dtype
 
 
 def tokenizer_sha256(artifact: Artifact) -> str | None:
-    """Return the hash of a model's tokenizer; None where it has none."""
+    """Return the sha256 of a model's tokenizer, or None without one."""
     tokenizer = fitting_tokenizer(artifact)
     return tokenizer.sha256 if tokenizer is not None else None
 
 
 def check_same_words(teacher: str, student: str) -> None:
-    """Refuse two models whose token ids mean different things; a vocabulary that is padded differently is no matter.
+    """Refuse two models with different tokenizers; differently padded vocabularies are fine.
 
     Raises: UsageError naming both.
     """
@@ -93,7 +93,7 @@ def check_same_words(teacher: str, student: str) -> None:
 
 
 def load_more(first: Loaded, names: Sequence[str], model: str) -> list[Teacher]:
-    """Load further teachers, of the first one's tokenizer and family.
+    """Load further teachers with the tokenizer and family of the first.
 
     Raises: UsageError for one that differs; NotFoundError and ArtifactError.
     """
@@ -112,7 +112,7 @@ def load_more(first: Loaded, names: Sequence[str], model: str) -> list[Teacher]:
 
 
 class Teachers:
-    """The teachers of a run: the first as it was published, and all of them where they compute.
+    """The teachers of a run: the first one's original weights, and all teachers on the training device.
 
     Only one of the two is kept in memory: moving the teachers consumes the original, and asking for it again reloads it.
     """
@@ -145,7 +145,7 @@ class Teachers:
         self._original = None
 
     def on_cpu(self) -> "Teachers":
-        """Return these teachers in float32 on the CPU, whatever has been done to them."""
+        """Return these teachers in float32 on the CPU, reloaded if they have been moved."""
         if self._original is not None or self._computing is None:
             return self
         return Teachers(self.config)

@@ -1,7 +1,7 @@
-"""Build a cache of what a teacher says, and read it in place of the teacher.
+"""Build a cache of teacher outputs, and read it instead of running the teacher.
 
-A row's signals depend on the row alone: rows go through the teacher in the same company whenever they are made, and draws
-come from numbers that belong to (seed, address). So a cache that was interrupted ends up the same, byte for byte.
+A row's outputs depend only on the row: rows are always batched with the same rows, and samples use random numbers of
+(seed, address). So an interrupted cache ends up the same, byte for byte.
 """
 
 import hashlib
@@ -44,15 +44,15 @@ from llmctl.training.batch import Batch, BatchSource, to_device
 from llmctl.training.task_data import TaskData
 
 ROWS_TOGETHER = 8
-"""Rows that the teacher reads at once; a divisor of a shard's rows."""
+"""Rows per teacher batch; a divisor of the rows per shard."""
 
 CHUNK_LABELS = 256
-"""Labels whose probabilities exist at the same time."""
+"""Labels whose probabilities are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is kept of a teacher: its kind, draws of `sampled`, tokens of `topk`, the seed of the draws, how it computes."""
+    """What a cache stores: kind, samples per token (`sampled`), tokens (`topk`), seed of the samples, the teacher's dtype."""
 
     kind: str = "sampled"
     draws: int = 32
@@ -61,7 +61,7 @@ class Spec:
     teacher_dtype: str = "float32"
 
     def record(self) -> dict[str, Any]:
-        """Return what a manifest says of it."""
+        """Return the entries of the manifest."""
         told: dict[str, Any] = {"kind": self.kind, "teacher_dtype": self.teacher_dtype}
         if self.kind == "sampled":
             told |= {"draws": self.draws, "seed": self.seed}
@@ -80,11 +80,11 @@ def build_cache(
     device: torch.device,
     say: Callable[[str], None],
 ) -> SignalStore:
-    """Write the signals of all rows of a source into a folder, or those that are missing or damaged.
+    """Write the teacher outputs of all rows, or of those that are missing or damaged.
 
-    source: rows in their order, so that a row's number is its address. identity: what the cache is of; kept in the
-    manifest and asked for when it is used.
-    Raises: UsageError if the folder holds signals of something else; OutputError if the disk refuses.
+    source: rows in order, so that a row's number is its address. identity: what the cache depends on, stored in the manifest
+    and compared when it is used.
+    Raises: UsageError if the folder has a cache of something else; OutputError if writing fails.
     """
     ensure_writable(folder)
     told = {**spec.record(), "vocab_size": vocab_size, "n_rows": source.n_rows, "identity": dict(identity)}
@@ -120,9 +120,9 @@ def build_cache(
 
 
 def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
-    """Return a teacher's states at the labels of a batch (N, D), row by row.
+    """Return a teacher's hidden states at the labels of a batch (N, D), row by row.
 
-    Raises: DivergedError if some are not finite: nothing can be learned from them.
+    Raises: DivergedError if they are not finite.
     """
     tensors = to_device(batch, device)
     places = (tensors["labels"].flatten() != IGNORE).nonzero().squeeze(1)
@@ -136,10 +136,10 @@ def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
 
 
 def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_size: int) -> Arrays:
-    """Return the signals of one row's labels."""
+    """Return the teacher outputs at one row's labels."""
     told = teacher.dense(states_LD)
     if spec.kind == "hidden":
-        # As the teacher computed it: half the bytes in bfloat16, and nothing is lost.
+        # In the teacher's own dtype: lossless, and half the size in bfloat16.
         hidden_LD = told.hidden_ND.cpu()
         return {"hidden": as_array(hidden_LD if hidden_LD.dtype == torch.bfloat16 else hidden_LD.float())}
     numbers_Ln = (
@@ -158,7 +158,7 @@ def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_
             parts.append(pack_sampled(draw(log_p_CV.exp(), numbers_Cn).cpu().numpy(), vocab_size))
         else:
             logs_CK, ids_CK = log_p_CV.topk(min(spec.top_k, vocab_size), dim=1)
-            # Summed over what is outside: taken from 1, little would be left of its digits.
+            # Summed over the other tokens: 1 minus the top-k mass would lose precision.
             tail_C = log_p_CV.scatter(1, ids_CK, float("-inf")).logsumexp(dim=1)
             parts.append(
                 {
@@ -171,7 +171,7 @@ def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_
 
 
 class InOrder:
-    """The rows of a source with addresses, by address, once."""
+    """The rows of a source by address, for one epoch."""
 
     def __init__(self, source: Any) -> None:
         self.source, self.n_rows = source, source.n_rows
@@ -183,7 +183,7 @@ class InOrder:
 
 
 class CachedBatches:
-    """The batches of a source with what a teacher said of their labels, in the order of the labels."""
+    """The batches of a source with cached teacher outputs, in the order of the labels."""
 
     def __init__(self, source: Any, store: SignalStore) -> None:
         self.source, self.store, self.n_rows = source, store, source.n_rows
@@ -195,7 +195,7 @@ class CachedBatches:
 
 
 def content_of(corpus: Corpus) -> str:
-    """Return the sha256 of what a corpus trains on: tokens, targets, and which documents are taken."""
+    """Return the sha256 of a corpus's training data: tokens, targets, and the selection of documents."""
     digest = hashlib.sha256(corpus.train.astype("<i8").tobytes())
     for shards in (corpus.documents, corpus.targets):
         digest.update(b"none" if shards is None else shards.content_sha256().encode())
@@ -203,7 +203,7 @@ def content_of(corpus: Corpus) -> str:
 
 
 def check_cache(store: SignalStore, identity: Mapping[str, Any], n_rows: int) -> None:
-    """Refuse signals of another teacher, tokenizer, corpus or packing.
+    """Refuse a cache of another teacher, tokenizer, corpus or packing.
 
     Raises: UsageError naming what differs, with both values.
     """

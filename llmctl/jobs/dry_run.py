@@ -1,4 +1,4 @@
-"""`--dry-run`: the estimate of a pretraining run from its config alone; no data is read, nothing is built."""
+"""`llmctl pretrain --dry-run`: estimate a run from its config; reads no data and builds no model."""
 
 import math
 from dataclasses import replace
@@ -25,8 +25,8 @@ from llmctl.training.settings import check, model_config
 def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
     """Return the estimate of a run.
 
-    A published system brings its own vocabulary, context and number of tokens where the config does not say.
-    Raises: UsageError for settings that cannot be.
+    A published preset provides vocabulary, context and number of tokens if the config does not.
+    Raises: UsageError for invalid settings.
     """
     check(config)
     name = "tiny" if config.model.preset == "auto" else config.model.preset
@@ -35,7 +35,7 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
     train = config.train
     if preset is not None and not preset.dims_only and train.seq_len == TrainConfig().seq_len:
         train = replace(train, seq_len=shape.max_positions)
-    if "max_positions" not in config.model.overrides:  # training widens the context to its rows
+    if "max_positions" not in config.model.overrides:  # training extends the context to seq_len
         shape = replace(shape, max_positions=max(shape.max_positions, train.seq_len))
     config = replace(config, train=train)
     dtype = choose_dtype(train.dtype, on_cpu=True)
@@ -63,7 +63,7 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
 
 
 def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
-    """Return how devices share the work, as `estimate.memory` wants it; one device shares with none."""
+    """Return how devices share the work, as arguments of `estimate.memory`."""
     parallel = config.parallel
     return {
         "sharded": n_processes == 1 or parallel.strategy == "fsdp",
@@ -73,23 +73,23 @@ def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
 
 
 def layout_of(config: PretrainConfig, n_processes: int) -> str:
-    """Return the layout in words."""
+    """Return a description of the layout."""
     extra = ", deterministic" if config.parallel.deterministic else ""
     recompute = ", activations recomputed" if config.parallel.activation_checkpointing else ""
     return f"{n_processes} processes, {config.parallel.strategy}{extra}{recompute}"
 
 
 def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelConfig]:
-    """Return the preset's row and shape, or the shape of a model on disk, whose weights stay there."""
+    """Return the preset and its shape, or the shape of a model on disk."""
     if Path(name).exists() and name.lower() not in {*PRESETS, *ALIASES}:
         return None, read_model(Path(name)).config
     return get_preset(name), model_config(config)
 
 
 def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, rows: Rows, rate: float) -> int:
-    """Return the steps of the budget that is named, else of the published tokens, else the default.
+    """Return the steps of the budget, else of the published number of tokens, else the default.
 
-    Minutes become the steps that products alone would allow on this machine.
+    Minutes are converted by the measured matmul rate alone.
     """
     train = config.train
     limits = [train.steps] if train.steps else []
@@ -104,15 +104,15 @@ def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, r
 
 
 MEMORY_FRAC = 0.85
-"""Share of the free memory that a micro-batch is chosen for."""
+"""Fraction of the free memory that a micro-batch may use."""
 
 
 def most_rows(
     config: Any, shape: ModelConfig, rows: Rows, n_processes: int, product_bytes: int, free_bytes: float
 ) -> tuple[int, int]:
-    """Return the most rows per micro-batch that fit, and the bytes they need; 0 rows with what one row needs if none.
+    """Return the most rows per micro-batch that fit and their bytes; 0 and the bytes of one row if none fits.
 
-    They divide this process's share of the batch, so that all micro-batches are of one size.
+    The number divides this process's rows, so that all micro-batches have one size.
     """
     own_rows = max(1, -(-config.train.batch_size // n_processes))
     needed = 0
@@ -133,7 +133,7 @@ def most_rows(
 
 
 def fitting_rows(config: Any, shape: ModelConfig, rows: Rows, runtime: Runtime) -> int:
-    """Return the most rows per micro-batch whose step fits into the free memory.
+    """Return the most rows per micro-batch that fit into the free memory.
 
     Raises: MemoryLimitError if not even one row does.
     """

@@ -1,6 +1,6 @@
-"""What a training run will take, before it is begun: parameters, memory by part, FLOPs, time.
+"""Estimate a training run: parameters, memory by part, FLOPs, time.
 
-Works from sizes alone: allocates no model, reads no data, and knows nothing of recipes or commands.
+Computed from sizes: allocates no model, reads no data, and knows nothing of recipes or commands.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ DEVICES = (1, 8, 64, 1024)
 GPU_FLOPS = {"H100 SXM": 989e12, "A100": 312e12}
 """Published dense bfloat16 rates, in FLOP/s: NVIDIA's data sheets."""
 ASSUMED_UTILIZATION = 0.4
-"""Share of a GPU's published rate that a training run is assumed to reach; large published runs lie at 0.3 to 0.55."""
+"""Assumed fraction of a GPU's peak rate; large published runs reach 0.3 to 0.55."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer of a dry run."""
+    """The result of a dry run."""
 
     name: str
     config: ModelConfig
@@ -37,12 +37,12 @@ class Estimate:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run, those of both sides of an encoder-decoder."""
+        """Tokens of the run, of both sides for an encoder-decoder."""
         return self.steps * self.rows.batch_size * self.rows.n_tokens
 
     @property
     def flops(self) -> float:
-        """FLOPs of the whole run."""
+        """FLOPs of the run."""
         return self.tokens * self.flops_per_token
 
     @property
@@ -56,7 +56,7 @@ class Estimate:
         return {name: self.flops / rate for name, rate in self.rates.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers: bytes, FLOPs, seconds."""
+        """Return the estimate for JSON: bytes, FLOPs, seconds."""
         return {
             "model": self.name,
             "family": self.config.family,
@@ -129,9 +129,9 @@ def estimate(
     fitting_rows: int = 0,
     **options: Any,
 ) -> Estimate:
-    """Estimate a run; `cpu_flops` is this machine's measured rate of products in `dtype`, in FLOP/s.
+    """Estimate a run; `cpu_flops`: this machine's measured matmul rate in `dtype`, in FLOP/s.
 
-    `options` are those of `memory` that say how devices share the work.
+    `options`: arguments of `memory` that describe how devices share the work.
     """
     config = complete(config)
     rates = {"this CPU, matmuls alone at their measured rate": cpu_flops}
@@ -165,7 +165,7 @@ def estimate(
 
 
 def size(n_bytes: float) -> str:
-    """Return bytes as a person reads them."""
+    """Format bytes."""
     value = float(n_bytes)
     for unit in ("B", "KB", "MB", "GB"):
         if value < 999.5:
@@ -175,7 +175,7 @@ def size(n_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person reads them."""
+    """Format seconds."""
     for unit, length in (("years", 365.25 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What the processes of one run do together before the first step: open its folder, and make sure that all agree."""
+"""What the processes of a run do together before the first step: open its folder and check that all agree."""
 
 import hashlib
 import os
@@ -22,21 +22,21 @@ from llmctl.runs.progress import Progress
 
 
 def begun_before() -> str:
-    """Return the run that processes of the same launch have begun before they were started again, or nothing."""
+    """Return the run that this launch began before its processes were restarted, or an empty string."""
     path = os.environ.get(LAUNCHED)
     return Path(path).read_text(encoding="utf-8").strip() if path and Path(path).is_file() else ""
 
 
 def note_begun(path: Path) -> None:
-    """Note a run for processes that are started again."""
+    """Record a run for restarted processes."""
     if os.environ.get(LAUNCHED):
         Path(os.environ[LAUNCHED]).write_text(str(path.resolve()), encoding="utf-8")
 
 
 def agree_on_start(runtime: Runtime, action: str) -> str:
-    """Make sure that all processes are to do the same; return the run that they have begun before, or nothing.
+    """Check that all processes are about to do the same; return the run they began before a restart, if any.
 
-    Raises: UsageError if some begin and some go on: they would wait for each other in different places.
+    Raises: UsageError if some begin and some resume: they would deadlock.
     """
     with losing_peers(runtime):
         told = runtime.gather([action, begun_before()])
@@ -48,7 +48,7 @@ def agree_on_start(runtime: Runtime, action: str) -> str:
 
 @contextmanager
 def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
-    """Turn the loss of another process into an error that says how to go on.
+    """Turn the loss of another process into an error that says how to resume.
 
     Raises: StoppedError.
     """
@@ -67,7 +67,7 @@ def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def naming_memory(runtime: Runtime) -> Iterator[None]:
-    """Turn the end of the memory into an error that says what needs less of it.
+    """Turn an out-of-memory error into one that says how to use less.
 
     Raises: MemoryLimitError.
     """
@@ -84,9 +84,9 @@ def naming_memory(runtime: Runtime) -> Iterator[None]:
 
 
 def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
-    """Let the first process make or open a run, which the others then see.
+    """Let the first process create or open a run; the others check that they see its folder.
 
-    Raises: whatever the first one raises, in all of them; UsageError if the folder is not shared.
+    Raises: the first process's error, in all of them; UsageError if the folder is not shared.
     """
     opened: list[Run] = []
 
@@ -106,7 +106,7 @@ def open_together(runtime: Runtime, action: Callable[[], Run]) -> Run:
 
 
 def compare_processes(runtime: Runtime, config: Any, identity: Mapping[str, str], progress: Progress) -> None:
-    """Make sure that all processes are about to do the same.
+    """Check that all processes have the same code, recipe and data.
 
     Raises: UsageError with what differs.
     """
@@ -135,7 +135,7 @@ def compare_processes(runtime: Runtime, config: Any, identity: Mapping[str, str]
 
 
 def code_sha256() -> str:
-    """Return the sha256 over the package's source files."""
+    """Return the sha256 of the package's source files."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
         digest.update(path.read_bytes())

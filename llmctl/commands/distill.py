@@ -6,7 +6,8 @@ import typer
 
 from llmctl.commands.common import command_app
 from llmctl.commands.grouped_help import settings_of
-from llmctl.commands.training import Options, help_of, needs_model, run_training, with_model, with_options
+from llmctl.commands.options import Options, help_of, with_options
+from llmctl.commands.training import needs_model, run_training, with_model
 from llmctl.config import DistillConfig
 
 app = command_app()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llmctl.commands.common import command_app, note, result, result_json
-from llmctl.commands.training import Master, Nnodes, NodeRank, Nproc
+from llmctl.commands.options import Master, Nnodes, NodeRank, Nproc
 
 app = command_app()
 

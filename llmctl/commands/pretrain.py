@@ -6,7 +6,8 @@ import typer
 
 from llmctl.commands.common import command_app, result, result_json
 from llmctl.commands.grouped_help import settings_of
-from llmctl.commands.training import Options, help_of, run_training, with_options
+from llmctl.commands.options import Options, help_of, with_options
+from llmctl.commands.training import run_training
 from llmctl.config import PretrainConfig
 
 app = command_app()

@@ -73,12 +73,12 @@ def cut_student(
     solved = f", {report['loss_after']:.3f} after refitting output projections" if refit_batches else ""
     say(
         f"pruned: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
-        f"{told(layers, config)}"
+        f"{kept_layers(layers, config)}"
     )
     return Cut(smaller, state, report)
 
 
-def told(layers: Mapping[str, Sequence[int]], config: ModelConfig) -> str:
+def kept_layers(layers: Mapping[str, Sequence[int]], config: ModelConfig) -> str:
     """Return a description of the kept layers."""
     parts = []
     for prefix, kept in layers.items():

@@ -108,10 +108,10 @@ class _WithTeachers(Objective):
         matching = self.matching
         valid_BT = real_positions(batch)
         if matching.kind == "hidden":
-            told_BTD = seen[0].hidden_BTD
+            teacher_BTD = seen[0].hidden_BTD
             if matching.channels is not None:
-                told_BTD = told_BTD[..., matching.channels.to(told_BTD.device)]
-            total = hidden_match(hidden_BTD[valid_BT], told_BTD[valid_BT])
+                teacher_BTD = teacher_BTD[..., matching.channels.to(teacher_BTD.device)]
+            total = hidden_match(hidden_BTD[valid_BT], teacher_BTD[valid_BT])
         else:
             assert attended is not None
             (own,) = attended.values()
@@ -166,13 +166,13 @@ class Distillation(_WithTeachers):
         labels = batch["labels"].flatten()
         places = (labels != IGNORE).nonzero().squeeze(1)
         hidden_ND, labels = hidden_BTD.flatten(0, 1)[places], labels[places]
-        told = self.told(batch, seen, places)
-        if told is None:
+        outputs = self.teacher_outputs(batch, seen, places)
+        if outputs is None:
             return self.untold(hidden_ND, labels)
         sums = linear_divergence(
             self.model.head_input(hidden_ND),
             self.model.lm_head.weight,
-            told,
+            outputs,
             labels,
             make_divergence(self.config, self.progress if self.training else 1.0),
             weight=self.config.weight,
@@ -198,7 +198,9 @@ class Distillation(_WithTeachers):
             parts |= dict(zip(BINS, found.bins.flatten(), strict=True))
         return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
 
-    def told(self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor) -> TeacherOutputs | None:
+    def teacher_outputs(
+        self, batch: Mapping[str, Tensor], seen: Sequence[Seen], places: Tensor
+    ) -> TeacherOutputs | None:
         """Return the teachers' outputs at the labels, live or cached."""
         if "teacher_ids" in batch:
             return SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
@@ -269,21 +271,21 @@ class LabelDistillation(Classification):
         if not self.training:
             return self.loss(logits_BL, batch)
         with torch.no_grad():
-            told = [teacher.model.classify(**inputs).float() for teacher in self.teachers]
+            outputs = [teacher.model.classify(**inputs).float() for teacher in self.teachers]
         weight = self.config.weight
-        return self.loss(logits_BL, batch, weight * self.divergence(logits_BL, told), 1 - weight)
+        return self.loss(logits_BL, batch, weight * self.divergence(logits_BL, outputs), 1 - weight)
 
-    def divergence(self, logits_BL: Tensor, told: Sequence[Tensor]) -> Tensor:
+    def divergence(self, logits_BL: Tensor, outputs: Sequence[Tensor]) -> Tensor:
         """Return the divergence of the student from its teachers, per row."""
-        problem, heat = self.model.config.problem, self.config.temperature
+        problem, temperature = self.model.config.problem, self.config.temperature
         if problem == "regression":
-            return (logits_BL - torch.stack(list(told)).mean(dim=0)).square().mean(dim=1)
+            return (logits_BL - torch.stack(list(outputs)).mean(dim=0)).square().mean(dim=1)
         if problem == "multi":
-            own_BL = logits_BL / heat
-            want_BL = torch.stack([torch.sigmoid(one / heat) for one in told]).mean(dim=0)
+            own_BL = logits_BL / temperature
+            want_BL = torch.stack([torch.sigmoid(one / temperature) for one in outputs]).mean(dim=0)
             floor_BL = F.binary_cross_entropy(want_BL, want_BL, reduction="none")
             losses_BL = F.binary_cross_entropy_with_logits(own_BL, want_BL, reduction="none") - floor_BL
-            return heat**2 * losses_BL.mean(dim=1)
-        want_BL = torch.stack([(one / heat).softmax(dim=1) for one in told]).mean(dim=0)
-        own_BL = (logits_BL / heat).log_softmax(dim=1)
-        return heat**2 * (torch.xlogy(want_BL, want_BL) - want_BL * own_BL).sum(dim=1)
+            return temperature**2 * losses_BL.mean(dim=1)
+        want_BL = torch.stack([(one / temperature).softmax(dim=1) for one in outputs]).mean(dim=0)
+        own_BL = (logits_BL / temperature).log_softmax(dim=1)
+        return temperature**2 * (torch.xlogy(want_BL, want_BL) - want_BL * own_BL).sum(dim=1)

@@ -120,8 +120,8 @@ def written(block: Block, one: tuple[str, str], streams: Sequence[Stream]) -> tu
 
 def take_norm(norm: nn.Module, other: nn.Module, channels: Tensor | None) -> None:
     """Copy a norm's parameters of the kept channels to another norm."""
-    for parameter, told in zip(norm.parameters(), other.parameters(), strict=True):
-        parameter.copy_(told if channels is None else told[channels])
+    for parameter, source in zip(norm.parameters(), other.parameters(), strict=True):
+        parameter.copy_(source if channels is None else source[channels])
 
 
 def fit(

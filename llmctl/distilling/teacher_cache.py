@@ -62,10 +62,10 @@ class Spec:
 
     def record(self) -> dict[str, Any]:
         """Return the entries of the manifest."""
-        told: dict[str, Any] = {"kind": self.kind, "teacher_dtype": self.teacher_dtype}
+        entries: dict[str, Any] = {"kind": self.kind, "teacher_dtype": self.teacher_dtype}
         if self.kind == "sampled":
-            told |= {"draws": self.draws, "seed": self.seed}
-        return told | ({"top_k": self.top_k} if self.kind == "topk" else {})
+            entries |= {"draws": self.draws, "seed": self.seed}
+        return entries | ({"top_k": self.top_k} if self.kind == "topk" else {})
 
 
 @torch.no_grad()
@@ -87,8 +87,8 @@ def build_cache(
     Raises: UsageError if the folder has a cache of something else; OutputError if writing fails.
     """
     ensure_writable(folder)
-    told = {**spec.record(), "vocab_size": vocab_size, "n_rows": source.n_rows, "identity": dict(identity)}
-    check_begun(folder, told)
+    record = {**spec.record(), "vocab_size": vocab_size, "n_rows": source.n_rows, "identity": dict(identity)}
+    check_begun(folder, record)
     n_shards = -(-source.n_rows // ROWS_PER_SHARD)
     if spec.kind == "hidden":
         head = teacher.dense(torch.zeros(1, teacher.model.config.d_model, device=device, dtype=teacher.dtype))
@@ -112,10 +112,10 @@ def build_cache(
             for row, states_LD in zip(some, hidden_ND.split(row_counts), strict=True):
                 parts.append(signals_of(teacher, states_LD, spec, row, vocab_size))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        write_shard(folder, number, counts, joined, told)
+        write_shard(folder, number, counts, joined, record)
         n_labels += sum(counts)
         say(f"cached teacher outputs of {rows.stop:,} of {source.n_rows:,} rows")
-    write_manifest(folder, told | {"n_labels": n_labels}, n_shards)
+    write_manifest(folder, record | {"n_labels": n_labels}, n_shards)
     return SignalStore.open(folder)
 
 
@@ -137,19 +137,19 @@ def states_of(teacher: Teacher, batch: Batch, device: torch.device) -> Tensor:
 
 def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_size: int) -> Arrays:
     """Return the teacher outputs at one row's labels."""
-    told = teacher.dense(states_LD)
+    outputs = teacher.dense(states_LD)
     if spec.kind == "hidden":
         # In the teacher's own dtype: lossless, and half the size in bfloat16.
-        hidden_LD = told.hidden_ND.cpu()
+        hidden_LD = outputs.hidden_ND.cpu()
         return {"hidden": as_array(hidden_LD if hidden_LD.dtype == torch.bfloat16 else hidden_LD.float())}
     numbers_Ln = (
         torch.from_numpy(uniforms(spec.seed, row, len(states_LD), spec.draws)) if spec.kind == "sampled" else None
     )
     parts: list[Arrays] = []
     for start in range(0, max(1, len(states_LD)), CHUNK_LABELS):
-        hidden_CD = told.hidden_ND[start : start + CHUNK_LABELS]
-        weight_VD = told.weight_VD[:vocab_size]
-        bias_V = None if told.bias_V is None else told.bias_V[:vocab_size]
+        hidden_CD = outputs.hidden_ND[start : start + CHUNK_LABELS]
+        weight_VD = outputs.weight_VD[:vocab_size]
+        bias_V = None if outputs.bias_V is None else outputs.bias_V[:vocab_size]
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         out_CV = torch.empty(len(hidden_CD), vocab_size, dtype=wide, device=hidden_CD.device)
         log_p_CV = logits(hidden_CD, weight_VD, bias_V, out_CV).log_softmax(dim=1)

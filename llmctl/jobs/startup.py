@@ -39,11 +39,11 @@ def agree_on_start(runtime: Runtime, action: str) -> str:
     Raises: UsageError if some begin and some resume: they would deadlock.
     """
     with losing_peers(runtime):
-        told = runtime.gather([action, begun_before()])
-    if len({each for each, _ in told}) > 1:
-        table = ", ".join(f"rank {rank} is to {each}" for rank, (each, _) in enumerate(told))
+        answers = runtime.gather([action, begun_before()])
+    if len({each for each, _ in answers}) > 1:
+        table = ", ".join(f"rank {rank} is to {each}" for rank, (each, _) in enumerate(answers))
         raise UsageError(f"the processes do not agree: {table}", "start the same command on all hosts")
-    return str(told[0][1])
+    return str(answers[0][1])
 
 
 @contextmanager
@@ -120,10 +120,11 @@ def compare_processes(runtime: Runtime, config: Any, identity: Mapping[str, str]
         **identity,
     }
     rows = runtime.gather(own | {"host": socket.gethostname()})
-    odd = [name for name in own if len({row[name] for row in rows}) > 1]
-    if odd:
+    mismatches = [name for name in own if len({row[name] for row in rows}) > 1]
+    if mismatches:
         table = "; ".join(
-            f"{name}: " + ", ".join(f"rank {rank} {row[name][:12]}" for rank, row in enumerate(rows)) for name in odd
+            f"{name}: " + ", ".join(f"rank {rank} {row[name][:12]}" for rank, row in enumerate(rows))
+            for name in mismatches
         )
         raise UsageError(f"the processes do not agree: {table}", "start all of them with the same command and install")
     milliseconds = runtime.probe()

@@ -65,13 +65,13 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
         done = paced(say, f"{prefix}layer", len(blocks))
         for number, block in enumerate(blocks):
             name = names_of(model)[block]
-            mine = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
-            in_blocks |= {f"{name}.{inner}" for inner in mine}
-            moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in mine}) if streams else {}
+            schemes = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
+            in_blocks |= {f"{name}.{inner}" for inner in schemes}
+            moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in schemes}) if streams else {}
             with torch.autocast("cpu", enabled=False):
-                if METHODS[method].equalizes or any(scheme.activations for scheme in mine.values()):
-                    equalize(block, mine, moments, method)
-                for inner, scheme in mine.items():
+                if METHODS[method].equalizes or any(scheme.activations for scheme in schemes.values()):
+                    equalize(block, schemes, moments, method)
+                for inner, scheme in schemes.items():
                     choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
             done(number + 1)
@@ -119,19 +119,19 @@ def needs_data(plan: Plan, method: str) -> bool:
     return METHODS[method].needs_data or any(scheme.activations for scheme in plan.values())
 
 
-def equalize(block: nn.Module, mine: Plan, moments: dict[str, Moments], method: str) -> None:
+def equalize(block: nn.Module, schemes: Plan, moments: dict[str, Moments], method: str) -> None:
     """Move scales between the layers of a block where that lowers the error; the moments are updated."""
     if not isinstance(block, Block):
         return
     for joint in joints(block):
-        readers = [name for name in joint.readers if name in mine and name in moments]
+        readers = [name for name in joint.readers if name in schemes and name in moments]
         if len(readers) < len(joint.readers) or not moments[readers[0]].count:
             continue
         maps: list[Any] = [block.get_submodule(name) for name in readers]
         weights = [one.weight.float() for one in maps]
-        schemes = [mine[name] for name in readers]
+        own = [schemes[name] for name in readers]
         share = partial(shared_factors, joint=joint)
-        factors_I = best_factors(weights, schemes, moments[readers[0]], share, method_of(method))
+        factors_I = best_factors(weights, own, moments[readers[0]], share, method_of(method))
         if factors_I is not None:
             fold(joint, maps, factors_I)
             divided = {id(moments[name]): moments[name].divided(factors_I) for name in readers}
@@ -174,11 +174,11 @@ def observe(
                 moments[name] = last[0][1]
                 return
             n_in: int = module.in_features  # type: ignore[assignment]
-            mine = moments.setdefault(name, Moments.empty(n_in, args[0].device))
-            mine.add(args[0], None if own is None else own[seen[name]])
+            schemes = moments.setdefault(name, Moments.empty(n_in, args[0].device))
+            schemes.add(args[0], None if own is None else own[seen[name]])
             seen[name] += 1
             if own is None:
-                last[:] = [(args[0], mine)]
+                last[:] = [(args[0], schemes)]
 
         return hook
 

@@ -34,5 +34,5 @@ class Word:
 
 def agree(runtime: Runtime, word: Word) -> Word:
     """Return the sum over all processes."""
-    told = torch.tensor(astuple(word), dtype=torch.float64, device=runtime.device)
-    return Word(*runtime.sum(told).tolist())
+    values = torch.tensor(astuple(word), dtype=torch.float64, device=runtime.device)
+    return Word(*runtime.sum(values).tolist())

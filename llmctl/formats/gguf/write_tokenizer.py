@@ -52,8 +52,8 @@ def tokenizer_values(
         values["scores"] += [0.0] * (vocab_size - len(values["scores"]))
     values |= {f"{role}_token_id": index for role, index in ids.items()}
     values |= {"add_bos_token": adds_bos, "add_eos_token": False}
-    told = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
-    return told | {"tokenizer.chat_template": template} if template else told
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    return metadata | {"tokenizer.chat_template": template} if template else metadata
 
 
 def refuse(what: str) -> ArtifactError:

@@ -4,15 +4,16 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmctl.commands.common import command_app, note, result, result_json, table
+from llmctl.commands.grouped_help import settings_of, training_command
+from llmctl.config import EvaluateConfig
 from llmctl.errors import UsageError
 
 if TYPE_CHECKING:
-    from llmctl.config import EvaluateConfig
     from llmctl.evaluating.evaluate import Evaluation
 
 app = command_app()
@@ -22,7 +23,26 @@ DROPPED_FIRST = ("rows", "tokens/s", "memory", "parameters", "size")
 """Columns dropped on a narrow terminal, in this order; then metrics from the right, but never the main one."""
 
 
-@app.command()
+SETTINGS = {
+    "task": "task",
+    "data": "data",
+    "limit": "limit",
+    "metric": "metric",
+    "batch_size": "batch_size",
+    "seq_len": "seq_len",
+    "stride": "stride",
+    "pooling": "pooling",
+    "template": "template",
+    "beams": "beams",
+    "max_tokens": "max_tokens",
+    "labels": "labels",
+    "device": "device",
+    "dtype": "dtype",
+}
+"""The config keys that the options set."""
+
+
+@app.command(cls=training_command(EvaluateConfig, SETTINGS))
 def evaluate(
     models: Annotated[
         list[str] | None,
@@ -31,9 +51,7 @@ def evaluate(
     data: Annotated[list[str] | None, typer.Option("-d", "--data", help="File or folder; repeatable.")] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            help="text, mask, classify, similarity, translate, summarize, qa, choice or lastword; default: the model's."
-        ),
+        typer.Option(help="Task; default: the model's"),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum rows or text windows.")] = None,
     max_drop: Annotated[
@@ -45,14 +63,14 @@ def evaluate(
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", "--window", help="Maximum tokens per row or text window.")
     ] = (None),
-    stride: Annotated[int | None, typer.Option(help="Tokens between the starts of text windows (text).")] = None,
-    pooling: Annotated[str | None, typer.Option(help="mean, first or last (similarity).")] = None,
-    template: Annotated[str | None, typer.Option(help="Prompt template with {source}, {question}, {context}.")] = None,
+    stride: Annotated[int | None, typer.Option()] = None,
+    pooling: Annotated[str | None, typer.Option()] = None,
+    template: Annotated[str | None, typer.Option()] = None,
     beams: Annotated[int | None, typer.Option(help="Beam width (translate, summarize, qa).")] = None,
     max_tokens: Annotated[int | None, typer.Option("-n", "--max-tokens", help="Maximum tokens per answer.")] = None,
     labels: Annotated[str | None, typer.Option(help="File with one label per line (classify).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: columns.text=NAME.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Run lm-evaluation-harness tasks instead, such as arc_easy,piqa (extra `bench`).")
@@ -70,26 +88,9 @@ def evaluate(
 
       llmctl evaluate sorter -d dev.tsv --set columns.names=text,label
     """
-    from llmctl.config import EvaluateConfig
     from llmctl.recipe import load
 
-    flags: dict[str, Any] = {
-        "task": task,
-        "data": data or None,
-        "limit": limit,
-        "metric": metric,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "stride": stride,
-        "pooling": pooling,
-        "template": template,
-        "beams": beams,
-        "max_tokens": max_tokens,
-        "labels": labels,
-        "device": device,
-        "dtype": dtype,
-    }
-    config = load(EvaluateConfig, settings=set_ or [], flags=flags).config
+    config = load(EvaluateConfig, settings=set_ or [], flags=settings_of(SETTINGS, locals())).config
     paths = find_models(models or [], quiet=quiet)
     if tasks:
         for option, value in (("--max-drop", max_drop), ("--data", data), ("--task", task)):

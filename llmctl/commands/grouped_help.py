@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 FIRST = "Options"
 GROUPS: Mapping[str, tuple[str, ...]] = {
     FIRST: (
-        "model", "objective", "bits", "task", "method", "student", "loss", "data", "calib", "steps", "minutes", "out",
+        "model", "objective", "bits", "task", "method", "student", "loss", "data", "calib",
+        "steps", "minutes", "tokens", "epochs", "lr", "out",
     ),
     "Data": ("val", "columns", "labels", "tokenizer", "seq_len", "strict", "show_example", "dry_run"),
     "Model and method": (
         "scheme", "group", "embedding", "target_size", "target_bpw", "init", "stages", "on_policy", "teacher_dtype",
         "baseline", "qat", "rank", "merge", "freeze", "max_drop",
     ),
-    "Training": ("tokens", "epochs", "lr", "batch_size", "seed", "device", "dtype", "compile_", "track"),
+    "Compute": ("batch_size", "seed", "device", "dtype", "compile_", "track"),
     "Several processes": (
         "nproc", "nnodes", "node_rank", "master", "max_restarts", "parallel", "deterministic",
     ),

@@ -5,7 +5,7 @@ evaluates and saves. The learning rate, the data and the random numbers of a ste
 resumed run equals an uninterrupted one. It knows nothing of corpora, teachers or quantizers.
 
 Five decisions, marked in the code: [1] all processes agree before a step; [2] when a step is evaluated, saved or the last;
-[3] non-finite gradients and spikes; [4] which step is the best; [5] whose weights are kept at the end.
+[3] non-finite gradients and spikes; [4] which step is the best (saving.py); [5] whose weights are kept at the end.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from llmctl.distributed.sharding import is_sharded, whole_tensor
 from llmctl.errors import InterruptedRunError, StoppedError
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.machine import peak_memory_bytes
-from llmctl.metrics.figures import brief, is_higher_better
+from llmctl.metrics.figures import brief
 from llmctl.model.transformer import LanguageModel
 from llmctl.runs import checkpoint
 from llmctl.runs.journal import Journal, Tracker
@@ -392,21 +392,12 @@ class _Loop:
         metrics = self.evaluate(self.config.eval_tokens)
         self.journal.log("eval", {"step": state.step, **metrics})
         self.t.progress.say(f"step {state.step}: validation {brief(metrics)}")
-        before = state.best_value, state.best_step, state.checks_since_best
         name = self.t.metric
-        value = metrics[name]
-        # [4] The best step is the latest with the best value of the metric; a value that is not a number, such as a
-        # correlation with a constant, never is.
-        sign = 1 if is_higher_better(name) else -1
-        is_best = state.best_value is None or sign * value >= sign * state.best_value
-        if is_best and not math.isnan(value):
-            state.best_value, state.best_step, state.checks_since_best = value, state.step, 0
-        else:
-            state.checks_since_best += 1
+        before = self.saver.note_step(name, metrics[name])
         state.checked_step = state.step
         self.show_samples()
         if not self.save_if_good():  # without a checkpoint these weights cannot be taken back
-            state.best_value, state.best_step, state.checks_since_best = before
+            self.saver.forget_step(before)
         if 0 < self.config.patience <= state.checks_since_best and state.step < state.total_steps:
             text = f"stopped early: no better {name} in {state.checks_since_best} evaluations"
             self.journal.event("stopped early", state.step, text)

@@ -1,8 +1,9 @@
-"""Checkpoints of the loop: save, restore, roll back after divergence, take back the best weights.
+"""Checkpoints of the loop: save, restore, choose the best one, roll back after divergence, take back the best weights.
 
 The loop decides when; this file knows what belongs into a checkpoint and how to become what one contains.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +15,15 @@ from llmctl.config import TrainConfig
 from llmctl.distributed.runtime import Runtime, describe_environment, differences
 from llmctl.distributed.sharding import fill, local, own_parts
 from llmctl.errors import ArtifactError, DivergedError, OutputError
+from llmctl.metrics.figures import is_higher_better
 from llmctl.runs import checkpoint
 from llmctl.runs.journal import Journal
 from llmctl.training import optim
 from llmctl.training.master_weights import Masters
 from llmctl.training.state import State
+
+Best = tuple[float | None, int, int]
+"""Value and number of the best step, and the evaluations since."""
 
 
 class Saver:
@@ -118,6 +123,26 @@ class Saver:
         best = self.store.folder / checkpoint.name_of(self.state.best_step)
         self.store.rotate(self.config.keep_checkpoints, best)
         return True
+
+    # --- the best step ----------------------------------------------------------------------------------------------------
+
+    def note_step(self, metric: str, value: float) -> Best:
+        """Compare an evaluated step with the best one so far, and return what was known before."""
+        state = self.state
+        before = state.best_value, state.best_step, state.checks_since_best
+        # [4] The best step is the latest with the best value of the metric; a value that is not a number, such as a
+        # correlation with a constant, never is.
+        sign = 1 if is_higher_better(metric) else -1
+        is_best = state.best_value is None or sign * value >= sign * state.best_value
+        if is_best and not math.isnan(value):
+            state.best_value, state.best_step, state.checks_since_best = value, state.step, 0
+        else:
+            state.checks_since_best += 1
+        return before
+
+    def forget_step(self, before: Best) -> None:
+        """Undo `note_step` for a step without a checkpoint: its weights could not be taken back."""
+        self.state.best_value, self.state.best_step, self.state.checks_since_best = before
 
     # --- go back ----------------------------------------------------------------------------------------------------------
 

@@ -159,21 +159,24 @@ class Distillation(_WithTeachers):
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
         """Return the loss summed over labels; in evaluation also the comparison with the teacher."""
+        # Before the batch is replaced: the loop has counted these labels.
         n_given = (batch["labels"] != IGNORE).sum()
         if self.training and self.writer is not None:
             batch = self.writer.write(self.model, batch)
         hidden_BTD, attended, seen = self.see(batch)
         labels = batch["labels"].flatten()
         places = (labels != IGNORE).nonzero().squeeze(1)
+        # Only labeled positions reach the head: of masked text that is a small part.
         hidden_ND, labels = hidden_BTD.flatten(0, 1)[places], labels[places]
         outputs = self.teacher_outputs(batch, seen, places)
         if outputs is None:
-            return self.untold(hidden_ND, labels)
+            return self.loss_without_teacher(hidden_ND, labels)
         sums = linear_divergence(
             self.model.head_input(hidden_ND),
             self.model.lm_head.weight,
             outputs,
             labels,
+            # In evaluation TAID's target is the teacher itself, so that losses of all steps compare.
             make_divergence(self.config, self.progress if self.training else 1.0),
             weight=self.config.weight,
             bias_V=self.model.lm_head.bias,
@@ -181,6 +184,7 @@ class Distillation(_WithTeachers):
             vocab_size=self.vocab_size,
             measure=not self.training and bool(self.teachers),
         )
+        # `nats` keeps the data's cross-entropy apart from the mixed loss, for the held-out loss.
         total = sums.total
         if self.matching.kind != "none":
             total = total + self.matched(batch, hidden_BTD, attended, seen)
@@ -215,7 +219,7 @@ class Distillation(_WithTeachers):
             for teacher, view in zip(self.teachers, seen, strict=True)
         ]
 
-    def untold(self, hidden_ND: Tensor, labels: Tensor) -> Loss:
+    def loss_without_teacher(self, hidden_ND: Tensor, labels: Tensor) -> Loss:
         """Return the cross-entropy of the labels if there is no teacher: held-out rows with a cache."""
         head = self.model.lm_head
         nats, correct = linear_cross_entropy(
@@ -231,6 +235,7 @@ class Distillation(_WithTeachers):
         figures = Sums(parts["nats"], count, parts["bytes"], parts["correct"]).figures()
         if not self.teachers:
             return figures
+        # Every part is a sum over labels, divided once.
         figures["distill_loss"] = nats / labels
         figures |= {name: parts[name] / labels for name in ("kl", "agreement", "overlap")}
         bins_3N = np.array([parts[name] for name in BINS]).reshape(3, N_BINS)

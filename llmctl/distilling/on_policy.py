@@ -33,6 +33,7 @@ class Writer:
         """
         ids_BT = batch["input_ids_BT"]
         digest = hashlib.sha256(ids_BT.cpu().numpy().tobytes() + str(torch.initial_seed()).encode()).digest()
+        # 56 bits of the hash are a uniform number: no random state, so a resumed run decides the same.
         if int.from_bytes(digest[:7], "big") >= self.share * 2**56:
             return dict(batch)
         T = ids_BT.shape[1]
@@ -50,11 +51,13 @@ class Writer:
         finally:
             model.train(was_training)
         labels_BT = torch.full_like(batch["labels"], IGNORE)
+        # Labels are shifted by one: position t predicts token t + 1.
         labels_BT[:, begin - 1 : T - 1] = written[:, begin:]
         result = dict(batch) | {"input_ids_BT": written, "labels": labels_BT}
         if documents_BT is not None:  # generated tokens belong to the document before them
             documents_BT = documents_BT.clone()
             documents_BT[:, begin:] = documents_BT[:, begin - 1 : begin]
+            # Rows that ended in padding before `begin` generate nothing to learn from.
             labels_BT[documents_BT == 0] = IGNORE
             result["documents_BT"] = documents_BT
         return result

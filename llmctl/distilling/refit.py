@@ -40,20 +40,26 @@ def refit(
             continue
         layers = kept.layers.get(prefix, tuple(range(n_layers)))
         whole, blocks = list(stack_of(teacher, prefix).layers), list(stack_of(student, prefix).layers)
+        # The student starts from the embeddings, the teacher's states from before its first kept layer.
         theirs = passed(whole[: layers[0]], [catch(teacher, whole[0], batch) for batch in batches])
         own = [catch(student, blocks[0], batch) for batch in batches]
         real = [is_real(batch, stream) for batch, stream in zip(batches, own, strict=True)]
         for place, block in enumerate(blocks):
+            # A student's block stands for the teacher's layers up to the next kept one.
             *above, stop = *layers[place + 1 :], n_layers
             segment = whole[layers[place] : above[0] if above else stop]
             *earlier, last = sums(block)
+            # Projections inside the block match the same sums of the teacher's first layer of the segment,
+            # the last one what comes out of the whole segment.
             for one in earlier:
                 fit(block, one, own, written(segment[0], one, theirs)[0], kept.channels, real)
             theirs = passed(segment[:-1], theirs)
+            # A post-norm block ends in a norm: that of the segment's last layer belongs to the output to match.
             if not block.pre and len(segment) > 1:
                 take_norm(block.post_attention_layernorm, segment[-1].post_attention_layernorm, kept.channels)
             wanted, theirs = written(segment[-1], last, theirs)
             fit(block, last, own, wanted, kept.channels, real)
+            # From here on the student's own states, with the errors that are left: later blocks compensate them.
             own = passed([block], own)
             say(
                 f"refit the output projections of {prefix.removeprefix('model.').replace('.', ' ')}layer {place + 1} of {len(blocks)}"
@@ -135,10 +141,12 @@ def fit(
     """Solve for one projection, so that its residual sum matches the target."""
     module: Any = block.get_submodule(one[0])
     n_in, has_bias = module.in_features, module.bias is not None
+    # Normal equations, accumulated in float64: inputs are strongly correlated.
     second_II = torch.zeros(n_in + has_bias, n_in + has_bias, dtype=torch.float64)
     cross_IO = torch.zeros(n_in + has_bias, module.out_features, dtype=torch.float64)
     for stream, target_BTD, is_real_BT in zip(streams, wanted, real, strict=True):
         _, (x_BTI, sum_BTD) = seen(block, stream, *one)
+        # What the sum lacks, so that the solution is a change of the pruned weights, and the ridge pulls toward them.
         missing_BTD = (target_BTD if channels is None else target_BTD[..., channels]) - sum_BTD
         x_PI = x_BTI[is_real_BT].double()
         if has_bias:

@@ -97,6 +97,7 @@ def build_cache(
     n_labels = 0
     for number in range(n_shards):
         rows = range(number * ROWS_PER_SHARD, min(source.n_rows, (number + 1) * ROWS_PER_SHARD))
+        # A complete shard is kept: its bytes would come out the same.
         finished = finished_labels(folder, number)
         if finished is not None:
             n_labels += sum(finished)
@@ -104,6 +105,7 @@ def build_cache(
         counts: list[int] = []
         parts: list[Arrays] = []
         for start in range(rows.start, rows.stop, ROWS_TOGETHER):
+            # Fixed batches: padding and kernels, and so the last bits, depend on the rows of a batch.
             some = range(start, min(start + ROWS_TOGETHER, rows.stop))
             batch = source.batch(some)
             row_counts = (batch["labels"] != IGNORE).sum(axis=1).tolist()
@@ -150,6 +152,7 @@ def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_
         hidden_CD = outputs.hidden_ND[start : start + CHUNK_LABELS]
         weight_VD = outputs.weight_VD[:vocab_size]
         bias_V = None if outputs.bias_V is None else outputs.bias_V[:vocab_size]
+        # Probabilities in float32 at least: bfloat16 logits have three digits.
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         out_CV = torch.empty(len(hidden_CD), vocab_size, dtype=wide, device=hidden_CD.device)
         log_p_CV = logits(hidden_CD, weight_VD, bias_V, out_CV).log_softmax(dim=1)

@@ -83,6 +83,7 @@ class Gradients:
 
     def scale(self, count: int) -> float:
         """Return the factor for a micro-batch's summed loss: 1 / count, times the world size to undo DDP's averaging."""
+        # DDP averages over processes; the loop wants the sum, divided by the global count.
         averages = isinstance(self.module, nn.parallel.DistributedDataParallel)
         return (self.runtime.world_size if averages else 1) / count
 
@@ -134,6 +135,7 @@ class TreeGradients(Gradients):
         for parameter in self.parameters:
             parameter.grad = None
         size = 1
+        # Like carrying in a binary counter: equal subtrees merge, left + right.
         while self.stack and self.stack[-1][0] == size:
             _, left = self.stack.pop()
             torch._foreach_add_(left, tensors)
@@ -147,6 +149,7 @@ class TreeGradients(Gradients):
         ((_, tensors),) = self.stack
         self.stack = []
         if self.pairs:
+            # One message per level instead of one per tensor.
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             for group in self.pairs:
                 dist.all_reduce(flat, group=group)

@@ -46,6 +46,7 @@ class Session:
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
         # Each row may fill the context on its own, so the shortest prompt decides.
         self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
+        # Rows are left-padded to the longest prompt, so all need its positions.
         n_positions = max(lengths) + self.n_new
         self.kv = kv
         self.cache = CACHES[kv](model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
@@ -60,6 +61,7 @@ class Session:
         """Prefill the prompts and return the logits of the next tokens."""
         logits_BV = self._begin_decoder() if self.is_decoder else self._begin_encoder_decoder()
         if self.copies > 1:
+            # Beams share the prefill: cache rows are copied after it.
             rows = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.copies)
             self.select(rows)
             logits_BV = logits_BV[rows]
@@ -120,14 +122,17 @@ class Session:
         longest = max(map(len, self.prompts))
         ids_BT = torch.zeros(len(self.prompts), longest, dtype=torch.long)
         documents_BT = torch.zeros_like(ids_BT)
+        # Left padding: the last position of every row is its last token, so one slice gives all logits.
         for row, prompt in enumerate(self.prompts):
             ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
             documents_BT[row, longest - len(prompt) :] = 1
         positions_BT = (documents_BT.cumsum(dim=1) - 1).clamp(min=0).to(self.device)
+        # Without padding no mask is needed, which is faster.
         is_ragged = bool((documents_BT == 0).any())
         ids_BT, documents_BT = ids_BT.to(self.device), documents_BT.to(self.device)
         n_known = self._reuse(documents_BT if is_ragged else None)
         hidden = None
+        # In parts: activations of a long prompt would not fit, and attention scores grow with its square.
         for start in range(n_known, longest, PREFILL_TOKENS):
             part = slice(start, start + PREFILL_TOKENS)
             hidden = self._decode(
@@ -144,6 +149,7 @@ class Session:
         if self.prefix is None:
             return 0
         if shared := self.prefix.shared(self.prompts):
+            # The shared prefix is computed once, in a session of its own, then copied into every row.
             alone = Session(self.model, [shared], 1, decoder=self.decoder, prefix=self.prefix, kv=self.kv)
             alone.begin()
             alone.keep(shared)

@@ -35,6 +35,8 @@ def distill(session: Session, config: DistillConfig) -> None:
     data = open_data(session, config, teachers)
     cache = open_cache(config, data)
     plan = StudentPlan(config, data, teachers, session.folder / "parts")
+    # Parts in order: a part may be pruned from the one before, and the baseline with equal compute needs the others'
+    # metrics. A resumed run skips what `parts/` already has.
     for name in plan.names:
         if name and session.runtime.first(plan.is_done(name)):
             continue
@@ -112,6 +114,7 @@ def compare(session: Session, plan: StudentPlan, student: Student, fitted: Fitte
     """Measure teacher and student on the same held-out rows, in all processes, and write `report.json`."""
     config, data, teachers, runtime = plan.config, plan.data, plan.teachers, session.runtime
     shape = student.model.config
+    # A copy of the student in the weights that were kept, outside of any DDP or FSDP wrapper.
     teachers.move(runtime.device, runtime.dtype)
     trained = LanguageModel(shape)
     load_tensors(trained, {name: tensor.float() for name, tensor in with_tied(shape, fitted.weights).items()})

@@ -34,6 +34,7 @@ from llmctl.training.task_data import TaskData, check_task, labels_of_corpus, op
 
 def finetune(session: Session, config: FinetuneConfig) -> None:
     """Encode the examples, give the model what the task and the method need, train, and write model or adapter."""
+    # The first process may quantize the base here (qlora); all then open the same files.
     corpus = session.prepare(partial(prepare, session, config))
     base = open_base(session, config, corpus)
     data = TaskData.open(config, base, corpus, session.say)

@@ -87,6 +87,7 @@ def compare(
     config, data, runtime = codes.config, codes.data, session.runtime
     before = original.computing[0].model
     models = {"before": before}
+    # With trained codes the model is loaded anew, packed, as its users will run it.
     if codes.learns:
         session.lead(partial(codes.keep_learned, fitted))
         for name, file in (("chosen", CHOSEN), ("after", LEARNED)):

@@ -107,11 +107,13 @@ class Session:
 
     def fit(self, part: Part) -> Fitted:
         """Train a part from its newest checkpoint, or from its beginning."""
+        # Before memory is predicted: frozen weights have no optimizer state.
         n_frozen = freeze(part.model, part.config.train.freeze)
         part = self._with_micro_batch(part)
         compare_processes(self.runtime, self.config, part.identity, self.progress)
         check_space(self.run, part)
         folder = self.folder / "parts" / part.name if part.name else self.folder
+        # A part without a checkpoint starts from its beginning, also when the run resumes.
         saved = newest_checkpoint(folder, self.runtime, self.progress) if self.resumes else None
         training = self._assemble(part, folder, saved)
         self.say(

@@ -94,6 +94,7 @@ class Measured(Table):
     def __call__(self, scheme: Scheme, n_out: int, n_in: int, n_rows: int) -> str:
         """Return the fastest correct product."""
         names = self.fitting(scheme, n_out, n_in)
+        # Nothing to choose from: no measurement.
         if names == ["plain"]:
             return "plain"
         times = self.times(scheme, n_out, n_in, n_rows)
@@ -147,9 +148,11 @@ def measure(table: Table, scheme: Scheme, n_out: int, n_in: int, n_rows: int) ->
     products[REFERENCE] = lambda _x: F.linear(narrow_NI, weight_OI)
     best = dict.fromkeys(products, float("inf"))
     started = time.perf_counter()
+    # Rounds alternate between products and keep the minimum, so that a busy machine favors none.
     for _ in range(ROUNDS):
         for name, product in products.items():
             best[name] = min(best[name], seconds_of(product, x_NI))
+        # Slow products on large weights: one round tells enough.
         if time.perf_counter() - started > LONGEST_SECONDS:
             break
     return best

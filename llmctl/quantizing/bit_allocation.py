@@ -65,6 +65,7 @@ def candidates(plan: Mapping[str, Scheme], widths: Mapping[str, int]) -> dict[st
 
 def schemes_like(planned: Scheme, width: int) -> list[Scheme]:
     """Return the candidate schemes of a layer with `width` inputs, the smallest first."""
+    # A plan of int8 has no groups: candidates with fewer bits take int4's.
     base = planned if planned.group else SCHEMES["int4"]
     group = base.group if base.fits(width) else 0
     sizes = {
@@ -117,6 +118,7 @@ def measure_part(
     for name, schemes in choices.items():
         layer: Any = model.get_submodule(name)
         weight_OI = layer.weight.detach()
+        # bfloat16: only the size of a change matters here, and there are several per layer.
         changes = [(decode(clipped(weight_OI, scheme), scheme) - weight_OI).bfloat16() for scheme in schemes]
         handles.append(layer.register_forward_pre_hook(keeper(inputs, name)))
         hooks[name] = adder(inputs, name, changes, schemes, costs[name])
@@ -148,6 +150,7 @@ def adder(
     def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
         x_NI, grad_NO = inputs.pop(name).flatten(0, -2), grads[0].flatten(0, -2)
         for scheme, change_OI in zip(schemes, changes, strict=True):
+            # Squared per position before summing: the expected square of the loss change (Fisher information).
             moved_NO = x_NI @ change_OI.to(x_NI.dtype).T
             costs[scheme] += float((moved_NO.float() * grad_NO).sum(dim=1).double().square().sum())
 
@@ -220,9 +223,11 @@ def allocate(
         units.setdefault(unit_of(name), []).append(name)
     losses, sizes = {}, {}
     for unit, names in units.items():
+        # Fused layers must agree, so only candidates that all of them have.
         shared = [scheme for scheme in costs[names[0]] if all(scheme in costs[name] for name in names)]
         losses[unit] = {scheme: sum(costs[name][scheme] for name in names) for scheme in shared}
         sizes[unit] = {scheme: sum(scheme.size_bits(*shapes[name]) for name in names) for scheme in shared}
+    # Start from the smallest model and upgrade while the budget lasts.
     chosen = {unit: min(each, key=each.__getitem__) for unit, each in sizes.items()}
     used = sum(sizes[unit][scheme] for unit, scheme in chosen.items())
     while True:
@@ -230,10 +235,12 @@ def allocate(
         for unit, scheme in chosen.items():
             for other, loss in losses[unit].items():
                 more = sizes[unit][other] - sizes[unit][scheme]
+                # An upgrade may skip sizes: of all that fit, the best gain per bit is taken.
                 if more > 0 and used + more <= budget_bits and losses[unit][scheme] > loss:
                     steps.append(((losses[unit][scheme] - loss) / more, unit, other))
         if not steps:
             return {name: chosen[unit] for unit, names in units.items() for name in names}
+        # `max` keeps the first of equals, in the order of layers: the result is deterministic.
         _, unit, other = max(steps, key=lambda step: step[0])
         used += sizes[unit][other] - sizes[unit][chosen[unit]]
         chosen[unit] = other

@@ -60,6 +60,7 @@ class Codes:
         method = "guided" if self.learns else weights.method
         model = self._copy()
         refuse_unfinite(model, self.config.model)
+        # Before calibration, which replaces the model's weights by dequantized ones.
         plan = self._allocated(model, say)
         batches = self.data.some_batches(model.config, weights.calibration_rows) if needs_data(plan, method) else []
         if is_bare(self.source):  # it predicts no labels

@@ -23,7 +23,7 @@ TOGETHER = 16
 """Matrices of one shape orthogonalized per call: small matmuls alone do not use all cores."""
 
 
-def orthogonalise(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
     """Return about U V^T of matrices U S V^T, by Newton-Schulz iterations in `dtype`.
 
     Shapes: (G, O, I) -> (G, O, I), in `dtype`.
@@ -31,10 +31,12 @@ def orthogonalise(matrices_GOI: Tensor, dtype: torch.dtype) -> Tensor:
     a, b, c = COEFFICIENTS
     x = matrices_GOI.to(dtype)
     is_tall = x.shape[1] > x.shape[2]
+    # The smaller Gram matrix: iterations cost O(min(O, I)^2 * max(O, I)).
     if is_tall:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the Frobenius norm bounds the spectral norm
     for _ in range(N_ITERATIONS):
+        # x <- a x + (b A + c A^2) x with A = x x^T, in two fused matmuls.
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
@@ -73,8 +75,9 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         updates = torch.stack([whole_tensor(self._momentum(parameter, group["momentum"])) for parameter in parameters])
-        updates = orthogonalise(updates, self.dtype).to(updates.dtype)
+        updates = orthogonalize(updates, self.dtype).to(updates.dtype)
         rows, columns = parameters[0].shape
+        # An orthogonal update of a tall matrix has a smaller effect per input: scaled up.
         rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -87,4 +90,5 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum_buffer"]
         buffer.lerp_(gradient, 1 - momentum)
+        # Nesterov: a step ahead along the new momentum.
         return gradient.lerp(buffer, momentum)

@@ -179,6 +179,7 @@ class TaskData:
         )
         options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
         lengths = corpus.documents.lengths
+        # A pair's first length places token types; models without them need none.
         if config.task == "classify":
             first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
             order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llmctl.training.muon import Muon, orthogonalise
+from llmctl.training.muon import Muon, orthogonalize
 
 SHAPES = [(16, 16), (16, 16), (12, 40), (40, 12), (40, 12), (7, 5)]
 
@@ -35,7 +35,7 @@ def test_in_bfloat16_it_is_torchs_bit_for_bit():
 @pytest.mark.parametrize("shape", [(24, 60), (16, 48), (48, 16)])
 def test_the_update_is_nearly_orthogonal(shape: tuple[int, int], dtype: torch.dtype):
     torch.manual_seed(0)
-    update = orthogonalise(torch.randn(3, *shape), dtype)
+    update = orthogonalize(torch.randn(3, *shape), dtype)
     assert update.dtype == dtype
     assert update.shape == (3, *shape)
     values = torch.linalg.svdvals(update.double())

@@ -71,7 +71,7 @@ class Planned(NamedTuple):
 
 
 def find_type(name: str) -> str:
-    """Return the type of this name, however it is capitalised.
+    """Return the type of this name, however it is capitalized.
 
     Raises: UsageError listing those there are.
     """

@@ -1,8 +1,10 @@
 """Find the root cause among several failed processes and report it in at most three lines."""
 
+import json
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,11 @@ def last_words(folder: Path, local_rank: int) -> str:
 
 def resume_hint(folder: Path) -> str:
     """Return a hint with the resume command, empty if no run was created yet."""
-    run = folder / "run"
-    if not run.is_file():
+    begun = folder / "run"
+    if not begun.is_file():
         return ""
-    return f"\nhint: resume from the last checkpoint with: llmctl pretrain --resume {run.read_text().strip()}\n"
+    run = begun.read_text(encoding="utf-8").strip()
+    command = "pretrain"
+    with suppress(OSError, ValueError, AttributeError):  # a record that cannot be read must not hide the failure
+        command = json.loads((Path(run) / "run.json").read_text(encoding="utf-8")).get("command", command)
+    return f"\nhint: resume from the last checkpoint with: llmctl {command} --resume {run}\n"

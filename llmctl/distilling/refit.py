@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmctl.model.cut import Kept, prefixes
+from llmctl.model.cut import Kept, check_supported, prefixes
 from llmctl.model.importance import Batches, stack_of
 from llmctl.model.stack import Block
 from llmctl.model.streams import catch, run
@@ -34,7 +34,9 @@ def refit(
     """Solve for a student's maps into its stream, in place; `say` hears of every block.
 
     kept: what of the teacher the student consists of. Both are on the CPU, in float32 and in their evaluation mode.
+    Raises: UsageError for a model with a switch that is not known here.
     """
+    check_supported(teacher.config, "refitting after pruning")
     for prefix, n_layers in prefixes(teacher.config).items():
         if not is_cut(kept, prefix):
             continue

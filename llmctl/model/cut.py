@@ -16,10 +16,24 @@ from torch import Tensor
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.model.shapes import complete, window_of
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, describe, unsupported
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
 """Tables of rows over the hidden channels, by the last part of their module's name."""
+
+
+def check_supported(config: ModelConfig, doing: str) -> None:
+    """Refuse a model with a switch that cutting and refitting do not know.
+
+    Raises: UsageError naming the switches.
+    """
+    names = unsupported(config, BLOCK, BLOCK_CHOICES)
+    if names:
+        raise UsageError(
+            f"{doing} does not support models with {describe(config, names)}",
+            "train a student of its own shape: pass a preset or a model folder as `--student`",
+        )
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,12 @@ def prefixes(config: ModelConfig) -> dict[str, int]:
 def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and the state of what stays of a model.
 
-    Raises: UsageError for layers of an encoder-decoder whose attention windows cannot be told together.
+    Raises: UsageError for a model with a switch that is not known here, and for layers of an encoder-decoder whose
+    attention windows cannot be told together.
     Shapes: `config` is complete, `state` the state of `LanguageModel(config)`.
     """
     config = complete(config)
+    check_supported(config, "pruning")
     smaller = cut_config(config, kept)
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
     result: dict[str, Tensor] = {}

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmctl.config import ModelConfig
 from llmctl.model.stack import Block, FeedForward
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, unsupported
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,13 @@ class Joint:
     repeats: int = 1
 
 
-def joints(block: Block) -> list[Joint]:
-    """Return the joints of a block; where a norm's output also goes past the readers, or an activation bends, there is none."""
+def joints(block: Block, config: ModelConfig) -> list[Joint]:
+    """Return the joints of a block; where a norm's output also goes past the readers, or an activation bends, there is none.
+
+    A model with a switch that is not known here has none.
+    """
+    if unsupported(config, BLOCK, BLOCK_CHOICES):
+        return []
     found = []
     attention, mlp = block.self_attn, block.mlp
     if block.pre:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmctl.model.cut import Kept, prefixes
+from llmctl.model.cut import Kept, check_supported, prefixes
 from llmctl.model.importance import Batches, stack_of
 from llmctl.model.stack import Block
 from llmctl.model.streams import catch, run
@@ -34,7 +34,9 @@ def refit(
     """Refit a student's output projections in place; `say` reports every block.
 
     kept: the parts of the teacher that the student has. Both models are on the CPU, in float32 and evaluation mode.
+    Raises: UsageError for a model with an unsupported setting.
     """
+    check_supported(teacher.config, "refitting after pruning")
     for prefix, n_layers in prefixes(teacher.config).items():
         if not is_cut(kept, prefix):
             continue

@@ -41,8 +41,8 @@ from llmctl.formats.artifact import (
     refuse_pickle,
 )
 from llmctl.formats.families.classifiers import CLASSIFIERS
-from llmctl.formats.families.family import Published
 from llmctl.formats.families.native import checked
+from llmctl.formats.families.published import Published
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
 from llmctl.model.parameters import parameter_shapes
 

@@ -85,7 +85,7 @@ class Architecture:
             if stored.name.endswith(".weight") and all(is_linear(name, shapes) for name in stored.holds):
                 modules = tuple(name.removesuffix(".weight") for name in stored.holds)
                 sizes, n_in = tuple(shapes[name][0] for name in stored.holds), shapes[stored.holds[0]][1]
-                path, is_transposed = stored.name.removesuffix(".weight"), stored.layout == "transposed"
+                path, is_transposed = stored.name.removesuffix(".weight"), stored.form == "transposed"
                 linears.append(PublishedLinear(path, modules, sizes, n_in, is_transposed))
         return linears
 

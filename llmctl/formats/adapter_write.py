@@ -20,7 +20,7 @@ from llmctl.formats.adapter_names import (
 )
 from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name
 from llmctl.formats.artifact_write import refuse_overwrite
-from llmctl.formats.families.native import write_config as native_values
+from llmctl.formats.families.native import write_fields as native_values
 from llmctl.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from llmctl.config import ModelConfig
 from llmctl.errors import OutputError
 from llmctl.files import atomic_path, json_text, write_bytes, writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, is_name, weights_of
-from llmctl.formats.families.family import FamilyFormat, token_ids
+from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import stored_shape, to_stored
+from llmctl.formats.families.rows import token_ids
 from llmctl.formats.quantization import KEY, Schemes, family_with, stored_parts, write_schemes
 from llmctl.formats.safetensors import write_safetensors
 from llmctl.model.parameters import parameter_shapes

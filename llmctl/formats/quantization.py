@@ -71,7 +71,7 @@ def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
     if not schemes:
         return family
     plain = {
-        stored.name for stored in family.layout(config) if stored.layout == "plain" and stored.holds == (stored.name,)
+        stored.name for stored in family.layout(config) if stored.form == "plain" and stored.holds == (stored.name,)
     }
     return family if all(f"{name}.weight" in plain for name in schemes) else NATIVE
 

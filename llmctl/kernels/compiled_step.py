@@ -20,6 +20,7 @@ from llmctl.losses.logits import is_native
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
 from llmctl.model.positions import rope_tables
+from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, unsupported
 from llmctl.quant.linear import QuantLinear
 from llmctl.quant.packing import pack
 from llmctl.quant.products import Kind, Product, rows_of
@@ -128,21 +129,23 @@ def load_library(path: Path) -> Library:
     return library
 
 
+NAMED = (
+    SIZES
+    | CLASSIFIER
+    | TOKEN_IDS
+    | TRAINING
+    | {
+        *("norm_eps", "rope_theta", "attention_scale", "attention_windows"),
+        *("embedding_scale", "tie_embeddings"),  # outside of the library: it takes embeddings and a head's weight
+    }
+)
+"""Fields that decode.cpp supports with any value; all others must have their default, which is Llama's block."""
+
+
 def make_native(library: Library, decoder: Decoder) -> Native | None:
     """Return the compiled step of a decoder, or None for an unsupported model."""
     config = decoder.config
-    # Llama-like models only: RMSNorm, SwiGLU, no biases.
-    is_supported = (
-        config.family == "decoder"
-        and config.positions in {"rope", "none"}
-        and (config.norm, config.norm_position) == ("rmsnorm", "pre")
-        and (config.gated, config.activation) == (True, "silu")
-        and not any((config.attention_bias, config.mlp_bias, config.logits_bias, config.qk_norm))
-        and not any((config.head_transform, config.embedding_norm, config.n_token_types))
-        and config.logits_scale == 1.0
-        and config.d_ff % ROWS == 0
-    )
-    if not is_supported:
+    if unsupported(config, NAMED, {"positions": ("rope", "none")}) or config.d_ff % ROWS:
         return None
     step = Step(library, decoder)
     return step if step.is_whole else None

@@ -16,10 +16,24 @@ from torch import Tensor
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.model.shapes import complete, window_of
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, describe, unsupported
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
 """Modules whose weight's columns are the hidden channels, by the last part of their name."""
+
+
+def check_supported(config: ModelConfig, doing: str) -> None:
+    """Reject a model with a setting that pruning and refitting do not support.
+
+    Raises: UsageError naming the settings.
+    """
+    names = unsupported(config, BLOCK, BLOCK_CHOICES)
+    if names:
+        raise UsageError(
+            f"{doing} does not support models with {describe(config, names)}",
+            "train a student of its own shape: pass a preset or a model folder as `--student`",
+        )
 
 
 @dataclass(frozen=True)
@@ -49,9 +63,11 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
     """Return the config and the state of the pruned model.
 
     config: complete; state: that of `LanguageModel(config)`.
-    Raises: UsageError if encoder and decoder would need different attention windows.
+    Raises: UsageError for a model with an unsupported setting, and if encoder and decoder would need different attention
+    windows.
     """
     config = complete(config)
+    check_supported(config, "pruning")
     smaller = cut_config(config, kept)
     # T5 scales logits by d_model^-0.5; removing channels changes that, which the final norm's weight compensates.
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale

@@ -17,6 +17,7 @@ from llmctl.model.attention import Attention, Mask, attend
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.positions import rope_tables
 from llmctl.model.stack import ACTIVATIONS, Block, Stack
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, unsupported
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.joined import join_quantized
 from llmctl.quant.linear import QuantLinear
@@ -36,9 +37,18 @@ float32; from three on the bfloat16 kernel is faster (measured).
 """
 
 
+NAMED = BLOCK - {"n_relative_buckets", "max_relative_distance"}
+CHOICES = BLOCK_CHOICES | {
+    "query_layer": (False,),
+    "family": ("decoder", "encoder_decoder"),
+    "positions": ("rope", "learned", "sinusoidal", "none"),
+}
+"""The settings that `Layer` and `Decoder` implement; a model with any other uses `LanguageModel.hidden`."""
+
+
 def covers(config: ModelConfig) -> bool:
     """Tell whether `Decoder` supports a model; others use `LanguageModel.hidden`."""
-    return config.family != "encoder" and config.positions != "relative" and not config.query_layer
+    return not unsupported(config, NAMED, CHOICES)
 
 
 @dataclass(frozen=True)

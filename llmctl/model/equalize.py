@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llmctl.config import ModelConfig
 from llmctl.model.stack import Block, FeedForward
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, unsupported
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Joint:
     repeats: int = 1
 
 
-def joints(block: Block) -> list[Joint]:
-    """Return the joints of a block.
+def joints(block: Block, config: ModelConfig) -> list[Joint]:
+    """Return the joints of a block; none for a model with an unsupported setting.
 
     Excluded are norms whose output is also used elsewhere (post-norm) and activations that do not commute with scaling.
     """
+    if unsupported(config, BLOCK, BLOCK_CHOICES):
+        return []
     joints = []
     attention, mlp = block.self_attn, block.mlp
     if block.pre:

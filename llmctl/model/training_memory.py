@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass
 
 from llmctl.config import ModelConfig
+from llmctl.errors import UsageError
 from llmctl.model.flops import Rows, Shape
 from llmctl.model.parameters import count_parameters
 from llmctl.model.shapes import complete
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, describe, unsupported
 from llmctl.tables.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
@@ -16,8 +18,15 @@ def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes
 
     Counted from the operations of our block, as torch saves their tensors on a CPU (see `Kept`).
     Source: the method of Korthikanti et al. 2022, arXiv:2205.05198, section 4.1.
+    Raises: UsageError for a model with a switch that is not counted here.
     """
     config = complete(config)
+    names = unsupported(config, BLOCK, BLOCK_CHOICES)
+    if names:
+        raise UsageError(
+            f"the memory of a step cannot be computed for models with {describe(config, names)}",
+            "set `train.micro_batch_size` yourself, and leave out --dry-run",
+        )
     kept = Kept(config, product_bytes, rows.packed)
     if config.family != "encoder_decoder":
         per_token = (config.n_layers + int(config.query_layer)) * kept.block(rows.source) + kept.around()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
 from llmctl.model.equalize import fold, joints, shared_factors
@@ -70,7 +71,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
             moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in schemes}) if streams else {}
             with torch.autocast("cpu", enabled=False):
                 if METHODS[method].equalizes or any(scheme.activations for scheme in schemes.values()):
-                    equalize(block, schemes, moments, method)
+                    equalize(block, model.config, schemes, moments, method)
                 for inner, scheme in schemes.items():
                     choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
             streams = [(run(block, stream), *stream[1:]) for stream in streams]
@@ -119,11 +120,11 @@ def needs_data(plan: Plan, method: str) -> bool:
     return METHODS[method].needs_data or any(scheme.activations for scheme in plan.values())
 
 
-def equalize(block: nn.Module, schemes: Plan, moments: dict[str, Moments], method: str) -> None:
+def equalize(block: nn.Module, config: ModelConfig, schemes: Plan, moments: dict[str, Moments], method: str) -> None:
     """Move scales between the layers of a block where that lowers the error; the moments are updated."""
     if not isinstance(block, Block):
         return
-    for joint in joints(block):
+    for joint in joints(block, config):
         readers = [name for name in joint.readers if name in schemes and name in moments]
         if len(readers) < len(joint.readers) or not moments[readers[0]].count:
             continue

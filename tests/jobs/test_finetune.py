@@ -345,7 +345,7 @@ def test_what_cannot_be_is_refused(models):
     for family, data, task, match in (
         ("encoder", chats(), "chat", "encoder"),
         ("encoder", questions(), "qa", "encoder"),
-        ("encoder_decoder", chats(), "chat", "for decoders"),
+        ("encoder_decoder", chats(), "chat", "cannot be trained"),
     ):
         with pytest.raises(UsageError, match=match):
             run(models[family], data, task)

@@ -28,7 +28,7 @@ def test_moved_scales_change_nothing(name: str) -> None:
         expected = model(ids, **more)
     for stack in model.stacks():
         for block in stack.layers:
-            for joint in joints(block):
+            for joint in joints(block, model.config):
                 readers = [block.get_submodule(reader) for reader in joint.readers]
                 before = readers[0].weight.detach().clone()
                 factors = torch.rand(readers[0].in_features, generator=generator) * 4 + 0.2
@@ -42,4 +42,4 @@ def test_moved_scales_change_nothing(name: str) -> None:
 
 def test_post_norm_models_keep_what_goes_past_the_layer() -> None:
     model = LanguageModel(ModelConfig(**(BASE | VARIANTS["bert"])))
-    assert [joint.readers for joint in joints(model.model.layers[0])] == [("self_attn.o_proj",)]
+    assert [joint.readers for joint in joints(model.model.layers[0], model.config)] == [("self_attn.o_proj",)]

@@ -1,20 +1,21 @@
-"""Published classifiers: the families' own bodies under the head that transformers gives each of them.
+"""Published classifiers: the families' own bodies with the head that transformers gives each of them.
 
-A row is made from the family's row by exchanging the head, so that a body is described once. What no published class
-expresses (another pooling, Marian) is written in the native format.
+A classifier is the family's table with other rows for the head, so that a body is described once. What no published
+class expresses (another pooling, Marian) is written in the native format.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any
 
-from llmctl.config import ModelConfig, Problem
+from llmctl.config import ModelConfig
 from llmctl.formats.families.bart import BART
-from llmctl.formats.families.bert import BERT, BERT_BARE, is_bert
-from llmctl.formats.families.family import FamilyFormat, Published, same_config
+from llmctl.formats.families.bert import BERT, BERT_BARE
+from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.gpt2 import GPT2
 from llmctl.formats.families.llama import EUROBERT, LLAMA, QWEN3
-from llmctl.formats.families.parameters import Stored, plain, with_bias
+from llmctl.formats.families.parameters import Tensors, module, prefixed
+from llmctl.formats.families.published import Published
+from llmctl.formats.families.rows import Row, converted, fixed
 from llmctl.formats.families.t5 import T5
 
 PROBLEMS = {
@@ -28,129 +29,105 @@ POOLINGS = {"mean": "mean", "first": "bos"}
 
 @dataclass(frozen=True)
 class Head:
-    """How a published class names the parts of its head, and what it does to a state before."""
+    """How a published class names the parts of its head, and what it does to a hidden state before.
+
+    prefix: what the class puts before the names of the body. pooling: a choice, or the row of the key that names it.
+    """
 
     classifier: str
     dense: str = ""
-    pooling: str = "last"
+    pooling: str | Row = "last"
     activation: str = "none"
     prefix: str = ""
-    """What the class puts before the names of the body."""
 
 
-def body_config(config: ModelConfig) -> ModelConfig:
-    """Return the config of the model under a classification head."""
-    return replace(config, n_labels=0, labels=())
+def numbered(n_labels: int) -> tuple[str, ...]:
+    """Return the names that transformers gives outputs without names."""
+    return tuple(f"LABEL_{number}" for number in range(n_labels))
 
 
-def read_head(values: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def read_labels(published: Published, _: ModelConfig) -> dict[str, Any]:
     """Read number, names and kind of the outputs."""
-    hf = Published(values, architecture)
-    names = values.get("id2label") or {str(number): f"LABEL_{number}" for number in range(2)}
+    names = published.values.get("id2label") or dict(zip("01", numbered(2), strict=True))
+    # Any order of the keys, but no gap: the number of an output is its row in the weight.
     if not isinstance(names, dict) or sorted(names, key=str) != sorted(map(str, range(len(names)))):
-        raise hf.refuse("id2label", names, "names of the outputs by number from 0")
+        raise published.refuse("id2label", names, "names of the outputs by number from 0")
     labels = tuple(str(names[str(number)]) for number in range(len(names)))
-    is_named = labels != tuple(f"LABEL_{number}" for number in range(len(labels)))
-    kind = values.get("problem_type") or ("regression" if len(labels) == 1 else PROBLEMS["single"])
-    problem = next((ours for ours, theirs in PROBLEMS.items() if theirs == kind), None)
-    if problem not in get_args(Problem):
-        raise hf.refuse("problem_type", kind, ", ".join(PROBLEMS.values()))
-    return {"n_labels": len(labels), "labels": labels if is_named else (), "problem": problem}
+    # transformers' own rule for files without the key.
+    default = "regression" if len(labels) == 1 else PROBLEMS["single"]
+    kind = published.values.get("problem_type") or default
+    problem = next((own for own, name in PROBLEMS.items() if name == kind), None)
+    if problem is None:
+        raise published.refuse("problem_type", kind, ", ".join(PROBLEMS.values()))
+    return {
+        "n_labels": len(labels),
+        "labels": () if labels == numbered(len(labels)) else labels,
+        "problem": problem,
+    }
 
 
-def write_head(config: ModelConfig) -> dict[str, Any]:
+def write_labels(config: ModelConfig) -> dict[str, Any]:
     """Write number, names and kind of the outputs."""
-    labels = config.labels or tuple(f"LABEL_{number}" for number in range(config.n_labels))
+    labels = config.labels or numbered(config.n_labels)
     return {
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
-        "problem_type": PROBLEMS[config.problem],
+        "problem_type": PROBLEMS.get(config.problem),
     }
 
 
 def classifier(base: FamilyFormat, architecture: str, head: Head) -> FamilyFormat:
-    """Return the row of a family's published classifier."""
-
-    def read_config(values: Mapping[str, Any]) -> ModelConfig:
-        shape: dict[str, Any] = {"pooling": head.pooling, "pooled_activation": head.activation}
-        return replace(base.read_config(values), **shape, **read_head(values, architecture))
-
-    def write_config(config: ModelConfig) -> dict[str, Any]:
-        return base.write_config(body_config(config)) | write_head(config)
-
-    def matches(config: ModelConfig) -> bool:
-        fits = config.n_labels > 0 and config.pooling == head.pooling and config.pooled_activation == head.activation
-        return fits and base.matches(body_config(config))
-
-    def layout(config: ModelConfig) -> list[Stored]:
-        body = [
-            replace(stored, name=head.prefix + stored.name)
-            for stored in base.layout(body_config(config))
-            if not stored.holds[0].startswith(("lm_head", "head_"))
-        ]
-        if not head.dense:
-            return [*body, plain(head.classifier + ".weight", "classifier.weight")]
-        return [*body, *with_bias({head.dense: "classifier_dense", head.classifier: "classifier"})]
-
-    return FamilyFormat(
+    """Return a family's published classifier; the head over the vocabulary and what tells of it are gone."""
+    pooling = head.pooling if isinstance(head.pooling, Row) else fixed(pooling=head.pooling)
+    tensors: Tensors = module(head.classifier, "classifier")
+    if head.dense:
+        tensors = (*module(head.dense, "classifier_dense"), *tensors)
+    return replace(
+        base,
         architecture=architecture,
-        model_type=base.model_type,
-        source=base.source,
-        read_config=read_config,
-        write_config=write_config,
-        matches=matches,
-        layout=layout,
-        resolve=same_config,  # the tensors tell nothing more: the head they would tell of is not there
+        rows=(
+            *base.rows,
+            Row("id2label", read_labels, write_labels),
+            pooling,
+            fixed(pooled_activation=head.activation),
+        ),
+        tensors=(*prefixed(head.prefix, base.tensors), *tensors),
+        not_compared=frozenset({"labels"}),  # names that only number the outputs are read as none
         ignored=(*base.ignored, "lm_head.", "cls."),
-        spellings=base.spellings,
+        prefix="",
+        presence=(),
     )
 
 
-def bert_matches(config: ModelConfig) -> bool:
-    """Say whether the config is BERT's, whatever head it had over the vocabulary."""
-    return (
-        config.n_labels > 0
-        and config.pooling == "first"
-        and config.pooled_activation == "tanh"
-        and is_bert(body_config(config))
-    )
-
-
-def eurobert_pooling(config: ModelConfig) -> bool:
-    """Say whether EuroBERT's classifier has this head."""
-    fits = config.n_labels > 0 and config.pooling in POOLINGS and config.pooled_activation == "gelu"
-    return fits and EUROBERT.matches(body_config(config))
-
-
-def read_eurobert(values: Mapping[str, Any]) -> ModelConfig:
-    """Read a EuroBERT classifier that pools states, not outputs."""
-    named = values.get("classifier_pooling", "late")
-    pooling: Any = next((ours for ours, theirs in POOLINGS.items() if theirs == named), None)
+def read_pooling(published: Published, _: ModelConfig) -> Any:
+    """Read which hidden states EuroBERT's classifier pools."""
+    named = published.values.get("classifier_pooling", "late")
+    pooling = next((own for own, name in POOLINGS.items() if name == named), None)
     if pooling is None:
-        raise Published(values, EUROBERT_NAME).refuse("classifier_pooling", named, ", ".join(POOLINGS.values()))
-    return replace(_EUROBERT.read_config(values), pooling=pooling)
+        raise published.refuse("classifier_pooling", named, ", ".join(POOLINGS.values()))
+    return pooling
 
 
-def write_eurobert(config: ModelConfig) -> dict[str, Any]:
-    """Write a EuroBERT classifier."""
-    return _EUROBERT.write_config(config) | {"classifier_pooling": POOLINGS[config.pooling]}
-
-
-EUROBERT_NAME = "EuroBertForSequenceClassification"
+POOLING = converted("classifier_pooling", "pooling", read_pooling, POOLINGS.get)
+CONDITIONAL = Head("classification_head.out_proj", "classification_head.dense", "last", "tanh")
 _BERT = classifier(
-    replace(BERT, read_config=BERT_BARE.read_config),
+    replace(BERT, rows=BERT_BARE.rows),
     "BertForSequenceClassification",
     Head("classifier", "bert.pooler.dense", "first", "tanh"),
 )
-_EUROBERT = classifier(EUROBERT, EUROBERT_NAME, Head("classifier", "dense", "mean", "gelu"))
-CONDITIONAL = Head("classification_head.out_proj", "classification_head.dense", "last", "tanh")
 
 CLASSIFIERS = (
     classifier(LLAMA, "LlamaForSequenceClassification", Head("score")),
     classifier(QWEN3, "Qwen3ForSequenceClassification", Head("score")),
     classifier(GPT2, "GPT2ForSequenceClassification", Head("score")),
-    replace(_BERT, matches=bert_matches, ignored=("position_ids", "cls.")),
-    replace(_EUROBERT, matches=eurobert_pooling, read_config=read_eurobert, write_config=write_eurobert),
+    # Any BERT may get this head: what was said of its head over the vocabulary has no effect anymore.
+    replace(
+        _BERT,
+        not_compared=_BERT.not_compared | {"tie_embeddings", "logits_bias", "head_transform"},
+        ignored=("position_ids", "cls."),
+    ),
+    classifier(EUROBERT, "EuroBertForSequenceClassification", Head("classifier", "dense", POOLING, "gelu")),
     classifier(T5, "T5ForSequenceClassification", replace(CONDITIONAL, prefix="transformer.")),
-    replace(classifier(BART, "BartForSequenceClassification", CONDITIONAL), resolve=BART.resolve),
+    # Whether BART's logits had a bias still follows from the tensors: there is none.
+    replace(classifier(BART, "BartForSequenceClassification", CONDITIONAL), presence=BART.presence),
 )

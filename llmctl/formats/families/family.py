@@ -1,64 +1,121 @@
-"""What one published model family is: its configuration, its tensor names, and which of our models it can express.
+"""One published model family as data: the rows of its configuration, its tensors, and what follows from them.
 
-The table of them is in `families.py`; each family is one file. `Published` reads a `config.json` that nobody vouches
-for: every value is checked, and what our model core cannot express is refused, never guessed.
+Reading, writing, and whether the family expresses a config are all derived from one table, so that they cannot
+disagree. The list of families is in `table.py`; each family is one file.
 """
 
-import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.parameters import Stored, to_parameters, to_stored
+from llmctl.formats.families.parameters import HEAD, Stored, Tensors, expand, to_parameters, to_stored
+from llmctl.formats.families.published import Published
+from llmctl.formats.families.rows import Row
 from llmctl.model.parameters import parameter_shapes
+from llmctl.model.supports import close, unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Hugging Face activation name -> ours; the first name of each is the one written.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "relu": "relu",
-}
+FACTORS = ("attention_scale", "embedding_scale", "logits_scale")
+"""Fields that are computed, most of them as square roots, and equal up to rounding."""
 
 
-def same_config(config: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Leave the config as it is: the family's config.json says everything."""
-    del names
-    return config
+@dataclass(frozen=True)
+class Presence:
+    """A boolean field that only the tensors of a file tell: its value where the tensor is there."""
+
+    tensor: str
+    field: str
+    value: bool
 
 
 @dataclass(frozen=True)
 class FamilyFormat:
     """How one Hugging Face architecture is read and written.
 
-    layout: the stored tensors of a complete config; resolve: adjusts a config to the tensor names really there, where
-    config.json does not tell; ignored: parts of tensor names that hold nothing of the model (buffers, copies, heads
-    of other tasks); prefix: what files saved from the bare model lack; spellings: (old, today's) parts of names.
+    rows: the configuration, in the order in which it is written, constants first; a row may use fields of the rows before it. tensors:
+    published names and parameters; own_names: parameters that `tensors` does not name are stored under their own
+    names. presence: fields that only the tensors of a file tell. not_compared: fields that need not survive writing
+    and reading, because they have no effect in this family or only repeat a default. is_written: False for a family
+    that is read under its name and written as another. ignored: parts of names of tensors that hold nothing of the
+    model (buffers, copies, heads of other tasks). prefix: what files saved from the bare model lack. spellings: (old,
+    today's) parts of names.
     """
 
     architecture: str
     model_type: str
     source: str
-    read_config: Callable[[Mapping[str, Any]], ModelConfig]
-    write_config: Callable[[ModelConfig], dict[str, Any]]
-    matches: Callable[[ModelConfig], bool]
-    layout: Callable[[ModelConfig], list[Stored]]
-    resolve: Callable[[ModelConfig, Collection[str]], ModelConfig] = same_config
+    rows: tuple[Row, ...]
+    tensors: Tensors = ()
+    own_names: bool = False
+    presence: tuple[Presence, ...] = ()
+    not_compared: frozenset[str] = frozenset()
+    is_written: bool = True
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
 
+    def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
+        """Read a config.json; a field that no row names has its default.
+
+        Raises: ArtifactError naming the key whose value our models cannot express.
+        """
+        published, config = Published(values, self.architecture), ModelConfig()
+        for row in self.rows:
+            # In order: a default such as 4 d_model needs the fields that stand before it.
+            config = replace(config, **row.read(published, config))
+        return config
+
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        """Write a config that the family expresses."""
+        return {key: value for row in self.rows for key, value in row.write(config).items()}
+
+    def resolve(self, config: ModelConfig, names: Collection[str]) -> ModelConfig:
+        """Return the config with the fields that only the names of the tensors in a file tell."""
+        values: dict[str, Any] = {row.field: (row.tensor in names) == row.value for row in self.presence}
+        return replace(config, **values)
+
+    def expresses(self, config: ModelConfig) -> bool:
+        """Tell whether a complete config survives writing and reading, and every parameter is stored.
+
+        That is: reading each row back gives the config's value, so the constants of the table hold, and every field
+        that the table does not name has its default. A switch added to ModelConfig is refused until a row names it.
+        """
+        if not self.is_written or not all(row.allows(config) for row in self.rows):
+            return False
+        # Not a list of conditions: what is written is read, so that both directions and this answer cannot disagree.
+        published, back = Published(self.write_config(config), self.architecture), ModelConfig()
+        named = {*self.not_compared, *(row.field for row in self.presence)}
+        for row in self.rows:
+            try:
+                values = {**row.read(published, back)}
+            except ArtifactError:  # a value that has no name there
+                return False
+            # Most families differ in a constant, which stands first: this ends early.
+            if not all(
+                is_same(name, value, getattr(config, name)) for name, value in values.items() if name not in named
+            ):
+                return False
+            back = replace(back, **values)
+            named |= values.keys()
+        return not unsupported(config, named) and self.stores_everything(config)
+
+    def stores_everything(self, config: ModelConfig) -> bool:
+        """Tell whether the table of tensors has a place for every parameter."""
+        # A switch may add parameters that the rows express and the tensors do not.
+        held = {name for stored in self.layout(config) for name in stored.holds}
+        return parameter_shapes(config).keys() - held <= ({HEAD} if config.tie_embeddings else set())
+
+    def layout(self, config: ModelConfig) -> list[Stored]:
+        """Return the stored tensors of a complete config."""
+        return expand(self.tensors, config, own_names=self.own_names)
+
     def canonical(self, names: Collection[str]) -> dict[str, str]:
-        """Return today's full name -> name in the file, where older or barer files name tensors otherwise."""
+        """Return today's full name -> name in the file, for files with older names or without the prefix."""
+        # One name with the prefix shows that the file was saved with it; a head of its own never has it.
         prefix = "" if any(name.startswith(self.prefix) for name in names) else self.prefix
         full = {}
         for name in names:
@@ -69,15 +126,15 @@ class FamilyFormat:
         return full
 
     def is_ignored(self, name: str, config: ModelConfig) -> bool:
-        """Say whether a tensor of this name holds nothing of the model; a tied head is a copy."""
-        copy = config.tie_embeddings and name in ("lm_head.weight", "cls.predictions.decoder.weight")
-        return copy or any(part in name for part in self.ignored)
+        """Tell whether a tensor of this name holds nothing of the model; a tied head is a copy."""
+        is_copy = config.tie_embeddings and name in (HEAD, "cls.predictions.decoder.weight")
+        return is_copy or any(part in name for part in self.ignored)
 
     def to_internal(self, state: Mapping[str, "Tensor"], config: ModelConfig) -> dict[str, "Tensor"]:
-        """Turn published tensors into the state of `LanguageModel(config)`, the tied head included."""
+        """Turn published tensors into the state of `LanguageModel(config)`, including a tied head."""
         internal = to_parameters(self.layout(config), parameter_shapes(config), state.__getitem__)
         if config.tie_embeddings and not config.n_labels:
-            internal["lm_head.weight"] = internal["model.embed_tokens.weight"]
+            internal[HEAD] = internal["model.embed_tokens.weight"]
         return internal
 
     def to_published(self, state: Mapping[str, "Tensor"], config: ModelConfig) -> dict[str, "Tensor"]:
@@ -85,147 +142,6 @@ class FamilyFormat:
         return to_stored(self.layout(config), state)
 
 
-class Published:
-    """A config.json under suspicion: typed access that names what is wrong.
-
-    Raises: ArtifactError from every method.
-    """
-
-    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
-        self.values, self.architecture = values, architecture
-
-    def refuse(self, key: str, value: Any, read: str) -> ArtifactError:
-        """Return the error for a value that is not read."""
-        return ArtifactError(
-            f"the configuration of {self.architecture} has `{key}` {str(value)[:60]!r}, which llmctl does not read",
-            f"what is read: {read}",
-        )
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """Return a finite number."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self.refuse(key, value, "a number")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number from 1 to 2**31."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if type(value) is not int or not 0 < value < 2**31:
-            raise self.refuse(key, value, "a whole number from 1")
-        return value
-
-    def flag(self, key: str, *, default: bool = False) -> bool:
-        """Return a truth value; null is the default."""
-        value = self.values.get(key)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.refuse(key, value, "true or false")
-        return value
-
-    def token(self, key: str) -> int:
-        """Return a token id, the first where several are listed, or -1."""
-        value = self.values.get(key)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if value is None:
-            return -1
-        if type(value) is not int or not -1 <= value < 2**31:
-            raise self.refuse(key, value, "a token id or null")
-        return value
-
-    def ids(self) -> dict[str, int]:
-        """Return every special token id that ModelConfig has."""
-        return {
-            "pad_id": self.token("pad_token_id"),
-            "bos_id": self.token("bos_token_id"),
-            "eos_id": self.token("eos_token_id"),
-            "mask_id": self.token("mask_token_id"),
-            "decoder_start_id": self.token("decoder_start_token_id"),
-        }
-
-    def activation(self, key: str, default: str) -> str:
-        """Return our name of an activation."""
-        value = self.values.get(key, default)
-        if not isinstance(value, str) or value not in ACTIVATIONS:
-            raise self.refuse(key, value, ", ".join(ACTIVATIONS))
-        return ACTIVATIONS[value]
-
-    def only(self, key: str, *allowed: Any) -> None:
-        """Refuse a setting that changes the maths; absent and null pass."""
-        value = self.values.get(key)
-        if value is not None and value not in allowed:
-            raise self.refuse(key, value, ", ".join(str(item) for item in allowed) or "null")
-
-    def equal(self, first: str, second: str) -> int:
-        """Return a size that encoder and decoder must share."""
-        value, other = self.integer(first), self.integer(second)
-        if value != other:
-            raise self.refuse(second, other, f"the same as `{first}`, {value}")
-        return value
-
-    def rope_theta(self) -> float:
-        """Return the base of the rotary frequencies; any scaling of them is refused.
-
-        `rope_parameters` (transformers 5) goes before `rope_theta` (4), as in transformers itself.
-        """
-        theta = self.number("rope_theta", 10000.0)
-        for key in ("rope_scaling", "rope_parameters"):
-            rope = self.values.get(key) or {}
-            if not isinstance(rope, dict):
-                raise self.refuse(key, rope, "an object")
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind not in ("default", None):
-                raise self.refuse(f"{key}.rope_type", kind, "default (no scaling)")
-            if any(isinstance(value, dict) for value in rope.values()):
-                raise self.refuse(key, rope, "one set of parameters for all layers")
-            theta = Published(rope, self.architecture).number("rope_theta", theta)
-            Published(rope, self.architecture).only("partial_rotary_factor", 1.0)
-        self.only("partial_rotary_factor", 1.0)
-        if theta <= 0:
-            raise self.refuse("rope_theta", theta, "a positive number")
-        return float(theta)
-
-
-def token_ids(config: ModelConfig) -> dict[str, int | None]:
-    """Return the special token ids under Hugging Face's names; each one stands there, so that no default sneaks in."""
-    ids = {
-        "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
-        "pad_token_id": config.pad_id,
-        "mask_token_id": config.mask_id,
-        "decoder_start_token_id": config.decoder_start_id,
-    }
-    return {key: value if value >= 0 else None for key, value in ids.items()}
-
-
-def activation_name(config: ModelConfig) -> str:
-    """Return Hugging Face's name of the model's activation."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours == config.activation)
-
-
-def close(value: float, other: float) -> bool:
-    """Say whether two settings are the same number, however they were computed."""
-    return math.isclose(value, other, rel_tol=1e-6)
-
-
-def has(config: ModelConfig, **values: Any) -> bool:
-    """Say whether the config has all these values."""
-    return all(getattr(config, name) == value for name, value in values.items())
-
-
-def is_common(config: ModelConfig) -> bool:
-    """Say whether the config has a head over the vocabulary and none of the parts that only the native format knows."""
-    return not any(config.attention_windows) and not config.query_layer and not config.n_labels
-
-
-def is_standard_attention(config: ModelConfig) -> bool:
-    """Say whether heads are D / N wide, as many keys as queries, and scores scaled by the root of the width."""
-    return (
-        config.n_kv_heads == config.n_heads
-        and config.n_heads * config.head_dim == config.d_model
-        and close(config.attention_scale, config.head_dim**-0.5)
-        and not config.qk_norm
-    )
+def is_same(name: str, value: Any, other: Any) -> bool:
+    """Tell whether two values of a field are the same."""
+    return close(value, other) if name in FACTORS else value == other

@@ -1,4 +1,4 @@
-"""Our own format, for every model that no published family expresses: config.json holds the fields of ModelConfig."""
+"""Our own format, for every model that no published family expresses: config.json has the fields of ModelConfig."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -7,15 +7,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.llama import layout
+from llmctl.formats.families.published import Published
+from llmctl.formats.families.rows import Row
 
 NAME = "LlmctlForLanguageModel"
 
 
-def read_config(values: Mapping[str, Any]) -> ModelConfig:
+def read_fields(published: Published, config: ModelConfig) -> Mapping[str, Any]:
     """Read the fields of ModelConfig, each checked for its type and choices."""
-    known = {field.name for field in fields(ModelConfig)}
-    return ModelConfig(**{name: checked(name, value) for name, value in values.items() if name in known})
+    # Other keys of a config.json (architectures, torch_dtype) are not ours to check.
+    known = {field.name for field in fields(config)}
+    return {name: checked(name, value) for name, value in published.values.items() if name in known}
 
 
 def checked(name: str, value: Any) -> Any:
@@ -30,33 +32,26 @@ def checked(name: str, value: Any) -> Any:
     elif kind is float:
         fits = type(value) in (int, float)
     elif kind in (int, bool):
+        # The bound keeps a damaged file from asking for more memory than any machine has.
         fits = type(value) is kind and (kind is bool or abs(value) < 2**31)
     else:
         fits = value in choices
     if not fits:
-        listed = get_origin(kind) is Literal
-        allowed = f"one of {', '.join(map(str, choices))}" if listed else "a value of its type"
+        is_listed = get_origin(kind) is Literal
+        allowed = f"one of {', '.join(map(str, choices))}" if is_listed else "a value of its type"
         raise ArtifactError(f"the configuration of {NAME} has `{name}` {str(value)[:60]!r}", f"what is read: {allowed}")
     return tuple(value) if isinstance(value, list) else value
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_fields(config: ModelConfig) -> dict[str, Any]:
     """Write the fields of ModelConfig."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-
-
-def matches(config: ModelConfig) -> bool:
-    """Match everything."""
-    del config
-    return True
 
 
 NATIVE = FamilyFormat(
     architecture=NAME,
     model_type="llmctl",
     source="llmctl",
-    read_config=read_config,
-    write_config=write_config,
-    matches=matches,
-    layout=layout,
+    rows=(Row("", read_fields, write_fields),),  # every field has a key of its own name
+    own_names=True,
 )

@@ -1,82 +1,142 @@
-"""The names and shapes of a model's parameters as plain data, and how a published family stores each of them.
+"""The tensors of a published family: their names, the parameters that they hold, and in which form.
 
-A second view of what `model/transformer.py` builds, without torch and without building it: a file is checked against
-its configuration before a tensor is read. A test holds the two equal.
+A family lists its tensors once, with `{}` in place of the layer's number; the same list reads and writes. Nothing here
+needs torch before a tensor is read, so that a file is checked against its configuration first.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING
 
-from llmctl.model.parameters import Shape
+from llmctl.config import ModelConfig
+from llmctl.model.parameters import Shape, parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a stored tensor differs from our parameter: its shape, and both directions."""
+
+    shape: Callable[[Shape], Shape]
+    read: Callable[["Tensor"], "Tensor"]
+    write: Callable[["Tensor"], "Tensor"]
+
+
+# `write` undoes `read`. A new form (norm weights stored minus one, rotary pairs side by side) is a row here, which the
+# tensors of a family name; one that depends on sizes (queries, keys and values by head) needs them in `Stored`.
+FORMS = {
+    "plain": Form(lambda shape: shape, lambda tensor: tensor, lambda tensor: tensor),
+    # (in, out) instead of (out, in): the Conv1D of GPT-2.
+    "transposed": Form(lambda shape: shape[::-1], lambda tensor: tensor.t(), lambda tensor: tensor.t()),
+    # A vector stored as a matrix of one row: the logits bias of BART.
+    "row": Form(lambda shape: (1, *shape), lambda tensor: tensor[0], lambda tensor: tensor[None]),
+}
+
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as a family stores it: its name, the parameters it holds, and in which layout.
+    """One tensor of a family: its name, the parameters it holds (stacked along the rows if several), and its form.
 
-    plain: as it is, or stacked along the rows when it holds several; transposed: (in, out) instead of (out, in), the
-    Conv1D of GPT-2; row: a vector stored as a matrix of one row.
+    when: tells for which configs it is stored, if that does not follow from the parameters that the model has.
     """
 
     name: str
     holds: tuple[str, ...]
-    layout: Literal["plain", "transposed", "row"] = "plain"
+    form: str = "plain"
+    when: Callable[[ModelConfig], bool] | None = None
+
+    def in_layer(self, layer: int) -> "Stored":
+        """Return the tensor of one layer."""
+        return Stored(self.name.format(layer), tuple(name.format(layer) for name in self.holds), self.form)
 
 
-def plain(name: str, parameter: str) -> Stored:
-    """Return a tensor that is stored as it is, under another name."""
-    return Stored(name, (parameter,))
+Tensors = tuple[Stored, ...]
 
 
-def with_bias(names: Mapping[str, str]) -> Iterator[Stored]:
-    """Rename modules that have a weight and a bias."""
-    for published, internal in names.items():
-        yield plain(published + ".weight", internal + ".weight")
-        yield plain(published + ".bias", internal + ".bias")
+def module(name: str, *modules: str, form: str = "plain", when: Callable[[ModelConfig], bool] | None = None) -> Tensors:
+    """Return weight and bias of a module of ours, or of several that are stored as one; the form is the weight's."""
+    return (
+        Stored(name + ".weight", tuple(own + ".weight" for own in modules), form, when),
+        Stored(name + ".bias", tuple(own + ".bias" for own in modules), "plain", when),
+    )
+
+
+def modules(names: Mapping[str, str], published: str = "", own: str = "") -> Tensors:
+    """Return weights and biases of several modules, with a prefix on both sides."""
+    return tuple(stored for key, value in names.items() for stored in module(published + key, own + value))
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    """Return the tensors with a prefix before their published names."""
+    return tuple(replace(stored, name=prefix + stored.name) for stored in tensors)
+
+
+def expand(tensors: Tensors, config: ModelConfig, *, own_names: bool) -> list[Stored]:
+    """Return the tensors that a model of this config has, layer by layer.
+
+    A tensor is stored if the model has its parameters; a tied head is not. own_names: parameters that no row names are
+    stored under their own names.
+    """
+    shapes = parameter_shapes(config)
+    # A tied head is the embedding itself, which is stored once.
+    if config.tie_embeddings:
+        shapes.pop(HEAD, None)
+    stored = [row for row in numbered(tensors, config) if all(name in shapes for name in row.holds)]
+    if not own_names:
+        return stored
+    held = {name for row in stored for name in row.holds}
+    return [Stored(name, (name,)) for name in shapes if name not in held] + stored
+
+
+def numbered(tensors: Tensors, config: ModelConfig) -> Iterator[Stored]:
+    """Yield the tensors with layer numbers: neighboring rows of one stack are repeated together for every layer."""
+    wanted = (row for row in tensors if row.when is None or row.when(config))
+    for prefix, rows in groupby(wanted, key=stack_of):
+        if prefix is None:
+            yield from rows
+            continue
+        in_layer = list(rows)  # groupby's group can be read only once
+        for layer in range(config.n_decoder_layers if "decoder" in prefix else config.n_layers):
+            yield from (row.in_layer(layer) for row in in_layer)
+
+
+def stack_of(stored: Stored) -> str | None:
+    """Return the prefix of the stack whose layers have this tensor; None for tensors outside of layers."""
+    prefix, numbers, _ = stored.holds[0].partition("{}")
+    return prefix if numbers else None
 
 
 def stored_shape(stored: Stored, shapes: Mapping[str, Shape]) -> Shape:
     """Return the shape in which a family stores a tensor."""
     parts = [shapes[name] for name in stored.holds]
-    whole = (sum(part[0] for part in parts), *parts[0][1:])
-    if stored.layout == "row":
-        return (1, *whole)
-    return whole[::-1] if stored.layout == "transposed" else whole
+    return FORMS[stored.form].shape((sum(part[0] for part in parts), *parts[0][1:]))
 
 
 def to_parameters(
-    layout: list[Stored], shapes: Mapping[str, Shape], take: Callable[[str], "Tensor"]
+    layout: Iterable[Stored], shapes: Mapping[str, Shape], take: Callable[[str], "Tensor"]
 ) -> dict[str, "Tensor"]:
     """Turn published tensors, fetched one by one with `take`, into the model's parameters."""
     import torch
 
     state: dict[str, Tensor] = {}
     for stored in layout:
-        tensor = take(stored.name)
-        if stored.layout == "row":
-            tensor = tensor[0]
-        elif stored.layout == "transposed":
-            tensor = tensor.t() if tensor.dim() == 2 else tensor
+        tensor = FORMS[stored.form].read(take(stored.name))
         parts = torch.split(tensor, [shapes[name][0] for name in stored.holds]) if len(stored.holds) > 1 else (tensor,)
         state |= {name: part.contiguous() for name, part in zip(stored.holds, parts, strict=True)}
     return state
 
 
-def to_stored(layout: list[Stored], state: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+def to_stored(layout: Iterable[Stored], state: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Turn the model's parameters into the tensors that a family publishes."""
     import torch
 
     published: dict[str, Tensor] = {}
     for stored in layout:
         parts = [state[name].detach() for name in stored.holds]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if stored.layout == "row":
-            tensor = tensor[None]
-        elif stored.layout == "transposed":
-            tensor = tensor.t()
-        published[stored.name] = tensor
+        published[stored.name] = FORMS[stored.form].write(parts[0] if len(parts) == 1 else torch.cat(parts))
     return published

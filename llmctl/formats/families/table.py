@@ -1,4 +1,9 @@
-"""The table of model families that are read and written; the last row takes what no other expresses."""
+"""The list of model families that are read and written; the native one takes what no other expresses.
+
+To add a family: one file with its rows (`rows.py`) and tensors (`parameters.py`), and its name in `PUBLISHED`, where an
+earlier family goes before a later one that expresses the same config. A setting of another kind is a function in
+`rows.py`, a tensor in another form a row of `FORMS`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +19,19 @@ from llmctl.formats.families.llama import EUROBERT, LLAMA, MISTRAL, QWEN3
 from llmctl.formats.families.native import NATIVE
 from llmctl.formats.families.t5 import T5
 
-ROWS = (LLAMA, QWEN3, EUROBERT, T5, GPT2, BERT, BERT_BARE, BART, MARIAN, MISTRAL, *CLASSIFIERS, NATIVE)
+PUBLISHED = (LLAMA, QWEN3, EUROBERT, T5, GPT2, BERT, BERT_BARE, BART, MARIAN, MISTRAL, *CLASSIFIERS)
+ROWS = (*PUBLISHED, NATIVE)
 FAMILIES: dict[str, FamilyFormat] = {row.architecture: row for row in ROWS}
 
 
 def family_for(config: ModelConfig) -> FamilyFormat:
-    """Return the first family that expresses a complete config; the native one takes the rest."""
-    assert config.head_dim, "give the complete config that a LanguageModel carries"
-    return next(row for row in ROWS if row.matches(config))
+    """Return the first family that expresses a complete config, or else the native one, which has every field."""
+    assert config.head_dim, "pass a complete config, as LanguageModel(config).config is"
+    return next((row for row in PUBLISHED if row.expresses(config)), NATIVE)
 
 
 def family_of(values: Mapping[str, Any], where: str) -> FamilyFormat:
-    """Return the family that a config.json names; `where` says which file, for the error.
+    """Return the family that a config.json names; `where` is the file's location for the error.
 
     Raises: ArtifactError naming the architecture and what is read.
     """
@@ -35,12 +41,12 @@ def family_of(values: Mapping[str, Any], where: str) -> FamilyFormat:
         if name in FAMILIES:
             return FAMILIES[name]
     model_type = values.get("model_type")
-    if not names:
+    if not names:  # files saved from a bare config have only the type
         for row in ROWS:
             if row.model_type == model_type:
                 return row
-    found = ", ".join(names) or str(model_type)
+    architecture = ", ".join(names) or str(model_type)
     raise ArtifactError(
-        f"`{where}` is of the architecture `{found[:80]}`, which llmctl does not read",
+        f"`{where}` is of the architecture `{architecture[:80]}`, which llmctl does not read",
         f"what is read: {', '.join(FAMILIES)}",
     )

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, MissingExtraError, UsageError
-from llmctl.formats.families.llama import is_kin
 from llmctl.formats.gguf.container import BLOCKS
 from llmctl.formats.gguf.model import architecture_for, n_paired_heads, tensor_names
 from llmctl.model.parameters import Shape, parameter_shapes
+from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, describe, unsupported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,9 @@ TYPES = {
 # What holds a tensor whose rows are no whole blocks, as in llama.cpp.
 NARROWER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(("Q8_0", "Q5_0", "Q4_1", "Q4_0"), "F16")
 N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
+NAMED = SIZES | TOKEN_IDS | TRAINING | CLASSIFIER - {"n_labels"} | {"tie_embeddings", "norm_eps", "rope_theta"}
+CHOICES = {"qk_norm": (False, True)}
+"""What llama.cpp's `llama` and `qwen3` express; every other field must have its default, that of Llama's block."""
 EXPORTED = (
     "what is exported: decoders of Llama's block (llama), with normalized queries and keys too (qwen3); "
     "--to single or hf takes every model"
@@ -97,11 +100,8 @@ def obstacle_in(config: ModelConfig) -> str:
         return "is a classifier"
     if config.family != "decoder":
         return f"is an {config.family.replace('_', '-')}"
-    if not is_kin(config):
-        return "is of another block than Llama's"
-    if config.attention_bias or config.mlp_bias or config.logits_bias:
-        return "has biases"
-    return "" if config.activation == "silu" else f"has the activation {config.activation}"
+    names = unsupported(config, NAMED, CHOICES)
+    return f"is of another block than Llama's ({describe(config, names)})" if names else ""
 
 
 def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> dict[str, Any]:

@@ -1,18 +1,23 @@
 """Families: parameters as the core has them, configurations there and back, and refusals that name what is wrong."""
 
-from dataclasses import replace
+import random
+from dataclasses import asdict, fields, replace
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from llmctl.config import ModelConfig
-from llmctl.errors import ArtifactError
+from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.families.parameters import stored_shape
-from llmctl.formats.families.table import FAMILIES, family_for, family_of
+from llmctl.formats.families.rows import flag
+from llmctl.formats.families.table import FAMILIES, PUBLISHED, family_for, family_of
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.presets import PRESETS, preset_config
 from llmctl.model.shapes import complete
+from llmctl.model.supports import effective
 from llmctl.model.transformer import LanguageModel, initialize
+from tests.support.switches import Switched, switched
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_positions": 32}
 POST = {"norm": "layernorm", "norm_position": "post", "gated": False, "attention_bias": True, "mlp_bias": True}
@@ -133,6 +138,96 @@ def test_tensors_go_there_and_back(settings):
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("architecture", "settings"), CASES)
+def test_reading_and_writing_keeps_every_key(architecture, settings):
+    family = FAMILIES[architecture]
+    values = family.write_config(config_of(settings))
+    config = family.resolve(family.read_config(values), published_names(config_of(settings)))
+    assert list(family.write_config(config).items()) == list(values.items()), "the order counts: files are compared"
+
+
+def variants(n: int) -> list[ModelConfig]:
+    """Return configs of the cases above with up to three fields changed, each to a value of its type."""
+    rng, kinds, configs = random.Random(1), get_type_hints(ModelConfig), []
+    numbers = {"n_kv_heads": [2, 4], "head_dim": [4, 6], "d_model": [16, 20], "logits_scale": [1.0, 0.25, 0.5]}
+    numbers |= {
+        "n_token_types": [0, 1],
+        "position_offset": [0, 1, 2],
+        "n_labels": [0, 2],
+        "embedding_scale": [1.0, 4.0],
+    }
+    numbers |= {
+        "norm_eps": [1e-5, 1e-6],
+        "attention_scale": [0.0, 1.0, 0.5],
+        "rope_theta": [1e4, 500.0],
+        "mask_id": [3],
+    }
+    options = {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) not in (None, tuple)}
+    options |= {name: (False, True) for name, kind in kinds.items() if kind is bool} | numbers
+    while len(configs) < n:
+        settings = SHAPE | rng.choice(CASES)[1]
+        settings |= {name: rng.choice(options[name]) for name in rng.sample(sorted(options), rng.randint(1, 3))}
+        try:
+            configs.append(complete(ModelConfig(**settings)))
+        except UsageError:
+            continue
+    return configs
+
+
+def test_what_a_family_expresses_survives_it():
+    """Also for families that are not the first: what is written is read as it was, apart from fields without effect."""
+    counts = dict.fromkeys(FAMILIES, 0)
+    for config in variants(400):
+        for family in PUBLISHED:
+            if not family.expresses(config):
+                continue
+            counts[family.architecture] += 1
+            values = family.write_config(config)
+            back = family.resolve(family.read_config(values), [stored.name for stored in family.layout(config)])
+            skipped = dict.fromkeys(family.not_compared)
+            assert asdict(effective(back)) | skipped == asdict(effective(config)) | skipped
+            assert family.write_config(back).keys() == values.keys()
+            held = {name for stored in family.layout(config) for name in stored.holds}
+            assert parameter_shapes(config).keys() - held <= ({"lm_head.weight"} if config.tie_embeddings else set())
+    assert all(counts[family.architecture] for family in PUBLISHED if family.is_written), counts
+    assert counts["MistralForCausalLM"] == 0
+
+
+@pytest.mark.parametrize("settings", [settings for _, settings in CASES])
+def test_no_published_family_drops_a_switch_that_it_does_not_name(settings):
+    config = switched(config_of(settings))
+    assert not [family.architecture for family in PUBLISHED if family.expresses(config)]
+    assert family_for(config).architecture == "LlmctlForLanguageModel"
+    assert family_for(config).write_config(config)["new_switch"] is True
+    at_default = switched(config_of(settings), new_switch=False)
+    assert family_for(at_default) is family_for(config_of(settings))
+
+
+def test_a_family_takes_a_new_switch_by_naming_it(monkeypatch):
+    monkeypatch.setattr("llmctl.formats.families.family.ModelConfig", Switched)
+    config, llama = switched(config_of({})), FAMILIES["LlamaForCausalLM"]
+    assert not llama.expresses(config)
+    taught = replace(llama, rows=(*llama.rows, flag("new_key", "new_switch")))
+    assert taught.expresses(config)
+    assert taught.write_config(config) == llama.write_config(config) | {"new_key": True}
+    assert taught.read_config(taught.write_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    "value", [{"norm_position": "both"}, {"positions": "alibi"}, {"activation": "relu2"}, {"qk_norm": "width"}]
+)
+@pytest.mark.parametrize("settings", [settings for name, settings in CASES if name != "LlmctlForLanguageModel"])
+def test_no_published_family_drops_a_new_value(settings, value):
+    config = replace(config_of(settings), **value)
+    assert not [family.architecture for family in PUBLISHED if family.expresses(config)]
+
+
+def test_the_native_format_has_every_field():
+    values = FAMILIES["LlmctlForLanguageModel"].write_config(config_of({}))
+    assert list(values) == [field.name for field in fields(ModelConfig)]
+    assert issubclass(Switched, ModelConfig)
+
+
 LLAMA = {
     "vocab_size": 8,
     "hidden_size": 4,
@@ -157,6 +252,10 @@ REFUSED = [
     ("LlamaForCausalLM", LLAMA | {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
     ("LlamaForCausalLM", LLAMA | {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
     ("LlamaForCausalLM", LLAMA | {"bos_token_id": "1"}, "bos_token_id"),
+    ("LlamaForCausalLM", LLAMA | {"pretraining_tp": 2}, "pretraining_tp"),
+    ("LlamaForSequenceClassification", LLAMA | {"id2label": {"1": "a"}}, "id2label"),
+    ("LlamaForSequenceClassification", LLAMA | {"problem_type": "ranking"}, "problem_type"),
+    ("EuroBertForSequenceClassification", LLAMA | {"classifier_pooling": "late"}, "classifier_pooling"),
     ("MistralForCausalLM", LLAMA | {"sliding_window": 16}, "sliding_window"),
     ("Qwen3ForCausalLM", LLAMA | {"use_sliding_window": True}, "use_sliding_window"),
     ("Qwen3ForCausalLM", LLAMA | {"layer_types": ["sliding_attention"]}, "layer_types"),
@@ -180,6 +279,11 @@ def test_what_is_not_read_is_refused_by_name(architecture, values, named):
     with pytest.raises(ArtifactError, match=named) as caught:
         FAMILIES[architecture].read_config(values)
     assert caught.value.hint.startswith("what is read:")
+
+
+def test_the_scale_of_scores_follows_from_the_width_of_a_head():
+    config = FAMILIES["Qwen3ForCausalLM"].read_config(LLAMA)  # without head_dim, which is 128 there
+    assert (config.head_dim, config.attention_scale) == (128, 128**-0.5)
 
 
 def test_a_wide_window_is_no_window():

@@ -1,0 +1,113 @@
+"""Typed access to a `config.json` that nobody vouches for: every value is checked, none is guessed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llmctl.errors import ArtifactError
+
+# Hugging Face activation name -> ours; the first name of each is the one written.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def activation_name(activation: str) -> str | None:
+    """Return Hugging Face's name of one of our activations; None if it has none."""
+    return next((name for name, ours in ACTIVATIONS.items() if ours == activation), None)
+
+
+class Published:
+    """The values of a config.json, and the architecture that error messages name.
+
+    Raises: ArtifactError from every method, naming the key and showing the value.
+    """
+
+    def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
+        self.values, self.architecture = values, architecture
+
+    def refuse(self, key: str, value: Any, read: str) -> ArtifactError:
+        """Return the error for a value that is not supported."""
+        return ArtifactError(
+            f"the configuration of {self.architecture} has `{key}` {str(value)[:60]!r}, which llmctl does not read",
+            f"what is read: {read}",
+        )
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Return a finite number; null is the default."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        # bool is a subclass of int, but `true` is not a number in JSON.
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self.refuse(key, value, "a number")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        """Return an integer from 1 to below 2**31; null is the default."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**31:
+            raise self.refuse(key, value, "a whole number from 1")
+        return value
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        """Return a boolean; null is the default."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise self.refuse(key, value, "true or false")
+        return value
+
+    def token(self, key: str) -> int:
+        """Return a token id, the first if several are listed, or -1 for null."""
+        value = self.values.get(key)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None:
+            return -1
+        if type(value) is not int or not -1 <= value < 2**31:
+            raise self.refuse(key, value, "a token id or null")
+        return value
+
+    def activation(self, key: str, default: str) -> str:
+        """Return our name of an activation."""
+        value = self.values.get(key, default)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
+            raise self.refuse(key, value, ", ".join(ACTIVATIONS))
+        return ACTIVATIONS[value]
+
+    def only(self, key: str, *allowed: Any) -> None:
+        """Refuse any other value of a key that changes the math; absent and null pass."""
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise self.refuse(key, value, ", ".join(str(item) for item in allowed) or "null")
+
+    def rope_theta(self) -> float:
+        """Return the base of the rotary frequencies; any scaling of the frequencies is refused.
+
+        `rope_parameters` (transformers 5) takes precedence over `rope_theta` (4), as in transformers itself.
+        """
+        theta = self.number("rope_theta", 10000.0)
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = self.values.get(key) or {}
+            if not isinstance(rope, dict):
+                raise self.refuse(key, rope, "an object")
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind not in ("default", None):
+                raise self.refuse(f"{key}.rope_type", kind, "default (no scaling)")
+            # Models with several kinds of layers have one object of parameters per kind.
+            if any(isinstance(value, dict) for value in rope.values()):
+                raise self.refuse(key, rope, "one set of parameters for all layers")
+            theta = Published(rope, self.architecture).number("rope_theta", theta)
+            Published(rope, self.architecture).only("partial_rotary_factor", 1.0)
+        self.only("partial_rotary_factor", 1.0)
+        if theta <= 0:
+            raise self.refuse("rope_theta", theta, "a positive number")
+        return float(theta)

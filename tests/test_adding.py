@@ -15,6 +15,8 @@ import pytest
 from llmctl.cli import COMMANDS, run
 from llmctl.commands.common import command_app, result
 from llmctl.data import tables as data_tables
+from llmctl.formats.families import table as families
+from llmctl.formats.families.rows import only
 from llmctl.losses import divergences
 from llmctl.model import presets
 from llmctl.quant import methods
@@ -83,7 +85,7 @@ def refused(capsys, *arguments: object) -> str:
 
 
 def test_a_preset(call, monkeypatch):
-    monkeypatch.setattr(presets, "PRESETS", {**presets.PRESETS, "dummy": replace(presets.PRESETS["tiny"], summary="x")})
+    monkeypatch.setitem(presets._ROWS, "dummy", replace(presets.PRESETS["tiny"], summary="x"))
     assert "dummy" in call("presets")
     assert call("pretrain", "text.txt", "--model", "dummy", *TINY, *SMALL)
 
@@ -159,6 +161,23 @@ def test_a_quantization_scheme(call, models, monkeypatch):
     folder = call("quantize", models["decoder"], "--scheme", "dummy", *options).strip()
     assert call("generate", "-m", folder, "-t", 0, "-n", 3, "the cat")
     call("finetune", models["decoder"], "text.txt", "--task", "text", "--qat", "dummy", *SMALL)
+
+
+def test_a_model_family(call, monkeypatch):
+    rows = (*families.LLAMA.rows, only("dummy", 1, 1))
+    dummy = replace(families.LLAMA, architecture="DummyForCausalLM", model_type="dummy", rows=rows)
+    monkeypatch.setattr(families, "PUBLISHED", (dummy, *families.PUBLISHED))
+    monkeypatch.setitem(families.FAMILIES, dummy.architecture, dummy)
+    folder = call("pretrain", "text.txt", *TINY, *SMALL).strip()
+    values = json.loads((Path(folder) / "config.json").read_text())
+    assert (values["architectures"], values["model_type"]) == (["DummyForCausalLM"], "dummy")
+    assert call("generate", "the cat", "--model", folder, "--max-tokens", 2, "-q")
+    small = call("distill", folder, "-d", "text.txt", "--student", "layers=1", *SMALL).strip()
+    assert json.loads((Path(small) / "config.json").read_text())["model_type"] == "dummy"
+    monkeypatch.undo()
+    assert (
+        run(["generate", "the cat", "--model", str(Path(folder).resolve())]) != 0
+    )  # and without its row it is unknown
 
 
 def test_a_command(call, monkeypatch):

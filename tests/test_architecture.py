@@ -18,7 +18,7 @@ FLOORS = [
         "quantizing": "calibration, bit allocation, fake quantization (QAT), 4-bit base of qlora, report",
     },
     {
-        "training": "loop.py, the one training loop; saving, objectives, optimizers, batches, settings",
+        "training": "loop.py, the one training loop; saving, objectives, optimizers, batches",
         "evaluating": "evaluate.py and one file per kind of task",
     },
     {

@@ -39,12 +39,13 @@ SUBCOMMANDS = {"distill": ("cache",)}
 """Subcommands that live in their own file, such as `distill cache` in `distill_cache.py`."""
 
 EXIT_CODES = """exit codes:
-  0 done                         6 training diverged               75 stopped by a limit, resumable
-  1 unclassified failure         7 optional package missing        130/143 interrupted, checkpoint saved
-  2 invalid command or input     8 output cannot be written        141 pipe closed
-  3 not found                     9 run folder is busy
-  4 artifact is damaged          10 gate missed
-  5 out of memory"""
+  0  done                          7  optional package missing
+  1  unclassified failure          8  output cannot be written
+  2  invalid command or input      9  run folder is busy
+  3  not found                    10  gate missed
+  4  artifact is damaged          75  stopped by a limit, resumable
+  5  out of memory           130/143  interrupted, checkpoint saved
+  6  training diverged           141  pipe closed"""
 
 
 def root_help() -> str:

@@ -1,4 +1,4 @@
-"""Floors: imports point down, heavy packages stay behind functions, and `--help` is instant."""
+"""Layers: imports point down, heavy packages stay behind functions, and `--help` is instant."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llmctl"
-FLOORS = [
+LAYERS = [
     {"__main__": "python -m llmctl"},
     {"cli": "the command table; turns errors into exit codes"},
     {"commands": "one file per subcommand: flags -> config -> one call -> result on stdout"},
@@ -51,9 +51,9 @@ FLOORS = [
     {"tables": "what a recipe can name, a row each: objectives, tasks, optimizers, losses, methods"},
     {"errors": "error classes with their exit codes"},
 ]
-"""Rooms from top to bottom; an import goes to a lower floor, or stays inside its room."""
+"""Packages from top to bottom; an import goes to a lower layer, or stays inside its package."""
 
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {folder: level for level, folders in enumerate(LAYERS) for folder in folders}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -75,21 +75,21 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def room(module: str) -> str:
+def folder(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
 def tree() -> str:
-    """Return the rooms and their floors as the README shows them."""
+    """Return the packages and their layers as the README shows them."""
     lines = ["llmctl/"]
-    for number, rooms in zip(range(len(FLOORS), 0, -1), FLOORS, strict=True):
-        for name, meaning in rooms.items():
+    for number, folders in zip(range(len(LAYERS), 0, -1), LAYERS, strict=True):
+        for name, meaning in folders.items():
             shown = f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py"
             lines.append(f"  {number:>2}  {shown:<14} {meaning}")
     return "\n".join(lines)
 
 
-LARGEST_ROOM = 0.15
+LARGEST_FOLDER = 0.15
 """Share of the package's lines that one folder may hold."""
 
 APART = {"crash", "interop", "netns", "parity", "support"}
@@ -101,20 +101,20 @@ def own_modules() -> dict[str, set[str]]:
     return {module_of(path): imports_of(path) & known - {module_of(path), "llmctl"} for path in SOURCES}
 
 
-def test_every_room_has_a_floor():
-    assert {room(module_of(path)) for path in SOURCES} - {""} <= set(LEVEL)
+def test_every_folder_has_a_layer():
+    assert {folder(module_of(path)) for path in SOURCES} - {""} <= set(LEVEL)
 
 
-def test_the_readme_shows_the_rooms():
+def test_the_readme_shows_the_folders():
     readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
     assert f"```\n{tree()}\n```" in readme, tree()
 
 
-def test_no_room_holds_too_much():
+def test_no_folder_holds_too_much():
     lines: dict[str, int] = {}
     for path in SOURCES:
-        lines[room(module_of(path))] = lines.get(room(module_of(path)), 0) + len(path.read_text().splitlines())
-    assert max(lines.values()) <= LARGEST_ROOM * sum(lines.values()), lines
+        lines[folder(module_of(path))] = lines.get(folder(module_of(path)), 0) + len(path.read_text().splitlines())
+    assert max(lines.values()) <= LARGEST_FOLDER * sum(lines.values()), lines
 
 
 def test_tests_mirror_the_package():
@@ -138,7 +138,7 @@ def test_imports_point_down():
     wrong = []
     for module, imported in own_modules().items():
         for target in imported:
-            here, there = room(module), room(target)
+            here, there = folder(module), folder(target)
             if here and here != there and LEVEL[there] <= LEVEL[here]:
                 wrong.append(f"{module} -> {target}")
     assert not wrong
@@ -160,12 +160,12 @@ def test_no_import_cycles():
 
 
 @pytest.mark.parametrize(
-    ("package", "rooms"),
+    ("package", "folders"),
     [("typer", {"cli", "commands"}), ("accelerate", {"distributed"}), ("transformers", set()), ("pickle", set())],
 )
-def test_packages_stay_in_their_rooms(package: str, rooms: set[str]):
+def test_packages_stay_in_their_folders(package: str, folders: set[str]):
     users = {module_of(path) for path in SOURCES if any(name.split(".")[0] == package for name in imports_of(path))}
-    assert {room(module) for module in users} <= rooms
+    assert {folder(module) for module in users} <= folders
     if package == "accelerate":
         assert users <= {"llmctl.distributed.runtime", "llmctl.distributed.launch"}
 
@@ -174,7 +174,7 @@ def test_print_only_in_commands():
     for path in SOURCES:
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         printing = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
-        assert not printing or room(module_of(path)) == "commands", path
+        assert not printing or folder(module_of(path)) == "commands", path
 
 
 def test_nothing_is_unpickled():

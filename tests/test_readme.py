@@ -146,7 +146,9 @@ def test_the_readme_is_short():
 def test_exit_codes_of_the_guide_are_those_of_the_help():
     section = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8").split("## Exit codes")[1].split("##")[0]
     shown = {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", section, re.MULTILINE) for code in row.split(",")}
-    helped = {int(code) for codes in re.findall(r"\b(\d{1,3}(?:/\d+)?) [a-z]", EXIT_CODES) for code in codes.split("/")}
+    helped = {
+        int(code) for codes in re.findall(r"\b(\d{1,3}(?:/\d+)?) +[a-z]", EXIT_CODES) for code in codes.split("/")
+    }
     assert helped <= shown
 
 

@@ -64,9 +64,8 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
             train, master_weights=False, metric=train.metric or ("kl" if loss.name != "none" and task == "text" else "")
         )
     train = replace(train, seq_len=min(train.seq_len, model.max_positions))
-    if (
-        method != "learned" and train.dtype == "auto"
-    ):  # metrics should show the error of the codes, not of bfloat16 matmuls
+    # Metrics should show the error of the codes, not of bfloat16 matmuls.
+    if method != "learned" and train.dtype == "auto":
         train = replace(train, dtype="float32")
     teacher = config.teacher
     if teacher.dtype == "auto":  # the differences to learn are smaller than bfloat16's rounding of the weights

@@ -114,7 +114,7 @@ def test_out_as_gguf_and_in_again(kind, bits, kl, folder, model, tmp_path, load,
         found, wanted = load(back)(torch.tensor([ids]))[0], model(torch.tensor([ids]))[0]
     figure(
         f"SmolLM2-135M-Instruct {kind} GGUF",
-        "bits per weight, KL, same best token",
+        "bits per weight, KL, top-1 agreement",
         f"{record['bits_per_weight']:.2f}, {proof['kl']:.2g}, {proof['top1']:.1%}",
     )
     assert load_tokenizer(back).encode("The capital of France is") == ids

@@ -63,7 +63,7 @@ def test_keys_and_values_in_eight_bits(folder, reference, load, figure):
             for kv, session in sessions.items():
                 nats[kv] -= float(logits[kv].log_softmax(0)[token])
                 logits[kv] = session.step(torch.tensor([token]))[0]
-    figure("stories260K (--kv int8)", "same best token", f"{n_equal} of {n_tokens}")
+    figure("stories260K (--kv int8)", "top-1 agreement", f"{n_equal} of {n_tokens}")
     figure("stories260K (--kv int8)", "nats more a token", f"{(nats['int8'] - nats['float']) / n_tokens:.4f}")
     assert n_equal > 0.95 * n_tokens
     assert abs(nats["int8"] - nats["float"]) < 0.005 * n_tokens

@@ -58,10 +58,12 @@ def rows_of(loaded: Loaded, path: str) -> Tensor:
     tokenizer, config = require_tokenizer(loaded), loaded.model.config
     if config.family != "decoder":
         raise UsageError(f"`{loaded.artifact.path}` is not a decoder, which `--data` needs", "omit `--data`")
+    # Models that saw a begin token before every text are far off without one.
     head = [tokenizer.bos_id] if loaded.begins_with_bos and tokenizer.bos_id is not None else []
     room, ids = min(ROW_TOKENS, config.max_positions) - len(head), list[int]()
     for text in read_documents([path]):
         ids += tokenizer.encode(text[: MOST_ROWS * ROW_TOKENS * TOKEN_CHARACTERS])
+        # Encode no more than needed: the text may be a whole corpus.
         if len(ids) >= MOST_ROWS * room:
             break
     room = min(room, len(ids) // MOST_ROWS)
@@ -73,6 +75,7 @@ def rows_of(loaded: Loaded, path: str) -> Tensor:
 @torch.inference_mode()
 def read_rows(model: LanguageModel, ids_BT: Tensor) -> Read:
     """Measure the reference loss of all tokens but the first of each row, row by row."""
+    # One row at a time: logits of all rows together would need B * T * V floats.
     nats, best = 0.0, []
     for ids_1T in ids_BT.split(1):
         logits_TV = model(ids_1T)[0, :-1].float()
@@ -92,6 +95,7 @@ def step_loss(model: LanguageModel, ids_BT: Tensor, read: Read, decoder: Decoder
         labels_B = ids_BT[:, position]
         nats += float(F.cross_entropy(logits_BV.float(), labels_B, reduction="sum"))
         n_same += int((logits_BV.argmax(dim=1) == read.best_BT[:, position - 1]).sum())
+        # The last token is only a label.
         if position < T - 1:
             logits_BV = session.step(labels_B)
     n_tokens = read.best_BT.numel()

@@ -95,6 +95,7 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
         changes["attention_windows"] = kept_windows(config, kept)
     if kept.channels is not None:
         changes["d_model"] = len(kept.channels)
+        # T5's scale follows the width; any other factor is a constant of the model.
         if config.logits_scale != 1.0 and config.logits_scale == config.d_model**-0.5:
             changes["logits_scale"] = len(kept.channels) ** -0.5
     if kept.groups:
@@ -113,6 +114,7 @@ def kept_windows(config: ModelConfig, kept: Kept) -> tuple[int, ...]:
     windows = []
     for prefix, n_layers in prefixes(config).items():
         layers = [*kept.layers.get(prefix, range(n_layers))]
+        # PanGu-Alpha's query layer follows the last block and has a window of its own.
         layers += [n_layers] * config.query_layer
         windows.append(tuple(window_of(config, layer) for layer in layers))
     longest = max(windows, key=len)
@@ -151,6 +153,7 @@ def sides(owner: str, last: str, config: ModelConfig, kept: Kept) -> tuple[Tenso
     if last in ("q_proj", "k_proj", "v_proj"):
         return head_rows(config, kept.groups.get(owner), queries=last == "q_proj"), channels
     if last == "relative_bias":
+        # The table of relative positions has a column per query head, and all layers of a stack share it.
         own = [groups for name, groups in kept.groups.items() if name.startswith(owner + ".layers.")]
         return None, query_heads(config, own[0]) if own else None
     table = {

@@ -204,6 +204,7 @@ def add_adapters(
     generator = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         adapted = adapted_kind(layer)(layer, rank=rank, alpha=alpha, dropout=dropout, dora=dora, generator=generator)
+        # One generator for all layers, in the model's order: the same seed gives the same adapter.
         model.set_submodule(name, adapted)
     freeze(model)
     return list(layers)
@@ -215,6 +216,7 @@ def find_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, Any]
     Raises: UsageError for an embedding or a head, or if nothing matches, listing the model's layers.
     """
     available = dict(candidates(model))
+    # Checked before matching, so that a mistaken target is named even if others match.
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in available}))
     for target in targets:
         leaf = target.rpartition(".")[2]

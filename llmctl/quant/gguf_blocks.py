@@ -83,8 +83,10 @@ def fit_symmetric(x: Tensor, lowest: int, highest: int) -> Tensor:
     Its sign maps the element of largest magnitude to `lowest`, which has one step more than `highest`.
     """
     w = weights_of(x)
+    # With its sign: the scale is negative where the extreme value is positive.
     extreme = x.gather(-1, x.abs().argmax(dim=-1, keepdim=True))
     best_scale, best_gain = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
+    # Candidate codes come from scales around the full range; each gets its least-squares scale.
     for step in SYMMETRIC_STEPS.tolist():
         codes = (x * (inverse(extreme) * (lowest - step))).round_().clamp_(lowest, highest)
         weighted = w * codes
@@ -128,6 +130,7 @@ def _least_squares(
     determinant = total * total_qq - total_q.square()
     scale = (total * total_qx - total_q * total_x) * inverse(determinant)
     offset = (total_qq * total_x - total_q * total_qx) * inverse(determinant)
+    # At the bound the offset is 0, and the scale is that of a fit without an offset.
     if below_zero:
         is_above = offset > 0
         scale = torch.where(is_above, total_qx * inverse(total_qq), scale)
@@ -180,6 +183,7 @@ def q4_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
 def q5_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
     """Encode blocks of a scale, the fifth bits of 32 codes, and their lower four bits."""
     scale_N1, codes_Nw, values_Nw = _symmetric_32(x_Nw, 16)
+    # The fifth bits of all 32 codes are one little-endian 32-bit number, code 0 in its lowest bit.
     shifts = torch.arange(8, dtype=torch.uint8)
     fifth_N4 = ((codes_Nw >> 4).view(-1, 4, 8) << shifts).sum(dim=2).to(torch.uint8)
     parts = [half_bytes(scale_N1), fifth_N4, nibbles(codes_Nw[:, :16], codes_Nw[:, 16:])]

@@ -132,6 +132,7 @@ def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     assert moments is not None
     second_II = moments.damped
     weight_OI, grid = weight_OI.clone(), search(weight_OI, scheme, moments.importance)
+    # Columns with large inputs first, while many columns are left that can compensate their errors.
     order = second_II.diagonal().argsort(descending=True, stable=True)
     inverse_II = inverse_root(second_II[order][:, order])
     n_in = weight_OI.shape[1]
@@ -146,6 +147,7 @@ def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
             scale_O, zero_O = scales_OI[:, column], zeros_OI[:, column]
             code_O = (rest_OI[:, column] / scale_O + zero_O).round_().clamp_(0, scheme.levels)
             codes_OI[:, column] = code_O.to(torch.uint8)
+            # Scaled by the Cholesky factor's diagonal, so that its row times the error is the update (algorithm 1).
             error_O = (rest_OI[:, column] - (code_O - zero_O) * scale_O) / inverse_II[column, column]
             errors_OB[:, column - first] = error_O
             rest_OI[:, column + 1 : last].addr_(error_O, inverse_II[column, column + 1 : last], alpha=-1)

@@ -171,6 +171,7 @@ def budget_of(config: ModelConfig, plan: Mapping[str, Scheme], weights: WeightsC
     parameters = parameter_shapes(config)
     shapes = {name: parameters[f"{name}.weight"] for name in plan}
     choices = candidates(plan, {name: shape[1] for name, shape in shapes.items()})
+    # A size in bytes covers the whole file; bits per weight count the allocated layers only.
     rest = other_bits(config, plan, set(choices))
     if weights.target_size:
         return Budget(choices, shapes, 8 * parse_size(weights.target_size) - rest, rest)
@@ -182,6 +183,7 @@ def other_bits(config: ModelConfig, plan: Mapping[str, Scheme], allocated: set[s
     shapes = parameter_shapes(config)
     bits = sum(scheme.size_bits(*shapes[f"{name}.weight"]) for name, scheme in plan.items() if name not in allocated)
     planned = {f"{name}.weight" for name in plan}
+    # A tied head has no weights of its own in the file.
     if config.tie_embeddings:
         planned.add("lm_head.weight")
     return bits + sum(

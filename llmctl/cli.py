@@ -150,7 +150,7 @@ def report(error: Exception, args: Sequence[str] = ()) -> int:
     ):
         return show(
             f"cannot write `{error.filename or 'output'}`: {error.strerror}",
-            "free some space or write elsewhere with `-o`",
+            "free some disk space, or choose another location with -o",
             8,
         )
     if isinstance(error, OSError) and error.filename:

@@ -217,7 +217,7 @@ def check_space(run: Run, part: Part) -> None:
     if run.lock is not None and free < n_bytes:
         raise OutputError(
             f"a checkpoint takes {n_bytes / 1e6:,.0f} MB, `{run.path}` has {free / 1e6:,.0f} MB free",
-            "free some space there, or choose another place with -o",
+            "free some disk space, or choose another location with -o",
         )
 
 

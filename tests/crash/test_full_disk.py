@@ -65,7 +65,7 @@ def test_a_run_goes_on_without_checkpoints_and_is_resumed_when_there_is_space(tm
     assert "was not saved: cannot write" in full.stderr
     error = full.stderr[full.stderr.rindex("error: ") :]
     assert "no space left on device" in error
-    assert "hint: free some space there" in error
+    assert "hint: free some disk space" in error
     assert "Traceback" not in full.stderr
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved == steps[: len(saved)]

@@ -237,8 +237,8 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
         value = str(value)
     if info.kind is int and isinstance(value, str):
         value = whole_number(value)
-    if info.choices is not None:
-        return chosen(key, "" if value is None else str(value), info.choices(), origins, problems)
+    if info.names and all(isinstance(name, str) for name in info.names):
+        return chosen(key, "" if value is None else str(value), info.names, origins, problems)
     try:
         return TypeAdapter(info.kind).validate_python(value)
     except ValidationError as error:

@@ -310,6 +310,57 @@ def test_print_config_reads_back(capsys, tmp_path):
     assert "steps: 7" in out
 
 
+def test_print_config_shows_what_the_model_chooses_and_does_not_pin_it(capsys, tmp_path, models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.tsv").write_text("text\tlabel\n" + "the cat\tyes\nthe dog\tno\n" * 9)
+    command = ["finetune", str(models / "decoder"), "rows.tsv", "--task", "classify", "--print-config"]
+    _, out, _ = call(capsys, *command)
+    (tmp_path / "r.yaml").write_text(out)
+    lr = next(line for line in out.splitlines() if line.strip().startswith("lr:"))
+    assert lr.split("#")[0].strip() == "lr: 0.0"
+    assert "[this model: " in lr
+    _, direct, _ = call(capsys, *command, "--method", "lora")
+    _, again, _ = call(capsys, "finetune", "-r", "r.yaml", "--method", "lora", "--print-config")
+    rates = [
+        next(line for line in each.splitlines() if line.strip().startswith("lr:")).split("[this model: ")[1]
+        for each in (direct, again)
+    ]
+    assert rates[0] == rates[1]
+    assert rates[0] not in lr
+
+
+def test_a_metric_that_is_not_measured_is_refused_before_the_first_step(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n\n" * 60)
+    tiny = ["--set", "model.d_model=32", "--set", "model.n_layers=1", "--set", "model.n_heads=2", "--steps", "2"]
+    status, _, err = call(capsys, "pretrain", "a.txt", *tiny, "--set", "train.metric=foo", "--set", "train.seq_len=16")
+    assert status == 2
+    assert "`train.metric` `foo`" in err
+    assert "`loss`" in err
+    assert "step 1/" not in err
+
+
+def test_misspelled_names_of_any_setting_get_a_suggestion(capsys):
+    for key, value, meant in (
+        ("train.device", "cpuu", "cpu"),
+        ("parallel.strategy", "fsdpp", "fsdp"),
+        ("model.family", "decodr", "decoder"),
+        ("optim.name", "adamww", "adamw"),
+    ):
+        status, _, err = call(capsys, "pretrain", "--print-config", "--set", f"{key}={value}")
+        assert status == 2
+        assert f"`{key}` is `{value}`" in err
+        assert f"did you mean `{meant}`?" in " ".join(err.split())
+
+
+def test_a_data_file_in_place_of_the_model_is_named(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "b"}\n')
+    for command in ("finetune", "distill", "quantize", "evaluate"):
+        status, _, err = call(capsys, command, str(tmp_path / "rows.jsonl"))
+        assert status == 2
+        assert "rows.jsonl` is a data file, not a model" in err
+
+
 def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, monkeypatch):
     assert report(ValueError("boom")) == 1
     err = capsys.readouterr().err

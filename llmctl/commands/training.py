@@ -35,15 +35,18 @@ def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> 
 
 
 def settled(command: str, resolved: "Resolved[Any]") -> "Resolved[Any]":
-    """Return the config with what the model decides filled in, if a model is named; else as it is."""
+    """Return the config with what the model would decide in the origins, if a model is named; else as it is.
+
+    The values stay as given: printed as a recipe, a value of the model's choosing would be pinned for other flags too.
+    """
     if not getattr(resolved.config, "model", ""):
         return resolved
     from llmctl.jobs.runner import JOBS
-    from llmctl.recipe import Resolved, changed_keys
+    from llmctl.recipe import Resolved, changed_keys, plain, scalar
 
-    config = JOBS[command].settle(resolved.config)
-    chosen = dict.fromkeys(changed_keys(resolved.config, config), "chosen by the model")
-    return Resolved(config, {**resolved.origins, **chosen})
+    changes = changed_keys(resolved.config, JOBS[command].settle(resolved.config))
+    chosen = {key: f"this model: {scalar(plain(value))}" for key, (_, value) in changes.items()}
+    return Resolved(resolved.config, {**resolved.origins, **chosen})
 
 
 def run_training(

@@ -23,9 +23,8 @@ from llmctl.metrics.figures import FIGURES
 from llmctl.recipe import flatten, keys_of, read_recipe, values_of
 from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record, runs_folder
 from llmctl.runs.metrics_file import MetricsFile
+from llmctl.runs.progress import NO_TOTAL_STEPS
 
-NO_TOTAL_STEPS = 10**9
-"""The loop's placeholder for the total while a budget in minutes has not yet been converted to steps."""
 EXPECTED = ("loss", "perplexity", "bits_per_byte", "accuracy")
 """Metrics reported for every run, as null if missing; others are reported only if present."""
 

@@ -13,6 +13,9 @@ from llmctl.runs.loss_curve import sparkline
 Say = Callable[[str], None]
 """A function that prints one line of progress."""
 
+NO_TOTAL_STEPS = 10**9
+"""The total while a budget in minutes has not yet been converted to steps."""
+
 SAY_SECONDS = 3.0
 """The minimum interval between two lines of `paced`, and before the first."""
 
@@ -120,10 +123,11 @@ class Live:
 def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) -> str:
     """Format a step's record as one line."""
     utilization = f"  {record['utilization']:.0%} util" if record.get("utilization") else ""
+    is_known = total_steps < NO_TOTAL_STEPS
     return (
-        f"step {record['step']}/{total_steps}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
+        f"step {record['step']}/{total_steps if is_known else '?'}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
         f"{record['tokens_per_second']:,.0f} tok/s{utilization}  {record['memory_bytes'] / 2**20:,.0f} MB  "
-        f"eta {clock(eta_seconds)}"
+        f"eta {clock(eta_seconds) if is_known else '?'}"
     )
 
 

@@ -3,10 +3,8 @@
 import time
 
 from llmctl.config import TrainConfig
+from llmctl.runs.progress import NO_TOTAL_STEPS
 from llmctl.training.state import State
-
-UNKNOWN = 10**9
-"""The number of steps while a budget in minutes has not been divided by the measured step time yet."""
 
 
 class Planner:
@@ -33,7 +31,7 @@ class Planner:
         config = self.config
         by_tokens = -(-config.tokens // (config.batch_size * config.seq_len)) if config.tokens else 0
         by_epochs = max(1, -(-int(config.epochs * self.n_rows) // config.batch_size)) if config.epochs else 0
-        state.total_steps = config.steps or by_tokens or by_epochs or UNKNOWN
+        state.total_steps = config.steps or by_tokens or by_epochs or NO_TOTAL_STEPS
 
     def revise(self, state: State) -> None:
         """Recompute the number of steps from the remaining time and the measured step time."""
@@ -44,8 +42,8 @@ class Planner:
         left = (self.deadline - now) - self.RESERVE_FRAC * self.config.minutes * 60
         planned = state.step + max(0, int(left / (seconds / n_steps)))
         is_early = seconds < left
-        if is_early or planned < state.total_steps or state.total_steps == UNKNOWN:
-            limit = self.config.steps or UNKNOWN
+        if is_early or planned < state.total_steps or state.total_steps == NO_TOTAL_STEPS:
+            limit = self.config.steps or NO_TOTAL_STEPS
             state.total_steps = max(state.step, min(planned, limit))
         self.next_revision = state.step * 2 if is_early else state.step + max(1, state.step // 20)
 

@@ -26,10 +26,10 @@ from llmctl.config import OptimConfig, TrainConfig
 from llmctl.distributed.gradients import Gradients, lay_out, make_gradients
 from llmctl.distributed.runtime import Runtime
 from llmctl.distributed.sharding import is_sharded, whole_tensor
-from llmctl.errors import InterruptedRunError, StoppedError
+from llmctl.errors import InterruptedRunError, StoppedError, UsageError
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.machine import peak_memory_bytes
-from llmctl.metrics.figures import brief
+from llmctl.metrics.figures import FIGURES, brief
 from llmctl.model.transformer import LanguageModel
 from llmctl.runs import checkpoint
 from llmctl.runs.journal import Journal, Tracker
@@ -381,6 +381,9 @@ class _Loop:
         """Measure the model before its first step."""
         state = self.state
         state.before = self.evaluate(None)
+        if self.t.metric not in state.before:
+            known = ", ".join(f"`{name}`" for name in state.before if name in FIGURES)
+            raise UsageError(f"`train.metric` `{self.t.metric}` is not measured in this run", f"measured are {known}")
         self.journal.log("eval", {"step": 0, **state.before, "full": True})
         self.t.progress.say(f"before training: {brief(state.before)}")
         if self.t.deadline is None:

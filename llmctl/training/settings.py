@@ -15,6 +15,8 @@ from llmctl.preparing.corpus import Corpus
 from llmctl.tables.objectives import OBJECTIVES
 
 CHANGEABLE = {"optim", "train", "parallel", "merge", "max_drop"}
+FIXED = {"optim.name"}
+"""Settings of these sections that checkpoints depend on: another optimizer has another state."""
 """Sections of a recipe that a resumed run may change, with --allow-change; every other section makes another run."""
 
 
@@ -122,7 +124,7 @@ def refuse_changes(path: Path, changes: Mapping[str, tuple[Any, Any]], allowed: 
     def show(keys: Sequence[str]) -> str:
         return "; ".join(f"`{key}` {changes[key][0]} -> {changes[key][1]}" for key in keys)
 
-    fatal = [key for key in changes if key.split(".")[0] not in CHANGEABLE]
+    fatal = [key for key in changes if key.split(".")[0] not in CHANGEABLE or key in FIXED]
     if fatal:
         raise UsageError(
             f"these settings differ from those `{path}` was started with and cannot change: {show(fatal)}",

@@ -137,7 +137,7 @@ def test_modules_can_be_kept(teachers):
         (["--bits", "4", "--group", "24"], "groups of 24 do not divide the 32 inputs"),
         (["--bits", "4", "--method", "magic"], "magic"),
         (["--bits", "4", "--set", "weights.scale_bits=6"], "`weights.scale_bits` is 6, it must be 0, 8 or 16"),
-        (["--bits", "8", "--set", "weights.scale_bits=8"], "`weights.scale_bits` 8 is for schemes with groups"),
+        (["--bits", "8", "--set", "weights.scale_bits=8"], "`weights.scale_bits` 8 needs a scheme with groups"),
         (["--bits", "4", "--set", "weights.keep=*"], "nothing is left"),
         (["--bits", "4", "--set", "weights.calibration_rows=0"], "calibration_rows"),
         (["--bits", "4", "--max-drop", "much"], "much"),

@@ -193,7 +193,7 @@ def test_a_kill_leaves_no_trace(teachers, here):  # noqa: F811
         "train.seq_len=24",
     ]
     with running([*command, "-o", "whole"], [*command, "-o", "killed"], env=environment()) as (whole, killed):
-        killed.wait_for("teacher signals of")
+        killed.wait_for("cached teacher outputs of")
         killed.kill()
         killed.end()
         assert whole.end() == 0, whole.err
@@ -292,7 +292,7 @@ def test_other_targets_in_the_same_file_are_other_data(teachers):
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = ["data.paths=[pairs.jsonl]", "task=translate", "columns.source=source"]
     made(teachers["encoder_decoder"], "signals", *given, "columns.target=first")
-    with pytest.raises(UsageError, match="something else: data"):
+    with pytest.raises(UsageError, match="does not match this run: data"):
         run(teachers["encoder_decoder"], "teacher.cache=signals", *given, "columns.target=second")
 
 
@@ -310,9 +310,9 @@ def test_signals_of_something_else_are_refused(teachers, here):  # noqa: F811
         (["data.isolate=false"], "isolate"),
         (["data.val_frac=0.3"], "data"),
     ):
-        with pytest.raises(UsageError, match=f"something else: .*{word}") as caught:
+        with pytest.raises(UsageError, match=f"does not match this run: .*{word}") as caught:
             run(teachers["decoder"], "teacher.cache=signals", *settings)
-        shown = [part.split(" ")[-3:] for part in str(caught.value).split("else: ")[1].split("; ")]
+        shown = [part.split(" ")[-3:] for part in str(caught.value).split("this run: ")[1].split("; ")]
         assert all(there.rstrip(",") != wanted for there, _, wanted in shown)
     with pytest.raises(NotFoundError, match="is no teacher cache"):
         run(teachers["decoder"], "teacher.cache=text.txt.folder")

@@ -58,7 +58,7 @@ def test_missing_parts_are_made_and_no_others(teachers, here, monkeypatch, famil
     said: list[str] = []
     write_texts(config, teacher, here / "texts", said.append)
     assert written(here / "texts") == whole
-    assert sum("has written" in line for line in said) == 2
+    assert sum("has generated" in line for line in said) == 2
     keys = {"source", "target"} if family == "encoder_decoder" else {"text"}
     rows = [json.loads(line) for data in whole.values() for line in data.decode().splitlines()]
     assert all(row.keys() == keys for row in rows)
@@ -92,11 +92,11 @@ def test_a_kill_leaves_no_trace(teachers, here):  # noqa: F811
     flags = [part for setting in settings for part in ("--set", setting)]
     command = [*LLMCTL, "distill", str(teachers["decoder"]), "-d", "long.txt", *flags]
     with running([*command, "-o", "whole"], [*command, "-o", "killed"], env=environment()) as (whole, killed):
-        killed.wait_for("the teacher has written")
+        killed.wait_for("the teacher has generated")
         killed.kill()
         killed.end()
         assert whole.end() == 0, whole.err
     assert list((here / "killed").rglob("part-00000.jsonl"))
     resumed = finish([*LLMCTL, "distill", "--resume", "killed"], env=environment())
-    assert "has written 512 of" not in resumed.err
+    assert "has generated 512 of" not in resumed.err
     assert weights(here / "killed") == weights(here / "whole")

@@ -311,7 +311,7 @@ def test_answer_fits_a_terminal_and_names_its_assumptions():
     assert max(map(len, text.splitlines())) <= 80
     assert "174,604,259,328" in text
     assert "assumed 40% of 989 TFLOP/s" in text
-    assert "products in" in text
+    assert "matmuls in" in text
     for answer in (plan("span"), plan("mlm"), plan(preset="pangu-alpha")):
         assert max(map(len, answer.render().splitlines())) <= 80
 

@@ -67,7 +67,7 @@ def test_what_is_multiplied_as_one_gets_the_same_and_the_budget_holds(model) -> 
         parts = {chosen[f"{BLOCK}.self_attn.{part}_proj"] for part in "qkv"}
         assert len(parts) == 1
         assert next(iter(parts)).bits >= chosen[f"{BLOCK}.self_attn.o_proj"].bits
-    with pytest.raises(UsageError, match="cannot be held") as error:
+    with pytest.raises(UsageError, match="cannot be quantized to") as error:
         allocate(costs, sizes, 1.0 * weights)
     assert "the smallest possible" in str(error.value.hint)
 

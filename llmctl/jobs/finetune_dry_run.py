@@ -9,6 +9,8 @@ from llmctl.config import FinetuneConfig
 from llmctl.errors import UsageError
 from llmctl.preparing.examples import prepare_examples
 from llmctl.preparing.show_example import show_example
+from llmctl.runs.progress import NO_TOTAL_STEPS
+from llmctl.training.budget import planned_steps
 from llmctl.training.finetune_settings import check, settle
 from llmctl.training.task_data import open_task_model
 
@@ -29,7 +31,7 @@ class Report:
     def render(self) -> str:
         """Return the report for people."""
         width = max(map(len, self.plan))
-        rows = [f"{name:<{width}}  {value}" for name, value in self.plan.items()]
+        rows = [f"{name:<{width}}  {'-' if value is None else value}" for name, value in self.plan.items()]
         return "\n".join([*rows, "", *self.lines, *([self.example] if self.example else [])])
 
 
@@ -46,13 +48,16 @@ def examine(config: FinetuneConfig, *, with_example: bool) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         corpus, findings, first = prepare_examples(config, Path(folder), base)
         train = config.train
+        steps = planned_steps(train, len(corpus.train))
         plan = {
             "model": config.model,
             "task": config.task,
             "method": config.method,
             "learning rate": config.optim.lr,
-            "steps": train.steps or max(1, -(-int(train.epochs * len(corpus.train)) // train.batch_size)),
+            "steps": steps if steps < NO_TOTAL_STEPS else None,
         }
+        if train.minutes:
+            plan["minutes"] = train.minutes
         example = show_example(base, first, corpus.provenance["task"]) if with_example else ""
     if config.data.strict:
         findings.refuse()

@@ -7,6 +7,13 @@ from llmctl.runs.progress import NO_TOTAL_STEPS
 from llmctl.training.state import State
 
 
+def planned_steps(config: TrainConfig, n_rows: int) -> int:
+    """Return the steps of a budget in steps, tokens or epochs of `n_rows`; NO_TOTAL_STEPS for minutes alone."""
+    by_tokens = -(-config.tokens // (config.batch_size * config.seq_len)) if config.tokens else 0
+    by_epochs = max(1, -(-int(config.epochs * n_rows) // config.batch_size)) if config.epochs else 0
+    return config.steps or by_tokens or by_epochs or NO_TOTAL_STEPS
+
+
 class Planner:
     """Turns a budget into a number of steps, which the learning-rate schedule depends on.
 
@@ -28,10 +35,7 @@ class Planner:
         self.next_revision = max(4, state.step + 4)
         if state.total_steps:
             return
-        config = self.config
-        by_tokens = -(-config.tokens // (config.batch_size * config.seq_len)) if config.tokens else 0
-        by_epochs = max(1, -(-int(config.epochs * self.n_rows) // config.batch_size)) if config.epochs else 0
-        state.total_steps = config.steps or by_tokens or by_epochs or NO_TOTAL_STEPS
+        state.total_steps = planned_steps(self.config, self.n_rows)
 
     def revise(self, state: State) -> None:
         """Recompute the number of steps from the remaining time and the measured step time."""

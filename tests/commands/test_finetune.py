@@ -57,6 +57,12 @@ def test_a_dry_run_examines_and_leaves_nothing(capsys, models, here):
     assert "label    good" in out
     status, out, _ = call(capsys, *command, "--json")
     assert json.loads(out)["findings"]["rows"] == 40
+    # Minutes are not steps until steps have been timed; epochs are.
+    budget = [argument for argument in command if argument not in FLAGS]
+    status, out, _ = call(capsys, *budget, "--json", "--minutes", "1")
+    assert (json.loads(out)["steps"], json.loads(out)["minutes"]) == (None, 1.0)
+    status, out, _ = call(capsys, *budget, "--json", "--set", "train.epochs=2", "--set", "train.batch_size=4")
+    assert json.loads(out)["steps"] == 38 * 2 // 4
     assert sorted(path.name for path in here.iterdir()) == ["rows.tsv"]
 
 

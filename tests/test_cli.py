@@ -358,7 +358,7 @@ def test_a_data_file_in_place_of_the_model_is_named(capsys, tmp_path):
     for command in ("finetune", "distill", "quantize", "evaluate"):
         status, _, err = call(capsys, command, str(tmp_path / "rows.jsonl"))
         assert status == 2
-        assert "rows.jsonl` is a data file, not a model" in err
+        assert "rows.jsonl` is not a model" in err
 
 
 def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, monkeypatch):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llmctl.data.sources import READERS
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
 from llmctl.runs.folder import runs_folder
 
@@ -89,8 +88,6 @@ def find_named(name: str, able: Ability) -> Path:
     if not name:
         raise UsageError("the model name is empty", "pass a model folder, a .safetensors file, or a run in runs/")
     path = Path(name)
-    if path.suffix.lower() in READERS and path.is_file():
-        raise UsageError(f"`{name}` is a data file, not a model", "the model comes first: `llmctl COMMAND --help`")
     if path.exists():
         return path
     folder = runs_folder()

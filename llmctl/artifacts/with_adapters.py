@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmctl.data.sources import READERS
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.adapter import (
     ADAPTER_WEIGHTS,
@@ -60,8 +61,10 @@ class Adapted(Artifact):
 def read_model(path: Path) -> Artifact:
     """Read a model folder or file, or an adapter folder as its base with the adapter merged.
 
-    Raises: NotFoundError, also if the base does not exist; ArtifactError.
+    Raises: NotFoundError, also if the base does not exist; UsageError for a data file; ArtifactError.
     """
+    if path.suffix.lower() in READERS and path.is_file():
+        raise UsageError(f"`{path}` is not a model", "the model comes before the data: `llmctl COMMAND --help`")
     return read_chain(path, ())
 
 

@@ -96,7 +96,8 @@ def packed_base(session: Session, config: FinetuneConfig) -> Path:
 
 def is_packed_here(corpus: Corpus) -> bool:
     """Tell whether the base is one that this run has quantized."""
-    return "quantised_from" in corpus.provenance["base"]
+    # The second spelling is that of runs begun with 0.1.0.
+    return not {"quantized_from", "quantised_from"}.isdisjoint(corpus.provenance["base"])
 
 
 def open_base(session: Session, config: FinetuneConfig, corpus: Corpus) -> Loaded:

@@ -120,7 +120,7 @@ def compare(
 def provenance(config: QuantizeConfig, original: Teachers, data: TaskData) -> dict[str, Any]:
     """Return what the model was made from, and for what, for the model file."""
     objective = original.artifact.provenance.get("objective")
-    made = {"quantised_from": data.corpus.provenance["teacher"]["sha256"], "weights": config.weights.scheme}
+    made = {"quantized_from": data.corpus.provenance["teacher"]["sha256"], "weights": config.weights.scheme}
     return made | {"method": config.weights.method} | ({"objective": objective} if objective else {})
 
 

@@ -36,7 +36,7 @@ def write_packed_base(given: Loaded, out: Path) -> dict[str, Any]:
     refuse_unfinite(given.model, str(given.artifact.path))
     plan = plan_of(given.model.config, QuantizeConfig(weights=WEIGHTS))
     found = calibrate(given.model, plan, WEIGHTS.method, [], lambda _: None)
-    made = {"quantised_from": identity_of(given.artifact), "weights": WEIGHTS.scheme, "method": WEIGHTS.method}
+    made = {"quantized_from": identity_of(given.artifact), "weights": WEIGHTS.scheme, "method": WEIGHTS.method}
     write_artifact(
         out,
         given.model.config,

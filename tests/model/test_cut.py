@@ -11,6 +11,7 @@ from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.cut import Kept, cut, prefixes
 from llmctl.model.transformer import LanguageModel, initialize, load_tensors
+from tests.support.tuning import FAMILIES
 
 BASE = {"vocab_size": 29, "d_model": 24, "n_layers": 3, "n_heads": 4, "d_ff": 40, "max_positions": 32, "init_std": 0.3}
 SHAPES = {
@@ -24,20 +25,7 @@ SHAPES = {
         "attention_bias": True,
         "mlp_bias": True,
     },
-    "bert": {
-        "family": "encoder",
-        "norm": "layernorm",
-        "norm_position": "post",
-        "embedding_norm": True,
-        "positions": "learned",
-        "gated": False,
-        "activation": "gelu",
-        "attention_bias": True,
-        "mlp_bias": True,
-        "n_token_types": 2,
-        "head_transform": True,
-        "logits_bias": True,
-    },
+    "bert": FAMILIES["bert"] | {"head_transform": True, "logits_bias": True},
     "t5": {
         "family": "encoder_decoder",
         "positions": "relative",

@@ -95,9 +95,11 @@ class _WithTeachers(Objective):
         attended: Attended | None = None
         layer = 0
         if self.matching.kind == "relation":
+            # Asks the last layer of the stack under the head to leave its queries, keys and values here.
             attended = {len(self.model.stacks()[-1].layers) - 1: None}
             layer = self.matching.layer
         hidden_BTD = self.model.hidden(**inputs, attended=attended)
+        # Relations are matched with the first teacher only; 0 asks the others for none.
         seen = [teacher.see(inputs, layer if place == 0 else 0) for place, teacher in enumerate(self.teachers)]
         return hidden_BTD, attended, seen
 
@@ -275,6 +277,7 @@ class LabelDistillation(Classification):
         logits_BL = self.model.classify(**inputs).float()
         if not self.training:
             return self.loss(logits_BL, batch)
+        # In float32: a difference of half-precision logits loses what a close student still has to learn.
         with torch.no_grad():
             outputs = [teacher.model.classify(**inputs).float() for teacher in self.teachers]
         weight = self.config.weight
@@ -286,6 +289,7 @@ class LabelDistillation(Classification):
         if problem == "regression":
             return (logits_BL - torch.stack(list(outputs)).mean(dim=0)).square().mean(dim=1)
         if problem == "multi":
+            # Independent labels: a Bernoulli divergence each, with teachers averaged as probabilities.
             own_BL = logits_BL / temperature
             want_BL = torch.stack([torch.sigmoid(one / temperature) for one in outputs]).mean(dim=0)
             floor_BL = F.binary_cross_entropy(want_BL, want_BL, reduction="none")

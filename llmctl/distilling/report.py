@@ -51,6 +51,7 @@ def make_report(
         }
         if name == "student" or measured:
             sides[name] |= {"tokens_per_second": reading_speed(model, batch), **rounded(measured.get(name, {}))}
+    # What is measured here beside the teacher replaces what the loop measured of the student.
     sides["student"] = {**rounded(after), **sides["student"]}
     record: dict[str, Any] = {
         "metric": metric,
@@ -69,6 +70,7 @@ def make_report(
         },
         "peak_memory_bytes": peak_memory_bytes(device),
     }
+    # The fairest baseline: the best of its own learning rates, not the student's.
     tuned = {name: dict(found) for name, found in scratch.items() if name.startswith("scratch-lr")}
     if tuned:
         best = min(tuned, key=lambda name: tuned[name]["loss"])
@@ -91,6 +93,7 @@ def make_report(
 def recovered(sides: Mapping[str, Mapping[str, Any]], scratch_loss: float) -> float | None:
     """Return the fraction of the loss gap between scratch and teacher that the student closes."""
     gap = scratch_loss - sides["teacher"].get("loss", scratch_loss)
+    # No gap to close where training from scratch reaches the teacher.
     return None if gap <= 0 else (scratch_loss - sides["student"]["loss"]) / gap
 
 

@@ -81,6 +81,7 @@ class StudentPlan:
             return
         source, shape, student = self.source(name), self.part_shape(name), self.config.student
         say(f"pruning from {count(source.config):,} to {count(shape):,} parameters")
+        # Rounded up: any budget of tokens takes at least one row, and 0 skips the refit.
         refit_rows = -(-student.refit_tokens // self.config.train.seq_len)
         cut = cut_student(
             source,
@@ -190,6 +191,7 @@ class StudentPlan:
         if name != WITH_COMPUTE:
             return float(name.removeprefix("scratch-lr-")), 1.0
         tuned = {name: metrics for name, metrics in self.measured.items() if name.startswith("scratch-lr")}
+        # Only the best rate is trained for longer: tuning again at the larger budget would cost as much as the rest.
         best = min(tuned, key=lambda name: tuned[name]["loss"])
         return float(best.removeprefix("scratch-lr-")), self.cost_ratio
 

@@ -36,6 +36,7 @@ def evaluate_text(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) 
     bytes_V = tokenizer.token_bytes()
     total, n_rows, n_tokens = Sums(), 0, 0
     rows = islice(_windows(loaded, texts, width, stride), config.limit or None)
+    # A bounded number of windows at a time: enough to sort them by length, few enough for any size of file.
     while batch := list(islice(rows, WINDOWS)):
         for row, scored in zip(batch, likelihoods(loaded, batch, config.batch_size), strict=True):
             n_bytes = int(bytes_V[row.ids[row.first :]].sum())
@@ -58,6 +59,7 @@ def windows(n_tokens: int, width: int, stride: int) -> Iterator[tuple[int, int, 
     done = 0
     for begin in range(0, n_tokens, stride):
         end = min(begin + width, n_tokens)
+        # No context for a window's first token, and no second score for tokens of the window before.
         first = max(begin + 1, done)
         if first < end:
             yield begin, first, end
@@ -84,6 +86,7 @@ def evaluate_mask(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) 
     while batch := list(islice(pieces, WINDOWS)):
         masked = []
         for number, piece in enumerate(batch, start=n_rows):
+            # Seeded per piece, so that masks do not depend on `--batch-size` or `--limit`.
             rng = np.random.default_rng([config.seed, number])
             masked.append(mask_tokens(np.array(piece, dtype=np.int64), rng, masking))
         total += _masked_sums(loaded, masked, bytes_V, config.batch_size)
@@ -117,6 +120,7 @@ def _masked_sums(
             ids_BT, documents_BT = padded([rows[number][0].tolist() for number in numbers], device_of(loaded))
             hidden_BTD = loaded.model.hidden(ids_BT, documents_BT=documents_BT)
             positions = [np.flatnonzero(rows[number][1] != IGNORE) for number in numbers]
+            # Only masked positions reach the head, whose logits are the largest tensor.
             states_ND = torch.cat([hidden_BTD[n, torch.from_numpy(part)] for n, part in enumerate(positions)])
             labels = np.concatenate([rows[number][1][part] for number, part in zip(numbers, positions, strict=True)])
             nats_N, right_N = token_losses(loaded.model, states_ND, torch.from_numpy(labels).to(states_ND.device))

@@ -110,6 +110,7 @@ class Decoder:
             positions_BT = None  # without padding, all rows are at the same position
         elif positions_BT is None:
             positions_BT = self.stack.positions(x_BTD, documents_BS, cache)
+        # Rotary models without these add nothing to the token embeddings: the module call is skipped.
         if self.config.positions != "rope" or self.config.embedding_norm or self.config.n_token_types:
             embedded_BT = self.stack.positions(x_BTD, None, cache) if positions_BT is None else positions_BT
             x_BTD = self.stack.embed(x_BTD, embedded_BT, None)
@@ -138,6 +139,7 @@ class Decoder:
 
     def _rope(self, positions_BT: Tensor | None, n_positions: int, cache: KVCache, dtype: torch.dtype) -> Rope:
         tables = self.tables
+        # Computed for the whole cache once, then only sliced per token.
         if tables is None or len(tables[0]) < cache.max_len or tables[0].dtype != dtype:
             all_S = torch.arange(cache.max_len, device=cache.documents_BS.device)
             cos_SH, sin_SH = rope_tables(all_S, self.config.head_dim, self.config.rope_theta)
@@ -266,7 +268,9 @@ def attend_int8(
     A position has one scale per key and value, so scores and probabilities are scaled instead of dequantizing all codes.
     """
     B, _, N, H = q_B1NH.shape
+    # (B, K, R, H): the R query heads of each key head, as rows of one matrix product.
     q_BKRH = q_B1NH.reshape(B, keys_BKSH.shape[1], -1, H).float()
+    # Codes are exact in float32, so scaling the products equals dequantizing first, up to rounding.
     scores_BKRS = (q_BKRH @ keys_BKSH.float().mT).mul_(k_BKS1.mT * scale)
     if mask.tensor is not None:
         scores_BKRS.masked_fill_(~mask.tensor, float("-inf"))

@@ -136,6 +136,7 @@ class Stack(nn.Module):
         if config.embedding_norm:
             self.embedding_norm = make_norm(config)
         self.layers = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(n_layers))
+        # PanGu-Alpha: one more block on top, which asks for the next token by its position (arXiv:2104.12369).
         if config.query_layer:
             self.query_embeddings = nn.Embedding(config.max_positions, config.d_model)
             self.query_layer = Block(config, n_layers)
@@ -217,6 +218,7 @@ class Stack(nn.Module):
     ) -> Pass:
         config = self.config
         masks, memory_mask = self.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
+        # Once per forward pass: all layers rotate by the same tables.
         rope = None
         if config.positions == "rope":
             rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
@@ -269,6 +271,7 @@ class Stack(nn.Module):
         if memory_documents_BS is None:  # no padding: every query attends to the whole memory
             return Mask()
         if documents_BT is None:
+            # Unpadded targets of padded sources: all queries belong to document 1, padding of the source is 0.
             documents_BT = torch.ones(memory_documents_BS.shape[0], T, dtype=torch.long, device=device)
         return build_mask(
             T,

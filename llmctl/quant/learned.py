@@ -40,6 +40,7 @@ class _Rounded(torch.autograd.Function):
         n_groups = scales_OG.shape[1]
         steps = weight_OI.unflatten(1, (n_groups, -1)) / scales
         position = steps + zeros
+        # Weights that round to an end of the range still count as inside: clamping has no effect on them.
         inside = (position >= -0.5) & (position <= ctx.levels + 0.5)
         grad = grad_OI.unflatten(1, (n_groups, -1))
         # d(output)/d(scale): the rounding error in range, the clamped code outside.
@@ -101,6 +102,7 @@ class TunedLinear(nn.Module):
 
     def scales(self) -> Tensor:
         """Return the scales (O, G) rounded to their stored precision, with a straight-through gradient."""
+        # The value is the rounded scale, the gradient that of the exact one.
         exact = self.scales_OG * self.ratio.exp()
         return exact + (rounded_scales(exact.detach(), self.scheme) - exact.detach())
 
@@ -150,6 +152,7 @@ class LearnedLinear(TunedLinear):
         """Initialize each weight as close to the original as possible while it still rounds to its code."""
         super().put(codes, original_OI)
         decoded = decode(codes, self.scheme)
+        # A weight may differ from its code's value by less than half a step, or it would round to another code.
         reach = grouped(torch.ones_like(decoded), self.scheme) * (codes.grid.scales_OG * NEAREST)[..., None]
         reach = reach.flatten(1)
         self.weight.copy_(decoded + (original_OI - decoded).clamp(-reach, reach))

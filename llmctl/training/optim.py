@@ -32,6 +32,7 @@ def make_optimizers(
     scales = layer_scales([name for name, _ in model.named_parameters()], config.layer_decay)
     row = OPTIMIZERS[config.name]
     own = [(name, p) for name, p in named if not row.matrices_only or is_hidden_matrix(name, p)]
+    # By identity: comparing tensors compares their elements.
     chosen = {id(p) for _, p in own}
     optimizers: dict[str, torch.optim.Optimizer] = {}
     for name, some in ((config.name, own), ("adamw", [(name, p) for name, p in named if id(p) not in chosen])):
@@ -58,6 +59,7 @@ def muon(groups: Groups, config: OptimConfig, dtype: torch.dtype) -> torch.optim
 
 def groups_of(named: Sequence[tuple[str, nn.Parameter]], scales: Mapping[str, float], weight_decay: float) -> Groups:
     """Return parameter groups: matrices with weight decay, then vectors without."""
+    # Norms and biases are not decayed: 0 is no sensible value to pull a norm's scale toward.
     matrices, vectors = [(n, p) for n, p in named if p.dim() >= 2], [(n, p) for n, p in named if p.dim() < 2]
     return [*grouped(matrices, scales, weight_decay), *grouped(vectors, scales, 0.0)]
 
@@ -81,6 +83,7 @@ def layer_scales(names: Sequence[str], decay: float) -> dict[str, float]:
     found = {(place[1], int(place[2])) for place in places.values() if place}
     bottom_up = sorted(found, key=lambda layer: ("decoder" in layer[0], layer[1]))
     layers = {layer: depth for depth, layer in enumerate(bottom_up, start=1)}
+    # Depth 0 is below the first layer, `top` above the last: the head trains at the full rate.
     top = len(layers) + 1
 
     def depth_of(name: str) -> int:
@@ -101,6 +104,7 @@ def schedule(step: int, total_steps: int, config: OptimConfig) -> float:
     """Return the learning rate of a step (counted from 0) as a fraction of its peak."""
     warmup_steps = max(1, round(config.warmup_frac * total_steps))
     if step < warmup_steps:
+        # Counted from 1: a first step with rate 0 would be lost.
         return (step + 1) / warmup_steps
     shape: Callable[[int, int, int, OptimConfig], float] = globals()[config.schedule]
     low = config.min_lr_frac
@@ -174,9 +178,11 @@ def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], s
         shape = saved.shape("optimizer", key)
         states.setdefault((optimizer_name, parameter_name), {})[entry] = (
             own_rows(parameter, lambda *rows, key=key: saved.read("optimizer", key, *rows))
+            # State of the parameter's shape is sharded as the parameter is; scalars such as the step are whole.
             if shape == tuple(parameter.shape)
             else saved.read("optimizer", key)
         )
+    # Only now: a file that cannot be read leaves the optimizers as they were.
     for optimizer in optimizers.values():
         optimizer.state.clear()
     for (optimizer_name, parameter_name), state in states.items():

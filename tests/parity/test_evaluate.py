@@ -70,7 +70,7 @@ def test_log_likelihoods_of_piqa(smollm2, reference, shared_data, figure):
     data = [f"{folder / 'valid.jsonl.gz'}:{folder / 'valid-labels.lst'}"]
     examples = list(islice(read_examples(data, "choice", ColumnsConfig()), 8))
     asked = [(f"Question: {e.inputs['question']}\nAnswer:", choice) for e in examples for choice in e.choices]
-    found = continuations(load_model(smollm2, device="cpu"), asked, EvaluateConfig()).found
+    found = continuations(load_model(smollm2, device="cpu"), asked, EvaluateConfig()).likelihoods
     worst = max(abs(-one.nats - b) for one, b in zip(found, [b for pair in expected for b in pair], strict=True))
     figure(SMOL, "evaluate: PIQA, max |log-likelihood difference|", f"{worst:.1e}")
     assert worst < 2e-3

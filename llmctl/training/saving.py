@@ -48,7 +48,7 @@ class Saver:
         self.store, self.holder, self.masters, self.optimizers = store, holder, masters, optimizers
         self.state, self.config, self.runtime, self.journal = state, config, runtime, journal
         self.recipe, self.resume_command = recipe, resume_command
-        self.saved_at = time.monotonic()
+        self.saved_at, self.longest_seconds = time.monotonic(), 0.0
         if runtime.is_main:
             store.sweep()
 
@@ -91,6 +91,10 @@ class Saver:
 
     # --- save -------------------------------------------------------------------------------------------------------------
 
+    def save_if_good(self) -> bool:
+        """Save, unless the last steps were not finite: the weights that they started from may be the cause."""
+        return not self.state.bad_steps and self.save()
+
     def save(self, *, is_needed: bool = False) -> bool:
         """Publish a checkpoint, then delete what rotation allows; tell whether it was written.
 
@@ -105,7 +109,7 @@ class Saver:
                 f"training diverged: weights are not finite at step {self.state.step}; they were not saved",
                 f"lower optim.lr, then {self.resume_command}",
             )
-        rank = self.runtime.rank
+        begun, rank = time.monotonic(), self.runtime.rank
         optimizer = dict(optim.named_state(self.holder, self.optimizers))
         self.state.trackers = self.journal.tracker_ids()
         extra = {"environment": describe_environment(self.runtime), "recipe": dict(self.recipe)}
@@ -122,6 +126,7 @@ class Saver:
             return False
         best = self.store.folder / checkpoint.name_of(self.state.best_step)
         self.store.rotate(self.config.keep_checkpoints, best)
+        self.longest_seconds = max(self.longest_seconds, time.monotonic() - begun)
         return True
 
     # --- the best step ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from llmctl.commands.common import command_app, note, result, result_json
-from llmctl.commands.training import with_model
+from llmctl.commands.model_argument import with_model
 
 app = command_app()
 

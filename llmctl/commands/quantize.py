@@ -6,8 +6,9 @@ import typer
 
 from llmctl.commands.common import command_app
 from llmctl.commands.grouped_help import settings_of
+from llmctl.commands.model_argument import needs_model, with_model
 from llmctl.commands.options import Options, help_of, with_options
-from llmctl.commands.training import needs_model, run_training, with_model
+from llmctl.commands.training import run_training
 from llmctl.config import QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.quant.schemes import BY_BITS

@@ -4,9 +4,7 @@ A job is a function of a session and a config that reads from top to bottom. The
 processes, checkpoints, resuming and memory; it knows nothing of what is trained.
 """
 
-import os
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.distributed.runtime import Runtime
-from llmctl.errors import OutputError
 from llmctl.files import write_bytes
 from llmctl.formats.families.table import family_for
 from llmctl.jobs.dry_run import fitting_rows
 from llmctl.jobs.finish import Product, Trained, finish
-from llmctl.jobs.startup import compare_processes
+from llmctl.jobs.startup import check_space, compare_processes, newest_checkpoint, time_limit
 from llmctl.machine import name_of, product_rate
 from llmctl.model.flops import Rows
 from llmctl.model.transformer import LanguageModel
@@ -28,7 +25,6 @@ from llmctl.recipe import Resolved, dump, nested, values_of
 from llmctl.runs import checkpoint
 from llmctl.runs.folder import Run
 from llmctl.runs.progress import Progress
-from llmctl.tables.optimizers import OPTIMIZERS
 from llmctl.training.batch import BatchSource
 from llmctl.training.freezing import freeze
 from llmctl.training.generation_scores import Score
@@ -111,7 +107,7 @@ class Session:
         n_frozen = freeze(part.model, part.config.train.freeze)
         part = self._with_micro_batch(part)
         compare_processes(self.runtime, self.config, part.identity, self.progress)
-        check_space(self.run, part)
+        check_space(self.run, part.model, part.config.optim.name)
         folder = self.folder / "parts" / part.name if part.name else self.folder
         # A part without a checkpoint starts from its beginning, also when the run resumes.
         saved = newest_checkpoint(folder, self.runtime, self.progress) if self.resumes else None
@@ -204,46 +200,3 @@ def measure_only(training: Training) -> Fitted:
     if training.score:
         metrics |= training.score(None)
     return Fitted({}, metrics, training.state, 0, {})
-
-
-def check_space(run: Run, part: Part) -> None:
-    """Refuse to begin if the disk has no room for a single checkpoint.
-
-    Raises: OutputError with the bytes needed and free.
-    """
-    n_trained = sum(parameter.numel() for parameter in part.model.parameters() if parameter.requires_grad)
-    n_bytes = 4 * (1 + OPTIMIZERS[part.config.optim.name].floats_per_weight) * n_trained
-    free = shutil.disk_usage(run.path).free
-    if run.lock is not None and free < n_bytes:
-        raise OutputError(
-            f"a checkpoint takes {n_bytes / 1e6:,.0f} MB, `{run.path}` has {free / 1e6:,.0f} MB free",
-            "free some disk space, or choose another location with -o",
-        )
-
-
-def newest_checkpoint(path: Path, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
-    """Return the newest valid checkpoint, chosen by the first process; None if there is none yet.
-
-    Raises: ArtifactError if there are checkpoints and all are damaged.
-    """
-    folder = path / "checkpoints"
-
-    def find() -> str | None:
-        if not checkpoint.published(folder):
-            return None
-        saved, skipped = checkpoint.Store(folder).load_newest()
-        for line in skipped:
-            progress.say(line)
-        progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
-        return saved.path.name
-
-    name = runtime.lead(find)
-    return checkpoint.open_checkpoint(folder / name) if name else None
-
-
-def time_limit(minutes: float, started: float) -> float | None:
-    """Return when this process must have ended, on the clock of `started`: the user's limit, or Slurm's."""
-    if minutes:
-        return started + 60 * minutes
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    return time.monotonic() + int(end) - time.time() if end.isdigit() else None

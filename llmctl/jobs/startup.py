@@ -1,8 +1,10 @@
-"""What the processes of a run do together before the first step: open its folder and check that all agree."""
+"""Before the first step: open the run folder, check that all processes agree, find checkpoint, disk space and time limit."""
 
 import hashlib
 import os
+import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +15,15 @@ import torch
 from llmctl import __version__
 from llmctl.distributed.ranks import LAUNCHED
 from llmctl.distributed.runtime import Runtime, is_lost_peer
-from llmctl.errors import MemoryLimitError, StoppedError, UsageError
+from llmctl.errors import MemoryLimitError, OutputError, StoppedError, UsageError
 from llmctl.files import is_seen
 from llmctl.jobs.finish import recipe_sha256
 from llmctl.machine import is_out_of_memory
+from llmctl.model.transformer import LanguageModel
+from llmctl.runs import checkpoint
 from llmctl.runs.folder import Run, read_record
 from llmctl.runs.progress import Progress
+from llmctl.tables.optimizers import OPTIMIZERS
 
 
 def begun_before() -> str:
@@ -141,3 +146,46 @@ def code_sha256() -> str:
     for path in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def check_space(run: Run, model: LanguageModel, optimizer: str) -> None:
+    """Refuse to begin if the disk has no room for a single checkpoint.
+
+    Raises: OutputError with the bytes needed and free.
+    """
+    n_trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    n_bytes = 4 * (1 + OPTIMIZERS[optimizer].floats_per_weight) * n_trained
+    free = shutil.disk_usage(run.path).free
+    if run.lock is not None and free < n_bytes:
+        raise OutputError(
+            f"a checkpoint takes {n_bytes / 1e6:,.0f} MB, `{run.path}` has {free / 1e6:,.0f} MB free",
+            "free some disk space, or choose another location with -o",
+        )
+
+
+def newest_checkpoint(path: Path, runtime: Runtime, progress: Progress) -> checkpoint.Checkpoint | None:
+    """Return the newest valid checkpoint, chosen by the first process; None if there is none yet.
+
+    Raises: ArtifactError if there are checkpoints and all are damaged.
+    """
+    folder = path / "checkpoints"
+
+    def find() -> str | None:
+        if not checkpoint.published(folder):
+            return None
+        saved, skipped = checkpoint.Store(folder).load_newest()
+        for line in skipped:
+            progress.say(line)
+        progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        return saved.path.name
+
+    name = runtime.lead(find)
+    return checkpoint.open_checkpoint(folder / name) if name else None
+
+
+def time_limit(minutes: float, started: float) -> float | None:
+    """Return when this process must have ended, on the clock of `started`: the user's limit, or Slurm's."""
+    if minutes:
+        return started + 60 * minutes
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return time.monotonic() + int(end) - time.time() if end.isdigit() else None

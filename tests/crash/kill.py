@@ -28,7 +28,8 @@ from llmctl.config import PretrainConfig
 from llmctl.distributed import runtime
 from llmctl.errors import StoppedError
 from llmctl.files import file_sha256
-from llmctl.jobs.runner import begin, resume
+from llmctl.jobs.begin import begin
+from llmctl.jobs.resume import resume
 from llmctl.recipe import load
 from llmctl.runs import checkpoint
 from llmctl.runs.folder import read_record

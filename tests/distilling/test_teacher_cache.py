@@ -18,9 +18,9 @@ from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.teacher_signals import SignalStore
 from llmctl.jobs import distill as module
+from llmctl.jobs.begin import begin
 from llmctl.jobs.distill import part_of
 from llmctl.jobs.distill_cache import encode, make_cache
-from llmctl.jobs.runner import begin
 from llmctl.losses.base import IGNORE
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load

@@ -17,10 +17,11 @@ from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.jobs import distill as module
+from llmctl.jobs.begin import begin
 from llmctl.jobs.distill import part_of
 from llmctl.jobs.distill_cache import encode
 from llmctl.jobs.finish import Trained
-from llmctl.jobs.runner import begin, resume
+from llmctl.jobs.resume import resume
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run

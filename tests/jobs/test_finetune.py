@@ -15,8 +15,9 @@ from llmctl.config import FinetuneConfig
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.classify import classify
+from llmctl.jobs.begin import begin
 from llmctl.jobs.finish import Trained
-from llmctl.jobs.runner import begin, resume
+from llmctl.jobs.resume import resume
 from llmctl.losses.base import IGNORE
 from llmctl.preparing.examples import chat_of, prepare_examples
 from llmctl.recipe import load
@@ -179,7 +180,7 @@ def test_a_run_repeats_byte_for_byte(models):
 
 def interrupt(monkeypatch, *job) -> None:
     """Begin a run and stop it at its eighth step."""
-    import llmctl.jobs.runner as engine
+    import llmctl.jobs.begin as engine
 
     class Stopping(Silent):
         def step(self, record, total_steps, eta_seconds) -> None:  # noqa: ARG002
@@ -218,7 +219,7 @@ def tensors(path: Path) -> dict[str, bytes]:
 def test_a_run_does_not_go_on_with_another_base(models, tmp_path, monkeypatch):
     import shutil
 
-    import llmctl.jobs.runner as engine
+    import llmctl.jobs.begin as engine
 
     base = tmp_path / "base"
     shutil.copytree(models["decoder"], base)

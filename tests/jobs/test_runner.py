@@ -17,8 +17,9 @@ from llmctl.errors import ArtifactError, InterruptedRunError, LlmctlError, Usage
 from llmctl.formats.artifact import read_artifact
 from llmctl.inference.encoding import encode_prompt
 from llmctl.inference.generate import Prompt, generate
+from llmctl.jobs.begin import begin
 from llmctl.jobs.finish import Trained
-from llmctl.jobs.runner import begin, resume
+from llmctl.jobs.resume import resume
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.progress import Silent
@@ -256,7 +257,7 @@ def test_too_little_text_is_said(tmp_path, monkeypatch):
 
 def stopped_run(corpus: Path, *settings: str, after_step: int = 8) -> Path:
     """Begin a run and stop it as a scheduler would; return its folder."""
-    import llmctl.jobs.runner as engine
+    import llmctl.jobs.begin as engine
 
     class Stopping(Silent):
         def step(self, record, total_steps, eta_seconds) -> None:  # noqa: ARG002

@@ -15,7 +15,7 @@ from llmctl.formats.adapter import read_adapter
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import linear_modules
-from llmctl.jobs.runner import resume
+from llmctl.jobs.resume import resume
 from llmctl.quantizing.qlora_base import BASE
 from llmctl.quantizing.report import layer_bits
 from llmctl.runs.folder import find_run

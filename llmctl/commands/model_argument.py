@@ -1,0 +1,43 @@
+"""The model that a training command is given, and what it decides about the settings."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmctl.commands.common import find_model, note
+from llmctl.commands.options import Options
+
+if TYPE_CHECKING:
+    from llmctl.recipe import Resolved
+
+
+def needs_model(options: Options, model: str | None, config: Any) -> bool:
+    """Tell whether a command has to find its model: not to resume, nor to print the defaults."""
+    is_named = bool(model or config.model)
+    return options.resume in (None, "auto") and (is_named or not options.print_config)
+
+
+def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> "Resolved[Any]":
+    """Return the config with the model resolved: the argument, the recipe's, or the default model."""
+    from llmctl.recipe import Resolved
+
+    name = model or resolved.config.model or None
+    path = find_model(name, "any", quiet=quiet or name is not None)
+    if name is not None and str(path) != name:
+        note(f"model: {path}", quiet=quiet)
+    origins = resolved.origins | ({"model": "flag"} if model else {})
+    return Resolved(replace(resolved.config, model=str(path)), origins)
+
+
+def settled(command: str, resolved: "Resolved[Any]") -> "Resolved[Any]":
+    """Return the config with what the model would decide in the origins, if a model is named; else as it is.
+
+    The values stay as given: printed as a recipe, a value of the model's choosing would be pinned for other flags too.
+    """
+    if not getattr(resolved.config, "model", ""):
+        return resolved
+    from llmctl.jobs.runner import JOBS
+    from llmctl.recipe import Resolved, changed_keys, plain, scalar
+
+    changes = changed_keys(resolved.config, JOBS[command].settle(resolved.config))
+    chosen = {key: f"this model: {scalar(plain(value))}" for key, (_, value) in changes.items()}
+    return Resolved(resolved.config, {**resolved.origins, **chosen})

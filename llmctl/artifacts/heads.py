@@ -14,6 +14,7 @@ from llmctl.formats.artifact import read_headers
 from llmctl.formats.families.table import family_for
 from llmctl.formats.quantization import HEAD
 from llmctl.formats.safetensors import read_tensors
+from llmctl.model.quantized import quantize, schemes_of
 from llmctl.model.transformer import LanguageModel
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,7 @@ def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, see
     config = head_config(model.config, labels, n_outputs, pooling)
     with torch.random.fork_rng(devices=[]):
         classifier = LanguageModel(config)
-    classifier.quantize({name: scheme for name, scheme in model.schemes.items() if name != HEAD})
+    quantize(classifier, {name: scheme for name, scheme in schemes_of(model).items() if name != HEAD})
     state = classifier.state_dict()
     state |= {name: tensor for name, tensor in model.state_dict().items() if name in state}
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.find import Ability, require_family
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import Artifact
+from llmctl.model.quantized import quantize
 from llmctl.tables.dtypes import full_name
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def load_model(
     tokenizer = fitting_tokenizer(artifact)
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
-    model.quantize(schemes)
+    quantize(model, schemes)
     # to_empty replaces every tensor, which breaks the tie of head and embedding.
     model.to_empty(device=target)
     materialize_buffers(model)

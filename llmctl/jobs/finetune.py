@@ -20,6 +20,7 @@ from llmctl.jobs.job import Job
 from llmctl.jobs.session import Part, Session, identity
 from llmctl.machine import give_back_memory
 from llmctl.model.lora import add_adapters, merge_adapters
+from llmctl.model.quantized import quantize, schemes_of
 from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.preparing.corpus import Corpus
 from llmctl.preparing.examples import chat_of
@@ -140,7 +141,7 @@ class Tuned:
             self.model = rounding(self.model, self.schemes)
             session.say(f"quantization-aware training: {len(self.schemes)} layers in {config.qat}")
         self.model.train()
-        self.base_schemes = self.model.schemes
+        self.base_schemes = schemes_of(self.model)
         if config.method != "full":
             self._say_adapter(len(self.adapt(self.model)), session)
 
@@ -199,7 +200,7 @@ class Tuned:
     def trained_model(self, weights: Mapping[str, Tensor]) -> LanguageModel:
         """Return the trained model with its adapter, gathered from all processes."""
         model = LanguageModel(self.model.config)
-        model.quantize(self.base_schemes)
+        quantize(model, self.base_schemes)
         self.adapt(model)
         model.load_state_dict(with_tied(self.model.config, weights))
         return model

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmctl.errors import UsageError
+from llmctl.model.quantized import dequantize
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.linear import QuantLinear
 
@@ -268,5 +269,5 @@ def merge_adapters(model: nn.Module) -> None:
         plain.train(adapted.training)
         model.set_submodule(name, plain)
     if isinstance(model, LanguageModel):
-        model.dequantize()
+        dequantize(model)
     model.requires_grad_(True)

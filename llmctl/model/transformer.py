@@ -18,8 +18,6 @@ from llmctl.model.cache import KVCache
 from llmctl.model.shapes import complete
 from llmctl.model.stack import ACTIVATIONS, Stack, make_norm
 from llmctl.quant.learned import TunedLinear
-from llmctl.quant.linear import QuantEmbedding, QuantLinear
-from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import PARTS, QuantWeight
 
 
@@ -55,20 +53,6 @@ class LanguageModel(nn.Module):
             self.head_norm = make_norm(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.logits_bias)
         self.tie()
-
-    def dequantize(self) -> None:
-        """Replace quantized modules by plain ones with dequantized weights, in place."""
-        packed = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantWeight)]
-        for name, module in packed:
-            weight = nn.Parameter(module.weight.to(self.dtype))
-            plain: Any = nn.Embedding(module.n_out, module.n_in, device="meta")
-            if isinstance(module, QuantLinear):
-                plain = nn.Linear(module.n_in, module.n_out, bias=module.bias is not None, device="meta")
-                plain.bias = None if module.bias is None else nn.Parameter(module.bias)
-            plain.weight = weight
-            put_module(self, name, plain)
-        if packed:
-            self.tie()
 
     def stacks(self) -> list[Stack]:
         """Return the single stack, or encoder and decoder."""
@@ -109,33 +93,6 @@ class LanguageModel(nn.Module):
     def some_parameter(self) -> Tensor:
         """Any parameter; norms always are parameters, since they are never quantized."""
         return next(self.parameters())
-
-    @property
-    def schemes(self) -> dict[str, Scheme]:
-        """The schemes of the quantized modules, as accepted by `quantize`."""
-        schemes = {name: module.scheme for name, module in self.named_modules() if isinstance(module, QuantWeight)}
-        if self.config.tie_embeddings:
-            schemes.pop("lm_head", None)
-        return schemes
-
-    def quantize(self, schemes: Mapping[str, Scheme]) -> None:
-        """Replace modules by empty quantized ones, to load packed tensors into; a tied head follows the embedding.
-
-        schemes: name of a linear layer, or `model.embed_tokens` -> scheme.
-        """
-        for name, scheme in schemes.items():
-            module: Any = self.get_submodule(name)
-            if isinstance(module, nn.Embedding):
-                put_module(self, name, QuantEmbedding(module.num_embeddings, module.embedding_dim, scheme))
-                if self.config.tie_embeddings and not self.config.n_labels:
-                    head = QuantLinear(
-                        self.config.d_model, self.config.vocab_size, scheme, bias=self.config.logits_bias
-                    )
-                    self.lm_head = head  # type: ignore[assignment]
-                continue
-            has_bias = module.bias is not None
-            put_module(self, name, QuantLinear(module.in_features, module.out_features, scheme, bias=has_bias))
-        self.tie()
 
     def hidden(
         self,
@@ -275,12 +232,6 @@ def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
             if f"model.embed_tokens.{part}" in state:
                 state.setdefault(f"lm_head.{part}", state[f"model.embed_tokens.{part}"])
     return state
-
-
-def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule `name` of `root`."""
-    parent, _, last = name.rpartition(".")
-    setattr(root.get_submodule(parent), last, module)
 
 
 def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from llmctl.formats.quantization import is_inside
 from llmctl.model.parameters import parameter_shapes
-from llmctl.model.transformer import LanguageModel, load_tensors, put_module
+from llmctl.model.quantized import put_module, quantize
+from llmctl.model.transformer import LanguageModel, load_tensors
 from llmctl.quant.learned import LearnedLinear, ScaledLinear, learned_codes
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import PARTS, packed, unpacked
@@ -27,7 +28,7 @@ def learner(
     shapes = parameter_shapes(model.config)
     tables = {name: scheme for name, scheme in schemes.items() if not is_inside(name)}
     whole = model.state_dict()
-    model.quantize(tables)
+    quantize(model, tables)
     for name, scheme in schemes.items():
         if not is_inside(name):
             continue

@@ -12,6 +12,7 @@ from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.families.table import family_for
 from llmctl.formats.safetensors import read_tensors, write_safetensors
+from llmctl.model.quantized import schemes_of
 from llmctl.quantizing.calibrate import calibrate
 from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import plan_of
@@ -49,7 +50,7 @@ def test_a_body_in_few_bits_stays_what_it_was(models, tmp_path, family):
     out = write_artifact(tmp_path / "m", base.model.config, state, files=files, provenance={}, schemes=plan)
     packed = load_model(out, device="cpu", dtype="float32", packed=True)
     classifier = with_head(packed, LABELS, 3, pooling="auto", seed=0)
-    assert set(classifier.schemes) == set(packed.model.schemes) - {"lm_head"}
+    assert set(schemes_of(classifier)) == set(schemes_of(packed.model)) - {"lm_head"}
     body, state = packed.model.state_dict(), classifier.state_dict()
     assert all(torch.equal(state[name], body[name]) for name in state if not name.startswith("classifier"))
 

@@ -1,22 +1,22 @@
-"""The objective of a student, and metrics of models next to their teacher, from a recipe.
+"""The objective of a student, from a recipe.
 
 Which objective it is depends on what the teacher predicts: tokens, labels, or hidden states only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from llmctl.config import ModelConfig, TaughtConfig, TrainConfig
-from llmctl.distilling.objectives import Distillation, LabelDistillation, Matching, StateDistillation
+from llmctl.config import TaughtConfig
+from llmctl.distilling.label_objective import LabelDistillation
+from llmctl.distilling.matching import Matching, StateDistillation
+from llmctl.distilling.objectives import Distillation
 from llmctl.distilling.on_policy import Writer
 from llmctl.distilling.teacher import Teachers
-from llmctl.distributed.runtime import Runtime
 from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.transformer import LanguageModel
 from llmctl.tables.objectives import OBJECTIVES
-from llmctl.training.held_out import measure
 from llmctl.training.objectives import Objective, label_prediction, token_bytes_of
 from llmctl.training.task_data import TaskData
 
@@ -65,27 +65,6 @@ def build_objective(
     )
 
 
-def measuring_objective(
-    config: TaughtConfig,
-    data: TaskData,
-    teachers: Teachers,
-    model: LanguageModel,
-    channels: Sequence[int] | None = None,
-) -> Objective:
-    """Return the objective by which models are compared: KL divergence at temperature 1 where tokens are predicted."""
-    if model.config.n_labels or config.loss.name == "none":
-        return build_objective(config, data, teachers, model, channels=channels)
-    return Distillation(
-        model,
-        teachers.computing,
-        replace(config.loss, name="fkl", temperature=1.0, weight=1.0),
-        token_bytes_of(data.corpus, model.config),
-        matching=Matching(),
-        chunk_tokens=config.train.loss_chunk_tokens,
-        vocab_size=shared_vocabulary(model, teachers),
-    )
-
-
 def cached_objective(
     config: TaughtConfig, data: TaskData, model: LanguageModel, vocab_size: int, head: DenseTeacher | None
 ) -> Objective:
@@ -104,28 +83,3 @@ def cached_objective(
 def shared_vocabulary(model: LanguageModel, teachers: Teachers) -> int:
     """Return the rows of the vocabulary that all models have; the rest pads it."""
     return min(model.config.vocab_size, *(teacher.model.config.vocab_size for teacher in teachers.computing))
-
-
-def measure_models(
-    models: Mapping[str, LanguageModel],
-    shape: ModelConfig,
-    config: TaughtConfig,
-    data: TaskData,
-    teachers: Teachers,
-    train: TrainConfig,
-    runtime: Runtime,
-    *,
-    channels: Sequence[int] | None = None,
-    exact: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Return the metrics of models, and how far each is from the teacher, on the same held-out rows.
-
-    shape: of the model that trains, by which the rows are laid out. exact: do not autocast to bfloat16 where training does.
-    """
-    is_narrow = runtime.dtype == torch.bfloat16 and not exact
-    source, metrics = data.batches(shape, shuffle=False), {}
-    for name, model in models.items():
-        objective = measuring_objective(config, data, teachers, model, channels)
-        with torch.autocast(runtime.device.type, torch.bfloat16, enabled=is_narrow):
-            metrics[name] = measure(objective, objective, source, train, runtime, None, lambda: None, sharded=False)
-    return metrics

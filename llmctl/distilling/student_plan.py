@@ -6,7 +6,7 @@ Each is pruned from the one before or starts from fresh weights. What is pruned,
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from llmctl.artifacts.load import load_model
-from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig
+from llmctl.distilling.baselines import SCRATCH, baseline_config, baseline_names, row_costs
 from llmctl.distilling.build_objective import build_objective
 from llmctl.distilling.cut_student import MeanLoss, cut_student
 from llmctl.distilling.settings import student_model, student_shape
@@ -23,16 +23,13 @@ from llmctl.distilling.student_shape import shape_between
 from llmctl.distilling.teacher import Teachers
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.model.flops import row_flops
 from llmctl.model.parameters import count
 from llmctl.model.transformer import LanguageModel, initialize, load_tensors, with_tied
 from llmctl.runs.progress import Say
 from llmctl.training.loop import Fitted
 from llmctl.training.task_data import TaskData
 
-SCRATCH, STAGE = "scratch", "stage-"
-WITH_COMPUTE = "scratch-compute"
-"""The baseline that also gets the steps which the teacher's share of the work would have paid for."""
+STAGE = "stage-"
 
 
 @dataclass(frozen=True)
@@ -62,13 +59,8 @@ class StudentPlan:
         self.existing = student_model(config)
         self.shape = student_shape(config)
         self.stages = [f"{STAGE}{number + 1}" for number in range(config.stages - 1)]
-        baseline = config.baseline
-        self.baselines = [f"scratch-lr-{factor:g}" for factor in baseline.lr_factors] if baseline.enabled else []
-        if baseline.enabled and baseline.compute:
-            self.baselines.append(WITH_COMPUTE)
+        self.baselines = baseline_names(config)
         self.names = [*self.baselines, *self.stages, ""]
-
-    # --- models ---------------------------------------------------------------------------------------------------------
 
     def is_done(self, name: str) -> bool:
         """Tell whether a part has been trained."""
@@ -109,7 +101,10 @@ class StudentPlan:
             model = LanguageModel(self.shape)
             initialize(model, self.config.train.seed)
         model.train()
-        return Student(name, model, self.part_config(name), cut, self.channels_of(name) if cut else None)
+        config = self.config
+        if name in self.baselines:
+            config = baseline_config(config, name, self.measured, lambda: self.cost_ratio)
+        return Student(name, model, config, cut, self.channels_of(name) if cut else None)
 
     def keep(self, student: Student, fitted: Fitted, objective: str) -> None:
         """Write a trained part with its metrics, and remove its checkpoints."""
@@ -172,29 +167,6 @@ class StudentPlan:
 
         return measure
 
-    # --- budgets ----------------------------------------------------------------------------------------------------------
-
-    def part_config(self, name: str) -> DistillConfig:
-        """Return the config of a part: baselines have a learning rate and a number of steps of their own."""
-        if name not in self.baselines:
-            return self.config
-        train, optim = self.config.train, self.config.optim
-        factor, share = self.baseline_budget(name)
-        share *= self.config.stages  # as many steps as all stages together
-        steps, tokens = round(train.steps * share), round(train.tokens * share)
-        train = replace(train, steps=steps, tokens=tokens, epochs=train.epochs * share)
-        optim = replace(optim, lr=optim.lr * factor, muon_lr=optim.muon_lr * factor)
-        return replace(self.config, train=train, optim=optim)
-
-    def baseline_budget(self, name: str) -> tuple[float, float]:
-        """Return a baseline's factor on the learning rate, and its steps as a share of the student's."""
-        if name != WITH_COMPUTE:
-            return float(name.removeprefix("scratch-lr-")), 1.0
-        tuned = {name: metrics for name, metrics in self.measured.items() if name.startswith("scratch-lr")}
-        # Only the best rate is trained for longer: tuning again at the larger budget would cost as much as the rest.
-        best = min(tuned, key=lambda name: tuned[name]["loss"])
-        return float(best.removeprefix("scratch-lr-")), self.cost_ratio
-
     @property
     def measured(self) -> dict[str, dict[str, Any]]:
         """The held-out metrics of the parts that are done, by name."""
@@ -204,13 +176,7 @@ class StudentPlan:
     @cached_property
     def costs(self) -> tuple[float, float]:
         """The FLOPs of a row: the student's forward and backward pass, and the teachers' forward passes."""
-        rows = self.data.rows(self.shape)
-        own = row_flops(self.shape, rows.source, rows.target, rows.label_frac)
-        if self.config.loss.name == "seq" or self.config.teacher.cache:
-            return own, 0.0
-        shapes = [read_model(Path(name)).config for name in (self.config.model, *self.config.teacher.more)]
-        # A forward pass is a third of a training step.
-        return own, sum(row_flops(shape, rows.source, rows.target, rows.label_frac) for shape in shapes) / 3
+        return row_costs(self.config, self.data, self.shape)
 
     @property
     def cost_ratio(self) -> float:

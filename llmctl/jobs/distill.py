@@ -9,7 +9,8 @@ from llmctl.artifacts.find import usage
 from llmctl.artifacts.load import is_bare
 from llmctl.config import DistillConfig
 from llmctl.distilling import teacher_data
-from llmctl.distilling.build_objective import build_objective, cached_objective, measure_models
+from llmctl.distilling.build_objective import build_objective, cached_objective
+from llmctl.distilling.measure_models import measure_models
 from llmctl.distilling.report import make_report, render
 from llmctl.distilling.settings import check_distill, settle, student_model, student_shape
 from llmctl.distilling.student_plan import Student, StudentPlan

@@ -10,7 +10,8 @@ from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import QuantizeConfig
 from llmctl.distilling import teacher_data
-from llmctl.distilling.build_objective import build_objective, measure_models, measuring_objective
+from llmctl.distilling.build_objective import build_objective
+from llmctl.distilling.measure_models import measure_models, measuring_objective
 from llmctl.distilling.teacher import Teachers
 from llmctl.files import write_json
 from llmctl.jobs.finish import Product

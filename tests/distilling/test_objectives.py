@@ -9,7 +9,8 @@ import torch
 from llmctl.config import DistillLossConfig, ModelConfig
 from llmctl.data.batches import CausalBatches, Ids
 from llmctl.data.stream import PackedRows
-from llmctl.distilling.objectives import Distillation, Matching, StateDistillation, calibration_error
+from llmctl.distilling.matching import Matching, StateDistillation
+from llmctl.distilling.objectives import Distillation, calibration_error
 from llmctl.distilling.on_policy import Writer
 from llmctl.distilling.teacher import Teacher
 from llmctl.losses.base import IGNORE

@@ -25,7 +25,6 @@ from llmctl.formats.adapter import ADAPTER_WEIGHTS, Adapter, is_adapter, read_ad
 from llmctl.formats.adapter_names import LowRank, architecture_of
 from llmctl.formats.adapter_write import write_adapter
 from llmctl.formats.artifact import Artifact
-from llmctl.model.quantized import dequantize
 
 if TYPE_CHECKING:
     from llmctl.model.transformer import LanguageModel
@@ -83,6 +82,8 @@ def apply_adapters(loaded: Loaded, names: Sequence[str], *, able: Ability = "any
     artifact = adapt(loaded.artifact, [named_adapter(name) for name in names])
     require_family(artifact.config, able, artifact.path)
     tokenizer = loaded.tokenizer if artifact.files == loaded.artifact.files else fitting_tokenizer(artifact)
+    from llmctl.model.quantized import dequantize
+
     dequantize(loaded.model)  # merged weights do not lie on the base's quantization grid
     state = loaded.model.state_dict()
     state |= merged(state, architecture_on(loaded.artifact, artifact.config), artifact.adapters)

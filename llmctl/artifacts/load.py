@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.find import Ability, require_family
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import Artifact
-from llmctl.model.quantized import quantize
 from llmctl.tables.dtypes import full_name
 
 if TYPE_CHECKING:
@@ -91,6 +90,7 @@ def load_model(
     import torch
 
     from llmctl.artifacts.with_adapters import read_model
+    from llmctl.model.quantized import quantize
     from llmctl.model.transformer import load_tensors
 
     artifact = read_model(path)

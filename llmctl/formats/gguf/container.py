@@ -148,6 +148,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
     if cursor.take(4) != MAGIC:
         raise cursor.damaged("it does not begin with `GGUF`")
     version = cursor.scalar("I")
+    if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+        raise ArtifactError(
+            f"`{path}` is a big-endian GGUF file, which llmctl does not read",
+            "convert the model to a little-endian file, which nearly all machines use",
+        )
     if version not in VERSIONS:
         raise cursor.damaged(f"its version is {version}, 2 and 3 are read")
     n_tensors, n_values = cursor.count(24, "tensors"), cursor.count(13, "values")

@@ -64,6 +64,12 @@ def gguf_config(header: GgufHeader) -> ModelConfig:
 
     Raises: ArtifactError for another architecture, rope scaling, experts, or tensors that do not fit.
     """
+    n_parts = header.metadata.get("split.count", 0)
+    if n_parts not in (0, 1):
+        raise ArtifactError(
+            f"`{header.path}` is one of the {str(n_parts)[:10]} parts of a split GGUF file, which llmctl does not read",
+            "join them first: llama-gguf-split --merge FIRST-PART OUT.gguf",
+        )
     name = header.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise ArtifactError(

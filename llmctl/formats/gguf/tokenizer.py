@@ -7,6 +7,7 @@ one the ids would be wrong without anybody noticing.
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
@@ -30,6 +31,7 @@ class PreTokenizer(NamedTuple):
     steps: dict[str, Any]
     normalizer: dict[str, Any] | None = None
     ignore_merges: bool = False
+    adds_bos: bool = False  # if the file does not say
 
 
 def split_words(digits: str) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def split_words(digits: str) -> dict[str, Any]:
 PRE_TOKENIZERS = {
     "gpt-2": PreTokenizer(BYTE_LEVEL),
     "smollm": PreTokenizer({"type": "Sequence", "pretokenizers": [DIGITS, BYTE_LEVEL]}),
-    "llama-bpe": PreTokenizer(split_words(r"\p{N}{1,3}"), ignore_merges=True),
+    "llama-bpe": PreTokenizer(split_words(r"\p{N}{1,3}"), ignore_merges=True, adds_bos=True),
     "qwen2": PreTokenizer(split_words(r"\p{N}"), normalizer={"type": "NFC"}),
 }
 
@@ -53,10 +55,17 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
     Raises: ArtifactError for a tokenizer that is not read or does not fit the vocabulary.
     """
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    values.setdefault("add_bos_token", adds_bos(values))
     kind, tokens, types = values.get("model"), values.get("tokens"), values.get("token_type")
     if not is_list(tokens, str) or len(tokens) != vocab_size:
         found = len(tokens) if isinstance(tokens, list) else 0
         raise ArtifactError(f"the GGUF file has {found} tokens for an embedding of {vocab_size} rows", DAMAGED)
+    repeated = next((token for token, count in Counter(tokens).items() if count > 1), None)
+    if repeated is not None:
+        places = [index for index, token in enumerate(tokens) if token == repeated]
+        raise ArtifactError(
+            f"the GGUF file has the token {repeated[:40]!r} twice, with the ids {places[0]} and {places[1]}", DAMAGED
+        )
     types = types if types is not None else [1] * vocab_size
     if not is_list(types, int) or len(types) != vocab_size:
         raise ArtifactError("`tokenizer.ggml.token_type` of the GGUF file does not fit its tokens", DAMAGED)
@@ -72,6 +81,12 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
         files["chat_template.jinja"] = template.encode()
     config = tokenizer_config(values, tokens, max_positions, template, sentencepiece=kind == "llama")
     return files | {"tokenizer_config.json": json_text(config).encode()}
+
+
+def adds_bos(values: Mapping[str, Any]) -> bool:
+    """Tell whether llama.cpp begins texts with BOS if the file does not say: by the kind of tokenizer."""
+    row = PRE_TOKENIZERS.get(str(values.get("pre")))
+    return values.get("model") == "llama" or (row is not None and row.adds_bos)
 
 
 def is_list(value: Any, kind: type[T]) -> TypeGuard[list[T]]:
@@ -105,7 +120,7 @@ def tokenizer_config(
         if index >= 0:
             config[f"{name}_token"] = tokens[index]
     config |= {
-        "add_bos_token": bool(values.get("add_bos_token", sentencepiece)),
+        "add_bos_token": bool(values["add_bos_token"]),
         "add_eos_token": bool(values.get("add_eos_token", False)),
         "add_prefix_space": bool(values.get("add_space_prefix", sentencepiece)),
         "clean_up_tokenization_spaces": False,
@@ -141,7 +156,7 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
         for index, kind in enumerate(types)
         if kind in (CONTROL, USER_DEFINED)
     ]
-    bos = token_id(values, "bos", len(tokens)) if values.get("add_bos_token") else -1
+    bos = token_id(values, "bos", len(tokens)) if values["add_bos_token"] else -1
     tokenizer = {
         "version": "1.0",
         "truncation": None,

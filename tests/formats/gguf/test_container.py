@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmctl.errors import ArtifactError, NotFoundError
 from llmctl.formats.gguf.container import BLOCKS, dequantize, map_file, read_gguf_header
 from llmctl.formats.gguf.model import gguf_config, gguf_state, half_split
-from llmctl.formats.gguf.tokenizer import tokenizer_files
+from llmctl.formats.gguf.tokenizer import adds_bos, tokenizer_files
 
 gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
 
@@ -89,6 +89,29 @@ def test_weights_are_those_of_the_packages_own_reader(kind, tmp_path):
 def test_rows_of_queries_and_keys_are_put_half_a_head_apart():
     rows = np.arange(16, dtype=np.float32)[:, None]
     assert half_split(rows, 2)[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+
+
+def test_parts_and_the_other_byte_order_are_named(tmp_path):
+    part = write_gguf(tmp_path / "m-00001-of-00002.gguf", metadata={"split.count": 2})
+    with pytest.raises(ArtifactError, match="one of the 2 parts"):
+        gguf_config(read_gguf_header(part))
+    data = bytearray(write_gguf(tmp_path / "m.gguf").read_bytes())
+    data[4:8] = data[4:8][::-1]
+    part.write_bytes(data)
+    with pytest.raises(ArtifactError, match="big-endian"):
+        read_gguf_header(part)
+
+
+def test_begin_tokens_are_llama_cpps_where_the_file_is_silent():
+    assert adds_bos({"model": "llama"})
+    assert adds_bos({"model": "gpt2", "pre": "llama-bpe"})
+    assert not adds_bos({"model": "gpt2", "pre": "qwen2"})
+
+
+def test_a_token_that_is_there_twice_is_refused():
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a", "[PAD]", "[PAD]"]}
+    with pytest.raises(ArtifactError, match=r"\[PAD\]' twice, with the ids 1 and 2"):
+        tokenizer_files(metadata, 3, 8)
 
 
 def test_config_and_state(tmp_path):
@@ -220,6 +243,7 @@ import sys
 sys.modules["gguf"] = None
 from pathlib import Path
 from llmctl.formats.gguf.container import read_gguf_header
+from llmctl.formats.gguf.tokenizer import adds_bos, tokenizer_files
 from llmctl.formats.gguf.model import gguf_config, gguf_state
 from llmctl.errors import MissingExtraError
 for name in sys.argv[1:]:

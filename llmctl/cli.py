@@ -4,6 +4,7 @@ Root help and suggestions come from the table below: they import no command and 
 """
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -88,6 +89,7 @@ def run(argv: Sequence[str]) -> int:
     debug = bool(os.environ.get("LLMCTL_DEBUG"))
     if args[:1] == ["--debug"]:
         debug, args = True, args[1:]
+    show_warnings()
     try:
         return dispatch(args)
     except Exception as error:
@@ -97,6 +99,23 @@ def run(argv: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         sys.stderr.write("interrupted\n")
         return 128 + int(getattr(error, "number", signal.SIGINT))
+
+
+def show_warnings() -> None:
+    """Show what the package logs on stderr, each text once; of several processes the first one speaks."""
+    shown: set[str] = set()
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            from llmctl.distributed.ranks import is_guest
+
+            text = record.getMessage()
+            if text not in shown and not is_guest(os.environ):
+                shown.add(text)
+                sys.stderr.write(f"{record.levelname.lower()}: {text}\n")
+
+    log = logging.getLogger("llmctl")
+    log.handlers, log.propagate = [Handler()], False
 
 
 def dispatch(args: list[str]) -> int:

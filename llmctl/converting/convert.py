@@ -15,6 +15,7 @@ from llmctl.errors import UsageError
 from llmctl.files import file_sha256
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
+from llmctl.formats.generation_settings import listed_ids, with_end_ids
 from llmctl.formats.quantization import PARTS, Schemes
 from llmctl.quant.schemes import SCALE_BITS
 from llmctl.tables.dtypes import full_name
@@ -84,6 +85,8 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, b
     header = read_gguf_header(path)
     config = gguf_config(header)
     files = tokenizer_files(header.metadata, config.vocab_size, config.max_positions)
+    ends = [header.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eot", "eom")]
+    files = with_end_ids(config, files, listed_ids(ends))
     kept = ("general.name", "general.license", "general.architecture")
     origin = {"format": "gguf", "weights": {path.name: file_sha256(path)}}
     origin |= {key: header.metadata[key] for key in kept if isinstance(header.metadata.get(key), str)}

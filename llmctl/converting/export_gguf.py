@@ -7,12 +7,12 @@ from typing import Any
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import ModelConfig
 from llmctl.converting.gguf_check import Proof, prove
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import atomic_path
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import refuse_overwrite
+from llmctl.formats.generation_settings import end_ids
 from llmctl.formats.gguf.write import Written, check_kind, find_type, gguf_module, model_values, write_gguf
 from llmctl.formats.gguf.write_tokenizer import tokenizer_values
 from llmctl.inference.chat_template import find_template
@@ -42,7 +42,7 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
     gguf_module()
     refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
     original = Loaded(without_weights(artifact.config), tokenizer, artifact)
-    ids = special_ids(artifact.config, tokenizer)
+    ids = special_ids(artifact, tokenizer)
     values = model_values(artifact.config, kind, general_of(artifact, source))
     values |= tokenizer_values(
         tokenizer.files(),
@@ -64,13 +64,19 @@ def name_of(source: Path) -> str:
     return whole.stem if whole.is_file() else whole.name
 
 
-def special_ids(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
-    """Return role -> token id, by llama.cpp's role names: from the model config, else the tokenizer."""
+def special_ids(artifact: Artifact, tokenizer: Tokenizer) -> dict[str, int]:
+    """Return role -> token id, by llama.cpp's role names: from the model config, else the tokenizer.
+
+    `eot` is the first other id that ends a text: the end of a turn.
+    """
+    config = artifact.config
+    more = [index for index in end_ids(config, artifact.files) if index != config.eos_id]
     candidates = {
         "bos": (config.bos_id, tokenizer.bos_id),
         "eos": (config.eos_id, tokenizer.eos_id),
         "unknown": (-1, tokenizer.unk_id),
         "padding": (config.pad_id, tokenizer.pad_id),
+        "eot": (more[0] if more else -1, None),
     }
     ids = {role: first if first >= 0 else second for role, (first, second) in candidates.items()}
     return {role: index for role, index in ids.items() if index is not None}

@@ -7,18 +7,20 @@ tensors are requested.
 """
 
 import json
+import logging
 import math
 from base64 import b64decode
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
 from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import stored_shape, to_parameters
+from llmctl.formats.families.parameters import HEAD, stored_shape, to_parameters
 from llmctl.formats.families.table import family_of
+from llmctl.formats.generation_settings import GENERATION, listed_ids, with_end_ids
 from llmctl.formats.quantization import (
     HEAD_SCALE,
     IN_BYTES,
@@ -65,6 +67,9 @@ FILES = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FILE_LIMIT_BYTES = 64_000_000  # no tokenizer is larger than this
+CHUNK_BYTES = 1 << 24
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,10 @@ def read_artifact(path: Path) -> Artifact:
     # Checked before any code allocates by the number of layers: a malicious config could claim billions.
     if config.n_layers + config.n_decoder_layers > len(tensors):
         raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
+    config = with_stored_head(family, config, tensors, path)
+    # A list of end tokens has no place in ModelConfig; transformers takes it over into the generation settings as well.
+    if GENERATION not in files:
+        files = with_end_ids(config, files, listed_ids(hf.get("eos_token_id")))
     schemes = read_schemes(hf, config, where)
     forms = {name: form_in(tensors, name, scheme) for name, scheme in schemes.items()}
     expected = stored_shapes(family, config, schemes, forms)
@@ -177,6 +186,45 @@ def read_artifact(path: Path) -> Artifact:
         tensors={name: location for name, location in tensors.items() if name in expected},
         schemes=schemes,
     )
+
+
+def with_stored_head(
+    family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, tuple[Path, str, TensorEntry]], path: Path
+) -> ModelConfig:
+    """Return the config untied if the file has a head whose weights are not those of the embedding.
+
+    `tie_word_embeddings` is then wrong: with a fine-tuned head, the embedding gives other logits.
+    """
+    if not config.tie_embeddings or config.n_labels:
+        return config
+    untied = replace(config, tie_embeddings=False)
+    names = {stored.holds: stored.name for stored in family.layout(untied)}
+    head, embedding = tensors.get(names.get((HEAD,), "")), tensors.get(names[("model.embed_tokens.weight",)])
+    if head is None or embedding is None or head[2].shape != embedding[2].shape or have_same_bytes(head, embedding):
+        return config
+    log.warning(
+        "`%s` has a `%s` of its own, although its configuration ties it to the embedding: the stored one is used",
+        path,
+        head[1],
+    )
+    return untied
+
+
+def have_same_bytes(first: tuple[Path, str, TensorEntry], second: tuple[Path, str, TensorEntry]) -> bool:
+    """Tell whether two stored tensors have the same dtype and bytes."""
+    if first[2].dtype != second[2].dtype:
+        return False
+    return all(a == b for a, b in zip(chunks(first), chunks(second), strict=True))
+
+
+def chunks(tensor: tuple[Path, str, TensorEntry]) -> Iterator[bytes]:
+    """Yield the bytes of a stored tensor."""
+    path, _, entry = tensor
+    with path.open("rb") as file:
+        n_header = int.from_bytes(file.read(8), "little")  # offsets count from the end of the header
+        file.seek(8 + n_header + entry.begin)
+        for begin in range(entry.begin, entry.end, CHUNK_BYTES):
+            yield file.read(min(CHUNK_BYTES, entry.end - begin))
 
 
 def weights_of(schemes: Schemes) -> set[str]:

@@ -14,7 +14,7 @@ from llmctl.files import atomic_path, json_text, write_bytes, writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, is_name, weights_of
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import stored_shape, to_stored
-from llmctl.formats.families.rows import token_ids
+from llmctl.formats.generation_settings import GENERATION, default_settings
 from llmctl.formats.quantization import KEY, Schemes, family_with, stored_parts, write_schemes
 from llmctl.formats.safetensors import write_safetensors
 from llmctl.model.parameters import parameter_shapes
@@ -123,7 +123,5 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
 
 def with_generation_config(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Add a generation_config.json with the token ids if a generative model has none; sort the files by name."""
-    known = {"generation_config.json": b""} if config.family == "encoder" else {}
-    ids = {key: value for key, value in token_ids(config).items() if value is not None and key != "mask_token_id"}
-    known = known or {"generation_config.json": json_text(ids).encode()}
+    known = {GENERATION: b"" if config.family == "encoder" else json_text(default_settings(config)).encode()}
     return {name: data for name, data in sorted({**known, **files}.items()) if data or name in files}

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmctl.artifacts.load import Loaded
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
+from llmctl.formats import generation_settings
 from llmctl.inference import sampling
 from llmctl.inference.beam import beam_search
 from llmctl.inference.prefix import Prefix
@@ -51,9 +52,7 @@ class Completion:
 
 def end_ids(loaded: Loaded) -> set[int]:
     """Return the ids that end generation, from the config and `generation_config.json`."""
-    more = loaded.json_file("generation_config.json").get("eos_token_id")
-    ids = [loaded.model.config.eos_id, *(more if isinstance(more, list) else [more])]
-    return {index for index in ids if isinstance(index, int) and index >= 0}
+    return set(generation_settings.end_ids(loaded.model.config, loaded.artifact.files))
 
 
 def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateConfig) -> None:

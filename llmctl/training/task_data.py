@@ -21,10 +21,12 @@ from llmctl.data.labels import Labels
 from llmctl.data.stream import ExampleRows, PackedExamples, PairRows
 from llmctl.distributed.runtime import Runtime
 from llmctl.errors import UsageError
+from llmctl.formats.generation_settings import with_end_ids
+from llmctl.inference.chat_ids import end_of_turn_ids
 from llmctl.model.flops import Rows
 from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import Corpus, prepare_corpus
-from llmctl.preparing.examples import prepare_examples
+from llmctl.preparing.examples import chat_of, prepare_examples
 from llmctl.preparing.show_example import show_example as example_lines
 from llmctl.runs.progress import Say
 from llmctl.tables.objectives import OBJECTIVES, TEXT_OBJECTIVES
@@ -217,4 +219,8 @@ class TaskData:
 
     def files(self) -> dict[str, bytes]:
         """Return what has to lie next to a model trained on this: the base's files with the corpus's tokenizer."""
-        return {**self.base.artifact.files, **self.corpus.tokenizer.files()}
+        files = {**self.base.artifact.files, **self.corpus.tokenizer.files()}
+        if self.config.task != "chat":
+            return files
+        # Answers are trained to end with the template's end of turn, which other programs know only from these files.
+        return with_end_ids(self.base.model.config, files, sorted(end_of_turn_ids(chat_of(self.base))))

@@ -14,7 +14,9 @@ from llmctl.converting.gguf_check import N_GREEDY, distance
 from llmctl.errors import ArtifactError, OutputError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
+from llmctl.formats.generation_settings import end_ids
 from llmctl.formats.gguf import write as gguf_write
+from llmctl.formats.gguf.container import read_gguf_header
 from llmctl.formats.gguf.tokenizer import PRE_TOKENIZERS
 from llmctl.formats.gguf.write import TYPES
 from llmctl.model.transformer import LanguageModel, initialize
@@ -86,6 +88,18 @@ def test_out_and_in_again(case, kind, tmp_path):
     assert record["bytes"] == (tmp_path / "m.gguf").stat().st_size
     if proof["llama_cpp_tokens"] is not None:  # it rounds activations to eight bits
         assert proof["llama_cpp_tokens"] >= N_GREEDY - 4
+
+
+def test_the_end_of_a_turn_goes_round(folder, tmp_path):
+    config = json.loads((folder / "generation_config.json").read_text())
+    ends = [config["eos_token_id"], 5]
+    source = read_artifact(folder)
+    files = source.files | {"generation_config.json": json.dumps(config | {"eos_token_id": ends}).encode()}
+    chat = write_artifact(tmp_path / "chat", source.config, source.state(), files=files, provenance={})
+    export_gguf(chat, tmp_path / "m.gguf", kind="f32")
+    assert read_gguf_header(tmp_path / "m.gguf").metadata["tokenizer.ggml.eot_token_id"] == 5
+    back = read_artifact(import_model(tmp_path / "m.gguf", tmp_path / "back"))
+    assert end_ids(back.config, back.files) == ends
 
 
 def test_fewer_bits_are_smaller_and_further_away(tmp_path):

@@ -14,6 +14,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
+from llmctl.formats.generation_settings import end_ids
 from llmctl.formats.safetensors import read_header, write_safetensors
 from llmctl.model.transformer import LanguageModel, initialize
 
@@ -271,6 +272,84 @@ def test_encoders_have_no_generation_config(tmp_path):
     out = write(tmp_path / "m", make(family="encoder", mask_id=3))
     assert not (out / "generation_config.json").exists()
     assert json.loads((out / "config.json").read_text())["mask_token_id"] == 3
+
+
+BERT = {
+    "family": "encoder", "norm": "layernorm", "norm_position": "post", "gated": False, "attention_bias": True,
+    "mlp_bias": True, "positions": "learned", "embedding_norm": True, "n_token_types": 2, "activation": "gelu",
+    "head_transform": True, "logits_bias": True,
+}  # fmt: skip
+PAIR = {
+    "family": "encoder_decoder", "n_decoder_layers": 2, "decoder_start_id": 2, "norm": "layernorm",
+    "norm_position": "post", "gated": False, "attention_bias": True, "mlp_bias": True, "logits_bias": True,
+}  # fmt: skip
+HEADS = {
+    "LlamaForCausalLM": ({}, "lm_head.weight", "model.embed_tokens.weight"),
+    "Qwen3ForCausalLM": ({"qk_norm": True}, "lm_head.weight", "model.embed_tokens.weight"),
+    "GPT2LMHeadModel": (
+        {"norm": "layernorm", "gated": False, "attention_bias": True, "mlp_bias": True, "positions": "learned"}
+        | {"activation": "gelu_tanh"},
+        "lm_head.weight",
+        "transformer.wte.weight",
+    ),
+    "BertForMaskedLM": (BERT, "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    "BartForConditionalGeneration": (
+        PAIR | {"positions": "learned", "position_offset": 2, "embedding_norm": True},
+        "lm_head.weight",
+        "model.shared.weight",
+    ),
+    "MarianMTModel": (PAIR | {"positions": "sinusoidal"}, "lm_head.weight", "model.shared.weight"),
+    "LlmctlForLanguageModel": ({"norm": "layernorm"}, "lm_head.weight", "model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_a_head_that_is_not_the_embedding_is_kept(architecture, tmp_path, caplog):
+    fields, head, embedding = HEADS[architecture]
+    model = make(**fields)
+    path = write(tmp_path / "m.safetensors", model)
+    artifact = read_artifact(path)
+    assert artifact.architecture == architecture
+    assert artifact.config.tie_embeddings
+    published = artifact.family.to_published(model.state_dict(), model.config)
+    rewrite(path, tensors=published | {head: published[embedding].clone()})
+    assert read_artifact(path).config.tie_embeddings  # a copy
+    assert not caplog.messages
+    other = torch.randn(30, 16)
+    rewrite(path, tensors=published | {head: other})
+    artifact = read_artifact(path)
+    assert not artifact.config.tie_embeddings
+    assert torch.equal(artifact.state()["lm_head.weight"], other)
+    assert f"has a `{head}` of its own" in caplog.text
+    again = write_artifact(tmp_path / "again", artifact.config, artifact.state(), files={}, provenance={})
+    assert torch.equal(read_artifact(again).state()["lm_head.weight"], other)
+    assert not json.loads((again / "config.json").read_text()).get("tie_word_embeddings", False)
+
+
+def test_an_untied_bert_computes_with_the_bias_of_its_decoder(tmp_path):
+    model = make(**BERT, tie_embeddings=False)
+    path = write(tmp_path / "m.safetensors", model)
+    artifact = read_artifact(path)
+    published = artifact.family.to_published(model.state_dict(), model.config)
+    own, bias = torch.randn(30), "cls.predictions.bias"
+    assert bias not in published
+    rewrite(path, tensors=published | {"cls.predictions.decoder.bias": own, bias: torch.randn(30)})
+    assert torch.equal(read_artifact(path).state()["lm_head.bias"], own)
+    # Files of older versions of ours have only the other name.
+    published.pop("cls.predictions.decoder.bias")
+    rewrite(path, tensors=published | {bias: own})
+    assert torch.equal(read_artifact(path).state()["lm_head.bias"], own)
+
+
+def test_a_list_of_end_tokens_is_kept(tmp_path):
+    folder = write(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [2, 7, 9]}
+    (folder / "generation_config.json").unlink()
+    rewrite(folder / "model.safetensors", llmctl_config=json.dumps(config), llmctl_files="{}")
+    artifact = read_artifact(folder)
+    assert end_ids(artifact.config, artifact.files) == [2, 7, 9]
+    again = write_artifact(tmp_path / "again", artifact.config, artifact.state(), files=artifact.files, provenance={})
+    assert json.loads((again / "generation_config.json").read_text())["eos_token_id"] == [2, 7, 9]
 
 
 def test_old_spellings_and_bare_files(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmctl.config import ModelConfig
 from llmctl.formats.families.family import FamilyFormat, Presence
-from llmctl.formats.families.parameters import Stored, Tensors, module, modules
+from llmctl.formats.families.parameters import HEAD, Stored, Tensors, module, modules
 from llmctl.formats.families.published import Published
 from llmctl.formats.families.rows import (
     STANDARD_HEADS,
@@ -96,10 +96,13 @@ TENSORS = (
     Stored("final_logits_bias", ("lm_head.bias",), "row"),
     *stack("model.encoder.", SELF | FEED_FORWARD),
     *stack("model.decoder.", SELF | CROSS | FEED_FORWARD),
+    # Stored only in a file whose head is not the embedding; transformers then also has four embeddings, so such a model
+    # is written in our own format.
+    Stored(HEAD, (HEAD,)),
 )
 
 # Copies of the shared embedding, as older files store them.
-COPIES = ("coder.embed_tokens.weight", "lm_head.weight", "coder.version")
+COPIES = ("coder.embed_tokens.weight", HEAD, "coder.version")
 
 BART = FamilyFormat(
     architecture="BartForConditionalGeneration",

@@ -86,11 +86,14 @@ BERT = FamilyFormat(
         *prefixed("bert.", BODY),
         *module("cls.predictions.transform.dense", "head_dense"),
         *module("cls.predictions.transform.LayerNorm", "head_norm"),
-        Stored("cls.predictions.bias", ("lm_head.bias",)),
+        # Tied, both are one parameter. An untied head computes with the decoder's own.
+        Stored("cls.predictions.bias", ("lm_head.bias",), when=lambda config: config.tie_embeddings),
+        Stored("cls.predictions.decoder.bias", ("lm_head.bias",), when=lambda config: not config.tie_embeddings),
         Stored("cls.predictions.decoder.weight", ("lm_head.weight",)),
     ),
-    ignored=IGNORED,
+    ignored=(*IGNORED, "cls.predictions.bias"),
     spellings=SPELLINGS,
+    substitutes=(("cls.predictions.decoder.bias", "cls.predictions.bias"),),
 )
 
 BERT_BARE = FamilyFormat(

@@ -42,7 +42,7 @@ class FamilyFormat:
     and reading, because they have no effect in this family or only repeat a default. is_written: False for a family
     that is read under its name and written as another. ignored: parts of names of tensors that hold nothing of the
     model (buffers, copies, heads of other tasks). prefix: what files saved from the bare model lack. spellings: (old,
-    today's) parts of names.
+    today's) parts of names. substitutes: (name, the tensor that is read if a file has none of that name).
     """
 
     architecture: str
@@ -57,6 +57,7 @@ class FamilyFormat:
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
+    substitutes: tuple[tuple[str, str], ...] = ()
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json; a field that no row names has its default.
@@ -123,6 +124,9 @@ class FamilyFormat:
             for old, new in self.spellings:
                 spelled = spelled.replace(old, new)
             full[spelled if spelled.startswith("lm_head") else prefix + spelled] = name
+        for name, other in self.substitutes:
+            if name not in full and other in full:
+                full[name] = full[other]
         return full
 
     def is_ignored(self, name: str, config: ModelConfig) -> bool:

@@ -1,0 +1,51 @@
+"""generation_config.json: the ids that end a text."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from llmctl.config import ModelConfig
+from llmctl.files import json_text
+from llmctl.formats.families.rows import token_ids
+
+GENERATION = "generation_config.json"
+
+
+def generation_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Return the content of generation_config.json, empty if it is missing or not a JSON object."""
+    try:
+        content = json.loads(files.get(GENERATION, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def default_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a model that has none of its own: its special tokens."""
+    return {key: value for key, value in token_ids(config).items() if value is not None and key != "mask_token_id"}
+
+
+def listed_ids(value: Any) -> list[int]:
+    """Return the token ids of `eos_token_id`, which is an id, a list of ids or null."""
+    return [index for index in (value if isinstance(value, list) else [value]) if type(index) is int and index >= 0]
+
+
+def end_ids(config: ModelConfig, files: Mapping[str, bytes]) -> list[int]:
+    """Return the ids that end a text: the config's, then the others of generation_config.json."""
+    named = listed_ids(generation_settings(files).get("eos_token_id"))
+    return list(dict.fromkeys([*([config.eos_id] if config.eos_id >= 0 else []), *named]))
+
+
+def with_end_ids(config: ModelConfig, files: Mapping[str, bytes], ids: Iterable[int]) -> dict[str, bytes]:
+    """Return a model's files with more ids that end a text in generation_config.json.
+
+    Other programs know the end of a turn only from there.
+    """
+    found = end_ids(config, files)
+    wanted = list(dict.fromkeys([*found, *ids]))
+    if wanted == found:
+        return dict(files)
+    settings = (generation_settings(files) or default_settings(config)) | {
+        "eos_token_id": wanted if len(wanted) > 1 else wanted[0]
+    }
+    return {**files, GENERATION: json_text(settings).encode()}

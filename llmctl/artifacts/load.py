@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmctl.config import ModelConfig
     from llmctl.model.decode import Decoder
     from llmctl.model.transformer import LanguageModel
-    from llmctl.tokenizer.base import Tokenizer
+    from llmctl.tokenizer.base import Frame, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,11 @@ class Loaded:
         return make_decoder(self.model) if self.is_own else None
 
     @cached_property
-    def begins_with_bos(self) -> bool:
-        """Whether this model's texts start with a BOS token.
+    def frame(self) -> "Frame":
+        """The special tokens around a text of this model, as its tokenizer says."""
+        from llmctl.tokenizer.base import Frame
 
-        Always for our own tokenizers. Otherwise `add_bos_token` in `tokenizer_config.json` decides; without it,
-        sentencepiece tokenizers add one, others if the post-processor in `tokenizer.json` does.
-        """
-        from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
-
-        is_sentencepiece = isinstance(self.tokenizer, SentencePieceTokenizer)
-        if isinstance(self.tokenizer, SentencePieceTokenizer) and self.tokenizer.is_lossless:
-            return True
-        add_bos = self.json_file("tokenizer_config.json").get("add_bos_token")
-        if add_bos is not None:
-            return bool(add_bos)
-        return is_sentencepiece or begins_with_special(self.json_file("tokenizer.json").get("post_processor"))
+        return self.tokenizer.frame(self.model.config.family) if self.tokenizer else Frame()
 
     def json_file(self, name: str) -> dict[str, Any]:
         """Parse a JSON file stored with the weights; empty if it is missing or not a JSON object."""
@@ -64,16 +54,6 @@ class Loaded:
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}
-
-
-def begins_with_special(post_processor: Any) -> bool:
-    """Tell whether a `tokenizer.json` post-processor prepends a special token (Llama 3 specifies it only there)."""
-    if not isinstance(post_processor, dict):
-        return False
-    if post_processor.get("type") == "Sequence":
-        return any(map(begins_with_special, post_processor.get("processors") or []))
-    single = post_processor.get("single")  # TemplateProcessing's template for one text
-    return isinstance(single, list) and bool(single) and isinstance(single[0], dict) and "SpecialToken" in single[0]
 
 
 def load_model(

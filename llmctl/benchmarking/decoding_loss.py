@@ -59,7 +59,7 @@ def rows_of(loaded: Loaded, path: str) -> Tensor:
     if config.family != "decoder":
         raise UsageError(f"`{loaded.artifact.path}` is not a decoder, which `--data` needs", "omit `--data`")
     # Models that saw a begin token before every text are far off without one.
-    head = [tokenizer.bos_id] if loaded.begins_with_bos and tokenizer.bos_id is not None else []
+    head = list(loaded.frame.before)
     room, ids = min(ROW_TOKENS, config.max_positions) - len(head), list[int]()
     for text in read_documents([path]):
         ids += tokenizer.encode(text[: MOST_ROWS * ROW_TOKENS * TOKEN_CHARACTERS])

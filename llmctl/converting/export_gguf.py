@@ -48,7 +48,7 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
         tokenizer.files(),
         artifact.config.vocab_size,
         ids,
-        adds_bos=original.begins_with_bos and tokenizer.bos_id is not None,
+        adds_bos=bool(original.frame.before),
         template=find_template(artifact.files),
     )
     state = artifact.state()

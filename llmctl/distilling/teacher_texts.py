@@ -80,10 +80,7 @@ def answer(config: TaughtConfig, teacher: Loaded, corpus: Corpus, numbers: Ints)
     prompts = []
     for number in numbers.tolist():
         ids = corpus.documents.document(number).tolist()
-        if is_decoder:
-            ids = beginning(ids, tokenizer.eos_id)
-        elif tokenizer.eos_id is not None:
-            ids = [*ids, tokenizer.eos_id]
+        ids = beginning(ids, tokenizer.eos_id) if is_decoder else [*ids, *teacher.frame.after]
         prompts.append(Prompt(number, ids[: teacher.model.config.max_positions - 1], ""))
     settings = GenerateConfig(
         max_tokens=min(config.teacher.max_tokens, config.train.seq_len),

@@ -9,7 +9,7 @@ from llmctl.data.examples import Example
 from llmctl.data.templates import fill_template, template_for
 from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
-from llmctl.inference.encoding import encode_prompt, longest_row, require_tokenizer
+from llmctl.inference.encoding import encode_prompt, encode_target, longest_row, require_tokenizer
 from llmctl.inference.generate import Prompt, generate
 from llmctl.inference.likelihood import ScoredRow, likelihoods
 from llmctl.metrics import scores
@@ -91,7 +91,7 @@ def _target_loss(
 ) -> dict[str, float]:
     """Return loss and perplexity on the first reference of each source, including its end token."""
     tokenizer, limit = require_tokenizer(loaded), loaded.model.config.max_positions
-    targets = [ids[: limit - 1] for ids in tokenizer.encode_batch([others[0] for others in references])]
+    targets = [encode_target(loaded, others[0])[: limit - 1] for others in references]
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     rows = [ScoredRow([*ids, *end], 0, prompt.ids) for ids, prompt in zip(targets, prompts, strict=True)]
     scored = likelihoods(loaded, [row for row in rows if row.ids], config.batch_size)

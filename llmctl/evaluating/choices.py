@@ -12,7 +12,7 @@ from llmctl.data.examples import Example
 from llmctl.data.templates import fill_template, template_for
 from llmctl.evaluating.answers import chosen_template
 from llmctl.evaluating.result import Measured
-from llmctl.inference.encoding import encode_prompt, longest_row, require_tokenizer
+from llmctl.inference.encoding import encode_prompt, encode_target, longest_row, require_tokenizer
 from llmctl.inference.likelihood import Likelihood, ScoredRow, likelihoods, split_ids
 from llmctl.metrics import scores
 
@@ -101,12 +101,12 @@ def continuations(loaded: Loaded, pairs: Sequence[tuple[str, str]], config: Eval
 def _row(loaded: Loaded, context: str, text: str, limit: int) -> tuple[ScoredRow, bool]:
     tokenizer = require_tokenizer(loaded)
     if loaded.model.config.family == "encoder_decoder":
-        source, target = encode_prompt(loaded, context), tokenizer.encode(text)
+        source, target = encode_prompt(loaded, context), encode_target(loaded, text)
         was_cut = len(source) > limit or len(target) > limit
         kept = source if len(source) <= limit else [*source[: limit - 1], source[-1]]
         return ScoredRow(target[:limit], 0, kept), was_cut
     before, after = split_ids(tokenizer, context, _spaced(context, text))
-    head = [tokenizer.bos_id] if loaded.begins_with_bos and tokenizer.bos_id is not None else []
+    head = list(loaded.frame.before)
     before = head + before
     if not before:  # a decoder cannot score the first token without a predecessor
         end = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

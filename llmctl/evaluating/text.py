@@ -49,7 +49,7 @@ def evaluate_text(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) 
 def _windows(loaded: Loaded, texts: Iterable[str], width: int, stride: int) -> Iterator[ScoredRow]:
     tokenizer = require_tokenizer(loaded)
     for text in texts:
-        ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
+        ids = [*loaded.frame.before, *tokenizer.encode(text)]
         for begin, first, end in windows(len(ids), width, stride):
             yield ScoredRow(ids[begin:end], first - begin)
 
@@ -98,7 +98,7 @@ def evaluate_mask(loaded: Loaded, texts: Iterable[str], config: EvaluateConfig) 
 
 def _pieces(loaded: Loaded, texts: Iterable[str], width: int) -> Iterator[list[int]]:
     tokenizer = require_tokenizer(loaded)
-    head, tail = ([] if index is None else [index] for index in (tokenizer.bos_id, tokenizer.eos_id))
+    head, _, tail = loaded.frame
     room = width - len(head) - len(tail)
     if room < 1:
         raise UsageError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl import __version__
 from llmctl.config import ModelConfig
-from llmctl.errors import OutputError
+from llmctl.errors import ArtifactError, OutputError
 from llmctl.files import atomic_path, json_text, write_bytes, writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, is_name, weights_of
 from llmctl.formats.families.family import FamilyFormat
@@ -18,6 +18,8 @@ from llmctl.formats.generation_settings import GENERATION, default_settings
 from llmctl.formats.quantization import KEY, Schemes, family_with, stored_parts, write_schemes
 from llmctl.formats.safetensors import write_safetensors
 from llmctl.model.parameters import parameter_shapes
+from llmctl.tokenizer.load import find_tokenizer
+from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +52,7 @@ def write_artifact(
     tensors = to_stored(layout, state) | stored_parts(state, schemes, config)
     quantization = {KEY: write_schemes(schemes, config)} if schemes else {}
     hf_text = json_text(hf_config(family, config, tensors) | quantization)
-    other_files = with_generation_config(config, files)
+    other_files = with_generation_config(config, with_special_tokens(config, files))
     metadata = {
         "format": "pt",
         "llmctl.version": __version__,
@@ -119,6 +121,21 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
     dtype = max(sorted(sizes), key=lambda name: sizes[name])  # sorted: a tie must not depend on the order of tensors
     head = {"architectures": [family.architecture], "model_type": family.model_type}
     return head | family.write_config(config) | {"torch_dtype": dtype, "dtype": dtype}
+
+
+def with_special_tokens(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Let our own tokenizer's files say what stands around the texts of a model of this family."""
+    if MODEL_FILE not in files:
+        return dict(files)
+    try:
+        tokenizer = find_tokenizer(files)
+        return (
+            {**files, **tokenizer.files_for(config.family)}
+            if isinstance(tokenizer, SentencePieceTokenizer)
+            else dict(files)
+        )
+    except (ArtifactError, ValueError, TypeError):  # damaged: it stays as it is, and whoever uses it is told
+        return dict(files)
 
 
 def with_generation_config(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:

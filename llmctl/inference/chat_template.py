@@ -240,7 +240,7 @@ def template_of(loaded: "Loaded") -> ChatTemplate:
     if loaded.model.config.family != "decoder":
         family = loaded.model.config.family.replace("_", "-")
         raise UsageError(f"`{loaded.artifact.path}` is an {family} and has no chat template", "omit `--chat`")
-    return chat_template(loaded.tokenizer, loaded.artifact.files, begins_with_bos=loaded.begins_with_bos)
+    return chat_template(loaded.tokenizer, loaded.artifact.files, begins_with_bos=bool(loaded.frame.before))
 
 
 def find_template(files: Mapping[str, bytes]) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from llmctl.artifacts.load import Loaded
 from llmctl.errors import UsageError
-from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.base import Frame, Tokenizer
 
 
 def encode_around(tokenizer: Tokenizer, text: str, specials: Mapping[str, int]) -> list[int]:
@@ -48,11 +48,17 @@ def encode_prompt(loaded: Loaded, text: str) -> list[int]:
         raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "`--ids` reads and prints token ids")
     if loaded.model.config.family == "encoder_decoder":
         sentinels = {f"<extra_id_{n}>": index for n, index in enumerate(tokenizer.sentinel_ids())}
-        return [*encode_around(tokenizer, text, sentinels), *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
-    ids = tokenizer.encode(text, bos=loaded.begins_with_bos)
+        before, _, after = loaded.frame
+        return [*before, *encode_around(tokenizer, text, sentinels), *after]
+    ids = [*loaded.frame.before, *tokenizer.encode(text)]
     if not ids and tokenizer.eos_id is not None:  # an empty prompt still needs one token to continue from
         return [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     return ids
+
+
+def encode_target(loaded: Loaded, text: str) -> list[int]:
+    """Encode the target of an encoder-decoder without its end token: what stands before a source does so here too."""
+    return [*loaded.frame.before, *require_tokenizer(loaded).encode(text)]
 
 
 @dataclass(frozen=True)
@@ -91,30 +97,29 @@ def longest_row(loaded: Loaded, seq_len: int = 0) -> int:
 def encode_rows(loaded: Loaded, texts: Sequence[tuple[str, ...]], limit: int) -> list[Row]:
     """Encode texts or pairs of texts for classification and pooling.
 
-    An encoder gets `<bos> a <eos> b <eos>` (BERT's [CLS] a [SEP] b [SEP]), an encoder-decoder `a <eos> b <eos>`, a
-    decoder `<bos> a`, with a newline between two texts. Long texts are truncated at the end, the longer of a pair
-    first.
+    The special tokens around them are those of the tokenizer: BERT's `[CLS] a [SEP] b [SEP]`, for example. A decoder gets
+    `<bos> a`, with a newline between two texts. Long texts are truncated at the end, the longer of a pair first.
     """
-    tokenizer, family = require_tokenizer(loaded), loaded.model.config.family
-    if family == "decoder":
+    tokenizer, frame = require_tokenizer(loaded), loaded.frame
+    if loaded.model.config.family == "decoder":
         texts = [("\n".join(parts),) for parts in texts]
-    bos = tokenizer.bos_id if family == "encoder" or (family == "decoder" and loaded.begins_with_bos) else None
-    eos = None if family == "decoder" else tokenizer.eos_id
+        frame = Frame(frame.before)
     flat = tokenizer.encode_batch([part for parts in texts for part in parts])
     rows, at = [], 0
     for parts in texts:
-        rows.append(_joined(flat[at : at + len(parts)], bos, eos, limit))
+        rows.append(_joined(flat[at : at + len(parts)], frame, limit))
         at += len(parts)
     return [row if row.ids else Row([_empty_token(tokenizer)], [0]) for row in rows]
 
 
-def _joined(parts: Sequence[list[int]], bos: int | None, eos: int | None, limit: int) -> Row:
-    room = limit - (bos is not None) - len(parts) * (eos is not None)
+def _joined(parts: Sequence[list[int]], frame: Frame, limit: int) -> Row:
+    ends = [frame.between] * (len(parts) - 1) + [frame.after]
+    room = limit - len(frame.before) - sum(map(len, ends))
     kept = cut_longest([len(part) for part in parts], max(room, 0))
-    ids = [] if bos is None else [bos]
+    ids = list(frame.before)
     types = [0] * len(ids)
-    for number, (part, length) in enumerate(zip(parts, kept, strict=True)):
-        new = part[:length] + ([] if eos is None else [eos])
+    for number, (part, length, end) in enumerate(zip(parts, kept, ends, strict=True)):
+        new = [*part[:length], *end]
         ids += new
         types += [min(number, 1)] * len(new)
     return Row(ids, types, sum(map(len, parts)) - sum(kept))

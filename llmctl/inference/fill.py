@@ -39,9 +39,8 @@ def encode_masked(loaded: Loaded, text: str, number: int = 1) -> tuple[list[int]
         raise UsageError(
             f"`{loaded.artifact.path}` has no mask token", "`llmctl pretrain --objective mlm` trains a model with one"
         )
-    ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    ids += encode_around(tokenizer, text, dict.fromkeys(mask_words(tokenizer), tokenizer.mask_id))
-    ids += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    before, _, after = loaded.frame
+    ids = [*before, *encode_around(tokenizer, text, dict.fromkeys(mask_words(tokenizer), tokenizer.mask_id)), *after]
     # Every mask id is one of our masks: tokenizers never encode text as a mask.
     positions = [position for position, index in enumerate(ids) if index == tokenizer.mask_id]
     if not positions:

@@ -137,7 +137,11 @@ def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | 
     if tokenizer is None:
         tokenizer = train_tokenizer(text.training(), sentinels_for(config))
         say(f"trained a {config.tokenizer.model_type} tokenizer with a vocabulary of {tokenizer.vocab_size:,}")
-    documents = encode(folder / "text", text.read(), tokenizer, config.data, provenance, ends=True)
+    bos = tokenizer.bos_id
+    if "decoder" in OBJECTIVES[config.objective].families:
+        bos = next(iter(tokenizer.frame("decoder").before), None)  # many published decoders have no begin token
+    ends = bos, tokenizer.eos_id
+    documents = encode(folder / "text", text.read(), tokenizer, config.data, provenance, *ends)
     train = np.setdiff1d(np.arange(text.n_documents), text.held_out)
     report_sizes(documents, train, text.held_out, say)
     return Corpus(tokenizer, documents, None, train, text.held_out, provenance)
@@ -167,8 +171,9 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     if tokenizer is None:
         tokenizer = train_tokenizer((side for index in train for side in pairs[index]), config.tokenizer)
         say(f"trained a {config.tokenizer.model_type} tokenizer with a vocabulary of {tokenizer.vocab_size:,}")
-    sources = encode(folder / "source", (source for source, _ in pairs), tokenizer, data, provenance, ends=False)
-    targets = encode(folder / "target", (target for _, target in pairs), tokenizer, data, provenance, ends=False)
+    bos = next(iter(tokenizer.frame("encoder_decoder").before), None)  # batches add the end tokens
+    sources = encode(folder / "source", (source for source, _ in pairs), tokenizer, data, provenance, bos)
+    targets = encode(folder / "target", (target for _, target in pairs), tokenizer, data, provenance, bos)
     limit = config.train.seq_len - 1
     n_cut = int(((sources.lengths > limit) | (targets.lengths > limit)).sum())
     if n_cut:
@@ -319,17 +324,17 @@ def encode(
     tokenizer: Tokenizer,
     data: DataConfig,
     provenance: dict[str, Any],
-    *,
-    ends: bool,
+    bos: int | None = None,
+    eos: int | None = None,
 ) -> ShardSet:
-    """Write documents as shards; `ends` adds begin and end tokens around each."""
+    """Write documents as shards, with the given begin and end tokens around each."""
     is_large = int(provenance.get("n_characters", 0)) > MANY_CHARACTERS
     shards = write_shards(
         folder,
         documents,
         tokenizer.encode_batch,
-        bos=tokenizer.bos_id if ends else None,
-        eos=tokenizer.eos_id if ends else None,
+        bos=bos,
+        eos=eos,
         vocab_size=tokenizer.vocab_size,
         identity={"tokenizer_sha256": tokenizer.sha256, "source_sha256": str(provenance.get("sha256"))},
         workers=data.workers or ((os.cpu_count() or 1) if is_large else 1),

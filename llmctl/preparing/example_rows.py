@@ -17,7 +17,7 @@ from llmctl.data.templates import fill_template
 from llmctl.errors import UsageError
 from llmctl.inference.chat_ids import encode_conversation, end_of_turn_ids
 from llmctl.inference.chat_template import ChatTemplate
-from llmctl.inference.encoding import encode_prompt, encode_rows, require_tokenizer
+from llmctl.inference.encoding import encode_prompt, encode_rows, encode_target, require_tokenizer
 from llmctl.preparing.diagnostics import Findings
 
 AT_ONCE = 512
@@ -107,13 +107,14 @@ def named_labels(labels: Labels, values: Sequence[float]) -> list[str]:
 
 def source_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
     """Yield sources and targets for an encoder-decoder; end tokens are added during batching."""
-    tokenizer, limit = require_tokenizer(encoder.base), encoder.limit - 1
+    limit = encoder.limit - 1
     for example in examples:
         source, answer = fill_template(encoder.template, example.inputs), first_answer(example)
         if not source.strip() or not answer.strip():
             encoder.findings.note("empty", example.where)
             continue
-        ids, target = encode_prompt(encoder.base, source)[:-1], tokenizer.encode(answer)
+        ids, target = encode_prompt(encoder.base, source), encode_target(encoder.base, answer)
+        ids = ids[: len(ids) - len(encoder.base.frame.after)]
         longest = max(len(ids), len(target))
         if longest > limit and encoder.too_long(example.where, longest + 1):
             continue

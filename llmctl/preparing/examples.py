@@ -118,7 +118,7 @@ def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths
 
 def chat_of(base: Loaded) -> ChatTemplate:
     """Return the chat template of a model, or the plain one."""
-    return chat_template(require_tokenizer(base), base.artifact.files, begins_with_bos=base.begins_with_bos)
+    return chat_template(require_tokenizer(base), base.artifact.files, begins_with_bos=bool(base.frame.before))
 
 
 def find_labels(config: TaskConfig, base: Loaded, paths: list[str]) -> Labels:

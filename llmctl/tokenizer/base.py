@@ -17,6 +17,14 @@ class SpecialToken(NamedTuple):
     strips_right: bool = False
 
 
+class Frame(NamedTuple):
+    """The special tokens around a text: before it, between the two texts of a pair, and at the end."""
+
+    before: tuple[int, ...] = ()
+    between: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+
+
 class Tokenizer(ABC):
     """Converts text to ids and back.
 
@@ -59,6 +67,18 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are omitted, invalid UTF-8 becomes U+FFFD."""
+
+    def frame(self, family: str) -> Frame:
+        """Return the special tokens around the texts of a model of this family.
+
+        As our own models are trained: a decoder's texts begin with BOS, an encoder's also end with EOS, and the sources
+        of an encoder-decoder only end with it.
+        """
+        bos = () if self.bos_id is None else (self.bos_id,)
+        eos = () if self.eos_id is None else (self.eos_id,)
+        if family == "decoder":
+            return Frame(bos)
+        return Frame(bos if family == "encoder" else (), eos, eos)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text, optionally with BOS and EOS tokens if the tokenizer has them."""

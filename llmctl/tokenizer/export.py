@@ -8,6 +8,8 @@ between equally likely segmentations may be broken differently.)
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmctl.tokenizer.base import Frame
+
 SPACE = "\u2581"
 
 
@@ -49,6 +51,27 @@ def tokenizer_json(
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": model,
+    }
+
+
+def post_processor(frame: Frame, names: Mapping[int, str]) -> dict[str, Any] | None:
+    """Return the step that puts the special tokens around a text or a pair; None if there are none."""
+
+    def special(ids: Sequence[int], type_id: int) -> list[dict[str, Any]]:
+        return [{"SpecialToken": {"id": names[index], "type_id": type_id}} for index in ids]
+
+    def text(name: str, type_id: int) -> dict[str, Any]:
+        return {"Sequence": {"id": name, "type_id": type_id}}
+
+    used = dict.fromkeys(frame.before + frame.between + frame.after)
+    if not used:
+        return None
+    first = [*special(frame.before, 0), text("A", 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": [*first, *special(frame.after, 0)],
+        "pair": [*first, *special(frame.between, 0), text("B", 1), *special(frame.after, 1)],
+        "special_tokens": {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in used},
     }
 
 

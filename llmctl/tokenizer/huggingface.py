@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError, MissingExtraError
-from llmctl.tokenizer.base import SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 
 ROLES = {
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -92,6 +92,18 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_padding()
         return tokenizer
 
+    def frame(self, family: str) -> Frame:
+        """Return the special tokens around a text: those of the post-processor.
+
+        A decoder without one adds none, as in transformers.
+        """
+        found = frame_of(self._json.get("post_processor"))
+        if found is None:
+            return Frame() if family == "decoder" else super().frame(family)
+        if family == "encoder_decoder" and not found.after:
+            return found._replace(after=super().frame(family).after)  # sources are trained with an end token
+        return found
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are omitted."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -141,6 +153,35 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _byte_of(self) -> dict[str, int]:
         return {character: byte for byte, character in byte_characters().items()}
+
+
+def frame_of(processor: Any) -> Frame | None:
+    """Return the special tokens that a post-processor of a `tokenizer.json` adds; None if it adds none."""
+    kind = processor.get("type") if isinstance(processor, dict) else None
+    try:
+        if kind == "Sequence":
+            return next((found for each in processor["processors"] if (found := frame_of(each)) is not None), None)
+        if kind == "TemplateProcessing":
+            single, pair = (template_ids(processor, name) for name in ("single", "pair"))
+            between = pair[1] if len(pair) == 3 else ()
+            return Frame(single[0], between, single[-1]) if len(single) == 2 else None
+        if kind in ("BertProcessing", "RobertaProcessing"):
+            first, last = (processor["cls"][1],), (processor["sep"][1],)
+            return Frame(first, last if kind == "BertProcessing" else last * 2, last)
+    except (KeyError, TypeError, IndexError):  # the library has accepted the file, so this is a form unknown here
+        return None
+    return None
+
+
+def template_ids(processor: Mapping[str, Any], name: str) -> list[tuple[int, ...]]:
+    """Return the special tokens of a template before, between and after its texts."""
+    parts: list[tuple[int, ...]] = [()]
+    for item in processor[name]:
+        if "Sequence" in item:
+            parts.append(())
+        else:
+            parts[-1] += tuple(processor["special_tokens"][item["SpecialToken"]["id"]]["ids"])
+    return parts
 
 
 def without_prefix(part: Any) -> Any:
@@ -250,6 +291,9 @@ def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFa
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
     tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in pieces])
+    if "[CLS]" in pieces and "[SEP]" in pieces:
+        ends = ("[SEP]", pieces["[SEP]"]), ("[CLS]", pieces["[CLS]"])
+        tokenizer.post_processor = tokenizers.processors.BertProcessing(*ends)
     content = tokenizer.to_str().encode()
     return HuggingFaceTokenizer(content, {**files, "tokenizer.json": content})
 

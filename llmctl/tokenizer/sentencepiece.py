@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.tokenizer.base import SpecialToken, Tokenizer, digest
-from llmctl.tokenizer.export import tokenizer_config, tokenizer_json
+from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
 
 SPACE = "\u2581"
 """sentencepiece's symbol for a space; a U+2581 in a user's text would be decoded as a space."""
@@ -89,7 +89,7 @@ class SentencePieceTokenizer(Tokenizer):
         """
         if not self._prefix:
             return self.encode(text)
-        adds_space = after_special and self._is_legacy and not text.startswith(" ")
+        adds_space = after_special and self._config.get("legacy") is True and not text.startswith(" ")
         ids: list[int] = self._inner.encode(f" {text}" if adds_space else text)
         return ids
 
@@ -100,12 +100,18 @@ class SentencePieceTokenizer(Tokenizer):
         return SentencePieceProcessor(model_proto=self._proto + NO_DUMMY_PREFIX)
 
     @cached_property
-    def _is_legacy(self) -> bool:
+    def _config(self) -> dict[str, Any]:
         try:
             config = json.loads(self._extra.get("tokenizer_config.json", b"{}"))
-        except ValueError:
-            return False
-        return isinstance(config, dict) and config.get("legacy") is True
+        except (ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def frame(self, family: str) -> Frame:
+        """Return the special tokens around a text; `add_bos_token` may take BOS from a published decoder's."""
+        if family == "decoder" and not self.is_lossless and self._config.get("add_bos_token") is False:
+            return Frame()
+        return super().frame(family)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are omitted, invalid UTF-8 becomes U+FFFD."""
@@ -169,6 +175,22 @@ class SentencePieceTokenizer(Tokenizer):
             }
             tokens = {role: self.piece(index) for role, index in names.items() if index is not None}
             files["tokenizer_config.json"] = as_json(tokenizer_config(tokens, self.specials()))
+        return files
+
+    def files_for(self, family: str) -> dict[str, bytes]:
+        """Return the files as they belong to a model of a family: other programs add the same special tokens as we do.
+
+        The files of published models stay as they are.
+        """
+        files = self.files()
+        if not self.is_lossless:
+            return files
+        frame = self.frame(family)
+        names = {index: self.piece(index) for index in {*frame.before, *frame.between, *frame.after}}
+        added = {"post_processor": post_processor(frame, names)}
+        flags = {"add_bos_token": bool(frame.before), "add_eos_token": bool(frame.after)}
+        for name, changes in (("tokenizer.json", added), ("tokenizer_config.json", flags)):
+            files[name] = as_json(json.loads(files[name]) | changes)
         return files
 
     def _is_unigram(self) -> bool:

@@ -28,7 +28,7 @@ def prompts_of(loaded: Loaded, corpus: Corpus, numbers: Sequence[int]) -> tuple[
     for index, number in enumerate(numbers):
         ids, target = corpus.documents.document(number).tolist(), corpus.targets.document(number).tolist()
         if loaded.model.config.family == "encoder_decoder":
-            ids = [*ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
+            ids = [*ids, *loaded.frame.after]
         else:  # `target` marks the tokens of `ids` that are trained
             begins = target.index(1)
             prompt, target = ids[:begins], [token for token, is_trained in zip(ids, target, strict=True) if is_trained]

@@ -205,28 +205,7 @@ def test_models_that_cannot_are_refused_before_their_weights_are_read(home, fami
     assert f"is {said} model" in str(nothing_found(able))  # type: ignore[arg-type]
 
 
-TEMPLATE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
-
-
-@pytest.mark.parametrize(
-    ("files", "begins"),
-    [
-        ({}, False),
-        ({"tokenizer_config.json": {"add_bos_token": True}}, True),
-        ({"tokenizer.json": {"post_processor": TEMPLATE}}, True),
-        ({"tokenizer.json": {"post_processor": {"type": "Sequence", "processors": [{}, TEMPLATE]}}}, True),
-        ({"tokenizer.json": {"post_processor": TEMPLATE | {"single": TEMPLATE["single"][1:]}}}, False),
-        ({"tokenizer.json": {"post_processor": TEMPLATE}, "tokenizer_config.json": {"add_bos_token": False}}, False),
-        ({"tokenizer.json": {"post_processor": {"single": [3]}}, "tokenizer_config.json": []}, False),
-    ],
-)
-def test_published_models_say_how_their_texts_begin(tmp_path, files: dict, begins: bool):
-    written = {name: json.dumps(content).encode() for name, content in files.items()}
-    made = model()
-    assert Loaded(made, None, Artifact(tmp_path, "", made.config, written, {})).begins_with_bos == begins
-
-
 def test_ours_begin_with_bos_whatever_is_said(tmp_path, text_tokenizer):
     made = model()
     files = {"tokenizer_config.json": b'{"add_bos_token": false}'}
-    assert Loaded(made, text_tokenizer, Artifact(tmp_path, "", made.config, files, {})).begins_with_bos
+    assert Loaded(made, text_tokenizer, Artifact(tmp_path, "", made.config, files, {})).frame.before

@@ -75,7 +75,7 @@ def test_out_and_in_again(case, kind, tmp_path):
         assert getattr(theirs.tokenizer, role) == getattr(ours.tokenizer, role)
         if role != "unk_id":
             assert getattr(theirs.model.config, role) == max(-1, getattr(ours.model.config, role))
-    assert theirs.begins_with_bos == ours.begins_with_bos
+    assert theirs.frame == ours.frame
     assert theirs.artifact.files["chat_template.jinja"].decode() == TEMPLATE
     assert theirs.artifact.architecture == ("Qwen3ForCausalLM" if ours.model.config.qk_norm else "LlamaForCausalLM")
     bound = {"f32": 0, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2}.get(kind, 0.2)

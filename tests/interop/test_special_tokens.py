@@ -1,0 +1,122 @@
+"""The folder of every command's model as it stands in transformers: equal ids, logits and greedy text."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmctl.artifacts.load import Loaded, load_model
+from llmctl.cli import run
+from llmctl.config import GenerateConfig
+from llmctl.data.conversations import Message
+from llmctl.inference.chat_ids import encode_prompt_chat
+from llmctl.inference.chat_template import template_of
+from llmctl.inference.encoding import encode_prompt, encode_rows
+from llmctl.inference.generate import Prompt, end_ids, generate
+from tests.support.tuning import SMALL
+
+transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+pytestmark = pytest.mark.interop
+
+TEXTS = ["the good cat", " what is the number 7?", "猫坐在垫子上。\n", "a"]
+PAIRS = [("the cat", "a bad mat"), ("猫", "number")]
+SETTINGS = [part for setting in SMALL if "adapter" not in setting for part in ("--set", setting)]
+MAKE = {
+    "pretrained": [],
+    "chat": ["finetune", "{model}", "chats.jsonl", "--task", "chat"],
+    "classify": ["finetune", "{model}", "classes.jsonl", "--task", "classify"],
+    "seq2seq": ["finetune", "{model}", "pairs.tsv", "--task", "translate"],
+    "distilled": ["distill", "{model}", "-d", "texts.txt", "--student", "layers=1"],
+    "quantized": ["quantize", "{model}", "-d", "texts.txt"],
+}
+CASES = [
+    *[("pretrained", name) for name in ("decoder", "encoder", "bert", "encoder_decoder")],
+    *[("classify", name) for name in ("decoder", "encoder", "bert", "encoder_decoder")],
+    ("chat", "decoder"),
+    ("seq2seq", "encoder_decoder"),
+    *[("distilled", name) for name in ("decoder", "encoder", "encoder_decoder")],
+    ("quantized", "decoder"),
+]
+
+
+def write_data() -> None:
+    turns = [
+        {"role": "user", "content": "what is the number 7?"},
+        {"role": "assistant", "content": "the cat"},
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(20)))
+    Path("classes.jsonl").write_text(
+        "".join(json.dumps({"text": f"cat {n} is {w}", "label": w}) + "\n" for n in range(10) for w in ("good", "bad"))
+    )
+    Path("pairs.tsv").write_text("".join(f"the cat {n}\tmat {n}\n" for n in range(20)))
+    Path("texts.txt").write_text("".join(f"the good cat {n} sat on a bad mat.\n\n" for n in range(60)))
+
+
+def made(case: str, model: Path) -> Path:
+    """Return the folder that a command writes for a model."""
+    if not MAKE[case]:
+        return model
+    write_data()
+    line = [part.format(model=model) for part in MAKE[case]]
+    settings = ["--set", "train.seq_len=64"] if case == "quantized" else ["--steps", "2", *SETTINGS]
+    assert run([*line, *settings, "-o", "out", "-q"]) == 0
+    return Path("out")
+
+
+@pytest.mark.parametrize(("case", "family"), CASES)
+def test_ids_and_outputs_are_those_of_transformers(case, family, teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = made(case, teachers[family])
+    ours, tokenizer = load_model(folder, device="cpu"), transformers.AutoTokenizer.from_pretrained(folder)
+    kind = ours.model.config.family
+    for text in TEXTS:
+        expected = encode_rows(ours, [(text,)], 64)[0].ids if kind == "encoder" else encode_prompt(ours, text)
+        assert tokenizer(text).input_ids == expected
+    for pair in PAIRS if kind != "decoder" else []:
+        assert tokenizer(*pair).input_ids == encode_rows(ours, [pair], 64)[0].ids
+    if case == "quantized":  # its weights are for compressed-tensors, see test_quantized.py
+        return
+    if ours.model.config.n_labels:
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        rows = encode_rows(ours, [(text,) for text in TEXTS], 64)
+        for text, row in zip(TEXTS, rows, strict=True):
+            found = theirs(**tokenizer(text, return_tensors="pt")).logits
+            assert torch.allclose(found, ours.model.classify(torch.tensor([row.ids])), atol=1e-4)
+    elif kind == "encoder":
+        theirs = (transformers.AutoModel if family == "bert" else transformers.AutoModelForMaskedLM).from_pretrained(
+            folder
+        )
+        for text in TEXTS:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            found = theirs.eval()(ids)[0]
+            expected = ours.model.hidden(ids) if family == "bert" else ours.model(ids)
+            assert torch.allclose(found, expected, atol=1e-4)
+    else:
+        check_greedy(ours, folder, [encode_prompt(ours, text) for text in TEXTS])
+
+
+def check_greedy(ours: Loaded, folder: Path, prompts: list[list[int]]) -> None:
+    kind = "CausalLM" if ours.model.config.family == "decoder" else "Seq2SeqLM"
+    theirs = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(folder).eval()
+    settings = GenerateConfig(max_tokens=8, temperature=0.0)
+    found = generate(ours, [Prompt(n, ids, "") for n, ids in enumerate(prompts)], settings)
+    ends = end_ids(ours)
+    for ids, completion in zip(prompts, found, strict=True):
+        out = theirs.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, num_beams=1)[0].tolist()
+        out = out[len(ids) :] if kind == "CausalLM" else out[1:]
+        assert out == [*completion.ids, *out[len(completion.ids) :]]
+        assert not set(out[: len(completion.ids)]) & ends
+        assert completion.finish != "eos" or out[len(completion.ids)] in ends
+
+
+def test_a_chat_ends_its_turns_there_too(teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = made("chat", teachers["decoder"])
+    ours, tokenizer = load_model(folder, device="cpu"), transformers.AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "what is the number 7?"}]
+    rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True).input_ids
+    assert rendered == encode_prompt_chat(template_of(ours), [Message("user", turns[0]["content"])])
+    listed = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert set(listed if isinstance(listed, list) else [listed]) == end_ids(ours)
+    check_greedy(ours, folder, [rendered])

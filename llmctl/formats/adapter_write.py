@@ -18,8 +18,8 @@ from llmctl.formats.adapter_names import (
     stack,
     target_modules,
 )
-from llmctl.formats.artifact import ADAPTER_CONFIG, INDEX, WEIGHTS, is_name
-from llmctl.formats.artifact_write import refuse_overwrite
+from llmctl.formats.artifact import ADAPTER_CONFIG, FILES, INDEX, WEIGHTS
+from llmctl.formats.artifact_write import refuse_taken
 from llmctl.formats.families.native import write_fields as native_values
 from llmctl.formats.safetensors import write_safetensors
 
@@ -50,8 +50,7 @@ def write_adapter(
     Raises: OutputError if an adapter exists and `force` is not given, or if the disk refuses.
     """
     # Check everything before the first write, including that the folder is not a model's.
-    is_taken = any((out / name).exists() for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLE))
-    refuse_overwrite(out, is_taken, force=force)
+    refuse_taken(out, (ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLE, *(files or {})), force=force)
     if any((out / name).exists() for name in (WEIGHTS, INDEX)):
         raise OutputError(f"cannot write an adapter to `{out}`: it contains a model", "choose another folder with -o")
     stacked: dict[str, tuple[PublishedLinear, LowRank]] = {}
@@ -94,7 +93,7 @@ def write_parts(
 ) -> None:
     """Write the small files, then the weights."""
     for name, data in texts.items():
-        assert is_name(name), name
+        assert name in FILES or name == ADAPTER_CONFIG, name
         write_bytes(folder / name, data)
     write_safetensors(folder / ADAPTER_WEIGHTS, tensors, metadata)
 

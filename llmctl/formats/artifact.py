@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 COUNT = "llmctl.parameters"
-# The other files of a model, by Hugging Face's names: tokenizer, chat template, generation settings.
+# The only other files of a model, by Hugging Face's names: tokenizer, chat template, generation settings. A header
+# may carry no other name: its files are written beside the weights, where `train.py` would replace the user's own.
 FILES = (
     "tokenizer.model",
     "spiece.model",
@@ -61,7 +62,9 @@ FILES = (
     "added_tokens.json",
     "vocab.txt",
     "vocab.json",
+    "encoder.json",
     "merges.txt",
+    "vocab.bpe",
     "chat_template.jinja",
     "generation_config.json",
 )
@@ -342,9 +345,10 @@ def read_files(metadata: Mapping[str, str], folder: Path, path: Path) -> dict[st
     where = f"{path}: llmctl.files"
     files: dict[str, bytes] = {}
     for name, text in parse_object(metadata["llmctl.files"], where).items():
-        if not is_name(name) or name in (CONFIG, WEIGHTS, INDEX):
+        if name not in FILES:
             raise ArtifactError(
-                f"`{where}` contains the file name `{str(name)[:80]}`, which is not allowed", "download the model again"
+                f"`{where}` contains the file name `{name[:80]}`, which is not a file of a model",
+                "do not trust this file; ask where it was made",
             )
         try:
             files[name] = b64decode(text, validate=True)

@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from llmctl import __version__
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.files import atomic_path, json_text, write_bytes, writing
-from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, is_name, weights_of
+from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, weights_of
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import stored_shape, to_stored
 from llmctl.formats.generation_settings import GENERATION, default_settings
@@ -70,22 +71,22 @@ def write_artifact(
         refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
         write_safetensors(out, tensors, metadata)
         return out
-    refuse_overwrite(out, any((out / name).exists() for name in (WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG)), force=force)
     texts = {**other_files, CONFIG: hf_text.encode()}
+    refuse_taken(out, (WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG, *texts), force=force)
     if not out.exists():
         with atomic_path(out) as temporary:
             write_folder(temporary, texts, lambda path: write_safetensors(path, tensors, metadata))
         return out
     write_folder(out, texts, lambda path: write_safetensors(path, tensors, metadata))
-    # Only afterwards: until the new weights exist, the old model stays usable.
-    remove_stale(out, set(texts) if force else set(FILES))
+    if force:  # only afterwards: until the new weights exist, the old model stays usable
+        remove_stale(out, set(texts))
     return out
 
 
 def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callable[[Path], None]) -> None:
     """Write the small files, then the weights."""
     for name, data in texts.items():
-        assert is_name(name), name
+        assert name in FILES or name == CONFIG, name
         write_bytes(folder / name, data)
     write_weights(folder / WEIGHTS)
 
@@ -108,6 +109,19 @@ def refuse_overwrite(out: Path, exists: bool, *, force: bool) -> None:
         raise OutputError(f"cannot write a model folder to `{out}`: it is a file", "choose another path with -o")
     if exists and not force:
         raise OutputError(f"`{out}` already exists", "choose another path with -o, or replace it with -f")
+
+
+def refuse_taken(folder: Path, names: Iterable[str], *, force: bool) -> None:
+    """Check that a folder has no file of these names, unless `force` allows replacing them.
+
+    Raises: OutputError naming the first.
+    """
+    refuse_overwrite(folder, exists=False, force=force)
+    taken = next((name for name in names if os.path.lexists(folder / name)), None)
+    if taken is not None and not force:
+        raise OutputError(
+            f"`{folder}` already exists and contains `{taken}`", "choose another path with -o, or replace it with -f"
+        )
 
 
 def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "Tensor"]) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def files_in_header(path: Path) -> dict[str, bytes]:
                 )
             header = json.loads(file.read(length))
         content = json.loads(header["__metadata__"]["llmctl.files"])
-        return {str(name): base64.b64decode(data, validate=True) for name, data in content.items()}
+        return {name: base64.b64decode(data, validate=True) for name, data in content.items() if name in KNOWN_FILES}
     except KeyError:
         raise UsageError(
             f"`{path}` contains no tokenizer in its header", "pass its folder, or a tokenizer file"

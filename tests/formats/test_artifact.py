@@ -184,7 +184,18 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path):
         {"llmctl_provenance": "nothing"},
         *(
             {"llmctl_files": json.dumps({name: b64encode(b"x").decode()})}
-            for name in ("../a", "/etc/a", "..", "a\\b", "config.json", "")
+            for name in (
+                "../a",
+                "/etc/a",
+                "..",
+                "a\\b",
+                "config.json",
+                "",
+                "train.py",
+                ".bashrc",
+                "TOKENIZER.JSON",
+                ".",
+            )
         ),
     ],
 )
@@ -192,6 +203,30 @@ def test_hostile_metadata_is_refused(metadata, tmp_path):
     path = rewrite(write(tmp_path / "m.safetensors"), **metadata)
     with pytest.raises(ArtifactError):
         read_artifact(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json", "config.json"])
+def test_no_file_is_replaced_without_force(name, tmp_path):
+    (tmp_path / name).write_text("the user's own")
+    with pytest.raises(OutputError, match=f"contains `{name}`"):
+        write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "the user's own"
+    (tmp_path / name).unlink()
+    for other in ("train.py", "vocab.txt", "model-00001-of-00002.safetensors"):
+        (tmp_path / other).write_text("the user's own")
+    write(tmp_path)  # beside them there is room, and nothing of the user's is stale
+    assert (tmp_path / "train.py").exists()
+    assert (tmp_path / "vocab.txt").exists()
+    assert (tmp_path / "model-00001-of-00002.safetensors").exists()
+    write(tmp_path, force=True)
+
+
+def test_a_dangling_link_is_not_written_through(tmp_path):
+    (tmp_path / "tokenizer.model").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputError):
+        write(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_config_of_a_billion_layers_costs_nothing(tmp_path):

@@ -17,12 +17,14 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from llmctl.cli import end_with_the_pipe, run
+    from llmctl.runs.terminal import guarded
 
     end_with_the_pipe(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         # Text is UTF-8 whatever the locale says; what a terminal cannot show must not end a run.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout, sys.stderr = guarded(sys.stdout, always=False), guarded(sys.stderr, always=True)
     code = run(sys.argv[1:])
     distributed = sys.modules.get("torch.distributed")
     is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()

@@ -193,8 +193,9 @@ def given_value(error: Exception, args: Sequence[str]) -> str:
 def show(message: str, hint: str, exit_code: int) -> int:
     """Write an error and its hint to stderr, or pass them to the launcher if this is one of its processes."""
     from llmctl.distributed.ranks import tell_launcher
+    from llmctl.runs.terminal import plain
 
-    text = f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else "")
+    text = plain(f"error: {message}\n" + (f"\nhint: {hint}\n" if hint else ""))
     if not tell_launcher(text, os.environ):
         sys.stderr.write(text)
     return exit_code

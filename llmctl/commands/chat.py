@@ -14,6 +14,7 @@ import typer
 from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note
 from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
+from llmctl.runs.terminal import plain
 
 if TYPE_CHECKING:
     from llmctl.inference.chat import Chat
@@ -223,9 +224,9 @@ def answer(talk: "Chat", text: str, *, is_script: bool) -> None:
 
 
 def show_answer(text: str) -> None:
-    """Print part of an answer immediately, with control characters replaced on a terminal."""
+    """Print part of an answer immediately, with control characters spelled out on a terminal."""
     if sys.stdout.isatty():
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+        text = plain(text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from llmctl.commands.grouped_help import GroupedCommand, GroupedGroup
+from llmctl.runs.terminal import on_one_line, plain
 
 if TYPE_CHECKING:
     from llmctl.artifacts.find import Ability
@@ -62,7 +63,7 @@ def result_json(record: Any) -> None:
 
 def table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, right: Collection[str]) -> list[str]:
     """Return an aligned table with a header; columns in `right` (numbers) are right-aligned."""
-    cells = [tuple(columns), *[tuple(str(row[column]) for column in columns) for row in rows]]
+    cells = [tuple(columns), *[tuple(on_one_line(str(row[column])) for column in columns) for row in rows]]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     return [
         "  ".join(
@@ -91,4 +92,4 @@ def find_model(name: str | None, able: "Ability", *, quiet: bool, adapters: Sequ
 def note(text: str, *, quiet: bool = False) -> None:
     """Print one line of progress or information to stderr."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(plain(text), file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from llmctl.commands.common import command_app, result, result_json
+from llmctl.runs.terminal import on_one_line
 
 app = command_app()
 
@@ -32,10 +33,10 @@ def inspect(
         result_json(record | ({"tensors": listed} if tensors else {}))
         return
     for line in lines(record):
-        result(line)
+        result(on_one_line(line))
     if tensors:
         for name, (dtype, shape) in listed.items():
-            result(f"  {name}  {dtype} {shape}")
+            result(on_one_line(f"  {name}  {dtype} {shape}"))
 
 
 def lines(record: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 
 from llmctl.commands.common import command_app, note, result, result_json, table
 from llmctl.errors import UsageError
+from llmctl.runs.terminal import plain
 
 app = command_app()
 
@@ -129,7 +130,7 @@ def show(
         result_json(record)
         return
     for line in report(record):
-        result(line)
+        result(plain(line))
 
 
 def report(record: Mapping[str, Any]) -> Iterator[str]:
@@ -250,7 +251,7 @@ def diff(
         result_json(record)
         return
     for line in comparison(record):
-        result(line)
+        result(plain(line))
     if record["held_out_differs"]:
         keys = ", ".join(f"`{key}`" for key in record["held_out_differs"])
         note(f"the metrics are on different validation data or tasks: {keys}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from llmctl.runs.loss_curve import sparkline
+from llmctl.runs.terminal import plain
 
 Say = Callable[[str], None]
 """A function that prints one line of progress."""
@@ -75,7 +76,7 @@ class Plain:
 
     def say(self, text: str) -> None:
         """Print the line."""
-        sys.stderr.write(text + "\n")
+        sys.stderr.write(plain(text) + "\n")
         sys.stderr.flush()
 
     def close(self) -> None:
@@ -91,7 +92,9 @@ class Live:
         from rich.text import Text
 
         self.text = Text
-        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        # rich draws with escape sequences of its own, past the guard of stderr.
+        stream = getattr(sys.stderr, "stream", sys.stderr)
+        self.console = Console(file=stream, highlight=False, markup=False, emoji=False)
         self.live = RichLive(console=self.console, refresh_per_second=4, transient=True)
         self.losses: list[float] = []
         self.ascii_only = not (self.console.encoding or "").lower().startswith("utf")
@@ -113,7 +116,7 @@ class Live:
 
     def say(self, text: str) -> None:
         """Print a permanent line above the live one."""
-        self.console.print(text, soft_wrap=True)
+        self.console.print(plain(text), soft_wrap=True)
 
     def close(self) -> None:
         """Erase the live line."""

@@ -428,7 +428,7 @@ def test_mistakes_are_answered(call, monkeypatch, models, arguments: list[str], 
 def test_control_characters_do_not_reach_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     show_answer("a\x1b[2J\tb\x07\n中\x9b\x7f")
-    assert capsys.readouterr().out == "a\ufffd[2J\tb\ufffd\n中\ufffd\ufffd"
+    assert capsys.readouterr().out == r"a\u001b[2J" + "\tb" + r"\u0007" + "\n中" + r"\u009b\u007f"
     monkeypatch.setattr("sys.stdout.isatty", lambda: False)
     show_answer("a\x1b")
     assert capsys.readouterr().out == "a\x1b"

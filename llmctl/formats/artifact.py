@@ -27,6 +27,7 @@ from llmctl.formats.quantization import (
     IN_WORDS,
     PACKED,
     PARTS,
+    SHAPE,
     WEIGHT,
     WHOLE_DTYPES,
     Schemes,
@@ -138,7 +139,7 @@ class Artifact:
         for path in {path for path, _, _ in self.tensors.values()}:
             names = {stored: name for name, (file, stored, _) in self.tensors.items() if file == path}
             published |= {names[stored]: tensor for stored, tensor in read_tensors(path, names).items()}
-        return in_words(published, self.schemes)
+        return checked_sizes(in_words(published, self.schemes), self.schemes, self.config, self.path)
 
 
 def most_common_dtype(entries: Iterable[TensorEntry]) -> str:
@@ -228,6 +229,21 @@ def chunks(tensor: tuple[Path, str, TensorEntry]) -> Iterator[bytes]:
         file.seek(8 + n_header + entry.begin)
         for begin in range(entry.begin, entry.end, CHUNK_BYTES):
             yield file.read(min(CHUNK_BYTES, entry.end - begin))
+
+
+def checked_sizes(
+    published: dict[str, "Tensor"], schemes: Schemes, config: ModelConfig, path: Path
+) -> dict[str, "Tensor"]:
+    """Return the tensors, whose packed codes are as many as the configuration says: the words do not tell.
+
+    Raises: ArtifactError.
+    """
+    shapes = parameter_shapes(config) if schemes else {}
+    for name in schemes:
+        stored, expected = published[f"{name}.{SHAPE}"].tolist(), list(shapes[f"{name}.weight"])
+        if stored != expected:
+            raise ArtifactError(f"`{name}.{SHAPE}` of `{path}` is {stored}, not {expected}", "download the model again")
+    return published
 
 
 def weights_of(schemes: Schemes) -> set[str]:

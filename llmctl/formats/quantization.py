@@ -10,6 +10,7 @@ when saving. With `dequantize` it dequantizes weights while loading, including z
 """
 
 import re
+import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from llmctl.formats.families.native import NATIVE
 from llmctl.formats.families.table import family_for
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, SCALE_BITS, Scheme
+from llmctl.tokenizer.patterns import check_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,9 @@ WEIGHT = "weight"
 PARTS = (PACKED, SCALE, ZERO)
 HEAD_SCALE = f"{HEAD}.{SCALE}"
 WHOLE_DTYPES = {PACKED: "I32", ZERO: "I32", SHAPE: "I64", EXPONENT: "I8"}
+
+MATCH_SECONDS = 10.0
+"""For a list of expressions; each is quick, but a file could have a million."""
 
 Schemes = Mapping[str, Scheme]
 """Module -> scheme; a tied head is listed under the embedding's name only."""
@@ -192,6 +197,8 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
         if not isinstance(group, dict):
             raise refused(where, "config_groups", group, "an object with groups")
         targets = group.get("targets") or []
+        if not isinstance(targets, list):
+            raise refused(where, "targets", targets, "a list of names")
         # Later groups override earlier ones: a group for all linear layers comes before exceptions by name.
         named = matching([target for target in targets if target != "Linear"], known, where)
         names = named | (set(linear) - ignored if "Linear" in targets else set())
@@ -211,15 +218,21 @@ def matching(patterns: Any, names: Collection[str], where: str) -> set[str]:
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
         raise refused(where, "targets", patterns, "a list of names")
     selected: set[str] = set()
+    deadline = time.monotonic() + MATCH_SECONDS
     for pattern in patterns:
         if not pattern.startswith("re:"):
             selected |= {name for name in names if name == pattern}
             continue
         try:
+            check_pattern(pattern.removeprefix("re:"), f"a target `re:` of `{where}`")
             rule = re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise refused(where, "targets", pattern, "a regular expression") from error
-        selected |= {name for name in names if rule.match(name)}
+        for name in names:
+            if rule.match(name):
+                selected.add(name)
+            if time.monotonic() > deadline:
+                raise refused(where, "targets", pattern, f"expressions that match in {MATCH_SECONDS:g} s")
     return selected
 
 

@@ -6,12 +6,14 @@ Reads any `tokenizer.json`; BERT's `vocab.txt` (WordPiece) and GPT-2's vocabular
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
-from llmctl.errors import ArtifactError, MissingExtraError
+from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.checks import check_ids, check_tokenizer, quiet, raise_interrupts
 
 ROLES = {
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -21,10 +23,6 @@ ROLES = {
     "mask": ("<mask>", "[MASK]"),
 }
 """The usual tokens of each role; the first one that exists is used if the config names none."""
-
-
-MAX_VOCAB_SIZE = 1 << 24
-"""Larger ids mean a damaged file: no vocabulary comes near, and memory is allocated for every id below."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -37,11 +35,10 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizers = tokenizers_module()
         if multiprocessing.parent_process():  # worker processes share the cores: one thread each
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        try:
+        self._json = json_object({"tokenizer.json": content}, "tokenizer.json")
+        check_tokenizer(self._json)
+        with as_artifact_error("`tokenizer.json` cannot be read"), quiet():
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-            self._json: dict[str, Any] = json.loads(content)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-            raise ArtifactError(f"`tokenizer.json` cannot be read: {error}", "download it again") from None
         config = json_object(files, "tokenizer_config.json")
         self._tokenizer.encode_special_tokens = True  # encode special tokens in a text as plain text
         self._tokenizer.no_truncation()
@@ -49,16 +46,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self._files = dict(files)
         self._content = content
         self.sha256 = digest({"tokenizer.json": content})
-        added = {entry["content"]: entry["id"] for entry in self._json.get("added_tokens", [])}
-        self._special = {e["content"]: e["id"] for e in self._json.get("added_tokens", []) if e.get("special")}
+        self._added: list[dict[str, Any]] = self._json.get("added_tokens") or []
+        added = {entry["content"]: entry["id"] for entry in self._added}
+        self._special = {entry["content"]: entry["id"] for entry in self._added if entry.get("special")}
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True) | added
         self._pieces = {index: piece for piece, index in vocabulary.items()}
         self.vocab_size = max(self._pieces, default=-1) + 1
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise ArtifactError(
-                f"`tokenizer.json` has the id {self.vocab_size - 1}, above the limit of {MAX_VOCAB_SIZE - 1}",
-                "download the tokenizer again",
-            )
         for role, names in ROLES.items():
             setattr(self, f"{role}_id", role_id(role, names, config, vocabulary, self._special))
 
@@ -68,7 +61,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with as_artifact_error(ENCODING):
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:
         """Return the ids of a text that continues another, without the dummy space before its first word.
@@ -77,7 +72,8 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         if self._inner is None or (after_special and '"first"' not in json.dumps(self._json.get("pre_tokenizer"))):
             return self.encode(text)
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        with as_artifact_error(ENCODING):
+            ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
     @cached_property
@@ -106,7 +102,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; special tokens are omitted."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        with as_artifact_error("`tokenizer.json` cannot decode these ids"):
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
     def piece(self, index: int) -> str:
@@ -124,7 +121,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._kind == "words":
             return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
         if len(piece) == 6 and piece.startswith("<0x"):
-            return bytes([int(piece[3:5], 16)])
+            with suppress(ValueError):  # `<0xZZ>` is a word
+                return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
 
     def special_id(self, text: str) -> int | None:
@@ -133,7 +131,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def special_tokens(self) -> dict[str, SpecialToken]:
         """Return all special tokens by name."""
-        entries = [entry for entry in self._json.get("added_tokens", []) if entry.get("special")]
+        entries = [entry for entry in self._added if entry.get("special")]
         return {e["content"]: SpecialToken(e["id"], bool(e.get("lstrip")), bool(e.get("rstrip"))) for e in entries}
 
     def files(self) -> dict[str, bytes]:
@@ -234,6 +232,24 @@ def text_lines(data: bytes, name: str) -> list[str]:
         raise ArtifactError(f"`{name}` is not UTF-8 at byte {error.start}", "download it again") from None
 
 
+@contextmanager
+def as_artifact_error(what: str) -> Iterator[None]:
+    """Convert whatever the library raises: bare exceptions, and panics of its Rust code, which are no exceptions.
+
+    Raises: ArtifactError.
+    """
+    try:
+        yield
+    except LlmctlError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - see above
+        raise_interrupts(error)
+        raise ArtifactError(f"{what}: {str(error)[:300]}", "download it again") from None
+
+
+ENCODING = "`tokenizer.json` cannot encode this text"
+
+
 def tokenizers_module() -> Any:
     """Import the `tokenizers` library.
 
@@ -311,12 +327,9 @@ def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) ->
         for left, _, right in (line.partition(" ") for line in lines if line and not line.startswith("#version"))
     ]
     pieces = json_object({"vocab.json": vocabulary}, "vocab.json")
-    try:
+    check_ids(pieces, "vocab.json")
+    with as_artifact_error("`vocab.json` and `merges.txt` do not form a valid tokenizer"), quiet():
         model = tokenizers.models.BPE(pieces, pairs)
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        raise ArtifactError(
-            f"`vocab.json` and `merges.txt` do not form a valid tokenizer: {error}", "download both again"
-        ) from None
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ SPACE = "\u2581"
 """sentencepiece's symbol for a space; a U+2581 in a user's text would be decoded as a space."""
 
 MODEL_FILE = "tokenizer.model"
+BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 """`normalizer_spec { add_dummy_prefix: false }` (field 3 of field 3); in a protocol buffer the last value wins."""
@@ -37,7 +39,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = SentencePieceProcessor(model_proto=proto)
             self.vocab_size = self._processor.get_piece_size()
         except (RuntimeError, ValueError, OSError) as error:
-            raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: {error}", "download it again") from None
+            raise not_a_model(error) from None
         if self.vocab_size == 0:
             raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: it has no pieces", "download it again")
         self._proto = proto
@@ -46,10 +48,17 @@ class SentencePieceTokenizer(Tokenizer):
         processor = self._processor
         ids = (processor.pad_id(), processor.unk_id(), processor.bos_id(), processor.eos_id())
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = (index if index >= 0 else None for index in ids)
+        try:
+            self._probe()
+        except (ValueError, RuntimeError, IndexError) as error:  # a piece that is not UTF-8, an id that is no piece
+            raise not_a_model(error) from None
+
+    def _probe(self) -> None:
+        """Find out what the model does with spaces: the library does not expose the normalizer's settings."""
+        processor = self._processor
         self.mask_id = self.special_id("<mask>")
         self._space_bytes = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._has_bytes = all(processor.is_byte(index) for index in self._space_bytes)
-        # Probe the behavior: the library does not expose the model's normalizer settings.
         first = processor.encode("a")
         self._prefix = bool(first) and self.piece(first[0]).startswith(SPACE)
         probe = "  a\tb \n"
@@ -120,14 +129,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     def piece(self, index: int) -> str:
         """Return the piece of an id as written in the vocabulary."""
-        piece: str = self._processor.id_to_piece(index)
+        try:
+            piece: str = self._processor.id_to_piece(index)
+        except UnicodeDecodeError:
+            raise ArtifactError(f"piece {index} of `{MODEL_FILE}` is not UTF-8", "download it again") from None
         return piece
 
     def piece_bytes(self, index: int) -> bytes:
         """Return the UTF-8 bytes of an id, empty for a special token."""
         processor, piece = self._processor, self.piece(index)
         if processor.is_byte(index):
-            return bytes([int(piece[3:5], 16)])
+            return bytes([int(piece[3:5], 16)]) if BYTE.fullmatch(piece) else piece.encode()
         if processor.is_control(index):
             return b""
         if processor.is_unknown(index):
@@ -197,6 +209,11 @@ class SentencePieceTokenizer(Tokenizer):
         # A BPE model's scores are minus the rank of the merge, a unigram's are log-probabilities.
         scores = [score for piece, score in self.scored_pieces() if len(piece) > 1 and score < 0]
         return any(score != int(score) for score in scores)
+
+
+def not_a_model(error: Exception) -> ArtifactError:
+    """Return the error for bytes that the library cannot use."""
+    return ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: {error}", "download it again")
 
 
 def n_threads(n_texts: int) -> int:

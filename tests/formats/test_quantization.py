@@ -84,6 +84,10 @@ def test_what_is_not_read_is_named(models: dict[str, Path]) -> None:
         ({"config_groups": {"a": group | {"input_activations": {"num_bits": 4}}}}, "input_activations"),
         ({"config_groups": {"a": group | {"weights": group["weights"] | {"strategy": "group", "group_size": 7}}}}, "7"),
         ({"config_groups": {"a": group | {"targets": ["re:("]}}}, "re:"),
+        ({"config_groups": {"a": group | {"targets": ["re:(([a-z._0-9]+)+)+$x"]}}}, "forever"),
+        ({"config_groups": {"a": group | {"targets": 7}}}, "targets"),
+        ({"config_groups": {"a": group | {"targets": ["re:a{4294967296}"]}}}, "repeats"),
+        ({"ignore": ["re:(.*.*)*x"]}, "forever"),
     ]:
         with pytest.raises(ArtifactError, match=named):
             read_schemes({"quantization_config": good | change}, config, "here")
@@ -180,3 +184,16 @@ def test_a_damaged_packed_tensor_is_refused(models: dict[str, Path], tmp_path: P
     write_safetensors(path / "model.safetensors", tensors, header.metadata | {"llmctl.config": json.dumps(text)})
     with pytest.raises(ArtifactError, match="wrong shape"):
         read_artifact(path)
+
+
+@pytest.mark.parametrize("sizes", [[2**40, 2**40], [0, 0], [-1, 5], [32, 31]])
+def test_the_sizes_in_a_file_are_not_believed(models: dict[str, Path], tmp_path: Path, sizes: list[int]) -> None:
+    from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+
+    path = quantized(models["decoder"], tmp_path / "q", Scheme(4, 16)) / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    name = next(name for name in tensors if name.endswith("weight_shape"))
+    tensors[name] = torch.tensor(sizes)
+    write_safetensors(path, tensors, read_header(path).metadata)
+    with pytest.raises(ArtifactError, match=name):
+        read_artifact(path).state()

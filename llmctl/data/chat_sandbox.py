@@ -2,19 +2,20 @@
 
 It matches the environment in which transformers renders templates: block trimming, loop controls, `raise_exception`,
 `strftime_now`, `tojson` and the block `{% generation %}`. Beyond Jinja's sandbox, every loop, macro and operation that
-can grow a string counts against a budget, so that no template runs forever or exhausts memory. Imports jinja2: import
-this module inside functions.
+can grow a string counts against a budget. That names most of what goes wrong, but cannot bound a template: Python has
+too many operations whose cost depends on what they are given. `chat_process.py` does. Imports jinja2: import this module
+inside functions.
 """
 
 import functools
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from jinja2 import nodes
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
@@ -22,7 +23,10 @@ from jinja2.visitor import NodeTransformer
 MAX_STEPS = 300_000
 MAX_CHARS = 4_000_000
 """Limits of one rendering: loop iterations in total and characters of any string; real conversations stay far below."""
-MAX_SECONDS = 20.0
+MAX_SECONDS = 1.0
+"""Of one processor; a real conversation takes a few milliseconds."""
+HINT = "fix the template, or use another one"
+ORDER = "most templates require alternating user and assistant messages, and a system message only at the start"
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 """Markers around the content of `{% generation %}`: Unicode noncharacters, which texts must not contain."""
@@ -35,11 +39,19 @@ class TemplateLimitError(Exception):
     """A template exceeded the time or size limit."""
 
 
+class TemplateFailureError(Exception):
+    """Why a template cannot be used or rejects a conversation: the rest of a sentence about it, and a hint."""
+
+    def __init__(self, what: str, hint: str = HINT) -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
 class Budget:
     """The steps and time left for one rendering."""
 
     def __init__(self) -> None:
-        self.n_steps, self.deadline = 0, time.monotonic() + MAX_SECONDS
+        self.n_steps, self.deadline = 0, time.thread_time() + MAX_SECONDS
 
     def take(self, n_steps: int) -> None:
         """Use up steps.
@@ -47,8 +59,8 @@ class Budget:
         Raises: TemplateLimitError if the steps or the time are exhausted.
         """
         self.n_steps += n_steps
-        if self.n_steps > MAX_STEPS or time.monotonic() > self.deadline:
-            raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} loop iterations or {MAX_SECONDS:g} seconds")
+        if self.n_steps > MAX_STEPS or time.thread_time() > self.deadline:
+            raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} loop iterations or {MAX_SECONDS:g} second")
 
 
 class Counted(NodeTransformer):
@@ -139,6 +151,43 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             check_method(owner, getattr(obj, "__name__", ""), [*args, *kwargs.values()])
         return super().call(context, obj, *args, **kwargs)
+
+
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""Exceptions that expressions in a template can raise."""
+
+
+def compiled(source: str) -> Callable[[Mapping[str, Any]], str]:
+    """Compile a template and return a function that renders it with values.
+
+    Both raise: TemplateFailureError.
+    """
+    environment = ChatEnvironment()
+    try:
+        template = environment.from_string(source)
+    except TemplateSyntaxError as error:
+        raise TemplateFailureError(f"line {error.lineno} is not valid Jinja: {error.message}") from None
+    except TemplateLimitError as error:
+        raise TemplateFailureError(f"was stopped: {error}") from None
+    except (SyntaxError, MemoryError, *BROKEN) as error:
+        raise TemplateFailureError(f"cannot be compiled: {error}") from None
+
+    def render(values: Mapping[str, Any]) -> str:
+        environment.budget = Budget()
+        try:
+            return bounded_join(template.generate(**values))
+        except SecurityError as error:
+            raise TemplateFailureError(f"does something the sandbox forbids: {error}") from None
+        except TemplateError as error:
+            raise TemplateFailureError(f"rejects the conversation: {error}", ORDER) from None
+        except TemplateLimitError as error:
+            raise TemplateFailureError(f"was stopped: {error}") from None
+        except MemoryError:
+            raise TemplateFailureError("was stopped: it takes more memory than a template may") from None
+        except BROKEN as error:
+            raise TemplateFailureError(f"fails: {type(error).__name__}: {error}") from None
+
+    return render
 
 
 def check_size(size: int) -> None:

@@ -170,7 +170,7 @@ class _Finder:
         for name, role in TASKS[self.task].roles.items():
             chosen = getattr(self.columns, name)
             column = chosen or usual.get(name) or next((n for n in (name, *role.names) if n in existing), "")
-            if (chosen or role.required) and column not in existing:
+            if (chosen or role.required) and (not column or column not in existing):
                 raise self._missing(name, chosen, existing, where)
             # Common names overlap between roles; unless the user chose it, a column serves only one role.
             if column and (chosen or column not in resolved.values()):

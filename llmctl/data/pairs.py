@@ -4,7 +4,7 @@ Knows which field is the source and which the target. Knows no tokenizers or mod
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,31 @@ def two_files(path: str) -> tuple[str, str] | None:
 
 
 def tab_lines(name: str, source_key: str, target_key: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (where, pair) of the lines `source<TAB>target` of a file or stdin, skipping a header that names both keys."""
+    """Yield (where, pair) of the lines `source<TAB>target` of a file or stdin.
+
+    A header that names both keys says which columns they are; the index that pandas writes before them is left out.
+    """
     shown = "stdin" if name == text_files.STDIN else name
-    for number, line in text_files.numbered_lines(name):
+    lines = text_files.numbered_lines(name)
+    first = list(islice(lines, 2))
+    n_index = int(_has_index([line.rstrip("\r\n").split("\t") for _, line in first]))
+    left, right = n_index, n_index + 1
+    for number, line in chain(first, lines):
         text = line.rstrip("\r\n")
         cells = text.split("\t")
-        if not text.strip() or (number == 1 and cells[:2] == [source_key, target_key]):
-            continue
-        if len(cells) < 2:
-            raise UsageError(f"`{shown}` line {number} has no tab: `{text[:60]}`", "write lines of source<TAB>target")
-        yield f"`{shown}` line {number}", (cells[0], cells[1])
+        if number == 1 and source_key in cells and target_key in cells:
+            left, right = cells.index(source_key), cells.index(target_key)
+        elif text.strip() and not (number == 1 and n_index):
+            if len(cells) <= max(left, right):
+                raise UsageError(
+                    f"`{shown}` line {number} has no tab: `{text[:60]}`", "write lines of source<TAB>target"
+                )
+            yield f"`{shown}` line {number}", (cells[left], cells[right])
+
+
+def _has_index(lines: list[list[str]]) -> bool:
+    """Tell whether the first cell of a header has no name and that of the line below it is a row number."""
+    return len(lines) == 2 and len(lines[0]) > 2 and tables.is_index(lines[0][0]) and lines[1][0].strip().isdigit()
 
 
 def parallel_lines(left: str, right: str) -> Iterator[tuple[str, tuple[str, str]]]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,25 +17,42 @@ def is_table(name: str) -> bool:
     return _kind(Path(name)) in ROW_READERS and _kind(Path(name)) != ".tsv"
 
 
+INDEX = re.compile(r"\s*|Unnamed: \d+|__index_level_\d+__")
+"""Names of columns that pandas writes for row numbers: empty, or what it makes of an empty name when it reads it again."""
+
+
+def is_index(name: Any) -> bool:
+    """Tell whether a column has no name of its own: it holds row numbers and is no column of the data."""
+    return isinstance(name, str) and INDEX.fullmatch(name) is not None
+
+
+def without_index(row: Any) -> Any:
+    """Return a row without the columns that have no name; other values unchanged."""
+    if isinstance(row, dict) and any(map(is_index, row)):
+        return {key: value for key, value in row.items() if not is_index(key)}
+    return row
+
+
 def read_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) of a table: a dict per row, or any JSON value; stdin is JSON lines.
 
+    Columns without a name (the index of pandas) are left out.
     columns: the columns to read from parquet.
     Raises: UsageError for a file of another format.
     """
     kind = ".jsonl" if name == STDIN else _kind(Path(name))
     if kind not in ROW_READERS:
         raise UsageError(f"`{name}` is not a table", f"known extensions: {' '.join(ROW_READERS)}")
-    if kind == ".parquet":
-        yield from _parquet_rows(name, columns)
-    else:
-        yield from ROW_READERS[kind](name)
+    rows = _parquet_rows(name, columns) if kind == ".parquet" else ROW_READERS[kind](name)
+    for where, row in rows:
+        yield where, without_index(row)
 
 
 def read_cells(name: str, names: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield (where, cells by column) of a csv file, or of tab-separated lines of any other file or stdin.
 
-    `names` are the columns of a table without a header; otherwise the first line names them.
+    `names` are the columns of a table without a header; otherwise the first line names them. Columns without a name
+    (the index of pandas) are left out.
 
     Raises: UsageError naming a line with the wrong number of cells.
     """
@@ -51,7 +69,7 @@ def read_cells(name: str, names: Sequence[str] = ()) -> Iterator[tuple[str, dict
                 "correct that line" if not names else "name every column, or correct that line",
             )
         else:
-            yield f"`{shown}` line {number}", dict(zip(header, cells, strict=True))
+            yield f"`{shown}` line {number}", without_index(dict(zip(header, cells, strict=True)))
 
 
 def row_text(row: Any, key: str, where: str, setting: str = "data.text_key") -> str:

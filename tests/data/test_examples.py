@@ -195,3 +195,32 @@ def test_real_tables(shared_data):
     assert sum(not e.inputs["text"] for e in hotels) == 1
     piqa = examples(f"{shared_data / 'piqa' / 'valid.jsonl.gz'}:{shared_data / 'piqa' / 'valid-labels.lst'}", "choice")
     assert (len(piqa), piqa[1].target, len(piqa[0].choices)) == (1838, 1, 2)
+
+
+@pytest.mark.parametrize("index", ["", " ", "Unnamed: 0", "__index_level_0__"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_an_index_without_a_name_is_no_column(tmp_path, index: str, suffix: str):
+    names, cells = (index, "text", "y"), [(number, f"text {number}", "pos") for number in range(3)]
+    if suffix == ".jsonl":
+        path = rows(tmp_path / "a.jsonl", *[dict(zip(names, row, strict=True)) for row in cells])
+    else:
+        sign = "," if suffix == ".csv" else "\t"
+        lines = [sign.join(map(str, row)) for row in [names, *cells]]
+        path = written(tmp_path / f"a{suffix}", "\n".join(lines) + "\n")
+    for task, role in (("classify", "label"), ("qa", "question"), ("similarity", "pair")):
+        with pytest.raises(UsageError, match=f"no column for the {role}; it has `text`, `y`$"):
+            examples(path, task)
+    assert [(e.inputs, e.target) for e in examples(path, label="y")] == [
+        ({"text": f"text {number}"}, "pos") for number in range(3)
+    ]
+
+
+def test_the_index_of_a_parquet_table_is_no_column(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'llmctl[data]'")
+    import pyarrow as pa
+
+    table = pa.table({"text": ["a", "b"], "y": ["pos", "neg"], "__index_level_0__": [0, 1]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match="no column for the label; it has `text`, `y`"):
+        examples(tmp_path / "a.parquet")
+    assert [e.target for e in examples(tmp_path / "a.parquet", label="y")] == ["pos", "neg"]

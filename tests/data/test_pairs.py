@@ -85,3 +85,20 @@ def test_real_pairs(shared_data):
     assert len(joined) == 1014
     tatoeba = list(read_pairs([str(shared_data / "tatoeba-cmn-eng" / "cmn.txt.gz")]))
     assert len(tatoeba) == 29_155
+
+
+def test_the_index_of_pandas_is_no_side_of_a_pair(tmp_path):
+    wanted = [("q0", "a0"), ("q1", "a1")]
+    (tmp_path / "p.tsv").write_text("\tsource\ttarget\n0\tq0\ta0\n1\tq1\ta1\n")
+    assert pairs(tmp_path / "p.tsv") == wanted
+    (tmp_path / "other.tsv").write_text("\tfrage\tantwort\n0\tq0\ta0\n1\tq1\ta1\n")
+    assert pairs(tmp_path / "other.tsv") == wanted
+    (tmp_path / "p.csv").write_text("Unnamed: 0,source,target\n0,q0,a0\n1,q1,a1\n")
+    assert pairs(tmp_path / "p.csv") == wanted
+    (tmp_path / "empty.tsv").write_text("\tonly target\tnote\na\tx\tnote\n")
+    assert pairs(tmp_path / "empty.tsv") == [("a", "x")]
+
+
+def test_a_header_says_which_column_is_which(tmp_path):
+    (tmp_path / "p.tsv").write_text("target\tnote\tsource\nx\t-\ta\n")
+    assert pairs(tmp_path / "p.tsv") == [("a", "x")]

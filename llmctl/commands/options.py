@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -104,7 +104,42 @@ class Options:
 
         refuse_shared_stdin(self.recipe, self.nproc * self.nnodes)
         settings = self.set_ or []
-        return load(config_class, recipe=self.recipe, settings=settings, flags=self.flags() | dict(flags))
+        resolved: Resolved[Any] = load(
+            config_class, recipe=self.recipe, settings=settings, flags=self.flags() | dict(flags)
+        )
+        return with_one_budget(resolved)
+
+
+BUDGETS = ("train.steps", "train.tokens", "train.epochs", "train.minutes")
+"""The settings that say how long to train; the first three are counts, of which a run has one."""
+
+
+def with_one_budget(resolved: "Resolved[Any]") -> "Resolved[Any]":
+    """Keep the budget of the highest precedence: `--epochs` replaces the steps of a recipe.
+
+    Raises: UsageError for two counts at once, and for a budget of nothing, which is not the same as none.
+    """
+    from llmctl.errors import UsageError
+    from llmctl.recipe import Resolved
+
+    values = {key: getattr(resolved.config.train, key.removeprefix("train.")) for key in BUDGETS}
+    given = [key for key in BUDGETS if resolved.origins.get(key) in ("flag", "--set")]
+    zeros = [key for key in given if not values[key]]
+    if zeros and not any(values.values()):
+        raise UsageError(f"`{zeros[0]}` is {values[zeros[0]]:g}: nothing would be trained", "omit it for the default")
+    counts = [key for key in BUDGETS[:-1] if values[key]]
+    chosen = [key for key in counts if key in given]
+    if len(chosen) > 1:
+        listed = ", ".join(f"`{key}` {values[key]:g}" for key in chosen)
+        raise UsageError(
+            f"a run has one budget, but these are given: {listed}", "keep one; `train.minutes` may limit it"
+        )
+    replaced = {key for key in counts if chosen and key not in chosen}
+    if not replaced:
+        return resolved
+    train = replace(resolved.config.train, **{key.removeprefix("train."): 0 for key in replaced})
+    origins = {key: origin for key, origin in resolved.origins.items() if key not in replaced}
+    return Resolved(replace(resolved.config, train=train), origins)
 
 
 def help_of(config_class: type, keys: Mapping[str, str]) -> type:

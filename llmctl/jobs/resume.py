@@ -16,7 +16,7 @@ from llmctl.jobs.startup import agree_on_start, note_begun, open_together
 from llmctl.recipe import Resolved, changed_keys, dump, load
 from llmctl.runs.folder import Run, find_run, open_run, read_record
 from llmctl.runs.progress import make_progress
-from llmctl.training.settings import refuse_changes
+from llmctl.training.settings import refuse_changes, with_new_budget
 
 
 def resume(
@@ -44,8 +44,9 @@ def resume(
     job = JOBS[command]
     saved_recipe: Any = load(job.config_class, recipe=str(path / "recipe.yaml"), environment={}).config
     config: Any = load(job.config_class, recipe=str(path / "recipe.yaml"), environment={}, flags=given or {}).config
+    refuse_changes(path, changed_keys(saved_recipe, config), allowed)
+    config = with_new_budget(saved_recipe, config)
     changes = changed_keys(saved_recipe, config)
-    refuse_changes(path, changes, allowed)
     job.check(config)
     started = time.monotonic()
     if runtime is None:

@@ -47,7 +47,7 @@ class Planner:
         planned = state.step + max(0, int(left / (seconds / n_steps)))
         is_early = seconds < left
         if is_early or planned < state.total_steps or state.total_steps == NO_TOTAL_STEPS:
-            limit = self.config.steps or NO_TOTAL_STEPS
+            limit = planned_steps(self.config, self.n_rows)
             state.total_steps = max(state.step, min(planned, limit))
         self.next_revision = state.step * 2 if is_early else state.step + max(1, state.step // 20)
 

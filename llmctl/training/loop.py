@@ -150,6 +150,8 @@ class _Loop:
         try:
             if not state.before:
                 self.evaluate_before()
+            else:
+                self.check_metric()  # a resumed run may have changed it
             self.planner.begin(state)
             if self.config.on_divergence == "rollback" and state.step == 0:
                 self.saver.save()
@@ -247,13 +249,20 @@ class _Loop:
         """Measure the model before its first step."""
         state = self.state
         state.before = self.evaluate(None)
-        if self.t.metric not in state.before:
-            known = ", ".join(f"`{name}`" for name in state.before if name in FIGURES)
-            raise UsageError(f"`train.metric` `{self.t.metric}` is not measured in this run", f"measured are {known}")
+        self.check_metric()
         self.journal.log("eval", {"step": 0, **state.before, "full": True})
         self.t.progress.say(f"before training: {brief(state.before)}")
         if self.t.deadline is None:
             self.journal.started = time.monotonic()
+
+    def check_metric(self) -> None:
+        """Refuse a metric that the run does not measure.
+
+        Raises: UsageError with those it does.
+        """
+        if self.t.metric not in self.state.before:
+            known = ", ".join(f"`{name}`" for name in self.state.before if name in FIGURES)
+            raise UsageError(f"`train.metric` `{self.t.metric}` is not measured in this run", f"measured are {known}")
 
     def check(self) -> None:
         """Evaluate, show samples, save, and remember the best step."""

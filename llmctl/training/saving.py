@@ -58,8 +58,11 @@ class Saver:
         """Take over a checkpoint; return what keeps the resumed run from being the same bit for bit."""
         self.load(saved)
         self.state.take(saved.state)
-        if budget(saved.state.get("recipe")) != budget(self.recipe):
+        before = saved.state.get("recipe")
+        if settings(before, *BUDGET) != settings(self.recipe, *BUDGET):
             self.state.total_steps = 0
+        if settings(before, "metric") != settings(self.recipe, "metric"):  # values of two metrics do not compare
+            self.forget_step((None, -1, 0))
         self.journal.started = time.monotonic() - self.state.seconds
         self.store.verified.add(saved.path.name)
         return differences(
@@ -204,10 +207,14 @@ class Saver:
         return state.best_step
 
 
-def budget(recipe: Any) -> Any:
-    """Return the settings of a recipe that decide the number of steps."""
+BUDGET = ("steps", "tokens", "epochs", "minutes")
+"""The settings that decide the number of steps."""
+
+
+def settings(recipe: Any, *names: str) -> list[Any]:
+    """Return settings of the training loop, of a recipe as it is kept in a checkpoint."""
     train = (recipe or {}).get("train", {})
-    return [train.get(name) for name in ("steps", "tokens", "minutes")]
+    return [train.get(name) for name in names]
 
 
 def own_tensors(model: nn.Module, *, frozen: bool = True) -> dict[str, Tensor]:

@@ -15,9 +15,14 @@ from llmctl.preparing.corpus import Corpus
 from llmctl.tables.objectives import OBJECTIVES
 
 CHANGEABLE = {"optim", "train", "parallel", "merge", "max_drop"}
-FIXED = {"optim.name"}
-"""Settings of these sections that checkpoints depend on: another optimizer has another state."""
 """Sections of a recipe that a resumed run may change, with --allow-change; every other section makes another run."""
+
+FIXED = {"optim.name", "train.seed", "train.batch_size", "train.seq_len", "train.freeze"}
+"""Settings of these sections that what is on disk depends on: another optimizer has another state, frozen weights have none;
+the position in the data follows from seed, batch size and row length."""
+
+COUNTS = ("steps", "tokens", "epochs")
+"""Budgets of which a run has one; `minutes` may limit it."""
 
 
 def with_budget(config: PretrainConfig) -> PretrainConfig:
@@ -113,6 +118,18 @@ def check_family(config: PretrainConfig, family: Family, name: str) -> None:
             f"`{name}` is of family {family}, but `--objective {config.objective}` trains {' or '.join(allowed)}",
             f"--objective {' or '.join(fitting)} trains it",
         )
+
+
+def with_new_budget(old: Any, new: Any) -> Any:
+    """Return the new settings of a resumed run; a budget that was changed replaces the one the run was started with."""
+    before, train = old.train, new.train
+    given = [name for name in COUNTS if getattr(train, name) and getattr(train, name) != getattr(before, name)]
+    if not given:
+        return new
+    replaced = [name for name in COUNTS if name not in given and getattr(train, name) == getattr(before, name)]
+    if not any(getattr(before, name) for name in COUNTS) and train.minutes == before.minutes:
+        replaced.append("minutes")
+    return replace(new, train=replace(train, **dict.fromkeys(replaced, 0)))
 
 
 def refuse_changes(path: Path, changes: Mapping[str, tuple[Any, Any]], allowed: Sequence[str]) -> None:

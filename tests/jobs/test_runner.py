@@ -22,6 +22,7 @@ from llmctl.jobs.finish import Trained
 from llmctl.jobs.resume import resume
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
+from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import Silent
 
 SMALL = [
@@ -293,6 +294,46 @@ def test_a_changed_recipe_is_shown_and_refused_unless_allowed(corpus):
     assert load(PretrainConfig, recipe=str(folder / "recipe.yaml"), environment={}).config.train.steps == 20
     with pytest.raises(UsageError, match="finished"):
         resume("pretrain", str(folder), quiet=True)
+
+
+@pytest.mark.parametrize(("key", "first", "then"), [("epochs", 1.0, 2.0), ("tokens", 3000, 6000), ("steps", 12, 20)])
+def test_a_changed_budget_trains_as_long_as_it_says_with_its_schedule(corpus, key: str, first: float, then: float):
+    folder = stopped_run(corpus, "train.steps=0", f"train.{key}={first}", "train.log_every=1", after_step=4)
+    trained = resume("pretrain", str(folder), quiet=True, given={f"train.{key}": then}, allowed=[f"train.{key}"])
+    whole = run(corpus, "train.steps=0", f"train.{key}={then}", "train.log_every=1")
+    assert trained is not None
+    assert trained.summary["steps"] == whole.summary["steps"] > 4
+    rates = [
+        {r["step"]: r["lr"] for r in MetricsFile(path / "metrics.jsonl").read() if r["kind"] == "train"}
+        for path in (folder, whole.path)
+    ]
+    assert {step: lr for step, lr in rates[0].items() if step > 4} == {s: lr for s, lr in rates[1].items() if s > 4}
+
+
+def test_a_budget_of_another_kind_replaces_the_first(corpus):
+    folder = stopped_run(corpus, after_step=4)
+    resume("pretrain", str(folder), quiet=True, given={"train.tokens": 4000}, allowed=["train.tokens"])
+    train = load(PretrainConfig, recipe=str(folder / "recipe.yaml"), environment={}).config.train
+    assert (train.steps, train.tokens) == (0, 4000)
+
+
+@pytest.mark.parametrize("key", ["train.seed", "train.batch_size", "train.seq_len", "train.freeze", "optim.name"])
+def test_what_cannot_take_effect_is_refused_and_leaves_the_recipe(corpus, key: str):
+    folder = stopped_run(corpus, after_step=2)
+    before = (folder / "recipe.yaml").read_bytes()
+    value = {"train.freeze": ["embeddings"], "optim.name": "adamw"}.get(key, 16)
+    with pytest.raises(UsageError, match="cannot change"):
+        resume("pretrain", str(folder), quiet=True, given={key: value}, allowed=[key])
+    assert (folder / "recipe.yaml").read_bytes() == before
+
+
+def test_a_changed_metric_forgets_the_best_value_of_the_other(corpus):
+    folder = stopped_run(corpus, "train.eval_every=2", after_step=5)
+    with pytest.raises(UsageError, match="`bleu` is not measured"):
+        resume("pretrain", str(folder), quiet=True, given={"train.metric": "bleu"}, allowed=["train.metric"])
+    trained = resume("pretrain", str(folder), quiet=True, given={"train.metric": "accuracy"}, allowed=["train.metric"])
+    assert trained is not None
+    assert trained.summary["kept_step"] > 4  # no accuracy exceeds the loss of step 4
 
 
 def test_the_same_settings_beside_resume_are_no_change(corpus):

@@ -351,6 +351,7 @@ class TaskConfig:
     )
     template: str = setting("", "prompt template with {column} placeholders; empty: the task's own")
     system: str = setting("", "chat: system message for conversations without one")
+    answers: Literal["all", "last"] = setting("all", "chat: answers of a conversation to train: all, or the last one")
     columns: ColumnsConfig = section(ColumnsConfig, "columns of the data")
     data: FinetuneDataConfig = section(FinetuneDataConfig, "examples")
     optim: FinetuneOptimConfig = section(FinetuneOptimConfig, "optimizer")

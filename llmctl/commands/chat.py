@@ -96,6 +96,7 @@ def chat(
     talk = Chat(loaded, config, argument(system))
     if talk.template is not None and talk.template.is_plain:
         note(PLAIN_NOTE, quiet=quiet)
+    note_system(talk)
     if lines is not None:
         play(talk, lines)
         return
@@ -238,10 +239,18 @@ ENDINGS = {
 }
 
 
+def note_system(talk: "Chat") -> None:
+    """Say if the model will not see the system prompt."""
+    from llmctl.inference.chat import SYSTEM_NOTE, hides_system
+
+    note(SYSTEM_NOTE, quiet=talk.template is None or not hides_system(talk.template, talk.system))
+
+
 def set_system(talk: "Chat", text: str) -> bool:
     """`/system`: set or show the system prompt."""
     if text:
         talk.set_system(text)
+        note_system(talk)
     else:
         note(talk.system or "(no system prompt)")
     return True

@@ -127,11 +127,12 @@ def generate(
 
 def turn_of(loaded: "Loaded", system: str, *, quiet: bool) -> "Turn":
     """Return the renderer of chat messages, and print a note if the model has no chat template."""
-    from llmctl.inference.chat import PLAIN_NOTE, Turn
+    from llmctl.inference.chat import PLAIN_NOTE, SYSTEM_NOTE, Turn, hides_system
     from llmctl.inference.chat_template import template_of
 
     template = template_of(loaded)
     note(PLAIN_NOTE, quiet=quiet or not template.is_plain)
+    note(SYSTEM_NOTE, quiet=not hides_system(template, system))
     return Turn(template, system)
 
 

@@ -64,7 +64,12 @@ class Template:
         )
 
     def render(
-        self, messages: Sequence[Message], tokens: Mapping[str, str], *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Message],
+        tokens: Mapping[str, str],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Any] = (),
     ) -> Rendered:
         """Render messages; `tokens` are the special tokens a template may use, such as `eos_token`.
 
@@ -72,16 +77,13 @@ class Template:
         """
         from llmctl.data.chat_sandbox import CLOSE, OPEN, TemplateFailureError
 
-        dicts = [message._asdict() for message in messages]
-        values = {"messages": dicts, "add_generation_prompt": add_generation_prompt, **NOTHING, **tokens}
+        dicts = [message.to_dict() for message in messages]
+        values = {"messages": dicts, "tools": list(tools) or None, "documents": None, **tokens}
         try:
-            text = self._render(values)
+            text = self._render({**values, "add_generation_prompt": add_generation_prompt})
         except TemplateFailureError as error:
             raise UsageError(f"{self.name} {error}", error.hint) from None
         return cut_marks(text, OPEN, CLOSE)
-
-
-NOTHING: Mapping[str, None] = {"tools": None, "documents": None}
 
 
 def cut_marks(text: str, first: str, last: str) -> Rendered:

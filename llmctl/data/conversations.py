@@ -21,17 +21,28 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 
 
 class Message(NamedTuple):
-    """One message of a conversation; `role` is one of `ROLES`."""
+    """One message of a conversation; `role` is one of `ROLES`.
+
+    fields: what else the row says of it, such as `tool_calls`, for the chat template. is_trained: false for an answer with
+    `"weight": 0`.
+    """
 
     role: str
     content: str
+    fields: tuple[tuple[str, Any], ...] = ()
+    is_trained: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the message as chat templates and `read_conversations` take it."""
+        return {"role": self.role, "content": self.content, **dict(self.fields)}
 
 
 class Conversation(NamedTuple):
-    """The messages of one row; `where` is its file and line, for error messages."""
+    """The messages of one row and the tools they may call; `where` is its file and line, for error messages."""
 
     where: str
     messages: list[Message]
+    tools: tuple[Any, ...] = ()
 
 
 Row = Mapping[str, Any]
@@ -74,7 +85,7 @@ def _read_row(row: Any, where: str, messages_key: str) -> Iterator[Conversation]
             raise UsageError(
                 f"{conversation.where} has no assistant message", "a conversation needs at least one answer"
             )
-        yield conversation
+        yield conversation._replace(tools=_tools(row, where))
 
 
 def _shape(row: Row, where: str) -> tuple[str, ...]:
@@ -166,16 +177,26 @@ KNOWN_SHAPES = "known fields: " + "; ".join(" with ".join(f"`{name}`" for name i
 
 def _listed(row: Row, key: str, where: str) -> Conversation:
     """Read a list of messages from a field; in a csv or tsv file it is a JSON string."""
-    value = row[key]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(
-                f"{where}: `{key}` is text but not a JSON list: {error}", "write the messages as a JSON list"
-            ) from error
-    messages = _message_list(value, key, where)
+    messages = _message_list(_parsed(row[key], key, where), key, where)
     return Conversation(where, [*_system(row, where, messages), *messages])
+
+
+def _parsed(value: Any, key: str, where: str) -> Any:
+    """Return a value, or what it is the JSON text of."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: `{key}` is text but not a JSON list: {error}", "write it as a JSON list") from error
+
+
+def _tools(row: Row, where: str) -> tuple[Any, ...]:
+    """Return the tools of a row: a list, or one as JSON text; none if there is no such field."""
+    tools = _parsed(row.get("tools") or [], "tools", where)
+    if not isinstance(tools, list):
+        raise UsageError(f"{where}: `tools` is {_kind(tools)}, not a list", "list the tools, or remove the field")
+    return tuple(map(_whole, tools))
 
 
 def _message_list(value: Any, key: str, where: str) -> list[Message]:
@@ -194,13 +215,27 @@ def _message(item: Any, where: str) -> Message:
         raise UsageError(f"{where} is {_kind(item)}, not an object", "a message has `role` and `content`")
     # Some datasets have `from` in addition to `role`, with another meaning.
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    # A message that only calls tools has no text.
+    if item.get("tool_calls") and item.get(content_key) is None:
+        item = {**item, content_key: ""}
     for key in (role_key, content_key):
         if key not in item:
             raise UsageError(
                 f"{where} has no `{key}`; it has {_fields(item) or 'no fields'}",
                 "a message has `role` and `content`, or `from` and `value`",
             )
-    return Message(_role(item[role_key], role_key, where), _text(item[content_key], f"`{content_key}`", where))
+    content = _text(item[content_key], f"`{content_key}`", where)
+    # Tables fill the fields that other messages have with null.
+    read = (role_key, content_key, "weight")
+    more = tuple((key, _whole(value)) for key, value in item.items() if key not in read and value not in (None, [], {}))
+    return Message(_role(item[role_key], role_key, where), content, more, _is_trained(item.get("weight"), where))
+
+
+def _is_trained(weight: Any, where: str) -> bool:
+    """Tell whether a message's `weight`, 0 or 1, lets it be trained."""
+    if weight not in (None, 0, 1):
+        raise UsageError(f"{where}: `weight` is `{weight!s:.40}`, it must be 0 or 1", "0 leaves the answer untrained")
+    return weight is None or bool(weight)
 
 
 def _role(value: Any, key: str, where: str) -> str:
@@ -215,6 +250,15 @@ def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{where}: {field} is {_kind(value)}, not text", "only text is supported")
     return tables.whole_characters(value)
+
+
+def _whole(value: Any) -> Any:
+    """Return a value of JSON whose strings can be encoded."""
+    if isinstance(value, str):
+        return tables.whole_characters(value)
+    if isinstance(value, dict):
+        return {key: _whole(item) for key, item in value.items()}
+    return list(map(_whole, value)) if isinstance(value, list) else value
 
 
 def _kind(value: Any) -> str:

@@ -5,6 +5,7 @@ A decoder sees the conversation through its chat template; an encoder-decoder se
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llmctl.artifacts.load import Loaded
 from llmctl.config import GenerateConfig
@@ -21,6 +22,7 @@ from llmctl.inference.prefix import Prefix
 ROOM_FRAC = 4
 """Reserve at most 1 / ROOM_FRAC of the context for the answer (less if max_tokens is smaller)."""
 
+SYSTEM_NOTE = "the chat template leaves out system messages: the model does not see this one"
 PLAIN_NOTE = "the model has no chat template; using a plain one that it may not have been trained on"
 
 
@@ -96,9 +98,9 @@ class Chat:
         """Clear the conversation, keep the system prompt."""
         self.messages, self.start = [], 0
 
-    def record(self) -> dict[str, list[dict[str, str]]]:
+    def record(self) -> dict[str, list[dict[str, Any]]]:
         """Return the conversation in the format that `read_conversations` reads."""
-        return {"messages": [message._asdict() for message in with_system(self.system, self.messages)]}
+        return {"messages": [message.to_dict() for message in with_system(self.system, self.messages)]}
 
     def ask(self, text: str, on_text: Callable[[str], None]) -> Answer:
         """Send a message and return the answer; `on_text` gets the answer as it is generated.
@@ -159,6 +161,14 @@ class Lead:
             self.lead, new = self.lead[1:], new[1:]
         self.lead = "" if new else self.lead
         return new
+
+
+def hides_system(template: ChatTemplate, system: str) -> bool:
+    """Tell whether a chat template leaves out the system prompt.
+
+    Raises: UsageError if it rejects one.
+    """
+    return bool(system) and bool(template.left_out(with_system(system, [Message("user", "问")])))
 
 
 def with_system(system: str, messages: Sequence[Message]) -> list[Message]:

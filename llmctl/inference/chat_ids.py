@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 def encode_conversation(
     template: ChatTemplate, messages: Sequence[Message], *, last_only: bool = False, where: str = ""
 ) -> Encoded:
-    """Encode a conversation and mark the trained ids: every answer with its end-of-turn token.
+    """Encode a conversation and mark the trained ids: every answer with its end-of-turn token, or the last one.
 
     Messages after the last answer are dropped. `where` is the prefix of error messages.
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmctl.data.chat_text import BEGIN, PLAIN_TEMPLATE, Rendered, Template
 from llmctl.data.conversations import Message
@@ -28,6 +28,11 @@ TOKEN_ROLES = ("bos", "eos", "unk", "pad", "mask", "sep", "cls")
 HINT = "mark the answers in the template with {% generation %}"
 
 
+BOOKKEEPING = ("tool_call_id",)
+"""Fields of messages that say nothing to a model."""
+PROBE = "问"
+
+
 class Part(NamedTuple):
     """A part of a rendered conversation."""
 
@@ -38,11 +43,13 @@ class Part(NamedTuple):
 class ChatTemplate:
     """A chat template and its tokenizer; `is_plain`: the built-in template, for a model without one.
 
+    tools: what the answers may call, for this conversation (`with_tools`).
     Raises: UsageError on first use for a template that is not valid Jinja.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, tokens: Mapping[str, str], *, is_plain: bool) -> None:
         self.tokenizer, self.template, self.tokens, self.is_plain = tokenizer, Template(source), dict(tokens), is_plain
+        self.tools: tuple[Any, ...] = ()
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the source: compiled templates cannot be sent to worker processes."""
@@ -77,17 +84,67 @@ class ChatTemplate:
         lead = answer[:start] if start > 0 and answer[:start].isspace() else ""
         return lead, end[0] if end else ""
 
+    def with_tools(self, tools: Sequence[Any]) -> "ChatTemplate":
+        """Return the template for a conversation with these tools; no text in them is taken for a special token."""
+        if not tools and not self.tools:
+            return self
+        other = ChatTemplate.__new__(ChatTemplate)
+        vars(other).update(vars(self))  # what is compiled is shared
+        other.tools = tuple(self._literal(tool) for tool in tools)
+        return other
+
     def render(self, messages: Sequence[Message], *, asks: bool) -> Rendered:
         """Render messages as text; `asks`: with the generation prompt at the end."""
-        return self.template.render(messages, self.tokens, add_generation_prompt=asks)
+        return self.template.render(messages, self.tokens, add_generation_prompt=asks, tools=self.tools)
+
+    def left_out(self, messages: Sequence[Message]) -> list[tuple[int, str]]:
+        """Return what the template does not render: (index of the message, name of its field), and (-1, "tools").
+
+        A part is left out if the text stays the same without it.
+        """
+        messages = self.escaped(messages)
+        whole = self.render(messages, asks=False).text
+
+        def is_rendered(index: int, **changes: Any) -> bool:
+            changed = [*messages[:index], messages[index]._replace(**changes), *messages[index + 1 :]]
+            try:
+                return self.render(changed, asks=False).text != whole
+            except UsageError:  # the template rejects the conversation without it
+                return True
+
+        found = [(-1, "tools")] if self.tools and self.with_tools(()).render(messages, asks=False).text == whole else []
+        for index, message in enumerate(messages):
+            for name, _ in message.fields:
+                rest = tuple(field for field in message.fields if field[0] != name)
+                if name not in BOOKKEEPING and not is_rendered(index, fields=rest):
+                    found.append((index, name))
+            core = message.content.strip()
+            if core and core not in whole and not is_rendered(index, content=f"{message.content} {PROBE}"):
+                found.append((index, "content"))
+        return found
 
     def escaped(self, messages: Iterable[Message]) -> list[Message]:
         """Return messages in which no text can be mistaken for a special token."""
-        return [message._replace(content=self._escape(message.content)) for message in messages]
+        return [
+            message._replace(content=self._escape(message.content), fields=self._literal(message.fields))
+            for message in messages
+        ]
+
+    def _literal(self, value: Any) -> Any:
+        """Return a value of JSON in whose strings no special token is left; not in its keys, which templates look up."""
+        if isinstance(value, str):
+            return self._broken(value)
+        if isinstance(value, dict):
+            return {key: self._literal(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._literal, value))
+        return value
+
+    def _broken(self, text: str) -> str:
+        return self.special_pattern.sub(lambda match: f"{match[0][0]}{MARK}{match[0][1:]}", text.translate(ESCAPES))
 
     def _escape(self, content: str) -> str:
-        content = content.translate(ESCAPES)
-        content = self.special_pattern.sub(lambda match: f"{match[0][0]}{MARK}{match[0][1:]}", content)
+        content = self._broken(content)
         core = content.strip()
         if core and self._joins(core):
             content = content.replace(core, f"{MARK}{core}{MARK}", 1)
@@ -139,7 +196,8 @@ class ChatTemplate:
             parts, _, rest = self._chain(messages)
             answer = ""
         parts = [Part(part.text, is_answer=part.is_answer and not last_only) for part in parts]
-        return [part for part in [*parts, Part(answer, is_answer=True), Part(rest, is_answer=False)] if part.text]
+        last = Part(answer, is_answer=messages[-1].is_trained)
+        return [part for part in [*parts, last, Part(rest, is_answer=False)] if part.text]
 
     def _marked(self, messages: Sequence[Message], *, last_only: bool) -> list[Part]:
         whole = self.render(messages, asks=False)
@@ -153,8 +211,28 @@ class ChatTemplate:
                 "make both agree: the model would be trained after a different prompt than it sees at inference",
             )
         if last_only:
-            return [Part(part.text, is_answer=index == last) for index, part in enumerate(parts)]
-        return parts
+            is_trained = messages[-1].is_trained
+            return [Part(part.text, is_answer=is_trained and index == last) for index, part in enumerate(parts)]
+        if all(message.is_trained for message in messages if message.role == "assistant"):
+            return parts
+        return self._weighted(messages, parts)
+
+    def _weighted(self, messages: Sequence[Message], parts: Sequence[Part]) -> list[Part]:
+        """Return the parts without the blocks of answers that are not trained."""
+        flags: list[bool] = []
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                n_blocks = len(self.render(messages[: index + 1], asks=False).answers)
+                flags += [message.is_trained] * (n_blocks - len(flags))
+        n_blocks = sum(part.is_answer for part in parts)
+        if len(flags) != n_blocks:
+            raise UsageError(
+                f"`weight` has no effect: the chat template marks {n_blocks} blocks in the conversation, {len(flags)} up to "
+                "its answers",
+                "remove the `weight` of the messages, or train only the last answer: --set answers=last",
+            )
+        trained = iter(flags)
+        return [Part(part.text, is_answer=part.is_answer and next(trained)) for part in parts]
 
     def _chain(self, messages: Sequence[Message]) -> tuple[list[Part], str, str]:
         """Return the parts up to the end of the last answer, their text, and the template text after it.
@@ -169,7 +247,7 @@ class ChatTemplate:
             before, answer, rest = self._trained(messages[: index + 1])
             if not before.startswith(done):
                 raise RewritesError(f"the chat template rewrites earlier turns before message {index + 1}", REWRITES)
-            parts += [Part(before[len(done) :], is_answer=False), Part(answer, is_answer=True)]
+            parts += [Part(before[len(done) :], is_answer=False), Part(answer, is_answer=message.is_trained)]
             done = before + answer
         return parts, done, rest
 
@@ -192,8 +270,11 @@ class ChatTemplate:
         before, answer = self._answer(messages)
         core = messages[-1].content.strip()
         start = answer.find(core)  # -1 if the template changed the message
-        end = self.special_pattern.search(answer, start + len(core) if start >= 0 else 0)
-        cut_at = end.end() if end else len(answer)
+        ends = [end.end() for end in self.special_pattern.finditer(answer, start + len(core) if start >= 0 else 0)]
+        cut_at = ends[0] if ends else len(answer)
+        if ends and messages[-1].fields:  # special tokens may stand around what follows the text, such as tool calls
+            usual = [at for at in ends if answer[:at].endswith(self.shape[1])]
+            cut_at = usual[0] if usual else ends[-1]
         return before, answer[:cut_at], answer[cut_at:]
 
 
@@ -201,7 +282,7 @@ class RewritesError(UsageError):
     """The text of the first turns is not a prefix of the text of more turns."""
 
 
-REWRITES = f"train only the last answer, or {HINT}"
+REWRITES = f"train only the last answer: --set answers=last; or {HINT}"
 
 
 def rebuild(tokenizer: Tokenizer, source: str, tokens: Mapping[str, str], is_plain: bool) -> ChatTemplate:

@@ -147,25 +147,63 @@ def prompt_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[Examp
 def conversation_rows(encoder: Encoder, conversations: Iterable[Conversation]) -> Iterator[ExampleRow]:
     """Yield conversations with every assistant answer trained; a long conversation is truncated at its end."""
     assert encoder.chat is not None
-    ends = end_of_turn_ids(encoder.chat)
+    ends, findings = end_of_turn_ids(encoder.chat), encoder.findings
     for conversation in conversations:
-        messages = list(conversation.messages)
+        messages, where = list(conversation.messages), conversation.where
         if encoder.config.system and messages[0].role != "system":
             messages.insert(0, Message("system", encoder.config.system))
-        answers = [message.content for message in messages if message.role == "assistant"]
+        template = encoder.chat.with_tools(conversation.tools)
+        messages, calls = seen(template, messages, findings, where)
+        answers = [
+            message.content + calls.get(n, "") for n, message in enumerate(messages) if message.role == "assistant"
+        ]
         if not any(text.strip() for text in answers):
-            encoder.findings.note("empty", conversation.where)
+            findings.note("empty", where)
             continue
-        ids, trained = encode_conversation(encoder.chat, messages, where=conversation.where)
-        note_ends(encoder.findings, ids, trained, ends, conversation.where)
+        if not all(text.strip() for text in answers):
+            findings.note("silent", where)
+        last_only = encoder.config.answers == "last"
+        ids, trained = encode_conversation(template, messages, last_only=last_only, where=where)
+        note_ends(findings, ids, trained, ends, where)
         last = max((index for index, is_trained in enumerate(trained) if is_trained), default=0)
         ids, trained = ids[: last + 1], trained[: last + 1]  # drop template text after the last answer
         if len(ids) > encoder.limit + 1:
-            if encoder.too_long(conversation.where, len(ids)):
+            if encoder.too_long(where, len(ids)):
                 continue
             ids, trained = ids[: encoder.limit + 1], trained[: encoder.limit + 1]
-        key = "\0".join(message.content for message in messages if message.role != "assistant")
-        yield from trained_row(encoder, ExampleRow(conversation.where, ids, key, "\0".join(answers), trained))
+        asked = [
+            message.content + calls.get(n, "") for n, message in enumerate(messages) if message.role != "assistant"
+        ]
+        key = "\0".join([*asked, *map(repr, conversation.tools)])
+        yield from trained_row(encoder, ExampleRow(where, ids, key, "\0".join(answers), trained))
+
+
+def seen(
+    template: ChatTemplate, messages: Sequence[Message], findings: Findings, where: str
+) -> tuple[list[Message], dict[int, str]]:
+    """Count what the chat template leaves out; return the messages, and by index the rendered fields of some as text.
+
+    An answer without text or rendered fields is not trained: it would teach a model to say nothing.
+    """
+    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+    try:
+        left_out = template.left_out(messages[: last + 1])
+    except UsageError:  # encoding the conversation says it with the place
+        left_out = []
+    for index, name in left_out:
+        if name == "content":
+            findings.note("unseen", f"{where}, `{messages[index].role}`")
+        else:
+            findings.note("unread", f"{where}, `{name}`")
+    fields = {
+        index: repr([field for field in message.fields if (index, field[0]) not in left_out])
+        for index, message in enumerate(messages)
+        if any((index, name) not in left_out for name, _ in message.fields)
+    }
+    return [
+        message._replace(is_trained=message.is_trained and bool(message.content.strip() or index in fields))
+        for index, message in enumerate(messages)
+    ], fields
 
 
 def note_ends(findings: Findings, ids: Sequence[int], trained: Sequence[bool], ends: set[int], where: str) -> None:

@@ -25,7 +25,7 @@ from llmctl.inference.chat_template import template_of
 from llmctl.inference.generate import Prompt, generate
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
-from tests.support.chats import MISTRAL, talk
+from tests.support.chats import DEAF, MISTRAL, talk
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 120
@@ -477,3 +477,21 @@ def test_a_broken_template_is_named(call, models, tmp_path):
         status, out, err = call(*command, "-m", "broken", "-q", stdin=b"a\n")
         assert (status, out) == (2, "")
         assert "not valid Jinja" in err
+
+
+def test_a_system_prompt_that_the_template_leaves_out_is_said(call, models, tmp_path):
+    from llmctl.formats.artifact import read_artifact
+
+    artifact = read_artifact(models / "decoder")
+    files = artifact.files | {"chat_template.jinja": DEAF.replace("<|im_end|>", "{{ eos_token }}").encode()}
+    write_artifact(tmp_path / "deaf", artifact.config, artifact.state(), files=files, provenance={})
+    said = "leaves out system messages"
+    for system, is_said in (("", False), ("Be a pirate.", True)):
+        _, _, err = call("generate", "--chat", "a", "-s", system, "-m", "deaf", "-n", "1", "-q")
+        assert (said in err) == is_said
+        _, _, err = call("chat", "--script", "-", "-s", system, "-m", "deaf", "-n", "1", "-q", stdin=b"a\n")
+        assert (said in err) == is_said
+    _, _, err = call("chat", "--script", "-", "-m", "deaf", "-n", "1", "-q", stdin=b"/system Be brief.\na\n")
+    assert said in err
+    _, _, err = call("generate", "--chat", "a", "-s", "Be brief.", "-m", str(models / "templated"), "-n", "1", "-q")
+    assert err == ""

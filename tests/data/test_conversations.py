@@ -196,3 +196,42 @@ def test_published_demonstrations(shared_data: Path):
     tasks = [json.loads(line) for line in (folder / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(messages_of(str(folder / "seed_tasks.jsonl"))) == sum(len(task["instances"]) for task in tasks)
     assert len(messages_of(str(shared_data / "gsm8k" / "train.jsonl.gz"))) == 7473
+
+
+def test_what_a_message_says_beside_its_text_is_kept(write):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "\ud800"}}}
+    path = write(
+        json.dumps(
+            {
+                "tools": json.dumps([{"name": "f"}]),
+                "messages": [
+                    {"role": "user", "content": "Hi", "name": None, "weight": None},
+                    {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1},
+                    {"role": "tool", "content": "1", "tool_call_id": "x"},
+                    {"role": "assistant", "content": "Hm", "weight": 0, "tool_calls": []},
+                ],
+            }
+        )
+    )
+    (conversation,) = read_conversations([path])
+    kept = {"type": "function", "function": {"name": "f", "arguments": {"a": "\ufffd"}}}
+    assert conversation.tools == ({"name": "f"},)
+    assert conversation.messages == [
+        Message("user", "Hi"),
+        Message("assistant", "", (("tool_calls", [kept]),)),
+        Message("tool", "1", (("tool_call_id", "x"),)),
+        Message("assistant", "Hm", is_trained=False),
+    ]
+    assert conversation.messages[1].to_dict() == {"role": "assistant", "content": "", "tool_calls": [kept]}
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"weight": 0.5}, "`weight` is `0.5`"), ({"content": None}, "null"), ({"tool_calls": []}, "null")],
+)
+def test_weights_and_texts_that_cannot_be_are_named(write, change: dict, part: str):
+    answer = {"role": "assistant", "content": None if "tool_calls" in change else "Hi", **change}
+    with pytest.raises(UsageError, match=f"line 1.*{part}"):
+        messages_of(write({"messages": [{"role": "user", "content": "Hi"}, answer]}))
+    with pytest.raises(UsageError, match="`tools` is dict, not a list"):
+        messages_of(write({"tools": {"name": "f"}, "question": "a", "answer": "b"}))

@@ -51,7 +51,7 @@ def test_what_was_taught_is_said(make_loaded, text_tokenizer, source):
     chat = Chat(loaded, CONFIG, system="a")
     for question, answer in zip(TAUGHT[1::2], TAUGHT[2::2], strict=True):
         assert ask(chat, question.content) == (answer.content, answer.content)
-    assert chat.record() == {"messages": [message._asdict() for message in TAUGHT]}
+    assert chat.record() == {"messages": [message.to_dict() for message in TAUGHT]}
     chat.reset()
     assert ask(chat, "a list")[0] == "of strings"
 

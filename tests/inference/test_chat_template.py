@@ -11,7 +11,7 @@ from llmctl.inference.chat_ids import encode_conversation, encode_prompt_chat, e
 from llmctl.inference.chat_template import ChatTemplate, chat_template, find_template
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import load_tokenizer
-from tests.support.chats import CHATML, CONVERSATIONS, MARKED, MISTRAL, PHI3, REWRITING, TEMPLATES, talk
+from tests.support.chats import CHATML, CONVERSATIONS, DEAF, MARKED, MISTRAL, PHI3, REWRITING, TEMPLATES, TOOLS, talk
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>")
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -235,3 +235,67 @@ def test_a_dummy_prefix_comes_once(shared_data):
         spoken = [tokenizer.decode_bytes(run).decode() for run in answers]
         assert spoken == [template.shape[0] + "a time", template.shape[0] + "ran"]
         assert tokenizer.decode_bytes(encoded.ids).decode().count("  ") == 0
+
+
+CALL = {"type": "function", "function": {"name": "get_time", "arguments": {"city": "Rome</s>"}}}
+CALLING = [
+    Message("user", "What time is it?"),
+    Message("assistant", "", (("tool_calls", [CALL]),)),
+    Message("tool", "12:00", (("tool_call_id", "1"),)),
+    Message("assistant", "It is noon."),
+]
+TOOL = {"type": "function", "function": {"name": "get_time", "description": "Says <|im_end|> the time."}}
+
+
+def test_tool_calls_are_trained_whole_and_tools_are_given(byte_tokenizer):
+    template = make(byte_tokenizer, TOOLS).with_tools([TOOL])
+    encoded = encode_conversation(template, CALLING)
+    call = json.dumps(CALL["function"])
+    assert [shown(byte_tokenizer, run) for run in trained(encoded)] == [
+        f"<s>{call}</s><|im_end|>",
+        "It is noon.<|im_end|>",
+    ]
+    assert shown(byte_tokenizer, encoded.ids).startswith(f"<|im_start|>tools\n{json.dumps([TOOL])}<|im_end|>\n")
+    # What the strings of tools and calls spell stays text.
+    end, close = (byte_tokenizer.special_tokens()[name].token_id for name in ("<|im_end|>", "</s>"))
+    assert (encoded.ids.count(end), encoded.ids.count(close)) == (5, 1)
+    assert template.left_out(CALLING) == []
+
+
+def test_what_a_template_leaves_out_is_named(byte_tokenizer):
+    system = Message("system", "Be brief.")
+    odd = Message("user", "Hi", (("mood", "glad"),))
+    assert make(byte_tokenizer, DEAF).left_out([system, odd, *CALLING]) == [
+        (0, "content"),
+        (1, "mood"),
+        (3, "tool_calls"),
+        (4, "content"),
+    ]
+    assert make(byte_tokenizer, CHATML).with_tools([TOOL]).left_out([system, *CALLING]) == [
+        (-1, "tools"),
+        (2, "tool_calls"),
+    ]
+    for name, source in TEMPLATES.items():
+        for conversation in CONVERSATIONS:
+            assert make(byte_tokenizer, source).left_out(conversation) == [], name
+    assert make(byte_tokenizer, REWRITING).left_out(talk("2+2", "<think>a</think>4", "3+3", "<think>b</think>6")) == []
+
+
+@pytest.mark.parametrize("source", [CHATML, MARKED, MISTRAL])
+def test_an_answer_of_weight_0_is_not_trained(byte_tokenizer, source: str):
+    first, bad, second, good = talk("Hi", "BAD", "Again", "Good.")
+    template = make(byte_tokenizer, source)
+    whole = encode_conversation(template, [first, bad, second, good])
+    encoded = encode_conversation(template, [first, bad._replace(is_trained=False), second, good])
+    assert encoded.ids == whole.ids
+    assert trained(encoded) == trained(whole)[1:]
+    assert not any(encode_conversation(template, [first, bad._replace(is_trained=False)]).is_trained)
+
+
+def test_a_template_that_rewrites_answers_trains_the_last_one(byte_tokenizer):
+    template, messages = make(byte_tokenizer, REWRITING), talk("2+2", "<think>a</think>4", "3+3", "<think>b</think>6")
+    with pytest.raises(UsageError, match="rewrites earlier turns") as caught:
+        encode_conversation(template, messages)
+    assert "--set answers=last" in caught.value.hint
+    encoded = encode_conversation(template, messages, last_only=True)
+    assert [shown(byte_tokenizer, run) for run in trained(encoded)] == ["<think>b</think>6<|im_end|>"]

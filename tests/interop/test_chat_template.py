@@ -87,7 +87,7 @@ def compare(folder: Path, source: str, messages: list[Message]) -> None:
     template = chat_template(load_tokenizer(folder), files, begins_with_bos=True, source=source)
 
     def expected(part: list[Message], *, asks: bool) -> tuple[str, list[int]]:
-        plain = [message._asdict() for message in part]
+        plain = [message.to_dict() for message in part]
         options = {"chat_template": source, "add_generation_prompt": asks}
         text = theirs.apply_chat_template(plain, tokenize=False, **options)
         return text, theirs.apply_chat_template(plain, tokenize=True, **options)["input_ids"]
@@ -109,7 +109,7 @@ def test_marked_answers_are_those_of_transformers(folder: Path):
     template = chat_template(load_tokenizer(folder), files, begins_with_bos=True, source=MARKED)
     for messages in CONVERSATIONS:
         found = theirs.apply_chat_template(
-            [message._asdict() for message in messages],
+            [message.to_dict() for message in messages],
             chat_template=MARKED,
             tokenize=True,
             return_dict=True,

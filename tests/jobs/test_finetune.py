@@ -326,6 +326,44 @@ def test_findings_are_counted_with_their_places(models):
     del config
 
 
+def test_what_of_a_conversation_is_not_trained_is_found(models):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    good, bad = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad", "weight": 0}
+    asked = {"role": "user", "content": "猫?"}
+    rows = [
+        {"messages": [asked, good]},
+        {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}, asked, good], "tools": [call]},
+        {"messages": [asked, bad, {**asked, "mood": 1}, good]},
+        {"messages": [asked, bad]},
+    ]
+    data = write_rows("odd.jsonl", rows)
+    _, base, corpus, findings, _ = prepared(models["decoder"], data, "chat")
+    found = findings.to_dict()
+    assert {kind: found[kind] for kind in ("silent", "unread", "unseen", "untrained", "empty", "rows")} == {
+        "silent": 1,
+        "unread": 3,
+        "unseen": 0,
+        "untrained": 1,
+        "empty": 0,
+        "rows": 3,
+    }
+    assert "(first: `odd.jsonl` line 2, `tools`)" in "\n".join(findings.lines())
+    assert base.tokenizer is not None
+    flags = [corpus.targets.document(row).astype(bool) for row in range(3)]
+    ids = [corpus.documents.document(row)[mask] for row, mask in enumerate(flags)]
+    assert {base.tokenizer.decode(part.tolist()).strip() for part in ids} == {"good"}
+    with pytest.raises(UsageError, match="empty answer"):
+        run(models["decoder"], data, "chat", "data.strict=true")
+
+
+def test_the_last_answer_alone_is_trained_where_that_is_asked_for(models):
+    _, base, corpus, _, _ = prepared(models["decoder"], chats(4), "chat", "answers=last")
+    assert base.tokenizer is not None
+    for row in range(4):
+        trained = corpus.documents.document(row)[corpus.targets.document(row).astype(bool)]
+        assert base.tokenizer.decode(trained.tolist()).strip() == "good 猫"
+
+
 def test_held_out_rows_that_are_also_trained_on_are_said(models):
     train, val = (
         classes(4),

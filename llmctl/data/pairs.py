@@ -13,9 +13,13 @@ from llmctl.errors import UsageError
 
 
 def read_pairs(
-    paths: Sequence[str], *, source_key: str = "source", target_key: str = "target"
+    paths: Sequence[str],
+    *,
+    source_key: str = "source",
+    target_key: str = "target",
+    blank: text_files.Blank | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """Yield (source, target) of every pair, in order; pairs with an empty side are skipped.
+    """Yield (source, target) of every pair, in order; pairs with an empty side are skipped, and counted in `blank`.
 
     A .tsv or plain text line is `source<TAB>target` (further columns are ignored; a first line that names both keys
     is a header); jsonl, json, csv and parquet rows are read by their keys; `a.en:a.de` joins two files line by line.
@@ -28,6 +32,8 @@ def read_pairs(
             if source and target:
                 is_empty = False
                 yield source, target
+            elif blank is not None:
+                blank.n_rows += 1
     if is_empty:
         raise UsageError(
             f"there are no pairs in {', '.join(f'`{p}`' for p in paths)}", "write lines of source<TAB>target"

@@ -16,6 +16,7 @@ from llmctl.data.tables import ROW_READERS, read_rows, row_text
 from llmctl.data.text_files import (
     MAX_DOCUMENT_CHARS,
     STDIN,
+    Blank,
     TextBlock,
     _kind,
     _lines,
@@ -28,11 +29,14 @@ from llmctl.files import file_sha256
 Split = Literal["file", "line", "blank"]
 
 
-def read_documents(paths: Sequence[str], *, text_key: str = "text", split: Split = "file") -> Iterator[str]:
+def read_documents(
+    paths: Sequence[str], *, text_key: str = "text", split: Split = "file", blank: Blank | None = None
+) -> Iterator[str]:
     """Yield the documents of files, folders, globs and `-` (stdin), in the given order; files of folders by name.
 
     `text_key` is the field of jsonl, json, csv, tsv and parquet rows; `split` is what one document of plain text is:
-    the file (very long ones are split at line ends), a line, or a paragraph. Empty documents are skipped.
+    the file (very long ones are split at line ends), a line, or a paragraph. Empty documents are skipped, and counted in
+    `blank`.
 
     Raises: NotFoundError for a path that does not exist; UsageError for invalid UTF-8, binary content, rows without
         the field, or if there is no text; MissingExtraError for .zst and .parquet without their packages.
@@ -43,6 +47,8 @@ def read_documents(paths: Sequence[str], *, text_key: str = "text", split: Split
             if text:
                 is_empty = False
                 yield text
+            elif blank is not None:
+                blank.n_rows += 1
     if is_empty:
         raise UsageError(f"there is no text in {_listed(paths)}", "pass a file with at least one line of text")
 

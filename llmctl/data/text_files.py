@@ -4,6 +4,7 @@ import gzip
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -27,6 +28,17 @@ class TextBlock(NamedTuple):
     text: str
     offset: int
     """Byte offset of the block in the (decompressed) file."""
+
+
+@dataclass
+class Blank:
+    """Counts rows that have no text and are left out."""
+
+    n_rows: int = 0
+
+    def lines(self, what: str) -> list[str]:
+        """Return the line that says it, if there is something to say."""
+        return [f"data: {self.n_rows:,} {what} have no text and are left out"] if self.n_rows else []
 
 
 def is_pipe(name: str) -> bool:

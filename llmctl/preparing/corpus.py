@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +23,17 @@ from llmctl.data.pairs import read_pairs, two_files
 from llmctl.data.shard_writer import write_shards
 from llmctl.data.shards import ShardSet, is_shard_folder
 from llmctl.data.sources import read_documents, source_sha256
+from llmctl.data.text_files import Blank
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import atomic_path, write_bytes, write_json
+from llmctl.preparing.duplicates import (
+    as_hashes,
+    describe_duplicates,
+    document_hashes,
+    groups_of,
+    hash_of,
+    hashes_of,
+)
 from llmctl.runs.progress import Say
 from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tokenizer.base import Tokenizer
@@ -71,11 +81,12 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Text:
-    """A re-readable stream of documents, its length, and the indices of the held-out ones."""
+    """A re-readable stream of documents, its length, the indices of the held-out ones, and what was found in the data."""
 
     read: Callable[[], Iterator[str]]
     held_out: Ints
     n_documents: int
+    findings: list[str] = field(default_factory=list)
 
     def training(self) -> Iterator[str]:
         """Yield the training documents."""
@@ -87,9 +98,9 @@ def keep_corpus(corpus: Corpus, folder: Path) -> None:
     """Save the description of a corpus in `folder`; other processes and restarts open it with `open_corpus`."""
     for name, data in corpus.tokenizer.files().items():
         write_bytes(folder / "tokenizer" / name, data)
-    for name, array in {"held_out": corpus.held_out, **corpus.arrays}.items():
+    for name, values in {"held_out": corpus.held_out, **corpus.arrays}.items():
         content = io.BytesIO()
-        np.save(content, array, allow_pickle=False)
+        np.save(content, values, allow_pickle=False)
         write_bytes(folder / "arrays" / f"{name}.npy", content.getvalue())
     shards = {"documents": corpus.documents, "targets": corpus.targets}
     paths = {name: shard_path(part.folder, folder) for name, part in shards.items() if part is not None}
@@ -132,8 +143,10 @@ def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | 
     if OBJECTIVES[config.objective].reads_pairs:
         return prepare_pairs(config, folder, tokenizer, say)
     if len(config.data.paths) == 1 and is_shard_folder(Path(config.data.paths[0])):
-        return open_shards(config, Path(config.data.paths[0]), tokenizer)
+        return open_shards(config, Path(config.data.paths[0]), tokenizer, say)
     text, provenance = open_text(config, folder)
+    for line in text.findings:
+        say(line)
     if tokenizer is None:
         tokenizer = train_tokenizer(text.training(), sentinels_for(config))
         say(f"trained a {config.tokenizer.model_type} tokenizer with a vocabulary of {tokenizer.vocab_size:,}")
@@ -152,9 +165,12 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     data = config.data
     if data.paths:
         keys = {"source_key": data.source_key, "target_key": data.target_key}
-        pairs = list(read_pairs(data.paths, **keys))
+        blank = Blank()
+        pairs = list(read_pairs(data.paths, **keys, blank=blank))
         n_train = len(pairs)
-        pairs += read_pairs(data.val_paths, **keys) if data.val_paths else []
+        pairs += read_pairs(data.val_paths, **keys, blank=blank) if data.val_paths else []
+        for line in blank.lines("pairs"):
+            say(line)
         provenance = {"paths": list(data.paths), "sha256": pairs_sha256([*data.paths, *data.val_paths])}
     else:
         pairs, provenance = builtin_pairs(), builtin_provenance() | {"kind": "pairs"}
@@ -165,6 +181,8 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
         )
     if data.paths and data.val_paths:
         held_out = np.arange(n_train, len(pairs))
+        for line in describe_duplicates(hashes_of("\t".join(pair) for pair in pairs), held_out):
+            say(line)
     else:
         held_out = split_groups([source for source, _ in pairs], data.val_frac, config.train.seed)
     train = np.setdiff1d(np.arange(len(pairs)), held_out)
@@ -187,7 +205,7 @@ def pairs_sha256(paths: Sequence[str]) -> str:
     return source_sha256([name for path in paths for name in (two_files(path) or (path,))])
 
 
-def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None) -> Corpus:
+def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
     """Open a corpus written by `llmctl tokenize encode`; the last or randomly sampled documents are held out."""
     shards = ShardSet.open(folder)
     if tokenizer is None:
@@ -204,10 +222,13 @@ def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | Non
             f"the shards in `{folder}` contain {n_documents} documents, but at least 2 are needed",
             "encode with `--split line`",
         )
+    hashes = document_hashes(n_documents, shards.document, shards.lengths)
     if config.data.val_tail:
         held_out = np.arange(n_documents - max(1, round(config.data.val_frac * n_documents)), n_documents)
     else:
-        held_out = sample_held_out(n_documents, config.data.val_frac, config.train.seed)
+        held_out = sample_groups(groups_of(hashes), config.data.val_frac, config.train.seed)
+    for line in describe_duplicates(hashes, held_out):
+        say(line)
     train = np.setdiff1d(np.arange(n_documents), held_out)
     return Corpus(
         tokenizer, shards, None, train, held_out, {"shards": str(folder), "sha256": shards.manifest["source_sha256"]}
@@ -219,7 +240,7 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
     data = config.data
     if not data.paths:
         documents = builtin_documents()
-        held_out = sample_held_out(len(documents), data.val_frac, config.train.seed)
+        held_out = sample_groups(groups_of(hashes_of(documents)), data.val_frac, config.train.seed)
         return Text(lambda: iter(documents), held_out, len(documents)), builtin_provenance()
     paths = [
         str(spool(path, folder / f"pipe-{n}.txt")) if is_read_once(path) else path for n, path in enumerate(data.paths)
@@ -230,18 +251,21 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         for n, path in enumerate(data.val_paths)
     ]
 
-    def read_part(paths: Sequence[str]) -> Iterator[str]:
-        return read_documents(paths, text_key=data.text_key, split=data.split)
+    blank = Blank()
+
+    def read_part(paths: Sequence[str], blank: Blank | None = None) -> Iterator[str]:
+        return read_documents(paths, text_key=data.text_key, split=data.split, blank=blank)
 
     def read() -> Iterator[str]:
         yield from read_part(paths)
         if val_paths:
             yield from read_part(val_paths)
 
-    n_documents, n_characters = 0, 0
-    for document in read_part(paths):
-        n_documents += 1
+    seen, n_characters = array("Q"), 0
+    for document in read_part(paths, blank):
+        seen.append(hash_of(document.encode()))
         n_characters += len(document)
+    n_documents = len(seen)
     if n_characters < 2:
         raise UsageError(
             f"the data `{' '.join(data.paths)}` contains no text",
@@ -249,18 +273,20 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         )
     sha256 = source_sha256([*paths, *val_paths])
     provenance = {"paths": list(data.paths), "sha256": sha256, "n_characters": n_characters}
-    if val_paths:
-        n_held_out = sum(1 for _ in read_part(val_paths))
-        held_out = np.arange(n_documents, n_documents + n_held_out)
-        return Text(read, held_out, n_documents + n_held_out), provenance | {"held_out": list(data.val_paths)}
-    if data.val_tail or n_documents < FEW_DOCUMENTS:
+    if not val_paths and (data.val_tail or n_documents < FEW_DOCUMENTS):
         boundary = n_characters - max(1, round(data.val_frac * n_characters))
-        return tail_split(read, boundary), provenance
-    held_out = sample_held_out(n_documents, data.val_frac, config.train.seed)
-    return Text(read, held_out, n_documents), provenance
+        return tail_split(read, boundary, blank.lines("documents")), provenance
+    if val_paths:
+        seen.extend(hash_of(document.encode()) for document in read_part(val_paths, blank))
+        held_out = np.arange(n_documents, len(seen))
+        provenance |= {"held_out": list(data.val_paths)}
+    else:
+        held_out = sample_groups(groups_of(as_hashes(seen)), data.val_frac, config.train.seed)
+    findings = [*blank.lines("documents"), *describe_duplicates(as_hashes(seen), held_out)]
+    return Text(read, held_out, len(seen), findings), provenance
 
 
-def tail_split(read: Callable[[], Iterator[str]], boundary: int) -> Text:
+def tail_split(read: Callable[[], Iterator[str]], boundary: int, findings: list[str]) -> Text:
     """Hold out everything from character `boundary` on, splitting the document at it."""
 
     def pieces() -> Iterator[tuple[str, bool]]:
@@ -273,8 +299,13 @@ def tail_split(read: Callable[[], Iterator[str]], boundary: int) -> Text:
             if cut < len(document):
                 yield document[cut:], True
 
-    flags = [is_held_out for _, is_held_out in pieces()]
-    return Text(lambda: (text for text, _ in pieces()), np.flatnonzero(flags).astype(np.int64), len(flags))
+    flags, seen = [], array("Q")
+    for text, is_held_out in pieces():
+        flags.append(is_held_out)
+        seen.append(hash_of(text.encode()))
+    held_out = np.flatnonzero(flags).astype(np.int64)
+    findings = [*findings, *describe_duplicates(as_hashes(seen), held_out)]
+    return Text(lambda: (text for text, _ in pieces()), held_out, len(flags), findings)
 
 
 def sample_held_out(n_documents: int, frac: float, seed: int) -> Ints:
@@ -286,10 +317,15 @@ def sample_held_out(n_documents: int, frac: float, seed: int) -> Ints:
 def split_groups(keys: Sequence[str], frac: float, seed: int) -> Ints:
     """Sample held-out rows such that rows with equal keys stay together."""
     numbers: dict[str, int] = {}
-    groups = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
-    if len(numbers) < 2:
-        return sample_held_out(len(keys), frac, seed)
-    return np.flatnonzero(np.isin(groups, sample_held_out(len(numbers), frac, seed)))
+    return sample_groups(np.array([numbers.setdefault(key, len(numbers)) for key in keys]), frac, seed)
+
+
+def sample_groups(groups: Ints, frac: float, seed: int) -> Ints:
+    """Sample held-out rows of whole groups, which are numbered from 0; a single group is split."""
+    n_groups = int(groups.max()) + 1
+    if n_groups < 2:
+        return sample_held_out(len(groups), frac, seed)
+    return np.flatnonzero(np.isin(groups, sample_held_out(n_groups, frac, seed)))
 
 
 def is_read_once(path: str) -> bool:

@@ -17,6 +17,7 @@ from llmctl.data.builtin import builtin_documents, builtin_provenance
 from llmctl.data.shard_writer import write_shards
 from llmctl.data.shards import Part, ShardSet, is_begun
 from llmctl.data.sources import read_documents, source_sha256
+from llmctl.data.text_files import Blank
 from llmctl.errors import OutputError, UsageError
 from llmctl.files import atomic_path, ensure_writable, write_bytes
 from llmctl.tokenizer.base import Tokenizer
@@ -71,9 +72,9 @@ def encode_corpus(
     Raises: ArtifactError if the folder contains another corpus or tokenizer; OutputError if it contains shards and the
     text comes from a pipe, which cannot be compared with their source.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer, blank = load_tokenizer(tokenizer_path), Blank()
     if paths:
-        documents: Iterable[str] = read_documents(paths, text_key=data.text_key, split=data.split)
+        documents: Iterable[str] = read_documents(paths, text_key=data.text_key, split=data.split, blank=blank)
         identity = source_sha256(paths)
     else:
         documents, identity = builtin_documents(), str(builtin_provenance()["sha256"])
@@ -99,6 +100,8 @@ def encode_corpus(
         part=part,
         say=say,
     )
+    for line in blank.lines("documents"):
+        say(line)
     write_tokenizer(out, tokenizer)
     return shards
 

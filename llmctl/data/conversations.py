@@ -4,7 +4,6 @@ Knows the schemas of published chat and instruction datasets, but no templates, 
 a row that matches two schemas, or none, is an error. Text is never changed.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -186,7 +185,7 @@ def _parsed(value: Any, key: str, where: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return tables.JSON.decode(value)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: `{key}` is text but not a JSON list: {error}", "write it as a JSON list") from error
 

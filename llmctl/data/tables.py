@@ -61,7 +61,7 @@ def read_cells(name: str, names: Sequence[str] = ()) -> Iterator[tuple[str, dict
     header = list(names)
     for number, cells in _numbered_cells(shown, reader):
         if not header:
-            header = cells
+            header = _header(shown, cells, "," if is_csv(name) else "\t")
         elif len(cells) != len(header):
             listed = ", ".join(f"`{column}`" for column in header)
             raise UsageError(
@@ -107,12 +107,32 @@ def whole_characters(text: str) -> str:
     return text
 
 
+class NotJsonError(ValueError):
+    """A value that Python's parser accepts, but which is not JSON or says two things at once."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise NotJsonError(f"the key `{double[:40]}` occurs twice in an object")
+    return values
+
+
+def _refuse_constant(name: str) -> Any:
+    raise NotJsonError(f"`{name}` is no value of JSON; a missing value is `null`")
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+
+
 def _jsonl_rows(name: str) -> Iterator[tuple[str, Any]]:
     for number, line in numbered_lines(name):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = JSON.decode(line)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"`{name}` line {number} is not JSON: {error}", "write one JSON value per line") from error
         yield f"`{name}` line {number}", row
@@ -124,7 +144,6 @@ def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
     `wanted` is how much text to buffer before parsing: it doubles while a value is incomplete.
     """
     # The library has no incremental parser, but raw_decode parses one value at a position of a buffer.
-    decoder = json.JSONDecoder()
     blocks = text_blocks(name)
     buffer, position, index, wanted, ended = "", 0, 0, BLOCK_BYTES // 2, False
     while True:
@@ -135,9 +154,9 @@ def _json_rows(name: str) -> Iterator[tuple[str, Any]]:
         if position == len(buffer) or buffer[position] == "]":
             return
         try:
-            row, position = decoder.raw_decode(buffer, position)
+            row, position = JSON.raw_decode(buffer, position)
         except ValueError as error:
-            if ended:
+            if ended or isinstance(error, NotJsonError):
                 raise UsageError(f"`{name}` item {index} is not JSON: {error}", "correct the file") from error
             wanted = 2 * (len(buffer) - position)  # the value may extend beyond the buffer: read more
             continue
@@ -160,11 +179,11 @@ def _skip(text: str, position: int, signs: str) -> int:
 
 
 def _csv_rows(name: str) -> Iterator[tuple[str, Any]]:
-    yield from _delimited(name, _csv_reader(name))
+    yield from _delimited(name, _csv_reader(name), ",")
 
 
 def _tsv_rows(name: str) -> Iterator[tuple[str, Any]]:
-    yield from _delimited(name, _tsv_reader(name))
+    yield from _delimited(name, _tsv_reader(name), "\t")
 
 
 def _csv_reader(name: str) -> Any:
@@ -180,11 +199,34 @@ def _csv_lines(name: str) -> Iterator[str]:
     return (line for _, line in numbered_lines(name))
 
 
-def _delimited(name: str, reader: Any) -> Iterator[tuple[str, Any]]:
+def _header(shown: str, cells: list[str], delimiter: str) -> list[str]:
+    """Check the names of the columns, and return them.
+
+    Raises: UsageError for a name that occurs twice, or a line that another delimiter splits.
+    """
+    names = [name for name in cells if not is_index(name)]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        raise UsageError(f"`{shown}` has two columns `{double[:40]}`", "rename one of them in the first line")
+    other = next((sign for sign in DELIMITERS if sign != delimiter and sign in cells[0]), "")
+    if len(cells) == 1 and other and all(COLUMN.fullmatch(part) for part in cells[0].split(other)):
+        raise UsageError(
+            f"the columns of `{shown}` are separated by {DELIMITERS[other]}, not by {DELIMITERS[delimiter]}: `{cells[0][:60]}`",
+            "save it with commas as .csv, or with tabs as .tsv",
+        )
+    return cells
+
+
+DELIMITERS = {";": "`;`", "\t": "tabs", "|": "`|`", ",": "commas"}
+COLUMN = re.compile(r'\s*"?[\w.-]*"?\s*')
+"""What a column is called, if it is quoted or not."""
+
+
+def _delimited(name: str, reader: Any, delimiter: str) -> Iterator[tuple[str, Any]]:
     header: list[str] | None = None
     for number, cells in _numbered_cells(name, reader):
         if header is None:
-            header = cells
+            header = _header(name, cells, delimiter)
         else:
             yield f"`{name}` line {number}", dict(zip(header, cells, strict=False))
 

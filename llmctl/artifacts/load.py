@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.artifacts.find import Ability, require_family
+from llmctl.artifacts.find import Ability, require_family, usage
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.tables.dtypes import full_name
@@ -75,6 +75,11 @@ def load_model(
 
     artifact = read_model(path)
     require_family(artifact.config, able, path)
+    if able == "fill" and is_bare(artifact):
+        raise UsageError(
+            f"`{path}` is a sentence encoder without a prediction head, which cannot fill",
+            f"use it with `{usage(artifact.config, str(path), is_bare=True)}`",
+        )
     target = choose_device(device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     names["auto"] = torch.float32 if target == "cpu" else torch.bfloat16
@@ -157,4 +162,5 @@ def choose_device(name: str) -> str:
 
 def is_bare(artifact: Artifact) -> bool:
     """Tell whether an encoder was published without a prediction head, as sentence encoders are."""
-    return artifact.config.family == "encoder" and "For" not in artifact.architecture
+    architecture = artifact.architecture
+    return artifact.config.family == "encoder" and bool(architecture) and "For" not in architecture

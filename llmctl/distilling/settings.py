@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llmctl.artifacts.find import find_named
+from llmctl.artifacts.find import a_model, find_named
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig
@@ -111,6 +111,12 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
     teacher = artifact.config
     has_words = not teacher.n_labels and loss.name not in ("none", "seq")
     budget = train.minutes and not (train.steps or train.tokens or train.epochs)
+    if shape.family != teacher.family and loss.name != "seq":
+        raise UsageError(
+            f"`{config.model}` is {a_model(teacher.family)}, `{config.student.shape}` {a_model(shape.family)}: their "
+            "outputs cannot be compared",
+            "use a teacher and a student of one family",
+        )
     check_shared(
         config,
         (not 0 <= loss.weight <= 1, f"`loss.weight` is {loss.weight}, not in [0, 1]"),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from llmctl.artifacts.find import a_model
-from llmctl.artifacts.load import Loaded, choose_device, load_model
+from llmctl.artifacts.load import Loaded, choose_device, is_bare, load_model
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import EvaluateConfig, ModelConfig
+from llmctl.config import EvaluateConfig
 from llmctl.data.builtin import builtin_documents
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.sources import expand, read_documents
@@ -27,6 +27,7 @@ from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword  # noqa
 from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity  # noqa: F401
 from llmctl.evaluating.result import Measured
 from llmctl.evaluating.text import evaluate_mask, evaluate_text  # noqa: F401
+from llmctl.formats.artifact import Artifact
 from llmctl.inference.encoding import longest_row, require_tokenizer
 from llmctl.machine import forget_peak_memory, give_back_memory, peak_since_forgotten
 from llmctl.metrics.figures import is_higher_better, rounded
@@ -37,10 +38,11 @@ from llmctl.tables.tasks import TASKS, Task
 Measure = Callable[[Loaded, Any, EvaluateConfig], Measured]
 
 
-def supports(task: Task, model: ModelConfig) -> bool:
+def supports(task: Task, artifact: Artifact) -> bool:
     """Return whether a task applies to a model of this family and head."""
-    fits = task.head == "any" or (task.head == "labels") == bool(model.n_labels)
-    return model.family in task.measures and fits
+    model = artifact.config
+    has_head = (task.head == "labels") == bool(model.n_labels) and not is_bare(artifact)
+    return model.family in task.measures and (task.head == "any" or has_head)
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,13 @@ class Evaluation:
         }
 
 
-def default_task(model: ModelConfig) -> str:
+def default_task(artifact: Artifact) -> str:
     """Return the task of a model if none is given."""
+    model = artifact.config
     if model.n_labels:
         return "classify"
+    if is_bare(artifact):
+        return "similarity"
     return {"decoder": "text", "encoder": "mask", "encoder_decoder": "translate"}[model.family]
 
 
@@ -95,7 +100,7 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterato
     """
     check(config)
     choose_device(config.device)
-    models = {path: read_model(path).config for path in paths}
+    models = {path: read_model(path) for path in paths}
     if config.task == "auto":
         config = replace(config, task=default_task(models[paths[0]]))
         say(f"task: {config.task} (default of `{paths[0]}`; --task chooses another)")
@@ -127,15 +132,16 @@ def check(config: EvaluateConfig) -> None:
         raise UsageError("; ".join(problems), "`llmctl evaluate --help` lists the options")
 
 
-def require_supported(task: str, model: ModelConfig, path: Path) -> None:
+def require_supported(task: str, artifact: Artifact, path: Path) -> None:
     """Refuse a model that cannot be measured on a task.
 
     Raises: UsageError naming the tasks that apply to it.
     """
-    if supports(TASKS[task], model):
+    if supports(TASKS[task], artifact):
         return
-    able = ", ".join(name for name, row in TASKS.items() if supports(row, model))
-    kind = a_model(model.family) + (" with a classification head" if model.n_labels else "")
+    able = ", ".join(name for name, row in TASKS.items() if supports(row, artifact))
+    head = " with a classification head" if artifact.config.n_labels else ""
+    kind = a_model(artifact.config.family) + (" without a prediction head" if is_bare(artifact) else head)
     more = "`llmctl finetune --task classify` trains a classifier; " if task == "classify" else ""
     raise UsageError(f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}")
 

@@ -81,3 +81,18 @@ def test_mistakes_are_answered(call, encoder, arguments: list[str], stdin: bytes
     status, _, err = call(*arguments, "-m", encoder, "-q", stdin=stdin)
     assert status == 2
     assert part in err
+
+
+def test_a_sentence_encoder_is_for_similarity(shell, models, tmp_path):
+    status, out, err = shell("fill", "a <mask> of", "-m", models["bert"])
+    assert (status, out) == (2, "")
+    assert "without a prediction head, which cannot fill" in err
+    assert f"llmctl evaluate {models['bert']} -d pairs.tsv --task similarity" in err
+    (tmp_path / "pairs.tsv").write_text("text\tpair\tlabel\na\tb\t1\na\ta\t5\nb\tc\t2\n")
+    status, out, err = shell("evaluate", models["bert"], "-d", "pairs.tsv")
+    assert status == 0
+    assert "task: similarity" in err
+    assert "spearman" in out
+    status, _, err = shell("evaluate", models["bert"], "-d", "pairs.tsv", "--task", "mask")
+    assert status == 2
+    assert "without a prediction head, which cannot be measured on `mask`" in err

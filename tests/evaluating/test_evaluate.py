@@ -397,7 +397,7 @@ def test_every_figure_of_the_table_is_given(make_loaded):
                 kind = "t5" if family == "encoder_decoder" else "learned"
                 n_labels = {"single": 2, "regression": 1}[problem] if row.head == "labels" else 0
                 loaded = make_loaded(kind, family=family, n_labels=n_labels, problem=problem)
-                assert supports(row, loaded.model.config)
+                assert supports(row, loaded.artifact)
                 data = examples.get(task, [TEXT])
                 given |= measure(loaded, data, EvaluateConfig(task=task, max_tokens=2)).figures.keys()
         assert set(row.metrics) == {name for name in given if not name.startswith("n_")}, task
@@ -437,7 +437,7 @@ def test_the_task_that_a_model_is_for(make_loaded):
         ("learned", {"family": "encoder", "n_labels": 2}, "classify"),
         ("rope", {"n_labels": 2}, "classify"),
     ):
-        assert default_task(make_loaded(kind, **fields).model.config) == task
+        assert default_task(make_loaded(kind, **fields).artifact) == task
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,14 @@ def test_what_cannot_be_is_refused_before_anything_is_made(teachers, here, famil
     assert not any((here / "runs").glob("*/model.safetensors")) if (here / "runs").exists() else True
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("encoder", "decoder"), ("decoder", "encoder"), ("encoder_decoder", "decoder")]
+)
+def test_a_teacher_of_another_family_is_refused(teachers, teacher: str, student: str):
+    with pytest.raises(UsageError, match="their outputs cannot be compared"):
+        run(teachers[teacher], f"student.shape={teachers[student]}")
+
+
 def test_a_gate_is_missed_and_the_student_is_there(teachers):
     missed = run(teachers["decoder"], "student.shape=layers=1", "max_drop=0%", "train.steps=1", "optim.lr=1e-9")
     report = missed.summary["report"]["models"]

@@ -108,6 +108,7 @@ def part_of(session: Session, plan: StudentPlan, student: Student, cache: Signal
         sample=data.sampler(model),
         score=data.score(model, session.runtime),
         has_own_budget=len(plan.names) > 1,
+        keeps_start=not student.is_baseline,
     )
 
 

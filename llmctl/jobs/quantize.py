@@ -77,6 +77,7 @@ def part_of(session: Session, codes: Codes, original: Teachers, model: LanguageM
         metric=data.metric,
         sample=data.sampler(model),
         score=data.score(model, session.runtime),
+        keeps_start=codes.learns,
         trains=codes.learns,
     )
 

@@ -43,7 +43,7 @@ class Part:
     objective, batches: called when memory for them is needed; `batches` takes `shuffle=`. rows: of a step, to predict
     memory. config: with the part's `train` and `optim`. identity: what all processes must agree on. name: of its folder in
     `parts/`; the run's own model has none. has_own_budget: its minutes count from its own start. trains: else the
-    model is only measured.
+    model is only measured. keeps_start: the untrained model is the result if training made it worse.
     """
 
     model: LanguageModel
@@ -58,6 +58,7 @@ class Part:
     sample: Sampler | None = None
     score: Score | None = None
     has_own_budget: bool = False
+    keeps_start: bool = False
     trains: bool = True
 
 
@@ -179,6 +180,7 @@ class Session:
             sample=part.sample,
             score=part.score,
             metric=part.metric,
+            keeps_start=part.keeps_start,
             recipe=nested(config),
             trackers=self.runtime.make_trackers(
                 config.train.track, folder, values_of(config), saved.state.get("trackers", {}) if saved else {}

@@ -183,8 +183,8 @@ class Store:
             )
         raise NotFoundError(f"`{self.folder}` contains no checkpoint yet", "start a new run without --resume")
 
-    def rotate(self, keep: int, protected: Path | None) -> None:
-        """Delete all but the newest `keep` valid checkpoints and `protected` (the best one); 0 keeps all.
+    def rotate(self, keep: int, *protected: Path) -> None:
+        """Delete all but the newest `keep` valid checkpoints and `protected` ones (the best, the start); 0 keeps all.
 
         A damaged checkpoint does not count toward `keep`; it is deleted once `keep` newer valid ones exist. A failed
         deletion is ignored, because the new checkpoint has already been saved.
@@ -197,7 +197,7 @@ class Store:
         for path in paths:
             is_old = n_valid >= keep
             n_valid += self.is_valid(path)
-            if is_old and path != protected:
+            if is_old and path not in protected:
                 # Rename first: a crash during deletion must not leave a partial folder under a checkpoint's name.
                 trash = path.with_name(f".{path.name}.trash")
                 with suppress(OSError):

@@ -8,6 +8,7 @@ Five decisions, marked in the code: [1] all processes agree before a step; [2] w
 [3] non-finite gradients and spikes (step.py); [4] which step is the best (saving.py); [5] whose weights are kept at the end.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from llmctl.distributed.runtime import Runtime
 from llmctl.distributed.sharding import whole_tensor
 from llmctl.errors import UsageError
 from llmctl.machine import peak_memory_bytes
-from llmctl.metrics.figures import FIGURES, brief
+from llmctl.metrics.figures import FIGURES, brief, is_higher_better
 from llmctl.model.transformer import LanguageModel
 from llmctl.runs import checkpoint
 from llmctl.runs.journal import Journal, Tracker
@@ -47,6 +48,7 @@ class Training:
 
     deadline, limit: on the clock of `time.monotonic`: the end of a budget of minutes; when this process must have ended.
     sample, score: generate samples, and metrics that need generated text, at every evaluation.
+    keeps_start: the weights from before the first step are kept if training made them worse.
     """
 
     objective: Objective
@@ -66,6 +68,7 @@ class Training:
     sample: Callable[[], list[dict[str, str]]] | None = None
     score: Callable[[int | None], dict[str, float]] | None = None
     metric: str = "loss"
+    keeps_start: bool = False
     recipe: Mapping[str, Any] = field(default_factory=dict)
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
     state: State = field(default_factory=State)
@@ -140,6 +143,7 @@ class _Loop:
             self.journal,
             training.recipe,
             training.resume_command,
+            keeps_start=training.keeps_start,
         )
         self.requests = StopRequests(self.saver, self.config, self.runtime, training.limit)
         self.planner = Planner(self.config, training.deadline, training.train.n_rows)
@@ -153,7 +157,7 @@ class _Loop:
             else:
                 self.check_metric()  # a resumed run may have changed it
             self.planner.begin(state)
-            if self.config.on_divergence == "rollback" and state.step == 0:
+            if state.step == 0 and (self.config.on_divergence == "rollback" or self.t.keeps_start):
                 self.saver.save()
             while True:
                 # [2] An evaluation saves too; patience makes the step that was just evaluated the last one.
@@ -255,6 +259,12 @@ class _Loop:
         if self.t.deadline is None:
             self.journal.started = time.monotonic()
 
+    def is_worse(self, after: Mapping[str, float]) -> bool:
+        """Return whether the metric is worse than before the first step, or has become no number."""
+        old, new = self.state.before[self.t.metric], after[self.t.metric]
+        is_better = new >= old if is_higher_better(self.t.metric) else new <= old
+        return not is_better and not math.isnan(old)
+
     def check_metric(self) -> None:
         """Refuse a metric that the run does not measure.
 
@@ -299,6 +309,11 @@ class _Loop:
         if self.masters:
             self.masters.restore()
         after = self.evaluate(None)
+        if self.t.keeps_start and kept and self.is_worse(after) and self.saver.take_start():
+            name, trained = self.t.metric, after[self.t.metric]
+            after, kept = self.evaluate(None), 0
+            text = f"training made the model worse: {name} {after[name]:.4g} -> {trained:.4g} on held-out rows; kept it untrained"
+            self.journal.event("kept untrained", self.state.step, text)
         self.journal.log("eval", {"step": self.state.step, **after, "full": True})
         weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.saver.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)

@@ -30,6 +30,7 @@ class Saver:
     """Saves and restores what one call of `fit` trains.
 
     holder: the module that is optimized and saved: the model itself, or the float32 master weights of a bfloat16 one.
+    keeps_start: the checkpoint of step 0 stays, so that `take_start` can return to it.
     """
 
     def __init__(
@@ -44,10 +45,13 @@ class Saver:
         journal: Journal,
         recipe: Mapping[str, Any],
         resume_command: str,
+        *,
+        keeps_start: bool = False,
     ) -> None:
         self.store, self.holder, self.masters, self.optimizers = store, holder, masters, optimizers
         self.state, self.config, self.runtime, self.journal = state, config, runtime, journal
-        self.recipe, self.resume_command = recipe, resume_command
+        self.recipe, self.resume_command, self.keeps_start = recipe, resume_command, keeps_start
+        self.start = store.folder / checkpoint.name_of(0)
         self.saved_at, self.longest_seconds = time.monotonic(), 0.0
         if runtime.is_main:
             store.sweep()
@@ -128,7 +132,7 @@ class Saver:
             self.journal.event("not saved", self.state.step, text)
             return False
         best = self.store.folder / checkpoint.name_of(self.state.best_step)
-        self.store.rotate(self.config.keep_checkpoints, best)
+        self.store.rotate(self.config.keep_checkpoints, best, *([self.start] if self.keeps_start else []))
         self.longest_seconds = max(self.longest_seconds, time.monotonic() - begun)
         return True
 
@@ -205,6 +209,13 @@ class Saver:
             return state.step
         self.load_weights(checkpoint.load(best))
         return state.best_step
+
+    def take_start(self) -> bool:
+        """Take back the weights from before the first step; tell whether they were there."""
+        if not self.runtime.first(self.start.is_dir()):
+            return False
+        self.load_weights(checkpoint.load(self.start))
+        return True
 
 
 BUDGET = ("steps", "tokens", "epochs", "minutes")

@@ -56,7 +56,7 @@ def save(folder: Path, step: int) -> None:
     """Save a step as the loop does, and rotate all older ones away."""
     store = checkpoint.Store(folder)
     store.save(step, *[whole(named) for named in tensors(step).values()], {"step": step, "losses": [1.0] * 128})
-    store.rotate(1, None)
+    store.rotate(1)
 
 
 def prepare(folder: Path, scenario: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmctl.artifacts.load import load_model
-from llmctl.config import DistillConfig
+from llmctl.config import DistillConfig, FinetuneConfig
 from llmctl.distilling.settings import settle
 from llmctl.distilling.teacher import Teachers
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
@@ -26,8 +26,9 @@ from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.history import History
+from llmctl.training.finetune_settings import settle as settle_tuning
 from tests.support.jobs import LLMCTL, environment, running, weights
-from tests.support.tuning import FAMILIES
+from tests.support.tuning import FAMILIES, SMALL
 
 TINY = [
     "train.batch_size=8",
@@ -122,6 +123,29 @@ def test_a_classifier_teaches_its_labels(teachers):
     assert load_model(trained.path).model.config.labels == ("bad", "good", "猫")
 
 
+@pytest.mark.parametrize(("task", "metric"), [("text", "loss"), ("classify", "accuracy")])
+def test_a_student_that_training_makes_worse_is_kept_as_it_was_cut(models, task, metric, here, capfd):
+    learning = [*SMALL, "train.steps=40", f"model={models['decoder']}", f"task={task}", "train.eval_every=40"]
+    data = "data.paths=[text.txt]" if task == "text" else classes()
+    begin(
+        "finetune",
+        settle_tuning(load(FinetuneConfig, settings=[*learning, data], environment={}).config),
+        out=here / "t",
+    )
+    short = [data, "student.shape=layers=1", "optim.name=adamw"]
+    harm = ["train.steps=4", "train.eval_every=2", "train.keep_checkpoints=1", "optim.lr=30", "optim.schedule=constant"]
+    trained = begin("distill", config_of(here / "t", *short, *harm), out=here / "worse")
+    assert trained is not None
+    assert trained.summary["kept_step"] == 0
+    assert trained.summary["after"][metric] == pytest.approx(trained.summary["before"][metric], rel=1e-4)
+    assert f"training made the model worse: {metric}" in capfd.readouterr().err
+    # The files are the cut.
+    begin("distill", config_of(here / "t", *short, "train.steps=1", "optim.lr=1e-12"), out=here / "cut", quiet=True)
+    kept, cut = (load_model(here / name, device="cpu", dtype="float32").model.state_dict() for name in ("worse", "cut"))
+    for name in cut:
+        torch.testing.assert_close(kept[name], cut[name])
+
+
 @pytest.mark.parametrize(("problem", "label"), [("multi", "good"), ("regression", 0.5)])
 def test_labels_of_other_kinds(teachers, problem, label):
     teacher = with_labels(teachers["encoder"], problem)
@@ -144,6 +168,7 @@ def test_pairs_are_distilled(teachers):
         "student.shape=decoder_layers=1",
         "student.refit_tokens=0",
         "train.steps=24",
+        "train.metric=kl",  # the texts of a random teacher are none: nearer to it is no nearer to the data
     )
     after, before = trained.summary["after"], trained.summary["before"]
     assert after["kl"] < before["kl"]

@@ -93,7 +93,7 @@ def test_a_file_that_the_disk_cannot_read_makes_one_checkpoint_bad_and_no_save(t
     assert loaded.state["step"] == 1
     assert "`model.safetensors` cannot be read" in skipped[0]
     save(tmp_path, 3)
-    checkpoint.Store(tmp_path).rotate(2, None)
+    checkpoint.Store(tmp_path).rotate(2)
     assert [path.name for path in checkpoint.published(tmp_path)] == [
         "step-00000003",
         "step-00000002",

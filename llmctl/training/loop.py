@@ -260,10 +260,17 @@ class _Loop:
             self.journal.started = time.monotonic()
 
     def is_worse(self, after: Mapping[str, float]) -> bool:
-        """Return whether the metric is worse than before the first step, or has become no number."""
-        old, new = self.state.before[self.t.metric], after[self.t.metric]
-        is_better = new >= old if is_higher_better(self.t.metric) else new <= old
-        return not is_better and not math.isnan(old)
+        """Return whether the metric is worse than before the first step, or has become no number.
+
+        A metric of generated texts is noise while they are poor: then the loss must be worse too.
+        """
+
+        def fell(name: str) -> bool:
+            old, new = self.state.before[name], after[name]
+            is_better = new >= old if is_higher_better(name) else new <= old
+            return not is_better and not math.isnan(old)
+
+        return fell(self.t.metric) and (self.t.score is None or fell("loss"))
 
     def check_metric(self) -> None:
         """Refuse a metric that the run does not measure.

@@ -265,7 +265,7 @@ def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "Text
         return TextStream(None, config.stop)
     known = [index for index in prompt.ids if index < tokenizer.vocab_size]
     begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(known)
-    return TextStream(tokenizer, config.stop, begins=begins)
+    return TextStream(tokenizer, config.stop, begins=begins, context=known)
 
 
 def parse_ids(text: str, index: int) -> list[int]:

@@ -40,6 +40,11 @@ class Tokenizer(ABC):
     eos_id: int | None
     mask_id: int | None
 
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether the text of ids is that of their bytes, one after the other."""
+        return True
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""

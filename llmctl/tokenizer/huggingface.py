@@ -1,6 +1,6 @@
 """Tokenizers of published models, through Hugging Face's `tokenizers` library (extra `hub`).
 
-Reads any `tokenizer.json`; BERT's `vocab.txt` (WordPiece) and GPT-2's vocabulary and merges are converted to one.
+Reads any `tokenizer.json`; older vocabulary files are converted to one (`vocabulary_files.py`).
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
-from llmctl.tokenizer.checks import check_ids, check_tokenizer, quiet, raise_interrupts
+from llmctl.tokenizer.checks import check_tokenizer, quiet, raise_interrupts, steps_of
 
 ROLES = {
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -119,7 +119,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._kind == "bytes":
             return bytes(self._byte_of[c] for c in piece) if all(c in self._byte_of for c in piece) else piece.encode()
         if self._kind == "words":
-            return (piece[2:] if piece.startswith("##") else f" {piece}").encode()
+            inner = self._json["model"].get("continuing_subword_prefix") or "##"
+            return (piece.removeprefix(inner) if piece.startswith(inner) else f" {piece}").encode()
+        if self._kind == "suffixes":
+            ending = self._json["model"]["end_of_word_suffix"]
+            return (piece.removesuffix(ending) + " " if piece.endswith(ending) else piece).encode()
         if len(piece) == 6 and piece.startswith("<0x"):
             with suppress(ValueError):  # `<0xZZ>` is a word
                 return bytes([int(piece[3:5], 16)])
@@ -134,14 +138,32 @@ class HuggingFaceTokenizer(Tokenizer):
         entries = [entry for entry in self._added if entry.get("special")]
         return {e["content"]: SpecialToken(e["id"], bool(e.get("lstrip")), bool(e.get("rstrip"))) for e in entries}
 
+    @property
+    def joins_bytes(self) -> bool:
+        """Whether the text of ids is that of their bytes: the decoder neither adds spaces nor changes what it joins."""
+        return self._joins_bytes
+
+    @cached_property
+    def _joins_bytes(self) -> bool:
+        kinds = {str(step.get("type")) for step in steps_of(self._json.get("decoder"), "decoder")} - {"Sequence"}
+        if self._kind == "bytes":
+            return kinds == {"ByteLevel"}
+        return (
+            self._kind == "spaces"
+            and bool(kinds)
+            and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+        )
+
     def files(self) -> dict[str, bytes]:
         """Return the files the tokenizer was loaded from."""
         return dict(self._files)
 
     @cached_property
     def _kind(self) -> str:
-        if self._json["model"].get("type") == "WordPiece":
+        if self._json["model"].get("type") in ("WordPiece", "WordLevel"):
             return "words"
+        if self._json["model"].get("end_of_word_suffix"):
+            return "suffixes"
         return (
             "bytes"
             if '"ByteLevel"' in json.dumps([self._json.get("decoder"), self._json.get("pre_tokenizer")])
@@ -287,52 +309,3 @@ def byte_characters() -> dict[int, str]:
     for byte in range(256):
         table.setdefault(byte, chr(0x100 + len(table) - len(printable)))
     return table
-
-
-def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
-    """Build BERT's tokenizer from `vocab.txt`; lowercases unless the config disables it.
-
-    Raises: ArtifactError if the file is not a WordPiece vocabulary.
-    Source: Devlin et al. 2019, arXiv:1810.04805.
-    """
-    tokenizers = tokenizers_module()
-    lines = text_lines(vocabulary, "vocab.txt")
-    pieces = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
-    if "[UNK]" not in pieces:
-        raise ArtifactError("`vocab.txt` is not a WordPiece vocabulary: it has no `[UNK]`", "download it again")
-    lowercase = bool(json_object(files, "tokenizer_config.json").get("do_lower_case", True))
-    model = tokenizers.models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=100)  # noqa: S106
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = tokenizers.decoders.WordPiece()
-    tokenizer.add_special_tokens([token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if token in pieces])
-    if "[CLS]" in pieces and "[SEP]" in pieces:
-        ends = ("[SEP]", pieces["[SEP]"]), ("[CLS]", pieces["[CLS]"])
-        tokenizer.post_processor = tokenizers.processors.BertProcessing(*ends)
-    content = tokenizer.to_str().encode()
-    return HuggingFaceTokenizer(content, {**files, "tokenizer.json": content})
-
-
-def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) -> HuggingFaceTokenizer:
-    """Build GPT-2's tokenizer from its vocabulary and merges.
-
-    Raises: ArtifactError if they are damaged or do not match.
-    Source: Radford et al. 2019.
-    """
-    tokenizers = tokenizers_module()
-    lines = [line.removesuffix("\r") for line in text_lines(merges, "merges.txt")]
-    pairs = [
-        (left, right)
-        for left, _, right in (line.partition(" ") for line in lines if line and not line.startswith("#version"))
-    ]
-    pieces = json_object({"vocab.json": vocabulary}, "vocab.json")
-    check_ids(pieces, "vocab.json")
-    with as_artifact_error("`vocab.json` and `merges.txt` do not form a valid tokenizer"), quiet():
-        model = tokenizers.models.BPE(pieces, pairs)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    content = tokenizer.to_str().encode()
-    return HuggingFaceTokenizer(content, {**files, "tokenizer.json": content})

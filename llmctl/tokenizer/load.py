@@ -14,6 +14,7 @@ KNOWN_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.txt",
     "encoder.json",
     "vocab.json",
@@ -24,7 +25,7 @@ KNOWN_FILES = (
 KNOWN_KINDS = "supported: tokenizer.model, tokenizer.json, vocab.txt, or vocab.json with merges.txt"
 MAX_HEADER_BYTES = 100_000_000
 
-MERGES_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe", "tokenizer_config.json")
+MERGES_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe", "tokenizer_config.json", "added_tokens.json")
 NEEDED_BESIDE: dict[str, tuple[str, ...]] = {MODEL_FILE: ()} | dict.fromkeys(MERGES_FILES[:4], MERGES_FILES)
 """The companion files that each kind of tokenizer file needs; all other kinds need only the config."""
 
@@ -67,26 +68,52 @@ def files_of(path: Path) -> dict[str, bytes]:
 
 def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
     """Build the tokenizer that these files define, None if they define none."""
-    if MODEL_FILE in files:
-        extra = {name: data for name, data in files.items() if name in KNOWN_FILES and name != MODEL_FILE}
-        return SentencePieceTokenizer(files[MODEL_FILE], extra)
     own = {name: data for name, data in files.items() if name in KNOWN_FILES}
+    if MODEL_FILE in files:
+        extra = {name: data for name, data in own.items() if name != MODEL_FILE}
+        tokenizer = SentencePieceTokenizer(files[MODEL_FILE], extra)
+        # A published `tokenizer.model` lacks the tokens that were added later, which `tokenizer.json` has; ours has all.
+        if tokenizer.is_lossless or "tokenizer.json" not in files:
+            return with_added(tokenizer, extra)
     # Most specific first: models often have several files, of which tokenizer.json is complete by itself.
     if "tokenizer.json" in files:
         from llmctl.tokenizer.huggingface import HuggingFaceTokenizer
 
         return HuggingFaceTokenizer(files["tokenizer.json"], own)
     if "vocab.txt" in files:
-        from llmctl.tokenizer.huggingface import from_word_pieces
+        from llmctl.tokenizer.vocabulary_files import from_word_pieces
 
         return from_word_pieces(files["vocab.txt"], own)
     vocabulary = files.get("vocab.json") or files.get("encoder.json")
     merges = files.get("merges.txt") or files.get("vocab.bpe")
     if vocabulary and merges:
-        from llmctl.tokenizer.huggingface import from_merges
+        from llmctl.tokenizer.vocabulary_files import from_merges
 
         return from_merges(vocabulary, merges, own)
     return None
+
+
+def with_added(tokenizer: SentencePieceTokenizer, files: Mapping[str, bytes]) -> Tokenizer:
+    """Return the tokenizer with the tokens that the files beside `tokenizer.model` add to it.
+
+    Raises: ArtifactError if they are damaged.
+    """
+    from llmctl.tokenizer.huggingface import json_object
+    from llmctl.tokenizer.vocabulary_files import added_tokens
+
+    config = json_object(files, "tokenizer_config.json")
+    entries = added_tokens(config, files)
+    # Published files list the tokens of the vocabulary again.
+    new = {
+        index: entry
+        for index, entry in entries.items()
+        if index >= tokenizer.vocab_size or tokenizer.piece(index) != entry["content"]
+    }
+    if not new:
+        return tokenizer
+    from llmctl.tokenizer.added import AddedTokens
+
+    return AddedTokens(tokenizer, new, config)
 
 
 def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:

@@ -17,10 +17,10 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.generation_settings import end_ids
 from llmctl.formats.gguf import write as gguf_write
 from llmctl.formats.gguf.container import read_gguf_header
-from llmctl.formats.gguf.tokenizer import PRE_TOKENIZERS
 from llmctl.formats.gguf.write import TYPES
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.load import load_tokenizer
+from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmctl.formats.gguf.tokenizer import BYTE_LEVEL, PRE_TOKENIZERS
+from llmctl.tokenizer.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS
 
 TEXTS = ["the cat sat on the mat, 0123456789 times.\n  猫坐在垫子上，看着窗外的雨。\n"] * 30
 

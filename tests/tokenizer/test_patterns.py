@@ -3,8 +3,8 @@
 import pytest
 
 from llmctl.errors import ArtifactError
-from llmctl.formats.gguf.tokenizer import PRE_TOKENIZERS
 from llmctl.tokenizer.patterns import EndlessPatternError, check_pattern
+from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 O200K = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, UNUSED, USER_DEFINED
+from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
 EXPORTED = (
     "what is exported: sentencepiece BPE with byte pieces and without normalization, as llmctl trains it, and byte-level "

@@ -22,7 +22,7 @@ import llmctl
 
 MAX_BYTES = 512 << 20
 MAX_SECONDS = 1.25
-"""Processor time of one rendering; a little more than the sandbox's own limit, whose message is better."""
+"""Processor time of one rendering; more than the sandbox's own limit, whose message is better."""
 PATIENCE_SECONDS = 60
 """How long to wait for an answer at all, on a machine that has no processor time left."""
 KEPT_VARIABLES = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH")

@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 MAX_STEPS = 300_000
 MAX_CHARS = 4_000_000
 """Limits of one rendering: loop iterations in total and characters of any string; real conversations stay far below."""
-MAX_SECONDS = 1.0
+MAX_SECONDS = 0.6
 """Of one processor; a real conversation takes a few milliseconds."""
 HINT = "fix the template, or use another one"
 ORDER = "most templates require alternating user and assistant messages, and a system message only at the start"
@@ -60,7 +60,7 @@ class Budget:
         """
         self.n_steps += n_steps
         if self.n_steps > MAX_STEPS or time.thread_time() > self.deadline:
-            raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} loop iterations or {MAX_SECONDS:g} second")
+            raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} loop iterations or {MAX_SECONDS:g} seconds")
 
 
 class Counted(NodeTransformer):

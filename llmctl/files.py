@@ -9,13 +9,15 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llmctl.errors import OutputError
+from llmctl.errors import ArtifactError, OutputError
 
+MAX_NESTING = 100
 HINTS = {
     errno.ENOSPC: "free some disk space, or choose another location with -o",
     errno.EDQUOT: "your disk quota is exhausted: free some space, or choose another location with -o",
@@ -123,6 +125,72 @@ def is_seen(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def exposed(path: Path) -> str:
+    """Return who else could have written a file that is to run as code, or an empty string.
+
+    The file and its folder must be the user's own and writable by nobody else, and no folder above may let others rename
+    it (such as /tmp without its sticky bit). A group of the user's own name counts as the user: many systems make one.
+    """
+    if os.name == "nt":
+        return ""
+    user = os.geteuid()
+    real = path.resolve()
+    for place in (real, *real.parents):
+        try:
+            status = place.stat()
+        except OSError as error:
+            return f"`{place}` cannot be checked ({error.strerror})"
+        if place in (real, real.parent) and status.st_uid != user:
+            return f"`{place}` belongs to user {status.st_uid}"
+        is_sticky = place not in (real, real.parent) and status.st_mode & stat.S_ISVTX
+        by_group = status.st_mode & stat.S_IWGRP and status.st_gid != user
+        if (by_group or status.st_mode & stat.S_IWOTH) and not is_sticky:
+            return f"`{place}` can be written by others"
+    return ""
+
+
+def read_own(path: Path) -> bytes:
+    """Read a file of a folder that others made; a link out of the folder would pass on a file of the user's.
+
+    Raises: ArtifactError naming such a link.
+    """
+    if target := outside(path):
+        raise ArtifactError(
+            f"`{path}` is a link to `{target}`, outside its folder", "copy the file there if it belongs to the folder"
+        )
+    return path.read_bytes()
+
+
+def outside(path: Path) -> Path | None:
+    """Return where a file lies if it is a link that leads out of its folder, else None.
+
+    The cache of the Hugging Face Hub is one folder here: `snapshots/REVISION/FILE` links to `blobs/HASH`.
+    """
+    if not path.is_symlink():
+        return None
+    folder, target = path.parent.resolve(), path.resolve()
+    caches = [place.parent / "blobs" for place in (folder, *folder.parents) if place.name == "snapshots"]
+    return None if any(target.is_relative_to(place) for place in (folder, *caches[:1])) else target
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of a file that others made.
+
+    Raises: ValueError if it is not JSON or nested more than `MAX_NESTING` deep, which whoever walks it cannot bear.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [content] if isinstance(content, (dict, list)) else []
+    for _ in range(MAX_NESTING):
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+        level = [part for part in level if isinstance(part, (dict, list))]
+        if not level:
+            return content
+    raise ValueError(f"it is nested more than {MAX_NESTING} deep")
 
 
 def sync(path: Path) -> None:

@@ -1,14 +1,15 @@
 """Files appear whole or not at all, and the file system's refusals are one clear error."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from llmctl.errors import OutputError
-from llmctl.files import atomic_path, ensure_writable, write_bytes, write_json
+from llmctl.errors import ArtifactError, OutputError
+from llmctl.files import atomic_path, ensure_writable, exposed, outside, parse_json, read_own, write_bytes, write_json
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
@@ -60,7 +61,7 @@ def test_a_disk_that_takes_no_more_keeps_the_old_file(tmp_path):
     program = """
 import resource, sys
 from pathlib import Path
-from llmctl.errors import OutputError
+from llmctl.errors import ArtifactError, OutputError
 from llmctl.files import write_bytes
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -80,3 +81,75 @@ def test_long_and_chinese_names_fit(tmp_path):
         assert (Path(tmp_path) / name).read_bytes() == b"1"
     with pytest.raises(OutputError, match="too long"):
         write_bytes(tmp_path / ("x" * 256), b"1")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_who_else_could_have_written_a_file(tmp_path):
+    folder = tmp_path / "a" / "cache"
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    file = folder / "library.so"
+    file.write_bytes(b"x")
+    file.chmod(0o755)
+    assert exposed(file) == ""
+    for place in (file, folder, folder.parent):
+        mode = place.stat().st_mode
+        place.chmod(0o777)
+        assert exposed(file) == f"`{place}` can be written by others"
+        place.chmod(mode)
+    folder.parent.chmod(0o1777)  # as /tmp: others cannot rename what is ours
+    assert exposed(file) == ""
+    folder.chmod(0o1777)  # but there they could have made it
+    assert "can be written by others" in exposed(file)
+    folder.chmod(0o700)
+    link = tmp_path / "link.so"
+    link.symlink_to(file)
+    assert exposed(link) == ""
+    assert "cannot be checked" in exposed(folder / "nothing")
+    if os.geteuid() == 0:
+        os.chown(file, 12345, -1)
+        assert exposed(file) == f"`{file}` belongs to user 12345"
+
+
+def test_links_out_of_a_folder_are_named(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "real.json").write_text("{}")
+    links = {"inside.json": "real.json", "out.json": secret, "up.json": "../secret", "away.json": "nothing"}
+    for name, target in links.items():
+        (model / name).symlink_to(target)
+    assert read_own(model / "inside.json") == b"{}"
+    for name in ("out.json", "up.json"):
+        with pytest.raises(ArtifactError, match="secret`, outside its folder"):
+            read_own(model / name)
+    assert outside(model / "real.json") is None
+    (tmp_path / "latest").symlink_to("model")  # a linked folder is the folder
+    assert read_own(tmp_path / "latest" / "inside.json") == b"{}"
+    (model / "more.json").symlink_to("out.json")  # a link to a link
+    with pytest.raises(ArtifactError):
+        read_own(model / "more.json")
+
+
+def test_the_hubs_cache_is_one_folder(tmp_path):
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "abc" / "onnx"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs" / "123").write_text("{}")
+    (snapshot.parent / "config.json").symlink_to("../../blobs/123")
+    (snapshot / "config.json").symlink_to("../../../blobs/123")
+    (snapshot / "other.json").symlink_to("../../../../other")
+    assert read_own(snapshot.parent / "config.json") == read_own(snapshot / "config.json") == b"{}"
+    with pytest.raises(ArtifactError):
+        read_own(snapshot / "other.json")
+
+
+def test_json_of_others_is_bounded():
+    assert parse_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    assert parse_json(b"7") == 7
+    assert parse_json("[" * 100 + "]" * 100)
+    for text in ("[" * 101 + "]" * 101, "[" * 100_000, "{", "", "9" * 5000, b"\xff"):
+        with pytest.raises(ValueError, match=r"."):
+            parse_json(text)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmctl import __version__
+from llmctl.files import exposed
 from llmctl.kernels.compile import library_path
 from llmctl.kernels.compiled_step import find_library
 from llmctl.machine import available_cores, available_memory, choose_dtype, product_rate
@@ -55,8 +56,11 @@ def examine_machine() -> dict[str, Any]:
 
 
 def compiled_step() -> str | None:
-    """Return the file of the compiled decoding step in use, or None."""
-    return None if find_library() is None else str(library_path())
+    """Return the file of the compiled decoding step in use or why it is not used; None if there is none."""
+    path = library_path()
+    if path.is_file() and (problem := exposed(path)):
+        return f"not used: {problem}"
+    return None if find_library() is None else str(path)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -6,7 +6,6 @@ folder, because they were written together with the weights. Pickles are never l
 tensors are requested.
 """
 
-import json
 import logging
 import math
 from base64 import b64decode
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
+from llmctl.files import parse_json, read_own
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import HEAD, stored_shape, to_parameters
 from llmctl.formats.families.table import family_of
@@ -383,7 +383,7 @@ def read_small(path: Path) -> bytes:
         raise ArtifactError(
             f"`{path}` has {size} bytes, more than the limit of {FILE_LIMIT_BYTES}", "download the file again"
         )
-    return path.read_bytes()
+    return read_own(path)
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
@@ -392,7 +392,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     Raises: ArtifactError with its location.
     """
     try:
-        obj = json.loads(text)
+        obj = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{where}` is not JSON ({error})", "download or write the file again") from error
     if not isinstance(obj, dict):

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmctl.errors import LlmctlError, MissingCompilerError
-from llmctl.files import atomic_path, cache_folder
+from llmctl.files import atomic_path, cache_folder, exposed, writing
 from llmctl.machine import processor_name
 
 Library = ctypes.CDLL
@@ -61,6 +61,13 @@ def compile_library(processor: str = HERE) -> Path:
             f"no C++ compiler found (tried {named or ', '.join(COMPILERS)})", "install g++, or set CXX to a compiler"
         )
     target = library_path(processor)
+    with writing(target):
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if problem := exposed(target.parent):
+        raise LlmctlError(
+            f"no compiled library is kept in `{target.parent}`: {problem}",
+            "make it writable for you only (chmod go-w), or set LLMCTL_CACHE to another folder",
+        )
     with atomic_path(target) as temporary:
         done = subprocess.run(
             [compiler, *flags_for(processor), str(source_path()), "-o", str(temporary)],
@@ -73,4 +80,5 @@ def compile_library(processor: str = HERE) -> Path:
             raise LlmctlError(
                 f"`{compiler}` cannot compile the decoding step: {message}", "set CXX to a newer compiler"
             )
+        temporary.chmod(0o700)
     return target

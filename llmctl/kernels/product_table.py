@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from llmctl import __version__
 from llmctl.errors import OutputError
-from llmctl.files import cache_folder, write_bytes
+from llmctl.files import cache_folder, parse_json, write_bytes
 from llmctl.kernels.compiled_step import compiled_kinds, find_library
 from llmctl.machine import processor_name
 from llmctl.quant.linear import QuantLinear
@@ -63,7 +63,7 @@ def products_path() -> Path:
 def read_measured() -> dict[str, dict[str, Seconds]]:
     """Read the measurements of all machines; empty if the file is missing or damaged."""
     try:
-        content = json.loads(products_path().read_text(encoding="utf-8"))
+        content = parse_json(products_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if is_measured(content) else {}

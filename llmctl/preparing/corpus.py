@@ -4,7 +4,6 @@ Text is streamed two or three times and is never in memory as a whole.
 """
 
 import io
-import json
 import os
 import shutil
 import sys
@@ -25,6 +24,7 @@ from llmctl.data.shards import ShardSet, is_shard_folder
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.data.text_files import Blank
 from llmctl.errors import ArtifactError, UsageError
+<<<<<<< HEAD
 from llmctl.files import atomic_path, write_bytes, write_json
 from llmctl.preparing.duplicates import (
     as_hashes,
@@ -34,6 +34,9 @@ from llmctl.preparing.duplicates import (
     hash_of,
     hashes_of,
 )
+=======
+from llmctl.files import atomic_path, parse_json, read_own, write_bytes, write_json
+>>>>>>> a7757d7 (data, kernels, formats: Verify shards, compiled code and links)
 from llmctl.runs.progress import Say
 from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tokenizer.base import Tokenizer
@@ -119,8 +122,8 @@ def open_corpus(folder: Path) -> Corpus:
     Raises: ArtifactError if a part of it is damaged or missing.
     """
     try:
-        description = json.loads((folder / CORPUS).read_text(encoding="utf-8"))
-        files = {path.name: path.read_bytes() for path in (folder / "tokenizer").iterdir()}
+        description = parse_json((folder / CORPUS).read_text(encoding="utf-8"))
+        files = {path.name: read_own(path) for path in (folder / "tokenizer").iterdir()}
         arrays = {path.stem: np.load(path, allow_pickle=False) for path in (folder / "arrays").iterdir()}
         held_out = arrays.pop("held_out")
         shards = {name: ShardSet.open(folder / path) for name, path in description["shards"].items()}
@@ -207,7 +210,7 @@ def pairs_sha256(paths: Sequence[str]) -> str:
 
 def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:
     """Open a corpus written by `llmctl tokenize encode`; the last or randomly sampled documents are held out."""
-    shards = ShardSet.open(folder)
+    shards = ShardSet.open(folder).verify()
     if tokenizer is None:
         tokenizer = load_tokenizer(folder)
     if shards.manifest["tokenizer_sha256"] != tokenizer.sha256:
@@ -215,6 +218,11 @@ def open_shards(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | Non
             f"the shards in `{folder}` were encoded with a different tokenizer ({shards.manifest['tokenizer_sha256'][:12]}) "
             f"than the given one ({tokenizer.sha256[:12]})",
             "omit `--tokenizer`, or encode the corpus again",
+        )
+    if shards.vocab_size != tokenizer.vocab_size:
+        raise ArtifactError(
+            f"the shards in `{folder}` are of {shards.vocab_size} token ids, their tokenizer has {tokenizer.vocab_size}",
+            "encode the corpus again",
         )
     n_documents = shards.n_documents
     if n_documents < 2:

@@ -1,11 +1,11 @@
 """Load a tokenizer from a file, a folder, or the files in a model's header."""
 
 import base64
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.files import parse_json, read_own
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 
@@ -39,7 +39,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.exists():
         raise NotFoundError(f"tokenizer `{path}` does not exist", "`llmctl tokenize train` creates one")
     if path.is_dir():
-        files = {name: (path / name).read_bytes() for name in KNOWN_FILES if (path / name).is_file()}
+        files = {name: read_own(path / name) for name in KNOWN_FILES if (path / name).is_file()}
         if not files and (path / "tokenizer").is_dir():
             return load_tokenizer(path / "tokenizer")
     elif path.suffix == ".safetensors":
@@ -63,7 +63,7 @@ def files_of(path: Path) -> dict[str, bytes]:
         kind = {".model": MODEL_FILE, ".txt": "vocab.txt", ".json": "tokenizer.json"}.get(path.suffix, path.name)
     names = NEEDED_BESIDE.get(kind, ("tokenizer_config.json",))
     companions = {name: path.parent / name for name in names if (path.parent / name).is_file()}
-    return {name: file.read_bytes() for name, file in companions.items()} | {kind: path.read_bytes()}
+    return {name: read_own(file) for name, file in companions.items()} | {kind: path.read_bytes()}
 
 
 def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
@@ -140,8 +140,8 @@ def files_in_header(path: Path) -> dict[str, bytes]:
                 raise ArtifactError(
                     f"`{path}` claims a header of {length} bytes, which is impossible", "download it again"
                 )
-            header = json.loads(file.read(length))
-        content = json.loads(header["__metadata__"]["llmctl.files"])
+            header = parse_json(file.read(length))
+        content = parse_json(header["__metadata__"]["llmctl.files"])
         return {name: base64.b64decode(data, validate=True) for name, data in content.items() if name in KNOWN_FILES}
     except KeyError:
         raise UsageError(

@@ -234,3 +234,51 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="file/shards"):
         write(tmp_path / "file" / "shards")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("part_count", value) for value in (float("-inf"), 2**31, 0, -1, 1.0, True, "1", [])),
+        *(("part_index", value) for value in (1, -1, 2**31, float("nan"))),
+        *(("vocab_size", value) for value in (0, 2**63, 3.5)),
+        *(("tokenizer_sha256", value) for value in (None, 7)),
+    ],
+)
+def test_counts_of_a_manifest_are_not_believed(tmp_path, key: str, value):
+    write(tmp_path)
+    path = next(iter(tmp_path.glob("part-*.json")))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ArtifactError, match=f"{key} is"):
+        ShardSet.open(tmp_path)
+
+
+def test_a_flipped_id_is_found_with_its_place(tmp_path):
+    shards = write(tmp_path)
+    assert shards is not None
+    shards.verify()
+    path = sorted(tmp_path.glob("*.tokens.bin"))[1]
+    good = path.read_bytes()
+    at = 40
+    path.write_bytes(good[:at] + b"\xff\xff" + good[at + 2 :])
+    message = f"{path.name}` is damaged at byte {at}: the id 65535 is not in the vocabulary of 300"
+    with pytest.raises(ArtifactError, match=message):
+        ShardSet.open(tmp_path).verify()
+    damaged = ShardSet.open(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        damaged.read(0, damaged.n_tokens)
+    with pytest.raises(ArtifactError, match=message):
+        [damaged.document(index) for index in range(damaged.n_documents)]
+    path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])  # an id of the vocabulary, but another
+    with pytest.raises(ArtifactError, match=f"{path.name}` is damaged: it does not match its sha256"):
+        ShardSet.open(tmp_path).verify()
+
+
+def test_negative_lengths_are_damage(tmp_path):
+    write(tmp_path)
+    path = next(iter(sorted(tmp_path.glob("*.lengths.bin"))))
+    lengths = np.frombuffer(path.read_bytes(), dtype="<i8").copy()
+    lengths[:2] += np.array([10_000, -10_000])
+    path.write_bytes(lengths.tobytes())
+    with pytest.raises(ArtifactError, match="tokens"):
+        ShardSet.open(tmp_path)

@@ -417,3 +417,29 @@ def test_old_spellings_and_bare_files(tmp_path):
         rewrite(path, tensors=old | {ignored: torch.ones(1, 4)})
         state = read_artifact(path).state()
         assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "chat_template.jinja"])
+def test_a_link_does_not_carry_another_file_into_a_model(name, tmp_path):
+    folder = write(tmp_path / "m")
+    index = shard(folder)  # without a header that holds the files
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    read_artifact(folder)
+    (tmp_path / "secret").write_text('{"key": "secret"}')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ArtifactError, match="outside its folder"):
+        read_artifact(folder)
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read(tmp_path):
+    folder = write(tmp_path / "m")
+    index = shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    blobs, snapshot = tmp_path / "models--x--y" / "blobs", tmp_path / "models--x--y" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(folder.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    assert read_artifact(snapshot).files == read_artifact(folder).files

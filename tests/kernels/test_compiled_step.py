@@ -218,6 +218,23 @@ def test_it_is_used_once_it_is_compiled_and_wanted(cache, monkeypatch, capsys):
     assert find_library() is None
 
 
+@needs_compiler
+def test_a_library_that_others_could_have_written_is_not_loaded(cache, capsys):
+    path = compile_library()
+    assert find_library() is not None
+    cache.chmod(0o777)
+    assert find_library() is None
+    assert run(["doctor"]) == 0
+    assert f"not used: `{cache}` can be written by others" in capsys.readouterr().out
+    assert run(["doctor", "--compile"]) == 1
+    assert "can be written by others" in capsys.readouterr().err
+    cache.chmod(0o700)
+    path.chmod(0o722)
+    assert find_library() is None
+    path.chmod(0o700)
+    assert find_library() is not None
+
+
 def test_a_file_that_is_no_library_is_left_alone(cache):
     library_path().write_bytes(b"no library")
     assert find_library() is None

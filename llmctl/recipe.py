@@ -18,6 +18,8 @@ from llmctl.errors import NotFoundError, UsageError
 from llmctl.tables.dtypes import full_name
 
 Config = TypeVar("Config")
+MAX_VALUES = 100_000
+"""Of a recipe; the longest one has about 200."""
 RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_NATIVE", "LLMCTL_DEBUG"}
 
 
@@ -130,8 +132,6 @@ def read_recipe(path: str) -> dict[str, Any]:
 
     Raises: NotFoundError for a missing file; UsageError if it is not text, not YAML or not a mapping.
     """
-    import yaml
-
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -139,10 +139,9 @@ def read_recipe(path: str) -> dict[str, Any]:
     except (IsADirectoryError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe `{path}` is not a text file: {error}", "-r takes the path of a YAML file") from None
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        message = " ".join(str(error).split())
-        raise UsageError(f"recipe `{path}` is not valid YAML: {message}", "correct the line named above") from None
+        content = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"recipe `{path}` is not valid YAML: {error}", "correct the line named above") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -193,12 +192,60 @@ def parse_for(key: str, text: str, keys: Mapping[str, Key]) -> Any:
 
 def parse(text: str) -> Any:
     """Parse a value as YAML; if that fails, return the string."""
+    try:
+        return parse_yaml(text)
+    except ValueError:
+        return text
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of a file that others made.
+
+    Raises: ValueError for whatever the library raises, and for aliases that make a small text a large value.
+    """
     import yaml
 
+    loader = None
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        check_nodes(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # The library converts dates and numbers without checks, and refuses control characters with a ReaderError.
+        raise ValueError(" ".join(str(error).split())[:500] or type(error).__name__) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def check_nodes(root: Any) -> None:
+    """Check the size that a document has with its aliases written out, before any of it is built.
+
+    Nine aliases of nine aliases, nine times, are 387 million values ("billion laughs").
+    Raises: ValueError.
+    """
+    sizes: dict[int, int] = {}  # of what is under each node; 0 while it is being counted
+    waiting = [(root, False)]
+    while waiting:
+        node, is_counted = waiting.pop()
+        value = node.value if isinstance(node.value, list) else []
+        parts = [part for item in value for part in (item if isinstance(item, tuple) else (item,))]
+        if is_counted:
+            sizes[id(node)] = 1 + sum(sizes[id(part)] for part in parts)
+            if sizes[id(node)] > MAX_VALUES:
+                raise ValueError(
+                    f"line {node.start_mark.line + 1} has more than {MAX_VALUES:,} values, with its aliases"
+                )
+        elif id(node) not in sizes:
+            sizes[id(node)] = 0
+            waiting += [(node, True), *((part, False) for part in parts)]
+        elif not sizes[id(node)]:
+            raise ValueError(f"line {node.start_mark.line + 1} contains itself")
 
 
 def build(
@@ -243,7 +290,9 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
         return TypeAdapter(info.kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        problems.append(f"`{key}` is `{value}` ({origins.get(key, 'default')}): {reason[0].lower()}{reason[1:]}")
+        problems.append(
+            f"`{key}` is `{str(value)[:200]}` ({origins.get(key, 'default')}): {reason[0].lower()}{reason[1:]}"
+        )
         return None
 
 
@@ -254,7 +303,9 @@ def chosen(key: str, value: str, names: Sequence[str], origins: Mapping[str, str
         close = get_close_matches(value, names, n=1)
         suffix = f", did you mean `{close[0]}`?" if close else ""
         known = ", ".join(f"`{each}`" for each in names if each)
-        problems.append(f"`{key}` is `{value}` ({origins.get(key, 'default')}): it must be one of {known}{suffix}")
+        problems.append(
+            f"`{key}` is `{str(value)[:200]}` ({origins.get(key, 'default')}): it must be one of {known}{suffix}"
+        )
     return name
 
 

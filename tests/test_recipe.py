@@ -97,3 +97,50 @@ def test_an_empty_recipe_is_the_defaults(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text("# nothing\n")
     assert load(PretrainConfig, recipe=str(path), environment={}).config == PretrainConfig()
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(LAUGHS, MERGES, LAUGHS + "train: {seed: *a9}", "model: &a {x: *a}", "&a [*a]", "train: {steps: 0b_}"),
+        *(
+            "[" * 5000,
+            "{a: " * 5000,
+            "a: 2024-99-99",
+            "a: !!int x",
+            "a: !!float x",
+            "a: !!timestamp x",
+            "a: !!binary 1",
+        ),
+        *("? [a]\n: b", "? {a: b}\n: c", "a: \x07", "a: 0x_", "- &a\n- *b", "!!python/object:os.system x", "a: 0o_"),
+        *(
+            "a: 1:_:2",
+            "!!set [a]",
+            "!!omap {a: b}",
+            "!!pairs [a]",
+            "a: " + "9" * 5000,
+            "<<: 3",
+            "a: {<<: [1]}",
+            "a: =\n=",
+        ),
+    ],
+)
+def test_yaml_that_its_library_cannot_bear_is_one_clear_error(tmp_path, text: str):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError):
+        load(PretrainConfig, recipe=str(path))
+    with pytest.raises(UsageError):
+        load(PretrainConfig, settings=[f"train.steps={text}"])
+
+
+def test_aliases_that_stay_small_are_fine(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: &t {steps: 7}\noptim: {lr: 0.1}\n")
+    assert load(PretrainConfig, recipe=str(path)).config.train.steps == 7
+    path.write_text("x: &s 7\ntrain: {steps: *s, seed: *s}\n".replace("x: &s 7\n", "").replace("*s,", "&s 7,"))
+    assert load(PretrainConfig, recipe=str(path)).config.train.seed == 7

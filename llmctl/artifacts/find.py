@@ -1,6 +1,5 @@
 """Resolve the model of a command: an explicit name, the current directory, the newest suitable run, the default."""
 
-import json
 import os
 import shlex
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
+from llmctl.files import parse_json
 from llmctl.runs.folder import runs_folder
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
     runs = []
     for path in runs_folder().glob("[0-9][0-9][0-9][0-9]-*"):
         try:
-            record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            record = parse_json((path / "run.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(record, dict) and record.get("status") == "finished" and is_model(path):

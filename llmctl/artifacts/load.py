@@ -3,7 +3,6 @@
 torch is imported inside functions, so that importing this module is fast.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.find import Ability, require_family, usage
 from llmctl.errors import ArtifactError, UsageError
+from llmctl.files import parse_json
 from llmctl.formats.artifact import Artifact
 from llmctl.tables.dtypes import full_name
 
@@ -50,7 +50,7 @@ class Loaded:
     def json_file(self, name: str) -> dict[str, Any]:
         """Parse a JSON file stored with the weights; empty if it is missing or not a JSON object."""
         try:
-            content = json.loads(self.artifact.files.get(name, b"{}"))
+            content = parse_json(self.artifact.files.get(name, b"{}"))
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}

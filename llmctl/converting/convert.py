@@ -3,7 +3,6 @@
 Weights are not rounded unless a dtype is given; torch is imported only for tensors.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.files import file_sha256
+from llmctl.files import file_sha256, parse_json
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.generation_settings import listed_ids, with_end_ids
@@ -127,7 +126,7 @@ def special_ids(files: Mapping[str, bytes]) -> dict[str, int]:
         lines = files["vocab.txt"].decode(errors="replace").splitlines()
         return {line: index for index, line in enumerate(lines)}
     try:
-        added = json.loads(files.get("tokenizer.json", b"{}")).get("added_tokens", [])
+        added = parse_json(files.get("tokenizer.json", b"{}")).get("added_tokens", [])
         return {str(token["content"]): int(token["id"]) for token in added}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

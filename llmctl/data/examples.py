@@ -102,7 +102,7 @@ def _rows(name: str, task: str, columns: ColumnsConfig) -> Iterator[tuple[str, d
         hint = f"name the columns of tab-separated lines: --set columns.names={_usual(task)}"
         raise UsageError(f"`{shown}` is plain text without column names", hint)
     for where, row in tables.read_rows(name):
-        for inner in _nested(row) if TASKS[task].make == "question_example" else [row]:
+        for inner in _nested(row, where) if TASKS[task].make == "question_example" else [row]:
             yield where, _named(inner, where, columns)
 
 
@@ -118,7 +118,7 @@ def _usual(task: str, n_columns: int = 0) -> str:
     return ",".join(names + ["_"] * (n_columns - len(names)))
 
 
-def _nested(row: Any) -> Iterator[Any]:
+def _nested(row: Any, where: str) -> Iterator[Any]:
     """Yield the questions of a SQuAD file (`data` > `paragraphs` > `qas`) with their contexts, or the row itself."""
     if not (isinstance(row, dict) and isinstance(row.get("data"), list)):
         yield row
@@ -129,7 +129,13 @@ def _nested(row: Any) -> Iterator[Any]:
             yield article
             continue
         for paragraph in paragraphs:
-            for question in paragraph.get("qas", []):
+            questions = paragraph.get("qas", []) if isinstance(paragraph, dict) else None
+            if not isinstance(questions, list) or not all(isinstance(question, dict) for question in questions):
+                raise UsageError(
+                    f"{where} has a paragraph that is no object with a list `qas` of questions",
+                    "SQuAD's layout is `data` > `paragraphs` > `qas`",
+                )
+            for question in questions:
                 yield {"context": paragraph.get("context"), **question}
 
 

@@ -244,18 +244,31 @@ def _numbered_cells(name: str, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 def _parquet_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise MissingExtraError(f"reading `{name}`", "pyarrow", "data") from error
+    number = 0
+    # The library finds some damage only when it decodes a page; values such as dates beyond the year 9999 are
+    # ValueErrors of Python.
+    damage = (ArrowException, OSError, ValueError, OverflowError, TypeError, KeyError)
     try:
         file = parquet.ParquetFile(name)
-    except (ArrowInvalid, OSError) as error:
+        # Missing columns are not an error here: row_text names them, with the columns that exist.
+        known = [column for column in columns if column in file.schema_arrow.names]
+        batches = file.iter_batches(batch_size=1024, columns=known or None)
+    except damage as error:
         raise UsageError(f"`{name}` is not a valid parquet file: {error}", "write the file again") from error
-    # Missing columns are not an error here: row_text names them, with the columns that exist.
-    known = [column for column in columns if column in file.schema_arrow.names]
-    number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=known or None):
-        for row in batch.to_pylist():
+    while True:
+        try:
+            batch = next(batches, None)
+            rows = [] if batch is None else batch.to_pylist()
+        except damage as error:
+            raise UsageError(
+                f"`{name}` is damaged after row {number}: {error}", "download or write the file again"
+            ) from error
+        if batch is None:
+            return
+        for row in rows:
             yield f"`{name}` row {number}", row
             number += 1
 

@@ -4,13 +4,13 @@ Supports safetensors files and folders, adapters, and GGUF. A valid file of an u
 far as possible; a damaged one is refused.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import ArtifactError
+from llmctl.files import parse_json
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from llmctl.formats.artifact import CONFIG, check_kind, count_parameters, parse_object, read_artifact, read_headers
 from llmctl.formats.safetensors import Header
@@ -151,7 +151,7 @@ def tokenizer_kind(files: Mapping[str, bytes]) -> str | None:
         return "sentencepiece"
     if "tokenizer.json" in files:
         try:
-            kind = json.loads(files["tokenizer.json"])["model"]["type"]
+            kind = parse_json(files["tokenizer.json"])["model"]["type"]
         except (ValueError, KeyError, TypeError, RecursionError):
             kind = "unreadable"
         return f"tokenizer.json ({kind})"

@@ -1,11 +1,10 @@
 """generation_config.json: the ids that end a text."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.files import json_text
+from llmctl.files import json_text, parse_json
 from llmctl.formats.families.rows import token_ids
 
 GENERATION = "generation_config.json"
@@ -14,8 +13,8 @@ GENERATION = "generation_config.json"
 def generation_settings(files: Mapping[str, bytes]) -> dict[str, Any]:
     """Return the content of generation_config.json, empty if it is missing or not a JSON object."""
     try:
-        content = json.loads(files.get(GENERATION, b"{}"))
-    except (ValueError, RecursionError):
+        content = parse_json(files.get(GENERATION, b"{}"))
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.files import file_sha256, write_json
+from llmctl.files import file_sha256, parse_json, write_json
 from llmctl.formats.safetensors import read_header, read_tensors, tensor_bytes, write_safetensors
 
 KINDS = ("sampled", "topk", "hidden")
@@ -102,7 +102,7 @@ def check_begun(folder: Path, made_of: Mapping[str, Any]) -> None:
     """
     for path in sorted(folder.glob("signals-*.safetensors")):
         try:
-            existing = json.loads(read_header(path).metadata.get("made_of", "{}"))
+            existing = parse_json(read_header(path).metadata.get("made_of", "{}"))
         except (ArtifactError, ValueError):  # ValueError: the metadata is not JSON
             continue  # a damaged shard will be made again
         if differing := differences(flat(existing), flat({"version": VERSION, **made_of})):
@@ -167,14 +167,14 @@ class SignalStore:
         Raises: NotFoundError if it does not exist or is unfinished; ArtifactError naming a damaged file.
         """
         try:
-            record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            record = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             has_shards = any(folder.glob("signals-*.safetensors"))
             message = f"the teacher cache `{folder}` is unfinished" if has_shards else f"`{folder}` is no teacher cache"
             raise NotFoundError(
                 message, "create or finish it with `llmctl distill cache TEACHER -d DATA -o FOLDER`"
             ) from error
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ArtifactError(f"`{folder / MANIFEST}` is damaged: {error}", "make the cache again") from error
         if not isinstance(record, dict) or record.get("version") != VERSION:
             version = record.get("version") if isinstance(record, dict) else None
@@ -235,7 +235,11 @@ class SignalStore:
         return {"n_ids": arrays["n_ids"][labels], "ids": arrays["ids"][ids], "counts": arrays["counts"][ids]}
 
     def _read(self, number: int) -> tuple[Arrays, NDArray[np.int64], NDArray[np.int64]]:
-        tensors = read_tensors(self.folder / shard_name(number))
+        path = self.folder / shard_name(number)
+        tensors = read_tensors(path)
+        n_rows = min(self.n_rows - number * ROWS_PER_SHARD, ROWS_PER_SHARD)
+        if problem := shard_problem(tensors, self.kind, n_rows, int(self.record["vocab_size"])):
+            raise ArtifactError(f"`{path}` is damaged: {problem}", "make the cache again")
         arrays = {name: as_array(tensor) for name, tensor in tensors.items()}
         # Where each row's labels start, and (for `sampled`) where each label's tokens start.
         starts = np.concatenate([[0], np.cumsum(arrays["n_labels"], dtype=np.int64)])
@@ -250,6 +254,39 @@ def widened(hidden_LD: NDArray[Any]) -> NDArray[np.float32]:
     return (hidden_LD.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+PARTS = {
+    "sampled": {"n_ids": 1, "ids": 1, "counts": 1},
+    "topk": {"ids": 2, "logs": 2, "tail": 1},
+    "hidden": {"hidden": 2},
+}
+"""The tensors of a shard by kind, with their number of dimensions."""
+
+
+def shard_problem(tensors: Mapping[str, Tensor], kind: str, n_rows: int, vocab_size: int) -> str:
+    """Return the problem with a shard's tensors, or an empty string: they are indexed by each other."""
+    dimensions = {"n_labels": 1, **PARTS[kind]}
+    found = {name: tensor.ndim for name, tensor in tensors.items()}
+    if found != dimensions:
+        return f"its tensors have the dimensions {found}, not {dimensions}"
+    n_labels = tensors["n_labels"]
+    if n_labels.is_floating_point() or len(n_labels) != n_rows or (n_rows and int(n_labels.min()) < 0):
+        return f"its `n_labels` are not those of {n_rows} rows"
+    total = int(n_labels.long().sum())
+    per_label = "n_ids" if kind == "sampled" else next(iter(PARTS[kind]))
+    if len(tensors[per_label]) != total or (kind == "topk" and tensors["logs"].shape != tensors["ids"].shape):
+        return f"it has signals of {len(tensors[per_label])} labels, not {total}"
+    if kind == "topk" and len(tensors["tail"]) != total:
+        return f"it has tails of {len(tensors['tail'])} labels, not {total}"
+    if kind == "sampled":
+        n_ids = int(tensors["n_ids"].long().sum())
+        if not n_ids == len(tensors["ids"]) == len(tensors["counts"]) or (total and int(tensors["n_ids"].min()) < 1):
+            return "its labels, ids and counts do not match"
+    ids = tensors.get("ids")
+    if ids is not None and ids.numel() and not 0 <= int(as_array(ids).min()) <= int(as_array(ids).max()) < vocab_size:
+        return f"it has an id that is not in the vocabulary of {vocab_size}"
+    return ""
+
+
 def manifest_problem(record: Mapping[str, Any]) -> str:
     """Return the problem with a manifest, or an empty string."""
     if record.get("kind") not in KINDS:
@@ -261,9 +298,15 @@ def manifest_problem(record: Mapping[str, Any]) -> str:
     files, identity = record.get("files"), record.get("identity")
     if not isinstance(identity, dict) or not isinstance(files, dict):
         return "it has no `identity` or no `files`"
-    expected = {shard_name(number) for number in range(-(-record["n_rows"] // ROWS_PER_SHARD))}
+    n_shards = -(-record["n_rows"] // ROWS_PER_SHARD)
+    if n_shards > len(files):  # before their names are made: a count may be anything
+        return f"it lists {len(files)} files, but its rows need {n_shards}"
+    expected = {shard_name(number) for number in range(n_shards)}
     expected |= {HEAD} if record["kind"] == "hidden" else set()
     if set(files) != expected:
         return f"it lists {len(files)} files, but its rows need {len(expected)}"
-    is_complete = all(isinstance(entry, dict) and {"sha256", "bytes"} <= entry.keys() for entry in files.values())
+    is_complete = all(
+        isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
+        for entry in files.values()
+    )
     return "" if is_complete else "a file has no `sha256` or no `bytes`"

@@ -5,7 +5,6 @@ become their ids; the same strings inside a message must stay text. They are esc
 template is rendered, and the mark is removed before encoding (`chat_ids.py`).
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmctl.data.chat_text import BEGIN, PLAIN_TEMPLATE, Rendered, Template
 from llmctl.data.conversations import Message
 from llmctl.errors import ArtifactError, UsageError
+from llmctl.files import parse_json
 from llmctl.tokenizer.base import SpecialToken, Tokenizer
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ def config_of(files: Mapping[str, bytes]) -> dict[str, object]:
     Raises: ArtifactError if it cannot be read.
     """
     try:
-        config = json.loads(files.get(CONFIG_FILE, b"{}"))
+        config = parse_json(files.get(CONFIG_FILE, b"{}"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{CONFIG_FILE}` cannot be read: {error}", "download it again") from None
     return config if isinstance(config, dict) else {}

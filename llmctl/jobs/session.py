@@ -160,7 +160,8 @@ class Session:
         config = part.config
         folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic() if part.has_own_budget else self.started
-        used_seconds = saved.state["seconds"] if saved else 0.0
+        seconds = saved.state.get("seconds") if saved else 0.0
+        used_seconds = seconds if isinstance(seconds, (int, float)) else 0.0  # the loop refuses such a state
         rate = product_rate(self.runtime.dtype, self.runtime.device.type) if part.flops_per_token else 0.0
         return Training(
             objective=part.objective(),

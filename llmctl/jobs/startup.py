@@ -176,7 +176,7 @@ def newest_checkpoint(path: Path, runtime: Runtime, progress: Progress) -> check
         saved, skipped = checkpoint.Store(folder).load_newest()
         for line in skipped:
             progress.say(line)
-        progress.say(f"resuming {path} at step {saved.state['step']} of {saved.state['total_steps']}")
+        progress.say(f"resuming {path} at step {saved.state.get('step')} of {saved.state.get('total_steps')}")
         return saved.path.name
 
     name = runtime.lead(find)

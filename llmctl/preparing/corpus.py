@@ -24,8 +24,7 @@ from llmctl.data.shards import ShardSet, is_shard_folder
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.data.text_files import Blank
 from llmctl.errors import ArtifactError, UsageError
-<<<<<<< HEAD
-from llmctl.files import atomic_path, write_bytes, write_json
+from llmctl.files import atomic_path, parse_json, read_own, write_bytes, write_json
 from llmctl.preparing.duplicates import (
     as_hashes,
     describe_duplicates,
@@ -34,9 +33,6 @@ from llmctl.preparing.duplicates import (
     hash_of,
     hashes_of,
 )
-=======
-from llmctl.files import atomic_path, parse_json, read_own, write_bytes, write_json
->>>>>>> a7757d7 (data, kernels, formats: Verify shards, compiled code and links)
 from llmctl.runs.progress import Say
 from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tokenizer.base import Tokenizer

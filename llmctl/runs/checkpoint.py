@@ -6,7 +6,7 @@ unpickled. Each rank writes the rows it owns; the index in `state.json` maps eac
 checkpoint can be resumed with a different number of ranks.
 """
 
-import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from llmctl.distributed.sharding import Part
 from llmctl.errors import ArtifactError, LlmctlError, NotFoundError, OutputError
-from llmctl.files import file_sha256, sync, write_json, writing
+from llmctl.files import file_sha256, parse_json, sync, write_json, writing
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
 KINDS = ("model", "optimizer")
+FILE = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors")
 Result = TypeVar("Result")
 
 
@@ -76,7 +77,10 @@ class Checkpoint:
         """
         shape, parts = self.shape(kind, name), self.index[kind][name]["parts"]
         if not shape:
-            return read_tensors(self.path / parts[0][0], [name])[name].clone()
+            scalar = read_tensors(self.path / parts[0][0], [name])[name]
+            if scalar.ndim:
+                raise self._lacking(name)
+            return scalar.clone()
         stop = shape[0] if stop is None else stop
         pieces: list[Tensor] = []
         for file, first, n_rows in sorted(parts, key=lambda part: part[1]):
@@ -84,13 +88,18 @@ class Checkpoint:
             # An empty range still reads one file: the result needs that tensor's dtype and trailing dimensions.
             if low < high or (start == stop and not pieces):
                 rows = read_tensors(self.path / file, [name])[name]
+                if rows.shape != (n_rows, *shape[1:]):
+                    raise self._lacking(name)
                 pieces.append(rows[max(low - first, 0) : max(high - first, 0)])
         joined = torch.cat(pieces) if pieces else torch.empty(0)
         if joined.shape != (stop - start, *shape[1:]):
-            raise ArtifactError(
-                f"checkpoint `{self.path}` lacks rows of `{name}`", "delete its folder to resume from an older one"
-            )
+            raise self._lacking(name)
         return joined
+
+    def _lacking(self, name: str) -> ArtifactError:
+        return ArtifactError(
+            f"checkpoint `{self.path}` lacks rows of `{name}`", "delete its folder to resume from an older one"
+        )
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
         """Return all tensors of `model` or `optimizer`, unsharded."""
@@ -268,10 +277,10 @@ def publish(temporary: Path, final: Path, step: int, reports: list[Any], state: 
 def defect(path: Path) -> str:
     """Return what is wrong with a checkpoint, or an empty string."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((path / MANIFEST).read_text(encoding="utf-8"))
         digests = dict(manifest["sha256"])
         step = int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     if step != step_of(path):
         return f"its {MANIFEST} is of step {step}"
@@ -280,7 +289,9 @@ def defect(path: Path) -> str:
     for name, digest in digests.items():
         try:
             # A manifest is not trusted: names must not point outside the folder.
-            if Path(name).name != name or not (path / name).is_file():
+            if name != STATE and not FILE.fullmatch(name):
+                return f"its {MANIFEST} names `{name[:80]}`, which is no file of a checkpoint"
+            if not (path / name).is_file():
                 return f"`{name}` is missing"
             if file_sha256(path / name) != digest:
                 return f"`{name}` does not match its sha256"
@@ -295,12 +306,45 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises: ArtifactError if its state file cannot be read.
     """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return Checkpoint(path, state, state.pop("index"))
-    except (OSError, ValueError, KeyError) as error:
+        state = parse_json((path / STATE).read_text(encoding="utf-8"))
+        index = state.pop("index")
+        check_index(index)
+        return Checkpoint(path, state, index)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"checkpoint `{path}` is damaged: `{STATE}` ({error})", "delete its folder to resume from an older one"
         ) from error
+
+
+def check_index(index: Any) -> None:
+    """Check that an index maps tensors to their shapes, and to parts of files in the same folder.
+
+    Raises: TypeError, ValueError.
+    """
+    for kind in KINDS:
+        named = index.get(kind) if isinstance(index, dict) else None
+        if not isinstance(named, dict):
+            raise TypeError(f"its index has no `{kind}`")
+        for name, entry in named.items():
+            shape, parts = (entry.get("shape"), entry.get("parts")) if isinstance(entry, dict) else (None, None)
+            if not is_counts(shape) or not isinstance(parts, list) or not parts or not all(map(is_part, parts)):
+                raise ValueError(f"the index of `{name[:80]}` is not a shape with parts")
+
+
+def is_counts(value: Any) -> bool:
+    """Tell whether this is a list of non-negative integers."""
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def is_part(part: Any) -> bool:
+    """Tell whether this is [file, first row, rows], with a file of the checkpoint's own folder."""
+    return (
+        isinstance(part, list)
+        and len(part) == 3
+        and isinstance(part[0], str)
+        and FILE.fullmatch(part[0]) is not None
+        and is_counts(part[1:])
+    )
 
 
 def load(path: Path) -> Checkpoint:

@@ -4,7 +4,6 @@ Knows where runs are stored and their status, nothing about what they train.
 """
 
 import fcntl
-import json
 import os
 import re
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmctl.errors import BusyError, NotFoundError, UsageError
-from llmctl.files import discard, write_json, writing
+from llmctl.files import discard, parse_json, write_json, writing
 
 NUMBERED = re.compile(r"(\d{4,})-")
 """The number prefix of a folder in `runs/`."""
@@ -96,7 +95,7 @@ def open_run(path: Path, *, command: str | None = None) -> Run:
 def read_record(path: Path) -> dict[str, Any]:
     """Return the content of a run's `run.json`, empty if it is missing or unreadable."""
     try:
-        record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        record = parse_json((path / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

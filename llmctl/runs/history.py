@@ -4,7 +4,6 @@ Trusts nothing it reads: a damaged record, missing metrics and lines of unknown 
 Imports torch only to validate checkpoints.
 """
 
-import json
 import math
 import os
 import shlex
@@ -18,6 +17,7 @@ from typing import Any
 
 from llmctl.config import TRAINING, PretrainConfig
 from llmctl.errors import LlmctlError
+from llmctl.files import parse_json
 from llmctl.formats.safetensors import read_header
 from llmctl.metrics.figures import FIGURES
 from llmctl.recipe import flatten, keys_of, read_recipe, values_of
@@ -25,6 +25,8 @@ from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import NO_TOTAL_STEPS
 
+LARGEST = 1e300
+"""Of the numbers that are believed; JSON can hold integers that are no float."""
 EXPECTED = ("loss", "perplexity", "bits_per_byte", "accuracy")
 """Metrics reported for every run, as null if missing; others are reported only if present."""
 
@@ -111,7 +113,7 @@ class History:
         if not self.checkpoints:
             return {}
         try:
-            return mapping(json.loads((self.checkpoints[0] / "state.json").read_text(encoding="utf-8")))
+            return mapping(parse_json((self.checkpoints[0] / "state.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
 
@@ -318,7 +320,7 @@ def disk_bytes(folder: Path) -> int:
 def number(value: Any) -> float | None:
     """Return the value if it is a finite number, else None; a file edited by hand may contain anything."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number and abs(value) <= LARGEST else None
 
 
 def text(value: Any) -> str | None:

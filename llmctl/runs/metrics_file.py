@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmctl.files import write_text
+from llmctl.files import parse_json, write_text
 from llmctl.metrics.figures import rounded
 
 
@@ -28,12 +28,15 @@ class MetricsFile:
         """Drop the records of steps and evaluations that a resumed run repeats, including the final evaluation."""
 
         def stays(line: Mapping[str, Any]) -> bool:
+            at = line.get("step")
+            if not isinstance(at, (int, float)):
+                return False
             if line.get("kind") != "eval":
-                return line["step"] <= step
-            return line["step"] <= checked_step and not (line.get("full") and line["step"])
+                return at <= step
+            return at <= checked_step and not (line.get("full") and at)
 
         if self.path.exists():
-            kept = [line for line in self.read() if stays(line)]
+            kept = [line for line in self.read() if isinstance(line, dict) and stays(line)]
             write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def read(self) -> list[dict[str, Any]]:
@@ -43,7 +46,7 @@ class MetricsFile:
         records = []
         for line in text.split("\n"):
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:  # an incomplete last line of a killed run, or the empty one at the end
+                records.append(parse_json(line))
+            except ValueError:  # an incomplete last line of a killed run, or the empty one at the end
                 continue
         return records

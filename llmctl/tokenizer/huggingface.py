@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
+from llmctl.files import parse_json
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import check_tokenizer, quiet, raise_interrupts, steps_of
 
@@ -234,7 +235,7 @@ def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     Raises: ArtifactError naming the file if it is not a JSON object.
     """
     try:
-        content = json.loads(files.get(name, b"{}"))
+        content = parse_json(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"`{name}` cannot be read: {error}", "download it again") from None
     if not isinstance(content, dict):

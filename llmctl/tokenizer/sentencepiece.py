@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError
+from llmctl.files import parse_json
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
 
@@ -111,8 +112,8 @@ class SentencePieceTokenizer(Tokenizer):
     @cached_property
     def _config(self) -> dict[str, Any]:
         try:
-            config = json.loads(self._extra.get("tokenizer_config.json", b"{}"))
-        except (ValueError, RecursionError):
+            config = parse_json(self._extra.get("tokenizer_config.json", b"{}"))
+        except ValueError:
             return {}
         return config if isinstance(config, dict) else {}
 

@@ -168,7 +168,8 @@ def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], s
     parameters = dict(model.named_parameters())
     states: dict[tuple[str, str], dict[str, Any]] = {}
     for key in saved.names("optimizer"):
-        optimizer_name, parameter_name, entry = key.split("/")
+        optimizer_name, _, rest = key.partition("/")
+        parameter_name, _, entry = rest.partition("/")
         if optimizer_name not in optimizers or parameter_name not in parameters:
             raise ArtifactError(
                 f"checkpoint `{saved.path}` has state of `{key}`, which this run does not have",

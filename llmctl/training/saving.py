@@ -69,8 +69,9 @@ class Saver:
             self.forget_step((None, -1, 0))
         self.journal.started = time.monotonic() - self.state.seconds
         self.store.verified.add(saved.path.name)
+        environment = saved.state.get("environment")
         return differences(
-            saved.state.get("environment", {}),
+            environment if isinstance(environment, dict) else {},
             describe_environment(self.runtime),
             deterministic=self.runtime.parallel.deterministic,
         )
@@ -92,6 +93,12 @@ class Saver:
                 f"checkpoint `{saved.path}` belongs to another model: `{mismatches[0]}`", "resume with its recipe"
             )
         for name, tensor in named.items():
+            if saved.shape("model", name) != tuple(tensor.shape):
+                raise ArtifactError(
+                    f"checkpoint `{saved.path}` belongs to another model: `{name}` is {list(saved.shape('model', name))}, "
+                    f"not {list(tensor.shape)}",
+                    "resume with its recipe",
+                )
             fill(tensor, lambda *rows, name=name: saved.read("model", name, *rows))
         if self.masters:
             self.masters.push()
@@ -224,7 +231,8 @@ BUDGET = ("steps", "tokens", "epochs", "minutes")
 
 def settings(recipe: Any, *names: str) -> list[Any]:
     """Return settings of the training loop, of a recipe as it is kept in a checkpoint."""
-    train = (recipe or {}).get("train", {})
+    train = recipe.get("train") if isinstance(recipe, dict) else {}
+    train = train if isinstance(train, dict) else {}
     return [train.get(name) for name in names]
 
 

@@ -16,6 +16,17 @@ FEWEST = 32
 N_DEVIATIONS = 6.0
 
 
+def is_alike(value: Any, default: Any) -> bool:
+    """Tell whether a value is of the kind that its default is."""
+    if isinstance(default, list):
+        return isinstance(value, list) and all(is_alike(item, 0.0) for item in value)
+    if isinstance(default, dict):
+        return isinstance(value, dict)
+    if isinstance(default, int):
+        return type(value) is int and abs(value) < 2**63
+    return (default is None and value is None) or type(value) in (int, float)
+
+
 @dataclass
 class State:
     """The counters of the loop.
@@ -55,6 +66,11 @@ class State:
         for item in fields(self):
             if item.name not in saved:
                 raise ArtifactError(f"the checkpoint's state has no `{item.name}`", "resume from an older checkpoint")
+            if not is_alike(saved[item.name], getattr(State(), item.name)):
+                raise ArtifactError(
+                    f"the checkpoint's state has `{item.name}` {str(saved[item.name])[:60]}",
+                    "resume from an older checkpoint",
+                )
             setattr(self, item.name, saved[item.name])
 
     def spike(self, loss: float, norm: float) -> str:

@@ -168,6 +168,9 @@ def test_answers_in_a_file_of_their_own(tmp_path):
         ("a.jsonl", '{"choices": ["a", "b"], "answer": 1}\n', "choice", {}, ["line 1", "question"]),
         ("a.jsonl", '{"ctx": "q", "endings": ["a", "b"], "label": 2}\n', "choice", {}, ["line 1", "`2`", "2 choices"]),
         ("a.tsv", "a\tb\nonly\n", "translate", {}, ["line 2", "no tab"]),
+        ("a.json", '{"data": [{"paragraphs": [["x"]]}]}', "qa", {}, ["item 0", "qas"]),
+        ("a.json", '{"data": [{"paragraphs": [{"qas": 7}]}]}', "qa", {}, ["item 0", "qas"]),
+        ("a.json", '{"data": [{"paragraphs": [{"qas": [7]}]}]}', "qa", {}, ["item 0", "qas"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, name: str, content: str, task: str, columns: dict, parts: list[str]):

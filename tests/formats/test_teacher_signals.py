@@ -48,7 +48,10 @@ def write(folder: Path, kind: str) -> dict:
             values = np.concatenate([np.full(labels_of(row), row) for row in rows])
             arrays = {"hidden": np.stack([values, -values], 1).astype(np.float32)}
             if kind == "topk":
-                arrays = {"ids": arrays["hidden"].astype(np.uint32), "logs": -abs(arrays["hidden"]).astype(np.float16)}
+                arrays = {
+                    "ids": abs(arrays["hidden"]).astype(np.uint32),
+                    "logs": -abs(arrays["hidden"]).astype(np.float16),
+                }
                 arrays["tail"] = np.full(len(values), -1, dtype=np.float16)
         write_shard(folder, number, counts, arrays, record)
     if kind == "hidden":
@@ -180,3 +183,38 @@ def test_signals_of_something_else_are_known_by_their_shards(tmp_path):
         check_begun(tmp_path, {**record, "draws": 7})
     (tmp_path / shard_name(0)).write_bytes(b"damaged")  # made again: no reason to refuse
     check_begun(tmp_path, record)
+
+
+def test_counts_of_a_manifest_are_not_believed(tmp_path):
+    write(tmp_path, "sampled")
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for count in (2**62, 2**31):
+        path.write_text(json.dumps(manifest | {"n_rows": count}))
+        with pytest.raises(ArtifactError, match="its rows need"):
+            SignalStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sampled", "n_ids"), ("sampled", "ids"), ("topk", "tail"), ("topk", "ids")]
+)
+@pytest.mark.parametrize("harm", ["shorter", "other", "gone"])
+def test_shards_whose_tensors_do_not_match_are_damage(tmp_path, kind: str, name: str, harm: str):
+    from llmctl.files import file_sha256
+    from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+
+    write(tmp_path, kind)
+    path = tmp_path / "signals-00000.safetensors"
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(path).items()}
+    if harm == "gone":
+        tensors.pop(name)
+    elif harm == "shorter":
+        tensors[name] = tensors[name][:-1]
+    else:
+        tensors[name] = tensors[name].flatten()[: len(tensors[name]) // 2].reshape(-1, 1, 1)
+    write_safetensors(path, tensors, read_header(path).metadata)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files"][path.name] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="signals-00000"):
+        SignalStore.open(tmp_path).signals([0])

@@ -99,3 +99,44 @@ def test_a_file_that_the_disk_cannot_read_makes_one_checkpoint_bad_and_no_save(t
         "step-00000002",
         "step-00000001",
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("index"),
+        lambda state: state.update(index=7),
+        lambda state: state["index"].pop("model"),
+        lambda state: state["index"]["model"]["a"].pop("shape"),
+        lambda state: state["index"]["model"]["a"].update(shape=[-3]),
+        lambda state: state["index"]["model"]["a"].update(shape=["3"]),
+        lambda state: state["index"]["model"]["a"].update(parts=[]),
+        lambda state: state["index"]["model"]["a"].update(parts=[["model.safetensors", {}, 3]]),
+        lambda state: state["index"]["model"]["a"].update(parts=[["../x", 0, 3]]),
+        lambda state: state["index"]["model"]["a"].update(parts=[["model.safetensors", 0, 2]]),
+        lambda state: state["index"]["model"]["a"].update(shape=[2**62]),
+        lambda state: state["index"]["model"]["a"].update(shape=[3, 2]),
+        lambda state: state["index"]["model"]["a"].update(shape=[]),
+        lambda state: state["index"]["model"]["a"].update(parts=[["optimizer.safetensors", 0, 3]]),
+    ],
+)
+def test_an_index_of_another_shape_is_damage(tmp_path, change):
+    from llmctl.files import file_sha256
+
+    save(tmp_path, 1)
+    folder = tmp_path / "step-00000001"
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = file_sha256(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError):
+        checkpoint.load(folder).tensors("model")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "7", "{}", '{"sha256": {"a/../state.json": "0"}, "step": 1}'])
+def test_a_manifest_that_is_none_is_a_defect(tmp_path, text: str):
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / "manifest.json").write_text(text)
+    assert checkpoint.defect(tmp_path / "step-00000001")

@@ -170,7 +170,7 @@ def test_events_and_unknown_kinds_are_read(runs):
     assert len(record["evaluations"]) == 4
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff", None])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\udcff", "[" * 100_000, '{"a": ' * 500 + "1" + "}" * 500, None])
 def test_a_damaged_record_is_said(runs, content: str | None):
     path = runs / FIRST / "run.json"
     path.unlink()
@@ -184,7 +184,9 @@ def test_a_damaged_record_is_said(runs, content: str | None):
     assert in_full(run)["resume"] is None
 
 
-@pytest.mark.parametrize("value", [None, 3, "text", [1], {"after": [2]}, {"n_parameters": "x", "steps": None}])
+@pytest.mark.parametrize(
+    "value", [None, 3, "text", [1], {"after": [2]}, {"n_parameters": "x", "steps": None}, {"steps": 10**400}]
+)
 def test_values_of_other_types_are_passed_over(runs, value: object):
     record = read_record(runs / FIRST) | {"summary": value, "environment": value, "seconds": value, "objective": 5}
     (runs / FIRST / "run.json").write_text(json.dumps(record | {"created": 1, "invocation": {}}))

@@ -4,12 +4,12 @@ A sentencepiece BPE model becomes `llama`, a byte-level BPE `tokenizer.json` bec
 pre-tokenizer. What llama.cpp would split otherwise is refused: ids that differ are noticed by nobody.
 """
 
-import json
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmctl.errors import ArtifactError
+from llmctl.files import parse_json
 from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 
@@ -65,7 +65,7 @@ def refuse(what: str) -> ArtifactError:
 def added_names(files: Mapping[str, bytes]) -> dict[int, str]:
     """Return id -> name of the tokens that tokenizer_config.json puts behind a sentencepiece model."""
     try:
-        added = json.loads(files.get("tokenizer_config.json", b"{}")).get("added_tokens_decoder", {})
+        added = parse_json(files.get("tokenizer_config.json", b"{}")).get("added_tokens_decoder", {})
         return {int(index): str(token["content"]) for index, token in added.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -148,7 +148,7 @@ def varint(message: bytes, position: int) -> tuple[int, int]:
 
 def byte_level_values(content: bytes) -> tuple[dict[str, Any], Tokens]:
     """Return the metadata and the tokens, with their types, of a byte-level BPE `tokenizer.json`."""
-    tokenizer = json.loads(content)
+    tokenizer = parse_json(content)
     model, added = tokenizer.get("model", {}), tokenizer.get("added_tokens", [])
     pre = pre_tokenizer_name(tokenizer)
     changed = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]

@@ -358,7 +358,33 @@ def test_a_data_file_in_place_of_the_model_is_named(capsys, tmp_path):
     for command in ("finetune", "distill", "quantize", "evaluate"):
         status, _, err = call(capsys, command, str(tmp_path / "rows.jsonl"))
         assert status == 2
-        assert "rows.jsonl` is not a model" in err
+        assert "rows.jsonl` is not a model: it is data" in err
+        assert "the order is MODEL DATA" in err
+
+
+def test_data_and_model_swapped_are_told_apart(capsys, tmp_path, models):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a b\n" * 40)
+    data, model = str(tmp_path / "texts"), str(models / "decoder")
+    for swapped in (
+        ["finetune", data, model],
+        ["distill", data, "-d", model],
+        ["quantize", data, "-d", model],
+        ["evaluate", data, "-d", model],
+        ["bench", data],
+        ["generate", "a", "-m", data],
+        ["distill", model, "--student", data],
+    ):
+        status, _, err = call(capsys, *swapped)
+        assert (status, "it is data" in err, "the order is MODEL DATA" in err) == (2, True, True), (swapped, err)
+    for given in (
+        ["pretrain", model],
+        ["finetune", model, model],
+        ["distill", model, "-d", f"{model}/model.safetensors"],
+        ["evaluate", model, "-d", model],
+    ):
+        status, _, err = call(capsys, *given)
+        assert (status, "is a model, not data" in err) == (2, True), (given, err)
 
 
 def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, monkeypatch):

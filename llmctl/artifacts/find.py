@@ -83,12 +83,13 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
 def find_named(name: str, able: Ability) -> Path:
     """Resolve a model name to a path.
 
-    Raises: NotFoundError; UsageError for an empty name (a command substitution that failed) or an ambiguous one.
+    Raises: NotFoundError; UsageError for an empty name (a command substitution that failed), an ambiguous one, or data.
     """
     if not name:
         raise UsageError("the model name is empty", "pass a model folder, a .safetensors file, or a run in runs/")
     path = Path(name)
     if path.exists():
+        refuse_data(path)
         return path
     folder = runs_folder()
     if name == "latest":
@@ -108,6 +109,20 @@ def find_named(name: str, able: Ability) -> Path:
         names = ", ".join(f"`{run.name}`" for run in matches[:5])
         raise UsageError(f"`{name}` matches more than one run: {names}", "give a longer prefix")
     raise NotFoundError(f"model `{name}` does not exist", "pass a model folder, a .safetensors file, or a run in runs/")
+
+
+def refuse_data(path: Path) -> None:
+    """Refuse data in the place of a model: a file of another kind, or a folder of texts.
+
+    Raises: UsageError with the right order.
+    """
+    from llmctl.data.sources import is_data
+
+    if is_data(path):
+        raise UsageError(
+            f"`{path}` is not a model: it is data",
+            f"the order is MODEL DATA; where data is an option, it goes after `-d`: MODEL -d {shlex.quote(str(path))}",
+        )
 
 
 def is_model(folder: Path) -> bool:

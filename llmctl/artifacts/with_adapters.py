@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.data.sources import READERS
+from llmctl.artifacts.find import refuse_data
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.adapter import (
     ADAPTER_WEIGHTS,
@@ -63,8 +63,8 @@ def read_model(path: Path) -> Artifact:
 
     Raises: NotFoundError, also if the base does not exist; UsageError for a data file; ArtifactError.
     """
-    if path.suffix.lower() in READERS and path.is_file():
-        raise UsageError(f"`{path}` is not a model", "the model comes before the data: `llmctl COMMAND --help`")
+    if path.exists():
+        refuse_data(path)
     return read_chain(path, ())
 
 

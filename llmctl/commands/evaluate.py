@@ -133,11 +133,7 @@ def find_models(names: Sequence[str], *, quiet: bool) -> list[Path]:
 
     if not names:
         return [find_model(None, "any", quiet=quiet)]
-    paths = [find_named(name, "any") for name in names]
-    for path in paths:
-        if path.is_file() and path.suffix not in (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt"):
-            raise UsageError(f"`{path}` is not a model", f"data goes after `-d`: `llmctl evaluate MODEL -d {path}`")
-    return paths
+    return [find_named(name, "any") for name in names]
 
 
 def show(evaluations: Sequence["Evaluation"], *, json: bool) -> None:

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
@@ -64,12 +65,14 @@ def source_sha256(paths: Sequence[str]) -> str:
 def expand(paths: Sequence[str]) -> list[str]:
     """Expand paths, folders and globs to file names; `-` is kept.
 
-    Raises: NotFoundError for a missing path or a folder without text files; UsageError for an empty name.
+    Raises: NotFoundError for a missing path or a folder without text files; UsageError for an empty name or a model.
     """
     names: list[str] = []
     for path in paths:
         if not path:  # "" would mean the current folder: most likely an unset shell variable
             raise UsageError("the path of the text is empty", "pass files, folders or globs")
+        if is_model(Path(path)):
+            raise UsageError(f"`{path}` is a model, not data", "the order is MODEL DATA, or `-m MODEL` for pretrain")
         if path == STDIN:
             names.append(path)
         elif os.path.isdir(path):  # noqa: PTH112 - os.path returns False for invalid names, pathlib raises
@@ -79,6 +82,29 @@ def expand(paths: Sequence[str]) -> list[str]:
         else:
             names += _glob_files(path)
     return names
+
+
+def is_model(path: Path) -> bool:
+    """Tell whether a path is a model by its name, or a folder with the weights of one."""
+    with suppress(OSError, ValueError):  # names that no file can have
+        if path.is_dir():
+            return any(file.suffix.lower() in MODELS or file.name == "adapter_config.json" for file in path.iterdir())
+        return path.suffix.lower() in MODELS and path.is_file()
+    return False
+
+
+def is_data(path: Path) -> bool:
+    """Tell whether a path is a file of a kind that no model has, or a folder with text files and no part of a model."""
+    if path.is_file():
+        return _kind(path) in READERS and path.name not in TOKENIZER_FILES
+    is_part = is_model(path) or any((path / name).exists() for name in ("config.json", *TOKENIZER_FILES))
+    return not is_part and any(_kind(file) in READERS and file.is_file() for file in path.iterdir())
+
+
+MODELS = (".safetensors", ".gguf")
+"""Suffixes of model files."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
+"""Files of a model whose suffixes data has too."""
 
 
 def _folder_files(folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llmctl.artifacts.find import a_model, find_named
+from llmctl.artifacts.find import a_model, find_named, refuse_data
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig
@@ -12,8 +12,8 @@ from llmctl.errors import UsageError
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.model.shapes import complete
-from llmctl.tables.tasks import trained_tasks
 from llmctl.training.settings import check_shared, lr_for_size
+from llmctl.training.task_choice import choose_task
 
 DEFAULT_STEPS = 400
 """Steps of each part without a budget."""
@@ -31,8 +31,11 @@ HALF = 0.45
 
 def student_model(config: DistillConfig) -> Path | None:
     """Return the path of the student if an existing model is named instead of a shape."""
-    text = config.student.shape
-    return Path(text) if Path(text).exists() else None
+    path = Path(config.student.shape)
+    if not path.exists():
+        return None
+    refuse_data(path)
+    return path
 
 
 def student_shape(config: DistillConfig) -> ModelConfig:
@@ -50,10 +53,7 @@ def settle(config: DistillConfig) -> DistillConfig:
     """
     artifact = read_model(Path(config.model))
     teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
-    made_for = artifact.provenance.get("objective")
-    task = config.task
-    if task == "auto":
-        task = "classify" if teacher.n_labels else made_for if made_for in trained_tasks() else "text"
+    task = choose_task(config, artifact)
     given = student_model(config)
     shape = read_model(given).config if given else parse_student(student.shape, teacher)
     if student.init == "auto":

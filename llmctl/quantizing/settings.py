@@ -13,8 +13,8 @@ from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
 from llmctl.quantizing.bit_allocation import parse_size
-from llmctl.tables.tasks import trained_tasks
 from llmctl.training.settings import check_shared, lr_for_size
+from llmctl.training.task_choice import choose_task
 
 SMALL_GROUPS = (*GROUPS, 16, 8)
 REFERENCE_LR, REFERENCE_PARAMETERS = 5e-5, 1e6
@@ -39,9 +39,7 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     """
     artifact = read_model(Path(config.model))
     model, train, weights, loss = artifact.config, config.train, config.weights, config.loss
-    task, made_for = config.task, artifact.provenance.get("objective")
-    if task == "auto":
-        task = "classify" if model.n_labels else made_for if made_for in trained_tasks() else "text"
+    task = choose_task(config, artifact)
     method = weights.method
     if method == "auto":
         scheme = SCHEMES[weights.scheme]

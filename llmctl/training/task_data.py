@@ -65,6 +65,16 @@ def check_task(config: TaskConfig, base: Loaded) -> None:
             f"`{config.model}` has a classification head, `--task {task}` needs a language modeling head",
             "--task classify, or the model it was made from",
         )
+    needs = OBJECTIVES[text_config(config, base).objective].needs if task == "text" else ""
+    if needs == "sentinels" and not base.tokenizer.sentinel_ids():
+        raise UsageError(
+            f"`{config.model}` has no <extra_id_0>, ... tokens, which raw text needs for {a_model(family)}",
+            "pass pairs as data and `--task` translate, summarize or qa",
+        )
+    if needs == "mask" and base.tokenizer.mask_id is None:
+        raise UsageError(
+            f"`{config.model}` has no mask token, which `--task text` needs", "--task classify, or another model"
+        )
 
 
 def text_config(config: TaskConfig, base: Loaded) -> PretrainConfig:

@@ -143,6 +143,10 @@ def dispatch(args: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+"""Reasons for which a file system refuses to write, or two of them to read."""
+
+
 def report(error: Exception, args: Sequence[str] = ()) -> int:
     """Print an error and its hint and return the exit code; `args` is the command line that raised it."""
     if isinstance(error, LlmctlError):
@@ -160,27 +164,24 @@ def report(error: Exception, args: Sequence[str] = ()) -> int:
         return 141
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return show(f"out of memory: {error}", "reduce `--batch-size` or `--seq-len`", 5)
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EDQUOT,
-    ):
-        return show(
-            f"cannot write `{error.filename or 'output'}`: {error.strerror}",
-            "free some disk space, or choose another location with -o",
-            8,
-        )
-    if isinstance(error, OSError) and error.filename:
-        return show(
-            f"`{error.filename}`: {error.strerror}",
-            "check the path and its permissions",
-            3 if isinstance(error, FileNotFoundError) else 1,
-        )
+    if isinstance(error, OSError) and (error.errno in UNWRITABLE or error.filename):
+        return show(*refused_file(error))
     return show(
         f"unexpected {type(error).__name__}: {error}", "this is a bug; `llmctl --debug ...` shows the stack trace", 1
     )
+
+
+def refused_file(error: OSError) -> tuple[str, str, int]:
+    """Return message, hint and exit code for a file that cannot be read or written."""
+    from llmctl.files import HINTS, refuse_to_read, unreadable
+
+    if unreadable(error):
+        refused = refuse_to_read(error)
+        return str(refused), refused.hint, refused.exit_code
+    if error.errno in UNWRITABLE:
+        return f"cannot write `{error.filename or 'output'}`: {error.strerror}", HINTS[error.errno], 8
+    status = 3 if isinstance(error, FileNotFoundError) else 1
+    return f"`{error.filename}`: {error.strerror}", "check the path and its permissions", status
 
 
 def given_value(error: Exception, args: Sequence[str]) -> str:

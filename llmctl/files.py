@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from llmctl.errors import ArtifactError, OutputError
+from llmctl.errors import ArtifactError, OutputError, UsageError
 
 MAX_NESTING = 100
 HINTS = {
@@ -45,13 +45,35 @@ def cache_folder() -> Path:
 def writing(path: Path) -> Iterator[None]:
     """Convert an OSError raised while writing `path`.
 
-    Raises: OutputError naming the path and the reason.
+    Raises: OutputError naming the path and the reason; UsageError for a file that cannot be read on the way.
     """
     try:
         yield
     except OSError as error:
+        if unreadable(error):
+            raise refuse_to_read(error) from error
         reason = (error.strerror or str(error)).lower()
         raise OutputError(f"cannot write `{path}`: {reason}", HINTS.get(error.errno or 0, "")) from error
+
+
+def unreadable(error: OSError) -> str:
+    """Return the file or folder that an error says may not be read, or an empty string: then writing was refused."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+    if not name or error.errno not in (errno.EACCES, errno.EPERM):
+        return ""
+    needed = os.R_OK | (os.X_OK if Path(name).is_dir() else 0)
+    with suppress(OSError):
+        mode = Path(name).stat().st_mode
+        return "" if os.access(name, needed) and mode & 0o444 else name
+    # What cannot even be looked at lies in a folder that may not be entered; what does not exist was to be made.
+    parent = Path(name).parent
+    return name if parent.is_dir() and not os.access(parent, os.X_OK) else ""
+
+
+def refuse_to_read(error: OSError) -> UsageError:
+    """Return the error for a file that may not be read."""
+    reason = (error.strerror or str(error)).lower()
+    return UsageError(f"cannot read `{unreadable(error)}`: {reason}", "make it readable (chmod u+r), or ask its owner")
 
 
 @contextmanager

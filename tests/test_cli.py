@@ -1,6 +1,7 @@
 """The command line as a person meets it: errors with exit codes, streams that stay clean, nothing that hangs."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,6 +15,8 @@ import pytest
 from llmctl import __version__
 from llmctl.cli import COMMANDS, report, run
 from llmctl.config import ModelConfig, TokenizerConfig
+from llmctl.errors import OutputError, UsageError
+from llmctl.files import writing
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
@@ -385,6 +388,23 @@ def test_data_and_model_swapped_are_told_apart(capsys, tmp_path, models):
     ):
         status, _, err = call(capsys, *given)
         assert (status, "is a model, not data" in err) == (2, True), (given, err)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_cannot_be_read_is_not_called_unwritable(capsys, tmp_path, kind: str):
+    path = tmp_path / "secret"
+    path.mkdir() if kind == "folder" else path.write_text("x")
+    error = PermissionError(errno.EACCES, "Permission denied", str(path))
+    assert report(error) == 8
+    assert "cannot write" in capsys.readouterr().err
+    path.chmod(0)
+    assert report(error) == 2
+    assert f"cannot read `{path}`: permission denied" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"cannot read `{path}`"), writing(tmp_path / "out"):
+        raise error
+    with pytest.raises(OutputError, match="cannot write"), writing(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "new"))
+    path.chmod(0o755)
 
 
 def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, monkeypatch):

@@ -51,14 +51,21 @@ def begun_run(resume: str | None, out: Path | None) -> str | None:
 
 
 def refuse_existing(out: Path | None, *, force: bool) -> None:
-    """Refuse to overwrite an existing output without `force`.
+    """Refuse to overwrite an existing output without `force`, and in any case folders that a run would remove.
 
     Skipped under the launcher, which has already checked: after a restart the output is the run itself.
     """
     from llmctl.distributed.ranks import LAUNCHED
     from llmctl.errors import OutputError
 
-    if out is None or force or LAUNCHED in os.environ:
+    if out is None or LAUNCHED in os.environ:
+        return
+    if force:
+        # These a run clears at its beginning and its end.
+        if not (out / "run.json").exists():
+            for name in ("checkpoints", "data", "parts"):
+                if (out / name).exists():
+                    raise OutputError(f"`{out / name}` exists, and no run wrote it", "choose another folder with -o")
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise OutputError(f"`{out}` already exists", "`-f` replaces it, `-o` writes elsewhere")

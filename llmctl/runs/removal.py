@@ -1,7 +1,7 @@
 """Remove runs or their checkpoints: all are checked before the first is removed, and a crash leaves no partial run.
 
 A folder is renamed to a hidden name before its files are deleted; the next removal deletes what a crash left behind.
-Of a run's content it knows only `run.json` and `checkpoints/`.
+What no run writes is not removed with one.
 """
 
 import re
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llmctl.errors import BusyError, UsageError
 from llmctl.files import writing
+from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, FILES, INDEX, WEIGHTS
 from llmctl.runs.folder import find_run, is_held, open_run, point_latest, read_record
 from llmctl.runs.history import disk_bytes
 
@@ -35,8 +36,8 @@ def choose(names: Sequence[str], *, checkpoints: bool) -> list[Removal]:
     """Plan the removal of the named runs, without changing anything.
 
     checkpoints: remove only checkpoints, and none of an unfinished run, which needs them to resume.
-    Raises: NotFoundError or UsageError for a name, as find_run does; UsageError for a folder that contains other runs;
-    BusyError for a run that is in use.
+    Raises: NotFoundError or UsageError for a name, as find_run does; UsageError for a folder that contains other runs, or
+    what no run wrote; BusyError for a run that is in use.
     """
     # Keyed by resolved path: several names may mean one run.
     folders = {
@@ -47,7 +48,28 @@ def choose(names: Sequence[str], *, checkpoints: bool) -> list[Removal]:
             raise UsageError(f"`{folder}` contains other runs", "name the runs to remove")
         if is_held(folder):
             raise BusyError(f"run `{folder}` is in use by another process", "stop it first, or wait until it ends")
+        if others := [] if checkpoints else not_written(folder):
+            listed = ", ".join(f"`{name}`" for name in others[:5]) + (", ..." if len(others) > 5 else "")
+            raise UsageError(f"`{folder}` contains {listed}, which no run wrote", "move it away first")
     return [checkpoints_of(folder) if checkpoints else whole(folder) for folder in folders.values()]
+
+
+def not_written(folder: Path) -> list[str]:
+    """Return the names in a run folder that no run writes."""
+    trackers = (folder.name, "wandb", "trackio", "mlruns")  # tensorboard's folder has the name of the run
+    known = {*WRITTEN, *(Path(name).parts[0] for name in FILES), *trackers}
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name not in known and not PART.fullmatch(name)]
+
+
+WRITTEN = (
+    ".lock", "run.json", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "loss.svg", "README.md", "report.json",
+    "checkpoints", "data", "parts", "base-int4",
+    WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG, "adapter_model.safetensors",
+)  # fmt: skip
+"""The names of what runs write, besides the small files of a model."""
+PART = re.compile(r"model-\d+-of-\d+\.safetensors|\..*\.tmp|\.nfs\w+")
+"""Names of shards, and of what a killed writer or the file system left."""
 
 
 def real(folder: Path) -> Path:

@@ -25,3 +25,12 @@ def test_two_budgets_at_once_are_refused(shell: Shell):
     code, _, err = shell("finetune", "--steps", "10", "--epochs", "3", "--print-config")
     assert code == 2
     assert "`train.steps` 10, `train.epochs` 3" in err
+
+
+def test_a_folder_that_no_run_wrote_is_not_cleared_by_force(shell: Shell, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "precious.txt").write_text("mine")
+    code, _, err = shell("pretrain", "-o", str(tmp_path), "-f", "--steps", "1")
+    assert code == 8
+    assert f"`{tmp_path / 'data'}` exists, and no run wrote it" in err
+    assert (tmp_path / "data" / "precious.txt").read_text() == "mine"

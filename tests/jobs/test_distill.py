@@ -26,6 +26,7 @@ from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.history import History
+from llmctl.runs.removal import not_written
 from llmctl.training.finetune_settings import settle as settle_tuning
 from tests.support.jobs import LLMCTL, environment, running, weights
 from tests.support.tuning import FAMILIES, SMALL
@@ -136,6 +137,7 @@ def test_a_student_that_training_makes_worse_is_kept_as_it_was_cut(models, task,
     harm = ["train.steps=4", "train.eval_every=2", "train.keep_checkpoints=1", "optim.lr=30", "optim.schedule=constant"]
     trained = begin("distill", config_of(here / "t", *short, *harm), out=here / "worse")
     assert trained is not None
+    assert not_written(trained.path) == []
     assert trained.summary["kept_step"] == 0
     assert trained.summary["after"][metric] == pytest.approx(trained.summary["before"][metric], rel=1e-4)
     assert f"training made the model worse: {metric}" in capfd.readouterr().err

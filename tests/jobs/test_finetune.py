@@ -23,6 +23,7 @@ from llmctl.preparing.examples import chat_of, prepare_examples
 from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.progress import Silent
+from llmctl.runs.removal import not_written
 from llmctl.training.batch import to_device
 from llmctl.training.finetune_settings import settle
 from llmctl.training.objectives import LabelPrediction
@@ -400,6 +401,12 @@ def test_what_cannot_be_is_refused(models):
     assert again.summary["before"]["accuracy"] == pytest.approx(trained.summary["after"]["accuracy"])
     with pytest.raises(UsageError, match="classification head"):
         run(trained.path, Path("two.jsonl"), "text")
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_run_leaves_only_what_its_removal_knows(models, method):
+    trained = run(models["decoder"], chats(4), "chat", f"method={method}", "train.steps=2")
+    assert not_written(trained.path) == []
 
 
 def test_frozen_parts_and_lower_layers_stay_closer_to_what_they_were(models):

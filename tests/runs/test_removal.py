@@ -122,3 +122,14 @@ def test_a_crash_leaves_no_half_run_and_the_next_removal_tidies_up(runs):
     (runs / ".somebody-elses").mkdir()
     take("3")
     assert {name for name in names(runs) if name.startswith(".")} == {".somebody-elses"}
+
+
+def test_what_no_run_wrote_stays(runs):
+    (runs / FIRST / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"contains `notes\.txt`, which no run wrote"):
+        choose(["2", "1"], checkpoints=False)
+    assert take("1", checkpoints=True) == [f"runs/{FIRST}/checkpoints"]
+    assert (runs / FIRST / "notes.txt").read_text() == "mine"
+    (runs / FIRST / "notes.txt").unlink()
+    (runs / FIRST / ".model.safetensors.12345678.tmp").write_bytes(b"")
+    assert take("1") == [f"runs/{FIRST}"]

@@ -67,5 +67,15 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
                 if (out / name).exists():
                     raise OutputError(f"`{out / name}` exists, and no run wrote it", "choose another folder with -o")
         return
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_leftover(out)):
         raise OutputError(f"`{out}` already exists", "`-f` replaces it, `-o` writes elsewhere")
+
+
+def is_leftover(folder: Path) -> bool:
+    """Return whether a folder holds only what a run left that failed before its first checkpoint."""
+    from llmctl.runs.folder import is_held, is_unfinished, read_record
+    from llmctl.runs.removal import not_written
+
+    has_result = any(folder.glob("checkpoints/step-*")) or any(folder.glob("*.safetensors"))
+    is_failed = is_unfinished(read_record(folder)) and not is_held(folder)
+    return is_failed and not has_result and not not_written(folder)

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -91,8 +92,10 @@ def fit_table(rows: Sequence[Mapping[str, str]], width: int) -> list[str]:
 def table_row(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a run's record as the cells of the table."""
     from llmctl.commands.presets import short
+    from llmctl.runs.folder import runs_folder
 
-    name = str(row["run"]).rpartition("/")[2]
+    path = Path(row["run"])
+    name = path.name if path.parent == runs_folder() else str(path)  # begun with -o: named by its path
     steps = "-" if row["step"] is None else f"{row['step']}/{row['total_steps'] or '?'}"
     return {
         "run": name,

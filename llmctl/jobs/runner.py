@@ -13,7 +13,7 @@ from llmctl.jobs.finish import Trained
 from llmctl.jobs.job import Job
 from llmctl.jobs.session import Session
 from llmctl.jobs.startup import losing_peers, naming_memory
-from llmctl.runs.folder import NUMBERED, Run
+from llmctl.runs.folder import Run
 
 JOBS: Mapping[str, Job] = {job.command: job for job in (pretrain.JOB, finetune.JOB, distill.JOB, quantize.JOB)}
 """The commands that train."""
@@ -54,7 +54,7 @@ def run_job(job: Job, session: Session) -> Trained | None:
 
 
 def withdraw(run: Run) -> None:
-    """Remove a numbered run folder that a mistake of the user's left empty."""
-    is_ours = run.lock is not None and NUMBERED.match(run.path.name) is not None
+    """Remove a run folder that a mistake of the user's left empty."""
+    is_ours = run.lock is not None and run.is_new
     if is_ours and not (run.path / "metrics.jsonl").exists() and not (run.path / "checkpoints").exists():
         shutil.rmtree(run.path, ignore_errors=True)

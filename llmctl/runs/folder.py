@@ -8,12 +8,13 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from llmctl.errors import BusyError, NotFoundError, UsageError
-from llmctl.files import discard, parse_json, write_json, writing
+from llmctl.files import discard, is_seen, parse_json, write_json, writing
 
 NUMBERED = re.compile(r"(\d{4,})-")
 """The number prefix of a folder in `runs/`."""
@@ -26,6 +27,8 @@ class Run:
     path: Path
     record: dict[str, Any] = field(default_factory=dict)
     lock: TextIO | None = None
+    is_new: bool = False
+    """Whether this process made the folder, or found it empty."""
 
     def update(self, **entries: Any) -> None:
         """Merge entries into `run.json` atomically; without the lock nothing is written."""
@@ -56,7 +59,9 @@ def create_run(command: str, name: str, *, out: Path | None = None) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         if out is not None:
             out.mkdir(exist_ok=True)
-            return open_run(out, command=command)
+            run = open_run(out, command=command, is_new=not any(out.iterdir()))
+            note_elsewhere(out)
+            return run
         label = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{command}-{name}").strip("-")
         number = 1 + max((int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]-*")), default=0)
         while True:
@@ -66,12 +71,48 @@ def create_run(command: str, name: str, *, out: Path | None = None) -> Run:
                 if any(folder.glob(f"{number:04d}-*")):
                     raise FileExistsError
                 path.mkdir()
-                return open_run(path, command=command)
+                return open_run(path, command=command, is_new=True)
             except FileExistsError:
                 number += 1
 
 
-def open_run(path: Path, *, command: str | None = None) -> Run:
+def elsewhere_file() -> Path:
+    """Return the file that lists the runs begun with `-o`: lines of the runs folder they belong to and their own."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "llmctl" / "elsewhere"
+
+
+def note_elsewhere(out: Path) -> None:
+    """Remember a run outside the runs folder, so that it is listed; that this fails is no reason not to train."""
+    if out.parent.resolve() == runs_folder().resolve():
+        return
+    line = f"{runs_folder().resolve()}\t{out.resolve()}\n"
+    with suppress(OSError):
+        file = elsewhere_file()
+        if file.is_file() and line in file.read_text(encoding="utf-8"):
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(line)
+
+
+def runs_elsewhere() -> list[Path]:
+    """Return the runs outside the runs folder that were begun next to it and still exist, by name."""
+    here = str(runs_folder().resolve())
+    text = ""
+    with suppress(OSError, UnicodeDecodeError):
+        text = elsewhere_file().read_text(encoding="utf-8")
+    pairs = (line.split("\t") for line in text.split("\n") if line.count("\t") == 1)
+    paths = sorted({Path(path) for folder, path in pairs if folder == here})
+    cwd = Path.cwd()
+    return [
+        path.relative_to(cwd) if path.is_relative_to(cwd) and path != cwd else path
+        for path in paths
+        if is_seen(path / "run.json")
+    ]
+
+
+def open_run(path: Path, *, command: str | None = None, is_new: bool = False) -> Run:
     """Lock a run folder and read its `run.json`.
 
     Raises: BusyError if another process holds the lock.
@@ -84,7 +125,7 @@ def open_run(path: Path, *, command: str | None = None) -> Run:
         raise BusyError(
             f"run `{path}` is in use by another process", "wait until it ends, or start a new run"
         ) from None
-    run = Run(path, read_record(path), lock)
+    run = Run(path, read_record(path), lock, is_new)
     for leftover in path.glob(".*.tmp"):  # of a killed writer: we hold the lock, so no live process uses them
         discard(leftover)
     if command is not None:

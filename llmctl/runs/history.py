@@ -21,7 +21,7 @@ from llmctl.files import parse_json
 from llmctl.formats.safetensors import read_header
 from llmctl.metrics.figures import FIGURES
 from llmctl.recipe import flatten, keys_of, read_recipe, values_of
-from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record, runs_folder
+from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record, runs_elsewhere, runs_folder
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import NO_TOTAL_STEPS
 
@@ -205,7 +205,7 @@ class History:
 def list_runs() -> tuple[list[History], list[str]]:
     """Return the runs in the runs folder, newest last, and the names of other files in it.
 
-    Folders made with `-o` have no number and come first.
+    Folders made with `-o`, there or elsewhere, have no number and come first.
     """
     folder = runs_folder()
     runs, others = [], []
@@ -217,6 +217,8 @@ def list_runs() -> tuple[list[History], list[str]]:
             runs.append(History(path))
         else:
             others.append(path.name)
+
+    runs += map(History, runs_elsewhere())
 
     def sort_key(run: History) -> tuple[int, str]:
         match = NUMBERED.match(run.path.name)

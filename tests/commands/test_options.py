@@ -1,5 +1,8 @@
 """A budget given on the command line is the budget of the run: it replaces the recipe's, and nothing is not all."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.commands.conftest import Shell
@@ -34,3 +37,39 @@ def test_a_folder_that_no_run_wrote_is_not_cleared_by_force(shell: Shell, tmp_pa
     assert code == 8
     assert f"`{tmp_path / 'data'}` exists, and no run wrote it" in err
     assert (tmp_path / "data" / "precious.txt").read_text() == "mine"
+
+
+TINY = ["--set", "model.n_layers=1", "--set", "model.d_model=16", "--set", "model.n_heads=2", "--seq-len", "16", "-q"]
+
+
+def test_a_failed_run_leaves_no_output_folder(shell: Shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a b c\n" * 200)
+    wrong = ["pretrain", "a.txt", "-o", "model", "--set", "model.n_heads=3", "--set", "model.d_model=32"]
+    assert shell(*wrong, "--steps", "1")[0] == 2
+    assert not Path("model").exists()
+    # A run that died at its beginning is taken over by the corrected command; one that has a checkpoint is not.
+    Path("model").mkdir()
+    for name, content in (("run.json", '{"status": "failed"}'), ("recipe.yaml", ""), (".lock", "")):
+        (Path("model") / name).write_text(content)
+    (Path("model") / "checkpoints" / "step-00000001").mkdir(parents=True)
+    right = ["pretrain", "a.txt", "-o", "model", "--steps", "1", "--set", "tokenizer.vocab_size=300", *TINY]
+    assert shell(*right)[0] == 8
+    (Path("model") / "checkpoints" / "step-00000001").rmdir()
+    status, out, err = shell(*right)
+    assert (status, out) == (0, "model\n"), err
+
+
+def test_runs_begun_with_an_output_folder_are_listed(shell: Shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a b c\n" * 200)
+    given = ["a.txt", "--steps", "1", "--set", "tokenizer.vocab_size=300", *TINY]
+    assert shell("pretrain", *given, "-o", "out/model")[0] == 0
+    status, out, _ = shell("runs")
+    assert status == 0
+    assert "out/model" in out
+    assert [row["run"] for row in json.loads(shell("runs", "ls", "--json")[1])] == ["out/model"]
+    assert shell("runs", "rm", "out/model", "-y")[:2] == (0, "out/model\n")
+    assert shell("runs")[1] == ""
+    monkeypatch.setenv("LLMCTL_RUNS", str(tmp_path / "other"))
+    assert shell("runs")[1] == ""

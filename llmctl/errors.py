@@ -45,12 +45,14 @@ class DivergedError(LlmctlError):
 
 
 class MissingExtraError(LlmctlError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed. The hint names the package itself, which every index has."""
 
     exit_code = 7
 
-    def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs the package `{package}`", f"pip install 'llmctl[{extra}]'")
+    def __init__(self, what: str, package: str, extra: str = "") -> None:
+        super().__init__(
+            f"{what} needs the package `{package}`", f"pip install {repr(package + extra) if extra else package}"
+        )
 
 
 class MissingCompilerError(LlmctlError):

@@ -17,18 +17,17 @@ from llmctl.kernels.compiled_step import find_library
 from llmctl.machine import available_cores, available_memory, choose_dtype, product_rate
 from llmctl.runs.folder import runs_folder
 
-REQUIRED = ("torch", "accelerate", "numpy", "safetensors", "sentencepiece")
+REQUIRED = ("torch", "accelerate", "numpy", "safetensors", "sentencepiece", "tokenizers", "gguf")
 OPTIONAL = {
-    "tokenizers": "hub",
-    "gguf": "gguf",
-    "pyarrow": "data",
-    "backports.zstd": "data",
-    "transformers": "interop",
+    "pyarrow": "parquet files",
+    "backports.zstd": "zst files",
+    "sacrebleu": "BLEU",
+    "transformers": "interop tests",
     "tensorboard": "--track",
     "trackio": "--track",
     "wandb": "--track",
 }
-"""Optional packages, and the extra or option that needs each."""
+"""Optional packages, and what needs each."""
 
 
 def examine_machine() -> dict[str, Any]:

@@ -246,7 +246,7 @@ def _parquet_rows(name: str, columns: Sequence[str] = ()) -> Iterator[tuple[str,
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise MissingExtraError(f"reading `{name}`", "pyarrow", "data") from error
+        raise MissingExtraError(f"reading `{name}`", "pyarrow") from error
     number = 0
     # The library finds some damage only when it decodes a page; values such as dates beyond the year 9999 are
     # ValueErrors of Python.

@@ -99,7 +99,7 @@ def _open_zstd(path: Path) -> BinaryIO:
         try:
             from backports import zstd
         except ImportError as error:
-            raise MissingExtraError(f"reading `{path}`", "backports.zstd", "data") from error
+            raise MissingExtraError(f"reading `{path}`", "backports.zstd") from error
     _opened(path).close()  # raises the proper error for a bad path
     file: BinaryIO = zstd.ZstdFile(path, mode="r")
     return file

@@ -202,7 +202,7 @@ def tracker_kinds(names: Sequence[str]) -> dict[str, Any]:
         if name not in known:
             raise UsageError(f"unknown tracker `{name}`", f"use one of {', '.join(sorted(known))}")
         if name not in installed:
-            raise MissingExtraError(f"`--track {name}`", name, name)
+            raise MissingExtraError(f"`--track {name}`", name)
     return {name: known[name] for name in names}
 
 

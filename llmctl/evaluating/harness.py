@@ -35,7 +35,7 @@ def run_tasks(path: Path, tasks: Sequence[str], config: EvaluateConfig, *, quiet
     try:
         lm_eval, lm_eval_tasks = import_module("lm_eval"), import_module("lm_eval.tasks")
     except ImportError as error:
-        raise MissingExtraError("`--tasks`", "lm-eval", "bench") from error
+        raise MissingExtraError("`--tasks`", "lm-eval", "[hf]") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [name for name in tasks if name.endswith(".yaml")]
     manager = lm_eval_tasks.TaskManager(include_path=[str(Path(name).parent) for name in files] or None)

@@ -230,7 +230,7 @@ def load_sacrebleu(what: str) -> Any:
     try:
         return import_module("sacrebleu.metrics")
     except ImportError as error:
-        raise MissingExtraError(what, "sacrebleu", "eval") from error
+        raise MissingExtraError(what, "sacrebleu") from error
 
 
 TEXT_SCORES: Mapping[str, Callable[[Sequence[str], References], float]] = {

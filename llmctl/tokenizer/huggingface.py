@@ -1,4 +1,4 @@
-"""Tokenizers of published models, through Hugging Face's `tokenizers` library (extra `hub`).
+"""Tokenizers of published models, through Hugging Face's `tokenizers` library.
 
 Reads any `tokenizer.json`; older vocabulary files are converted to one (`vocabulary_files.py`).
 """
@@ -281,7 +281,7 @@ def tokenizers_module() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise MissingExtraError("reading `tokenizer.json`, `vocab.txt` or `merges.txt`", "tokenizers", "hub") from None
+        raise MissingExtraError("reading `tokenizer.json`, `vocab.txt` or `merges.txt`", "tokenizers") from None
     return tokenizers
 
 

@@ -136,7 +136,7 @@ def metric_of(config: TaskConfig, corpus: Corpus, say: Say) -> str:
         return PROBLEM_METRICS[labels_of_corpus(corpus).problem]
     metric = TASKS[config.task].metric
     if metric == "bleu" and find_spec("sacrebleu") is None:
-        say("the best step is chosen by the loss: BLEU needs sacrebleu (pip install 'llmctl[eval]')")
+        say("the best step is chosen by the loss: BLEU needs sacrebleu (pip install sacrebleu)")
         return "loss"
     return metric
 

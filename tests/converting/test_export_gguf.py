@@ -24,7 +24,7 @@ from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
 
-pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+pytest.importorskip("gguf", reason="pip install gguf")
 
 SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 4, "d_ff": 96, "max_positions": 128, "init_std": 0.2}
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -103,7 +103,7 @@ def test_tables_and_json_files(write, name: str, text: str):
 
 
 def test_parquet(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'llmctl[data]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
     import pyarrow as pa
 
     rows = [{"messages": [{"role": "user", "content": "你好 "}, {"role": "assistant", "content": " Hi\n"}]}]

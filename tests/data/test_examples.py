@@ -219,7 +219,7 @@ def test_an_index_without_a_name_is_no_column(tmp_path, index: str, suffix: str)
 
 
 def test_the_index_of_a_parquet_table_is_no_column(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'llmctl[data]'")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
     import pyarrow as pa
 
     table = pa.table({"text": ["a", "b"], "y": ["pos", "neg"], "__index_level_0__": [0, 1]})

@@ -377,7 +377,7 @@ def test_a_text_of_its_own_has_no_space_before_it(shared_data):
 @pytest.mark.parametrize("kind", ["t5", "gqa"])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 def test_beams_are_those_of_transformers(make_loaded, tmp_path, kind: str, length_penalty: float):
-    transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+    transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
     fields = {"activation": "gelu_tanh", "norm_eps": 1e-6} if kind == "t5" else {"n_kv_heads": 2}
     loaded = make_loaded(
         "t5" if kind == "t5" else "rope", tokenizer=False, vocab_size=40, init_std=0.6, seed=1, **fields

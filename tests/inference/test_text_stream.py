@@ -8,7 +8,7 @@ from llmctl.inference.text_stream import TextStream
 from llmctl.tokenizer.huggingface import HuggingFaceTokenizer
 from tests.support.bpe import TEXTS, byte_level
 
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
 TEXT = "the cat sat on the mat, 0123456789 times. 猫坐在垫子上"
 

@@ -16,7 +16,7 @@ from llmctl.model.transformer import LanguageModel
 from tests.formats.families.test_table import CONFIGS
 from tests.interop.test_classifiers import random_classifier
 
-transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 peft = pytest.importorskip("peft", reason="pip install peft")
 pytestmark = [
     pytest.mark.interop,

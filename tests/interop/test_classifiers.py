@@ -10,7 +10,7 @@ from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.model.transformer import LanguageModel
 from tests.formats.families.test_table import CONFIGS
 
-transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 pytestmark = pytest.mark.interop
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_positions": 32, "pad_id": 0, "eos_id": 2}

@@ -17,7 +17,7 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 pytestmark = pytest.mark.interop
 TEXT = "a list of strings 中文，诗。 returns the strings of a list\n" * 9
 
@@ -60,7 +60,7 @@ def test_the_loss_of_windows_is_transformers(folder, stride: int):
 
 
 def test_bits_per_byte_are_those_of_the_harness(folder):
-    pytest.importorskip("lm_eval", reason="pip install 'llmctl[bench]'")
+    pytest.importorskip("lm_eval", reason="pip install '.[bench]'")
     script = (
         "import json, sys\n"
         "from lm_eval.api.instance import Instance\n"
@@ -84,8 +84,8 @@ def test_bits_per_byte_are_those_of_the_harness(folder):
 
 
 def test_tasks_of_the_harness_agree_with_ours(folder, tmp_path):
-    pytest.importorskip("lm_eval", reason="pip install 'llmctl[bench]'")
-    pytest.importorskip("datasets", reason="pip install 'llmctl[bench]'")
+    pytest.importorskip("lm_eval", reason="pip install '.[bench]'")
+    pytest.importorskip("datasets", reason="pip install '.[bench]'")
     words = ["list", "strings", "returns", "of a list", "the strings of"]
     rows = [
         {"goal": f"a {words[n % 5]}", "sol1": words[n % 3], "sol2": words[(n + 2) % 5], "label": n % 2}

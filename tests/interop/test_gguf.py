@@ -12,7 +12,7 @@ from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
 
-pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+pytest.importorskip("gguf", reason="pip install gguf")
 pytestmark = pytest.mark.interop
 
 SHAPE = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_positions": 128, "init_std": 0.2}
@@ -38,7 +38,7 @@ def pieces():
 @pytest.mark.parametrize("kind", ["f32", "q4_0"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_transformers_loads_it_with_the_same_logits(case, kind, pieces, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+    transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
     source = source_of(tmp_path / "m", pieces, **CASES[case])
     export_gguf(source, tmp_path / "m.gguf", kind=kind)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

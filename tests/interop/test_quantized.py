@@ -19,7 +19,7 @@ from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import plan_of
 from llmctl.tokenizer.train import train_tokenizer
 
-pytest.importorskip("compressed_tensors", reason="pip install 'llmctl[interop]'")
+pytest.importorskip("compressed_tensors", reason="pip install '.[interop]'")
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),

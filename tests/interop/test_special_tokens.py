@@ -16,7 +16,7 @@ from llmctl.inference.encoding import encode_prompt, encode_rows
 from llmctl.inference.generate import Prompt, end_ids, generate
 from tests.support.tuning import SMALL
 
-transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 pytestmark = pytest.mark.interop
 
 TEXTS = ["the good cat", " what is the number 7?", "猫坐在垫子上。\n", "a"]

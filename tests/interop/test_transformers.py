@@ -12,7 +12,7 @@ from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.formats.families.table import FAMILIES
 from llmctl.model.transformer import LanguageModel, initialize
 
-transformers = pytest.importorskip("transformers", reason="pip install 'llmctl[interop]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 pytestmark = pytest.mark.interop
 
 V, T = 60, 9

@@ -12,7 +12,7 @@ from llmctl.data.examples import read_examples
 from llmctl.evaluating.choices import continuations
 from llmctl.evaluating.evaluate import evaluate
 
-pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
+pytest.importorskip("tokenizers", reason="pip install tokenizers")
 SMOL = "SmolLM2-135M-Instruct Q4_1"
 
 

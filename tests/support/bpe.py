@@ -11,7 +11,7 @@ TEXTS = ["the cat sat on the mat, 0123456789 times.\n  猫坐在垫子上，看�
 
 def byte_level(pre="gpt-2", **changes):
     """Return a byte-level BPE tokenizer.json with a special token, one that is text, and a hole."""
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'llmctl[hub]'")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(

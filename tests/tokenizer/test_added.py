@@ -72,7 +72,7 @@ def test_a_token_in_place_of_another_is_refused(proto):
 
 
 def test_tokenizer_json_goes_before_a_published_model(proto, text_tokenizer):
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "cat": 1}, unk_token="[UNK]"))
     both = {"tokenizer.model": proto, "tokenizer.json": library.to_str().encode()}
     assert find_tokenizer(both).vocab_size == 2

@@ -8,7 +8,7 @@ from llmctl.tokenizer.base import Frame
 from llmctl.tokenizer.huggingface import HuggingFaceTokenizer, frame_of
 from tests.support.bpe import byte_level
 
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
 NAMES = [("<|end|>", 0), ("<s>", 1), ("</s>", 2)]
 

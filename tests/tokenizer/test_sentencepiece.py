@@ -100,7 +100,7 @@ def agree(tokenizer: SentencePieceTokenizer, ours: list[int], theirs: list[int])
 
 
 def test_tokenizer_json_gives_the_same_ids_and_texts(tokenizer: SentencePieceTokenizer):
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     reader = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
     texts = samples(300) + BYTE_LITERALS
     assert len(texts) > 400
@@ -144,7 +144,7 @@ def best_segmentation(tokenizer: SentencePieceTokenizer, text: str) -> list[int]
 
 
 def test_unigram_readers_part_only_where_rounding_decides_between_equals():
-    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     rows = [sign * n for sign in "*-" for n in range(1, 40)]
     tokenizer = train_tokenizer(CORPUS + rows * 20, TokenizerConfig(model_type="unigram", vocab_size=420))
     reader = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())

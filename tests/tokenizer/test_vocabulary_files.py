@@ -9,7 +9,7 @@ from llmctl.errors import ArtifactError
 from llmctl.tokenizer.load import find_tokenizer
 from tests.support.bpe import byte_level
 
-tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `hub`")
+tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 
 WORDS = [
     "[PAD]",

@@ -231,7 +231,7 @@ def dequantize(data: "NDArray[np.uint8]", tensor: GgufTensor) -> "NDArray[np.flo
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as error:
-        raise MissingExtraError(f"the weight format {tensor.block.name}", "gguf", "gguf") from error
+        raise MissingExtraError(f"the weight format {tensor.block.name}", "gguf") from error
     rows = np.asarray(raw).reshape(-1, tensor.shape[-1] // tensor.block.n_elements * tensor.block.n_bytes)
     values = dequantize(rows, GGMLQuantizationType[tensor.block.name])
     return np.ascontiguousarray(values, dtype=np.float32).reshape(tensor.shape)

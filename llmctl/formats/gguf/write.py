@@ -190,7 +190,7 @@ def gguf_module() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtraError("writing GGUF files", "gguf", "gguf") from error
+        raise MissingExtraError("writing GGUF files", "gguf") from error
     return gguf
 
 

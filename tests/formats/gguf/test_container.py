@@ -16,7 +16,7 @@ from llmctl.formats.gguf.container import BLOCKS, dequantize, map_file, read_ggu
 from llmctl.formats.gguf.model import gguf_config, gguf_state, half_split
 from llmctl.formats.gguf.tokenizer import adds_bos, tokenizer_files
 
-gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 METADATA = {
     "llama.context_length": 16,
@@ -256,7 +256,7 @@ for name in sys.argv[1:]:
     quantized = write_gguf(tmp_path / "q.gguf", kind="Q8_0")
     command = [sys.executable, "-c", program, str(path), str(quantized)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["12", "the weight format Q8_0 needs the package `gguf` pip install 'llmctl[gguf]' 7"]
+    assert lines == ["12", "the weight format Q8_0 needs the package `gguf` pip install gguf 7"]
 
 
 def test_a_sentencepiece_tokenizer_gives_the_same_ids(shared_data):

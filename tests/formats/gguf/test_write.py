@@ -20,7 +20,7 @@ from llmctl.formats.gguf.write import (
 )
 from llmctl.model.transformer import LanguageModel, initialize
 
-gguf = pytest.importorskip("gguf", reason="pip install 'llmctl[gguf]'")
+gguf = pytest.importorskip("gguf", reason="pip install gguf")
 
 SHAPE = {"vocab_size": 40, "d_model": 256, "n_layers": 2, "n_heads": 4, "d_ff": 288, "max_positions": 64}
 MODELS = {

@@ -73,7 +73,7 @@ def test_byte_level_bpe_comes_back(pre):
 
 
 def test_the_regular_expressions_are_the_published_ones():
-    qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2", reason="pip install 'llmctl[interop]'")
+    qwen2 = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2", reason="pip install '.[interop]'")
     split = PRE_TOKENIZERS["qwen2"].steps["pretokenizers"][0]
     assert split["pattern"]["Regex"] == qwen2.PRETOKENIZE_REGEX
 

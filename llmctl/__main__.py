@@ -17,6 +17,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from llmctl.cli import end_with_the_pipe, run
+    from llmctl.runs.closed_pipe import Unbreakable
     from llmctl.runs.terminal import guarded
 
     end_with_the_pipe(sys.argv[1:])
@@ -24,7 +25,9 @@ def main() -> None:
         # Text is UTF-8 whatever the locale says; what a terminal cannot show must not end a run.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.stdout, sys.stderr = guarded(sys.stdout, always=False), guarded(sys.stderr, always=True)
+    sys.stdout = guarded(sys.stdout, always=False)
+    if sys.stderr is not None:
+        sys.stderr = guarded(Unbreakable(sys.stderr), always=True)
     code = run(sys.argv[1:])
     distributed = sys.modules.get("torch.distributed")
     is_rank = distributed is not None and distributed.is_available() and distributed.is_initialized()

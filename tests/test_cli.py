@@ -263,6 +263,30 @@ def test_a_closed_pipe_ends_quietly(models: Path):
         assert process.wait(timeout=120) == -signal.SIGPIPE
 
 
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_training_goes_on_when_nobody_reads_its_progress(tmp_path, is_shared: bool):
+    (tmp_path / "a.txt").write_text("a b c\n" * 200)
+    tiny = ["--set", "model.n_layers=1", "--set", "model.d_model=16", "--set", "model.n_heads=2", "--seq-len", "16"]
+    command = [sys.executable, "-m", "llmctl", "pretrain", "a.txt", "-o", "model", "--steps", "3", "-v", *tiny]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, "--set", "tokenizer.vocab_size=300"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if is_shared else subprocess.PIPE,
+        cwd=tmp_path,
+        env=environment,
+    ) as process:
+        read = process.stdout if is_shared else process.stderr
+        read.readline()
+        read.close()
+        if not is_shared:
+            assert process.stdout.read() == b"model\n"
+        status = process.wait(timeout=120)
+    assert status in ((1, 141) if is_shared else (0,))  # a result that nobody reads is another matter
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "model" / "run.json").read_text())["status"] == "finished"
+
+
 @pytest.mark.parametrize("command", [["tokenize"], ["tokenize", "--stats"], ["inspect"], ["presets"]])
 def test_light_commands_never_load_torch(models: Path, command: list[str]):
     code = "import sys; from llmctl.cli import run; status = run(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(status)"

@@ -90,6 +90,8 @@ def evaluate(
     """
     from llmctl.recipe import load
 
+    if limit == 0:
+        raise UsageError("`--limit` is 0: nothing would be measured", "omit it for all rows")
     config = load(EvaluateConfig, settings=set_ or [], flags=settings_of(SETTINGS, locals())).config
     paths = find_models(models or [], quiet=quiet)
     if tasks:

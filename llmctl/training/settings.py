@@ -56,9 +56,9 @@ def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -
     checks = [
         (train.batch_size < 1, f"`train.batch_size` is {train.batch_size}, it must be at least 1"),
         (train.seq_len < 2, f"`train.seq_len` is {train.seq_len}, it must be at least 2"),
-        (
-            min(train.steps, train.tokens, train.minutes, train.epochs) < 0,
-            "a budget (`train.steps`, `tokens`, `minutes`, `epochs`) is negative",
+        *(
+            (getattr(train, name) < 0, f"`train.{name}` is {getattr(train, name):g}, a budget must be positive")
+            for name in (*COUNTS, "minutes", "limit_minutes")
         ),
         (
             not fits_micro,

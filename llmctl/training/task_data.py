@@ -99,7 +99,17 @@ def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, sh
     Raises: UsageError where findings are to be errors; whatever the readers raise.
     """
     if config.task == "text":
-        return prepare_corpus(text_config(config, base), folder, base.tokenizer, say)
+        problems: list[str] = []
+
+        def tell(line: str) -> None:
+            if line.startswith("data: "):
+                problems.append(line.removeprefix("data: "))
+            say(line)
+
+        corpus = prepare_corpus(text_config(config, base), folder, base.tokenizer, tell)
+        if config.data.strict and problems:
+            raise UsageError("; ".join(problems), "fix the data, or omit `--strict`")
+        return corpus
     corpus, findings, first = prepare_examples(config, folder, base)
     for line in findings.lines():
         say(line)

@@ -16,6 +16,14 @@ def test_a_budget_of_nothing_is_refused(shell: Shell, command: str, given: list[
     assert " is 0: nothing would be trained" in err
 
 
+def test_a_negative_budget_is_named(shell: Shell):
+    for given in (["--steps", "-1"], ["--minutes", "-0.5"], ["--tokens", "-7"]):
+        code, _, err = shell("pretrain", *given)
+        assert code == 2
+        assert f"is {given[1]}, a budget must be positive" in err
+    assert shell("evaluate", "--limit", "0")[0] == 2
+
+
 def test_a_budget_replaces_that_of_the_recipe(shell: Shell, tmp_path):
     (tmp_path / "r.yaml").write_text("train: {steps: 100, minutes: 5}\n")
     code, out, _ = shell("pretrain", "-r", str(tmp_path / "r.yaml"), "--tokens", "5000", "--print-config")

@@ -409,6 +409,13 @@ def test_a_run_leaves_only_what_its_removal_knows(models, method):
     assert not_written(trained.path) == []
 
 
+def test_strict_refuses_problems_of_plain_text_too(models):
+    data = write_rows("same.jsonl", [{"text": f"the good cat {n % 9} sat on a bad mat"} for n in range(60)])
+    with pytest.raises(UsageError, match="51 of 60 documents are copies"):
+        run(models["decoder"], data, "text", "data.strict=true")
+    assert run(models["decoder"], data, "text", "train.steps=1").summary["steps"] == 1
+
+
 def test_frozen_parts_and_lower_layers_stay_closer_to_what_they_were(models):
     trained = run(models["encoder"], classes(), "classify", "train.freeze=embeddings,layers.0", "train.steps=4")
     old, new = tensors(models["encoder"] / "model.safetensors"), tensors(trained.path / "model.safetensors")

@@ -6,6 +6,7 @@ Knows nothing of how the model was trained; every training command ends here.
 import hashlib
 import json
 import lzma
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -67,9 +68,27 @@ class Trained:
     missed: str = ""
 
 
+PATH_KEYS = {"paths", "val_paths", "held_out", "path", "shards", "model", "more", "shape", "cache"}
+"""Keys of recipes and provenance whose strings may be paths."""
+
+
+def without_folders(value: Any, *, is_path: bool = False) -> Any:
+    """Return a recipe or provenance with the base names of the files and folders in it.
+
+    What is published says nothing about the machine, and the same data gives the same bytes wherever it lies.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_folders(item, is_path=key in PATH_KEYS) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item, is_path=is_path) for item in value]
+    if is_path and isinstance(value, str) and "/" in value:
+        return ":".join(Path(part).name for part in value.split(":"))  # `a.en:a.de` names two files
+    return value
+
+
 def recipe_sha256(config: Any) -> str:
-    """Return the sha256 of a resolved recipe."""
-    return hashlib.sha256(json.dumps(nested(config), sort_keys=True).encode()).hexdigest()
+    """Return the sha256 of a resolved recipe; files count by their names."""
+    return hashlib.sha256(json.dumps(without_folders(nested(config)), sort_keys=True).encode()).hexdigest()
 
 
 def is_file(out: Path) -> bool:
@@ -104,7 +123,7 @@ def finish(
     provenance = {
         "objective": objective,
         "recipe_sha256": recipe_sha256(config),
-        "data": product.corpus.provenance,
+        "data": without_folders(product.corpus.provenance),
         "tokenizer_sha256": product.corpus.tokenizer.sha256,
         "steps": fitted.kept_step,
         "held_out": rounded(fitted.after),
@@ -156,11 +175,17 @@ def write_card(run: Run, product: Product, summary: Mapping[str, Any], invocatio
         "name": run.path.name,
         "family": product.model.config.family,
         "n_labels": product.model.config.n_labels,
-        "data": product.corpus.provenance,
+        "data": without_folders(product.corpus.provenance),
         "note": product.note(summary),
-        "command": invocation,
+        "command": shlex.join(map(shown_argument, shlex.split(invocation))),
     }
     write_bytes(run.path / "README.md", model_card(facts).encode())
+
+
+def shown_argument(argument: str) -> str:
+    """Return an argument of a command line as the model card shows it: absolute paths by their base names."""
+    option, equals, value = argument.rpartition("=")
+    return option + equals + (Path(value).name if value.startswith(("/", "~")) else value)
 
 
 def xz_comparison(corpus: Corpus) -> dict[str, float]:

@@ -25,6 +25,17 @@ HEAD_LOADER, HEAD_PIPELINE = "AutoModelForSequenceClassification", "text-classif
 HEAD_USE = 'llmctl classify -m {path} "a text"'
 
 
+def readable(value: Any) -> str:
+    """Return a value of the provenance as Markdown; hashes are shortened."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {readable(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(readable, value)) or "none"
+    text = str(value)
+    is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return f"`{text[:12]}`" if is_hash else f"`{text}`" if isinstance(value, str) else text
+
+
 def model_card(facts: Mapping[str, Any]) -> str:
     """Return the card.
 
@@ -38,7 +49,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         for key, metric in FIGURES.items()
         if before.get(key) is not None and after.get(key) is not None
     )
-    data = "\n".join(f"- {key}: {value}" for key, value in facts["data"].items() if key != "findings")
+    data = "\n".join(f"- {key}: {readable(value)}" for key, value in facts["data"].items() if key != "findings")
     has_head = bool(facts.get("n_labels"))
     loader = HEAD_LOADER if has_head else LOADERS[family]
     load = ""

@@ -102,6 +102,25 @@ def test_every_objective_learns_and_leaves_a_model(corpus, objective: str, archi
     assert loaded.tokenizer is not None
 
 
+def test_a_model_says_nothing_of_the_folders_it_was_made_in(corpus, tmp_path):
+    import shutil
+
+    shutil.copytree(corpus, tmp_path / "elsewhere" / "texts")
+    made = []
+    for folder in (corpus, tmp_path / "elsewhere" / "texts"):
+        config = load(PretrainConfig, settings=[*SMALL, f"data.paths=[{folder}]"], environment={}).config
+        trained = begin(
+            "pretrain", config, invocation=f"llmctl pretrain {folder} --set data.paths={folder}", quiet=True
+        )
+        assert trained is not None
+        card = (trained.path / "README.md").read_text(encoding="utf-8")
+        assert "llmctl pretrain texts --set data.paths=texts" in card
+        assert str(tmp_path) not in card
+        made.append((trained.path / "model.safetensors").read_bytes())
+    assert str(tmp_path).encode() not in made[0]
+    assert made[0] == made[1]
+
+
 def test_pairs_train_an_encoder_decoder(pairs):
     trained = run(pairs, "objective=seq2seq")
     assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]

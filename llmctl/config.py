@@ -604,7 +604,9 @@ class EvaluateConfig:
     stride: int = setting(0, "tokens between the starts of text windows; 0: the window length (text)")
     seed: int = setting(0, "seed for masking (mask)")
     mask_frac: float = setting(0.15, "fraction of masked tokens (mask)")
-    pooling: Literal["mean", "first", "last"] = setting("mean", "hidden state that represents a text (similarity)")
+    pooling: Literal["auto", "mean", "first", "last"] = setting(
+        "auto", "hidden state that represents a text; auto: the model's own, else mean (similarity)"
+    )
     template: str = setting(
         "", "prompt template with {source}, {question}, ...; empty: the model's own, else the task's"
     )

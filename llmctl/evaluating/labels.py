@@ -12,6 +12,7 @@ from llmctl.data.examples import Example
 from llmctl.data.labels import Labels, read_names
 from llmctl.errors import UsageError
 from llmctl.evaluating.result import Measured
+from llmctl.formats.sentence_encoder import sentence_encoder
 from llmctl.inference.encoding import Row, encode_rows, longest_row
 from llmctl.inference.rows import row_outputs
 from llmctl.metrics import scores
@@ -90,10 +91,11 @@ def evaluate_similarity(loaded: Loaded, examples: Sequence[Example], config: Eva
         rows = _rows(loaded, examples, config)
         predicted = row_outputs(loaded, rows, config.batch_size)[:, 0]
         return _measured(examples, rows, correlations(predicted, gold))
-    limit = longest_row(loaded, config.seq_len)
-    texts = [(example.inputs[role],) for role in ("text", "pair") for example in examples]
+    limit, own = longest_row(loaded, config.seq_len), sentence_encoder(loaded.artifact.files)
+    texts = [(own.prompt + example.inputs[role],) for role in ("text", "pair") for example in examples]
     rows = encode_rows(loaded, texts, limit)
-    states_ND = row_outputs(loaded, rows, config.batch_size, pooling=config.pooling).double()
+    pooling = own.pooling or "mean" if config.pooling == "auto" else config.pooling
+    states_ND = row_outputs(loaded, rows, config.batch_size, pooling=pooling).double()
     cosines = F.cosine_similarity(states_ND[: len(examples)], states_ND[len(examples) :])
     return _measured(examples, rows, correlations(cosines, gold))
 

@@ -39,6 +39,7 @@ from llmctl.formats.quantization import (
     whole_dtypes,
 )
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
+from llmctl.formats.sentence_encoder import SENTENCE_FILES
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import Scheme
 
@@ -68,6 +69,7 @@ FILES = (
     "vocab.bpe",
     "chat_template.jinja",
     "generation_config.json",
+    *SENTENCE_FILES,
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FILE_LIMIT_BYTES = 64_000_000  # no tokenizer is larger than this

@@ -84,6 +84,7 @@ def chat(
     from llmctl.artifacts.adapters import apply_adapters
     from llmctl.artifacts.load import load_model
     from llmctl.commands.generate import argument
+    from llmctl.formats.generation_settings import unused_settings
     from llmctl.inference.chat import PLAIN_NOTE, Chat
     from llmctl.inference.sampling import check
 
@@ -93,6 +94,7 @@ def chat(
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
+    note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)
     talk = Chat(loaded, config, argument(system))
     if talk.template is not None and talk.template.is_plain:
         note(PLAIN_NOTE, quiet=quiet)

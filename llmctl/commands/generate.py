@@ -113,11 +113,13 @@ def generate(
     path = find_model(model, "generate", quiet=quiet, adapters=adapter)
     from llmctl.artifacts.adapters import apply_adapters
     from llmctl.artifacts.load import load_model
+    from llmctl.formats.generation_settings import unused_settings
     from llmctl.inference.sampling import check
 
     check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
+    note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     turn = turn_of(loaded, argument(system), quiet=quiet) if chat else None

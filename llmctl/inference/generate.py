@@ -137,6 +137,7 @@ def run_batch(
         decoder=loaded.decoder,
         prefix=prefix,
         kv=config.kv,
+        first=generation_settings.forced_first_id(loaded.model.config, loaded.artifact.files),
     )
     if config.beams > 1:
         results = beam_search(session, len(prompts), config, ends)

@@ -21,7 +21,8 @@ class Session:
     """Prompts of a batch with their KV cache; `copies` rows per prompt (beams).
 
     excluded: tokens that are never predicted, such as padding of the vocabulary. decoder: a faster implementation of the
-    same model. prefix: reuses the keys and values of a stored or shared prefix. kv: a key of `CACHES`.
+    same model. prefix: reuses the keys and values of a stored or shared prefix. kv: a key of `CACHES`. first: the only token
+    that may come first.
 
     Shapes: logits (B * copies, V), the copies of a prompt adjacent.
     """
@@ -37,6 +38,7 @@ class Session:
         decoder: Decoder | None = None,
         prefix: Prefix | None = None,
         kv: str = "float",
+        first: int | None = None,
     ) -> None:
         self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
         self.is_decoder = model.config.family == "decoder"
@@ -48,7 +50,7 @@ class Session:
         self.n_new = min(max_tokens, model.config.max_positions - min(lengths))
         # Rows are left-padded to the longest prompt, so all need its positions.
         n_positions = max(lengths) + self.n_new
-        self.kv = kv
+        self.kv, self.first = kv, first
         self.cache = CACHES[kv](model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
         self.memory_documents_BS: Tensor | None = None
         self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
@@ -60,6 +62,9 @@ class Session:
     def begin(self) -> Tensor:
         """Prefill the prompts and return the logits of the next tokens."""
         logits_BV = self._begin_decoder() if self.is_decoder else self._begin_encoder_decoder()
+        if self.first is not None:
+            logits_BV = torch.full_like(logits_BV, float("-inf"))
+            logits_BV[:, self.first] = 0.0
         if self.copies > 1:
             # Beams share the prefill: cache rows are copied after it.
             rows = torch.arange(len(self.prompts), device=self.device).repeat_interleave(self.copies)

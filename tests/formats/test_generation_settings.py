@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmctl.config import ModelConfig
-from llmctl.formats.generation_settings import end_ids, with_end_ids
+from llmctl.formats.generation_settings import end_ids, forced_first_id, unused_settings, with_end_ids
 
 CONFIG = ModelConfig(eos_id=2, bos_id=1)
 
@@ -35,3 +35,16 @@ def test_other_settings_stay():
         "bos_token_id": 1,
         "eos_token_id": [2, 9],
     }
+
+
+def test_what_is_not_used_is_named():
+    files = {"generation_config.json": b'{"num_beams": 4, "top_p": 1.0, "no_repeat_ngram_size": 3, "eos_token_id": 2}'}
+    assert "num_beams 4, no_repeat_ngram_size 3;" in unused_settings(files)
+    assert unused_settings({"generation_config.json": b'{"top_k": 50, "max_length": 20, "min_length": null}'}) == ""
+
+
+@pytest.mark.parametrize(("family", "value", "expected"), [("encoder_decoder", 7, 7), ("decoder", 7, None)])
+def test_only_an_encoder_decoder_is_forced(family, value, expected):
+    config = ModelConfig(family=family, vocab_size=9)
+    assert forced_first_id(config, {"generation_config.json": b'{"forced_bos_token_id": 7}'}) == expected
+    assert forced_first_id(config, {"generation_config.json": b'{"forced_bos_token_id": 9}'}) is None

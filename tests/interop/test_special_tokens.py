@@ -10,6 +10,8 @@ from llmctl.artifacts.load import Loaded, load_model
 from llmctl.cli import run
 from llmctl.config import GenerateConfig
 from llmctl.data.conversations import Message
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.chat_ids import encode_prompt_chat
 from llmctl.inference.chat_template import template_of
 from llmctl.inference.encoding import encode_prompt, encode_rows
@@ -108,6 +110,22 @@ def check_greedy(ours: Loaded, folder: Path, prompts: list[list[int]]) -> None:
         assert out == [*completion.ids, *out[len(completion.ids) :]]
         assert not set(out[: len(completion.ids)]) & ends
         assert completion.finish != "eos" or out[len(completion.ids)] in ends
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_forced_first_token_comes_first(beams, teachers, tmp_path):
+    source = read_artifact(teachers["encoder_decoder"])
+    settings = json.loads(source.files["generation_config.json"]) | {"forced_bos_token_id": 17}
+    files = source.files | {"generation_config.json": json.dumps(settings).encode()}
+    folder = write_artifact(tmp_path / "m", source.config, source.state(), files=files, provenance={})
+    ours = load_model(folder, device="cpu")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    ids = encode_prompt(ours, "the good cat")
+    config = GenerateConfig(max_tokens=6, temperature=0.0, beams=beams)
+    (completion,) = generate(ours, [Prompt(0, ids, "")], config)
+    out = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, num_beams=beams)[0].tolist()
+    assert completion.ids[0] == 17
+    assert out[1 : 1 + len(completion.ids)] == completion.ids
 
 
 def test_a_chat_ends_its_turns_there_too(teachers, tmp_path, monkeypatch):

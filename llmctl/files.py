@@ -215,6 +215,39 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError(f"it is nested more than {MAX_NESTING} deep")
 
 
+KINDS = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "fetch the file: git lfs pull"),
+    (b"<!doctype html", "a web page", "download the file itself, not the page that shows it"),
+    (b"<html", "a web page", "download the file itself, not the page that shows it"),
+    (b"GGUF", "a GGUF file", "convert it first: llmctl import FILE -o MODEL"),
+    (b"PK\x03\x04", "a zip archive or a PyTorch pickle", "unpack it, or save the model as safetensors"),
+    (
+        b"\x80",
+        "a pickle, which can run code when loaded",
+        "save the model as safetensors: save_pretrained of transformers",
+    ),
+    (b"\x1f\x8b", "compressed with gzip", "unpack it: gunzip"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it: unzstd"),
+    (b"PAR1", "a parquet file, which is data", "name it as data, not as the model"),
+)
+"""Beginnings of files that lie under the name of another format: what they are, and what to do."""
+
+
+def recognized(head: bytes) -> tuple[str, str] | None:
+    """Return what a file is by its first bytes, and what to do, if it is something known or plain text."""
+    lower = head.lstrip()[:32].lower()
+    for begin, what, hint in KINDS:
+        is_length = begin == b"\x80" and head[4:8] == bytes(4)  # a safetensors header of 128 bytes begins so, too
+        if not is_length and (head.startswith(begin) or lower.startswith(begin)):
+            return what, hint
+    try:
+        text = head[:512].decode()
+    except UnicodeDecodeError:
+        return None
+    is_text = bool(text) and all(sign.isprintable() or sign in "\r\n\t" for sign in text)
+    return ("text", "name it as data, not as the model") if is_text else None
+
+
 def sync(path: Path) -> None:
     """Fsync a file, or a folder's list of entries (not the files in it)."""
     if path.is_dir():

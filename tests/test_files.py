@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import ArtifactError, OutputError
-from llmctl.files import atomic_path, ensure_writable, exposed, outside, parse_json, read_own, write_bytes, write_json
+from llmctl.files import (
+    atomic_path,
+    ensure_writable,
+    exposed,
+    outside,
+    parse_json,
+    read_own,
+    recognized,
+    write_bytes,
+    write_json,
+)
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
@@ -153,3 +163,22 @@ def test_json_of_others_is_bounded():
     for text in ("[" * 101 + "]" * 101, "[" * 100_000, "{", "", "9" * 5000, b"\xff"):
         with pytest.raises(ValueError, match=r"."):
             parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-lfs pointer"),
+        (b"\n<!DOCTYPE HTML><html>", "web page"),
+        (b"PK\x03\x04zip", "zip archive"),
+        (b"\x80\x02}q\x00X\x01\x00a", "pickle"),
+        (b"\x80\x02\x00\x00\x00\x00\x00\x00{}", None),
+        (b"GGUF\x03\x00", "GGUF"),
+        ("文本,标签\n".encode(), "text"),
+        (b"", None),
+        (bytes(16), None),
+    ],
+)
+def test_files_are_recognized_by_their_first_bytes(head, part):
+    found = recognized(head)
+    assert part in found[0] if part and found else found is None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from llmctl.errors import ArtifactError, NotFoundError, OutputError
-from llmctl.files import atomic_path
+from llmctl.files import atomic_path, recognized
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,14 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            return parse_header(read_header_bytes(file, size, path), size, path)
+            head = file.read(512)
+            file.seek(0)
+            try:
+                return parse_header(read_header_bytes(file, size, path), size, path)
+            except ArtifactError:
+                if (known := recognized(head)) is None:
+                    raise
+                raise ArtifactError(f"`{path}` is not a safetensors file, but {known[0]}", known[1]) from None
     except FileNotFoundError as error:
         raise NotFoundError(f"file `{path}` does not exist", "check the path") from error
     except IsADirectoryError as error:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
-from llmctl.files import parse_json
+from llmctl.files import parse_json, recognized
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import check_tokenizer, quiet, raise_interrupts, steps_of
 
@@ -237,6 +237,9 @@ def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         content = parse_json(files.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
+        known = recognized(files[name][:512])
+        if known is not None and known[0] != "text":
+            raise ArtifactError(f"`{name}` is not JSON, but {known[0]}", known[1]) from None
         raise ArtifactError(f"`{name}` cannot be read: {error}", "download it again") from None
     if not isinstance(content, dict):
         raise ArtifactError(f"`{name}` is a {type(content).__name__}, not a JSON object", "download it again")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.files import parse_json, read_own
+from llmctl.files import parse_json, read_own, recognized
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 
@@ -135,7 +135,11 @@ def files_in_header(path: Path) -> dict[str, bytes]:
     """
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            head = file.read(512)
+            file.seek(8)
+            length = int.from_bytes(head[:8], "little")
+            if length > path.stat().st_size and (known := recognized(head)) is not None:
+                raise ArtifactError(f"`{path}` is not a safetensors file, but {known[0]}", known[1])
             if not 2 <= length <= min(MAX_HEADER_BYTES, path.stat().st_size):
                 raise ArtifactError(
                     f"`{path}` claims a header of {length} bytes, which is impossible", "download it again"

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.files import parse_json
+from llmctl.files import parse_json, recognized
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
 
@@ -40,6 +40,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor = SentencePieceProcessor(model_proto=proto)
             self.vocab_size = self._processor.get_piece_size()
         except (RuntimeError, ValueError, OSError) as error:
+            if (known := recognized(proto[:512])) is not None:
+                raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model, but {known[0]}", known[1]) from None
             raise not_a_model(error) from None
         if self.vocab_size == 0:
             raise ArtifactError(f"`{MODEL_FILE}` is not a sentencepiece model: it has no pieces", "download it again")

@@ -281,7 +281,7 @@ def test_numbers_that_are_no_floats_and_files_that_are_damaged_are_refused(folde
     with pytest.raises(ArtifactError, match="no tensor"):
         check(folder)
     (folder / ADAPTER_WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(ArtifactError, match="not a valid safetensors file"):
+    with pytest.raises(ArtifactError, match="not a safetensors file, but text"):
         check(folder)
     for text in ("{", "[]", "[" * 100_000):
         (folder / ADAPTER_CONFIG).write_text(text)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmctl.errors import ArtifactError, MissingExtraError, NotFoundError
+from llmctl.files import recognized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,6 +146,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
     if not path.is_file():
         raise NotFoundError(f"there is no file `{path}`", "check the path")
     cursor = Cursor(path, map_file(path))
+    known = recognized(bytes(cursor.data[:512]))
+    if known is not None and known[0] != "a GGUF file":
+        raise ArtifactError(f"`{path}` is not a GGUF file, but {known[0]}", known[1])
     if cursor.take(4) != MAGIC:
         raise cursor.damaged("it does not begin with `GGUF`")
     version = cursor.scalar("I")

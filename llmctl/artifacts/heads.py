@@ -50,6 +50,9 @@ def with_head(base: Loaded, labels: Labels, n_outputs: int, *, pooling: str, see
         check_head(base, labels, n_outputs)
         return model
     config = head_config(model.config, labels, n_outputs, pooling)
+    if config.family == "decoder" and config.pad_id < 0:
+        # Other programs find the last token of a padded row by it; texts to classify have no end token.
+        config = replace(config, pad_id=config.eos_id)
     with torch.random.fork_rng(devices=[]):
         classifier = LanguageModel(config)
     quantize(classifier, {name: scheme for name, scheme in schemes_of(model).items() if name != HEAD})

@@ -3,6 +3,7 @@
 Weights are not rounded unless a dtype is given; torch is imported only for tensors.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,8 @@ from llmctl.tables.dtypes import full_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 MASKS = ("[MASK]", "<mask>", "<|mask|>")
@@ -45,6 +48,7 @@ def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = Fals
         config, state, files = artifact.config, artifact.packed_state(), artifact.files
         origin, earlier, schemes = origin_of(artifact), artifact.provenance, artifact.schemes
     config = with_mask_id(config, files)
+    warn_of_numbers(state, source)
     provenance = {**earlier, "imported": origin}
     state = cast(state, dtype)
     return write_artifact(out, config, state, files=files, provenance=provenance, schemes=schemes, force=force)
@@ -100,6 +104,16 @@ def origin_of(artifact: Artifact) -> dict[str, Any]:
         "general.architecture": artifact.architecture,
         "weights": {path.name: file_sha256(path) for path in files},
     }
+
+
+def warn_of_numbers(state: Mapping[str, "Tensor"], source: Path) -> None:
+    """Log which weights are not finite: the model predicts nothing with them."""
+    import torch
+
+    for name, tensor in state.items():
+        n_wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if n_wrong:
+            log.warning("%s of the %s weights of `%s` in `%s` are not finite", n_wrong, tensor.numel(), name, source)
 
 
 def cast(state: dict[str, "Tensor"], dtype: str) -> dict[str, "Tensor"]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl import __version__
 from llmctl.config import ModelConfig
-from llmctl.errors import ArtifactError, OutputError
-from llmctl.files import atomic_path, json_text, write_bytes, writing
+from llmctl.errors import LlmctlError, OutputError
+from llmctl.files import atomic_path, json_text, parse_json, write_bytes, writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, weights_of
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import stored_shape, to_stored
@@ -138,17 +138,30 @@ def hf_config(family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, "
 
 
 def with_special_tokens(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """Let our own tokenizer's files say what stands around the texts of a model of this family."""
-    if MODEL_FILE not in files:
-        return dict(files)
+    """Let our own tokenizer's files say what stands around the texts of a model of this family.
+
+    A classifier's tokenizer names the padding, which published decoders often lack.
+    """
     try:
+        if config.n_labels and config.pad_id >= 0 and "tokenizer_config.json" in files:
+            settings = parse_json(files["tokenizer_config.json"])
+            if not settings.get("pad_token") and (tokenizer := find_tokenizer(files)) is not None:
+                padded = settings | {"pad_token": tokenizer.piece(config.pad_id)}
+                files = {**files, "tokenizer_config.json": json_text(padded).encode()}
+        if MODEL_FILE not in files:
+            return dict(files)
         tokenizer = find_tokenizer(files)
         return (
             {**files, **tokenizer.files_for(config.family)}
             if isinstance(tokenizer, SentencePieceTokenizer)
             else dict(files)
         )
-    except (ArtifactError, ValueError, TypeError):  # damaged: it stays as it is, and whoever uses it is told
+    except (
+        LlmctlError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # damaged: it stays as it is, and whoever uses it is told
         return dict(files)
 
 

@@ -31,14 +31,18 @@ OTHER = "\ufdd0"
 def check_ids(ids: Mapping[str, Any], name: str) -> None:
     """Check the ids of a vocabulary.
 
-    Raises: ArtifactError naming the first that is no id.
+    Raises: ArtifactError naming the first that is no id, or is one of two tokens.
     """
+    taken: dict[int, str] = {}
     for piece, index in ids.items():
         if type(index) is not int or not 0 <= index < MAX_VOCAB_SIZE:
             raise ArtifactError(
                 f"`{name}` has the id {str(index)[:40]} for `{piece[:40]}`, not one from 0 to {MAX_VOCAB_SIZE - 1}",
                 HINT,
             )
+        if index in taken:
+            raise ArtifactError(f"`{name}` gives the id {index} to `{taken[index][:40]}` and to `{piece[:40]}`", HINT)
+        taken[index] = piece
 
 
 def check_tokenizer(content: Any) -> None:
@@ -56,8 +60,10 @@ def check_tokenizer(content: Any) -> None:
     added = content.get("added_tokens") or []
     if not isinstance(added, list) or not all(is_added(token) for token in added):
         raise ArtifactError("`added_tokens` in `tokenizer.json` is not a list of tokens with `content` and `id`", HINT)
-    for token in added:
-        check_ids({token["content"]: token["id"]}, "tokenizer.json")
+    if not vocabulary and not added:
+        raise ArtifactError("`tokenizer.json` has no tokens", HINT)
+    # The library itself leaves out an added token whose text is in the vocabulary.
+    check_ids({token["content"]: token["id"] for token in added}, "tokenizer.json")
     for part in ("normalizer", "decoder", "pre_tokenizer", "post_processor"):
         steps = list(steps_of(content.get(part), part))
         for step in steps:

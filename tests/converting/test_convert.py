@@ -98,3 +98,12 @@ def test_what_cannot_be_read_leaves_nothing(tmp_path):
     with pytest.raises(NotFoundError):
         import_model(tmp_path / "nowhere.gguf", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]
+
+
+def test_weights_that_are_no_numbers_are_named(folder, tmp_path, caplog):
+    source = read_artifact(folder)
+    state = source.state()
+    state["model.norm.weight"][:2] = float("nan")
+    broken = write_artifact(tmp_path / "broken", source.config, state, files=source.files, provenance={})
+    import_model(broken, tmp_path / "m")
+    assert f"2 of the {len(state['model.norm.weight'])} weights of `model.norm.weight`" in caplog.text

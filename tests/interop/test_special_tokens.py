@@ -1,6 +1,7 @@
 """The folder of every command's model as it stands in transformers: equal ids, logits and greedy text."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from llmctl.inference.chat_ids import encode_prompt_chat
 from llmctl.inference.chat_template import template_of
 from llmctl.inference.encoding import encode_prompt, encode_rows
 from llmctl.inference.generate import Prompt, end_ids, generate
+from llmctl.model.transformer import LanguageModel, initialize
+from tests.support.bpe import byte_level
 from tests.support.tuning import SMALL
 
 transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
@@ -126,6 +129,25 @@ def test_a_forced_first_token_comes_first(beams, teachers, tmp_path):
     out = theirs.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, num_beams=beams)[0].tolist()
     assert completion.ids[0] == 17
     assert out[1 : 1 + len(completion.ids)] == completion.ids
+
+
+def test_a_classifier_takes_batches_there(teachers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = read_artifact(teachers["decoder"])
+    config = {"bos_token": "<|end|>", "eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = byte_level("smollm") | {"tokenizer_config.json": json.dumps(config).encode()}
+    shape = replace(source.config, vocab_size=304, bos_id=0, eos_id=0, pad_id=-1)
+    model = LanguageModel(shape)
+    initialize(model, 1)
+    base = write_artifact(tmp_path / "base", shape, model.state_dict(), files=files, provenance={})
+    folder = made("classify", base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    texts = ["the cat", "the cat sat on the mat"]
+    found = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+    ours = load_model(folder, device="cpu")
+    for logits, row in zip(found, encode_rows(ours, [(text,) for text in texts], 64), strict=True):
+        assert torch.allclose(logits, ours.model.classify(torch.tensor([row.ids]))[0], atol=1e-4)
 
 
 def test_a_chat_ends_its_turns_there_too(teachers, tmp_path, monkeypatch):

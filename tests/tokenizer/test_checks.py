@@ -7,6 +7,7 @@ import struct
 import pytest
 
 from llmctl.errors import ArtifactError
+from llmctl.tokenizer.checks import check_ids, check_tokenizer
 from llmctl.tokenizer.load import tokenizer_from_files
 from tests.support.bpe import byte_level
 
@@ -131,3 +132,10 @@ def test_a_piece_that_is_not_utf8_is_named():
     assert damaged != proto
     with pytest.raises(ArtifactError, match="UTF-8"):
         SentencePieceTokenizer(damaged).scored_pieces()
+
+
+def test_two_tokens_of_one_id_are_refused():
+    with pytest.raises(ArtifactError, match="gives the id 3 to `a` and to `b`"):
+        check_ids({"a": 3, "b": 3}, "vocab.json")
+    with pytest.raises(ArtifactError, match="no tokens"):
+        check_tokenizer({"model": {"type": "BPE", "vocab": {}, "merges": []}})

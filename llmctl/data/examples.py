@@ -181,6 +181,8 @@ class _Finder:
             # Common names overlap between roles; unless the user chose it, a column serves only one role.
             if column and (chosen or column not in resolved.values()):
                 resolved[name] = column
+            elif role.required:
+                raise self._missing(name, chosen, existing, where)
         return resolved
 
     def _missing(self, role: str, chosen: str, existing: tuple[str, ...], where: str) -> UsageError:

@@ -105,7 +105,7 @@ def _label_text(value: Any, where: str, column: str) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():  # parquet turns an integer column with missing cells to floats
         return str(int(value))
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, str) and value.strip():
         return value.strip()

@@ -6,6 +6,7 @@ The library's own writer orders metadata randomly; ours writes equal bytes for e
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,8 +130,8 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     obj = dict(pairs)
     if len(obj) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"duplicate key `{next(key for key in keys if keys.count(key) > 1)}`")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"duplicate key `{key[:80]}`")
     return obj
 
 

@@ -115,7 +115,8 @@ def check_begun(folder: Path, made_of: Mapping[str, Any]) -> None:
 def flat(made_of: Mapping[str, Any]) -> dict[str, Any]:
     """Merge the nested `identity` into the top level; a JSON round trip makes the types comparable."""
     values = json.loads(json.dumps(made_of))
-    return {**values, **values.pop("identity", {})}
+    identity = values.pop("identity", {}) if isinstance(values, dict) else None
+    return {**values, **identity} if isinstance(identity, dict) else {}
 
 
 def differences(existing: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -178,8 +178,10 @@ class SentencePieceTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         """Return the model file; for our own models also the files of Hugging Face's tokenizers."""
         files = {MODEL_FILE: self._proto, **self._extra}
-        if self.is_lossless and "tokenizer.json" not in files:
-            files["tokenizer.json"] = as_json(tokenizer_json(self.scored_pieces(), self.specials(), self._is_unigram()))
+        specials = self.specials() if self.is_lossless else {}
+        # Without a piece for unknown text, which our own models have, there is no equal tokenizer of Hugging Face's.
+        if any("unk" in piece for piece in specials) and "tokenizer.json" not in files:
+            files["tokenizer.json"] = as_json(tokenizer_json(self.scored_pieces(), specials, self._is_unigram()))
         if self.is_lossless and "tokenizer_config.json" not in files:
             names = {
                 "pad": self.pad_id,

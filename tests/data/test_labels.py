@@ -60,6 +60,8 @@ def test_given_names_are_taken_and_a_number_is_a_place_among_them(tmp_path):
         (Labels("multi", ("good", "bad")), "good|ugly", ["line 2", "`ugly`"]),
         (Labels("regression"), "many", ["line 2", "`many`", "not a number"]),
         (Labels("regression"), "1e999", ["line 2", "not a number"]),
+        (Labels("regression"), 10**400, ["line 2", "not a number"]),
+        (Labels("single", ("good", "bad")), 10**400, ["line 2", "1000"]),
     ],
 )
 def test_a_label_that_does_not_fit_is_named(labels: Labels, value: object, parts: list[str]):

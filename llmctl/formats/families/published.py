@@ -1,6 +1,5 @@
 """Typed access to a `config.json` that nobody vouches for: every value is checked, none is guessed."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,10 @@ def activation_name(activation: str) -> str | None:
     return next((name for name, ours in ACTIVATIONS.items() if ours == activation), None)
 
 
+LARGEST = 1e300
+"""JSON can hold integers that are no float; NaN is not below any number."""
+
+
 class Published:
     """The values of a config.json, and the architecture that error messages name.
 
@@ -45,7 +48,7 @@ class Published:
         value = self.values.get(key)
         value = default if value is None else value
         # bool is a subclass of int, but `true` is not a number in JSON.
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
             raise self.refuse(key, value, "a number")
         return value
 

@@ -92,7 +92,7 @@ def tree() -> str:
 LARGEST_FOLDER = 0.15
 """Share of the package's lines that one folder may hold."""
 
-APART = {"crash", "interop", "netns", "parity", "support"}
+APART = {"crash", "fuzz", "interop", "netns", "parity", "support"}
 """Folders of tests that are about the whole program, and helpers of tests."""
 
 

@@ -219,10 +219,18 @@ def longest_replacement(table: Any, part: str) -> int:
         data = b64decode(table, validate=True)
     except (ValueError, TypeError):
         data = b""
+    longest = longest_text(data)
+    if longest is None:
+        raise ArtifactError(f"`precompiled_charsmap` of `{part}` in `tokenizer.json` is damaged", HINT)
+    return longest
+
+
+def longest_text(data: bytes) -> int | None:
+    """Return the length of the longest replacement in a decoded table, None if it is damaged."""
     size = int.from_bytes(data[:4], "little")
     texts = data[4 + size :]
     if len(data) < 4 or size % 4 or size < 4 or len(data) < 4 + size or not texts.endswith(b"\0"):
-        raise ArtifactError(f"`precompiled_charsmap` of `{part}` in `tokenizer.json` is damaged", HINT)
+        return None
     return max(len(text.decode(errors="replace")) for text in texts.split(b"\0"))
 
 

@@ -4,19 +4,21 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.files import parse_json, recognized
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.checks import MAX_GROWTH, longest_text
 from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
 
 SPACE = "\u2581"
 """sentencepiece's symbol for a space; a U+2581 in a user's text would be decoded as a space."""
 
 MODEL_FILE = "tokenizer.model"
+PIECE = 0x0A
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -36,6 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         if not proto:  # the library accepts this as a model to be loaded later, with a message on stderr
             raise ArtifactError(f"`{MODEL_FILE}` is empty", "download it again")
+        check_tables(proto)
         try:
             self._processor = SentencePieceProcessor(model_proto=proto)
             self.vocab_size = self._processor.get_piece_size()
@@ -214,6 +217,55 @@ class SentencePieceTokenizer(Tokenizer):
         # A BPE model's scores are minus the rank of the merge, a unigram's are log-probabilities.
         scores = [score for piece, score in self.scored_pieces() if len(piece) > 1 and score < 0]
         return any(score != int(score) for score in scores)
+
+
+def check_tables(proto: bytes) -> None:
+    """Check the tables by which a model replaces characters before (field 3) and after (5) its work.
+
+    Raises: ArtifactError if one is damaged, or makes more than `MAX_GROWTH` characters of one.
+    """
+    for number, spec in fields_of(proto):
+        for inner, table in fields_of(spec) if number in (3, 5) else ():
+            longest = longest_text(table) if inner == 2 and table else 0
+            if longest is None or longest > MAX_GROWTH:
+                problem = "is damaged" if longest is None else f"makes {longest} characters of one"
+                raise ArtifactError(f"`{MODEL_FILE}` has a table of characters that {problem}", "download it again")
+
+
+def fields_of(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (number, bytes) of the longer fields of a protocol buffer that are bytes, as far as it can be read."""
+    at, end = 0, len(data)
+    while at < end:
+        # A quarter of a million pieces (field 1) come first: they are stepped over.
+        while at + 1 < end and data[at] == PIECE and data[at + 1] < 0x80:
+            at += 2 + data[at + 1]
+        if at >= end:
+            return
+        key, at = varint(data, at)
+        kind, number = key & 7, key >> 3
+        if kind == 0:
+            _, at = varint(data, at)
+        elif kind == 2:
+            size, at = varint(data, at)
+            yield number, data[at : at + size]
+            at += size
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        else:
+            return
+
+
+def varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return a number and the place after it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        value |= (data[at] & 0x7F) << shift
+        at += 1
+        if data[at - 1] < 0x80:
+            break
+    return value, at
 
 
 def not_a_model(error: Exception) -> ArtifactError:

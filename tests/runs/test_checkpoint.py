@@ -135,6 +135,21 @@ def test_an_index_of_another_shape_is_damage(tmp_path, change):
         checkpoint.load(folder).tensors("model")
 
 
+def test_one_whose_state_is_of_another_shape_is_passed_over(tmp_path):
+    from llmctl.files import file_sha256
+
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    folder = tmp_path / "step-00000002"
+    (folder / "state.json").write_text('{"step": 2, "index": {"model": {"a": {}}}}')
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["state.json"] = file_sha256(folder / "state.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    loaded, skipped = checkpoint.Store(tmp_path).load_newest()
+    assert loaded.state["step"] == 1
+    assert "index" in skipped[0]
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", "7", "{}", '{"sha256": {"a/../state.json": "0"}, "step": 1}'])
 def test_a_manifest_that_is_none_is_a_defect(tmp_path, text: str):
     save(tmp_path, 1)

@@ -139,3 +139,25 @@ def test_two_tokens_of_one_id_are_refused():
         check_ids({"a": 3, "b": 3}, "vocab.json")
     with pytest.raises(ArtifactError, match="no tokens"):
         check_tokenizer({"model": {"type": "BPE", "vocab": {}, "merges": []}})
+
+
+def test_a_sentencepiece_table_that_makes_a_book_of_a_letter_is_refused():
+    from llmctl.config import TokenizerConfig
+    from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer, fields_of
+    from llmctl.tokenizer.train import train_tokenizer
+
+    proto = train_tokenizer(["words"] * 20, TokenizerConfig(vocab_size=300, n_sentinels=0)).files()["tokenizer.model"]
+    assert {number for number, _ in fields_of(proto)} >= {2, 3}
+
+    def with_table(table: bytes) -> bytes:
+        spec = b"\x12" + size_of(table) + table
+        return proto + b"\x1a" + size_of(spec) + spec
+
+    for table in (struct.pack("<I", 4) + b"\0" * 4 + b"x" * 500 + b"\0", b"\xff\xff\xff\xff", b"abc"):
+        with pytest.raises(ArtifactError, match="a table of characters"):
+            SentencePieceTokenizer(with_table(table))
+
+
+def size_of(data: bytes) -> bytes:
+    size = len(data)
+    return bytes([size & 0x7F | 0x80, size >> 7]) if size > 0x7F else bytes([size])

@@ -52,3 +52,22 @@ def test_two_columns_of_one_name_are_refused(tmp_path, read):
         list(read(write(tmp_path / "a.csv", "text,label,text\na,b,c\n")))
     ((_, row),) = read(write(tmp_path / "b.csv", ",text,\n0,a,\n"))
     assert row == {"text": "a"}
+
+
+def test_damaged_pages_of_parquet_are_named(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pip install 'llmctl[data]'")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    rows = [{"text": f"text {number}", "n": number} for number in range(40)]
+    parquet.write_table(pa.Table.from_pylist(rows), path, compression="snappy")
+    good = path.read_bytes()
+    assert [row for _, row in read_rows(str(path))] == rows
+    messages = set()
+    for at in range(4, len(good) - 8, 3):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0xFF]) + good[at + 1 :])
+        try:
+            list(read_rows(str(path)))
+        except UsageError as error:
+            messages.add(str(error).split(": ")[0])
+    assert messages == {f"`{path}` is not a valid parquet file", f"`{path}` is damaged after row 0"}

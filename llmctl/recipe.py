@@ -6,6 +6,7 @@ Works on any config class; knows nothing about what the settings do.
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from llmctl.tables.dtypes import full_name
 Config = TypeVar("Config")
 MAX_VALUES = 100_000
 """Of a recipe; the longest one has about 200."""
+MAX_CHARS = 500_000
+MAX_DEPTH = 100
+OPEN_OR_CLOSED = re.compile(r"[\[\]{}]")
 RESERVED_VARIABLES = {"LLMCTL_MODEL", "LLMCTL_RUNS", "LLMCTL_CACHE", "LLMCTL_NATIVE", "LLMCTL_DEBUG"}
 
 
@@ -206,6 +210,7 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     loader = None
+    check_text(text)
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -221,6 +226,20 @@ def parse_yaml(text: str) -> Any:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def check_text(text: str) -> None:
+    """Check the size and nesting of a text, for which the library takes time by the square.
+
+    Raises: ValueError.
+    """
+    if len(text) > MAX_CHARS:
+        raise ValueError(f"it has {len(text):,} characters, more than {MAX_CHARS:,}")
+    depth = 0
+    for sign in OPEN_OR_CLOSED.findall(text):
+        depth = depth + 1 if sign in "[{" else max(depth - 1, 0)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it has more than {MAX_DEPTH} brackets that are not closed")
 
 
 def check_nodes(root: Any) -> None:

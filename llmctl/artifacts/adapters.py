@@ -25,6 +25,7 @@ from llmctl.formats.adapter import ADAPTER_WEIGHTS, Adapter, is_adapter, read_ad
 from llmctl.formats.adapter_names import LowRank, architecture_of
 from llmctl.formats.adapter_write import write_adapter
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.families.published import LARGEST
 
 if TYPE_CHECKING:
     from llmctl.model.transformer import LanguageModel
@@ -55,7 +56,7 @@ def to_weight(text: str, name: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
+    if not abs(weight) <= LARGEST:
         raise UsageError(
             f"`--adapter {name}`: the weight `{text}` is not a finite number", "PATH=0.5 applies half of the adapter"
         )

@@ -69,6 +69,8 @@ def read_header(path: Path) -> Header:
 
     Raises: NotFoundError; ArtifactError with the first problem.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise damaged(path, "it is a pipe or a device, not a file")
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

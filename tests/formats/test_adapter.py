@@ -193,6 +193,7 @@ def check(folder: Path, config: ModelConfig | None = None) -> Adapter:
         ({"lora_alpha": None}, "`lora_alpha` 'None'"),
         ({"lora_alpha": float("inf")}, "`lora_alpha` 'inf'"),
         ({"lora_alpha": 10**400}, "`lora_alpha` '1000"),
+        ({"lora_alpha": 1e300}, "`lora_alpha` '1e"),
         ({"lora_dropout": 1.0}, "`lora_dropout` '1.0'"),
         ({"use_dora": True}, "has no `magnitude`"),
         ({"use_dora": "yes"}, "`use_dora` 'yes'"),

@@ -1,6 +1,7 @@
 """Headers are never believed; what is written is what the format's own library reads, and equal content equal bytes."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -142,3 +143,9 @@ write_safetensors(Path(sys.argv[1]), {"w": torch.arange(4.0)}, {name: name for n
     for name in ("c", "d"):
         subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], check=True)
     assert (tmp_path / "c").read_bytes() == (tmp_path / "d").read_bytes()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "m.safetensors")
+    with pytest.raises(ArtifactError, match="a pipe or a device"):
+        read_header(tmp_path / "m.safetensors")

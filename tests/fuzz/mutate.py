@@ -194,7 +194,9 @@ def changed(obj: Any, random_: random.Random) -> Any:
             ]
         )
     elif isinstance(holder, list):
-        holder[key:key] = [holder[key]] * random_.choice([1, 3, 500])
+        holder[key:key] = [holder[key]] * random_.choice(
+            [1, 3, 500 if not isinstance(holder[key], (dict, list)) else 2]
+        )
     else:
         holder[random_.choice(TEXTS)] = value(random_)
     return obj

@@ -23,8 +23,8 @@ def activation_name(activation: str) -> str | None:
     return next((name for name, ours in ACTIVATIONS.items() if ours == activation), None)
 
 
-LARGEST = 1e300
-"""JSON can hold integers that are no float; NaN is not below any number."""
+LARGEST = 1e18
+"""Its square is a float32; JSON can hold integers that are no float at all, and NaN is not below any number."""
 
 
 class Published:

@@ -548,14 +548,14 @@ def read_signals(folder: Path) -> None:
 def read_checkpoints(folder: Path) -> None:
     """Open the newest checkpoint and take over all of it."""
     from llmctl.runs.checkpoint import Store
-    from llmctl.training.saving import budget
+    from llmctl.training.saving import BUDGET, settings
     from llmctl.training.state import State
 
     saved, _ = Store(folder).load_newest()
 
     def take() -> None:
         State().take(saved.state)
-        budget(saved.state.get("recipe"))
+        settings(saved.state.get("recipe"), *BUDGET)
 
     quietly(lambda: saved.tensors("model"), lambda: saved.tensors("optimizer"), take)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -85,13 +86,13 @@ def end_with_the_pipe(argv: Sequence[str]) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    args = list(argv)
+    args, started = list(argv), time.monotonic()
     debug = bool(os.environ.get("LLMCTL_DEBUG"))
     if args[:1] == ["--debug"]:
         debug, args = True, args[1:]
     show_warnings()
     try:
-        return dispatch(args)
+        return dispatch(args, started)
     except Exception as error:
         if debug:
             raise
@@ -118,8 +119,8 @@ def show_warnings() -> None:
     log.handlers, log.propagate = [Handler()], False
 
 
-def dispatch(args: list[str]) -> int:
-    """Import and run the command that `args` names, and no other."""
+def dispatch(args: list[str], started: float | None = None) -> int:
+    """Import and run the command that `args` names, and no other; it finds `started` as its context's object."""
     if not args or args[0] in ("-h", "--help", "help"):
         sys.stdout.write(root_help())
         sys.stdout.flush()
@@ -138,7 +139,7 @@ def dispatch(args: list[str]) -> int:
     module = import_module(f"llmctl.commands.{file}")
     from typer.main import get_command
 
-    status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False)
+    status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False, obj=started)
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
 

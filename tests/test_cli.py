@@ -437,6 +437,6 @@ def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, mon
     assert "boom" in err
     assert "--debug" in err
     assert report(MemoryError()) == 5
-    monkeypatch.setattr("llmctl.cli.dispatch", lambda _: (_ for _ in ()).throw(ValueError("boom")))
+    monkeypatch.setattr("llmctl.cli.dispatch", lambda *_: (_ for _ in ()).throw(ValueError("boom")))
     with pytest.raises(ValueError, match="boom"):
         run(["--debug", "presets"])

@@ -89,10 +89,12 @@ class Options:
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the metrics.")] = False
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Print a line per step.")] = False
+    called_at: float | None = None
+    """No option: when the command line was called (`time.monotonic`); imports count in a budget of minutes."""
 
     def flags(self) -> dict[str, Any]:
         """Return the config keys that these options set."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values = {name: getattr(self, name) for name in option_names()}
         if self.batch_size == "auto":
             values["batch_size"] = None
         micro_batch_size = -1 if self.batch_size == "auto" else None
@@ -108,6 +110,11 @@ class Options:
             config_class, recipe=self.recipe, settings=settings, flags=self.flags() | dict(flags)
         )
         return with_one_budget(resolved)
+
+
+def option_names() -> list[str]:
+    """Return the names of the options."""
+    return [item.name for item in fields(Options) if item.name != "called_at"]
 
 
 BUDGETS = ("train.steps", "train.tokens", "train.epochs", "train.minutes")
@@ -152,13 +159,18 @@ def with_options(command: Callable[..., int]) -> Callable[..., int]:
     own = inspect.signature(command, eval_str=False)
     hints = get_type_hints(Options, include_extras=True)
     shared = [
-        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
-        for item in fields(Options)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=getattr(Options, name), annotation=hints[name])
+        for name in option_names()
     ]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
     @wraps(command)
     def run(**values: Any) -> int:
-        options = Options(**{item.name: values.pop(item.name) for item in fields(Options)})
+        started = values.pop("context").obj
+        options = Options(
+            **{name: values.pop(name) for name in option_names()},
+            called_at=started if isinstance(started, float) else None,
+        )
         return command(options=options, **values)
 
     kept = [
@@ -166,7 +178,7 @@ def with_options(command: Callable[..., int]) -> Callable[..., int]:
         for name, parameter in own.parameters.items()
         if name != "options"
     ]
-    parameters = [*kept, *shared]
+    parameters = [*kept, *shared, context]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run

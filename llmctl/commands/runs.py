@@ -193,7 +193,7 @@ def evaluation_cells(line: Mapping[str, Any], labels: Mapping[str, str]) -> dict
     return {
         "step": str(line.get("step", "-")),
         **{label: figure(line.get(name)) for name, label in labels.items()},
-        "text": "all" if line.get("full") else "sample",
+        "text": "all" if line.get("full") and not line.get("rows") else "sample",
     }
 
 

@@ -77,6 +77,7 @@ def train(
             quiet=quiet,
             verbose=verbose,
             show_example=show_example,
+            started=options.called_at,
         )
     return resume(
         command,
@@ -86,4 +87,5 @@ def train(
         verbose=verbose,
         given=given_values(resolved),
         allowed=options.allow_change or (),
+        started=options.called_at,
     )

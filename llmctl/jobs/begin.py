@@ -29,21 +29,25 @@ def begin(
     quiet: bool = False,
     verbose: bool = False,
     show_example: bool = False,
+    started: float | None = None,
 ) -> Trained | None:
     """Train, and leave the model as a run folder, or as the single file `out`.
 
+    started: when the command was called, on the clock of `time.monotonic`; default: now. A budget of minutes counts from it.
     Returns None in all processes but the first.
     Raises: LlmctlError of every kind; what is on disk by then stays valid and can be resumed.
     """
     job = JOBS[command]
     config = job.settle(config)
     job.check(config)
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     runtime = start(config.train, config.parallel)
     check_layout(config.train, config.parallel, runtime.world_size)
     begun = agree_on_start(runtime, "begin a run")
     if begun:  # the launcher has restarted all processes
-        return resume(command, begun, invocation=invocation, quiet=quiet, verbose=verbose, runtime=runtime)
+        return resume(
+            command, begun, invocation=invocation, quiet=quiet, verbose=verbose, runtime=runtime, started=started
+        )
     out_file = out if out is not None and out.suffix == ".safetensors" else None
 
     def create() -> Run:

@@ -50,7 +50,7 @@ def pretrain(session: Session, config: PretrainConfig) -> None:
             fitted,
             metric,
             write=whole_model(model, fitted.weights, corpus.tokenizer.files()),
-            facts=lambda: xz_comparison(corpus),
+            facts=lambda: xz_comparison(corpus, config.train.minutes),
             note=note,
             closing=partial(closing, config, corpus),
         )

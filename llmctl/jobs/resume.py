@@ -29,6 +29,7 @@ def resume(
     given: Mapping[str, Any] | None = None,
     allowed: Sequence[str] = (),
     runtime: Runtime | None = None,
+    started: float | None = None,
 ) -> Trained | None:
     """Continue a run of `command` from its newest valid checkpoint, as if it had never stopped.
 
@@ -48,7 +49,7 @@ def resume(
     config = with_new_budget(saved_recipe, config)
     changes = changed_keys(saved_recipe, config)
     job.check(config)
-    started = time.monotonic()
+    started = time.monotonic() if started is None else started
     if runtime is None:
         runtime = start(config.train, config.parallel)
         agree_on_start(runtime, f"resume {path}")

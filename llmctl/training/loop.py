@@ -11,7 +11,7 @@ Five decisions, marked in the code: [1] all processes agree before a step; [2] w
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from llmctl.runs.progress import Progress
 from llmctl.training import optim
 from llmctl.training.batch import Batch, BatchSource
 from llmctl.training.budget import Planner
-from llmctl.training.held_out import measure
+from llmctl.training.held_out import EVAL_ROWS, measure
 from llmctl.training.master_weights import Masters, wants_masters
 from llmctl.training.objectives import Objective
 from llmctl.training.saving import Saver, own_tensors
@@ -147,46 +147,59 @@ class _Loop:
         )
         self.requests = StopRequests(self.saver, self.config, self.runtime, training.limit)
         self.planner = Planner(self.config, training.deadline, training.train.n_rows)
+        self.last_check: tuple[int, dict[str, float]] = (-1, {})
 
     def run(self) -> Fitted:
         """Take all steps, then evaluate on all held-out rows."""
         state = self.state
         try:
+            if self.planner.is_timed and not state.total_steps:
+                self.time_evaluation()
             if not state.before:
                 self.evaluate_before()
             else:
                 self.check_metric()  # a resumed run may have changed it
             self.planner.begin(state)
+            every = self.runtime.lead(lambda: self.planner.every)
             if state.step == 0 and (self.config.on_divergence == "rollback" or self.t.keeps_start):
                 self.saver.save()
             while True:
                 # [2] An evaluation saves too; patience makes the step that was just evaluated the last one.
-                if self.planner.is_check_due(state):
+                if self.planner.is_check_due(state, every):
                     with self.requests.timing("check"):
                         self.check()
                 elif self.planner.is_save_due(state):
                     self.saver.save_if_good()
                 if 0 < self.config.patience <= state.checks_since_best and state.step == state.checked_step:
-                    state.total_steps = state.step
+                    state.total_steps = self.planner.total_steps = state.step
                 loading_seconds, batches = self.stepper.load_batches()
                 # [1] What depends on a clock or a signal is known to one process only: their words are summed, so that
                 # all take the same step, or none does.
-                agreed = agree(self.runtime, self.requests.word(batches))
-                state.total_steps = int(agreed.total_steps)
+                agreed = agree(self.runtime, self.word(batches))
+                state.total_steps, every = int(agreed.total_steps), int(agreed.check_every)
                 if state.step >= state.total_steps:
-                    if not self.planner.is_check_due(state):
+                    if not self.planner.is_check_due(state, every):
                         break
                     continue  # the plan has just become shorter: this was the last step
                 self.requests.obey(agreed)
+                begun = time.monotonic()
                 with self.requests.timing("step"):
                     self.train_step(batches, agreed, loading_seconds)
                 state.seconds = self.journal.seconds
+                self.planner.note_step(time.monotonic() - begun + loading_seconds)
                 if self.runtime.is_main:
                     self.planner.revise(state)
             return self.finish()
         except StopEvaluationError:
             self.requests.stop(self.requests.caught.number)
             raise
+
+    def word(self, batches: list[Batch]) -> Word:
+        """Return what this process contributes before a step; the first one's plan holds for all."""
+        word = self.requests.word(batches)
+        if not self.runtime.is_main:
+            return word
+        return replace(word, total_steps=self.planner.total_steps, check_every=self.planner.every)
 
     # --- a step -----------------------------------------------------------------------------------------------------------
 
@@ -217,7 +230,8 @@ class _Loop:
         }
         if state.step % self.config.log_every == 0 or state.step in (1, state.total_steps):
             self.journal.log("train", record)
-        left = (state.total_steps - state.step) * (state.seconds / max(1, state.step))
+        recent = [*self.planner.step_seconds[-32:], seconds]
+        left = (state.total_steps - state.step) * sum(recent) / len(recent)
         self.t.progress.step(record, state.total_steps, left)
         if state.bad_steps >= self.config.max_bad_steps:
             self.saver.roll_back()
@@ -249,15 +263,62 @@ class _Loop:
             metrics |= self.t.score(max_tokens)
         return metrics
 
+    def time_evaluation(self) -> None:
+        """Measure what a held-out row costs, on a few of them, and choose how many to evaluate before and after training."""
+        n_all = self.t.held_out.n_rows
+        n_rows = min(n_all, EVAL_ROWS * self.runtime.world_size)
+        seconds = math.inf
+        while True:  # the first time is slower, unless the model is so large that this hardly shows
+            begun = time.monotonic()
+            self.evaluate(n_rows * self.config.seq_len)
+            is_first, seconds = seconds == math.inf, time.monotonic() - begun
+            self.planner.spent += seconds
+            if self.runtime.lead(lambda: not is_first or seconds > self.planner.budget / 100):  # noqa: B023 - called at once
+                break
+        self.planner.row_seconds = self.runtime.lead(lambda: seconds / max(1, n_rows))
+        if self.state.before:
+            return
+        fitting = self.planner.fitting_rows(n_all)
+        self.state.eval_rows = fitting if fitting < n_all else 0
+        if self.state.eval_rows:
+            minutes = f"{self.config.minutes:g} minutes"
+            self.t.progress.say(f"evaluations take {fitting:,} of {n_all:,} held-out rows, to fit into {minutes}")
+
+    def evaluate_ends(self) -> dict[str, float]:
+        """Return metrics on all held-out rows, or on as many as fit into a budget of minutes: before and after training."""
+        return self.evaluate(self.state.eval_rows * self.config.seq_len or None)
+
+    @property
+    def check_tokens(self) -> int:
+        """The held-out tokens of an evaluation during training: no more than before and after it."""
+        most = self.state.eval_rows * self.config.seq_len
+        return min(self.config.eval_tokens, most) if most else self.config.eval_tokens
+
+    def n_rows(self, max_tokens: int | None) -> int:
+        """Return how many held-out rows an evaluation of so many tokens takes."""
+        n_all = self.t.held_out.n_rows
+        return n_all if max_tokens is None else min(n_all, max(1, max_tokens // self.config.seq_len))
+
     def evaluate_before(self) -> None:
         """Measure the model before its first step."""
         state = self.state
-        state.before = self.evaluate(None)
+        begun = time.monotonic()
+        state.before = self.evaluate_ends()
+        self.planner.note_full(time.monotonic() - begun, self.n_ends, self.n_rows(self.check_tokens))
         self.check_metric()
-        self.journal.log("eval", {"step": 0, **state.before, "full": True})
+        self.journal.log("eval", {"step": 0, **state.before, "full": True, **self.sampled()})
         self.t.progress.say(f"before training: {brief(state.before)}")
         if self.t.deadline is None:
             self.journal.started = time.monotonic()
+
+    @property
+    def n_ends(self) -> int:
+        """The held-out rows of the evaluations before and after training."""
+        return self.state.eval_rows or self.t.held_out.n_rows
+
+    def sampled(self) -> dict[str, int]:
+        """Return what a record says of an evaluation on a part of the held-out rows."""
+        return {"rows": self.state.eval_rows} if self.state.eval_rows else {}
 
     def is_worse(self, after: Mapping[str, float]) -> bool:
         """Return whether the metric is worse than before the first step, or has become no number.
@@ -284,7 +345,9 @@ class _Loop:
     def check(self) -> None:
         """Evaluate, show samples, save, and remember the best step."""
         state = self.state
-        metrics = self.evaluate(self.config.eval_tokens)
+        begun = time.monotonic()
+        metrics = self.evaluate(self.check_tokens)
+        self.last_check = state.step, metrics
         self.journal.log("eval", {"step": state.step, **metrics})
         self.t.progress.say(f"step {state.step}: validation {brief(metrics)}")
         name = self.t.metric
@@ -296,6 +359,7 @@ class _Loop:
         if 0 < self.config.patience <= state.checks_since_best and state.step < state.total_steps:
             text = f"stopped early: no better {name} in {state.checks_since_best} evaluations"
             self.journal.event("stopped early", state.step, text)
+        self.planner.note_check(time.monotonic() - begun)
 
     def show_samples(self) -> None:
         """Let the model generate, so that a person sees it learn."""
@@ -315,12 +379,23 @@ class _Loop:
             self.t.progress.say(f"kept the weights of step {kept}: the best on held-out rows")
         if self.masters:
             self.masters.restore()
-        after = self.evaluate(None)
+        after = self.known_figures(kept) or self.evaluate_ends()
         if self.t.keeps_start and kept and self.is_worse(after) and self.saver.take_start():
             name, trained = self.t.metric, after[self.t.metric]
-            after, kept = self.evaluate(None), 0
+            after, kept = self.evaluate_ends(), 0
             text = f"training made the model worse: {name} {after[name]:.4g} -> {trained:.4g} on held-out rows; kept it untrained"
             self.journal.event("kept untrained", self.state.step, text)
-        self.journal.log("eval", {"step": self.state.step, **after, "full": True})
+        self.journal.log("eval", {"step": self.state.step, **after, "full": True, **self.sampled()})
+        if few := self.planner.few_steps(self.state):
+            self.t.progress.say(few)
         weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.saver.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
+
+    def known_figures(self, kept: int) -> dict[str, float] | None:
+        """Return the figures of the last evaluation if it was of the weights that are kept, and on all rows that count."""
+        step, metrics = self.last_check
+        is_same = kept == step == self.state.step and self.n_rows(self.check_tokens) == self.n_ends
+        # Generated answers are counted otherwise than rows. Weights in bfloat16 score a little differently from their float32
+        # masters: that is worth a second evaluation, but not out of a budget of minutes.
+        is_close = self.masters is None or self.planner.is_timed
+        return metrics if is_same and is_close and self.t.score is None else None

@@ -32,11 +32,13 @@ class State:
     """The counters of the loop.
 
     There is no data position and no random state: both follow from (seed, step). There is no scheduler state: the learning
-    rate follows from (step, total_steps, lr_scale).
+    rate follows from (step, total_steps, lr_scale). eval_rows: the held-out rows of the evaluations before and after
+    training; 0 is all.
     """
 
     step: int = 0
     total_steps: int = 0
+    eval_rows: int = 0
     labels: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -64,6 +66,10 @@ class State:
         Raises: ArtifactError if an item is missing: the resumed run would differ.
         """
         for item in fields(self):
+            if (
+                item.name == "eval_rows" and item.name not in saved
+            ):  # a checkpoint from before there were such: all rows
+                continue
             if item.name not in saved:
                 raise ArtifactError(f"the checkpoint's state has no `{item.name}`", "resume from an older checkpoint")
             if not is_alike(saved[item.name], getattr(State(), item.name)):

@@ -13,7 +13,8 @@ class Word:
     """The values of one process, or their sum over all; every field is a number.
 
     labels, positions: of the step's own micro-batches. sigint, sigterm, sighup: 1 for the signal that came.
-    wants_save, at_limit: 1 if a checkpoint is due, if the time limit is reached. total_steps: from the first process only.
+    wants_save, at_limit: 1 if a checkpoint is due, if the time limit is reached. total_steps, check_every: the plan, from the
+    first process only.
     """
 
     labels: float = 0
@@ -24,6 +25,7 @@ class Word:
     wants_save: float = 0
     at_limit: float = 0
     total_steps: float = 0
+    check_every: float = 0
 
     @property
     def number(self) -> int:

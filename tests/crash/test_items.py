@@ -278,7 +278,7 @@ NEEDED: dict[str, tuple[str, str]] = {
 }
 """For each number: the scenario in which it matters, and in what the run differs without it."""
 
-SEPARATE = {"total_steps", "seconds", "trackers"}
+SEPARATE = {"total_steps", "eval_rows", "seconds", "trackers"}
 """Numbers that have a test of their own below."""
 
 
@@ -287,7 +287,14 @@ def test_every_number_is_looked_at():
     assert not set(NEEDED) & SEPARATE
 
 
-@pytest.mark.parametrize("item", [item.name for item in fields(State)])
+def test_a_checkpoint_from_before_there_were_parts_of_evaluations_takes_all_rows(runs, tmp_path):
+    whole, again = resumed(
+        runs, "plain", tmp_path, lambda path: change_state(path, lambda state: state.pop("eval_rows"))
+    )
+    assert again.differences(whole) == set()
+
+
+@pytest.mark.parametrize("item", [item.name for item in fields(State) if item.name != "eval_rows"])
 def test_a_checkpoint_without_a_number_is_refused(runs, tmp_path, item: str):
     with pytest.raises(ArtifactError, match=f"no `{item}`"):
         raise_error(resumed(runs, "plain", tmp_path, lambda path: change_state(path, lambda state: state.pop(item)))[1])

@@ -20,7 +20,6 @@ from llmctl.losses.base import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs import checkpoint
 from llmctl.runs.progress import Silent
-from llmctl.training.budget import Planner
 from llmctl.training.loop import Training, fit
 from llmctl.training.objectives import LabelPrediction, Objective
 from llmctl.training.state import State
@@ -201,20 +200,6 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path
 def test_a_budget_of_tokens_is_rounded_up_to_steps(tmp_path):
     job = training(tmp_path, steps=0, tokens=8 * 16 * 3 + 1)
     assert fit(job).state.step == 4
-
-
-def test_a_budget_of_minutes_divides_the_time_by_the_measured_step(tmp_path):
-    import time
-
-    job = training(tmp_path, steps=0, minutes=1.0)
-    job.deadline = time.monotonic() + 60
-    planner, state = Planner(job.config, job.deadline), State()
-    planner.begin(state)
-    planner.begun = (0, time.monotonic() - 4.0)
-    state.step = 4
-    planner.revise(state)
-    left = 60 * (1 - Planner.RESERVE_FRAC)
-    assert state.total_steps == pytest.approx(4 + left, abs=2)
 
 
 def test_the_second_signal_stops_at_once(tmp_path):

@@ -84,13 +84,21 @@ class Planner:
         """Set the number of steps, unless a checkpoint has set it."""
         self.started = time.monotonic()
         # A resumed run keeps its plan until its steps have been measured again.
-        self.next_revision = state.step + (4 if state.total_steps else 2)
+        self.next_revision = state.step + (4 if state.total_steps else 1)
         if not state.total_steps:
             guess = self.row_seconds * self.STEP_PER_FORWARD * self.config.batch_size
             limit = planned_steps(self.config, self.n_rows)
-            state.total_steps = min(limit, self.fitting_steps(state, guess)) if self.is_timed and guess else limit
+            state.total_steps = limit
+            if self.is_timed and guess:
+                fitting = self.fitting_steps(state, guess)
+                # A guess must not end a run that has time: after one step it is known better.
+                state.total_steps = min(limit, fitting if self.is_late() else max(fitting, state.step + 4))
         self.total_steps = state.total_steps
         self.every = self.interval(state)
+
+    def is_late(self) -> bool:
+        """Return whether the time is used up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
 
     def fitting_steps(self, state: State, step_seconds: float) -> int:
         """Return the step at which the time is used up; the first one is always taken."""
@@ -132,7 +140,7 @@ class Planner:
         if self.deadline is None or state.step < self.next_revision or state.step >= state.total_steps:
             return  # the last step is already being evaluated as such
         # The first step also fills caches. Of the others the newer half: other processes come and go.
-        known = self.step_seconds[1:]
+        known = self.step_seconds[1:] or self.step_seconds
         newer = known[len(known) // 2 :]
         step_seconds = sum(newer) / len(newer)
         self.total_steps = state.total_steps

@@ -41,7 +41,7 @@ def training_rates() -> Any:
 
 def test_the_time_left_is_divided_by_the_measured_step_and_the_first_does_not_count():
     plan, state = planner(), State()
-    plan.row_seconds = 1.0
+    plan.row_seconds = 0.1
     plan.begin(state)
     for seconds in (30.0, 0.5, 0.5, 0.5):
         plan.note_step(seconds)
@@ -52,12 +52,23 @@ def test_the_time_left_is_divided_by_the_measured_step_and_the_first_does_not_co
 
 def test_the_plan_shrinks_when_the_machine_becomes_slower_and_grows_only_if_much_would_remain():
     for seconds, expected in ((1.0, 110), (0.4, 120), (0.1, 300)):
-        plan, state = planner(left=10.0 + 1.8), State(step=100, total_steps=120)
+        plan, state = planner(left=10.0 + 3), State(step=100, total_steps=120)
         plan.begin(state)
         state.step = 104
         plan.step_seconds = [seconds] * 5
         plan.revise(state)
         assert plan.total_steps == pytest.approx(max(104 + 10 / seconds, 0) if expected != 120 else 120, abs=2)
+
+
+def test_a_slow_first_evaluation_does_not_end_a_run_that_has_time():
+    plan, state = planner(), State()
+    plan.row_seconds = 5.0
+    plan.begin(state)
+    assert state.total_steps == 4
+    plan.note_step(0.5)
+    state.step = 1
+    plan.revise(state)
+    assert plan.total_steps > 50
 
 
 def test_a_plan_that_is_reached_does_not_grow():

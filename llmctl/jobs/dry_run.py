@@ -1,6 +1,10 @@
-"""`llmctl pretrain --dry-run`: estimate a run from its config; reads no data and builds no model."""
+"""`llmctl pretrain --dry-run`: estimate a run from its config; reads no data.
+
+Only for a budget of minutes a small model is built, to time a step.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
 from llmctl.distributed.runtime import Runtime
 from llmctl.errors import MemoryLimitError
 from llmctl.jobs.estimate import Estimate, estimate
+from llmctl.jobs.step_rate import step_rate
 from llmctl.machine import available_memory, choose_dtype, name_of, product_rate
 from llmctl.model.flops import Rows, row_flops
 from llmctl.model.presets import ALIASES, PRESETS, Preset, get_preset
@@ -19,6 +24,7 @@ from llmctl.model.training_memory import memory
 from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tokenizer.train import VOCAB_SIZES
 from llmctl.training.batches import rows_of
+from llmctl.training.budget import Planner
 from llmctl.training.settings import check, model_config
 
 
@@ -50,7 +56,7 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
         name,
         shape,
         rows,
-        steps=n_steps(config, preset, shape, rows, rate),
+        steps=n_steps(config, preset, shape, rows, lambda: step_rate(config, shape, rate, dtype)),
         micro_batch_size=train.micro_batch_size,
         chunk_tokens=train.loss_chunk_tokens,
         optimizer=config.optim.name,
@@ -86,10 +92,12 @@ def shape_of(config: PretrainConfig, name: str) -> tuple[Preset | None, ModelCon
     return get_preset(name), model_config(config)
 
 
-def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, rows: Rows, rate: float) -> int:
+def n_steps(
+    config: PretrainConfig, preset: Preset | None, shape: ModelConfig, rows: Rows, rate: Callable[[], float]
+) -> int:
     """Return the steps of the budget, else of the published number of tokens, else the default.
 
-    Minutes are converted by the measured matmul rate alone.
+    Minutes are converted by the measured rate of a step, less the share that evaluations may take.
     """
     train = config.train
     limits = [train.steps] if train.steps else []
@@ -97,7 +105,8 @@ def n_steps(config: PretrainConfig, preset: Preset | None, shape: ModelConfig, r
         limits.append(math.ceil(train.tokens / (train.batch_size * train.seq_len)))
     if train.minutes:
         step_flops = rows.batch_size * row_flops(shape, rows.source, rows.target, rows.label_frac)
-        limits.append(max(1, int(train.minutes * 60 * rate / step_flops)))
+        seconds = train.minutes * 60 * (1 - Planner.EVAL_FRAC)
+        limits.append(max(1, int(seconds * rate() / step_flops)))
     if not limits and preset is not None and preset.tokens:
         limits.append(math.ceil(preset.tokens / (rows.batch_size * rows.n_tokens)))
     return min(limits, default=OBJECTIVES[config.objective].default_steps)

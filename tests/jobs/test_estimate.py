@@ -267,6 +267,20 @@ def test_budget_is_the_first_that_is_named():
     assert plan(preset="gpt3-175b", minutes=0.001).steps == 1
 
 
+def test_minutes_are_divided_by_a_measured_step_of_a_small_model(monkeypatch):
+    """A matrix product is many times faster than a step of a small model; a large model is not built."""
+    import torch
+
+    from llmctl.jobs.step_rate import step_rate
+    from llmctl.model.transformer import LanguageModel
+
+    config = PretrainConfig()
+    rate = step_rate(config, preset_config("tiny"), 1e15, torch.float32)
+    assert 0 < rate < 1e14
+    monkeypatch.setattr(LanguageModel, "__init__", None)
+    assert step_rate(config, preset_config("gpt2"), 1e15, torch.float32) == 1e15
+
+
 def test_context_and_vocabulary_are_the_systems_own_unless_named():
     assert plan().rows.source == 256
     assert plan().config.vocab_size == preset_config("tiny").vocab_size

@@ -58,7 +58,7 @@ def default_file() -> Path:
 def resolve_model(name: str | None, *, able: Ability) -> Found:
     """Resolve the model to use: `name` > LLMCTL_MODEL > this directory > the newest finished run > `llmctl use`.
 
-    A name is a file, a folder, a run's number or prefix, or `latest`. Only the search among runs checks `able`.
+    A name is a file, a folder, a run's number or prefix (with or without `runs/`), or `latest`. Only the search among runs checks `able`.
     Raises: NotFoundError if there is no model; UsageError for an empty name.
     """
     if name is not None:
@@ -92,17 +92,18 @@ def find_named(name: str, able: Ability) -> Path:
         refuse_data(path)
         return path
     folder = runs_folder()
-    if name == "latest":
+    if name == "latest" or path == folder / "latest":
         newest = newest_run(able)
         if newest is None:
             raise nothing_found(able)
         return newest
     # Only bare names and paths into the runs folder are looked up there; `x/y` is a path.
     is_run = folder.is_dir() and path.parent in (Path(), folder)
-    prefixes = (f"{int(name):04d}-", name) if name.isdecimal() else (path.name,)
-    matches = (
-        sorted(run for run in folder.iterdir() if run.name.startswith(prefixes) and is_model(run)) if is_run else []
-    )
+    models = sorted(run for run in folder.iterdir() if is_model(run)) if is_run else []
+    # `12` and `runs/12` mean run 0012 first, and only then a run whose name starts with 12.
+    number = f"{int(path.name):04d}-" if path.name.isdecimal() else path.name
+    numbered, named = ([run for run in models if run.name.startswith(prefix)] for prefix in (number, path.name))
+    matches = numbered or named
     if len(matches) == 1 or (matches and matches[0].name == path.name):
         return matches[0]
     if matches:

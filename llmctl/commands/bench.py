@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, note, result, result_json, table
+from llmctl.commands.common import SameModels, command_app, find_model, note, result, result_json, table
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -19,6 +19,7 @@ def bench(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="Model folders, files or runs.")
     ] = None,
+    named: SameModels = None,
     shape: Annotated[
         str, typer.Option(help="Use random weights of these sizes: 30M, 135M, 1.1B or presets, comma-separated.")
     ] = "",
@@ -60,7 +61,7 @@ def bench(
             f"`--data {data}` needs trained models, `--shape {shape}` has random weights",
             "name model folders instead of --shape",
         )
-    paths = [find_model(name, "generate", quiet=quiet) for name in models or []]
+    paths = [find_model(name, "generate", quiet=quiet) for name in [*(models or []), *(named or [])]]
     if not paths and not shapes:
         paths = [find_model(None, "generate", quiet=quiet)]
 

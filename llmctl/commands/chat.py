@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note
+from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note, one_name
 from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
 from llmctl.runs.terminal import plain
@@ -77,10 +77,9 @@ def chat(
             "standard input is not a terminal",
             "use `--script -` for a conversation, or `llmctl generate --chat -` for independent prompts",
         )
-    if name is not None and model is not None and name != model:
-        raise UsageError(f"two models are given: `{name}` and `{model}`", "give one")
+    name = one_name(name, model)
     lines = None if script is None else script_lines(script)
-    path = find_model(model if name is None else name, "generate", quiet=quiet, adapters=adapter)
+    path = find_model(name, "generate", quiet=quiet, adapters=adapter)
     from llmctl.artifacts.adapters import apply_adapters
     from llmctl.artifacts.load import load_model
     from llmctl.commands.generate import argument

@@ -20,6 +20,10 @@ AdapterNames = Annotated[
     list[str] | None, typer.Option("--adapter", help="Adapter folder, or FOLDER=WEIGHT; repeatable.")
 ]
 
+# Of the commands that take a model as an argument too.
+SameModel = Annotated[str | None, typer.Option("-m", "--model", help="Same as the argument.")]
+SameModels = Annotated[list[str] | None, typer.Option("-m", "--model", help="Same as the arguments; repeatable.")]
+
 KeysAndValues = Annotated[
     str,
     typer.Option(
@@ -87,6 +91,18 @@ def find_model(name: str | None, able: "Ability", *, quiet: bool, adapters: Sequ
     chosen = resolve_model(name, able=able)
     note(announce(chosen), quiet=quiet)
     return chosen.path
+
+
+def one_name(argument: str | None, option: str | None) -> str | None:
+    """Return the name of a model that may be given as an argument or with `-m`.
+
+    Raises: UsageError for two names.
+    """
+    from llmctl.errors import UsageError
+
+    if argument is not None and option is not None and argument != option:
+        raise UsageError(f"two models are given: `{argument}` and `{option}`", "give one")
+    return option if argument is None else argument
 
 
 def note(text: str, *, quiet: bool = False) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app
+from llmctl.commands.common import SameModel, command_app, one_name
 from llmctl.commands.grouped_help import settings_of
 from llmctl.commands.model_argument import needs_model, with_model
 from llmctl.commands.options import Options, help_of, with_options
@@ -37,6 +37,7 @@ def distill(
     *,
     options: Options,
     model: Annotated[str | None, typer.Argument(metavar="TEACHER", help="Teacher: folder, file or run.")] = None,
+    named: SameModel = None,
     data: Annotated[
         list[str] | None, typer.Option("-d", "--data", help="Text or examples; default: the built-in corpus.")
     ] = None,
@@ -68,6 +69,7 @@ def distill(
 
       llmctl distill encoder -d texts.txt --student layers=3 --max-drop 5%
     """
+    model = one_name(model, named)
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(DistillConfig, flags)
     if needs_model(options, model, resolved.config):

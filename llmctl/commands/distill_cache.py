@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.commands.common import SameModel, command_app, note, one_name, result, result_json
 from llmctl.commands.model_argument import with_model
 
 app = command_app()
@@ -14,6 +14,7 @@ app = command_app()
 @app.command()
 def cache(
     model: Annotated[str | None, typer.Argument(metavar="TEACHER", help="Teacher: folder, file or run.")] = None,
+    named: SameModel = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Output folder; an interrupted cache is resumed.")] = Path(
         "signals"
     ),
@@ -56,7 +57,7 @@ def cache(
         "train.device": device,
     }
     resolved = load(DistillConfig, recipe=recipe, settings=set_ or [], flags=flags)
-    resolved = with_model(resolved, model, quiet=quiet)
+    resolved = with_model(resolved, one_name(model, named), quiet=quiet)
     note("loading torch", quiet=quiet)
     from llmctl.jobs.distill_cache import make_cache
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, note, result, result_json, table
+from llmctl.commands.common import SameModels, command_app, note, result, result_json, table
 from llmctl.commands.grouped_help import settings_of, training_command
 from llmctl.config import EvaluateConfig
 from llmctl.errors import UsageError
@@ -48,6 +48,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="MODEL", help="Model folders, files, runs or `latest`; the first is the reference."),
     ] = None,
+    named: SameModels = None,
     data: Annotated[list[str] | None, typer.Option("-d", "--data", help="File or folder; repeatable.")] = None,
     task: Annotated[
         str | None,
@@ -93,7 +94,7 @@ def evaluate(
     if limit == 0:
         raise UsageError("`--limit` is 0: nothing would be measured", "omit it for all rows")
     config = load(EvaluateConfig, settings=set_ or [], flags=settings_of(SETTINGS, locals())).config
-    paths = find_models(models or [], quiet=quiet)
+    paths = find_models([*(models or []), *(named or [])], quiet=quiet)
     if tasks:
         for option, value in (("--max-drop", max_drop), ("--data", data), ("--task", task)):
             if value:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, note, result, result_json
+from llmctl.commands.common import SameModel, command_app, find_model, note, one_name, result, result_json
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -13,9 +13,15 @@ app = command_app()
 
 @app.command()
 def export(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="Model folder, X.safetensors, or adapter (merged into its base).")
-    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Model folder, X.safetensors, run, `latest`, or adapter (merged into its base); default: the newest run.",
+        ),
+    ] = None,
+    named: SameModel = None,
+    *,
     to: Annotated[
         str,
         typer.Option(
@@ -37,12 +43,14 @@ def export(
 
     Examples:
 
-      llmctl export runs/latest --to single -o teacher.safetensors
+      llmctl export latest --to single -o teacher.safetensors
 
       llmctl export teacher.safetensors --to hf -o teacher
 
       llmctl export teacher --to gguf --type q4_K -o teacher.gguf
     """
+    name = one_name(name, named)
+    model = find_model(name, "any", quiet=quiet or name is not None)
     if to == "gguf":
         from llmctl.converting.export_gguf import export_gguf
 

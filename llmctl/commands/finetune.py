@@ -40,6 +40,7 @@ def finetune(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Model to fine-tune: folder, file or run.")
     ] = None,
+    named: Annotated[str | None, typer.Option("-m", "--model", help="The model; all arguments are then data.")] = None,
     data: Annotated[
         list[str] | None, typer.Argument(metavar="DATA", help="Examples: files, folders, globs or `-`.")
     ] = None,
@@ -76,6 +77,9 @@ def finetune(
 
       llmctl finetune runs/0003 train.tsv --val dev.tsv --task translate -o translator
     """
+    if named is not None:
+        data = [*([] if model is None else [model]), *(data or [])] or None
+        model = named
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(FinetuneConfig, flags)
     if needs_model(options, model, resolved.config):

@@ -1,11 +1,10 @@
 """`llmctl inspect`: the metadata of a model -> stdout, without loading torch."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmctl.commands.common import command_app, result, result_json
+from llmctl.commands.common import SameModel, command_app, find_model, one_name, result, result_json
 from llmctl.runs.terminal import on_one_line
 
 app = command_app()
@@ -13,7 +12,14 @@ app = command_app()
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Model or adapter folder, X.safetensors or X.gguf.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Model or adapter folder, X.safetensors, X.gguf, run or `latest`; default: the newest run.",
+        ),
+    ] = None,
+    named: SameModel = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its dtype and shape.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -21,13 +27,14 @@ def inspect(
 
     Examples:
 
-      llmctl inspect runs/latest
+      llmctl inspect latest
 
       llmctl inspect teacher.safetensors --tensors
     """
     from llmctl.formats.describe import describe
 
-    record = describe(model)
+    name = one_name(name, named)
+    record = describe(find_model(name, "any", quiet=name is not None or json))
     listed = record.pop("tensors")
     if json:
         result_json(record | ({"tensors": listed} if tensors else {}))

@@ -1,5 +1,6 @@
 """`llmctl pretrain`: flags -> PretrainConfig -> one training run -> the model's path on stdout."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,9 @@ SETTINGS = {
     "objective": "objective",
     "model": "model.preset",
     "tokens": "train.tokens",
+    "epochs": "train.epochs",
+    "lr": "optim.lr",
+    "val": "data.val_paths",
 }
 """The config keys that the options set."""
 
@@ -39,6 +43,9 @@ def pretrain(
         str | None, typer.Option(help="Existing tokenizer, or bpe, char or unigram to train one.")
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Budget in tokens, such as 1e9.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Budget in passes over the text.")] = None,
+    lr: Annotated[float | None, typer.Option()] = None,
+    val: Annotated[list[str] | None, typer.Option(help="Validation text; default: a fraction of the data.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, memory, FLOPs and time, and exit.")] = False,
 ) -> int:
     """Train a model from raw text and print its folder.
@@ -53,8 +60,8 @@ def pretrain(
 
       llmctl pretrain --model gpt3-175b --dry-run
     """
-    known_kinds = {"char", "unigram", "bpe"}
     is_kind = tokenizer in ("char", "unigram", "bpe")
+    model = None if model is None else preset_or_model(model)
     flags = settings_of(SETTINGS, locals()) | {"tokenizer.model_type" if is_kind else "tokenizer.path": tokenizer}
     resolved = options.resolve(PretrainConfig, flags)
     if dry_run and not options.print_config:
@@ -64,3 +71,19 @@ def pretrain(
         result_json(estimate.to_dict()) if options.json else result(estimate.render())
         return 0
     return run_training("pretrain", resolved, options)
+
+
+def preset_or_model(name: str) -> str:
+    """Return a preset's name as it is, and the path of a model that is named as in other commands: `latest`, a run's number."""
+    from llmctl.artifacts.find import find_named
+    from llmctl.errors import NotFoundError
+    from llmctl.model.presets import ALIASES, PRESETS
+
+    if not name or name == "auto" or name.lower() in {*PRESETS, *ALIASES}:
+        return name
+    try:
+        return str(find_named(name, "any"))
+    except NotFoundError:
+        if name == "latest" or Path(name).name.isdecimal():
+            raise
+        return name  # a misspelled preset: the closest one is suggested

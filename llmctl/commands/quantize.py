@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app
+from llmctl.commands.common import SameModel, command_app, one_name
 from llmctl.commands.grouped_help import settings_of
 from llmctl.commands.model_argument import needs_model, with_model
 from llmctl.commands.options import Options, help_of, with_options
@@ -37,6 +37,7 @@ def quantize(
     *,
     options: Options,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Model folder, file or run.")] = None,
+    named: SameModel = None,
     bits: Annotated[
         int | None, typer.Option("-b", "--bits", help=f"Bits per weight [{', '.join(map(str, BY_BITS))}]")
     ] = None,
@@ -81,6 +82,7 @@ def quantize(
         raise UsageError(f"`--bits {bits}` is not supported", "use 8, 6, 5, 4, 3 or 2")
     if bits is not None:
         scheme = BY_BITS[bits]
+    model = one_name(model, named)
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(QuantizeConfig, flags)
     if needs_model(options, model, resolved.config):

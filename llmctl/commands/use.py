@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, result
+from llmctl.commands.common import SameModel, command_app, one_name, result
 
 app = command_app()
 
@@ -13,6 +13,7 @@ app = command_app()
 @app.command()
 def use(
     model: Annotated[str | None, typer.Argument(help="Model folder, file or run; omit it to show the default.")] = None,
+    named: SameModel = None,
 ) -> None:
     """Set the default model for all directories, or show it if no model is given.
 
@@ -26,7 +27,7 @@ def use(
     from llmctl.errors import NotFoundError
     from llmctl.files import write_text
 
-    file = default_file()
+    file, model = default_file(), one_name(model, named)
     if model is None:
         if not file.is_file():
             raise NotFoundError("no default model is set", "`llmctl use runs/latest` sets it")

@@ -174,7 +174,7 @@ def find_run(name: str, *, holding: str = "recipe.yaml", finished: bool = False)
     runs = [path for path in sorted(folder.iterdir()) if (path / holding).is_file()] if inside else []
     runs = [path for path in runs if not path.is_symlink()]
     # `12` means run 0012 first, and only then any run whose name starts with 12.
-    number = f"{int(name):04d}-" if name.isdecimal() else Path(name).name
+    number = f"{int(Path(name).name):04d}-" if Path(name).name.isdecimal() else Path(name).name
     for prefix in (number, Path(name).name):
         matches = [path for path in runs if path.name.startswith(prefix)]
         if len(matches) > 1:

@@ -68,6 +68,8 @@ commands:
 options:
   -h, --help     show this help; `llmctl COMMAND --help` shows that of one command
   -V, --version  show the version
+  --install-completion, --show-completion [bash|zsh|fish]
+                 complete command lines with the Tab key; goes alone
   --debug        show the stack trace of an error; goes before the command
 
 {EXIT_CODES}
@@ -92,6 +94,12 @@ def run(argv: Sequence[str]) -> int:
         debug, args = True, args[1:]
     show_warnings()
     try:
+        if "_LLMCTL_COMPLETE" in os.environ:
+            from llmctl.commands.shell_completion import complete
+
+            sys.stdout.write("".join(f"{word}\n" for word in complete(args, COMMANDS, SUBCOMMANDS)))
+            sys.stdout.flush()
+            return 0
         return dispatch(args, started)
     except Exception as error:
         if debug:
@@ -125,6 +133,8 @@ def dispatch(args: list[str], started: float | None = None) -> int:
         sys.stdout.write(root_help())
         sys.stdout.flush()
         return 0
+    if args[0] in ("--install-completion", "--show-completion"):
+        return complete_in(*args)
     name = args[0]
     if name not in COMMANDS:
         close = get_close_matches(name, COMMANDS, n=1)
@@ -142,6 +152,20 @@ def dispatch(args: list[str], started: float | None = None) -> int:
     status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False, obj=started)
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
+
+
+def complete_in(option: str, shell: str | None = None, *_: str) -> int:
+    """Show the script that completes command lines in a shell, or install it."""
+    from llmctl.commands.shell_completion import SCRIPTS, install, shell_named
+
+    name = shell_named(shell, os.environ)
+    if option == "--show-completion":
+        sys.stdout.write(SCRIPTS[name])
+    else:
+        sys.stdout.write(f"{install(name)}\n")
+        sys.stderr.write(f"{name} completes llmctl's command lines from its next start on\n")
+    sys.stdout.flush()
+    return 0
 
 
 UNWRITABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)

@@ -103,7 +103,7 @@ def command_of(arguments: list[str]) -> tuple[Any, list[str], Mapping[str, str]]
 def problem(arguments: list[str]) -> str:
     """Return why a command line is invalid: its command, an option, a key or a name; empty if it is valid."""
     if arguments[0] not in COMMANDS:
-        return "" if arguments == ["--help"] else "unknown command"
+        return "" if arguments in (["--help"], ["--install-completion"]) else "unknown command"
     command, rest, settings = command_of(arguments)
     try:
         context = command.make_context(arguments[0], list(rest))

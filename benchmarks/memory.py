@@ -54,7 +54,8 @@ def job(row: dict[str, Any]) -> dict[str, float]:
     from llmctl.model.training_memory import memory
     from llmctl.model.transformer import LanguageModel, initialize
     from llmctl.runs.progress import Silent
-    from llmctl.training.loop import Training, fit
+    from llmctl.training.inputs import Training
+    from llmctl.training.loop import fit
     from llmctl.training.objectives import LabelPrediction
 
     class Memory:

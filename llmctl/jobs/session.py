@@ -29,7 +29,8 @@ from llmctl.training.batch import BatchSource
 from llmctl.training.freezing import freeze
 from llmctl.training.generation_scores import Score
 from llmctl.training.held_out import measure
-from llmctl.training.loop import Fitted, Training, fit
+from llmctl.training.inputs import Training
+from llmctl.training.loop import Fitted, fit
 from llmctl.training.objectives import Objective
 from llmctl.training.samples import Sampler
 

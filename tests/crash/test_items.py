@@ -27,7 +27,8 @@ from llmctl.losses.base import Loss
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs import checkpoint
 from llmctl.runs.metrics_file import MetricsFile
-from llmctl.training.loop import Training, fit
+from llmctl.training.inputs import Training
+from llmctl.training.loop import fit
 from llmctl.training.objectives import Objective
 from llmctl.training.state import State
 from tests.training.test_loop import Stopping, training
@@ -411,9 +412,17 @@ def test_a_checkpoint_without_a_file_and_any_word_of_it_is_not_resumed_as_it_was
     assert {"error" if kind == "model" else "weights"} <= again.differences(whole)
 
 
-def test_a_checkpoint_without_its_index_is_refused(runs, tmp_path):
+def test_a_checkpoint_without_its_index_is_passed_over(runs, tmp_path):
+    _, stopped = runs("plain")
+    copy = tmp_path / "copy"
+    shutil.copytree(stopped, copy)
+    last = newest(copy)
+    change_state(last, lambda state: state.pop("index"))
+    saved, skipped = checkpoint.Store(copy / "checkpoints").load_newest()
+    assert saved.path < last
+    assert any(last.name in line and "index" in line for line in skipped)
     with pytest.raises(ArtifactError, match="index"):
-        resumed(runs, "plain", tmp_path, lambda path: change_state(path, lambda state: state.pop("index")))
+        checkpoint.open_checkpoint(last)
 
 
 def kinds(names: Iterable[str]) -> set[tuple[str, str]]:

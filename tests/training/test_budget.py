@@ -13,7 +13,8 @@ from llmctl.runs import checkpoint
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import NO_TOTAL_STEPS
 from llmctl.training.budget import FEW_STEPS, Planner
-from llmctl.training.loop import Training, fit
+from llmctl.training.inputs import Training
+from llmctl.training.loop import fit
 from llmctl.training.optim import schedule
 from llmctl.training.state import State
 from tests.training.test_loop import training

@@ -20,7 +20,8 @@ from llmctl.losses.base import IGNORE, Loss
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.runs import checkpoint
 from llmctl.runs.progress import Silent
-from llmctl.training.loop import Training, fit
+from llmctl.training.inputs import Training
+from llmctl.training.loop import fit
 from llmctl.training.objectives import LabelPrediction, Objective
 from llmctl.training.state import State
 from tests.data.test_stream import Memory
@@ -166,7 +167,7 @@ def test_evaluation_is_the_same_in_any_batch_size(tmp_path):
     for size in (1, 3, 8):
         job = training(tmp_path, batch_size=size)
         loop = _Loop(job, job.runtime.prepare(job.objective), None)
-        results.append(loop.evaluate(None))
+        results.append(loop.evaluation.measure(None))
     lengths = [len(text) for text in source().texts[50:]]
     for result in results:
         assert result["n_labels"] == sum(lengths) - len(lengths)

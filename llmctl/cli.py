@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 
-from llmctl.errors import LlmctlError
+from llmctl.errors import LlmctlError, UsageError
 
 COMMANDS: dict[str, str] = {
     "pretrain": "Train a decoder, encoder or encoder-decoder from raw text.",
@@ -149,9 +149,25 @@ def dispatch(args: list[str], started: float | None = None) -> int:
     module = import_module(f"llmctl.commands.{file}")
     from typer.main import get_command
 
-    status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False, obj=started)
+    refuse_empty_output(rest)
+    try:
+        status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False, obj=started)
+    except SystemExit as stop:  # Click's own answer to a closed pipe is exit code 1
+        if isinstance(stop.__context__, OSError) and stop.__context__.errno == errno.EPIPE:
+            raise BrokenPipeError from stop
+        raise
     sys.stdout.flush()
     return status if isinstance(status, int) else 0
+
+
+def refuse_empty_output(args: Sequence[str]) -> None:
+    """Refuse `-o ""`, as of a variable that is not set: as a path it would mean this folder.
+
+    Raises: UsageError.
+    """
+    before = args[: args.index("--")] if "--" in args else args
+    if any(option in ("-o", "--out") and not value for option, value in pairwise(before)) or "--out=" in before:
+        raise UsageError("`-o` is empty", "name an output, or omit it")
 
 
 def complete_in(option: str, shell: str | None = None, *_: str) -> int:
@@ -203,6 +219,9 @@ def refused_file(error: OSError) -> tuple[str, str, int]:
     if unreadable(error):
         refused = refuse_to_read(error)
         return str(refused), refused.hint, refused.exit_code
+    if error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return f"`{name[:60]}…` is too long for a file name: {len(name)} characters", "give a shorter one", 2
     if error.errno in UNWRITABLE:
         return f"cannot write `{error.filename or 'output'}`: {error.strerror}", HINTS[error.errno], 8
     status = 3 if isinstance(error, FileNotFoundError) else 1

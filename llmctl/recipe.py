@@ -121,10 +121,18 @@ def load(
     return Resolved(config, origins)
 
 
+USUAL = ("train.steps", "model.preset", "data.paths", "optim.lr", "loss.name", "weights.scheme", "student.shape")
+"""The setting that is meant most often if only its section is named."""
+
+
 def unknown_key(key: str, keys: Mapping[str, Key], origin: str) -> str:
     """Describe an unknown key, with the closest existing one."""
     # A key of the right name in the wrong section is the most common mistake, before typing errors.
     last = key.rsplit(".", 1)[-1]
+    inside = [known for known in keys if known.startswith(f"{key}.")]
+    if inside:
+        usual = next((known for known in USUAL if known in inside), inside[0])
+        return f"`{key}` ({origin}) is a section, not a setting, did you mean `{usual}`?"
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == last]
     close = same_name or get_close_matches(key, keys, n=1, cutoff=0.6)
     suffix = f", did you mean `{close[0]}`?" if close else ""

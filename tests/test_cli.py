@@ -440,3 +440,84 @@ def test_a_defect_is_reported_without_a_trace_and_with_one_on_demand(capsys, mon
     monkeypatch.setattr("llmctl.cli.dispatch", lambda *_: (_ for _ in ()).throw(ValueError("boom")))
     with pytest.raises(ValueError, match="boom"):
         run(["--debug", "presets"])
+
+
+def shell_line(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a line of bash in which `llmctl` is this tree's."""
+    code = f'set -o pipefail; llmctl() {{ "{sys.executable}" -m llmctl "$@"; }}; {line}'
+    return subprocess.run(["bash", "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("llmctl presets >&-", 8, "standard output is closed"),
+        ("llmctl pretrain --steps 1 >&-", 8, "standard output is closed"),
+        ("llmctl tokenize <&-", 2, "no text on standard input"),
+        ("llmctl pretrain - --steps 1 <&-", 2, "standard input is closed"),
+        ("llmctl presets > /dev/full", 8, "No space left"),
+        ("llmctl pretrain --print-config > /dev/full", 8, "No space left"),
+    ],
+)
+def test_standard_streams_that_are_closed_or_full_are_said_to_be(tmp_path, line: str, code: int, message: str):
+    done = shell_line(line, tmp_path)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_closed_messages_do_not_end_a_command(tmp_path):
+    done = shell_line("llmctl presets 2>&-", tmp_path)
+    assert done.returncode == 0
+    assert "tiny" in done.stdout
+
+
+@pytest.mark.parametrize("line", ["presets", "pretrain --print-config", "pretrain --help", "--help"])
+def test_a_closed_pipe_ends_every_command_alike(tmp_path, line: str):
+    done = shell_line(f"(llmctl {line}; echo $? >&2) | true", tmp_path)
+    assert done.stderr.strip() in ("141", "0"), "0 if all was written before the reader ended"
+    # With a reader that is gone before the command begins there is no race.
+    command = [sys.executable, "-m", "llmctl", *line.split()]
+    code = f"import os; r, w = os.pipe(); os.close(r); os.dup2(w, 1); os.execv({sys.executable!r}, {command!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode in (141, -13)
+    assert done.stderr == ""
+
+
+def test_an_interruption_while_modules_are_imported_is_clean():
+    code = """
+import sys
+wanted = sys.argv[1]
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == wanted:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+from llmctl.__main__ import main
+sys.argv = ["llmctl", "presets"]
+main()
+"""
+    for module in ("llmctl.cli", "typer", "llmctl.commands.presets", "llmctl.runs.closed_pipe"):
+        done = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n"), module
+
+
+def test_an_empty_output_is_refused(capsys):
+    for arguments in (["pretrain", "-o", ""], ["export", "x", "--out", ""], ["import", "x", "--out="]):
+        assert run(arguments) == 2
+        assert "`-o` is empty" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_refused_briefly(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["inspect", "a" * 300], ["evaluate", "a" * 300], ["import", "a" * 300, "-o", "x"]):
+        assert run(arguments) == 2
+        error = capsys.readouterr().err
+        assert "300 characters" in error
+        assert len(error) < 200
+
+
+def test_a_section_is_no_setting(capsys):
+    for given, meant in (("train=3", "train.steps"), ("model=tiny", "model.preset")):
+        assert run(["pretrain", "--set", given, "--print-config"]) == 2
+        assert f"did you mean `{meant}`?" in capsys.readouterr().err

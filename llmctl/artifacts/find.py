@@ -4,6 +4,7 @@ import os
 import shlex
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,7 +142,15 @@ def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
             continue
         if isinstance(record, dict) and record.get("status") == "finished" and is_model(path):
             runs.append((path, record))
-    return sorted(runs, key=lambda run: (str(run[1].get("finished", "")), run[0].name), reverse=True)
+    return sorted(runs, key=lambda run: (moment(run[1].get("finished")), run[0].name), reverse=True)
+
+
+def moment(text: Any) -> float:
+    """Return a time with its zone as seconds since 1970; 0 if it is none. As text, times of two zones do not compare."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def newest_run(able: Ability) -> Path | None:

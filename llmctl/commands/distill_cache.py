@@ -1,5 +1,6 @@
 """`llmctl distill cache`: flags -> DistillConfig -> a folder of cached teacher outputs -> its path on stdout."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -71,7 +72,7 @@ def cache(
     }
     note(
         f"{store.n_labels:,} tokens, {store.bytes_per_token:.1f} bytes each\n"
-        f"next: llmctl distill {resolved.config.model} --set teacher.cache={out}",
+        f"next: llmctl distill {shlex.quote(resolved.config.model)} --set {shlex.quote(f'teacher.cache={out}')}",
         quiet=quiet,
     )
     result_json(record) if json else result(str(out))

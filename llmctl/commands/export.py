@@ -1,5 +1,6 @@
 """`llmctl export`: a model -> a single file, a Hugging Face folder or a GGUF file -> its path on stdout."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,5 +96,5 @@ def report(record: dict[str, Any]) -> list[str]:
         *others,
         f"read back: {equal}, logits within {proof['logits_max_difference']:.1g}; llama_cpp: {compared}",
         f"compared with the original: {kept}",
-        f"{record['path']}: {made}; next: llama-cli -m {record['path']}",
+        f"{record['path']}: {made}; next: llama-cli -m {shlex.quote(record['path'])}",
     ]

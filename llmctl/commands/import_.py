@@ -1,5 +1,6 @@
 """`llmctl import`: a published model -> a model folder or single file -> its path on stdout."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,10 @@ def import_(
 
     path = import_model(source, out, dtype=dtype, force=force)
     record = describe(path)
-    note(f"{record['architecture']}, {record['parameters']:,} parameters; next: llmctl inspect {path}", quiet=quiet)
+    note(
+        f"{record['architecture']}, {record['parameters']:,} parameters; next: llmctl inspect {shlex.quote(str(path))}",
+        quiet=quiet,
+    )
     if json:
         keys = ("path", "architecture", "parameters", "bytes", "dtypes", "context", "vocabulary", "tokenizer")
         result_json({key: record[key] for key in keys})

@@ -44,7 +44,9 @@ def pretrain(
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Budget in tokens, such as 1e9.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Budget in passes over the text.")] = None,
-    lr: Annotated[float | None, typer.Option()] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of adamw; that of muon: --set optim.muon_lr=X.")
+    ] = None,
     val: Annotated[list[str] | None, typer.Option(help="Validation text; default: a fraction of the data.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, memory, FLOPs and time, and exit.")] = False,
 ) -> int:

@@ -1,8 +1,11 @@
 """Progress is never fatal: a reader of stderr that goes away (`2>&1 | head`) does not end a run."""
 
+import io
 import os
 from collections.abc import Iterable
 from typing import Any, TextIO
+
+from llmctl.errors import UsageError
 
 
 class Unbreakable:
@@ -40,3 +43,28 @@ class Unbreakable:
     def __getattr__(self, name: str) -> Any:
         """Return any other attribute of the stream."""
         return getattr(self.stream, name)
+
+
+class Closed(io.TextIOBase):
+    """A standard input that is closed: reading from it is an error that says so."""
+
+    def isatty(self) -> bool:
+        """Return true: as at a terminal, nobody has redirected anything to it."""
+        return True
+
+    def readable(self) -> bool:
+        """Return false."""
+        return False
+
+    def __getattribute__(self, name: str) -> Any:
+        """Return an attribute, unless it reads.
+
+        Raises: UsageError.
+        """
+        if name in ("read", "readline", "readlines", "buffer", "__next__", "__iter__", "fileno"):
+            raise UsageError("`-` cannot be read: standard input is closed", "redirect a file or a pipe to it")
+        return super().__getattribute__(name)
+
+    def __iter__(self) -> Any:
+        """Raise the same error: special methods are looked up past `__getattribute__`."""
+        return self.readline()

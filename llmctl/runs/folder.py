@@ -192,7 +192,8 @@ def find_latest(folder: Path, *, holding: str, finished: bool) -> Path:
 
     Raises: NotFoundError if there is none.
     """
-    for path in sorted(folder.glob("[0-9]*-*"), reverse=True):
+    numbered = [(int(match[1]), path) for path in folder.glob("[0-9]*-*") if (match := NUMBERED.match(path.name))]
+    for _, path in sorted(numbered, reverse=True):
         if (path / holding).is_file() if finished else is_unfinished(read_record(path)):
             return path
     if finished:

@@ -1,5 +1,6 @@
 """The log of a training run: metrics.jsonl, samples.jsonl, experiment trackers, and events shown as progress."""
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,14 @@ class Tracker(Protocol):
         """Flush what has not been sent."""
 
 
+REPEATED = re.compile(r"(.{1,60}?)\1{3,}", re.DOTALL)
+
+
+def without_repeats(text: str) -> str:
+    """Return a text in which what is repeated more than three times in a row stands twice, as models write at first."""
+    return REPEATED.sub(lambda found: f"{found[1]}{found[1]}…", text)
+
+
 @dataclass
 class Journal:
     """The files and trackers of a run; `is_open` is true only on the rank that writes them."""
@@ -29,6 +38,7 @@ class Journal:
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
     is_open: bool = True
     started: float = field(default_factory=time.monotonic)
+    shown: str = ""
 
     @property
     def metrics(self) -> MetricsFile:
@@ -69,10 +79,13 @@ class Journal:
         self.log("event", {"step": step, "event": kind, "text": text})
 
     def show(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """Record the generated samples and show the first one."""
+        """Record the generated samples and show the first one, unless it is what was shown last."""
         self.samples.append({"step": step, "samples": list(samples)})
         for sample in samples[:1]:
-            self.progress.say(f"  {sample['prompt']}|{sample['text']}".replace("\n", " "))
+            line = f"  {sample['prompt']}|{without_repeats(sample['text'])}".replace("\n", " ")
+            if line != self.shown:
+                self.shown = line
+                self.progress.say(line)
 
     def tracker_ids(self) -> dict[str, str]:
         """Return each tracker's own id of this run, empty if it has none."""

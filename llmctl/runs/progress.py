@@ -128,9 +128,10 @@ def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) ->
     utilization = f"  {record['utilization']:.0%} util" if record.get("utilization") else ""
     is_known = total_steps < NO_TOTAL_STEPS
     return (
-        f"step {record['step']}/{total_steps if is_known else '?'}  loss {record['loss']:.3f}  lr {record['lr']:.1e}  "
-        f"{record['tokens_per_second']:,.0f} tok/s{utilization}  {record['memory_bytes'] / 2**20:,.0f} MB  "
-        f"eta {clock(eta_seconds) if is_known else '?'}"
+        # The eta early: a narrow terminal cuts the end off.
+        f"step {record['step']}/{total_steps if is_known else '?'}  loss {record['loss']:.3f}  "
+        f"eta {clock(eta_seconds) if is_known else '?'}  lr {record['lr']:.1e}  "
+        f"{record['tokens_per_second']:,.0f} tok/s{utilization}  {record['memory_bytes'] / 2**20:,.0f} MB"
     )
 
 

@@ -123,3 +123,14 @@ def test_the_printed_config_names_the_run(call):
     for command in ("distill", "quantize", "finetune", "pretrain"):
         _, said = call(*OPTION[command], "-m", "runs/1")
         assert NAMES["folder"] in said
+
+
+def test_the_newest_run_is_by_time_and_not_by_text(made, call, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    times = {"0001-later": "2026-01-01T00:30:00-0500", "0002-earlier": "2026-01-01T02:00:00+0100"}
+    for name, time in times.items():
+        shutil.copytree(made / NAMES["folder"], tmp_path / "runs" / name)
+        record = {"status": "finished", "finished": time, "family": "decoder", "has_head": False}
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps(record))
+    _, said = call("quantize", "-m", "latest", "--print-config")
+    assert "runs/0001-later" in said

@@ -21,3 +21,15 @@ def test_what_is_over_soon_is_not_mentioned():
     for number in range(1, 4):
         done(number)
     assert said == []
+
+
+def test_the_time_left_is_within_fifty_columns():
+    record = {
+        "step": 12_345,
+        "loss": 2.345,
+        "lr": 1e-3,
+        "tokens_per_second": 1e5,
+        "memory_bytes": 2**30,
+        "utilization": 0.3,
+    }
+    assert "eta 1:02:03" in progress.describe(record, 100_000, 3723.0)[:50]

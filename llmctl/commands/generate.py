@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,8 +123,24 @@ def generate(
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     turn = turn_of(loaded, argument(system), quiet=quiet) if chat else None
+    if loaded.tokenizer is not None and not ids:
+        n_sentinels = len(loaded.tokenizer.sentinel_ids()) if loaded.model.config.family == "encoder_decoder" else 0
+        names = sorted(set(loaded.tokenizer.special_tokens()) - {f"<extra_id_{n}>" for n in range(n_sentinels)})
+        texts = noting_special(texts, names, "" if chat else "; --chat renders messages with them", quiet=quiet)
     is_record = is_piped and not whole
     write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_record, turn=turn)
+
+
+def noting_special(texts: Iterator[str], names: Collection[str], hint: str, *, quiet: bool) -> Iterator[str]:
+    """Yield the texts, and print a note at the first that has the name of a special token in it: text is literal."""
+    is_noted, marks = quiet, {name[:1] for name in names}
+    for text in texts:
+        may_have = not is_noted and any(mark in text for mark in marks)  # a tokenizer can have thousands of names
+        found = next((name for name in names if name in text), "") if may_have else ""
+        if found:
+            is_noted = True
+            note(f"note: `{found}` in a text is read as ordinary text, not as the special token{hint}")
+        yield text
 
 
 def turn_of(loaded: "Loaded", system: str, *, quiet: bool) -> "Turn":

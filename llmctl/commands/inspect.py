@@ -1,5 +1,6 @@
 """`llmctl inspect`: the metadata of a model -> stdout, without loading torch."""
 
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -56,7 +57,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     shown["quantized"] = quantization(record.get("quantized") or {})
     rows = [f"{key:<13} {value}" for key, value in shown.items() if value is not None]
     for part in ("provenance", "metadata"):
-        rows += [f"{part + ':':<13} {key} = {one_line(value)}" for key, value in record.get(part, {}).items()]
+        rows += [f"{part + ':':<13} {key} = {one_line(value)}" for key, value in flat(record.get(part, {}))]
     return rows
 
 
@@ -68,6 +69,17 @@ def quantization(schemes: dict[str, dict[str, Any]]) -> str | None:
         name = f"in {scheme['bits']} bits{group}{', 8-bit activations' if scheme['activations'] else ''}"
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{count} {name}" for name, count in counts.items()) or None
+
+
+def flat(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the entries with dotted keys, and lists as text with commas."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
+        else:
+            yield f"{prefix}{key}", value
 
 
 def one_line(value: Any) -> str:

@@ -96,7 +96,8 @@ def table_row(row: Mapping[str, Any]) -> dict[str, str]:
 
     path = Path(row["run"])
     name = path.name if path.parent == runs_folder() else str(path)  # begun with -o: named by its path
-    steps = "-" if row["step"] is None else f"{row['step']}/{row['total_steps'] or '?'}"
+    has_none = row["step"] == 0 and row["status"] == "finished"  # quantized without training
+    steps = "-" if row["step"] is None or has_none else f"{row['step']}/{row['total_steps'] or '?'}"
     return {
         "run": name,
         "#": row["number"],
@@ -179,8 +180,31 @@ def course(record: Mapping[str, Any]) -> Iterator[str]:
         ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
         bars = sparkline(spread(losses, 24), 24, ascii_only=ascii_only)
         yield from ("", f"loss  {bars}  {figure(losses[0])} -> {figure(losses[-1])}")
-    if not losses and not record["evaluations"]:
+    if record["report"]:
+        yield from ("", "report")
+        yield from (f"  {line}" for line in report_table(record["report"]))
+    if not losses and not record["evaluations"] and not record["report"]:
         yield from ("", "no metrics yet")
+
+
+def report_table(models: Mapping[str, Any]) -> list[str]:
+    """Return the figures of the models that a run compared, side by side."""
+    from llmctl.metrics.figures import FIGURES
+
+    sides = {name: side for name, side in models.items() if isinstance(side, Mapping)}
+    names = [name for name in ("bytes", *FIGURES) if any(number_in(side, name) for side in sides.values())]
+    labels = {name: FIGURES[name].label if name in FIGURES else "size" for name in names}
+    rows = [
+        {
+            "model": name,
+            **{
+                label: size_of(side["bytes"]) if key == "bytes" and number_in(side, key) else figure(side.get(key))
+                for key, label in labels.items()
+            },
+        }
+        for name, side in sides.items()
+    ]
+    return table(("model", *labels.values()), rows, right=set(labels.values()))
 
 
 def number_in(line: Mapping[str, Any], name: str) -> bool:

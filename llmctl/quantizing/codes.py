@@ -21,7 +21,7 @@ from llmctl.quantizing.bit_allocation import allocate, budget_of, measure_costs
 from llmctl.quantizing.calibrate import calibrate, needs_data, refuse_unfinite
 from llmctl.quantizing.fake_quant import learned_state, learner
 from llmctl.quantizing.packed_state import stored_state
-from llmctl.quantizing.settings import plan_of
+from llmctl.quantizing.settings import other_groups, plan_of
 from llmctl.runs.progress import Say
 from llmctl.training.loop import Fitted
 from llmctl.training.task_data import TaskData
@@ -57,6 +57,8 @@ class Codes:
         if (self.folder / CHOSEN).exists():
             return
         weights = self.config.weights
+        for line in other_groups(self.shape, self.plan, self.config):
+            say(line)
         method = "guided" if self.learns else weights.method
         model = self._copy()
         refuse_unfinite(model, self.config.model)

@@ -1,5 +1,6 @@
 """Settings of a quantization: those the model decides, and checks before anything is built."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -134,6 +135,24 @@ def check_quantize(config: QuantizeConfig) -> None:
     plan_of(artifact.config, config)
     if not config.data.paths and config.task != "text":
         raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+
+
+def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: QuantizeConfig) -> list[str]:
+    """Return a line for every size of rows that the scheme's groups do not divide: what was taken instead."""
+    wanted = SCHEMES[config.weights.scheme].group
+    if config.weights.group >= 0 or not wanted:
+        return []
+    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    found: dict[tuple[int, int], int] = {}
+    for name, scheme in plan.items():
+        n_in = modules[name][1]
+        if name not in (EMBEDDING, HEAD, *OUTSIDE) and scheme.group != wanted:
+            found[n_in, scheme.group] = found.get((n_in, scheme.group), 0) + 1
+    return [
+        f"{count} layers have {n_in} inputs, which groups of {wanted} do not divide: "
+        + (f"groups of {group}" if group else "one scale a row")
+        for (n_in, group), count in found.items()
+    ]
 
 
 def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:

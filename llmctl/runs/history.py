@@ -240,6 +240,9 @@ def in_full(run: History) -> dict[str, Any]:
     from llmctl.runs.checkpoint import defect
 
     defects = [defect(path) for path in run.checkpoints]
+    # Quantizing without training takes no step.
+    is_untrained = run.status == "finished" and number(run.summary.get("steps")) == 0
+    expected = ("run.json", "recipe.yaml", *(() if is_untrained else ("metrics.jsonl",)))
     return run.row() | {
         "command": text(run.record.get("invocation")),
         "error": text(run.record.get("error")) if run.status == "failed" else None,
@@ -254,7 +257,8 @@ def in_full(run: History) -> dict[str, Any]:
             for path, problem in zip(run.checkpoints, defects, strict=True)
         ],
         "resume": run.resume_command(defects),
-        "missing": [name for name in ("run.json", "recipe.yaml", "metrics.jsonl") if not (run.path / name).is_file()],
+        "missing": [name for name in expected if not (run.path / name).is_file()],
+        "report": mapping(mapping(run.summary.get("report")).get("models")),
     }
 
 

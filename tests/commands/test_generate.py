@@ -288,3 +288,13 @@ def test_the_stories_are_those_of_the_reference(call, shared_data):
         status, out, _ = call(row["text"], *options)
         assert status == 0
         assert json.loads(out)["ids"] == ids
+
+
+def test_the_name_of_a_special_token_in_a_prompt_is_noted_once(models, capsys):
+    """Text is literal, so a chat prompt written by hand is not what it looks like (B10)."""
+    for prompt, is_noted in (("a </s> b", True), ("a list", False), ("a < b", False)):
+        assert run(["generate", "-m", str(models / "plain"), "-n", "1", prompt]) == 0
+        error = capsys.readouterr().err
+        assert ("`</s>` in a text is read as ordinary text" in error) == is_noted
+    assert run(["generate", "-q", "-m", str(models / "plain"), "-n", "1", "</s>"]) == 0
+    assert capsys.readouterr().err == ""

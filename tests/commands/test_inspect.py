@@ -110,3 +110,14 @@ def test_weights_that_do_not_fit_their_configuration(folder, capsys):
     write_safetensors(folder / "model.safetensors", {"model.norm.weight": torch.zeros(16)}, {"format": "pt"})
     assert run(["inspect", str(folder)]) == 4
     assert "do not match its configuration" in capsys.readouterr().err
+
+
+def test_nested_provenance_is_shown_as_facts_and_not_as_python(tmp_path, capsys):
+    model = LanguageModel(ModelConfig(vocab_size=30, d_model=16, n_layers=1, n_heads=2, max_positions=64))
+    given = {"data": {"paths": ["a.txt", "b.txt"], "n": {"rows": 3}}}
+    write_artifact(tmp_path / "m", model.config, model.state_dict(), files={}, provenance=given)
+    assert run(["inspect", str(tmp_path / "m")]) == 0
+    out = capsys.readouterr().out
+    assert "provenance:   data.paths = a.txt, b.txt" in out
+    assert "provenance:   data.n.rows = 3" in out
+    assert "{" not in out

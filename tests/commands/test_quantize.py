@@ -311,3 +311,31 @@ def test_training_through_the_rounding_is_of_all_weights(teachers, capsys):
     refused = ["finetune", str(teachers["decoder"]), "text.txt", "--qat", "int4", "--method", "lora", "-o", "x"]
     assert run([*refused, "--task", "text"]) == 2
     assert "--qat" in capsys.readouterr().err
+
+
+def test_groups_that_do_not_divide_are_said(tmp_path, capsys, models):
+    from dataclasses import replace
+
+    from llmctl.formats.artifact_write import write_artifact
+    from llmctl.model.transformer import LanguageModel, initialize
+
+    given = read_artifact(models["decoder"])
+    model = LanguageModel(replace(given.config, d_model=36, n_heads=3, n_kv_heads=3, head_dim=12, d_ff=96))
+    initialize(model, 0)
+    odd = write_artifact(tmp_path / "odd", model.config, model.state_dict(), files=given.files, provenance={})
+    assert run(["quantize", str(odd), "--calib", "text.txt", *TINY, "--bits", "4", "-o", "small"]) == 0
+    assert "have 36 inputs, which groups of 32 do not divide: one scale a row" in capsys.readouterr().err
+    assert run(["quantize", str(models["decoder"]), "--calib", "text.txt", *TINY, "--bits", "8", "-o", "s8"]) == 0
+    assert "do not divide" not in capsys.readouterr().err
+
+
+def test_a_run_that_only_quantized_is_shown_with_its_report(tmp_path, capsys, models):
+    assert run(["quantize", str(models["decoder"]), "--calib", "text.txt", *TINY, "--bits", "8", "-q"]) == 0
+    capsys.readouterr()
+    assert run(["runs", "show", "latest"]) == 0
+    out = capsys.readouterr().out
+    assert "no metrics yet" not in out
+    assert "missing" not in out
+    assert "steps       -" in out
+    lines = out[out.index("report\n") :].splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["model", "before", "after"]

@@ -44,7 +44,7 @@ def tokenize(
 
     path = find_model(model, "any", quiet=model is not None)
     tokenizer = load_tokenizer(path)
-    from llmctl.commands.generate import noting_special, read_prompts
+    from llmctl.commands.generate import read_prompts
     from llmctl.preparing.tokenize import decode_lines, encode_lines, measure
 
     lines = read_prompts(whole=False, null=False)
@@ -58,7 +58,6 @@ def tokenize(
         for text in decode_lines(tokenizer, lines):
             result_json({"text": text}) if json else write_line(text)
     else:
-        lines = noting_special(lines, tokenizer.special_tokens(), "", quiet=False)
         for ids in encode_lines(tokenizer, lines):
             result_json({"ids": ids}) if json else write_line(" ".join(map(str, ids)))
     sys.stdout.flush()

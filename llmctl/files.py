@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -213,6 +214,18 @@ def parse_json(text: str | bytes) -> Any:
         if not level:
             return content
     raise ValueError(f"it is nested more than {MAX_NESTING} deep")
+
+
+def download_hint(name: str) -> str:
+    """Return how to fetch what a URL or a repository of the Hugging Face Hub (`owner/name`) names; empty for a path."""
+    if re.match(r"https?://", name):
+        repository = re.match(r"https?://huggingface\.co/(?!datasets/)([\w.-]+/[\w.-]+)/?$", name)
+        name = repository[1] if repository else name
+        if not repository:
+            return f"nothing is downloaded here; fetch it first: curl -LO {name}"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.exists():
+        return f"nothing is downloaded here; fetch it first: hf download {name} --local-dir {Path(name).name}"
+    return ""
 
 
 KINDS = (

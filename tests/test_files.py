@@ -11,6 +11,7 @@ import pytest
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.files import (
     atomic_path,
+    download_hint,
     ensure_writable,
     exposed,
     outside,
@@ -182,3 +183,22 @@ def test_json_of_others_is_bounded():
 def test_files_are_recognized_by_their_first_bytes(head, part):
     found = recognized(head)
     assert part in found[0] if part and found else found is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M", "hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M"),
+        ("https://huggingface.co/org/model/", "hf download org/model --local-dir model"),
+        ("https://example.org/a.safetensors", "curl -LO https://example.org/a.safetensors"),
+        ("runs/7", ""),
+        ("/tmp/x/y", ""),
+        ("model", ""),
+    ],
+)
+def test_what_lies_elsewhere_is_fetched_first(name, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    hint = download_hint(name)
+    assert hint.endswith(expected)
+    assert bool(hint) == bool(expected)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
-from llmctl.files import parse_json
+from llmctl.files import download_hint, parse_json
 from llmctl.runs.folder import runs_folder
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def find_named(name: str, able: Ability) -> Path:
     if matches:
         names = ", ".join(f"`{run.name}`" for run in matches[:5])
         raise UsageError(f"`{name}` matches more than one run: {names}", "give a longer prefix")
-    raise NotFoundError(f"model `{name}` does not exist", "pass a model folder, a .safetensors file, or a run in runs/")
+    hint = download_hint(name) or "pass a model folder, a .safetensors file, or a run in runs/"
+    raise NotFoundError(f"model `{name}` does not exist", hint)
 
 
 def refuse_data(path: Path) -> None:

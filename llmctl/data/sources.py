@@ -25,7 +25,7 @@ from llmctl.data.text_files import (
     text_blocks,
 )
 from llmctl.errors import NotFoundError, UsageError
-from llmctl.files import file_sha256
+from llmctl.files import download_hint, file_sha256
 
 Split = Literal["file", "line", "blank"]
 
@@ -128,7 +128,7 @@ def _glob_files(pattern: str) -> list[str]:
     path = Path(pattern)
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, siblings, n=1)
-    hint = f"did you mean `{path.parent / close[0]}`?" if close else "check the path"
+    hint = f"did you mean `{path.parent / close[0]}`?" if close else download_hint(pattern) or "check the path"
     raise NotFoundError(f"file or folder `{pattern}` does not exist", hint)
 
 

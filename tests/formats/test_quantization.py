@@ -197,3 +197,17 @@ def test_the_sizes_in_a_file_are_not_believed(models: dict[str, Path], tmp_path:
     write_safetensors(path, tensors, read_header(path).metadata)
     with pytest.raises(ArtifactError, match=name):
         read_artifact(path).state()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_scales_that_are_rounded_are_said(models: dict[str, Path], tmp_path: Path, dtype, caplog) -> None:
+    from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
+
+    path = quantized(models["decoder"], tmp_path / "small", SCHEMES["w8a8"]) / "model.safetensors"
+    header, name = read_header(path), "model.layers.0.self_attn.q_proj.weight_scale"
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(path, header.tensors).items()}
+    same = tensors[name].to(dtype)
+    for scales, is_said in ((same, False), (same * 1.001, True)):
+        write_safetensors(path, tensors | {name: scales}, header.metadata)
+        load_model(path, packed=True)
+        assert ("the scales of 1 quantized layers" in caplog.text) == is_said

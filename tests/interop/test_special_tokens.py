@@ -160,3 +160,19 @@ def test_a_chat_ends_its_turns_there_too(teachers, tmp_path, monkeypatch):
     listed = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert set(listed if isinstance(listed, list) else [listed]) == end_ids(ours)
     check_greedy(ours, folder, [rendered])
+
+
+@pytest.mark.parametrize("case", ["pretrained", "chat"])
+def test_llama_cpp_begins_and_ends_texts_alike(case, teachers, tmp_path, monkeypatch):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    pytest.importorskip("gguf", reason="pip install gguf")
+    monkeypatch.chdir(tmp_path)
+    folder = made(case, teachers["decoder"])
+    assert run(["export", str(folder), "--to", "gguf", "--type", "f32", "-o", "m.gguf", "-q"]) == 0
+    ours = load_model(folder, device="cpu")
+    llama = llama_cpp.Llama("m.gguf", n_ctx=64, n_gpu_layers=0, verbose=False)
+    for text in TEXTS:
+        assert llama.tokenize(text.encode(), add_bos=True, special=False) == encode_prompt(ours, text)
+    ends = {index for index in range(llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(llama._model.vocab, index)}
+    assert end_ids(ours) <= ends
+    llama.close()

@@ -48,16 +48,20 @@ def measure_models(
     runtime: Runtime,
     *,
     channels: Sequence[int] | None = None,
+    max_tokens: int | None = None,
     exact: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Return the metrics of models, and how far each is from the teacher, on the same held-out rows.
 
-    shape: of the model that trains, by which the rows are laid out. exact: do not autocast to bfloat16 where training does.
+    shape: of the model that trains, by which the rows are laid out. max_tokens: see `measure`; the rows on which a run within
+    a budget of minutes was evaluated. exact: do not autocast to bfloat16 where training does.
     """
     is_narrow = runtime.dtype == torch.bfloat16 and not exact
     source, metrics = data.batches(shape, shuffle=False), {}
     for name, model in models.items():
         objective = measuring_objective(config, data, teachers, model, channels)
         with torch.autocast(runtime.device.type, torch.bfloat16, enabled=is_narrow):
-            metrics[name] = measure(objective, objective, source, train, runtime, None, lambda: None, sharded=False)
+            metrics[name] = measure(
+                objective, objective, source, train, runtime, max_tokens, lambda: None, sharded=False
+            )
     return metrics

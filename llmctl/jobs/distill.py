@@ -125,7 +125,17 @@ def compare(session: Session, plan: StudentPlan, student: Student, fitted: Fitte
     train = session.config.train
     measured = {}
     if has_same_tokens:
-        measured = measure_models(models, shape, config, data, teachers, train, runtime, channels=student.channels)
+        measured = measure_models(
+            models,
+            shape,
+            config,
+            data,
+            teachers,
+            train,
+            runtime,
+            channels=student.channels,
+            max_tokens=fitted.state.eval_rows * train.seq_len or None,
+        )
     held_out = data.batches(shape, shuffle=False)
     report = make_report(
         models,

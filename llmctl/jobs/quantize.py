@@ -95,12 +95,14 @@ def compare(
         for name, file in (("chosen", CHOSEN), ("after", LEARNED)):
             models[name] = model = codes.load(file, runtime.device)
     # The metrics are to show the codes, not the rounding of what is multiplied by them.
+    train = session.config.train
+    max_tokens = fitted.state.eval_rows * train.seq_len or None
     measured = measure_models(
-        models, model.config, config, data, original, session.config.train, runtime, exact=codes.learns
+        models, model.config, config, data, original, train, runtime, max_tokens=max_tokens, exact=codes.learns
     )
     score = data.score(before, runtime)
     if score is not None:
-        measured["before"] |= score(None)
+        measured["before"] |= score(max_tokens)
     held_out = data.batches(model.config, shuffle=False)
     result = codes.result()
     report = make_report(

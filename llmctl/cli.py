@@ -223,7 +223,7 @@ def refused_file(error: OSError) -> tuple[str, str, int]:
         name = str(error.filename)
         return f"`{name[:60]}…` is too long for a file name: {len(name)} characters", "give a shorter one", 2
     if error.errno in UNWRITABLE:
-        return f"cannot write `{error.filename or 'output'}`: {error.strerror}", HINTS[error.errno], 8
+        return f"cannot write `{error.filename or 'standard output'}`: {error.strerror}", HINTS[error.errno], 8
     status = 3 if isinstance(error, FileNotFoundError) else 1
     return f"`{error.filename}`: {error.strerror}", "check the path and its permissions", status
 

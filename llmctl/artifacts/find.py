@@ -66,7 +66,10 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
         return Found(find_named(name, able), "named")
     variable = os.environ.get("LLMCTL_MODEL")
     if variable:
-        return Found(find_named(variable, able), "LLMCTL_MODEL")
+        try:
+            return Found(find_named(variable, able), "LLMCTL_MODEL")
+        except NotFoundError as error:
+            raise NotFoundError(f"{error}, which LLMCTL_MODEL names", error.hint) from None
     if any(Path(weights).is_file() for weights in WEIGHTS):
         return Found(Path(), "in this directory")
     newest = newest_run(able)
@@ -178,7 +181,7 @@ def nothing_found(able: Ability) -> NotFoundError:
             f"no run can {able}: the newest, `{path}`, is {what}",
             f"use it with `llmctl {use_of(family, has_head=has_head)}`; {MAKE_ONE[able]}",
         )
-    return NotFoundError("no model found", MAKE_ONE[able])
+    return NotFoundError(f"no model found: there is no finished run in `{runs_folder()}`", MAKE_ONE[able])
 
 
 def announce(found: Found) -> str:

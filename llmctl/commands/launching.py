@@ -57,6 +57,7 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
     """
     from llmctl.distributed.ranks import LAUNCHED
     from llmctl.errors import OutputError
+    from llmctl.runs.folder import is_unfinished, read_record
 
     if out is None or LAUNCHED in os.environ:
         return
@@ -68,7 +69,10 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
                     raise OutputError(f"`{out / name}` exists, and no run wrote it", "choose another folder with -o")
         return
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_leftover(out)):
-        raise OutputError(f"`{out}` already exists", "`-f` replaces it, `-o` writes elsewhere")
+        hint = "`-f` replaces it, `-o` writes elsewhere"
+        if out.is_dir() and any(out.glob("checkpoints/step-*")) and is_unfinished(read_record(out)):
+            hint = f"it is a run that was stopped: `--resume {out}` continues it, {hint}"
+        raise OutputError(f"`{out}` already exists", hint)
 
 
 def is_leftover(folder: Path) -> bool:

@@ -7,6 +7,7 @@ yielded too: the caller decides whether to skip it.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from llmctl.config import ColumnsConfig
@@ -99,6 +100,8 @@ def _rows(name: str, task: str, columns: ColumnsConfig) -> Iterator[tuple[str, d
         return
     if _is_lines(name):
         shown = "stdin" if name == text_files.STDIN else name
+        if name != text_files.STDIN and Path(name).is_file() and Path(name).stat().st_size == 0:
+            raise UsageError(f"`{shown}` is empty", "pass a file with examples")
         hint = f"name the columns of tab-separated lines: --set columns.names={_usual(task)}"
         raise UsageError(f"`{shown}` is plain text without column names", hint)
     for where, row in tables.read_rows(name):

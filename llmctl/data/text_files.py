@@ -1,5 +1,6 @@
 """Read files and pipes as blocks of decoded text: decompression, UTF-8 checks, line boundaries."""
 
+import codecs
 import gzip
 import io
 import sys
@@ -179,8 +180,10 @@ def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
     except UnicodeDecodeError as error:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") and offset == 0:
             hint = f"it looks like UTF-16: iconv -f UTF-16 -t UTF-8 {shown}"
+        elif is_gb18030(data):
+            hint = f"it looks like GBK: iconv -f GB18030 -t UTF-8 {shown}"
         else:
-            hint = "convert it to UTF-8 first, e.g. iconv -f LATIN1 -t UTF-8"
+            hint = "convert it to UTF-8 first: iconv -f ENCODING -t UTF-8 (LATIN1 for most Western European texts)"
         if 0 <= nul < error.start:
             raise _binary(shown, offset + nul) from error
         position = offset + error.start
@@ -188,6 +191,20 @@ def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
     if nul >= 0:
         raise _binary(shown, offset + nul)
     return text
+
+
+def is_gb18030(data: bytes) -> bool:
+    """Tell whether bytes that are not UTF-8 read as Chinese in GBK or GB18030: nearly all that is not ASCII is Han.
+
+    Texts in Latin-1 fail: their letters with accents stand alone, and here every such byte is one of a pair.
+    """
+    try:
+        text = codecs.getincrementaldecoder("gb18030")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    others = [sign for sign in text if sign > "\x7f"]
+    n_han = sum("\u2e80" <= sign <= "\u9fff" or "\uff00" <= sign <= "\uffef" for sign in others)
+    return n_han >= max(2, 0.9 * len(others))
 
 
 def _binary(shown: str, position: int) -> UsageError:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
-from llmctl.files import parse_json, read_own
+from llmctl.files import download_hint, parse_json, read_own
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import HEAD, stored_shape, to_parameters
 from llmctl.formats.families.table import family_of
@@ -287,9 +287,8 @@ def check_kind(path: Path) -> None:
     Raises: NotFoundError; ArtifactError for a pickle or a GGUF file.
     """
     if not path.exists():
-        raise NotFoundError(
-            f"model `{path}` does not exist", "train one with `llmctl pretrain` or convert one with `llmctl import`"
-        )
+        hint = download_hint(str(path)) or "train one with `llmctl pretrain` or convert one with `llmctl import`"
+        raise NotFoundError(f"model `{path}` does not exist", hint)
     if path.is_dir():
         if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
             # Most older published models contain only pickles: explain instead of reporting a missing file.

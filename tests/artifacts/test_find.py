@@ -134,3 +134,13 @@ def test_the_newest_run_is_by_time_and_not_by_text(made, call, monkeypatch, tmp_
         (tmp_path / "runs" / name / "run.json").write_text(json.dumps(record))
     _, said = call("quantize", "-m", "latest", "--print-config")
     assert "runs/0001-later" in said
+
+
+def test_a_variable_that_names_nothing_is_named(tmp_path, monkeypatch):
+    from llmctl.artifacts.find import resolve_model
+    from llmctl.errors import NotFoundError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMCTL_MODEL", "nowhere/m")
+    with pytest.raises(NotFoundError, match="`nowhere/m` does not exist, which LLMCTL_MODEL names"):
+        resolve_model(None, able="any")

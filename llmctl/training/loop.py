@@ -262,11 +262,15 @@ class _Loop:
         if self.masters:
             self.masters.restore()
         after = self.evaluation.known_figures(kept) or self.evaluation.ends()
-        if self.t.keeps_start and kept and self.evaluation.is_worse(after) and self.saver.take_start():
+        if kept and self.evaluation.is_worse(after):
             name, trained = self.t.metric, after[self.t.metric]
-            after, kept = self.evaluation.ends(), 0
-            text = f"training made the model worse: {name} {after[name]:.4g} -> {trained:.4g} on held-out rows; kept it untrained"
-            self.journal.event("kept untrained", self.state.step, text)
+            text = "training made the model worse: {name} {old:.4g} -> {new:.4g} on held-out rows"
+            text = text.format(name=name, old=self.state.before[name], new=trained)
+            if self.t.keeps_start and self.saver.take_start():
+                after, kept = self.evaluation.ends(), 0
+                self.journal.event("kept untrained", self.state.step, f"{text}; kept it untrained")
+            else:
+                self.journal.event("worse", self.state.step, text)
         self.journal.log("eval", {"step": self.state.step, **after, "full": True, **self.evaluation.sampled()})
         if few := self.planner.few_steps(self.state):
             self.t.progress.say(few)

@@ -185,6 +185,14 @@ def test_the_best_weights_are_kept_when_the_last_are_worse(tmp_path):
     assert fitted.after["loss"] == pytest.approx(course[best], rel=1e-5)
 
 
+def test_a_model_that_became_worse_is_said_to_be(tmp_path):
+    job = training(tmp_path, optim=OptimConfig(name="adamw", lr=0.5, schedule="constant"), steps=3, eval_every=3)
+    fitted = fit(job)
+    assert fitted.after["loss"] > fitted.before["loss"]
+    (told,) = [event for event in events(tmp_path) if event["event"] == "worse"]
+    assert f"loss {fitted.before['loss']:.4g} -> {fitted.after['loss']:.4g}" in told["text"]
+
+
 def test_steps_that_are_not_finite_are_skipped_and_too_many_end_the_run(tmp_path):
     job = training(tmp_path, steps=50, eval_every=100)
     with torch.no_grad():

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,12 +13,13 @@ from llmctl.files import parse_json, recognized
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import MAX_GROWTH, longest_text
 from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
+from llmctl.tokenizer.protobuf import fields
 
 SPACE = "\u2581"
 """sentencepiece's symbol for a space; a U+2581 in a user's text would be decoded as a space."""
 
 MODEL_FILE = "tokenizer.model"
-PIECE = 0x0A
+PIECES = 1
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -224,48 +225,13 @@ def check_tables(proto: bytes) -> None:
 
     Raises: ArtifactError if one is damaged, or makes more than `MAX_GROWTH` characters of one.
     """
-    for number, spec in fields_of(proto):
-        for inner, table in fields_of(spec) if number in (3, 5) else ():
-            longest = longest_text(table) if inner == 2 and table else 0
+    specs = [spec for number, spec in fields(proto, skipped=PIECES) if number in (3, 5) and isinstance(spec, bytes)]
+    for spec in specs:
+        for number, table in fields(spec):
+            longest = longest_text(table) if number == 2 and isinstance(table, bytes) and table else 0
             if longest is None or longest > MAX_GROWTH:
                 problem = "is damaged" if longest is None else f"makes {longest} characters of one"
                 raise ArtifactError(f"`{MODEL_FILE}` has a table of characters that {problem}", "download it again")
-
-
-def fields_of(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, bytes) of the longer fields of a protocol buffer that are bytes, as far as it can be read."""
-    at, end = 0, len(data)
-    while at < end:
-        # A quarter of a million pieces (field 1) come first: they are stepped over.
-        while at + 1 < end and data[at] == PIECE and data[at + 1] < 0x80:
-            at += 2 + data[at + 1]
-        if at >= end:
-            return
-        key, at = varint(data, at)
-        kind, number = key & 7, key >> 3
-        if kind == 0:
-            _, at = varint(data, at)
-        elif kind == 2:
-            size, at = varint(data, at)
-            yield number, data[at : at + size]
-            at += size
-        elif kind in (1, 5):
-            at += 8 if kind == 1 else 4
-        else:
-            return
-
-
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return a number and the place after it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            break
-        value |= (data[at] & 0x7F) << shift
-        at += 1
-        if data[at - 1] < 0x80:
-            break
-    return value, at
 
 
 def not_a_model(error: Exception) -> ArtifactError:

@@ -143,11 +143,12 @@ def test_two_tokens_of_one_id_are_refused():
 
 def test_a_sentencepiece_table_that_makes_a_book_of_a_letter_is_refused():
     from llmctl.config import TokenizerConfig
-    from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer, fields_of
+    from llmctl.tokenizer.protobuf import fields
+    from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
     from llmctl.tokenizer.train import train_tokenizer
 
     proto = train_tokenizer(["words"] * 20, TokenizerConfig(vocab_size=300, n_sentinels=0)).files()["tokenizer.model"]
-    assert {number for number, _ in fields_of(proto)} >= {2, 3}
+    assert {number for number, _ in fields(proto)} >= {2, 3}
 
     def with_table(table: bytes) -> bytes:
         spec = b"\x12" + size_of(table) + table

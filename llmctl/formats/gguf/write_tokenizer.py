@@ -5,13 +5,14 @@ pre-tokenizer. What llama.cpp would split otherwise is refused: ids that differ 
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.files import parse_json
 from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from llmctl.tokenizer.protobuf import damaged, fields
 
 EXPORTED = (
     "what is exported: sentencepiece BPE with byte pieces and without normalization, as llmctl trains it, and byte-level "
@@ -83,16 +84,29 @@ def sentencepiece_values(proto: bytes) -> tuple[dict[str, Any], Tokens]:
     scores: list[float] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
-    for number, value in fields(proto):
-        if number == PIECES:
-            piece = dict(fields(value))
-            tokens.append((piece[PIECE].decode(), piece.get(TYPE, NORMAL)))
-            scores.append(struct.unpack("<f", piece[SCORE])[0] if SCORE in piece else 0.0)
-        elif number in (TRAINER, NORMALIZER):
-            (trainer if number == TRAINER else normalizer).update(fields(value))
+    try:
+        for number, value in fields(proto):
+            if number == PIECES:
+                piece: dict[int, Any] = dict(fields(as_message(value)))
+                tokens.append((piece[PIECE].decode(), piece.get(TYPE, NORMAL)))
+                scores.append(struct.unpack("<f", piece[SCORE])[0] if SCORE in piece else 0.0)
+            elif number in (TRAINER, NORMALIZER):
+                (trainer if number == TRAINER else normalizer).update(fields(as_message(value)))
+    except (ValueError, KeyError, AttributeError, struct.error) as error:
+        raise damaged(f"a piece cannot be read ({error})") from None
     check_sentencepiece(trainer, normalizer, {kind for _, kind in tokens})
     prefix = bool(normalizer.get(DUMMY_PREFIX, 1))
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}, tokens
+
+
+def as_message(value: int | bytes) -> bytes:
+    """Return the bytes of a field that is a message.
+
+    Raises: ArtifactError for an integer.
+    """
+    if isinstance(value, bytes):
+        return value
+    raise damaged("a message is an integer")
 
 
 def check_sentencepiece(trainer: Mapping[int, Any], normalizer: Mapping[int, Any], kinds: set[int]) -> None:
@@ -109,38 +123,6 @@ def check_sentencepiece(trainer: Mapping[int, Any], normalizer: Mapping[int, Any
         raise refuse("is a sentencepiece model that ends words with spaces")
     if BYTE not in kinds:
         raise refuse("is a sentencepiece model without byte pieces")
-
-
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (number, value) of a protocol buffer's fields: an int, or bytes.
-
-    Raises: ArtifactError for what is none.
-    """
-    position = 0
-    try:
-        while position < len(message):
-            key, position = varint(message, position)
-            if key & 7 == 0:
-                value, position = varint(message, position)
-                yield key >> 3, value
-                continue
-            size, position = varint(message, position) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], position)
-            if position + size > len(message):
-                raise IndexError
-            yield key >> 3, message[position : position + size]
-            position += size
-    except (IndexError, KeyError):
-        raise ArtifactError("`tokenizer.model` is not a sentencepiece model", "fetch it again") from None
-
-
-def varint(message: bytes, position: int) -> tuple[int, int]:
-    """Return a variable-length integer and the position behind it."""
-    value = shift = 0
-    while True:
-        byte = message[position]
-        value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
-        if byte < 128:
-            return value, position
 
 
 # --- byte-level BPE --------------------------------------------------------------------------------------------------

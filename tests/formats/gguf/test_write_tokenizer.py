@@ -7,9 +7,10 @@ import pytest
 from llmctl.config import TokenizerConfig
 from llmctl.errors import ArtifactError
 from llmctl.formats.gguf.tokenizer import tokenizer_files
-from llmctl.formats.gguf.write_tokenizer import fields, pre_tokenizer_name, tokenizer_values
+from llmctl.formats.gguf.write_tokenizer import pre_tokenizer_name, tokenizer_values
 from llmctl.tokenizer.load import tokenizer_from_files
 from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from llmctl.tokenizer.protobuf import fields
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.find import Ability, require_family, usage
 from llmctl.errors import ArtifactError, UsageError
-from llmctl.files import parse_json
 from llmctl.formats.artifact import Artifact
 from llmctl.tables.dtypes import full_name
 
@@ -46,14 +45,6 @@ class Loaded:
         from llmctl.tokenizer.base import Frame
 
         return self.tokenizer.frame(self.model.config.family) if self.tokenizer else Frame()
-
-    def json_file(self, name: str) -> dict[str, Any]:
-        """Parse a JSON file stored with the weights; empty if it is missing or not a JSON object."""
-        try:
-            content = parse_json(self.artifact.files.get(name, b"{}"))
-        except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
 
 
 def load_model(

@@ -6,6 +6,7 @@ import torch
 
 from llmctl.config import ModelConfig, PretrainConfig
 from llmctl.model.flops import row_flops
+from llmctl.model.parameters import count
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.training import optim
 from llmctl.training.objectives import LabelPrediction
@@ -31,8 +32,7 @@ def step_rate(config: PretrainConfig, shape: ModelConfig, product_rate: float, d
         max_positions=length,
     )
     flops = rows * row_flops(plain, length)
-    n_parameters = shape.n_layers * 12 * shape.d_model**2 + shape.vocab_size * shape.d_model
-    if flops / product_rate > PROBE_SECONDS or n_parameters > MOST_PARAMETERS:
+    if flops / product_rate > PROBE_SECONDS or count(plain) > MOST_PARAMETERS:
         return product_rate
     torch.manual_seed(0)
     model = LanguageModel(plain)

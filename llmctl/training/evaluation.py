@@ -9,7 +9,7 @@ from torch import nn
 from llmctl.errors import UsageError
 from llmctl.metrics.figures import FIGURES, is_higher_better
 from llmctl.training.budget import Planner
-from llmctl.training.held_out import EVAL_ROWS, measure
+from llmctl.training.held_out import EVAL_ROWS, measure, rows_of
 from llmctl.training.inputs import Training
 
 
@@ -85,10 +85,10 @@ class Evaluation:
         most = self.state.eval_rows * self.config.seq_len
         return min(self.config.eval_tokens, most) if most else self.config.eval_tokens
 
-    def n_rows(self, max_tokens: int | None) -> int:
-        """Return how many held-out rows an evaluation of so many tokens takes."""
-        n_all = self.t.held_out.n_rows
-        return n_all if max_tokens is None else min(n_all, max(1, max_tokens // self.config.seq_len))
+    @property
+    def n_checked(self) -> int:
+        """The held-out rows of an evaluation during training."""
+        return rows_of(self.t.held_out.n_rows, self.check_tokens, self.config.seq_len)
 
     @property
     def n_ends(self) -> int:
@@ -124,7 +124,7 @@ class Evaluation:
     def known_figures(self, kept: int) -> dict[str, float] | None:
         """Return the figures of the last evaluation if it was of the weights that are kept, and on all rows that count."""
         step, metrics = self.last
-        is_same = kept == step == self.state.step and self.n_rows(self.check_tokens) == self.n_ends
+        is_same = kept == step == self.state.step and self.n_checked == self.n_ends
         # Generated answers are counted otherwise than rows. Weights in bfloat16 score a little differently from their float32
         # masters: that is worth a second evaluation, but not out of a budget of minutes.
         is_close = self.is_exact or self.planner.is_timed

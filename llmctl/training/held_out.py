@@ -16,6 +16,11 @@ EVAL_ROWS = 16
 """Rows per forward pass, unless a micro-batch size is set."""
 
 
+def rows_of(n_rows: int, max_tokens: int | None, seq_len: int) -> int:
+    """Return how many of the held-out rows an evaluation on so many tokens takes; None is all."""
+    return n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // seq_len))
+
+
 def measure(
     module: nn.Module,
     objective: Objective,
@@ -32,7 +37,7 @@ def measure(
     `module`: the wrapped objective. `give_way` is called between batches, in all processes together, and may raise.
     """
     n_rows = source.n_rows
-    wanted = n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // config.seq_len))
+    wanted = rows_of(n_rows, max_tokens, config.seq_len)
     rows = [index * n_rows // wanted for index in range(wanted)]
     size = config.micro_batch_size if config.micro_batch_size > 0 else min(config.batch_size, EVAL_ROWS)
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -215,9 +215,7 @@ class _Loop:
         state = self.state
         begun = time.monotonic()
         state.before = self.evaluation.ends()
-        self.planner.note_full(
-            time.monotonic() - begun, self.evaluation.n_ends, self.evaluation.n_rows(self.evaluation.check_tokens)
-        )
+        self.planner.note_full(time.monotonic() - begun, self.evaluation.n_ends, self.evaluation.n_checked)
         self.evaluation.check_metric()
         self.journal.log("eval", {"step": 0, **state.before, "full": True, **self.evaluation.sampled()})
         self.t.progress.say(f"before training: {brief(state.before)}")
@@ -263,9 +261,9 @@ class _Loop:
             self.masters.restore()
         after = self.evaluation.known_figures(kept) or self.evaluation.ends()
         if kept and self.evaluation.is_worse(after):
-            name, trained = self.t.metric, after[self.t.metric]
-            text = "training made the model worse: {name} {old:.4g} -> {new:.4g} on held-out rows"
-            text = text.format(name=name, old=self.state.before[name], new=trained)
+            name = self.t.metric
+            change = f"{self.state.before[name]:.4g} -> {after[name]:.4g}"
+            text = f"training made the model worse: {name} {change} on held-out rows"
             if self.t.keeps_start and self.saver.take_start():
                 after, kept = self.evaluation.ends(), 0
                 self.journal.event("kept untrained", self.state.step, f"{text}; kept it untrained")

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,24 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError(f"it is nested more than {MAX_NESTING} deep")
 
 
+def json_of(files: Mapping[str, bytes], name: str, kind: type = dict) -> Any:
+    """Parse one of a model's small files as a JSON object, or as a list; empty if it is missing.
+
+    Raises: ArtifactError naming the file and what is wrong.
+    """
+    try:
+        content = parse_json(files[name]) if name in files else kind()
+    except ValueError as error:
+        known = recognized(files[name][:512])
+        if known is not None and known[0] != "text":
+            raise ArtifactError(f"`{name}` is not JSON, but {known[0]}", known[1]) from None
+        raise ArtifactError(f"`{name}` cannot be read: {error}", "download it again") from None
+    if not isinstance(content, kind):
+        wanted = "a JSON object" if kind is dict else "a JSON list"
+        raise ArtifactError(f"`{name}` is a {type(content).__name__}, not {wanted}", "download it again")
+    return content
+
+
 def download_hint(name: str) -> str:
     """Return how to fetch what a URL or a repository of the Hugging Face Hub (`owner/name`) names; empty for a path."""
     if re.match(r"https?://", name):
@@ -282,6 +300,11 @@ def discard(path: Path) -> None:
         return
     with suppress(OSError):
         path.unlink()
+
+
+def hash64(content: bytes) -> int:
+    """Return a hash of 64 bits that is the same in every process, to compare many texts without keeping them."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def file_sha256(path: Path | str) -> str:

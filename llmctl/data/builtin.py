@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import NotFoundError, OutputError
-from llmctl.files import cache_folder, write_bytes
+from llmctl.files import cache_folder, hash64, write_bytes
 
 MIN_CHARACTERS = 80
 """Shorter docstrings are skipped: they contain little text ("See base class.")."""
@@ -202,13 +202,11 @@ def without_near_duplicates(documents: list[str]) -> list[str]:
     kept: set[int] = set()
     for index in sorted(range(len(documents)), key=lambda i: -len(documents[i])):
         words = re.findall(r"\w+", documents[index].lower())
-        shingles = {hash_of(words[at : at + SHINGLE_WORDS]) for at in range(max(1, len(words) - SHINGLE_WORDS + 1))}
+        shingles = {
+            hash64(" ".join(words[at : at + SHINGLE_WORDS]).encode())
+            for at in range(max(1, len(words) - SHINGLE_WORDS + 1))
+        }
         if len(shingles & seen) <= len(shingles) // 2:
             kept.add(index)
             seen |= shingles
     return [text for index, text in enumerate(documents) if index in kept]
-
-
-def hash_of(words: list[str]) -> int:
-    """Return a hash that is stable across processes, unlike `hash`."""
-    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.files import parse_json
+from llmctl.files import json_of
 
 MODULES, POOLING, PROMPTS = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
 SENTENCE_FILES = (MODULES, POOLING, PROMPTS, "sentence_bert_config.json")
@@ -44,14 +44,14 @@ def sentence_encoder(files: Mapping[str, bytes]) -> SentenceEncoder:
 
     Raises: ArtifactError for a damaged file, and for pooling or modules that are not supported.
     """
-    for module in read(files, MODULES, list):
+    for module in json_of(files, MODULES, list):
         kind = str(module.get("type", "") if isinstance(module, dict) else module).rpartition(".")[2]
         if kind not in KNOWN_MODULES:
             raise ArtifactError(
                 f"`{MODULES}` has the module `{kind[:60]}`, which is not supported",
                 f"supported: {', '.join(KNOWN_MODULES)}",
             )
-    pooling: dict[str, Any] = read(files, POOLING, dict)
+    pooling: dict[str, Any] = json_of(files, POOLING, dict)
     modes = [mode for flag, mode in FLAGS.items() if pooling.get(flag)]
     if isinstance(pooling.get("pooling_mode"), str):
         modes = [pooling["pooling_mode"]]
@@ -60,7 +60,7 @@ def sentence_encoder(files: Mapping[str, bytes]) -> SentenceEncoder:
             f"`{POOLING}` asks for the pooling {' and '.join(modes)[:60] or 'none'}, which is not supported",
             f"supported: one of {', '.join(MODES)}",
         )
-    settings: dict[str, Any] = read(files, PROMPTS, dict)
+    settings: dict[str, Any] = json_of(files, PROMPTS, dict)
     prompts, name = settings.get("prompts") or {}, settings.get("default_prompt_name")
     prompt = prompts.get(name, "") if isinstance(prompts, dict) and name is not None else ""
     if isinstance(prompts, dict) and any(prompts.values()) and not prompt:
@@ -68,19 +68,3 @@ def sentence_encoder(files: Mapping[str, bytes]) -> SentenceEncoder:
             "the model has prompts for %s, and no default: none is used", ", ".join(f"`{key[:40]}`" for key in prompts)
         )
     return SentenceEncoder(MODES[modes[0]] if modes else "", prompt if isinstance(prompt, str) else "")
-
-
-def read(files: Mapping[str, bytes], name: str, kind: type) -> Any:
-    """Parse one of the files, empty if it is missing.
-
-    Raises: ArtifactError if it is not a JSON value of this kind.
-    """
-    if name not in files:
-        return kind()
-    try:
-        content = parse_json(files[name])
-    except ValueError as error:
-        raise ArtifactError(f"`{name}` cannot be read: {error}", "download it again") from None
-    if not isinstance(content, kind):
-        raise ArtifactError(f"`{name}` is a {type(content).__name__}, not a {kind.__name__}", "download it again")
-    return content

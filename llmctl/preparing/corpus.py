@@ -24,13 +24,12 @@ from llmctl.data.shards import ShardSet, is_shard_folder
 from llmctl.data.sources import read_documents, source_sha256
 from llmctl.data.text_files import Blank
 from llmctl.errors import ArtifactError, UsageError
-from llmctl.files import atomic_path, parse_json, read_own, write_bytes, write_json
+from llmctl.files import atomic_path, hash64, parse_json, read_own, write_bytes, write_json
 from llmctl.preparing.duplicates import (
     as_hashes,
     describe_duplicates,
     document_hashes,
     groups_of,
-    hash_of,
     hashes_of,
 )
 from llmctl.runs.progress import Say
@@ -267,7 +266,7 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
 
     seen, n_characters = array("Q"), 0
     for document in read_part(paths, blank):
-        seen.append(hash_of(document.encode()))
+        seen.append(hash64(document.encode()))
         n_characters += len(document)
     n_documents = len(seen)
     if n_characters < 2:
@@ -281,7 +280,7 @@ def open_text(config: PretrainConfig, folder: Path) -> tuple[Text, dict[str, Any
         boundary = n_characters - max(1, round(data.val_frac * n_characters))
         return tail_split(read, boundary, blank.lines("documents")), provenance
     if val_paths:
-        seen.extend(hash_of(document.encode()) for document in read_part(val_paths, blank))
+        seen.extend(hash64(document.encode()) for document in read_part(val_paths, blank))
         held_out = np.arange(n_documents, len(seen))
         provenance |= {"held_out": list(data.val_paths)}
     else:
@@ -306,7 +305,7 @@ def tail_split(read: Callable[[], Iterator[str]], boundary: int, findings: list[
     flags, seen = [], array("Q")
     for text, is_held_out in pieces():
         flags.append(is_held_out)
-        seen.append(hash_of(text.encode()))
+        seen.append(hash64(text.encode()))
     held_out = np.flatnonzero(flags).astype(np.int64)
     findings = [*findings, *describe_duplicates(as_hashes(seen), held_out)]
     return Text(lambda: (text for text, _ in pieces()), held_out, len(flags), findings)

@@ -5,10 +5,11 @@ Knows hashes only. A document takes eight bytes; that two different ones share a
 
 from array import array
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
+
+from llmctl.files import hash64
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -17,14 +18,9 @@ HEAD_TOKENS = 32
 """Documents of shards are compared as a whole only if they have the same length and begin alike."""
 
 
-def hash_of(content: bytes) -> int:
-    """Return a hash of 64 bits."""
-    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
-
-
 def hashes_of(texts: Iterable[str]) -> Hashes:
     """Return a hash per text."""
-    return as_hashes(array("Q", (hash_of(text.encode()) for text in texts)))
+    return as_hashes(array("Q", (hash64(text.encode()) for text in texts)))
 
 
 def as_hashes(values: "array[int]") -> Hashes:
@@ -37,14 +33,14 @@ def document_hashes(n_documents: int, document: Callable[[int], NDArray[np.integ
     begins = array(
         "Q",
         (
-            hash_of(document(n)[:HEAD_TOKENS].tobytes() + int(lengths[n]).to_bytes(8, "little"))
+            hash64(document(n)[:HEAD_TOKENS].tobytes() + int(lengths[n]).to_bytes(8, "little"))
             for n in range(n_documents)
         ),
     )
     hashes = as_hashes(begins).copy()
     _, group, count = np.unique(hashes, return_inverse=True, return_counts=True)
     for index in np.flatnonzero(count[group] > 1):
-        hashes[index] = hash_of(document(int(index)).tobytes())
+        hashes[index] = hash64(document(int(index)).tobytes())
     return hashes
 
 

@@ -20,6 +20,7 @@ class AddedTokens(Tokenizer):
     def __init__(self, base: Tokenizer, entries: Mapping[int, Mapping[str, Any]], roles: Mapping[str, Any]) -> None:
         self.base, self.entries, self.roles = base, dict(entries), dict(roles)
         self.names = {index: str(entry["content"]) for index, entry in entries.items()}
+        self.ids = {name: index for index, name in self.names.items()}
         inside = next((index for index in sorted(entries) if index < base.vocab_size), None)
         if inside is not None:
             raise ArtifactError(
@@ -36,7 +37,7 @@ class AddedTokens(Tokenizer):
     def _role(self, role: str) -> int | None:
         token = self.roles.get(f"{role}_token")
         token = token.get("content") if isinstance(token, Mapping) else token
-        found = next((index for index, name in self.names.items() if name == token), None)
+        found = self.ids.get(token) if isinstance(token, str) else None
         if found is None and isinstance(token, str):
             found = self.base.special_id(token)
         own: int | None = getattr(self.base, f"{role}_id")
@@ -74,7 +75,7 @@ class AddedTokens(Tokenizer):
             ids += self._part(
                 text[position : match.start()], after_special=after_special, is_next=is_next or position > 0
             )
-            ids.append(next(index for index, name in self.names.items() if name == match[0]))
+            ids.append(self.ids[match[0]])
             position, after_special, is_next = match.end(), True, True
         return ids + self._part(text[position:], after_special=after_special, is_next=is_next)
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
-from llmctl.files import parse_json, recognized
+from llmctl.files import json_of
 from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import check_tokenizer, quiet, raise_interrupts, steps_of
 
@@ -36,11 +36,11 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizers = tokenizers_module()
         if multiprocessing.parent_process():  # worker processes share the cores: one thread each
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._json = json_object({"tokenizer.json": content}, "tokenizer.json")
+        self._json = json_of({"tokenizer.json": content}, "tokenizer.json")
         check_tokenizer(self._json)
         with as_artifact_error("`tokenizer.json` cannot be read"), quiet():
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        config = json_object(files, "tokenizer_config.json")
+        config = json_of(files, "tokenizer_config.json")
         self._tokenizer.encode_special_tokens = True  # encode special tokens in a text as plain text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -227,23 +227,6 @@ def without_prefix(part: Any) -> Any:
 def is_prefix(part: Any) -> bool:
     """Tell whether a step of a `tokenizer.json` only prepends a space."""
     return isinstance(part, dict) and part.get("type") == "Prepend"
-
-
-def json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Parse one of the files as a JSON object, empty if the file is missing.
-
-    Raises: ArtifactError naming the file if it is not a JSON object.
-    """
-    try:
-        content = parse_json(files.get(name, b"{}"))
-    except (ValueError, RecursionError) as error:
-        known = recognized(files[name][:512])
-        if known is not None and known[0] != "text":
-            raise ArtifactError(f"`{name}` is not JSON, but {known[0]}", known[1]) from None
-        raise ArtifactError(f"`{name}` cannot be read: {error}", "download it again") from None
-    if not isinstance(content, dict):
-        raise ArtifactError(f"`{name}` is a {type(content).__name__}, not a JSON object", "download it again")
-    return content
 
 
 def text_lines(data: bytes, name: str) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
-from llmctl.files import parse_json, read_own, recognized
+from llmctl.files import json_of, parse_json, read_own, recognized
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 
@@ -98,10 +98,9 @@ def with_added(tokenizer: SentencePieceTokenizer, files: Mapping[str, bytes]) ->
 
     Raises: ArtifactError if they are damaged.
     """
-    from llmctl.tokenizer.huggingface import json_object
     from llmctl.tokenizer.vocabulary_files import added_tokens
 
-    config = json_object(files, "tokenizer_config.json")
+    config = json_of(files, "tokenizer_config.json")
     entries = added_tokens(config, files)
     # Published files list the tokens of the vocabulary again.
     new = {

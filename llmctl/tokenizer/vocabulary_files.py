@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmctl.errors import ArtifactError
+from llmctl.files import json_of
 from llmctl.tokenizer.checks import check_ids, quiet
 from llmctl.tokenizer.huggingface import (
     HuggingFaceTokenizer,
     as_artifact_error,
-    json_object,
     text_lines,
     tokenizers_module,
 )
@@ -51,7 +51,7 @@ def from_word_pieces(vocabulary: bytes, files: Mapping[str, bytes]) -> HuggingFa
     Raises: ArtifactError if the file is not a WordPiece vocabulary, or its class is not BERT's.
     Source: Devlin et al. 2019, arXiv:1810.04805.
     """
-    tokenizers, config = tokenizers_module(), json_object(files, "tokenizer_config.json")
+    tokenizers, config = tokenizers_module(), json_of(files, "tokenizer_config.json")
     if class_of(config) not in (*WORD_PIECES, *ANY):
         raise refuse("vocab.txt", config, WORD_PIECES)
     pieces = checked_lines(text_lines(vocabulary, "vocab.txt"))
@@ -100,7 +100,7 @@ def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) ->
     Raises: ArtifactError if they are damaged or do not match, or belong to another class.
     Source: Radford et al. 2019.
     """
-    tokenizers, config = tokenizers_module(), json_object(files, "tokenizer_config.json")
+    tokenizers, config = tokenizers_module(), json_of(files, "tokenizer_config.json")
     kind = class_of(config)
     if kind not in (*GPT2, *ROBERTA, *QWEN2, *ANY):
         raise refuse("vocab.json", config, (*GPT2, *ROBERTA, *QWEN2))
@@ -109,7 +109,7 @@ def from_merges(vocabulary: bytes, merges: bytes, files: Mapping[str, bytes]) ->
         (left, right)
         for left, _, right in (line.partition(" ") for line in lines if line and not line.startswith("#version"))
     ]
-    pieces = json_object({"vocab.json": vocabulary}, "vocab.json")
+    pieces = json_of({"vocab.json": vocabulary}, "vocab.json")
     check_ids(pieces, "vocab.json")
     with as_artifact_error("`vocab.json` and `merges.txt` do not form a valid tokenizer"), quiet():
         model = tokenizers.models.BPE(pieces, pairs)
@@ -164,9 +164,9 @@ def added_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[
 
     Raises: ArtifactError if they are damaged.
     """
-    listed = json_object(files, "added_tokens.json")
+    listed = json_of(files, "added_tokens.json")
     check_ids(listed, "added_tokens.json")
-    named = json.dumps([config, json_object(files, "special_tokens_map.json")], ensure_ascii=False)
+    named = json.dumps([config, json_of(files, "special_tokens_map.json")], ensure_ascii=False)
     found: dict[int, dict[str, Any]] = {
         index: {"content": content, "special": bool(SPECIAL.fullmatch(content)) or json.dumps(content) in named}
         for content, index in listed.items()

@@ -6,11 +6,10 @@ folder, because they were written together with the weights. Pickles are never l
 tensors are requested.
 """
 
-import logging
 import math
 from base64 import b64decode
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
 from llmctl.files import download_hint, parse_json, read_own
 from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import HEAD, stored_shape, to_parameters
+from llmctl.formats.families.parameters import stored_shape, to_parameters
 from llmctl.formats.families.table import family_of
 from llmctl.formats.generation_settings import GENERATION, listed_ids, with_end_ids
 from llmctl.formats.quantization import (
@@ -40,6 +39,7 @@ from llmctl.formats.quantization import (
 )
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
 from llmctl.formats.sentence_encoder import SENTENCE_FILES
+from llmctl.formats.stored_head import with_stored_head
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import Scheme
 
@@ -73,9 +73,6 @@ FILES = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 FILE_LIMIT_BYTES = 64_000_000  # no tokenizer is larger than this
-CHUNK_BYTES = 1 << 24
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -192,45 +189,6 @@ def read_artifact(path: Path) -> Artifact:
         tensors={name: location for name, location in tensors.items() if name in expected},
         schemes=schemes,
     )
-
-
-def with_stored_head(
-    family: FamilyFormat, config: ModelConfig, tensors: Mapping[str, tuple[Path, str, TensorEntry]], path: Path
-) -> ModelConfig:
-    """Return the config untied if the file has a head whose weights are not those of the embedding.
-
-    `tie_word_embeddings` is then wrong: with a fine-tuned head, the embedding gives other logits.
-    """
-    if not config.tie_embeddings or config.n_labels:
-        return config
-    untied = replace(config, tie_embeddings=False)
-    names = {stored.holds: stored.name for stored in family.layout(untied)}
-    head, embedding = tensors.get(names.get((HEAD,), "")), tensors.get(names[("model.embed_tokens.weight",)])
-    if head is None or embedding is None or head[2].shape != embedding[2].shape or have_same_bytes(head, embedding):
-        return config
-    log.warning(
-        "`%s` has a `%s` of its own, although its configuration ties it to the embedding: the stored one is used",
-        path,
-        head[1],
-    )
-    return untied
-
-
-def have_same_bytes(first: tuple[Path, str, TensorEntry], second: tuple[Path, str, TensorEntry]) -> bool:
-    """Tell whether two stored tensors have the same dtype and bytes."""
-    if first[2].dtype != second[2].dtype:
-        return False
-    return all(a == b for a, b in zip(chunks(first), chunks(second), strict=True))
-
-
-def chunks(tensor: tuple[Path, str, TensorEntry]) -> Iterator[bytes]:
-    """Yield the bytes of a stored tensor."""
-    path, _, entry = tensor
-    with path.open("rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")  # offsets count from the end of the header
-        file.seek(8 + n_header + entry.begin)
-        for begin in range(entry.begin, entry.end, CHUNK_BYTES):
-            yield file.read(min(CHUNK_BYTES, entry.end - begin))
 
 
 def checked_sizes(

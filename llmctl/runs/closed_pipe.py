@@ -2,17 +2,14 @@
 
 import io
 import os
-from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any
 
 from llmctl.errors import UsageError
+from llmctl.runs.terminal import WrappedStream
 
 
-class Unbreakable:
+class Unbreakable(WrappedStream):
     """A text stream that writes to nowhere once its reader is gone; everything else is the stream's own."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
 
     def write(self, text: str) -> int:
         """Write a text."""
@@ -21,11 +18,6 @@ class Unbreakable:
         except BrokenPipeError:
             self.let_go()
             return len(text)
-
-    def writelines(self, lines: Iterable[str]) -> None:
-        """Write several texts."""
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         """Flush the stream."""
@@ -39,10 +31,6 @@ class Unbreakable:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.stream.fileno())
         os.close(nowhere)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return any other attribute of the stream."""
-        return getattr(self.stream, name)
 
 
 class Closed(io.TextIOBase):

@@ -5,6 +5,7 @@ than the one that is there (CVE-2021-42574). They are shown as `\u001b`, which i
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -26,21 +27,17 @@ def spelled(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
 
 
-class GuardedStream:
-    """A text stream that spells out control characters; everything else is the stream's own.
-
-    A carriage return at the start of a write stays: progress bars of other libraries redraw their line with it.
-    """
+class WrappedStream:
+    """A text stream around another; what a subclass does not change is the other's own."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         """Write a text."""
-        head = "\r" if text.startswith("\r") else ""
-        return self.stream.write(head + plain(text.removeprefix("\r")))
+        return self.stream.write(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         """Write several texts."""
         for line in lines:
             self.write(line)
@@ -48,6 +45,18 @@ class GuardedStream:
     def __getattr__(self, name: str) -> Any:
         """Return any other attribute of the stream."""
         return getattr(self.stream, name)
+
+
+class GuardedStream(WrappedStream):
+    """A text stream that spells out control characters; everything else is the stream's own.
+
+    A carriage return at the start of a write stays: progress bars of other libraries redraw their line with it.
+    """
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        head = "\r" if text.startswith("\r") else ""
+        return self.stream.write(head + plain(text.removeprefix("\r")))
 
 
 def guarded(stream: Any, *, always: bool) -> Any:

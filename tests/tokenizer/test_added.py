@@ -1,6 +1,5 @@
 """Tokens added behind a sentencepiece vocabulary."""
 
-import io
 import json
 import pickle
 
@@ -9,6 +8,7 @@ import sentencepiece
 
 from llmctl.errors import ArtifactError
 from llmctl.tokenizer.load import find_tokenizer
+from tests.support.spm import published
 
 ENTRIES = {
     "400": {"content": "<|im_start|>", "special": True},
@@ -20,19 +20,7 @@ ENTRIES = {
 @pytest.fixture(scope="module")
 def proto() -> bytes:
     """A published model: it adds a space before the first word, unlike ours."""
-    out, texts = io.BytesIO(), [f"the cat sat on a mat {n} and spoke to strings 猫 {n * n}" for n in range(200)]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=out,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return out.getvalue()
+    return published((f"the cat sat on a mat {n} and spoke to strings 猫 {n * n}" for n in range(200)), 400)
 
 
 def files(proto: bytes, entries: dict = ENTRIES, **config: object) -> dict[str, bytes]:

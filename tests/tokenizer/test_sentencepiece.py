@@ -14,6 +14,7 @@ from llmctl.errors import ArtifactError, UsageError
 from llmctl.tokenizer.load import tokenizer_from_files
 from llmctl.tokenizer.sentencepiece import SentencePieceTokenizer
 from llmctl.tokenizer.train import sampled, train_tokenizer
+from tests.support.spm import published
 
 CORPUS = [
     "The function returns a list of strings.\n\n    def f(x):\n        return x  # 123\n",
@@ -249,23 +250,8 @@ def test_tang_poems_come_back(shared_data):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_text_that_goes_on_gets_no_dummy_prefix(legacy: bool):
-    import io
-
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
     config = json.dumps({"legacy": legacy}).encode()
-    tokenizer = tokenizer_from_files({"tokenizer.model": model.getvalue(), "tokenizer_config.json": config})
+    tokenizer = tokenizer_from_files({"tokenizer.model": published(CORPUS, 340), "tokenizer_config.json": config})
     prefixed = tokenizer.encode("list")
     bare = tokenizer.encode_next("list", after_special=False)
     assert tokenizer.decode_bytes(prefixed) == b" list"

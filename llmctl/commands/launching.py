@@ -62,9 +62,10 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
     if out is None or LAUNCHED in os.environ:
         return
     if force:
-        # These a run clears at its beginning and its end.
+        from llmctl.runs.removal import CLEARED
+
         if not (out / "run.json").exists():
-            for name in ("checkpoints", "data", "parts"):
+            for name in CLEARED:
                 if (out / name).exists():
                     raise OutputError(f"`{out / name}` exists, and no run wrote it", "choose another folder with -o")
         return

@@ -1,6 +1,7 @@
 """The model that a training command is given, and what it decides about the settings."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.commands.common import find_model, note
@@ -41,3 +42,19 @@ def settled(command: str, resolved: "Resolved[Any]") -> "Resolved[Any]":
     changes = changed_keys(resolved.config, JOBS[command].settle(resolved.config))
     chosen = {key: f"this model: {scalar(plain(value))}" for key, (_, value) in changes.items()}
     return Resolved(resolved.config, {**resolved.origins, **chosen})
+
+
+def preset_or_model(name: str) -> str:
+    """Return a preset's name as it is, and the path of a model that is named as in other commands: `latest`, a run's number."""
+    from llmctl.artifacts.find import find_named
+    from llmctl.errors import NotFoundError
+    from llmctl.model.presets import ALIASES, PRESETS
+
+    if not name or name == "auto" or name.lower() in {*PRESETS, *ALIASES}:
+        return name
+    try:
+        return str(find_named(name, "any"))
+    except NotFoundError:
+        if name == "latest" or Path(name).name.isdecimal():
+            raise
+        return name  # a misspelled preset: the closest one is suggested

@@ -1,12 +1,12 @@
 """`llmctl pretrain`: flags -> PretrainConfig -> one training run -> the model's path on stdout."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmctl.commands.common import command_app, result, result_json
 from llmctl.commands.grouped_help import settings_of
+from llmctl.commands.model_argument import preset_or_model
 from llmctl.commands.options import Options, help_of, with_options
 from llmctl.commands.training import run_training
 from llmctl.config import PretrainConfig
@@ -73,19 +73,3 @@ def pretrain(
         result_json(estimate.to_dict()) if options.json else result(estimate.render())
         return 0
     return run_training("pretrain", resolved, options)
-
-
-def preset_or_model(name: str) -> str:
-    """Return a preset's name as it is, and the path of a model that is named as in other commands: `latest`, a run's number."""
-    from llmctl.artifacts.find import find_named
-    from llmctl.errors import NotFoundError
-    from llmctl.model.presets import ALIASES, PRESETS
-
-    if not name or name == "auto" or name.lower() in {*PRESETS, *ALIASES}:
-        return name
-    try:
-        return str(find_named(name, "any"))
-    except NotFoundError:
-        if name == "latest" or Path(name).name.isdecimal():
-            raise
-        return name  # a misspelled preset: the closest one is suggested

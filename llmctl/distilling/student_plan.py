@@ -26,7 +26,7 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.parameters import count
 from llmctl.model.transformer import LanguageModel, initialize, load_tensors, with_tied
 from llmctl.runs.progress import Say
-from llmctl.training.loop import Fitted
+from llmctl.training.inputs import Fitted
 from llmctl.training.task_data import TaskData
 
 STAGE = "stage-"

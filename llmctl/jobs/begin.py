@@ -1,6 +1,5 @@
 """begin(): a new run of any command that trains: its folder, its recipe, its job."""
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmctl.jobs.startup import agree_on_start, note_begun, open_together
 from llmctl.recipe import Resolved, dump
 from llmctl.runs.folder import Run, create_run
 from llmctl.runs.progress import make_progress
+from llmctl.runs.removal import clear
 
 
 def begin(
@@ -76,11 +76,3 @@ def begin(
         show_example=show_example,
     )
     return run_job(job, session)
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left in a folder that is used again (`-o` with `-f`)."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "data", "parts"):
-        shutil.rmtree(folder / name, ignore_errors=True)

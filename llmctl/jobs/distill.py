@@ -25,7 +25,7 @@ from llmctl.model.transformer import LanguageModel, load_tensors, with_tied
 from llmctl.preparing.corpus import Corpus
 from llmctl.runs.comparison import Report
 from llmctl.training.batch import BatchSource, to_device
-from llmctl.training.loop import Fitted
+from llmctl.training.inputs import Fitted
 from llmctl.training.objectives import Objective
 from llmctl.training.task_data import TaskData, open_task_model
 

@@ -29,7 +29,7 @@ from llmctl.runs.loss_curve import loss_svg
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.model_card import model_card
 from llmctl.runs.progress import Progress
-from llmctl.training.loop import Fitted
+from llmctl.training.inputs import Fitted
 
 XZ_LIMIT_BYTES = 20_000_000
 """Held-out text larger than this is not compressed for comparison."""

@@ -24,7 +24,7 @@ from llmctl.quantizing.report import make_report, render
 from llmctl.quantizing.settings import check_quantize, plan_of, settle
 from llmctl.runs.comparison import Report
 from llmctl.training.batch import to_device
-from llmctl.training.loop import Fitted
+from llmctl.training.inputs import Fitted
 from llmctl.training.objectives import Objective
 from llmctl.training.task_data import TaskData, open_task_model
 

@@ -3,7 +3,6 @@
 `JOBS` is the table of these commands; they stand side by side and do not import each other.
 """
 
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from llmctl.jobs.finish import Trained
 from llmctl.jobs.job import Job
 from llmctl.jobs.session import Session
 from llmctl.jobs.startup import losing_peers, naming_memory
-from llmctl.runs.folder import Run
+from llmctl.runs.removal import withdraw
 
 JOBS: Mapping[str, Job] = {job.command: job for job in (pretrain.JOB, finetune.JOB, distill.JOB, quantize.JOB)}
 """The commands that train."""
@@ -51,10 +50,3 @@ def run_job(job: Job, session: Session) -> Trained | None:
         session.progress.close()
         run.close()
     return session.trained
-
-
-def withdraw(run: Run) -> None:
-    """Remove a run folder that a mistake of the user's left empty."""
-    is_ours = run.lock is not None and run.is_new
-    if is_ours and not (run.path / "metrics.jsonl").exists() and not (run.path / "checkpoints").exists():
-        shutil.rmtree(run.path, ignore_errors=True)

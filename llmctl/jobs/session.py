@@ -26,11 +26,11 @@ from llmctl.runs import checkpoint
 from llmctl.runs.folder import Run
 from llmctl.runs.progress import Progress
 from llmctl.training.batch import BatchSource
+from llmctl.training.evaluation import measure_only
 from llmctl.training.freezing import freeze
 from llmctl.training.generation_scores import Score
-from llmctl.training.held_out import measure
-from llmctl.training.inputs import Training
-from llmctl.training.loop import Fitted, fit
+from llmctl.training.inputs import Fitted, Training
+from llmctl.training.loop import fit
 from llmctl.training.objectives import Objective
 from llmctl.training.samples import Sampler
 
@@ -193,14 +193,3 @@ class Session:
 def identity(corpus: Corpus, **more: str) -> dict[str, str]:
     """Return what all processes must agree on, besides the recipe."""
     return {"data": str(corpus.provenance.get("sha256")), "tokenizer": corpus.tokenizer.sha256, **more}
-
-
-def measure_only(training: Training) -> Fitted:
-    """Return the metrics of a model that is not trained, on all held-out rows."""
-    objective, held_out = training.objective, training.held_out
-    metrics = measure(
-        objective, objective, held_out, training.config, training.runtime, None, lambda: None, sharded=False
-    )
-    if training.score:
-        metrics |= training.score(None)
-    return Fitted({}, metrics, training.state, 0, {})

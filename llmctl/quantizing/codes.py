@@ -23,7 +23,7 @@ from llmctl.quantizing.fake_quant import learned_state, learner
 from llmctl.quantizing.packed_state import stored_state
 from llmctl.quantizing.settings import other_groups, plan_of
 from llmctl.runs.progress import Say
-from llmctl.training.loop import Fitted
+from llmctl.training.inputs import Fitted
 from llmctl.training.task_data import TaskData
 
 SENSITIVITY_ROWS = 32

@@ -15,7 +15,7 @@ from pathlib import Path
 from llmctl.errors import BusyError, UsageError
 from llmctl.files import writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, FILES, INDEX, WEIGHTS
-from llmctl.runs.folder import find_run, is_held, open_run, point_latest, read_record
+from llmctl.runs.folder import Run, find_run, is_held, open_run, point_latest, read_record
 from llmctl.runs.history import disk_bytes
 
 LEFT = re.compile(r"\..*\.[0-9a-f]{8}\.llmctl-removed")
@@ -141,3 +141,22 @@ def repair_latest(folder: Path) -> None:
     if link.is_symlink():
         link.unlink()
     file.unlink(missing_ok=True)
+
+
+CLEARED = ("checkpoints", "data", "parts")
+"""Folders that a run clears at its beginning and its end."""
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in a folder that is used again (`-o` with `-f`)."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for name in CLEARED:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def withdraw(run: Run) -> None:
+    """Remove a run folder that a mistake of the user's left empty."""
+    is_ours = run.lock is not None and run.is_new
+    if is_ours and not (run.path / "metrics.jsonl").exists() and not (run.path / "checkpoints").exists():
+        shutil.rmtree(run.path, ignore_errors=True)

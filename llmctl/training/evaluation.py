@@ -10,7 +10,7 @@ from llmctl.errors import UsageError
 from llmctl.metrics.figures import FIGURES, is_higher_better
 from llmctl.training.budget import Planner
 from llmctl.training.held_out import EVAL_ROWS, measure, rows_of
-from llmctl.training.inputs import Training
+from llmctl.training.inputs import Fitted, Training
 
 
 class Evaluation:
@@ -129,3 +129,14 @@ class Evaluation:
         # masters: that is worth a second evaluation, but not out of a budget of minutes.
         is_close = self.is_exact or self.planner.is_timed
         return metrics if is_same and is_close and self.t.score is None else None
+
+
+def measure_only(training: Training) -> Fitted:
+    """Return the metrics of a model that is not trained, on all held-out rows."""
+    objective, held_out = training.objective, training.held_out
+    metrics = measure(
+        objective, objective, held_out, training.config, training.runtime, None, lambda: None, sharded=False
+    )
+    if training.score:
+        metrics |= training.score(None)
+    return Fitted({}, metrics, training.state, 0, {})

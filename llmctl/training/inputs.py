@@ -1,9 +1,11 @@
-"""Everything that the loop works with, put together by a job's session."""
+"""What the loop works with, put together by a job's session, and what it returns."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llmctl.config import OptimConfig, TrainConfig
 from llmctl.distributed.runtime import Runtime
@@ -45,3 +47,14 @@ class Training:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     trackers: Mapping[str, Tracker] = field(default_factory=dict)
     state: State = field(default_factory=State)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The result: metrics before and after, the final state, the step whose weights were kept, and these weights."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+    state: State
+    kept_step: int
+    weights: dict[str, Tensor]

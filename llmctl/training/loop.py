@@ -9,10 +9,10 @@ Five decisions, marked in the code: [1] all processes agree before a step; [2] w
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmctl.distributed.sharding import whole_tensor
 from llmctl.machine import peak_memory_bytes
@@ -23,25 +23,13 @@ from llmctl.training import optim
 from llmctl.training.batch import Batch
 from llmctl.training.budget import Planner
 from llmctl.training.evaluation import Evaluation
-from llmctl.training.inputs import Training
+from llmctl.training.inputs import Fitted, Training
 from llmctl.training.master_weights import Masters, wants_masters
 from llmctl.training.saving import Saver, own_tensors
-from llmctl.training.state import State
 from llmctl.training.step import Stepper
 from llmctl.training.step_sync import Word, agree
 from llmctl.training.stop_requests import StopEvaluationError, StopRequests
 from llmctl.training.stop_signals import watch_signals
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The result: metrics before and after, the final state, the step whose weights were kept, and these weights."""
-
-    before: dict[str, float]
-    after: dict[str, float]
-    state: State
-    kept_step: int
-    weights: dict[str, Tensor]
 
 
 def fit(training: Training, restored: checkpoint.Checkpoint | None = None) -> Fitted:

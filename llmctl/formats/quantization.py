@@ -9,7 +9,6 @@ quantized inputs and embeddings only as bytes, and does not allocate packed zero
 when saving. With `dequantize` it dequantizes weights while loading, including zero points, but with one scheme per file.
 """
 
-import logging
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -49,8 +48,6 @@ MATCH_SECONDS = 10.0
 """For a list of expressions; each is quick, but a file could have a million."""
 
 Schemes = Mapping[str, Scheme]
-
-log = logging.getLogger(__name__)
 """Module -> scheme; a tied head is listed under the embedding's name only."""
 
 
@@ -306,21 +303,7 @@ def in_words(tensors: Mapping[str, "Tensor"], schemes: Schemes) -> dict[str, "Te
         if scheme.has_small_scales:
             scales_OG = scales_of(state[f"{name}.{SCALE}"], state.pop(f"{name}.{EXPONENT}"))
             state[f"{name}.{SCALE}"] = scales_OG.bfloat16()
-    rounded = [name for name in schemes if is_rounded(state[f"{name}.{SCALE}"])]
-    if rounded:
-        log.warning(
-            "the scales of %d quantized layers, such as `%s`, are rounded to bfloat16, which llmctl computes with",
-            len(rounded),
-            rounded[0],
-        )
     return state
-
-
-def is_rounded(scales: "Tensor") -> bool:
-    """Tell whether bfloat16 does not hold these scales exactly."""
-    import torch
-
-    return scales.dtype != torch.bfloat16 and not torch.equal(scales.bfloat16().to(scales.dtype), scales)
 
 
 def stored_parts(state: Mapping[str, "Tensor"], schemes: Schemes, config: ModelConfig) -> dict[str, "Tensor"]:

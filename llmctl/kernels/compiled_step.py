@@ -24,7 +24,7 @@ from llmctl.model.positions import rope_tables
 from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, unsupported
 from llmctl.quant.linear import QuantLinear
 from llmctl.quant.packing import pack
-from llmctl.quant.products import Kind, Product, rows_of
+from llmctl.quant.products import Kind, Product, rows_of, unpacked
 from llmctl.quant.schemes import GROUPS, Scheme
 from llmctl.quant.weight import QuantWeight
 
@@ -256,7 +256,8 @@ class Step:
         return CMatrix()
 
     def _coded(self, layer: QuantLinear) -> CMatrix:
-        if not is_known_code(layer.scheme, layer.n_out, layer.n_in) or not layer.weight_packed.is_contiguous():
+        is_known = is_known_code(layer.scheme, layer.n_out, layer.n_in) and layer.has_bfloat16_scales
+        if not is_known or not layer.weight_packed.is_contiguous():
             self.is_whole = False
             return CMatrix()
         return coded(layer, self.kept)
@@ -270,7 +271,10 @@ def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:
 
 
 def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
-    """Return a quantized weight as the library's struct; the tensors it points into are appended to `kept`."""
+    """Return a quantized weight as the library's struct; the tensors it points into are appended to `kept`.
+
+    bfloat16 must represent the scales.
+    """
     scheme, weight, zeros = layer.scheme, layer.weight_packed, None
     kind = "int8" if not scheme.group else "int4" if scheme.bits <= INT4_BITS else "bytes"
     if scheme.group and not (scheme.symmetric and scheme.bits == INT4_BITS):
@@ -281,7 +285,7 @@ def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
         elif scheme.bits > INT4_BITS:
             # One code per byte; in every block, the even inputs before the odd ones, in the order of 4-bit codes.
             weight = codes_OI.view(layer.n_out, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
-    tensors = [weight, layer.weight_scale.contiguous(), zeros]
+    tensors = [weight, layer.weight_scale.bfloat16().contiguous(), zeros]
     kept += [tensor for tensor in tensors if tensor is not None]
     pointers = (tensor if tensor is None else tensor.data_ptr() for tensor in tensors)
     return CMatrix(KINDS[kind], scheme.group, layer.n_out, layer.n_in, *pointers)
@@ -296,6 +300,8 @@ def compiled_kinds(library: Library | None) -> dict[str, Kind]:
         return {}
 
     def make(layer: QuantWeight) -> Product:
+        if not layer.has_bfloat16_scales:
+            return unpacked(layer)
         kept: list[Tensor] = []
         matrix, n_rows = coded(layer, kept), rows_of(layer)
 

@@ -223,6 +223,7 @@ def with_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, T
 def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
     """Load a state dict that contains tied weights once or twice."""
     model.load_state_dict(with_tied(model.config, tensors))
+    model.tie()  # scales of another dtype than the module's are in new buffers
 
 
 def initialize(model: LanguageModel, seed: int) -> None:

@@ -65,9 +65,9 @@ def unpacked(layer: QuantWeight) -> Product:
 
 
 def narrow(layer: QuantWeight) -> Product:
-    """Return the same product computed in bfloat16."""
+    """Return the same product computed in bfloat16, unless that would round scales of another dtype."""
     product = unpacked(layer)
-    return lambda x: product(x.bfloat16()).to(x.dtype)
+    return (lambda x: product(x.bfloat16()).to(x.dtype)) if layer.has_bfloat16_scales else product
 
 
 def unpacked_8(layer: QuantWeight) -> Product:
@@ -79,7 +79,7 @@ def unpacked_8(layer: QuantWeight) -> Product:
         # Flipping a byte's top bit subtracts the zero point 128 without widening the bytes.
         signed = ((part ^ middle).view(torch.int8) for part in bytes_OI.split(rows_of(layer)))
         parts = [F.linear(x, part.to(x.dtype)) for part in signed]
-        return torch.cat(parts, dim=-1).mul_(scales_O.to(x.dtype))
+        return torch.cat(parts, dim=-1).mul_(scales_O)
 
     return product
 
@@ -140,11 +140,15 @@ def int8_rows(layer: QuantWeight) -> Product:
     """Return the product with torch's int8 kernel for few rows (one scale per output)."""
     codes_OI = signed_codes(layer)
     scales_O = layer.weight_scale.flatten()
+    # The kernel takes bfloat16 scales: others are applied to its outputs.
+    is_exact = layer.has_bfloat16_scales
+    kernel_scales_O = scales_O.bfloat16() if is_exact else torch.ones_like(scales_O, dtype=torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
         # For float32 inputs, this kernel and the int4 one fall back to slow scalar code.
         rows_NI = x.reshape(-1, layer.n_in).bfloat16()
-        y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI, codes_OI, scales_O)  # noqa: SLF001
+        y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI, codes_OI, kernel_scales_O)  # noqa: SLF001
+        y_NO = y_NO if is_exact else y_NO.float() * scales_O
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
@@ -186,21 +190,35 @@ def int8_onednn(layer: QuantWeight) -> Product:
 def int4_groups(layer: QuantWeight) -> Product:
     """Return the product with torch's int4 kernel for few rows; wider codes are split into two int4 products."""
     codes_OI, (scales_OG, zeros_OG) = layer.codes()
-    if layer.scheme.bits == INT4_BITS:
-        halves = [int4_half(layer, codes_OI, scales_OG, (INT4_ZERO - zeros_OG.float()) * scales_OG)]
-    else:  # code - zero point, since the kernel takes (zero point * scale) in bfloat16, which rounds it
-        steps_OI, none_OG = steps_of(layer).int() + INT4_ZERO, torch.zeros_like(scales_OG)
+    halves: list[Product] = []
+    is_exact = layer.has_bfloat16_scales
+    for part_OG in [scales_OG] if is_exact else scale_parts(scales_OG):
+        if layer.scheme.bits == INT4_BITS:
+            halves.append(int4_half(layer, codes_OI, part_OG, (INT4_ZERO - zeros_OG.float()) * part_OG))
+            continue
+        # Code - zero point, since the kernel takes (zero point * scale) in bfloat16, which rounds it.
+        steps_OI, none_OG = steps_of(layer).int() + INT4_ZERO, torch.zeros_like(part_OG)
         upper_OI = steps_OI >> INT4_BITS
-        halves = [int4_half(layer, steps_OI - (upper_OI << INT4_BITS), scales_OG, none_OG)]
+        halves.append(int4_half(layer, steps_OI - (upper_OI << INT4_BITS), part_OG, none_OG))
         if layer.scheme.bits > INT4_BITS:
-            halves.append(int4_half(layer, upper_OI + INT4_ZERO, scales_OG * 2**INT4_BITS, none_OG))
+            halves.append(int4_half(layer, upper_OI + INT4_ZERO, part_OG * 2**INT4_BITS, none_OG))
 
     def product(x: Tensor) -> Tensor:
         rows_NI = x.reshape(-1, layer.n_in).bfloat16()
-        y_NO = halves[0](rows_NI) if len(halves) == 1 else halves[0](rows_NI) + halves[1](rows_NI)
+        y_NO = halves[0](rows_NI)
+        # In bfloat16, the sum would round away the product with the lower parts of the scales.
+        y_NO = y_NO if is_exact else y_NO.float()
+        for half in halves[1:]:
+            y_NO = y_NO + half(rows_NI)
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
+
+
+def scale_parts(scales_OG: Tensor) -> list[Tensor]:
+    """Return two parts of scales for bfloat16: of float16 ones it represents both, of float32 ones to 16 bits."""
+    upper_OG = scales_OG.bfloat16().float()
+    return [upper_OG, scales_OG - upper_OG]
 
 
 def int4_half(layer: QuantWeight, codes_OI: Tensor, scales_OG: Tensor, middles_OG: Tensor) -> Product:

@@ -1,7 +1,7 @@
 """A quantized matrix as packed tensors, with the value (codes - zeros) * scales."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ class QuantWeight(nn.Module):
     """A quantized matrix (O, I).
 
     Buffers with the names and layout of compressed-tensors' `pack-quantized`: weight_packed (O, words) int32,
-    weight_scale (O, G) bfloat16 and, if the scheme is not symmetric, weight_zero_point (words of O, G) int32.
+    weight_scale (O, G) and, if the scheme is not symmetric, weight_zero_point (words of O, G) int32. Our own scales are
+    bfloat16; those of other tools keep the dtype of their file.
     """
 
     weight_packed: Tensor
@@ -53,11 +54,24 @@ class QuantWeight(nn.Module):
         """Return the dequantized matrix (O, I)."""
         return decode(self.codes(), self.scheme).to(dtype)
 
+    @property
+    def has_bfloat16_scales(self) -> bool:
+        """Whether bfloat16 represents the scales exactly, whatever their dtype."""
+        scales = self.weight_scale
+        return scales.dtype == torch.bfloat16 or torch.equal(scales.bfloat16().to(scales.dtype), scales)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch would copy the scales into the buffer, and so round them to its dtype.
+        scales = state_dict.get(f"{prefix}weight_scale")
+        if scales is not None and scales.dtype != self.weight_scale.dtype:
+            self.weight_scale = self.weight_scale.to(scales.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # model.to(dtype) must not convert the scales: bfloat16 is their stored precision.
+        # model.to(dtype) must not convert the scales: their own dtype is their stored precision.
         scales = self.weight_scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight_scale.dtype != torch.bfloat16:
+        if self.weight_scale.dtype != scales.dtype:
             self.weight_scale = scales.to(self.weight_packed.device)
         return self
 

@@ -199,15 +199,55 @@ def test_the_sizes_in_a_file_are_not_believed(models: dict[str, Path], tmp_path:
         read_artifact(path).state()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_scales_that_are_rounded_are_said(models: dict[str, Path], tmp_path: Path, dtype, caplog) -> None:
+def with_scales(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Rewrite the scales of a model in a dtype, as numbers that bfloat16 does not represent, and return them."""
     from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 
-    path = quantized(models["decoder"], tmp_path / "small", SCHEMES["w8a8"]) / "model.safetensors"
-    header, name = read_header(path), "model.layers.0.self_attn.q_proj.weight_scale"
-    tensors = {key: tensor.clone() for key, tensor in read_tensors(path, header.tensors).items()}
-    same = tensors[name].to(dtype)
-    for scales, is_said in ((same, False), (same * 1.001, True)):
-        write_safetensors(path, tensors | {name: scales}, header.metadata)
-        load_model(path, packed=True)
-        assert ("the scales of 1 quantized layers" in caplog.text) == is_said
+    file = path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
+    names = [name for name in tensors if name.endswith("weight_scale")]
+    scales = {name: tensors[name].to(dtype) * (1 + 2**-9 - 2**-10) for name in names}
+    assert all(not torch.equal(each.bfloat16().to(dtype), each) for each in scales.values())
+    write_safetensors(file, tensors | scales, read_header(file).metadata)
+    return scales
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, 16, symmetric=False)], ids=["int4", "int3-zeros"])
+def test_scales_of_other_dtypes_are_exact(
+    models: dict[str, Path], tmp_path: Path, scheme: Scheme, family: str, dtype
+) -> None:
+    """The logits are those of the weights dequantized in float32, also after conversions of the model."""
+    path = quantized(models[family], tmp_path / "small", scheme, embedding=scheme)
+    scales = with_scales(path, dtype)
+    loaded, plain = load_model(path, packed=True), load_model(path, packed=False)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    more = {"decoder_input_ids_BT": ids} if family == "encoder_decoder" else {}
+    with torch.inference_mode():
+        found, expected = loaded.model(ids, **more), plain.model(ids, **more)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    state = loaded.model.to(torch.bfloat16).state_dict()
+    assert all(same_bits(state[name], each) for name, each in scales.items())
+    if loaded.model.config.tie_embeddings:
+        assert loaded.model.lm_head.weight_scale is loaded.model.model.embed_tokens.weight_scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["w8a8", "int8", "int4-sym"])
+def test_scales_keep_their_bytes(models: dict[str, Path], tmp_path: Path, name: str, dtype, capsys) -> None:
+    """Through import and export; an 8-bit embedding's scales are stored twice."""
+    from llmctl.formats.safetensors import read_tensors
+
+    path = quantized(models["decoder"], tmp_path / "small", SCHEMES[name])
+    scales = with_scales(path, dtype)
+    assert run(["import", str(path), "-o", str(tmp_path / "in")]) == 0
+    assert run(["export", str(tmp_path / "in"), "--to", "hf", "-o", str(tmp_path / "out")]) == 0
+    for folder in ("in", "out"):
+        found = read_tensors(tmp_path / folder / "model.safetensors")
+        assert all(same_bits(found[name], each) for name, each in scales.items())
+    assert "bfloat16" not in capsys.readouterr().err

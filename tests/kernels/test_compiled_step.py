@@ -21,8 +21,10 @@ from llmctl.kernels.compile import compile_library, library_path
 from llmctl.kernels.compiled_step import compiled_kinds, find_library, load_library, make_native
 from llmctl.kernels.decoder import make_decoder
 from llmctl.kernels.product_table import Measured, random_layer
+from llmctl.losses.logits import is_native
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
+from llmctl.quant.linear import QuantLinear
 from llmctl.quant.schemes import SCHEMES
 
 WANTS = {
@@ -150,6 +152,26 @@ def test_any_number_of_threads_gives_the_same(library, n_threads: int):
 def test_models_that_it_does_not_know_are_left_to_torch(library, fields: dict):
     decoder = Decoder(random_model(ModelConfig(**(SHAPE | fields)), "fp32"))
     assert make_native(library, decoder) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_scales_that_it_would_round_are_left_to_torch(library, precision: str, dtype: torch.dtype):
+    """It takes bfloat16 scales: of others only what bfloat16 represents."""
+    for ratio in (1, 1 + 2**-9 - 2**-10):
+        model = random_model(ModelConfig(**SHAPE), precision)
+        layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+        for layer in layers:
+            scales = layer.weight_scale.to(dtype) * ratio
+            layer.load_state_dict(layer.state_dict() | {"weight_scale": scales})
+        assert (make_native(library, Decoder(model)) is None) == (ratio != 1)
+        layer = layers[0]
+        found = compiled_kinds(library)["compiled"].make(layer)(torch.eye(layer.n_in))
+        expected = (
+            layer.dequantized(torch.bfloat16).float() if ratio == 1 and is_native(torch.bfloat16) else layer.weight
+        )
+        torch.testing.assert_close(found, expected.T, rtol=1e-6, atol=0)
 
 
 @needs_compiler

@@ -10,24 +10,25 @@ from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
 
 
 class AddedTokens(Tokenizer):
-    """A tokenizer, and more tokens behind its vocabulary.
+    """A tokenizer, and more tokens behind its vocabulary, or tokens of it at which texts are split.
 
     entries: id -> `content` and flags, as in `added_tokens_decoder`. Special ones are never parsed in a text; others are
     found in it before the base splits the rest. roles: `eos_token` and so on, where a config names them.
-    Raises: ArtifactError for an entry that is not behind the vocabulary.
+    Raises: ArtifactError for an entry in the place of another token.
     """
 
     def __init__(self, base: Tokenizer, entries: Mapping[int, Mapping[str, Any]], roles: Mapping[str, Any]) -> None:
         self.base, self.entries, self.roles = base, dict(entries), dict(roles)
         self.names = {index: str(entry["content"]) for index, entry in entries.items()}
         self.ids = {name: index for index, name in self.names.items()}
-        inside = next((index for index in sorted(entries) if index < base.vocab_size), None)
+        within = (index for index in sorted(entries) if index < base.vocab_size)
+        inside = next((index for index in within if base.piece(index) != self.names[index]), None)
         if inside is not None:
             raise ArtifactError(
                 f"the added token `{self.names[inside][:40]}` has the id {inside} of `{base.piece(inside)[:40]}`",
                 "save the tokenizer as `tokenizer.json` with transformers",
             )
-        self.vocab_size = max(entries) + 1
+        self.vocab_size = max(base.vocab_size, max(entries) + 1)
         self.sha256 = digest({"base": base.sha256.encode(), "added": repr(sorted(self.names.items())).encode()})
         for role in ("pad", "unk", "bos", "eos", "mask"):
             setattr(self, f"{role}_id", self._role(role))

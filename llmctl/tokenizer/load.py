@@ -102,11 +102,13 @@ def with_added(tokenizer: SentencePieceTokenizer, files: Mapping[str, bytes]) ->
 
     config = json_of(files, "tokenizer_config.json")
     entries = added_tokens(config, files)
-    # Published files list the tokens of the vocabulary again.
+    # Published files list the tokens of the vocabulary again. Texts are split at those that are not special.
     new = {
         index: entry
         for index, entry in entries.items()
-        if index >= tokenizer.vocab_size or tokenizer.piece(index) != entry["content"]
+        if index >= tokenizer.vocab_size
+        or tokenizer.piece(index) != entry["content"]
+        or (not entry.get("special", True) and tokenizer.special_id(entry["content"]) is None)
     }
     if not new:
         return tokenizer

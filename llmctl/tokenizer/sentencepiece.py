@@ -19,6 +19,9 @@ SPACE = "\u2581"
 """sentencepiece's symbol for a space; a U+2581 in a user's text would be decoded as a space."""
 
 MODEL_FILE = "tokenizer.model"
+ALWAYS_PREFIX = "llama_cpp_prefix"
+"""The key of `tokenizer_config.json` for llama.cpp's dummy space: before every text after a special or added token."""
+
 PIECES = 1
 BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
@@ -101,9 +104,10 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:
         """Return the ids of a text that continues another, without the dummy space before its first word.
 
-        After a special token the space is added if `tokenizer_config.json` sets `legacy`, as in transformers.
+        After a special token the space is added if `tokenizer_config.json` sets `legacy`, as in transformers, which does
+        not add it before a space; as in llama.cpp, from where the file says so, it is added before every text.
         """
-        if not self._prefix:
+        if not self._prefix or (after_special and self._config.get(ALWAYS_PREFIX) is True):
             return self.encode(text)
         adds_space = after_special and self._config.get("legacy") is True and not text.startswith(" ")
         ids: list[int] = self._inner.encode(f" {text}" if adds_space else text)

@@ -11,6 +11,7 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
+from tests.support.spm import published
 
 pytest.importorskip("gguf", reason="pip install gguf")
 pytestmark = pytest.mark.interop
@@ -78,4 +79,44 @@ def test_llama_cpp_splits_words_alike(pre, tmp_path):
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
     for text in (*PROBES, *(text[::-1] for text in PROBES)):
         assert llama.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text)
+    llama.close()
+
+
+AROUND = (
+    "{0}the",
+    "the{0}cat",
+    "the {0} cat",
+    "{0}{0}{1}",
+    " {0} ",
+    "{1}",
+    "the\n{0}\nmat",
+    "{0}  猫é",
+    "",
+    " ",
+    "  the",
+)
+"""Texts around user-defined tokens, of which one begins with the other and one is white space."""
+
+
+@pytest.mark.parametrize("has_prefix", [True, False], ids=["prefix", "no-prefix"])
+def test_llama_cpp_has_the_same_spaces_around_user_defined_tokens(has_prefix, tmp_path):
+    """It splits the text at them first, and gives every other part the dummy space."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    from llmctl.converting.convert import import_model
+    from llmctl.tokenizer.load import tokenizer_from_files
+
+    symbols = ["<|user|>", "<|user|>x", "\t\t"]
+    proto = published(TEXTS, 340, user_defined_symbols=symbols, add_dummy_prefix=has_prefix)
+    source = source_of(tmp_path / "m", tokenizer_from_files({"tokenizer.model": proto}))
+    export_gguf(source, tmp_path / "m.gguf")
+    tokenizer = load_model(import_model(tmp_path / "m.gguf", tmp_path / "back"), device="cpu").tokenizer
+    # The same again through a file of its own.
+    export_gguf(tmp_path / "back", tmp_path / "again.gguf")
+    again = load_model(import_model(tmp_path / "again.gguf", tmp_path / "last"), device="cpu").tokenizer
+    llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    for text in (
+        form.format(*pair) for form in AROUND for pair in zip(symbols, symbols[1:] + symbols[:1], strict=True)
+    ):
+        expected = llama.tokenize(text.encode(), add_bos=False)
+        assert tokenizer.encode(text) == again.encode(text) == expected, text
     llama.close()

@@ -2,11 +2,12 @@
 
 import io
 from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 
 
-def published(texts: Iterable[str], vocab_size: int) -> bytes:
+def published(texts: Iterable[str], vocab_size: int, **options: Any) -> bytes:
     """Return a BPE model with byte pieces and without normalization."""
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -19,5 +20,6 @@ def published(texts: Iterable[str], vocab_size: int) -> bytes:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
     return out.getvalue()

@@ -8,6 +8,7 @@ import sentencepiece
 
 from llmctl.errors import ArtifactError
 from llmctl.tokenizer.load import find_tokenizer
+from llmctl.tokenizer.sentencepiece import ALWAYS_PREFIX
 from tests.support.spm import published
 
 ENTRIES = {
@@ -51,6 +52,27 @@ def test_tokens_of_the_vocabulary_that_are_listed_again_change_nothing(proto):
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
     listed = {str(400 - processor.get_piece_size() + 1): {"content": processor.id_to_piece(1), "special": True}}
     assert find_tokenizer(files(proto, listed)).vocab_size == processor.get_piece_size()
+
+
+@pytest.mark.parametrize("flags", [{}, {"legacy": True}, {"legacy": True, ALWAYS_PREFIX: True}], ids=len)
+def test_texts_are_split_at_tokens_of_the_vocabulary_that_are_text(flags: dict):
+    """Without a space before them; that after them depends on the file: none, before words, or always."""
+    proto = published((f"the cat sat on a mat {n}" for n in range(99)), 320, user_defined_symbols=["<tool>"])
+    base = find_tokenizer({"tokenizer.model": proto})
+    (tool,) = (index for index in range(base.vocab_size) if base.piece(index) == "<tool>")
+    listed = {str(400 - base.vocab_size + tool): {"content": "<tool>", "special": False}}
+    ours = find_tokenizer(files(proto, listed, **flags))
+    assert ours.vocab_size == base.vocab_size
+    word = base.encode("the")
+    assert ours.encode("<tool>") == [tool]
+    assert ours.encode("the<tool>the") == [
+        *word,
+        tool,
+        *(word if flags else base.encode_next("the", after_special=False)),
+    ]
+    assert ours.encode("<tool> the") == [tool, *(base.encode(" the") if len(flags) == 2 else word)]
+    assert ours.encode("  the") == base.encode("  the")
+    assert pickle.loads(pickle.dumps(ours)).encode("<tool>the") == ours.encode("<tool>the")
 
 
 def test_a_token_in_place_of_another_is_refused(proto):

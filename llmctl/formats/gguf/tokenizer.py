@@ -15,6 +15,7 @@ from llmctl.errors import ArtifactError
 from llmctl.files import json_text
 from llmctl.formats.gguf.container import DAMAGED
 from llmctl.tokenizer.pre_tokenizers import BYTE_LEVEL, PRE_TOKENIZERS
+from llmctl.tokenizer.sentencepiece import ALWAYS_PREFIX
 
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
     if isinstance(template, str):
         files["chat_template.jinja"] = template.encode()
     config = tokenizer_config(values, tokens, max_positions, template, sentencepiece=kind == "llama")
+    if kind == "llama":
+        config |= split_config(tokens, types, has_prefix=config["add_prefix_space"])
     return files | {"tokenizer_config.json": json_text(config).encode()}
 
 
@@ -101,6 +104,27 @@ def tokenizer_config(
     return config | {"chat_template": template} if isinstance(template, str) else config
 
 
+def split_config(tokens: list[str], types: list[int], *, has_prefix: bool) -> dict[str, Any]:
+    """Return the entries of tokenizer_config.json for what llama.cpp does with a text before sentencepiece's merges.
+
+    It splits the text at user-defined tokens, and puts the dummy space before each of the other parts. `legacy` is the
+    same in transformers, but for parts that begin with a space.
+    """
+    added = {
+        str(index): added_entry(token, special=False)
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind == USER_DEFINED and token
+    }
+    config: dict[str, Any] = {"legacy": True, ALWAYS_PREFIX: True} if has_prefix else {}
+    return config | ({"added_tokens_decoder": added} if added else {})
+
+
+def added_entry(token: str, *, special: bool) -> dict[str, Any]:
+    """Return the entry of an added token in Hugging Face's files."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": token, **flags, "special": special}
+
+
 def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[int]) -> str:
     """Return tokenizer.json of a byte-level BPE tokenizer.
 
@@ -116,15 +140,7 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
     if any(len(pair) != 2 for pair in pairs):
         raise ArtifactError("`tokenizer.ggml.merges` of the GGUF file has an entry that is not two tokens", DAMAGED)
     added = [
-        {
-            "id": index,
-            "content": tokens[index],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind == CONTROL,
-        }
+        {"id": index, **added_entry(tokens[index], special=kind == CONTROL)}
         for index, kind in enumerate(types)
         if kind in (CONTROL, USER_DEFINED)
     ]

@@ -275,6 +275,21 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids(shared_data):
     assert json.loads(files["tokenizer_config.json"])["add_bos_token"] is True
 
 
+def test_texts_are_split_at_user_defined_tokens(shared_data):
+    """The ids are llama.cpp's: tests/interop/test_gguf.py compares more."""
+    from llmctl.tokenizer.load import tokenizer_from_files
+
+    header = read_gguf_header(shared_data / "models" / "stories260K" / "gguf" / "stories260K-q4_1.gguf")
+    tokens = [*header.metadata["tokenizer.ggml.tokens"][:-1], "<|user|>"]
+    types = [*header.metadata["tokenizer.ggml.token_type"][:-1], 4]
+    changed = header.metadata | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+    for has_prefix, after in ((True, [403]), (False, [441, 416, 331])):
+        files = tokenizer_files(changed | {"tokenizer.ggml.add_space_prefix": has_prefix}, 512, 512)
+        tokenizer = tokenizer_from_files(files)
+        assert tokenizer.encode("<|user|>Once") == [511, *after]
+        assert tokenizer.encode("Once<|user|>Once") == [*after, 511, *after]
+
+
 GPT2 = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",

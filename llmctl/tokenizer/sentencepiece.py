@@ -213,7 +213,9 @@ class SentencePieceTokenizer(Tokenizer):
         frame = self.frame(family)
         names = {index: self.piece(index) for index in {*frame.before, *frame.between, *frame.after}}
         added = {"post_processor": post_processor(frame, names)}
-        flags = {"add_bos_token": bool(frame.before), "add_eos_token": bool(frame.after)}
+        flags: dict[str, Any] = {"add_bos_token": bool(frame.before), "add_eos_token": bool(frame.after)}
+        if "tokenizer.json" not in self._extra:  # transformers' other classes would change what our file says of spaces
+            flags["tokenizer_class"] = "PreTrainedTokenizerFast"
         for name, changes in (("tokenizer.json", added), ("tokenizer_config.json", flags)):
             files[name] = as_json(json.loads(files[name]) | changes)
         return files

@@ -120,3 +120,14 @@ def test_llama_cpp_has_the_same_spaces_around_user_defined_tokens(has_prefix, tm
         expected = llama.tokenize(text.encode(), add_bos=False)
         assert tokenizer.encode(text) == again.encode(text) == expected, text
     llama.close()
+
+
+def test_transformers_has_our_ids_after_export_and_import(pieces, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
+    from llmctl.converting.convert import import_model
+
+    export_gguf(source_of(tmp_path / "m", pieces), tmp_path / "m.gguf")
+    theirs = transformers.AutoTokenizer.from_pretrained(import_model(tmp_path / "m.gguf", tmp_path / "back"))
+    for text in (*(text for text in PROBES if "<" not in text), "  the  cat\n", ""):
+        assert theirs(text, add_special_tokens=False).input_ids == pieces.encode(text)
+        assert theirs(text).input_ids == [pieces.bos_id, *pieces.encode(text)]

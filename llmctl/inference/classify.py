@@ -27,7 +27,7 @@ class Classified:
 
 
 def classify(loaded: Loaded, texts: Sequence[tuple[str, ...]], *, batch_size: int = 32) -> list[Classified]:
-    """Classify texts or pairs of texts; a result does not depend on the rest of its batch."""
+    """Classify texts or pairs of texts; a result depends on the rest of its batch only by rounding."""
     config = loaded.model.config
     rows = encode_rows(loaded, texts, longest_row(loaded))
     outputs_NL = row_outputs(loaded, rows, batch_size)

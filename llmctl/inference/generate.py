@@ -1,8 +1,9 @@
 """Generate text with decoders and encoder-decoders: batched, cached and streamed, by sampling or beam search.
 
-The result of a prompt does not depend on the rest of its batch: rows are padded on the left and masked, and every
-prompt has its own random generator, seeded by (seed, prompt number). A prefix shared by all prompts of a batch is
-computed once.
+The result of a prompt does not depend on the texts in the rest of its batch: rows are padded on the left and masked, and
+every prompt has its own random generator, seeded by (seed, prompt number). A prefix shared by all prompts of a batch is
+computed once. This and the shape of the batch change how sums are rounded, which in bfloat16 often changes a sample, in
+float32 hardly ever.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

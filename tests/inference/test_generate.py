@@ -68,6 +68,30 @@ def test_draws_do_not_depend_on_the_batch(make_loaded, kind: str, batch_size: in
     assert [completion.ids for completion in together] != [completion.ids for completion in other]
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_do_not_depend_on_the_texts_in_the_batch(make_loaded, kind: str, dtype: torch.dtype, error: float):
+    """To the last bit on those of other rows of the same lengths; on their number and lengths only by rounding."""
+    loaded = make_loaded(kind)
+    loaded.model.to(dtype)
+
+    def logits(*batch: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            session = Session(loaded.model, batch, 6, decoder=loaded.decoder)
+            steps = [session.begin()[0].clone()]
+            for token in range(285, 290):
+                tokens_B = torch.tensor([token, *(token + sum(row) % 7 for row in batch[1:])])
+                steps.append(session.step(tokens_B)[0].clone())
+        return torch.stack(steps).float()
+
+    row = [2, 300, 301, 302]
+    others = ([2, 280, 281, 282, 283, 284, 285], [2, 305]), ([9, 303, 297, 290, 299, 301, 284], [7, 281])
+    first, second = (logits(row, *rest) for rest in others)
+    assert torch.equal(first, second)
+    alone = logits(row)
+    assert (first - alone).norm() < error * alone.norm()
+
+
 @pytest.mark.parametrize("kind", ["rope", "windows", "query-layer", "relative"])
 def test_a_long_prompt_in_parts_gives_the_same(make_loaded, monkeypatch, kind: str):
     loaded = make_loaded(kind)

@@ -10,11 +10,11 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise
 
 from llmctl.errors import LlmctlError, UsageError
+from llmctl.tables.names import closest
 
 COMMANDS: dict[str, str] = {
     "pretrain": "Train a decoder, encoder or encoder-decoder from raw text.",
@@ -137,9 +137,9 @@ def dispatch(args: list[str], started: float | None = None) -> int:
         return complete_in(*args)
     name = args[0]
     if name not in COMMANDS:
-        close = get_close_matches(name, COMMANDS, n=1)
+        close = closest(name, COMMANDS)
         what = "option" if name.startswith("-") else "command"
-        hint = f"did you mean `llmctl {close[0]}`?" if close else "`llmctl --help` lists the commands"
+        hint = f"did you mean `llmctl {close}`?" if close else "`llmctl --help` lists the commands"
         return show(f"unknown {what} `{name}`", hint, 2)
     rest = args[1:]
     # `import` is a keyword, so its file cannot be named after it.

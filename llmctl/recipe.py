@@ -10,13 +10,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from llmctl.config import ModelChoice, ModelConfig
 from llmctl.errors import NotFoundError, UsageError
 from llmctl.tables.dtypes import full_name
+from llmctl.tables.names import closest
 
 Config = TypeVar("Config")
 MAX_VALUES = 100_000
@@ -134,8 +134,8 @@ def unknown_key(key: str, keys: Mapping[str, Key], origin: str) -> str:
         usual = next((known for known in USUAL if known in inside), inside[0])
         return f"`{key}` ({origin}) is a section, not a setting, did you mean `{usual}`?"
     same_name = [known for known in keys if known.rsplit(".", 1)[-1] == last]
-    close = same_name or get_close_matches(key, keys, n=1, cutoff=0.6)
-    suffix = f", did you mean `{close[0]}`?" if close else ""
+    close = same_name[0] if same_name else closest(key, keys)
+    suffix = f", did you mean `{close}`?" if close else ""
     return f"`{key}` ({origin}) is not a setting{suffix}"
 
 
@@ -327,8 +327,8 @@ def chosen(key: str, value: str, names: Sequence[str], origins: Mapping[str, str
     """Return the name that is meant, or note that there is none."""
     name = value if value in names else full_name(value)
     if name not in names:
-        close = get_close_matches(value, names, n=1)
-        suffix = f", did you mean `{close[0]}`?" if close else ""
+        close = closest(value, names)
+        suffix = f", did you mean `{close}`?" if close else ""
         known = ", ".join(f"`{each}`" for each in names if each)
         problems.append(
             f"`{key}` is `{str(value)[:200]}` ({origins.get(key, 'default')}): it must be one of {known}{suffix}"

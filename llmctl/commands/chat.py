@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, fin
 from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
 from llmctl.runs.terminal import plain
+from llmctl.tables.names import closest
 
 if TYPE_CHECKING:
     from llmctl.inference.chat import Chat
@@ -203,11 +203,9 @@ def handle(talk: "Chat", text: str, *, is_script: bool = False) -> bool:
         answer(talk, text, is_script=is_script)
         return True
     if command[1] not in COMMANDS:
-        close = get_close_matches(command[1], COMMANDS, n=1)
+        close = closest(command[1], COMMANDS)
         hint = (
-            f"did you mean `/{close[0]}`?"
-            if close
-            else "`/help` lists the commands; a leading space makes it a message"
+            f"did you mean `/{close}`?" if close else "`/help` lists the commands; a leading space makes it a message"
         )
         raise UsageError(f"unknown command `/{command[1]}`", hint)
     return COMMANDS[command[1]](talk, (command[2] or "").strip())

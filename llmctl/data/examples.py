@@ -6,13 +6,13 @@ yielded too: the caller decides whether to skip it.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from llmctl.config import ColumnsConfig
 from llmctl.data import pairs, sources, tables, text_files
 from llmctl.errors import UsageError
+from llmctl.tables.names import closest
 from llmctl.tables.tasks import PAIRED_COLUMNS, TASKS
 
 
@@ -191,8 +191,8 @@ class _Finder:
     def _missing(self, role: str, chosen: str, existing: tuple[str, ...], where: str) -> UsageError:
         missing = f"no column `{chosen}`" if chosen else f"no column for the {role}"
         usual = (chosen,) if chosen else (role, *TASKS[self.task].roles[role].names)
-        close = [match for name in usual for match in get_close_matches(name, existing, n=1)]
-        hint = f"name it with --set columns.{role}={close[0] if close else 'NAME'}"
+        close = next((match for name in usual if (match := closest(name, existing))), "NAME")
+        hint = f"name it with --set columns.{role}={close}"
         if self.delimited and not self.columns.names:
             hint += f", or, if the first line is not a header, --set columns.names={_usual(self.task, len(existing))}"
         return UsageError(f"{where} has {missing}; it has {', '.join(f'`{name[:40]}`' for name in existing)}", hint)

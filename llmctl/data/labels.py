@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from llmctl.config import Problem
 from llmctl.data import sources, text_files
 from llmctl.data.examples import Example
 from llmctl.errors import UsageError
+from llmctl.tables.names import closest
 
 SEPARATOR = "|"
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -48,9 +48,9 @@ class Labels:
         named = not all(INTEGER.fullmatch(known) for known in self.names)
         if named and INTEGER.fullmatch(name) and 0 <= int(name) < len(self.names):
             return int(name)  # an index into the names: 3 is the fourth
-        close = get_close_matches(name, self.names, n=1)
+        close = closest(name, self.names)
         known = ", ".join(f"`{known}`" for known in self.names[:20]) + (" ..." if len(self.names) > 20 else "")
-        hint = f"did you mean `{close[0]}`?" if close else "add the label to the names, or remove that row"
+        hint = f"did you mean `{close}`?" if close else "add the label to the names, or remove that row"
         raise UsageError(f"{_place(example)} is `{name[:60]}`, not one of the labels {known}", hint)
 
 

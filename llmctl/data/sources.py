@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +25,7 @@ from llmctl.data.text_files import (
 )
 from llmctl.errors import NotFoundError, UsageError
 from llmctl.files import download_hint, file_sha256
+from llmctl.tables.names import closest
 
 Split = Literal["file", "line", "blank"]
 
@@ -127,8 +127,8 @@ def _glob_files(pattern: str) -> list[str]:
         raise NotFoundError(f"no file matches `{pattern}`", "check the pattern, or list the files")
     path = Path(pattern)
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, siblings, n=1)
-    hint = f"did you mean `{path.parent / close[0]}`?" if close else download_hint(pattern) or "check the path"
+    close = closest(path.name, siblings)
+    hint = f"did you mean `{path.parent / close}`?" if close else download_hint(pattern) or "check the path"
     raise NotFoundError(f"file or folder `{pattern}` does not exist", hint)
 
 

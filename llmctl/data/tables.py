@@ -4,12 +4,12 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from llmctl.data.text_files import BLOCK_BYTES, STDIN, _kind, is_csv, numbered_lines, text_blocks
 from llmctl.errors import MissingExtraError, UsageError
+from llmctl.tables.names import closest
 
 
 def is_table(name: str) -> bool:
@@ -80,8 +80,8 @@ def row_text(row: Any, key: str, where: str, setting: str = "data.text_key") -> 
     value = row
     if isinstance(row, dict):
         if key not in row:
-            close = get_close_matches(key, [str(k) for k in row], n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"name the field with --set {setting}=NAME"
+            close = closest(key, [str(k) for k in row])
+            hint = f"did you mean `{close}`?" if close else f"name the field with --set {setting}=NAME"
             raise UsageError(f"{where} has no field `{key}`; it has {', '.join(f'`{k}`' for k in row)}", hint)
         value = row[key]
     if value is None:

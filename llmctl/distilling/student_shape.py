@@ -8,13 +8,13 @@ reduced first: it takes most of the time (DistilBART, Shleifer and Rush 2020, ar
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from difflib import get_close_matches
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.formats.families.table import family_for
 from llmctl.model.parameters import count
 from llmctl.model.shapes import complete
+from llmctl.tables.names import closest
 
 KEYS = {
     "layers": "n_layers",
@@ -64,8 +64,8 @@ def read_numbers(text: str, teacher: ModelConfig) -> dict[str, int]:
         key, sign, number = part.partition("=")
         key, number = key.strip(), number.strip()
         if not sign or key not in KEYS:
-            near = get_close_matches(key, KEYS, n=1)
-            meant = f", did you mean `{near[0]}`?" if near else ""
+            near = closest(key, KEYS)
+            meant = f", did you mean `{near}`?" if near else ""
             raise UsageError(f"`--student {text}`: `{part.strip()}` is neither a percentage nor a size{meant}", HINT)
         if not NUMBER.fullmatch(number):
             raise UsageError(f"`--student {text}`: `{key}` is `{number[:20]}`, it must be a number of at least 1", HINT)

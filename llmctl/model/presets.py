@@ -6,12 +6,12 @@ belong to the tokenizer and are not part of a preset.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from llmctl.config import Family, ModelConfig
 from llmctl.errors import UsageError
+from llmctl.tables.names import closest
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,8 @@ def get_preset(name: str) -> Preset:
     key = name.lower()
     key = ALIASES.get(key, key)
     if key not in PRESETS:
-        close = get_close_matches(key, [*PRESETS, *ALIASES], n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "`llmctl presets` lists them"
+        close = closest(key, [*PRESETS, *ALIASES])
+        hint = f"did you mean `{close}`?" if close else "`llmctl presets` lists them"
         raise UsageError(f"unknown preset `{name}`", hint)
     return PRESETS[key]
 

@@ -194,6 +194,10 @@ def report(error: Exception, args: Sequence[str] = ()) -> int:
         return show(str(error), error.hint, error.exit_code)
     if hasattr(error, "format_message"):  # usage errors of Click, which Typer may vendor under another name
         context = getattr(error, "ctx", None)
+        if context is not None and hasattr(error, "option_name") and hasattr(error, "possibilities"):
+            from llmctl.commands.option_names import unknown_option
+
+            return show(*unknown_option(error), 2)
         hint = f"`{context.command_path} --help` shows the options" if context else "`llmctl --help` lists the commands"
         return show(error.format_message().rstrip(".") + given_value(error, args), hint, 2)
     if type(error).__name__ == "Abort":  # Typer turns KeyboardInterrupt into Abort

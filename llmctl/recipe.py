@@ -317,10 +317,14 @@ def coerce(key: str, value: Any, info: Key, origins: Mapping[str, str], problems
         return TypeAdapter(info.kind).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        problems.append(
-            f"`{key}` is `{str(value)[:200]}` ({origins.get(key, 'default')}): {reason[0].lower()}{reason[1:]}"
-        )
+        problems.append(f"`{key}` is `{str(value)[:200]}`{origin_of(key, origins)}: {reason[0].lower()}{reason[1:]}")
         return None
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str:
+    """Return where a value came from, in parentheses; a flag needs none: the command names it instead of the key."""
+    origin = origins.get(key, "default")
+    return "" if origin == "flag" else f" ({origin})"
 
 
 def chosen(key: str, value: str, names: Sequence[str], origins: Mapping[str, str], problems: list[str]) -> str:
@@ -330,9 +334,7 @@ def chosen(key: str, value: str, names: Sequence[str], origins: Mapping[str, str
         close = closest(value, names)
         suffix = f", did you mean `{close}`?" if close else ""
         known = ", ".join(f"`{each}`" for each in names if each)
-        problems.append(
-            f"`{key}` is `{str(value)[:200]}` ({origins.get(key, 'default')}): it must be one of {known}{suffix}"
-        )
+        problems.append(f"`{key}` is `{str(value)[:200]}`{origin_of(key, origins)}: it must be one of {known}{suffix}")
     return name
 
 

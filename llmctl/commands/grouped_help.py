@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typer.core import TyperCommand, TyperGroup
 
+from llmctl.commands.option_names import name_as_typed
+from llmctl.errors import LlmctlError
+
 if TYPE_CHECKING:
     from llmctl.recipe import Key
 
@@ -97,7 +100,32 @@ class Grouped:
 
 
 class GroupedCommand(Grouped, TyperCommand):
-    """A command with options in groups."""
+    """A command with options in groups, whose errors name an option where it set the config key.
+
+    settings: every key of the config. set_by: the keys by the parameters that set them.
+    """
+
+    settings: ClassVar[Mapping[str, "Key"]] = {}
+    set_by: ClassVar[Mapping[str, str]] = {}
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the command line for errors, and parse it."""
+        ctx.meta["llmctl.arguments"] = tuple(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises: what the command raises; its errors name `--steps` as typed, not `train.steps`.
+        """
+        try:
+            return super().invoke(ctx)
+        except LlmctlError as error:
+            given = [p for p in self.params if getattr(ctx.get_parameter_source(p.name), "name", "") == "COMMANDLINE"]
+            text, typed = str(error), ctx.meta["llmctl.arguments"]
+            error.args = (name_as_typed(text, self.set_by, given, typed),)
+            error.hint = name_as_typed(error.hint, self.set_by, given, typed)
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options."""
@@ -123,7 +151,8 @@ def training_command(config_class: type, keys: Mapping[str, str]) -> type[Groupe
     from llmctl.recipe import keys_of
 
     known = keys_of(config_class)
-    return type("TrainingCommand", (GroupedCommand,), {"keys": {name: known[key] for name, key in keys.items()}})
+    values = {"keys": {name: known[key] for name, key in keys.items()}, "settings": known, "set_by": keys}
+    return type("TrainingCommand", (GroupedCommand,), values)
 
 
 def settings_of(keys: Mapping[str, str], values: Mapping[str, Any]) -> dict[str, Any]:

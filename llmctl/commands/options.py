@@ -138,9 +138,7 @@ def with_one_budget(resolved: "Resolved[Any]") -> "Resolved[Any]":
     chosen = [key for key in counts if key in given]
     if len(chosen) > 1:
         listed = ", ".join(f"`{key}` {values[key]:g}" for key in chosen)
-        raise UsageError(
-            f"a run has one budget, but these are given: {listed}", "keep one; `train.minutes` may limit it"
-        )
+        raise UsageError(f"a run has one budget, but these are given: {listed}", "keep one; `--minutes` may limit it")
     replaced = {key for key in counts if chosen and key not in chosen}
     if not replaced:
         return resolved

@@ -35,7 +35,40 @@ def test_a_budget_replaces_that_of_the_recipe(shell: Shell, tmp_path):
 def test_two_budgets_at_once_are_refused(shell: Shell):
     code, _, err = shell("finetune", "--steps", "10", "--epochs", "3", "--print-config")
     assert code == 2
-    assert "`train.steps` 10, `train.epochs` 3" in err
+    assert "`--steps` 10, `--epochs` 3" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "named"),
+    [
+        ("pretrain", ["--minutes", "-1"], "`--minutes` is -1"),
+        ("pretrain", ["--set", "train.minutes=-1"], "`train.minutes` is -1"),
+        ("pretrain", ["--batch", "0"], "`--batch` is 0"),
+        ("pretrain", ["--batch-size=many"], "`--batch-size` is `many`: "),
+        ("pretrain", ["--set", "train.batch_size=many"], "`train.batch_size` is `many` (--set): "),
+        ("pretrain", ["--lr", "-1", "--set", "train.seq_len=1"], "`train.seq_len` is 1, it must be at least 2; `--lr`"),
+        ("pretrain", ["--objective", "cml"], "`--objective` is `cml`: "),
+        ("finetune", ["--method", "lroa"], "`--method` is `lroa`: "),
+        ("quantize", ["--group", "-3", "--set", "weights.scheme=int4"], "`--group` is -3"),
+        ("evaluate", ["--limit", "-1"], "`--limit`"),
+    ],
+)
+def test_an_error_names_what_was_typed(shell: Shell, models, tmp_path, monkeypatch, command, given, named):
+    monkeypatch.chdir(tmp_path)
+    model = [] if command == "pretrain" else [models["decoder"]]
+    status, _, err = shell(command, *model, *given)
+    assert status == 2
+    assert named in err
+
+
+def test_a_value_that_is_called_as_a_key_stays(shell: Shell, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "model `method` does not exist" in shell("finetune", "-m", "method", "--method", "lora")[2]
+
+
+def test_an_error_names_the_key_of_the_environment(shell: Shell, monkeypatch):
+    monkeypatch.setenv("LLMCTL_TRAIN_STEPS", "-2")
+    assert "`train.steps` is -2" in shell("pretrain", "--batch-size", "4")[2]
 
 
 def test_a_folder_that_no_run_wrote_is_not_cleared_by_force(shell: Shell, tmp_path):

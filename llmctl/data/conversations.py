@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from llmctl.data import sources, tables
 from llmctl.errors import UsageError
+from llmctl.tables.tasks import fitting_tasks, or_task
 
 ROLES: Mapping[str, tuple[str, ...]] = {
     "system": ("system", "developer"),
@@ -102,7 +103,8 @@ def _shape(row: Row, where: str) -> tuple[str, ...]:
     if partial:
         missing = " or ".join(f"`{fields[1]}`" for fields in partial)
         raise UsageError(f"{where} has `{partial[0][0]}` but no {missing}; it has {_fields(row)}", KNOWN_SHAPES)
-    raise UsageError(f"{where} matches no known schema; it has {_fields(row) or 'no fields'}", KNOWN_SHAPES)
+    hint = or_task(fitting_tasks(row)) + KNOWN_SHAPES
+    raise UsageError(f"{where} matches no known schema; it has {_fields(row) or 'no fields'}", hint)
 
 
 def _fields(names: Any) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.config import ColumnsConfig
-from llmctl.data import pairs, sources, tables, text_files
+from llmctl.data import conversations, pairs, sources, tables, text_files
 from llmctl.errors import UsageError
 from llmctl.tables.names import closest
-from llmctl.tables.tasks import PAIRED_COLUMNS, TASKS
+from llmctl.tables.tasks import PAIRED_COLUMNS, TASKS, fitting_tasks, or_task
 
 
 @dataclass(frozen=True)
@@ -192,10 +192,17 @@ class _Finder:
         missing = f"no column `{chosen}`" if chosen else f"no column for the {role}"
         usual = (chosen,) if chosen else (role, *TASKS[self.task].roles[role].names)
         close = next((match for name in usual if (match := closest(name, existing))), "NAME")
-        hint = f"name it with --set columns.{role}={close}"
+        tasks = [] if chosen else [task for task in _fitting(existing) if task != self.task]
+        hint = or_task(tasks) + ("or " if tasks else "") + f"name it with --set columns.{role}={close}"
         if self.delimited and not self.columns.names:
             hint += f", or, if the first line is not a header, --set columns.names={_usual(self.task, len(existing))}"
         return UsageError(f"{where} has {missing}; it has {', '.join(f'`{name[:40]}`' for name in existing)}", hint)
+
+
+def _fitting(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the tasks that a table with these columns fits."""
+    is_chat = any(all(field in columns for field in fields) for fields in conversations.SHAPES)
+    return (("chat",) if is_chat else ()) + fitting_tasks(columns)
 
 
 def _usual_pair(existing: tuple[str, ...]) -> dict[str, str]:

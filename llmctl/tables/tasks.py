@@ -3,7 +3,7 @@
 Roles are what a task reads from the columns of a table; templates turn them into a prompt.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -192,3 +192,22 @@ def trained_tasks() -> tuple[str, ...]:
 def measured_tasks() -> tuple[str, ...]:
     """Return the tasks of `evaluate`."""
     return tuple(name for name, task in TASKS.items() if task.measures)
+
+
+def fitting_tasks(columns: Collection[str]) -> tuple[str, ...]:
+    """Return the tasks that models are trained on whose required roles all have a column with a common name."""
+    found = []
+    for task, row in TASKS.items():
+        taken: list[str] = []
+        for name, role in row.roles.items():
+            if role.required:
+                usual = (name, *role.names)
+                taken += [next((c for c in usual if c in columns and c not in taken), "")]
+        if row.trains and taken and all(taken):
+            found.append(task)
+    return tuple(found)
+
+
+def or_task(tasks: Collection[str]) -> str:
+    """Return a hint's beginning that names the tasks which the columns of the data fit; empty if none does."""
+    return f"these columns fit `--task {'` or `'.join(tasks)}`; " if tasks else ""

@@ -140,6 +140,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         ({"instruction": "a", "instances": [{"input": "b"}]}, ["line 2 instance 1", "no `output`"]),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, ["line 2", "`history`"]),
         ({"prompt": 3, "completion": "a"}, ["line 2", "`prompt` is int"]),
+        ({"text": "a", "label": "b"}, ["these columns fit `--task classify`; known fields"]),
         ({"text": "a"}, ["line 2", "matches no known schema", "`text`", "`messages`"]),
         ({}, ["line 2", "no fields"]),
         (

@@ -218,6 +218,22 @@ def test_an_index_without_a_name_is_no_column(tmp_path, index: str, suffix: str)
     ]
 
 
+@pytest.mark.parametrize(
+    ("columns", "task", "fitting"),
+    [
+        ({"messages": []}, "classify", "`--task chat`"),
+        ({"question": "a", "context": "b", "answer": "c"}, "classify", "`--task chat` or `qa`"),
+        ({"source": "a", "target": "b"}, "classify", "`--task translate` or `summarize`"),
+        ({"text": "a", "label": "b"}, "qa", "`--task classify`"),
+        ({"text": "a", "y": "b"}, "classify", ""),
+    ],
+)
+def test_the_task_that_the_columns_fit_is_named(tmp_path, columns, task, fitting):
+    with pytest.raises(UsageError) as caught:
+        examples(rows(tmp_path / "a.jsonl", columns), task)
+    assert caught.value.hint.startswith(f"these columns fit {fitting}; or name it" if fitting else "name it")
+
+
 def test_the_index_of_a_parquet_table_is_no_column(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pip install pyarrow")
     import pyarrow as pa

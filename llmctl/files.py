@@ -234,6 +234,14 @@ def json_of(files: Mapping[str, bytes], name: str, kind: type = dict) -> Any:
     return content
 
 
+def contents(folder: Path) -> str:
+    """Say what a folder holds, for an error about what it does not: `it holds `a.txt` and 3 more`."""
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    shown = ", ".join(f"`{name[:60]}`" for name in names[:3])
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"it holds {shown}{more}" if names else "it is empty"
+
+
 def download_hint(name: str) -> str:
     """Return how to fetch what a URL or a repository of the Hugging Face Hub (`owner/name`) names; empty for a path."""
     if re.match(r"https?://", name):

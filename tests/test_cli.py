@@ -403,7 +403,8 @@ def test_data_and_model_swapped_are_told_apart(capsys, tmp_path, models):
         ["distill", model, "--student", data],
     ):
         status, _, err = call(capsys, *swapped)
-        assert (status, "it is data" in err, "the order is MODEL DATA" in err) == (2, True, True), (swapped, err)
+        said = f"`{data}` has no model in it (no `config.json`): it holds `a.txt`"
+        assert (status, said in err, "the order is MODEL DATA" in err) == (2, True, True), (swapped, err)
     for given in (
         ["pretrain", model],
         ["finetune", model, model],

@@ -11,6 +11,7 @@ import pytest
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.files import (
     atomic_path,
+    contents,
     download_hint,
     ensure_writable,
     exposed,
@@ -21,6 +22,16 @@ from llmctl.files import (
     write_bytes,
     write_json,
 )
+
+
+def test_the_contents_of_a_folder_are_said(tmp_path):
+    assert contents(tmp_path) == "it is empty"
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).touch()
+    assert contents(tmp_path) == "it holds `a.txt`, `b.txt`, `sub/`"
+    (tmp_path / "c.txt").touch()
+    assert contents(tmp_path) == "it holds `a.txt`, `b.txt`, `c.txt` and 1 more"
 
 
 def test_what_is_written_is_there_and_nothing_else(tmp_path):

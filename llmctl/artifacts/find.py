@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
-from llmctl.files import download_hint, parse_json
+from llmctl.files import contents, download_hint, parse_json
 from llmctl.runs.folder import runs_folder
 
 if TYPE_CHECKING:
@@ -125,9 +125,15 @@ def refuse_data(path: Path) -> None:
     from llmctl.data.sources import is_data
 
     if is_data(path):
+        what = (
+            f"has no model in it (no `config.json`): {contents(path)}"
+            if path.is_dir()
+            else "is not a model: it is data"
+        )
         raise UsageError(
-            f"`{path}` is not a model: it is data",
-            f"the order is MODEL DATA; where data is an option, it goes after `-d`: MODEL -d {shlex.quote(str(path))}",
+            f"`{path}` {what}",
+            "pass a model folder, a .safetensors file, or a run in runs/; the order is MODEL DATA, and where data is an "
+            f"option, it goes after `-d`: MODEL -d {shlex.quote(str(path))}",
         )
 
 
@@ -236,6 +242,12 @@ def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
     if not can(able, config.family, has_head):
         what = "a classifier" if has_head else a_model(config.family)
         other = use_of(config.family, has_head=has_head)
+        if able == "classify":
+            raise UsageError(
+                f"`{path}` is {what} without a classification head, which `llmctl classify` needs",
+                f"`llmctl finetune {shlex.quote(str(path))} DATA --task classify` trains one; as it is, use it with "
+                f"`llmctl {other}`",
+            )
         raise UsageError(f"`{path}` is {what}, which cannot {able}", f"use it with `llmctl {other}`; {MAKE_ONE[able]}")
 
 

@@ -4,6 +4,7 @@ tables/tasks.py lists the tasks; each kind is measured in its own file.
 """
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -141,8 +142,10 @@ def require_supported(task: str, artifact: Artifact, path: Path) -> None:
         return
     able = ", ".join(name for name, row in TASKS.items() if supports(row, artifact))
     head = " with a classification head" if artifact.config.n_labels else ""
+    head = " without a classification head" if task == "classify" and not head else head
     kind = a_model(artifact.config.family) + (" without a prediction head" if is_bare(artifact) else head)
-    more = "`llmctl finetune --task classify` trains a classifier; " if task == "classify" else ""
+    trains = f"`llmctl finetune {shlex.quote(str(path))} DATA --task classify`"
+    more = f"{trains} trains a classifier; " if task == "classify" else ""
     raise UsageError(f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}")
 
 

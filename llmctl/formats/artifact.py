@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
-from llmctl.files import download_hint, parse_json, read_own
+from llmctl.files import contents, download_hint, parse_json, read_own
 from llmctl.formats.families.family import FamilyFormat
 from llmctl.formats.families.parameters import stored_shape, to_parameters
 from llmctl.formats.families.table import family_of
@@ -253,7 +253,9 @@ def check_kind(path: Path) -> None:
             pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
             if pickles:
                 raise refuse_pickle(path / pickles[0])
-            raise NotFoundError(f"folder `{path}` has no `{WEIGHTS}`", "pass a model folder or a .safetensors file")
+            raise NotFoundError(
+                f"folder `{path}` has no `{WEIGHTS}`: {contents(path)}", "pass a model folder or a .safetensors file"
+            )
     elif path.suffix in PICKLES:
         raise refuse_pickle(path)
     elif path.suffix == ".gguf":

@@ -205,6 +205,17 @@ def test_models_that_cannot_are_refused_before_their_weights_are_read(home, fami
     assert f"is {said} model" in str(nothing_found(able))  # type: ignore[arg-type]
 
 
+def test_a_model_without_a_classification_head_says_how_to_train_one(home):
+    path = write(home / "m", model("encoder"))
+    with pytest.raises(UsageError, match="is an encoder model without a classification head, which") as caught:
+        load_model(path, able="classify")
+    assert caught.value.hint.startswith(f"`llmctl finetune {path} DATA --task classify` trains one")
+    write(home / "e", model("encoder"))
+    (home / "e" / "model.safetensors").unlink()
+    with pytest.raises(NotFoundError, match=r"has no `model\.safetensors`: it"):
+        load_model(home / "e")
+
+
 def test_ours_begin_with_bos_whatever_is_said(tmp_path, text_tokenizer):
     made = model()
     files = {"tokenizer_config.json": b'{"add_bos_token": false}'}

@@ -76,7 +76,7 @@ def test_a_model_without_a_head_is_refused(call, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = call("classify", "-m", str(models["decoder"]), "x")
     assert (status, out) == (2, "")
-    assert "cannot classify" in err
+    assert "is a decoder model without a classification head" in err
     status, _, err = call("classify", "x")
     assert status == 3
     assert "finetune" in err

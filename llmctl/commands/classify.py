@@ -52,7 +52,8 @@ def classify(
 
     texts: Iterator[tuple[str, ...]]
     if is_piped:
-        texts = (tuple(line.split("\t", 1)) if pairs else (line,) for line in read_prompts(whole=False, null=False))
+        lines = read_prompts(whole=False, null=False, quiet=quiet)
+        texts = (tuple(line.split("\t", 1)) if pairs else (line,) for line in lines)
     else:
         texts = iter([(argument(text), *([] if pair is None else [argument(pair)]))])
     path = find_model(model, "classify", quiet=quiet)

@@ -43,7 +43,7 @@ def fill(
         raise UsageError("no text", '`llmctl fill "a <mask> of strings"`, or `-` to read texts from standard input')
     from llmctl.commands.generate import argument, one_line, read_prompts
 
-    texts = read_prompts(whole=False, null=False) if is_piped else iter([argument(text)])
+    texts = read_prompts(whole=False, null=False, quiet=quiet) if is_piped else iter([argument(text)])
     path = find_model(model, "fill", quiet=quiet, adapters=adapter)
     from llmctl.artifacts.adapters import apply_adapters
     from llmctl.artifacts.load import load_model

@@ -109,7 +109,9 @@ def generate(
         raise UsageError(f"`--system {system}` needs `--chat`", "add `--chat`, or put the text into the prompt")
     if chat and ids:
         raise UsageError("`--chat` takes text, `--ids` takes token ids", "use one of them")
-    texts = read_prompts(whole=whole, null=null) if is_piped else iter([argument(prompt)])
+    texts = read_prompts(whole=whole, null=null, quiet=quiet) if is_piped else iter([argument(prompt)])
+    if (whole or not is_piped) and not ids and not chat:
+        texts = noting_empty(texts, quiet=quiet)
     path = find_model(model, "generate", quiet=quiet, adapters=adapter)
     from llmctl.artifacts.adapters import apply_adapters
     from llmctl.artifacts.load import load_model
@@ -128,7 +130,27 @@ def generate(
         names = sorted(set(loaded.tokenizer.special_tokens()) - {f"<extra_id_{n}>" for n in range(n_sentinels)})
         texts = noting_special(texts, names, "" if chat else "; --chat renders messages with them", quiet=quiet)
     is_record = is_piped and not whole
-    write(loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_record, turn=turn)
+    empty = write(
+        loaded, texts, config, json=json, null=null, ids=ids, stream=is_streamed, is_record=is_record, turn=turn
+    )
+    if not is_record and not json:
+        note(NOTHING_NEW.get(empty, ""), quiet=quiet or empty not in NOTHING_NEW)
+
+
+EMPTY_PROMPT = "note: the prompt is empty; the model starts a new text"
+EMPTY_STDIN = "note: standard input is empty, so there is no result"
+NOTHING_NEW = {
+    "eos": "note: the model ended the text at once; another prompt, --seed or a higher --temperature may give some",
+    "stop": "note: the text began with a stop string, so nothing of it is left",
+}
+"""What is said when a prompt gets an empty completion, by the reason that ended it."""
+
+
+def noting_empty(texts: Iterator[str], *, quiet: bool) -> Iterator[str]:
+    """Yield the texts, and print a note at an empty one: a text is then generated from its beginning."""
+    for text in texts:
+        note(EMPTY_PROMPT, quiet=quiet or bool(text))
+        yield text
 
 
 def noting_special(texts: Iterator[str], names: Collection[str], hint: str, *, quiet: bool) -> Iterator[str]:
@@ -164,8 +186,8 @@ def argument(text: str | None) -> str:
     return decode_utf8(os.fsencode(text or ""), "argument")
 
 
-def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
-    """Yield the prompts on standard input, decoded strictly."""
+def read_prompts(*, whole: bool, null: bool, quiet: bool = False) -> Iterator[str]:
+    """Yield the prompts on standard input, decoded strictly; print a note if there is none."""
     from llmctl.data.text_files import decode_utf8
 
     stdin = sys.stdin.buffer
@@ -176,6 +198,7 @@ def read_prompts(*, whole: bool, null: bool) -> Iterator[str]:
     for raw in split_stream(stdin, end):
         yield decode_utf8(raw.removesuffix(end), "standard input", offset)
         offset += len(raw)
+    note(EMPTY_STDIN, quiet=quiet or offset > 0)
 
 
 def split_stream(stdin: Any, end: bytes) -> Iterator[bytes]:
@@ -202,8 +225,11 @@ def write(
     stream: bool,
     is_record: bool,
     turn: "Turn | None" = None,
-) -> None:
-    """Complete prompts in windows, so that output starts before a long input ends; `turn`: treat them as chat messages."""
+) -> str:
+    """Complete prompts in windows, so that output starts before a long input ends; `turn`: treat them as chat messages.
+
+    Returns why the last completion is empty: its finish reason, or nothing if it is not.
+    """
     from llmctl.inference.encoding import encode_prompt
     from llmctl.inference.generate import WINDOW_BATCHES, Prompt, generate, parse_ids
     from llmctl.inference.prefix import Prefix
@@ -228,7 +254,7 @@ def write(
     # A window is several batches, so that prompts of similar length share one. The first window is a single batch, so
     # that output starts early. With batch size 1 each line is answered before the next is read.
     largest = config.batch_size * WINDOW_BATCHES if config.batch_size > 1 else 1
-    size, prefix = config.batch_size, Prefix()
+    size, prefix, empty = config.batch_size, Prefix(), ""
     while window := list(islice(prompts, size)):
         size = min(2 * size, largest)
         try:
@@ -240,6 +266,7 @@ def write(
                 write_text("".join(unprinted) + end)
             raise
         for completion in map(turn.clean, completions) if turn else completions:
+            empty = "" if completion.text or (ids and completion.ids) else completion.finish
             if stream:
                 write_text(end)
             elif json:
@@ -247,6 +274,7 @@ def write(
             else:
                 text = " ".join(map(str, completion.ids)) if ids else completion.text
                 write_text((one_line(text) if is_record and not null else text) + end)
+    return empty
 
 
 def write_text(text: str) -> None:

@@ -92,6 +92,30 @@ def test_an_empty_pipe_is_no_prompt_and_no_answer(call, models):
     assert call("-m", str(models / "plain"), "-q", stdin=b"") == (0, "", "")
 
 
+def test_an_empty_pipe_and_an_empty_prompt_are_said(call, models):
+    options = ["-m", str(models / "plain"), "-n", "5"]
+    status, out, err = call(*options, stdin=b"")
+    assert (status, out) == (0, "")
+    assert err.endswith("note: standard input is empty, so there is no result\n")
+    for given, stdin in ((["", *options], None), (["--whole", *options], b"")):
+        status, out, err = call(*given, stdin=stdin)
+        assert (status, out) == (0, call("", "-q", *options)[1])
+        assert err.endswith("note: the prompt is empty; the model starts a new text\n")
+    assert "note:" not in call("-", *options, stdin=b"a\n\n")[2], "a line in is a line out, empty or not"
+
+
+def test_an_empty_completion_is_explained(call, models):
+    options = ["a list", "-m", str(models / "plain"), "-n", "9"]
+    texts = {seed: call("-q", *options, "-t", "2", "--seed", str(seed))[1] for seed in range(20)}
+    seed, first = next((seed, text[0]) for seed, text in texts.items() if text != "\n")
+    options += ["-t", "2", "--seed", str(seed)]
+    status, out, err = call(*options, "--stop", first)
+    assert (status, out) == (0, "\n")
+    assert err.endswith("note: the text began with a stop string, so nothing of it is left\n")
+    assert "note:" not in call(*options)[2]
+    assert call("-q", *options, "--stop", first)[2] == ""
+
+
 def test_streaming_gives_the_same_text(call, models):
     options = ["a list", "-m", str(models / "plain"), "-q", "-n", "30", "--stop", "s o"]
     assert call(*options, "--stream") == call(*options, "--no-stream")

@@ -84,7 +84,7 @@ def chat(
     from llmctl.artifacts.load import load_model
     from llmctl.commands.generate import argument
     from llmctl.formats.generation_settings import unused_settings
-    from llmctl.inference.chat import PLAIN_NOTE, Chat
+    from llmctl.inference.chat import PLAIN_NOTE, SOURCE_NOTE, Chat
     from llmctl.inference.sampling import check
 
     config = GenerateConfig(
@@ -95,8 +95,8 @@ def chat(
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)
     talk = Chat(loaded, config, argument(system))
-    if talk.template is not None and talk.template.is_plain:
-        note(PLAIN_NOTE, quiet=quiet)
+    if talk.template is None or talk.template.is_plain:
+        note(PLAIN_NOTE if talk.template else SOURCE_NOTE, quiet=quiet)
     note_system(talk)
     if lines is not None:
         play(talk, lines)

@@ -182,6 +182,7 @@ def test_a_conversation_with_all_its_commands(models, name: str, tmp_path):
         shown.wait_for("model: ")
         at = shown.wait_for("> ")
         assert ("no chat template" in shown.seen) == (name == "decoder")
+        assert ("is not trained on chat" in shown.seen) == (name == "encoder_decoder")
         shown.type("a list\n")
         at = shown.wait_for("> ", after=shown.wait_for(first, after=at))
         shown.type('"""\n诗\n\n of\n"""\n')

@@ -37,6 +37,10 @@ def run_training(
     run = begun_run(options.resume, options.out)
     if options.resume == "auto" and run is not None and is_over(run, quiet=options.quiet):
         return 0
+    if run is not None:
+        from llmctl.runs.folder import resumable_run
+
+        resumable_run(run, command)  # before torch is imported
     if run is None:
         refuse_existing(options.out, force=options.force or options.resume == "auto")
     if layout.is_parent(os.environ):

@@ -1,6 +1,7 @@
 """Find the root cause among several failed processes and report it in at most three lines."""
 
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Mapping
@@ -69,4 +70,4 @@ def resume_hint(folder: Path) -> str:
     command = "pretrain"
     with suppress(OSError, ValueError, AttributeError):  # a record that cannot be read must not hide the failure
         command = json.loads((Path(run) / "run.json").read_text(encoding="utf-8")).get("command", command)
-    return f"\nhint: resume from the last checkpoint with: llmctl {command} --resume {run}\n"
+    return f"\nhint: resume from the last checkpoint with: llmctl {command} --resume {shlex.quote(run)}\n"

@@ -24,9 +24,7 @@ ROOM_FRAC = 4
 
 SYSTEM_NOTE = "the chat template leaves out system messages: the model does not see this one"
 PLAIN_NOTE = "the model has no chat template; using a plain one that it may not have been trained on"
-SOURCE_NOTE = (
-    "an encoder-decoder is not trained on chat: it reads each message alone, as a source text, and answers as in its task"
-)
+SOURCE_NOTE = "an encoder-decoder is not trained on chat: it reads each message alone, as a source text, and answers as in its task"
 
 
 @dataclass(frozen=True)

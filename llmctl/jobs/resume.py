@@ -1,6 +1,5 @@
 """resume(): continue a run from its newest checkpoint, as if it had never stopped."""
 
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from llmctl.jobs.runner import JOBS, run_job
 from llmctl.jobs.session import Session
 from llmctl.jobs.startup import agree_on_start, note_begun, open_together
 from llmctl.recipe import Resolved, changed_keys, dump, load
-from llmctl.runs.folder import Run, find_run, open_run, read_record
+from llmctl.runs.folder import Run, open_run, resumable_run
 from llmctl.runs.progress import make_progress
 from llmctl.training.settings import refuse_changes, with_new_budget
 
@@ -38,10 +37,7 @@ def resume(
     Raises: NotFoundError for a run or checkpoint that does not exist, BusyError if it is still running, UsageError for
     a changed recipe or a run of another command, ArtifactError if all its checkpoints are damaged.
     """
-    path = find_run(name)
-    begun_by = str(read_record(path).get("command", command))
-    if begun_by != command:
-        raise UsageError(f"`{path}` is a run of `llmctl {begun_by}`", f"llmctl {begun_by} --resume {shlex.quote(name)}")
+    path = resumable_run(name, command)
     job = JOBS[command]
     saved_recipe: Any = load(job.config_class, recipe=str(path / "recipe.yaml"), environment={}).config
     config: Any = load(job.config_class, recipe=str(path / "recipe.yaml"), environment={}, flags=given or {}).config
@@ -57,9 +53,11 @@ def resume(
 
     def open_unfinished() -> Run:
         run = open_run(path)
-        if run.record.get("status") == "finished":
+        try:
+            resumable_run(str(path), command)  # another process may have finished it before this one got the lock
+        except UsageError:
             run.close()
-            raise UsageError(f"run `{path}` is finished", "start a new run with -r and more steps")
+            raise
         if changes:
             write_bytes(path / "recipe.yaml", dump(Resolved(config, {})).encode())
         run.update(status="running")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -64,7 +65,7 @@ def losing_peers(runtime: Runtime, run: Path | None = None) -> Iterator[None]:
             raise
         raise StoppedError(
             f"rank {runtime.rank} lost another process ({str(error).strip().splitlines()[-1][:160]})",
-            f"resume from the last checkpoint: llmctl {read_record(run).get('command', 'pretrain')} --resume {run}"
+            f"resume from the last checkpoint: llmctl {read_record(run).get('command', 'pretrain')} --resume {shlex.quote(str(run))}"
             if run
             else "restart all of them",
         ) from error

@@ -6,6 +6,7 @@ Knows where runs are stored and their status, nothing about what they train.
 import fcntl
 import os
 import re
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -185,6 +186,24 @@ def find_run(name: str, *, holding: str = "recipe.yaml", finished: bool = False)
     if Path(name).is_dir() or (folder / name).is_dir():
         raise NotFoundError(f"`{name}` is not a run folder: it contains no `{holding}`", "`llmctl runs` lists the runs")
     raise NotFoundError(f"run `{name}` does not exist in `{folder}`", "`llmctl runs` lists the runs")
+
+
+def resumable_run(name: str, command: str) -> Path:
+    """Return the folder of a run that `command` can resume.
+
+    Raises: NotFoundError if there is none; UsageError for a run of another command, and for one that is finished.
+    """
+    path = find_run(name)
+    record, shown = read_record(path), shlex.quote(str(path))
+    begun_by = str(record.get("command", command))
+    if begun_by != command:
+        raise UsageError(f"`{path}` is a run of `llmctl {begun_by}`", f"llmctl {begun_by} --resume {shlex.quote(name)}")
+    if record.get("status") == "finished":
+        recipe = f"llmctl {command} -r {shlex.quote(str(path / 'recipe.yaml'))}"
+        goes_on = command in ("pretrain", "finetune")  # the others make their model from another one each time
+        hint = f"`{recipe} --model {shown}` trains its model further" if goes_on else f"`{recipe}` makes it again"
+        raise UsageError(f"run `{path}` is finished", f"{hint}, in a new run; `--steps N` there sets its budget")
+    return path
 
 
 def find_latest(folder: Path, *, holding: str, finished: bool) -> Path:

@@ -1,6 +1,7 @@
 """A budget given on the command line is the budget of the run: it replaces the recipe's, and nothing is not all."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,25 @@ def test_a_failed_run_leaves_no_output_folder(shell: Shell, tmp_path, monkeypatc
     (Path("model") / "checkpoints" / "step-00000001").rmdir()
     status, out, err = shell(*right)
     assert (status, out) == (0, "model\n"), err
+
+
+def test_the_hint_about_a_finished_run_runs_as_printed(shell: Shell, tmp_path, models, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a b.txt").write_text("a b c\n" * 200)
+    given = ["a b.txt", "-o", "my model", "--steps", "1", "--set", "tokenizer.vocab_size=300", *TINY]
+    assert shell("pretrain", *given)[0] == 0
+    assert shell("finetune", models["decoder"], "a b.txt", "--task", "text", "--steps", "1", "-q")[0] == 0
+    assert shell("quantize", "my model", "-d", "a b.txt", "--set", "weights.calibration_rows=2", "-q")[0] == 0
+    newest = {path.name.split("-")[1]: path for path in sorted(Path("runs").glob("0*"))}
+    for command, path in {"pretrain": Path("my model"), **newest}.items():
+        status, out, err = shell(command, "--resume", path, "--steps", "5")
+        assert (status, out) == (2, ""), "a budget is no reason to offer --allow-change"
+        assert f"run `{path}` is finished" in err
+        assert "loading torch" not in err
+        program, *words = shlex.split(err.partition("hint: `")[2].partition("`")[0])
+        assert (program, *words[:2]) == ("llmctl", command, "-r")
+        assert shell(*words, "-q")[0] == 0
+    assert "llmctl pretrain --resume 'my model'" in shell("finetune", "--resume", "my model")[2]
 
 
 def test_runs_begun_with_an_output_folder_are_listed(shell: Shell, tmp_path, monkeypatch):

@@ -42,12 +42,33 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmctl"
 
 
+KERNEL_FOLDERS = ("/proc", "/sys", "/dev")
+"""Where Linux shows itself as files. Their refusals are misleading, and root could replace `/dev/null` by a file."""
+
+
+def check_place(path: Path) -> None:
+    """Refuse to write where no file can stay: in a file system of the kernel, or over a device or a pipe.
+
+    Raises: OutputError.
+    """
+    with suppress(OSError, RuntimeError):  # what cannot be looked up is refused when it is written
+        place = path.parent.resolve() / path.name
+        root = next((root for root in KERNEL_FOLDERS if place.is_relative_to(root)), "")
+        if root and not place.is_relative_to("/dev/shm"):  # noqa: S108 (ordinary files in memory)
+            raise OutputError(
+                f"cannot write `{path}`: `{root}` holds no files of users", "choose another location with -o"
+            )
+        if place.exists() and not place.is_file() and not place.is_dir():
+            raise OutputError(f"cannot write `{path}`: it is a device or a pipe", "choose the name of a file with -o")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Convert an OSError raised while writing `path`.
 
     Raises: OutputError naming the path and the reason; UsageError for a file that cannot be read on the way.
     """
+    check_place(path)
     try:
         yield
     except OSError as error:

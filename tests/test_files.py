@@ -34,6 +34,26 @@ def test_the_contents_of_a_folder_are_said(tmp_path):
     assert contents(tmp_path) == "it holds `a.txt`, `b.txt`, `c.txt` and 1 more"
 
 
+@pytest.mark.parametrize("place", ["/proc/x/y", "/sys/x", "/dev/null", "/dev/no/such"])
+def test_a_file_system_of_the_kernel_is_refused(place):
+    for write in (lambda path: write_bytes(path, b"x"), ensure_writable):
+        with pytest.raises(OutputError, match="holds no files of users"):
+            write(Path(place))
+    assert not Path("/dev/null").is_file()
+
+
+def test_a_pipe_is_not_replaced(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="it is a device or a pipe"):
+        write_bytes(tmp_path / "pipe", b"x")
+    (tmp_path / "inside").symlink_to("/proc")
+    with pytest.raises(OutputError, match="`/proc` holds no files of users"):
+        write_bytes(tmp_path / "inside" / "x", b"x")
+    monkeypatch.chdir(tmp_path)
+    write_bytes(Path("/proc/self/cwd/x"), b"x")
+    assert (tmp_path / "x").read_bytes() == b"x", "a link there may lead to an ordinary folder"
+
+
 def test_what_is_written_is_there_and_nothing_else(tmp_path):
     write_bytes(tmp_path / "new" / "a.bin", b"\x00\x01")
     write_json(tmp_path / "b.json", {"名": [1, 2.5, None]})

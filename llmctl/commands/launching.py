@@ -57,10 +57,12 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
     """
     from llmctl.distributed.ranks import LAUNCHED
     from llmctl.errors import OutputError
+    from llmctl.files import check_place
     from llmctl.runs.folder import is_unfinished, read_record
 
     if out is None or LAUNCHED in os.environ:
         return
+    check_place(out)
     if force:
         from llmctl.runs.removal import CLEARED
 

@@ -134,3 +134,10 @@ def test_runs_begun_with_an_output_folder_are_listed(shell: Shell, tmp_path, mon
     assert shell("runs")[1] == ""
     monkeypatch.setenv("LLMCTL_RUNS", str(tmp_path / "other"))
     assert shell("runs")[1] == ""
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/sys/x.safetensors", "/dev/null"])
+def test_an_output_of_the_kernel_is_refused_before_torch(shell: Shell, out: str):
+    status, _, err = shell("pretrain", "--steps", "1", "-f", "-o", out)
+    assert status == 8
+    assert err.startswith(f"error: cannot write `{out}`: `/{out.split('/')[1]}` holds no files of users\n")

@@ -182,7 +182,9 @@ def number(value: float) -> str:
     """Format a metric with four decimals, three from 10 on; `-` if it is not finite."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.3f}"
+    from llmctl.metrics.figures import shown
+
+    return shown(value, ".4f" if abs(value) < 10 else ".3f")
 
 
 def fit_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]], width: int) -> list[str]:

@@ -363,14 +363,18 @@ def confirm(lines: Sequence[str]) -> bool:
 
 def figure(value: Any) -> str:
     """Format a metric with three decimals."""
-    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"
+    from llmctl.metrics.figures import shown
+
+    return shown(value, ".3f") if isinstance(value, (int, float)) else "-"
 
 
 def exact(value: float | None) -> str:
     """Format an integer as it is and a metric with four decimals."""
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    from llmctl.metrics.figures import shown
+
+    return f"{value:,}" if isinstance(value, int) else shown(value, ",.4f")
 
 
 def moment(begun: str | None) -> str:

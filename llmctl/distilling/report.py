@@ -11,10 +11,10 @@ from torch import Tensor
 
 from llmctl.benchmarking.speed import reading_speed
 from llmctl.machine import peak_memory_bytes
-from llmctl.metrics.figures import FIGURES, rounded
+from llmctl.metrics.figures import FIGURES, rounded, shown
 from llmctl.model.parameters import count
 from llmctl.model.transformer import LanguageModel
-from llmctl.runs.comparison import ROWS, Report, missed, row, shown
+from llmctl.runs.comparison import ROWS, Report, missed, row
 
 FLOAT_BYTES = 4
 
@@ -127,7 +127,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
     for name in ROWS:
         if any(name in side for side in (sides["teacher"], sides["student"])):
             figure = FIGURES[name]
-            cells = {side: shown(values.get(name), figure.form) for side, values in sides.items()}
+            cells = {side: shown(values.get(name), figure.form, absent="") for side, values in sides.items()}
             lines.append(row(figure.label, cells))
     total = record["flops"]["student"] + record["flops"]["teachers"]
     facts = [

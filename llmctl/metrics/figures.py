@@ -45,12 +45,23 @@ def is_higher_better(name: str) -> bool:
     return name in FIGURES and FIGURES[name].is_higher_better
 
 
+TOO_LONG = 1e7
+"""From here on a number is written with an exponent: the perplexity of a model that has diverged has 300 digits."""
+
+
+def shown(value: float | None, form: str, *, absent: str = "-") -> str:
+    """Format a number for people: with an exponent if it is huge, `inf` or `nan` as such, `absent` without a value."""
+    if value is None:
+        return absent
+    if abs(value) >= TOO_LONG or not math.isfinite(value):
+        return f"{value:.1e}"
+    return format(value, form)
+
+
 def brief(figures: Mapping[str, Any]) -> str:
     """Format the metrics listed in FIGURES on one line, with labels."""
     known = ((FIGURES[name], value) for name, value in figures.items() if name in FIGURES)
-    return ", ".join(
-        f"{metric.label} {'-' if value is None else format(value, metric.form)}" for metric, value in known
-    )
+    return ", ".join(f"{metric.label} {shown(value, metric.form)}" for metric, value in known)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from llmctl.formats.artifact import Artifact
 from llmctl.formats.quantization import EXPONENT, PARTS, WEIGHT
 from llmctl.kernels.product_table import Measured, give_table
 from llmctl.machine import peak_memory_bytes
-from llmctl.metrics.figures import FIGURES, rounded
+from llmctl.metrics.figures import FIGURES, rounded, shown
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
-from llmctl.runs.comparison import ROWS, Report, row, shown
+from llmctl.runs.comparison import ROWS, Report, row
 
 
 def make_report(
@@ -96,7 +96,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
     sides = record["models"]
 
     def line(label: str, key: str, form: str) -> str:
-        return row(label, {name: shown(side.get(key), form) for name, side in sides.items()})
+        return row(label, {name: shown(side.get(key), form, absent="") for name, side in sides.items()})
 
     lines = [row("", {name: name for name in sides})]
     sizes = {name: f"{side['bytes'] / 1e6:,.2f}" if "bytes" in side else "" for name, side in sides.items()}

@@ -46,11 +46,6 @@ def missed(record: Mapping[str, Any], gate: str) -> str:
     return f"{name}: student {student:.6g}, teacher {teacher:.6g}, which exceeds the allowed drop of {gate}"
 
 
-def shown(value: Any, form: str) -> str:
-    """Format a metric for a table cell; empty if there is no value."""
-    return "" if value is None else format(value, form)
-
-
 def row(label: str, cells: Mapping[str, str]) -> str:
     """Format one table row: the label left-aligned, the cells right-aligned."""
     return (label.ljust(18) + "".join(cell.rjust(12) for cell in cells.values())).rstrip()

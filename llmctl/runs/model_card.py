@@ -6,7 +6,7 @@ Formats the facts it is passed; reads nothing.
 from collections.abc import Mapping
 from typing import Any
 
-from llmctl.metrics.figures import FIGURES
+from llmctl.metrics.figures import FIGURES, shown
 
 PIPELINES = {"decoder": "text-generation", "encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
 LOADERS = {
@@ -45,7 +45,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     family = facts["family"]
     before, after = facts["before"], facts["after"]
     rows = "\n".join(
-        f"| {metric.label} | {before[key]:{metric.form}} | {after[key]:{metric.form}} |"
+        f"| {metric.label} | {shown(before[key], metric.form)} | {shown(after[key], metric.form)} |"
         for key, metric in FIGURES.items()
         if before.get(key) is not None and after.get(key) is not None
     )

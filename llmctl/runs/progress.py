@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from llmctl.metrics.figures import shown
 from llmctl.runs.loss_curve import sparkline
 from llmctl.runs.terminal import plain
 
@@ -129,7 +130,7 @@ def describe(record: Mapping[str, Any], total_steps: int, eta_seconds: float) ->
     is_known = total_steps < NO_TOTAL_STEPS
     return (
         # The eta early: a narrow terminal cuts the end off.
-        f"step {record['step']}/{total_steps if is_known else '?'}  loss {record['loss']:.3f}  "
+        f"step {record['step']}/{total_steps if is_known else '?'}  loss {shown(record['loss'], '.3f')}  "
         f"eta {clock(eta_seconds) if is_known else '?'}  lr {record['lr']:.1e}  "
         f"{record['tokens_per_second']:,.0f} tok/s{utilization}  {record['memory_bytes'] / 2**20:,.0f} MB"
     )

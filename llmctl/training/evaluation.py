@@ -112,6 +112,12 @@ class Evaluation:
 
         return fell(self.t.metric) and (self.t.score is None or fell("loss"))
 
+    def is_diverged(self, after: Mapping[str, float]) -> bool:
+        """Return whether the loss is far above both that before the first step and that of a uniform guess."""
+        config = self.t.model.config
+        uniform = math.log(max(2, config.n_labels or config.vocab_size))
+        return not after["loss"] <= 1.5 * max(self.state.before["loss"], uniform)
+
     def check_metric(self) -> None:
         """Refuse a metric that the run does not measure.
 

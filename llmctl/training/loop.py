@@ -252,11 +252,14 @@ class _Loop:
             name = self.t.metric
             change = f"{self.state.before[name]:.4g} -> {after[name]:.4g}"
             text = f"training made the model worse: {name} {change} on held-out rows"
+            hint = ""
+            if self.evaluation.is_diverged(after):
+                text, hint = f"training diverged: {text}", "\nhint: lower the learning rate (--lr, optim.lr)"
             if self.t.keeps_start and self.saver.take_start():
                 after, kept = self.evaluation.ends(), 0
-                self.journal.event("kept untrained", self.state.step, f"{text}; kept it untrained")
+                self.journal.event("kept untrained", self.state.step, f"{text}; kept it untrained{hint}")
             else:
-                self.journal.event("worse", self.state.step, text)
+                self.journal.event("worse", self.state.step, text + hint)
         self.journal.log("eval", {"step": self.state.step, **after, "full": True, **self.evaluation.sampled()})
         if few := self.planner.few_steps(self.state):
             self.t.progress.say(few)

@@ -443,3 +443,15 @@ def test_two_processes_give_the_adapter_of_one(models, here, family, task, metho
     two = finish([*command, "-o", "two", "--json", "--nproc", "2"], cwd=here)
     assert tensors(here / "one" / "adapter_model.safetensors") == tensors(here / "two" / "adapter_model.safetensors")
     assert json.loads(one.out)["after"] == json.loads(two.out)["after"]
+
+
+def test_divergence_is_said_with_short_numbers(models, tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 200)
+    settings = ["optim.lr=100", "train.steps=10", "train.eval_every=5"]
+    begin("finetune", config_of(models["decoder"], tmp_path / "a.txt", "text", *settings), out=tmp_path / "out")
+    err = capfd.readouterr().err
+    assert "training diverged: training made the model worse: loss " in err
+    assert "\nhint: lower the learning rate (--lr, optim.lr)\n" in err
+    assert "e+304" in err
+    assert max(map(len, err.splitlines())) < 200
+    assert max(map(len, (tmp_path / "out" / "README.md").read_text().splitlines())) < 500

@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from llmctl.metrics.figures import Sums, rounded
+from llmctl.metrics.figures import Sums, brief, rounded, shown
 from llmctl.runs.loss_curve import loss_svg, sparkline
 from llmctl.runs.metrics_file import MetricsFile
 
@@ -22,6 +22,23 @@ def test_figures_of_a_sum_are_not_averages_of_figures():
 
 def test_a_uniform_guess_over_bytes_costs_eight_bits_per_byte():
     assert Sums(1000 * math.log(256), 1000, 1000, 0).figures()["bits_per_byte"] == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (12.345, "12.3"),
+        (9_999_999.0, "9999999.0"),
+        (1.234e130, "1.2e+130"),
+        (math.exp(700), "1.0e+304"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+        (None, "-"),
+    ],
+)
+def test_a_number_fits_into_a_line(value, text):
+    assert shown(value, ".1f") == text
+    assert brief({"perplexity": value}) == f"perplexity {text}"
 
 
 def test_nothing_measured_is_not_a_number_and_no_crash():

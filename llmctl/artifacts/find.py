@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
 from llmctl.files import contents, download_hint, parse_json
 from llmctl.runs.folder import runs_folder
+from llmctl.tables.tasks import TASKS
 
 if TYPE_CHECKING:
     from llmctl.config import ModelConfig
@@ -271,3 +272,16 @@ def usage(config: "ModelConfig", model: str, *, is_chat: bool = False, is_bare: 
         return f"llmctl chat {name}"
     text = "a <mask> text" if verb == "fill" else "a text"
     return f'llmctl {verb} -m {name} "{text}"'
+
+
+OTHERS = "`llmctl runs` lists other models"
+
+
+def needs_data(path: Path, config: "ModelConfig", task: str) -> UsageError:
+    """Return the error for a task without data; it names the model, since `latest` can be another than was meant."""
+    what = "a classifier" if config.n_labels else a_model(config.family)
+    roles = ", ".join(name for name, role in TASKS[task].roles.items() if role.required) or TASKS[task].reads
+    return UsageError(
+        f"`{path}` is {what}, and `--task {task}` needs data",
+        f"`-d FILE` names data with {roles}; {OTHERS}, to name instead of this one",
+    )

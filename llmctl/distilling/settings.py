@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llmctl.artifacts.find import a_model, find_named, refuse_data
+from llmctl.artifacts.find import a_model, find_named, needs_data, refuse_data
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig
@@ -194,6 +194,6 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
         ),
     )
     if not config.data.paths and config.task != "text":
-        raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+        raise needs_data(Path(config.model), artifact.config, config.task)
     for name in config.teacher.more:
         find_named(name, "any")

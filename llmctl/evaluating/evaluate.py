@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from llmctl.artifacts.find import a_model
+from llmctl.artifacts.find import OTHERS, a_model, needs_data
 from llmctl.artifacts.load import Loaded, choose_device, is_bare, load_model
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import EvaluateConfig
 from llmctl.data.builtin import builtin_documents
 from llmctl.data.examples import Example, read_examples
 from llmctl.data.sources import expand, read_documents
-from llmctl.data.text_files import is_pipe
+from llmctl.data.text_files import Blank, is_pipe
 from llmctl.errors import GateError, UsageError
 from llmctl.evaluating.answers import evaluate_answers  # noqa: F401
 from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword  # noqa: F401 - named in the table
@@ -108,6 +108,8 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterato
     for path, model in models.items():
         require_supported(config.task, model, path)
     metric = chosen_metric(config)
+    if TASKS[config.task].reads != "text" and not config.data:
+        raise needs_data(paths[0], models[paths[0]].config, config.task)
     data = read_data(config, say)
     for path in paths:
         yield evaluate_one(path, data, replace(config, metric=metric), say)
@@ -146,7 +148,9 @@ def require_supported(task: str, artifact: Artifact, path: Path) -> None:
     kind = a_model(artifact.config.family) + (" without a prediction head" if is_bare(artifact) else head)
     trains = f"`llmctl finetune {shlex.quote(str(path))} DATA --task classify`"
     more = f"{trains} trains a classifier; " if task == "classify" else ""
-    raise UsageError(f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}")
+    raise UsageError(
+        f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}; {OTHERS}"
+    )
 
 
 def chosen_metric(config: EvaluateConfig) -> str:
@@ -173,13 +177,10 @@ class Texts:
 def read_data(config: EvaluateConfig, say: Say) -> Texts | list[Example]:
     """Return the data of a task: texts, or labeled examples.
 
-    Raises: UsageError and NotFoundError from reading; UsageError if a task that needs a table gets no data.
+    Raises: UsageError and NotFoundError from reading.
     """
     if TASKS[config.task].reads == "text":
         return read_texts(config, say)
-    if not config.data:
-        roles = ", ".join(name for name, role in TASKS[config.task].roles.items() if role.required)
-        raise UsageError(f"`--task {config.task}` needs data", f"`-d FILE` names a table with {roles or 'its rows'}")
     return list(islice(read_examples(config.data, config.task, config.columns), config.limit or None))
 
 
@@ -188,10 +189,15 @@ def read_texts(config: EvaluateConfig, say: Say) -> Texts:
     if not config.data:
         say("data: the built-in corpus, which `llmctl pretrain` trains on by default; -d names other text")
         return Texts(lambda: iter(builtin_documents()))
-    key = config.columns.text or "text"
+    key, said = config.columns.text or "text", list[str]()
 
     def read() -> Iterator[str]:
-        return read_documents(config.data, text_key=key, split=config.split)
+        blank = Blank()
+        yield from read_documents(config.data, text_key=key, split=config.split, blank=blank)
+        for line in blank.lines("documents"):
+            if line not in said:  # the texts are read once for every model
+                said.append(line)
+                say(line)
 
     if any(map(is_pipe, expand(config.data))):
         kept = list(read())

@@ -5,6 +5,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from llmctl.artifacts.find import needs_data
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
@@ -134,7 +135,7 @@ def check_quantize(config: QuantizeConfig) -> None:
         parse_size(weights.target_size)
     plan_of(artifact.config, config)
     if not config.data.paths and config.task != "text":
-        raise UsageError(f"`--task {config.task}` needs data", "--data FILE")
+        raise needs_data(Path(config.model), artifact.config, config.task)
 
 
 def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: QuantizeConfig) -> list[str]:

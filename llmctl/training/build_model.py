@@ -21,6 +21,11 @@ def load_base(config: PretrainConfig) -> Any:
     if not Path(name).exists():
         get_preset(name)  # raises, suggesting the closest name
     base = load_model(Path(name), device="cpu", dtype="float32")
+    if base.model.config.n_labels:
+        raise UsageError(
+            f"`{name}` is a classifier, `--objective {config.objective}` needs a language modeling head",
+            "`llmctl finetune MODEL DATA --task classify` trains it further; or name the model it was made from",
+        )
     check_family(config, base.model.config.family, name)
     if base.tokenizer is None:
         raise UsageError(f"`{name}` has no tokenizer, so its training cannot continue", "give it one with --tokenizer")

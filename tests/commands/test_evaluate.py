@@ -131,7 +131,13 @@ def test_the_newest_model_and_the_embedded_corpus(runs, call):
         (["a", "-d", "nowhere.txt"], 3, ["nowhere.txt"]),
         (["a", "--task", "classify", "-d", "dev.tsv"], 2, ["cannot be measured on `classify`", "text"]),
         (["a", "--task", "tex"], 2, ["`tex`", "text"]),
-        (["a", "--task", "qa"], 2, ["needs data", "question"]),
+        (["a", "--task", "qa"], 2, ["`a` is a decoder model, and `--task qa` needs data", "question"]),
+        (
+            ["sorter"],
+            2,
+            ["`sorter` is a classifier, and `--task classify` needs data", "`llmctl runs` lists other models"],
+        ),
+        (["sorter", "--task", "text"], 2, ["a classification head, which cannot", "`llmctl runs` lists other models"]),
         (["a", "--max-drop", "1%"], 2, ["one"]),
         (["a", "b", "--max-drop", "much"], 2, ["much"]),
         (["a", "-d", "t.txt", "--device", "gpu"], 2, ["gpu"]),
@@ -158,3 +164,27 @@ def test_what_was_cut_or_empty_is_said(call, elsewhere):
     assert status == 0, err
     assert "1 of 2 inputs are longer" in err
     assert "1 of 2 inputs are empty" in err
+
+
+def test_documents_without_text_are_counted_once(call, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a list of strings"}\n{"text": ""}\n{"text": ""}\n')
+    for models in (["a"], ["a", "b.safetensors"], ["encoder"]):
+        status, _, err = call(*models, "-d", "rows.jsonl")
+        assert status == 0, err
+        assert err.count("data: 2 documents have no text and are left out\n") == 1
+    assert "left out" not in call("a", "-d", "t.txt")[2]
+    status, _, err = call("a", "-d", "-", stdin=b"a list\n")
+    assert (status, "left out" in err) == (0, False)
+
+
+@pytest.mark.parametrize("command", ["quantize", "distill"])
+def test_a_newest_run_that_is_a_classifier_is_named(shell, command):
+    status, _, err = shell(command, "sorter", "--steps", "1")
+    assert status == 2
+    assert "`sorter` is a classifier, and `--task classify` needs data" in err
+
+
+def test_a_classifier_is_not_pretrained(shell):
+    status, _, err = shell("pretrain", "t.txt", "-m", "sorter", "--steps", "1")
+    assert status == 2
+    assert "`sorter` is a classifier, `--objective clm` needs a language modeling head" in err

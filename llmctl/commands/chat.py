@@ -77,6 +77,12 @@ def chat(
             "standard input is not a terminal",
             "use `--script -` for a conversation, or `llmctl generate --chat -` for independent prompts",
         )
+    from llmctl.inference.settings import check
+
+    config = GenerateConfig(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, kv=kv
+    )
+    check(config)
     name = one_name(name, model)
     lines = None if script is None else script_lines(script)
     path = find_model(name, "generate", quiet=quiet, adapters=adapter)
@@ -85,12 +91,7 @@ def chat(
     from llmctl.commands.generate import argument
     from llmctl.formats.generation_settings import unused_settings
     from llmctl.inference.chat import PLAIN_NOTE, SOURCE_NOTE, Chat
-    from llmctl.inference.sampling import check
 
-    config = GenerateConfig(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, kv=kv
-    )
-    check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)

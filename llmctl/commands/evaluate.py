@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmctl.commands.before_torch import refuse_missing
 from llmctl.commands.common import SameModels, command_app, note, result, result_json, table
 from llmctl.commands.grouped_help import settings_of, training_command
 from llmctl.config import EvaluateConfig
@@ -108,6 +109,7 @@ def evaluate(
             f"`--max-drop {max_drop}` compares models, but only one is given",
             "`llmctl evaluate BEFORE AFTER --max-drop 1%`",
         )
+    refuse_missing(config.data)
     note("loading torch", quiet=quiet)
     from llmctl.evaluating import evaluate as engine
     from llmctl.metrics.gate import parse_gate

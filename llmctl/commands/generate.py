@@ -86,6 +86,8 @@ def generate(
 
       llmctl generate --chat -s "Answer in one word." "What is the capital of France?"
     """
+    from llmctl.inference.settings import check
+
     config = GenerateConfig(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -100,6 +102,7 @@ def generate(
         batch_size=batch_size,
         kv=kv,
     )
+    check(config)
     is_piped = prompt in (None, "-")
     if is_piped and prompt is None and sys.stdin.isatty():
         raise UsageError(
@@ -116,9 +119,7 @@ def generate(
     from llmctl.artifacts.adapters import apply_adapters
     from llmctl.artifacts.load import load_model
     from llmctl.formats.generation_settings import unused_settings
-    from llmctl.inference.sampling import check
 
-    check(config)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)

@@ -5,6 +5,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any
 
+from llmctl.commands.before_torch import refuse_early
 from llmctl.commands.common import note, result, result_json
 from llmctl.commands.launching import begun_run, is_over, refuse_existing, start_others
 from llmctl.commands.model_argument import settled
@@ -43,6 +44,7 @@ def run_training(
         resumable_run(run, command)  # before torch is imported
     if run is None:
         refuse_existing(options.out, force=options.force or options.resume == "auto")
+        refuse_early(command, resolved.config)
     if layout.is_parent(os.environ):
         if run is None:
             from llmctl.jobs.runner import check

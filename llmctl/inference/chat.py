@@ -12,7 +12,7 @@ from llmctl.config import GenerateConfig
 from llmctl.data.chat_text import NEXT_USER
 from llmctl.data.conversations import Message
 from llmctl.errors import UsageError
-from llmctl.inference import sampling
+from llmctl.inference import settings
 from llmctl.inference.chat_ids import encode_prompt_chat, end_of_turn_ids
 from llmctl.inference.chat_template import ChatTemplate, template_of
 from llmctl.inference.encoding import encode_prompt
@@ -72,7 +72,7 @@ class Chat:
     """
 
     def __init__(self, loaded: Loaded, config: GenerateConfig, system: str = "") -> None:
-        sampling.check(config)
+        settings.check(config)
         if loaded.tokenizer is None:
             raise UsageError(f"`{loaded.artifact.path}` has no tokenizer", "`llmctl generate --ids` takes token ids")
         self.loaded, self.messages, self.start, self.n_asked = loaded, list[Message](), 0, 0

@@ -16,7 +16,7 @@ from llmctl.artifacts.load import Loaded
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 from llmctl.formats import generation_settings
-from llmctl.inference import sampling
+from llmctl.inference import sampling, settings
 from llmctl.inference.beam import beam_search
 from llmctl.inference.prefix import Prefix
 from llmctl.inference.session import Session
@@ -61,7 +61,7 @@ def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateCon
 
     Raises: UsageError naming the prompt, its length and the limit.
     """
-    sampling.check(config)
+    settings.check(config)
     if config.stop and loaded.tokenizer is None:
         raise UsageError(
             f"`{loaded.artifact.path}` has no tokenizer, which `--stop {config.stop[0]}` needs", "omit `--stop`"

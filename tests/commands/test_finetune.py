@@ -93,7 +93,7 @@ def test_bad_commands_are_answered(capsys, models):
     for arguments, status, message in (
         ((models["decoder"],), 2, "no data"),
         (("nothing", "rows.tsv"), 3, "model `nothing` does not exist"),
-        ((models["decoder"], "rows.tsv", "--task", "clasify"), 2, "`task` is `clasify`"),
+        ((models["decoder"], "rows.tsv", "--task", "clasify"), 2, "`--task` is `clasify`"),
         ((models["decoder"], "rows.tsv", "--method", "lora", "-o", "x.safetensors"), 2, "--merge"),
         (
             (models["decoder"], "rows.tsv", "--task", "qa", "--set", "template={nope}"),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llmctl.config import GenerateConfig
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.inference import sampling
+from llmctl.inference.settings import check
 
 logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
 
@@ -145,7 +146,7 @@ def test_excluded_tokens_are_never_drawn():
 def test_all_wrong_settings_are_named_together():
     config = GenerateConfig(max_tokens=0, temperature=-1, top_k=-1, top_p=0, min_p=2, repetition_penalty=0, beams=0)
     with pytest.raises(UsageError) as caught:
-        sampling.check(config)
+        check(config)
     for name in ("max-tokens", "temperature", "top-k", "top-p", "min-p", "repetition-penalty", "beams"):
         assert f"--{name}" in str(caught.value)
 
@@ -153,17 +154,17 @@ def test_all_wrong_settings_are_named_together():
 def test_a_search_and_settings_of_draws_exclude_each_other():
     config = GenerateConfig(beams=4, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
     with pytest.raises(UsageError) as caught:
-        sampling.check(config)
+        check(config)
     for name in ("top-k", "top-p", "min-p", "repetition-penalty"):
         assert f"`--{name}` has no effect" in str(caught.value)
-    sampling.check(GenerateConfig(beams=4))
+    check(GenerateConfig(beams=4))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty", "length_penalty"])
 def test_settings_that_are_no_numbers_are_refused(name: str, value: float):
     with pytest.raises(UsageError, match=name.replace("_", "-")):
-        sampling.check(GenerateConfig(**{name: value}))
+        check(GenerateConfig(**{name: value}))
 
 
 @pytest.mark.parametrize("temperature", [1e-50, 1e-45, 1e-30, 1e-3])

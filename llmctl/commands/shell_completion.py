@@ -35,7 +35,15 @@ if ! whence compdef >/dev/null; then autoload -Uz compinit; compinit; fi
 compdef _llmctl llmctl
 """,
     "fish": """\
-complete -c llmctl -a '(env _LLMCTL_COMPLETE=1 llmctl (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'
+function __llmctl_complete
+    set -l found (env _LLMCTL_COMPLETE=1 llmctl (commandline -opc)[2..] (commandline -ct) 2>/dev/null)
+    if test (count $found) -gt 0
+        printf '%s\\n' $found
+    else
+        __fish_complete_path (commandline -ct)
+    end
+end
+complete -c llmctl -f -a '(__llmctl_complete)'
 """,
 }
 """What each shell sources."""

@@ -1,6 +1,7 @@
 """Completion as a shell asks for it: words in, candidates out; and what is installed."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,13 +76,51 @@ def test_an_unknown_shell_is_refused(shell):
     assert (status, "`tcsh`" in err, "bash" in err) == (2, True, True)
 
 
-def test_bash_completes_with_the_script(tmp_path):
+@pytest.fixture
+def in_shell(tmp_path):
+    """Return what runs code in a shell, in a folder with a file, with this checkout's llmctl."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "llmctl").write_text(f'#!/bin/sh\nexec {sys.executable} -m llmctl "$@"\n')
     (tmp_path / "bin" / "llmctl").chmod(0o755)
-    code = SCRIPTS["bash"] + "COMP_WORDS=(llmctl quantize --bi); COMP_CWORD=2; _llmctl; echo ${COMPREPLY[@]}"
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-c", code], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "--bits\n"
+    for name in ("texts.txt", "mlm.txt"):
+        (tmp_path / name).touch()
+
+    def run(name: str, code: str) -> list[str]:
+        if shutil.which(name) is None:
+            pytest.skip(f"needs {name}")
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        done = subprocess.run(
+            [name, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()
+
+    return run
+
+
+LINES = {
+    "quantize --bi": ["--bits"],
+    "pretrain --objective m": ["mlm"],
+    "distill ca": ["cache"],
+    "pretrain texts": ["texts.txt"],
+}
+"""Command lines and what completes their last word: llmctl, and for a file the shell itself."""
+
+
+@pytest.mark.parametrize("line", [line for line, found in LINES.items() if found != ["texts.txt"]])
+def test_bash_completes_with_the_script(in_shell, line):
+    words = line.split()
+    code = f"COMP_WORDS=(llmctl {line}); COMP_CWORD={len(words)}; _llmctl; printf '%s\\n' ${{COMPREPLY[@]}}"
+    assert in_shell("bash", SCRIPTS["bash"] + code) == LINES[line]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_zsh_completes_with_the_script(in_shell, line):
+    # Outside its line editor zsh has no `compadd`; what the script gives it is printed.
+    stubs = """compdef() {}; compadd() { print -l -- "${@:2}" }; _files() { print -l -- ${words[CURRENT]}* }\n"""
+    code = f"words=(llmctl {line}); CURRENT={len(line.split()) + 1}; _llmctl"
+    assert in_shell("zsh", stubs + SCRIPTS["zsh"] + code) == LINES[line]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_fish_completes_with_the_script(in_shell, line):
+    assert in_shell("fish", f"{SCRIPTS['fish']}complete -C 'llmctl {line}'") == LINES[line]

@@ -184,7 +184,7 @@ def test_an_error_that_would_come_again_is_not_restarted(text, tmp_path):
         (["--nproc", "2"], {"RANK": "0", "WORLD_SIZE": "2"}, "this process was already started by a launcher"),
         ([], {"RANK": "0"}, "variables `RANK` and `WORLD_SIZE` are incomplete"),
         ([], {"WORLD_SIZE": "2"}, "variables `RANK` and `WORLD_SIZE` are incomplete"),
-        (["--nproc", "3", "--batch-size", "2"], {}, "`train.batch_size` 2 is smaller than the number of processes, 3"),
+        (["--nproc", "3", "--batch-size", "2"], {}, "`--batch-size` 2 is smaller than the number of processes, 3"),
         (["--nproc", "2", "-r", "-"], {}, "`-r -` can be read only once"),
     ],
 )

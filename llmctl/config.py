@@ -66,38 +66,83 @@ class ModelConfig:
     d_ff: int = setting(0, "width of the feed-forward layer; 0: 4 d_model, or 8/3 d_model rounded to 64 if gated")
     max_positions: int = setting(1024, "maximum sequence length in tokens")
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "rmsnorm or layernorm")
-    norm_position: Literal["pre", "post"] = setting(
-        "pre", "pre: x + f(norm(x)); post: norm(x + f(x)) (arXiv:1706.03762)"
+    norm_position: Literal["pre", "post", "output", "both"] = setting(
+        "pre",
+        "pre: x + f(norm(x)); post: norm(x + f(x)) (arXiv:1706.03762); output: x + norm(f(x)) (OLMo 2); "
+        "both: x + norm(f(norm(x))) (Gemma 2)",
     )
     norm_eps: float = setting(1e-5, "epsilon of the norms")
+    norm_weight: bool = setting(True, "scale in the norms (OLMo 1: none)")
+    norm_bias: bool = setting(True, "bias in layernorm (ModernBERT, Cohere: none)")
+    first_norm: bool = setting(True, "norm before the first attention of a pre-norm model (ModernBERT: none)")
+    parallel: Literal["none", "shared", "separate"] = setting(
+        "none",
+        "attention and feed-forward side by side: shared: x + attention(norm(x)) + mlp(norm(x)) (GPT-J); "
+        "separate: each with a norm of its own (GPT-NeoX)",
+    )
+    residual_scale: float = setting(
+        1.0, "factor on what attention and feed-forward add to the residual stream (Granite)"
+    )
     embedding_norm: bool = setting(False, "normalize the embeddings (BERT, BART)")
-    positions: Literal["rope", "learned", "sinusoidal", "relative", "none"] = setting(
-        "rope", "position encoding: rope, learned, sinusoidal, relative, or none"
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "alibi", "none"] = setting(
+        "rope", "position encoding: rope, learned, sinusoidal, relative, alibi, or none"
     )
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
-    position_offset: int = setting(0, "rows skipped at the start of the learned position table (BART: 2)")
+    rope_thetas: tuple[float, ...] = setting(
+        (), "rotary bases, cycled over the layers; 0: no rotation (SmolLM3); empty: rope_theta"
+    )
+    rotary_dim: int = setting(0, "channels of a head that are rotated (GPT-NeoX, Phi); 0: all")
+    rope_scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = setting(
+        "none", "scaling of the rotary frequencies for longer contexts"
+    )
+    rope_scaling_layers: Literal["all", "full"] = setting(
+        "all", "layers whose rotary frequencies are scaled: all, or full: those without a window (Gemma 3, OLMo 3)"
+    )
+    rope_scaling_values: tuple[float, ...] = setting((), "numbers of rope_scaling, see model/positions.py")
+    alibi_scale: float = setting(1.0, "factor on the slopes of alibi (Falcon-RW: head_dim ** -0.5)")
+    sinusoid_rates: Literal["interleaved", "halves"] = setting(
+        "interleaved", "rates of sinusoidal positions: as in arXiv:1706.03762, or fairseq's (M2M-100)"
+    )
+    position_offset: int = setting(0, "rows skipped at the start of the position table (BART: 2)")
+    relative_bias: bool = setting(False, "relative position bias in addition to other positions (MPNet)")
+    relative_bias_per_layer: bool = setting(False, "a relative position bias for every layer (UMT5)")
     n_relative_buckets: int = setting(32, "buckets of the relative position bias (T5)")
     max_relative_distance: int = setting(
         128, "distance in tokens beyond which all positions share the last bucket (T5)"
     )
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = setting(
-        "silu", "feed-forward activation: silu, gelu, gelu_tanh, or relu"
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = setting(
+        "silu", "feed-forward activation: silu, gelu, gelu_tanh, relu, or relu2 (squared, arXiv:2109.08668)"
     )
     gated: bool = setting(True, "gated feed-forward: down(act(gate(x)) * up(x))")
     attention_bias: bool = setting(False, "bias in the attention projections")
+    attention_output_bias: Literal["same", "yes", "no"] = setting(
+        "same", "bias in the output projection of attention: same as attention_bias, yes, or no (Qwen2)"
+    )
     mlp_bias: bool = setting(False, "bias in the feed-forward projections")
-    qk_norm: bool = setting(False, "RMSNorm on the queries and keys of each head (Qwen3)")
+    mlp_output_bias: Literal["same", "yes", "no"] = setting(
+        "same", "bias in the down projection: same as mlp_bias, yes (GTE), or no"
+    )
+    qk_norm: bool = setting(False, "RMSNorm on the queries and keys (Qwen3)")
+    qk_norm_kind: Literal["head", "width", "rotated"] = setting(
+        "head",
+        "qk_norm over: head: each head; width: all heads (OLMo 2); rotated: each head, after rotation (Hunyuan)",
+    )
+    attention_softcap: float = setting(0.0, "attention scores become c tanh(score / c) (Gemma 2); 0: off")
     attention_scale: float = setting(0.0, "factor on the attention scores; 0: head_dim ** -0.5 (T5: 1)")
     attention_windows: tuple[int, ...] = setting(
         (), "sliding-window sizes in tokens, cycled over the layers; 0: full attention"
     )
     query_layer: bool = setting(False, "add a top layer whose queries are position embeddings (PanGu-Alpha)")
     n_token_types: int = setting(0, "rows of the token-type embedding (BERT: 2); 0: none")
+    d_embedding: int = setting(0, "width of the embeddings, projected to d_model (ALBERT, ELECTRA); 0: d_model")
+    share_layers: bool = setting(False, "all layers of an encoder share their weights (ALBERT)")
     embedding_scale: float = setting(1.0, "factor on the token embeddings; 0: sqrt(d_model) (arXiv:1706.03762)")
     tie_embeddings: bool = setting(True, "the output head shares the embedding weight")
     logits_scale: float = setting(1.0, "factor on the hidden states before the head (tied T5: d_model ** -0.5)")
+    logits_softcap: float = setting(0.0, "logits become c tanh(logit / c) (Gemma 2); 0: off")
     logits_bias: bool = setting(False, "bias on the logits (BERT, BART, Marian)")
     head_transform: bool = setting(False, "dense + activation + norm before the head (BERT)")
+    head_transform_bias: bool = setting(True, "bias in the dense layer of head_transform (ModernBERT: none)")
     n_labels: int = setting(0, "outputs of a classification head; 0: a language-model head over the vocabulary")
     problem: Problem = setting(
         "single", "classification: single (one label), multi (several labels), or regression (numbers)"
@@ -105,11 +150,12 @@ class ModelConfig:
     pooling: Literal["first", "mean", "last"] = setting(
         "mean", "hidden state to classify: the first token's, the mean, or the last token's"
     )
-    pooled_activation: Literal["none", "tanh", "gelu"] = setting(
+    pooled_activation: Literal["none", "tanh", "gelu", "relu"] = setting(
         "none",
         "activation of a dense layer before the classification head, whose outputs then have a bias; none: no layer",
     )
     labels: tuple[str, ...] = setting((), "label names in output order")
+    architecture: str = setting("", "published architecture to be written as, if it can hold the model")
     dropout: float = setting(0.0, "dropout after the embeddings, attention and feed-forward")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
     pad_id: int = setting(-1, "padding token; -1: none")

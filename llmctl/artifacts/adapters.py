@@ -21,11 +21,11 @@ from llmctl.artifacts.with_adapters import (
     merged,
 )
 from llmctl.errors import UsageError
+from llmctl.families.published import LARGEST
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, Adapter, is_adapter, read_adapter, read_parts
 from llmctl.formats.adapter_names import LowRank, architecture_of
 from llmctl.formats.adapter_write import write_adapter
 from llmctl.formats.artifact import Artifact
-from llmctl.formats.families.published import LARGEST
 
 if TYPE_CHECKING:
     from llmctl.model.transformer import LanguageModel

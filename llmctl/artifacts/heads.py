@@ -10,8 +10,8 @@ from llmctl.artifacts.load import Loaded
 from llmctl.config import ModelConfig
 from llmctl.data.labels import Labels
 from llmctl.errors import ArtifactError
+from llmctl.families.table import family_for
 from llmctl.formats.artifact import read_headers
-from llmctl.formats.families.table import family_for
 from llmctl.formats.quantization import HEAD
 from llmctl.formats.safetensors import read_tensors
 from llmctl.model.quantized import quantize, schemes_of

@@ -133,8 +133,9 @@ def materialize_buffers(model: "LanguageModel") -> None:
 
     for module in model.modules():
         if "sinusoids" in dict(module.named_buffers(recurse=False)):
-            table = sinusoidal_table(model.config.max_positions, model.config.d_model)
-            module.sinusoids.copy_(table)  # type: ignore[operator]
+            empty: Any = module.sinusoids
+            n_positions, width = empty.shape
+            empty.copy_(sinusoidal_table(n_positions, width, model.config.sinusoid_rates))
 
 
 def choose_device(name: str) -> str:

@@ -21,6 +21,7 @@ from llmctl.losses.logits import is_native
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
 from llmctl.model.positions import rope_tables
+from llmctl.model.shapes import rope_of
 from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, unsupported
 from llmctl.quant.linear import QuantLinear
 from llmctl.quant.packing import pack
@@ -136,17 +137,18 @@ NAMED = (
     | TOKEN_IDS
     | TRAINING
     | {
-        *("norm_eps", "rope_theta", "attention_scale", "attention_windows"),
+        *("norm_eps", "rope_theta", "rope_scaling_values", "attention_scale", "attention_windows"),
         *("embedding_scale", "tie_embeddings"),  # outside of the library: it takes embeddings and a head's weight
     }
 )
 """Fields that decode.cpp supports with any value; all others must have their default, which is Llama's block."""
+CHOICES = {"positions": ("rope", "none"), "rope_scaling": ("none", "linear", "llama3", "yarn", "longrope")}
 
 
 def make_native(library: Library, decoder: Decoder) -> Native | None:
     """Return the compiled step of a decoder, or None for an unsupported model."""
     config = decoder.config
-    if unsupported(config, NAMED, {"positions": ("rope", "none")}) or config.d_ff % ROWS:
+    if unsupported(config, NAMED, CHOICES) or config.d_ff % ROWS:
         return None
     step = Step(library, decoder)
     return step if step.is_whole else None
@@ -189,6 +191,7 @@ class Step:
             self._matrix(join([head])),
         )
         self.tables: tuple[Tensor, Tensor] | None = None
+        self.table_size = 0
 
     def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
         """Return the logits (B, V) after one more token per row, or None for unsupported inputs."""
@@ -221,9 +224,12 @@ class Step:
     def _rope(self, cache: KVCache) -> tuple[int | None, int | None]:
         if self.config.positions != "rope":
             return None, None
-        if self.tables is None or len(self.tables[0]) < cache.max_len:
+        if self.tables is None or self.table_size != cache.max_len:
+            self.table_size = cache.max_len
             # The two halves of a head's table are equal: the library needs only one.
-            cos_SH, sin_SH = rope_tables(torch.arange(cache.max_len), self.config.head_dim, self.config.rope_theta)
+            cos_SH, sin_SH = rope_tables(
+                self.config, torch.arange(cache.max_len), rope_of(self.config, 0), cache.max_len
+            )
             half = self.config.head_dim // 2
             self.tables = cos_SH[:, :half].contiguous(), sin_SH[:, :half].contiguous()
         offset = cache.length * (self.config.head_dim // 2) * 4  # bytes: the position's row of the float32 table

@@ -15,6 +15,7 @@ from llmctl.model.blocked import Spans, blocked_attention, share_of, spans_of
 from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm, trains_on_cpu
 from llmctl.model.positions import apply_rope
+from llmctl.model.shapes import has_bias
 
 Attended = dict[int, tuple[Tensor, Tensor, Tensor] | None]
 """Layer -> queries (B, N, T, H), keys and values (B, K, T, H) of its self-attention; filled for the layers present."""
@@ -50,7 +51,7 @@ class Mask:
         if self.tensor.dtype != torch.bool:
             return self.tensor.to(dtype)[(None,) * (4 - self.tensor.dim())]
         if dtype not in self._summands:
-            zeros = torch.zeros(self.tensor.shape, dtype=dtype)
+            zeros = torch.zeros(self.tensor.shape, dtype=dtype, device=self.tensor.device)
             self._summands[dtype] = zeros.masked_fill_(~self.tensor, float("-inf"))[(None,) * (4 - self.tensor.dim())]
         return self._summands[dtype]
 
@@ -113,11 +114,15 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.d_model, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.d_model, bias=config.attention_bias)
+        bias = has_bias(config.attention_output_bias, config.attention_bias)
+        self.o_proj = nn.Linear(width, config.d_model, bias=bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.qk_norm = config.qk_norm
+            wide = config.qk_norm_kind == "width"
+            self.q_norm = RMSNorm(width if wide else config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(kv_width if wide else config.head_dim, eps=config.norm_eps)
+        self.qk_norm, self.softcap = config.qk_norm, config.attention_softcap
+        # Where queries and keys are normalized, or `none`.
+        self.norm_kind = config.qk_norm_kind if config.qk_norm else "none"
 
     def forward(
         self,
@@ -136,9 +141,7 @@ class Attention(nn.Module):
         With `cross`, the memory's keys and values are taken from the cache after the first call. If `attended` has this
         layer's number, it receives queries, keys and values before rotary embedding.
         """
-        q_BNTH = self._heads(self.q_proj(x_BTD), self.n_heads)
-        if self.qk_norm:
-            q_BNTH = self._normed(self.q_norm, q_BNTH)
+        q_BNTH = self._projected(self.q_proj, x_BTD, self.n_heads, "q_norm")
         if cross and cache is not None:
             pair = cache.cross[layer]
             if pair is None:
@@ -151,16 +154,24 @@ class Attention(nn.Module):
                 attended[layer] = (q_BNTH, k_BKSH, v_BKSH)
             if rope is not None:
                 q_BNTH, k_BKSH = apply_rope(q_BNTH, *rope), apply_rope(k_BKSH, *rope)
+            if self.norm_kind == "rotated":
+                q_BNTH, k_BKSH = self._normed(self.q_norm, q_BNTH), self._normed(self.k_norm, k_BKSH)
             if cache is not None:  # keys are cached after rotary embedding: each is rotated once
                 k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
-        return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale))
+        return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale, self.softcap))
 
     def keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of states, before rotary embedding (B, K, S, H)."""
-        k_BKSH = self._heads(self.k_proj(source_BSD), self.n_kv_heads)
-        if self.qk_norm:
-            k_BKSH = self._normed(self.k_norm, k_BKSH)
+        k_BKSH = self._projected(self.k_proj, source_BSD, self.n_kv_heads, "k_norm")
         return k_BKSH, self._heads(self.v_proj(source_BSD), self.n_kv_heads)
+
+    def _projected(self, projection: nn.Module, x_BTD: Tensor, n_heads: int, norm: str) -> Tensor:
+        """Return queries or keys (B, N, T, H), normalized unless that follows the rotation."""
+        x_BTW = projection(x_BTD)
+        if self.norm_kind == "width":
+            x_BTW = self._normed(getattr(self, norm), x_BTW)
+        x_BNTH = self._heads(x_BTW, n_heads)
+        return self._normed(getattr(self, norm), x_BNTH) if self.norm_kind == "head" else x_BNTH
 
     @staticmethod
     def _normed(norm: nn.RMSNorm, x_BNTH: Tensor) -> Tensor:
@@ -171,8 +182,13 @@ class Attention(nn.Module):
         return x_BTW.unflatten(-1, (n_heads, self.head_dim)).transpose(1, 2)
 
 
-def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float) -> Tensor:
-    """Return softmax(q k^T scale + mask) v with concatenated heads: (B, T, N*H)."""
+def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float, softcap: float = 0.0) -> Tensor:
+    """Return softmax(q k^T scale + mask) v with concatenated heads: (B, T, N*H).
+
+    softcap: c if scores are c tanh(score / c) before the mask; 0 if not.
+    """
+    if softcap:
+        return attend_capped(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap)
     if trains_on_cpu(q_BNTH, k_BKSH):
         # A custom autograd function gets no casts from autocast: apply its dtype here.
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q_BNTH.dtype
@@ -192,6 +208,19 @@ def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: fl
         scale=scale,
         enable_gqa=q_BNTH.shape[1] != k_BKSH.shape[1],
     )
+    return y_BNTH.transpose(1, 2).flatten(2)
+
+
+def attend_capped(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float, softcap: float) -> Tensor:
+    """Return the same with capped scores, for which torch has no fused kernel (Gemma 2, arXiv:2408.00118)."""
+    (_, N, T, _), (_, K, S, _) = q_BNTH.shape, k_BKSH.shape
+    k_BNSH, v_BNSH = k_BKSH.repeat_interleave(N // K, 1), v_BKSH.repeat_interleave(N // K, 1)
+    scores_BNTS = softcap * torch.tanh(q_BNTH @ k_BNSH.mT * (scale / softcap))
+    if mask.is_causal:
+        scores_BNTS = scores_BNTS.masked_fill(offsets(T, S, scores_BNTS.device) > 0, float("-inf"))
+    summand = mask.summand(scores_BNTS.dtype)
+    scores_BNTS = scores_BNTS if summand is None else scores_BNTS + summand
+    y_BNTH = scores_BNTS.softmax(-1, dtype=torch.float32).to(v_BNSH.dtype) @ v_BNSH
     return y_BNTH.transpose(1, 2).flatten(2)
 
 

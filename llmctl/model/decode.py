@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, attend
 from llmctl.model.cache import Int8KVCache, KVCache
-from llmctl.model.positions import rope_tables
-from llmctl.model.stack import ACTIVATIONS, Block, Stack
+from llmctl.model.positions import RopeKind, rope_tables
+from llmctl.model.stack import ACTIVATIONS, Block, MaskKey, Stack
 from llmctl.model.supports import BLOCK, BLOCK_CHOICES, unsupported
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.joined import join_quantized
@@ -37,11 +37,21 @@ float32; from three on the bfloat16 kernel is faster (measured).
 """
 
 
-NAMED = BLOCK - {"n_relative_buckets", "max_relative_distance"}
+NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
+    *("rope_thetas", "rotary_dim", "rope_scaling_values", "residual_scale", "logits_softcap"),
+}
 CHOICES = BLOCK_CHOICES | {
     "query_layer": (False,),
     "family": ("decoder", "encoder_decoder"),
     "positions": ("rope", "learned", "sinusoidal", "none"),
+    "norm_position": ("pre", "post", "output", "both"),
+    "rope_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
+    "rope_scaling_layers": ("all", "full"),
+    "sinusoid_rates": ("interleaved", "halves"),
+    "parallel": ("none", "shared", "separate"),
+    "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
+    **dict.fromkeys(("attention_output_bias", "mlp_output_bias"), ("same", "yes", "no")),
+    **dict.fromkeys(("norm_weight", "norm_bias"), (False, True)),
 }
 """The settings that `Layer` and `Decoder` implement; a model with any other uses `LanguageModel.hidden`."""
 
@@ -55,13 +65,13 @@ def covers(config: ModelConfig) -> bool:
 class Step:
     """The inputs that all layers share while T positions are decoded.
 
-    masks: by window; None when decoding one position of unpadded rows, which attend to a contiguous range of the cache.
-    rope: cosines and signed sines (B or 1, T, 1, H).
+    masks: by `Block.mask_key`; None when decoding one position of unpadded rows, which attend to a contiguous range of
+    the cache. ropes: by `Block.rope`: cosines and signed sines (B or 1, T, 1, R).
     """
 
     cache: KVCache
-    masks: dict[int, Mask] | None
-    rope: Rope | None
+    masks: dict[MaskKey, Mask] | None
+    ropes: dict[RopeKind, Rope]
     memory_BSD: Tensor | None
     memory_mask: Mask | None
 
@@ -79,8 +89,12 @@ class Decoder:
         # The fused weights replace the model's parameters; as inference tensors they could not be used in autograd.
         with torch.inference_mode(mode=False), torch.no_grad():
             self.layers = [Layer(block) for block in self.stack.layers]
-        self.norm = norm_of(self.stack.norm) if model.config.norm_position == "pre" else None
-        self.tables: Rope | None = None
+        self.norm = norm_of(self.stack.norm) if model.config.norm_position != "post" else None
+        rotates = self.config.positions == "rope"
+        self.rope_kinds = {layer.block.rope for layer in self.layers if rotates and layer.block.rope[0]}
+        # Computed for the whole cache once, then only sliced per token: kind -> (cosines, signed sines).
+        self.tables: dict[RopeKind, Rope] = {}
+        self.table_size: tuple[int, torch.dtype] | None = None
         self.native: Native | None = None
 
     def logits(self, tokens_B: Tensor, cache: KVCache, positions_B1: Tensor | None = None) -> Tensor:
@@ -130,25 +144,32 @@ class Decoder:
         memory_documents_BS: Tensor | None,
     ) -> Step:
         T = x_BTD.shape[1]
-        rope = self._rope(positions_BT, T, cache, x_BTD.dtype) if self.config.positions == "rope" else None
+        ropes = self._ropes(positions_BT, T, cache, x_BTD.dtype)
         # The common case of generation: no mask at all.
         if T == 1 and documents_BS is None and memory_documents_BS is None:
-            return Step(cache, None, rope, memory_BSD, Mask())
+            return Step(cache, None, ropes, memory_BSD, Mask())
         masks, memory_mask = self.stack.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
-        return Step(cache, masks, rope, memory_BSD, memory_mask)
+        return Step(cache, masks, ropes, memory_BSD, memory_mask)
 
-    def _rope(self, positions_BT: Tensor | None, n_positions: int, cache: KVCache, dtype: torch.dtype) -> Rope:
-        tables = self.tables
-        # Computed for the whole cache once, then only sliced per token.
-        if tables is None or len(tables[0]) < cache.max_len or tables[0].dtype != dtype:
+    def _ropes(
+        self, positions_BT: Tensor | None, n_positions: int, cache: KVCache, dtype: torch.dtype
+    ) -> dict[RopeKind, Rope]:
+        if self.rope_kinds and self.table_size != (cache.max_len, dtype):
+            self.table_size = cache.max_len, dtype
             all_S = torch.arange(cache.max_len, device=cache.documents_BS.device)
-            cos_SH, sin_SH = rope_tables(all_S, self.config.head_dim, self.config.rope_theta)
-            sin_SH[:, : self.config.head_dim // 2].neg_()  # see SelfAttention: the sign of the rotated first half
-            tables = self.tables = cos_SH[:, None].to(dtype), sin_SH[:, None].to(dtype)
-        cos_S1H, sin_S1H = tables
+            for kind in self.rope_kinds:
+                cos_SR, sin_SR = rope_tables(self.config, all_S, kind, cache.max_len)
+                sin_SR[:, : sin_SR.shape[1] // 2].neg_()  # see SelfAttention: the sign of the rotated first half
+                self.tables[kind] = cos_SR[:, None].to(dtype), sin_SR[:, None].to(dtype)
         if positions_BT is None:
-            return cos_S1H.narrow(0, cache.length, n_positions), sin_S1H.narrow(0, cache.length, n_positions)
-        return cos_S1H[positions_BT], sin_S1H[positions_BT]
+            start = cache.length
+            return {
+                kind: (cos_S1R.narrow(0, start, n_positions), sin_S1R.narrow(0, start, n_positions))
+                for kind, (cos_S1R, sin_S1R) in self.tables.items()
+            }
+        return {
+            kind: (cos_S1R[positions_BT], sin_S1R[positions_BT]) for kind, (cos_S1R, sin_S1R) in self.tables.items()
+        }
 
 
 class Layer:
@@ -156,10 +177,14 @@ class Layer:
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.attention = SelfAttention(block.self_attn, block.layer, block.window)
+        self.attention = SelfAttention(block)
         self.cross = CrossAttention(block.cross_attn, block.layer) if block.cross else None
-        self.pre = block.pre
-        self.norms = [norm_of(block.input_layernorm), norm_of(block.post_attention_layernorm)]
+        self.plain_pre = block.before and not block.within and block.scale == 1.0 and block.parallel == "none"
+        self.norms = [norm_of(block.input_layernorm)]
+        if block.parallel != "shared":
+            self.norms.append(norm_of(block.post_attention_layernorm))
+        if block.before and block.within:
+            self.output_norms = [norm_of(block.attention_output_layernorm), norm_of(block.mlp_output_layernorm)]
         self.cross_norm = norm_of(block.cross_attention_layernorm) if block.cross else None
         mlp = block.mlp
         self.gated, self.activation = mlp.gated, ACTIVATIONS[mlp.activation]
@@ -167,17 +192,42 @@ class Layer:
         self.down = join([mlp.down_proj])
 
     def __call__(self, x_BTD: Tensor, step: Step) -> Tensor:
-        """Run the block, pre-norm or post-norm."""
+        """Run the block."""
+        if self.block.parallel != "none":
+            return self._side_by_side(x_BTD, step)
         first, second = self.norms
-        if self.pre:
+        if self.plain_pre:
             x_BTD = x_BTD + self.attention(first(x_BTD), step)
             if self.cross is not None and self.cross_norm is not None:
                 x_BTD = x_BTD + self.cross(self.cross_norm(x_BTD), step)
             return x_BTD + self._feed_forward(second(x_BTD))
-        x_BTD = first(x_BTD + self.attention(x_BTD, step))
+        if self.block.after:
+            x_BTD = first(x_BTD + self._scaled(self.attention(x_BTD, step)))
+            if self.cross is not None and self.cross_norm is not None:
+                x_BTD = self.cross_norm(x_BTD + self._scaled(self.cross(x_BTD, step)))
+            return second(x_BTD + self._scaled(self._feed_forward(x_BTD)))
+        if not self.block.within:
+            x_BTD = x_BTD + self._scaled(self.attention(first(x_BTD), step))
+            if self.cross is not None and self.cross_norm is not None:
+                x_BTD = x_BTD + self._scaled(self.cross(self.cross_norm(x_BTD), step))
+            return x_BTD + self._scaled(self._feed_forward(second(x_BTD)))
+        if self.block.before:
+            output, mlp_output = self.output_norms
+            x_BTD = x_BTD + self._scaled(output(self.attention(first(x_BTD), step)))
+            return x_BTD + self._scaled(mlp_output(self._feed_forward(second(x_BTD))))
+        x_BTD = x_BTD + self._scaled(first(self.attention(x_BTD, step)))
         if self.cross is not None and self.cross_norm is not None:
-            x_BTD = self.cross_norm(x_BTD + self.cross(x_BTD, step))
-        return second(x_BTD + self._feed_forward(x_BTD))
+            x_BTD = x_BTD + self._scaled(self.cross_norm(self.cross(x_BTD, step)))
+        return x_BTD + self._scaled(second(self._feed_forward(x_BTD)))
+
+    def _side_by_side(self, x_BTD: Tensor, step: Step) -> Tensor:
+        h_BTD = self.norms[0](x_BTD)
+        y_BTD = self.attention(h_BTD, step)
+        h_BTD = self.norms[1](x_BTD) if self.block.parallel == "separate" else h_BTD
+        return x_BTD + self._scaled(y_BTD + self._feed_forward(h_BTD))
+
+    def _scaled(self, y_BTD: Tensor) -> Tensor:
+        return y_BTD if self.block.scale == 1.0 else y_BTD * self.block.scale
 
     def _feed_forward(self, x_BTD: Tensor) -> Tensor:
         h_BTF = self.up(x_BTD)
@@ -190,8 +240,10 @@ class Layer:
 class SelfAttention:
     """Self-attention of new positions to themselves and the cache."""
 
-    def __init__(self, attention: Attention, layer: int, window: int) -> None:
-        self.layer, self.window, self.scale = layer, window, attention.scale
+    def __init__(self, block: Block) -> None:
+        attention = block.self_attn
+        self.layer, self.window, self.scale = block.layer, block.window, attention.scale
+        self.mask_key, self.rope = block.mask_key, block.rope
         self.heads = attention.n_heads, attention.n_kv_heads, attention.head_dim
         self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = join([attention.o_proj])
@@ -206,16 +258,20 @@ class SelfAttention:
         if self.norms is not None:
             q_BTNH, k_BTKH = both_BTAH.split([N, K], dim=2)
             both_BTAH = torch.cat([self.norms[0](q_BTNH), self.norms[1](k_BTKH)], dim=2)
-        if step.rope is not None:
+        rope = step.ropes.get(self.rope)
+        if rope is not None:
             # Rotary embedding as x * cos + swapped halves * sin; the minus sign is in the first half's sines.
-            cos, sin = step.rope
-            both_BTAH = torch.addcmul(both_BTAH * cos, both_BTAH.roll(H // 2, -1), sin)
+            cos, sin = rope
+            R = cos.shape[-1]
+            rotated = both_BTAH if R == H else both_BTAH[..., :R]
+            rotated = torch.addcmul(rotated * cos, rotated.roll(R // 2, -1), sin)
+            both_BTAH = rotated if R == H else torch.cat([rotated, both_BTAH[..., R:]], dim=-1)
         q_BTNH, k_BTKH, v_BTKH = both_BTAH.narrow(2, 0, N), both_BTAH.narrow(2, N, K), all_BTAH.narrow(2, N + K, K)
         cache, start, stop = step.cache, 0, step.cache.length + T
         cache.write(self.layer, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2))
         if step.masks is None and self.window:  # without a mask, a window is a shorter range of the cache
             start = max(0, stop - self.window)
-        mask = Mask() if step.masks is None else step.masks[self.window]
+        mask = Mask() if step.masks is None else step.masks[self.mask_key]
         if T == 1 and isinstance(cache, Int8KVCache):  # avoids dequantizing the whole cache for one query
             return self.out(attend_int8(q_BTNH, *cache.coded(self.layer, start, stop), mask, self.scale))
         return self.out(attend_cached(q_BTNH, *cache.read(self.layer, start, stop), mask, self.scale))

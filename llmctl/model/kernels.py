@@ -24,8 +24,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Divide by the root mean square over the last dimension, and scale."""
-        if self.eps is not None and x.dtype == self.weight.dtype and trains_on_cpu(x, self.weight):
-            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        weight = self.weight if self.elementwise_affine else None
+        if weight is not None and self.eps is not None and x.dtype == weight.dtype and trains_on_cpu(x, weight):
+            normed: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
             return normed
         return super().forward(x)
 

@@ -4,15 +4,15 @@ import math
 from dataclasses import dataclass
 
 from llmctl.config import ModelConfig
-from llmctl.model.shapes import complete
+from llmctl.model.shapes import complete, has_bias, has_shared_bias
 
 Shape = tuple[int, ...]
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return name -> shape of every entry of `LanguageModel(config).state_dict()`, for a complete config."""
-    V, D = config.vocab_size, config.d_model
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, D)}
+    V, D, E = config.vocab_size, config.d_model, config.d_embedding or config.d_model
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, E)}
     if config.family == "encoder_decoder":
         shapes |= stack_shapes(config, "model.encoder.", config.n_layers, cross=False)
         shapes |= stack_shapes(config, "model.decoder.", config.n_decoder_layers, cross=True)
@@ -24,42 +24,50 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
             shapes |= linear("classifier_dense", D, D, bias=True)
         return shapes | linear("classifier", config.n_labels, D, bias=has_dense)
     if config.head_transform:
-        shapes |= linear("head_dense", D, D, bias=True) | norm(config, "head_norm")
-    return shapes | linear("lm_head", V, D, bias=config.logits_bias)
+        shapes |= linear("head_dense", E, D, bias=config.head_transform_bias) | norm(config, "head_norm", E)
+    return shapes | linear("lm_head", V, E, bias=config.logits_bias)
 
 
 def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool) -> dict[str, Shape]:
     """Return the parameter shapes of one stack of layers."""
-    D = config.d_model
+    D, E = config.d_model, config.d_embedding or config.d_model
     shapes: dict[str, Shape] = {}
     if config.positions == "learned":
-        shapes[prefix + "embed_positions.weight"] = (config.max_positions + config.position_offset, D)
-    if config.positions == "relative":
+        shapes[prefix + "embed_positions.weight"] = (config.max_positions + config.position_offset, E)
+    if has_shared_bias(config):
         shapes[prefix + "relative_bias.weight"] = (config.n_relative_buckets, config.n_heads)
     if config.n_token_types:
-        shapes[prefix + "embed_token_types.weight"] = (config.n_token_types, D)
+        shapes[prefix + "embed_token_types.weight"] = (config.n_token_types, E)
     if config.embedding_norm:
-        shapes |= norm(config, prefix + "embedding_norm")
-    for layer in range(n_layers):
-        shapes |= block_shapes(config, f"{prefix}layers.{layer}.", cross=cross)
+        shapes |= norm(config, prefix + "embedding_norm", E)
+    if config.d_embedding:
+        shapes |= linear(prefix + "embed_projection", D, E, bias=True)
+    for layer in range(1 if config.share_layers else n_layers):
+        shapes |= block_shapes(config, f"{prefix}layers.{layer}.", cross=cross, first=layer == 0)
     if config.query_layer:
         shapes[prefix + "query_embeddings.weight"] = (config.max_positions, D)
-        shapes |= block_shapes(config, prefix + "query_layer.", cross=False)
-    if config.norm_position == "pre":
+        shapes |= block_shapes(config, prefix + "query_layer.", cross=False, first=False)
+    if config.norm_position != "post":
         shapes |= norm(config, prefix + "norm")
     return shapes
 
 
-def block_shapes(config: ModelConfig, prefix: str, *, cross: bool) -> dict[str, Shape]:
-    """Return the parameter shapes of one layer."""
+def block_shapes(config: ModelConfig, prefix: str, *, cross: bool, first: bool) -> dict[str, Shape]:
+    """Return the parameter shapes of one layer; `first`: of the first."""
     D, F = config.d_model, config.d_ff
-    shapes = norm(config, prefix + "input_layernorm") | attention_shapes(config, prefix + "self_attn.")
+    shapes = {} if first and not config.first_norm else norm(config, prefix + "input_layernorm")
+    shapes |= attention_shapes(config, prefix + "self_attn.")
     if cross:
         shapes |= norm(config, prefix + "cross_attention_layernorm") | attention_shapes(config, prefix + "cross_attn.")
-    shapes |= norm(config, prefix + "post_attention_layernorm")
+    if config.parallel != "shared":
+        shapes |= norm(config, prefix + "post_attention_layernorm")
+    if config.norm_position == "both":
+        shapes |= norm(config, prefix + "attention_output_layernorm") | norm(config, prefix + "mlp_output_layernorm")
+    if config.relative_bias_per_layer:
+        shapes[prefix + "relative_bias.weight"] = (config.n_relative_buckets, config.n_heads)
     for name in ("gate_proj", "up_proj") if config.gated else ("up_proj",):
         shapes |= linear(f"{prefix}mlp.{name}", F, D, bias=config.mlp_bias)
-    return shapes | linear(prefix + "mlp.down_proj", D, F, bias=config.mlp_bias)
+    return shapes | linear(prefix + "mlp.down_proj", D, F, bias=has_bias(config.mlp_output_bias, config.mlp_bias))
 
 
 def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
@@ -68,9 +76,11 @@ def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
     shapes = linear(prefix + "q_proj", config.n_heads * H, D, bias=bias)
     shapes |= linear(prefix + "k_proj", config.n_kv_heads * H, D, bias=bias)
     shapes |= linear(prefix + "v_proj", config.n_kv_heads * H, D, bias=bias)
-    shapes |= linear(prefix + "o_proj", D, config.n_heads * H, bias=bias)
+    output_bias = has_bias(config.attention_output_bias, bias)
+    shapes |= linear(prefix + "o_proj", D, config.n_heads * H, bias=output_bias)
     if config.qk_norm:
-        shapes |= {prefix + "q_norm.weight": (H,), prefix + "k_norm.weight": (H,)}
+        q, k = (config.n_heads * H, config.n_kv_heads * H) if config.qk_norm_kind == "width" else (H, H)
+        shapes |= {prefix + "q_norm.weight": (q,), prefix + "k_norm.weight": (k,)}
     return shapes
 
 
@@ -80,10 +90,13 @@ def linear(name: str, n_out: int, n_in: int, *, bias: bool) -> dict[str, Shape]:
     return weight | {name + ".bias": (n_out,)} if bias else weight
 
 
-def norm(config: ModelConfig, name: str) -> dict[str, Shape]:
-    """Return the parameter shapes of a norm over the hidden channels."""
-    weight: dict[str, Shape] = {name + ".weight": (config.d_model,)}
-    return weight | {name + ".bias": (config.d_model,)} if config.norm == "layernorm" else weight
+def norm(config: ModelConfig, name: str, width: int = 0) -> dict[str, Shape]:
+    """Return the parameter shapes of a norm over the hidden channels, or over `width` channels."""
+    if not config.norm_weight:
+        return {}
+    weight: dict[str, Shape] = {name + ".weight": (width or config.d_model,)}
+    biased = config.norm == "layernorm" and config.norm_bias
+    return weight | {name + ".bias": weight[name + ".weight"]} if biased else weight
 
 
 def count(config: ModelConfig) -> int:

@@ -1,9 +1,12 @@
 """Values derived from a ModelConfig: defaults for its zeros, consistency checks, layer counts, widths."""
 
 from dataclasses import replace
+from typing import Literal
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
+
+OutputBias = Literal["same", "yes", "no"]
 
 
 def complete(config: ModelConfig) -> ModelConfig:
@@ -15,6 +18,8 @@ def complete(config: ModelConfig) -> ModelConfig:
     head_dim = config.head_dim or config.d_model // max(config.n_heads, 1)
     full = replace(
         config,
+        attention_output_bias=shown_bias(config.attention_output_bias, config.attention_bias),
+        mlp_output_bias=shown_bias(config.mlp_output_bias, config.mlp_bias),
         n_decoder_layers=(config.n_decoder_layers or config.n_layers) if config.family == "encoder_decoder" else 0,
         n_kv_heads=config.n_kv_heads or config.n_heads,
         head_dim=head_dim,
@@ -26,6 +31,38 @@ def complete(config: ModelConfig) -> ModelConfig:
     if problems:
         raise UsageError("the model cannot be built: " + "; ".join(problems), "`llmctl presets` lists valid shapes")
     return full
+
+
+def shown_bias(kind: OutputBias, other: bool) -> OutputBias:
+    """Return `same` if an output projection's bias is as that of the other projections, so that equals compare equal."""
+    return "same" if kind == ("yes" if other else "no") else kind
+
+
+def has_bias(kind: str, other: bool) -> bool:
+    """Tell whether an output projection has a bias."""
+    return other if kind == "same" else kind == "yes"
+
+
+def has_shared_bias(config: ModelConfig) -> bool:
+    """Tell whether the layers of a stack share one learned relative position bias."""
+    return (config.positions == "relative" or config.relative_bias) and not config.relative_bias_per_layer
+
+
+def theta_of(config: ModelConfig, layer: int) -> float:
+    """Return the rotary base of a layer; 0: no rotation."""
+    return config.rope_thetas[layer % len(config.rope_thetas)] if config.rope_thetas else config.rope_theta
+
+
+def rope_of(config: ModelConfig, layer: int) -> tuple[float, bool]:
+    """Return the rotary base of a layer, and whether its frequencies are scaled."""
+    everywhere = config.rope_scaling_layers == "all"
+    return theta_of(config, layer), config.rope_scaling != "none" and (everywhere or not window_of(config, layer))
+
+
+def scaling_counts(config: ModelConfig) -> tuple[int, ...]:
+    """Return how many numbers the scaling of rotary frequencies may have."""
+    counts = {"none": (0,), "linear": (1,), "llama3": (4,), "yarn": (5, 6)}
+    return counts.get(config.rope_scaling, (2 + (config.rotary_dim or config.head_dim),))
 
 
 def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
@@ -55,6 +92,30 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
             f"`model.max_relative_distance` {full.max_relative_distance} must exceed half of the relative buckets",
         ),
         (
+            not 0 <= full.rotary_dim <= full.head_dim or full.rotary_dim % 2 != 0,
+            f"`model.rotary_dim` {full.rotary_dim} is not an even number from 0 to `model.head_dim` {full.head_dim}",
+        ),
+        (
+            len(full.rope_scaling_values) not in scaling_counts(full),
+            f"`model.rope_scaling` {full.rope_scaling} does not have {len(full.rope_scaling_values)} values",
+        ),
+        (
+            full.parallel != "none" and (full.norm_position != "pre" or full.family == "encoder_decoder"),
+            f"`model.parallel` {full.parallel} needs a decoder or encoder with `model.norm_position` pre",
+        ),
+        (
+            full.norm_position == "both" and full.family == "encoder_decoder",
+            "`model.norm_position` both needs a decoder or encoder",
+        ),
+        (
+            full.share_layers and full.family != "encoder",
+            f"`model.share_layers` needs `model.family` encoder, not {full.family}",
+        ),
+        (
+            bool(full.d_embedding) and full.family == "encoder_decoder",
+            "`model.d_embedding` needs a decoder or encoder",
+        ),
+        (
             full.query_layer and full.family != "decoder",
             f"`model.query_layer` needs `model.family` decoder, not {full.family}",
         ),
@@ -68,6 +129,8 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
         ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]
+    for name in ("d_embedding", "attention_softcap", "logits_softcap"):
+        checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))
     for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std", "n_labels"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))
     for name in ("norm_eps", "rope_theta"):

@@ -13,21 +13,31 @@ from llmctl.config import ModelConfig
 from llmctl.model.attention import Attended, Attention, Mask, build_mask, offsets
 from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm
-from llmctl.model.positions import positions_within, relative_buckets, rope_tables, sinusoidal_table
-from llmctl.model.shapes import window_of
+from llmctl.model.positions import (
+    RopeKind,
+    alibi_slopes,
+    positions_within,
+    relative_buckets,
+    rope_tables,
+    sinusoidal_table,
+)
+from llmctl.model.shapes import has_bias, has_shared_bias, rope_of, window_of
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """Create a norm of the model's kind over the hidden channels."""
-    kind = RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)
+def make_norm(config: ModelConfig, width: int = 0) -> nn.Module:
+    """Create a norm of the model's kind over the hidden channels, or over `width` channels."""
+    width = width or config.d_model
+    if config.norm == "rmsnorm":
+        return RMSNorm(width, eps=config.norm_eps, elementwise_affine=config.norm_weight)
+    return nn.LayerNorm(width, eps=config.norm_eps, elementwise_affine=config.norm_weight, bias=config.norm_bias)
 
 
 class FeedForward(nn.Module):
@@ -41,7 +51,8 @@ class FeedForward(nn.Module):
         if config.gated:
             self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        bias = has_bias(config.mlp_output_bias, config.mlp_bias)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=bias)
         self.activation = config.activation
         self.gated = config.gated
 
@@ -53,12 +64,19 @@ class FeedForward(nn.Module):
         return self.down_proj(act(self.up_proj(x_BTD)))
 
 
+MaskKey = tuple[int, int]
+"""Attention window, and the layer where its position bias is its own, else 0."""
+
+
 @dataclass(frozen=True)
 class Pass:
-    """The inputs that all layers of a stack share in one forward pass."""
+    """The inputs that all layers of a stack share in one forward pass.
 
-    masks: dict[int, Mask]
-    rope: tuple[Tensor, Tensor] | None = None
+    masks: by `Block.mask_key`. ropes: tables by `Block.rope`; a layer without is not rotated.
+    """
+
+    masks: dict[MaskKey, Mask]
+    ropes: dict[RopeKind, tuple[Tensor, Tensor]]
     memory_BSD: Tensor | None = None
     memory_mask: Mask | None = None
     cache: KVCache | None = None
@@ -66,37 +84,54 @@ class Pass:
 
 
 class Block(nn.Module):
-    """Self-attention, optional cross-attention, and feed-forward, each with residual connection and norm."""
+    """Self-attention, optional cross-attention, and feed-forward, each with residual connection and norm.
+
+    before, within, after: whether a norm is applied to what a part reads, to what it adds, and to the sum.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, *, cross: bool = False) -> None:
         super().__init__()
         self.layer, self.window, self.cross = layer, window_of(config, layer), cross
-        self.pre = config.norm_position == "pre"
-        self.input_layernorm = make_norm(config)
+        self.mask_key: MaskKey = (self.window, layer if config.relative_bias_per_layer else 0)
+        self.rope, self.scale, self.parallel = rope_of(config, layer), config.residual_scale, config.parallel
+        self.before = config.norm_position in ("pre", "both")
+        self.within = config.norm_position in ("output", "both")
+        self.after = config.norm_position == "post"
+        has_first = config.first_norm or layer > 0
+        self.input_layernorm = make_norm(config) if has_first else nn.Identity()
         self.self_attn = Attention(config)
         if cross:
             self.cross_attention_layernorm = make_norm(config)
             self.cross_attn = Attention(config)
-        self.post_attention_layernorm = make_norm(config)
+        if config.parallel != "shared":
+            self.post_attention_layernorm = make_norm(config)
+        if config.norm_position == "both":
+            self.attention_output_layernorm = make_norm(config)
+            self.mlp_output_layernorm = make_norm(config)
+        if config.relative_bias_per_layer:
+            self.relative_bias = nn.Embedding(config.n_relative_buckets, config.n_heads)
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, shared: Pass, query_BTD: Tensor | None = None) -> Tensor:
         """Run one layer; `query` replaces the input of the query projection (PanGu-Alpha's query layer)."""
-        h_BTD = self.input_layernorm(x_BTD) if self.pre else x_BTD
-        mask = shared.masks[self.window]
-        options = {"rope": shared.rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
+        h_BTD = self.input_layernorm(x_BTD) if self.before else x_BTD
+        mask, rope = shared.masks[self.mask_key], shared.ropes.get(self.rope)
+        options = {"rope": rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
         # Keys and values of the query layer come from the hidden states, its queries from elsewhere.
         if query_BTD is None:
             y_BTD = self.self_attn(h_BTD, mask, **options)
         else:
             y_BTD = self.self_attn(query_BTD, mask, memory_BSD=h_BTD, **options)
-        x_BTD = self._join(x_BTD, y_BTD, self.input_layernorm)
+        if self.parallel != "none":
+            h_BTD = self.post_attention_layernorm(x_BTD) if self.parallel == "separate" else h_BTD
+            return x_BTD + self._scaled(self.dropout(y_BTD) + self.dropout(self.mlp(h_BTD)))
+        x_BTD = self._join(x_BTD, y_BTD, "input_layernorm", "attention_output_layernorm")
         if self.cross:
             assert shared.memory_mask is not None, (
                 "cross-attention needs the encoder's output, or a cache that contains it"
             )
-            h_BTD = self.cross_attention_layernorm(x_BTD) if self.pre else x_BTD
+            h_BTD = self.cross_attention_layernorm(x_BTD) if self.before else x_BTD
             y_BTD = self.cross_attn(
                 h_BTD,
                 shared.memory_mask,
@@ -105,13 +140,20 @@ class Block(nn.Module):
                 layer=self.layer,
                 cross=True,
             )
-            x_BTD = self._join(x_BTD, y_BTD, self.cross_attention_layernorm)
-        h_BTD = self.post_attention_layernorm(x_BTD) if self.pre else x_BTD
-        return self._join(x_BTD, self.mlp(h_BTD), self.post_attention_layernorm)
+            x_BTD = self._join(x_BTD, y_BTD, "cross_attention_layernorm")
+        h_BTD = self.post_attention_layernorm(x_BTD) if self.before else x_BTD
+        return self._join(x_BTD, self.mlp(h_BTD), "post_attention_layernorm", "mlp_output_layernorm")
 
-    def _join(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
-        x_BTD = x_BTD + self.dropout(y_BTD)
-        return x_BTD if self.pre else norm(x_BTD)  # post-norm normalizes the sum
+    def _join(self, x_BTD: Tensor, y_BTD: Tensor, norm: str, output_norm: str = "") -> Tensor:
+        """Add what a part returned; `norm` is the part's only norm, unless there is another for its output."""
+        if self.within:
+            # Under autocast a product is bfloat16, but the norm's weight is not: torch warns and takes a slow path.
+            y_BTD = getattr(self, output_norm if self.before else norm)(y_BTD.to(x_BTD.dtype))
+        x_BTD = x_BTD + self._scaled(self.dropout(y_BTD))
+        return getattr(self, norm)(x_BTD) if self.after else x_BTD
+
+    def _scaled(self, y_BTD: Tensor) -> Tensor:
+        return y_BTD if self.scale == 1.0 else y_BTD * self.scale
 
 
 class Stack(nn.Module):
@@ -123,24 +165,29 @@ class Stack(nn.Module):
     def __init__(self, config: ModelConfig, n_layers: int, *, causal: bool, cross: bool = False) -> None:
         super().__init__()
         self.config, self.causal = config, causal
+        width = config.d_embedding or config.d_model
         self.recompute = False  # activation checkpointing: recompute blocks in the backward pass
         if config.positions == "learned":
-            self.embed_positions = nn.Embedding(config.max_positions + config.position_offset, config.d_model)
+            self.embed_positions = nn.Embedding(config.max_positions + config.position_offset, width)
         elif config.positions == "sinusoidal":
-            table = sinusoidal_table(config.max_positions, config.d_model)
+            table = sinusoidal_table(config.max_positions + config.position_offset, width, config.sinusoid_rates)
             self.register_buffer("sinusoids", table, persistent=False)
-        elif config.positions == "relative":
+        if has_shared_bias(config):
             self.relative_bias = nn.Embedding(config.n_relative_buckets, config.n_heads)
         if config.n_token_types:
-            self.embed_token_types = nn.Embedding(config.n_token_types, config.d_model)
+            self.embed_token_types = nn.Embedding(config.n_token_types, width)
         if config.embedding_norm:
-            self.embedding_norm = make_norm(config)
-        self.layers = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(n_layers))
+            self.embedding_norm = make_norm(config, width)
+        if config.d_embedding:
+            self.embed_projection = nn.Linear(config.d_embedding, config.d_model)
+        n_blocks = 1 if config.share_layers else n_layers
+        self.n_repeats = n_layers // n_blocks
+        self.layers = nn.ModuleList(Block(config, layer, cross=cross) for layer in range(n_blocks))
         # PanGu-Alpha: one more block on top, which asks for the next token by its position (arXiv:2104.12369).
         if config.query_layer:
             self.query_embeddings = nn.Embedding(config.max_positions, config.d_model)
             self.query_layer = Block(config, n_layers)
-        if config.norm_position == "pre":
+        if config.norm_position != "post":
             self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -169,14 +216,14 @@ class Stack(nn.Module):
         x_BTD = self.embed(x_BTD, positions_BT, token_types_BT)
         shared = self._share(x_BTD, documents_BS, positions_BT, memory_BSD, memory_documents_BS, cache)
         shared = replace(shared, attended=attended)
-        for block in self.layers:
+        for block in [*self.layers] * self.n_repeats:
             if collect is not None:
                 collect.append(x_BTD)
             checkpoints = self.recompute and self.training
             x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if checkpoints else block(x_BTD, shared)
         if collect is not None:
             collect.append(x_BTD)
-        if self.config.norm_position == "pre":
+        if self.config.norm_position != "post":
             x_BTD = self.norm(x_BTD)
         if self.config.query_layer:
             # After the final norm, as in the released code; its queries come from positions only.
@@ -199,13 +246,14 @@ class Stack(nn.Module):
         if config.positions == "learned":
             x_BTD = x_BTD + self.embed_positions(positions_BT + config.position_offset)
         elif config.positions == "sinusoidal":
-            x_BTD = x_BTD + self.sinusoids[positions_BT].to(x_BTD.dtype)
+            x_BTD = x_BTD + self.sinusoids[positions_BT + config.position_offset].to(x_BTD.dtype)
         if config.n_token_types:
             types = torch.zeros_like(positions_BT) if token_types_BT is None else token_types_BT
             x_BTD = x_BTD + self.embed_token_types(types)
         if config.embedding_norm:
             x_BTD = self.embedding_norm(x_BTD)
-        return self.dropout(x_BTD)
+        x_BTD = self.dropout(x_BTD)
+        return self.embed_projection(x_BTD) if config.d_embedding else x_BTD
 
     def _share(
         self,
@@ -218,11 +266,16 @@ class Stack(nn.Module):
     ) -> Pass:
         config = self.config
         masks, memory_mask = self.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
-        # Once per forward pass: all layers rotate by the same tables.
-        rope = None
+        # Once per forward pass: layers of the same kind share their tables. A cache has room for all that will follow.
+        ropes = {}
         if config.positions == "rope":
-            rope = rope_tables(positions_BT, config.head_dim, config.rope_theta)
-        return Pass(masks, rope, memory_BSD, memory_mask, cache)
+            n_positions = x_BTD.shape[1] if cache is None else cache.max_len
+            if config.rope_scaling == "longrope" and cache is None:  # documents of a packed row are shorter
+                n_positions = int(positions_BT.max()) + 1
+            blocks = [*self.layers, *([self.query_layer] if config.query_layer else [])]
+            for kind in {block.rope for block in blocks if block.rope[0]}:
+                ropes[kind] = rope_tables(config, positions_BT, kind, n_positions)
+        return Pass(masks, ropes, memory_BSD, memory_mask, cache)
 
     def masks(
         self,
@@ -231,28 +284,30 @@ class Stack(nn.Module):
         memory_BSD: Tensor | None,
         memory_documents_BS: Tensor | None,
         cache: KVCache | None,
-    ) -> tuple[dict[int, Mask], Mask | None]:
-        """Return the masks of T more positions: by window, and for the memory if there is one."""
+    ) -> tuple[dict[MaskKey, Mask], Mask | None]:
+        """Return the masks of T more positions: by `Block.mask_key`, and for the memory if there is one."""
         config, T = self.config, x_BTD.shape[1]
         S = T + (cache.length if cache is not None else 0)  # cached keys come first
         documents_BT = documents_BS[:, -T:] if documents_BS is not None else None
-        bias_NTS = self._bias(T, S, x_BTD.device) if config.positions == "relative" else None
-        # Layers with the same window share a mask.
-        windows = {block.window for block in self.layers}
-        if config.query_layer:
-            windows.add(self.query_layer.window)
+        shared_NTS = self._shared_bias(T, S, x_BTD.device)
+        # Layers with the same window share a mask, unless each has a position bias of its own.
+        blocks = {
+            block.mask_key: block for block in [*self.layers, *([self.query_layer] if config.query_layer else [])]
+        }
         masks = {
-            window: build_mask(
+            key: build_mask(
                 T,
                 S,
                 causal=self.causal,
-                window=window,
+                window=block.window,
                 query_documents_BT=documents_BT,
                 key_documents_BS=documents_BS,
-                bias_NTS=bias_NTS,
+                bias_NTS=self._bias(block.relative_bias, T, S, x_BTD.device)
+                if config.relative_bias_per_layer
+                else shared_NTS,
                 device=x_BTD.device,
             )
-            for window in windows
+            for key, block in blocks.items()
         }
         return masks, self._memory_mask(T, documents_BT, memory_documents_BS, memory_BSD, cache, x_BTD.device)
 
@@ -282,11 +337,21 @@ class Stack(nn.Module):
             device=device,
         )
 
-    def _bias(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    def _shared_bias(self, n_queries: int, n_keys: int, device: torch.device) -> Tensor | None:
+        """Return what all layers add to their scores (N, T, S), or None."""
+        config = self.config
+        if config.positions == "alibi":
+            # A softmax ignores what all keys of a query have in common, so distances serve as well as key positions.
+            slopes = alibi_slopes(config.n_heads).to(device) * config.alibi_scale
+            return slopes[:, None, None] * offsets(n_queries, n_keys, device).float()
+        return self._bias(self.relative_bias, n_queries, n_keys, device) if has_shared_bias(config) else None
+
+    def _bias(self, table: nn.Embedding, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
         buckets_TS = relative_buckets(
             offsets(n_queries, n_keys, device),
             causal=self.causal,
             n_buckets=self.config.n_relative_buckets,
             max_distance=self.config.max_relative_distance,
         )
-        return self.relative_bias(buckets_TS).permute(2, 0, 1)
+        bias_NTS: Tensor = table(buckets_TS).permute(2, 0, 1)
+        return bias_NTS

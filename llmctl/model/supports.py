@@ -42,13 +42,33 @@ BLOCK_CHOICES: dict[str, tuple[Any, ...]] = {
 Do not extend these two: code that learns a later switch adds it to a set of its own.
 """
 
+AROUND_MATRICES = frozenset(
+    {
+        *("rope_thetas", "rotary_dim", "rope_scaling", "rope_scaling_values", "rope_scaling_layers"),
+        *("residual_scale", "norm_bias", "attention_output_bias", "mlp_output_bias", "sinusoid_rates"),
+        *("attention_softcap", "logits_softcap", "head_transform_bias", "qk_norm_kind"),
+    }
+)
+"""Later fields that change what happens between a block's matrices, not which there are and what they read."""
+
 # Field -> whether it has an effect, of fields that matter only together with others.
 HAS_EFFECT: Mapping[str, Callable[[ModelConfig], bool]] = {
     "n_decoder_layers": lambda config: config.family == "encoder_decoder",
     "rope_theta": lambda config: config.positions == "rope",
-    "position_offset": lambda config: config.positions == "learned",
-    "n_relative_buckets": lambda config: config.positions == "relative",
-    "max_relative_distance": lambda config: config.positions == "relative",
+    "position_offset": lambda config: config.positions in ("learned", "sinusoidal"),
+    "n_relative_buckets": lambda config: config.positions == "relative" or config.relative_bias,
+    "max_relative_distance": lambda config: config.positions == "relative" or config.relative_bias,
+    "qk_norm_kind": lambda config: config.qk_norm,
+    "alibi_scale": lambda config: config.positions == "alibi",
+    "sinusoid_rates": lambda config: config.positions == "sinusoidal",
+    "norm_bias": lambda config: config.norm == "layernorm",
+    "head_transform_bias": lambda config: config.head_transform,
+    **dict.fromkeys(
+        ("rotary_dim", "rope_scaling", "rope_scaling_values", "rope_scaling_layers"),
+        lambda config: config.positions == "rope",
+    ),
+    "rope_thetas": lambda config: config.positions == "rope" and {*config.rope_thetas} - {config.rope_theta} != set(),
+    "architecture": lambda _: False,
     "attention_windows": lambda config: any(config.attention_windows),
     # 0 and head_dim ** -0.5 mean the same; a complete config states the number.
     "attention_scale": lambda config: not config.head_dim or not close(config.attention_scale, config.head_dim**-0.5),

@@ -5,7 +5,7 @@ renaming. `hidden()` and `head()` are separate because losses process the vocabu
 (tokens x vocabulary) float32 tensor. No files, no devices, no ranks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from llmctl.model.shapes import complete
 from llmctl.model.stack import ACTIVATIONS, Stack, make_norm
 from llmctl.quant.learned import TunedLinear
 from llmctl.quant.weight import PARTS, QuantWeight
+
+POOLED_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu}
 
 
 class LanguageModel(nn.Module):
@@ -41,7 +43,8 @@ class LanguageModel(nn.Module):
             self.model.decoder = Stack(config, config.n_decoder_layers, causal=True, cross=True)
         else:
             self.model = Stack(config, config.n_layers, causal=config.family == "decoder")
-        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        width = config.d_embedding or config.d_model
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, width)
         if config.n_labels:
             has_dense = config.pooled_activation != "none"
             if has_dense:
@@ -50,9 +53,9 @@ class LanguageModel(nn.Module):
             self.dropout = nn.Dropout(config.dropout)
             return
         if config.head_transform:
-            self.head_dense = nn.Linear(config.d_model, config.d_model)
-            self.head_norm = make_norm(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=config.logits_bias)
+            self.head_dense = nn.Linear(config.d_model, width, bias=config.head_transform_bias)
+            self.head_norm = make_norm(config, width)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=config.logits_bias)
         self.tie()
 
     def stacks(self) -> list[Stack]:
@@ -165,11 +168,18 @@ class LanguageModel(nn.Module):
         """Return the input of the head's matrix: transformed, scaled hidden states (..., D)."""
         if self.config.head_transform:
             hidden = self.head_norm(ACTIVATIONS[self.config.activation](self.head_dense(hidden)))
+        elif self.config.d_embedding:  # as wide as the embeddings without parameters of its own
+            hidden = hidden @ self.model.embed_projection.weight
         return hidden if self.config.logits_scale == 1.0 else hidden * self.config.logits_scale
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D)."""
-        return self.lm_head(self.head_input(hidden))
+        return self.capped(self.lm_head(self.head_input(hidden)))
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Return logits with the model's soft cap, if it has one (Gemma 2, arXiv:2408.00118)."""
+        cap = self.config.logits_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def pooled(
         self,
@@ -196,8 +206,7 @@ class LanguageModel(nn.Module):
         """Return the outputs of the classification head (B, n_labels); see `pooled` for the inputs."""
         state_BD = self.pooled(input_ids_BT, **inputs)
         if self.config.pooled_activation != "none":
-            activation = torch.tanh if self.config.pooled_activation == "tanh" else F.gelu
-            state_BD = activation(self.classifier_dense(state_BD))
+            state_BD = POOLED_ACTIVATIONS[self.config.pooled_activation](self.classifier_dense(state_BD))
         return self.classifier(self.dropout(state_BD))
 
     def forward(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
@@ -241,7 +250,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
             continue
         std = config.init_std
-        if config.norm_position == "pre" and name.endswith(("o_proj.weight", "down_proj.weight")):
+        if config.norm_position != "post" and name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * n_layers) ** 0.5
         if name.endswith("q_proj.weight") and config.attention_scale == 1.0:
             std *= config.head_dim**-0.5

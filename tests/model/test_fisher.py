@@ -8,7 +8,7 @@ from llmctl.losses.base import IGNORE
 from llmctl.model import fisher
 from llmctl.model.fisher import backward_from_samples, token_weights
 from llmctl.model.transformer import LanguageModel
-from tests.formats.families.test_table import CONFIGS, config_of
+from tests.families.test_table import CONFIGS, config_of
 
 MAP = "model.layers.0.mlp.down_proj"
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from llmctl.config import ModelConfig
 from llmctl.model.kernels import RMSNorm, rotate, trains_on_cpu
 from llmctl.model.positions import apply_rope, rope_tables
 
@@ -52,7 +53,7 @@ def test_rms_norm_of_zeros_is_finite():
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_rotation_equals_the_plain_formula(positions, is_transposed):
     x = draw(2, 5, 3, 8).transpose(1, 2) if is_transposed else draw(2, 3, 5, 8)
-    tables = [table.double() for table in rope_tables(positions, 8, 100.0)]
+    tables = [table.double() for table in rope_tables(ModelConfig(head_dim=8), positions, (100.0, False), 5)]
     got = apply_rope(x, *tables)
     first, second = x.chunk(2, dim=-1)
     cos, sin = (table.unsqueeze(-3) for table in tables)
@@ -65,7 +66,9 @@ def test_rotation_equals_the_plain_formula(positions, is_transposed):
 
 def test_rotation_keeps_the_layout_of_the_projections():
     x = torch.zeros(2, 5, 3, 8, requires_grad=True).transpose(1, 2)
-    tables = [table.unsqueeze(-3) for table in rope_tables(torch.arange(5)[None], 8, 100.0)]
+    tables = [
+        table.unsqueeze(-3) for table in rope_tables(ModelConfig(head_dim=8), torch.arange(5)[None], (100.0, False), 5)
+    ]
     assert rotate(x, *tables).transpose(1, 2).is_contiguous()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.families.table import family_for
+from llmctl.families.table import family_for
 from llmctl.model.parameters import Parameters, count_parameters
 from llmctl.model.presets import ALIASES, FAMILIES, PRESETS, get_preset, preset_config
 from llmctl.model.shapes import complete

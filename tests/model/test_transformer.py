@@ -379,7 +379,7 @@ def test_windows_and_layers_are_those_of_the_config(build):
 def test_relative_bias_is_looked_up_by_bucket(build, causal):
     kind = {"n_relative_buckets": 8, "max_relative_distance": 10}
     stack = build(family="decoder" if causal else "encoder", positions="relative", **kind).model
-    bias = stack._bias(3, 20, torch.device("cpu"))
+    bias = stack._bias(stack.relative_bias, 3, 20, torch.device("cpu"))
     for t, s in itertools.product(range(3), range(20)):
         offset = torch.tensor([s - (17 + t)])
         bucket = relative_buckets(offset, causal=causal, n_buckets=8, max_distance=10)
@@ -424,7 +424,7 @@ def test_post_norm_block_by_hand():
     y = layer_norm(x + block.self_attn(x, mask), block.input_layernorm)
     inner = torch.relu(y @ block.mlp.up_proj.weight.T + block.mlp.up_proj.bias)
     z = y + inner @ block.mlp.down_proj.weight.T + block.mlp.down_proj.bias
-    close(block(x, Pass({0: mask})), layer_norm(z, block.post_attention_layernorm))
+    close(block(x, Pass({(0, 0): mask}, {})), layer_norm(z, block.post_attention_layernorm))
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.7])
@@ -434,13 +434,13 @@ def test_pre_norm_block_by_hand(eps):
     h = rms_norm(y, block.post_attention_layernorm, eps)
     gate = h @ block.mlp.gate_proj.weight.T
     inner = gate / (1 + torch.exp(-gate)) * (h @ block.mlp.up_proj.weight.T)
-    close(block(x, Pass({0: mask})), y + inner @ block.mlp.down_proj.weight.T)
+    close(block(x, Pass({(0, 0): mask}, {})), y + inner @ block.mlp.down_proj.weight.T)
 
 
 def test_cross_attention_by_hand():
     block, x, mask = one_block(family="encoder_decoder")
     memory = torch.randn(2, 4, 12, dtype=torch.float64)
-    got = block(x, Pass({0: mask}, memory_BSD=memory, memory_mask=build_mask(5, 4, causal=False)))
+    got = block(x, Pass({(0, 0): mask}, {}, memory_BSD=memory, memory_mask=build_mask(5, 4, causal=False)))
     y = x + block.self_attn(rms_norm(x, block.input_layernorm), mask)
     h, cross = rms_norm(y, block.cross_attention_layernorm), block.cross_attn
     heads = lambda z: z.view(2, -1, 2, 6).transpose(1, 2)
@@ -470,7 +470,9 @@ def test_gradients_of_a_block_equal_finite_differences(fields):
     names = [name for name, _ in block.named_parameters()]
 
     def run(x, *parameters):
-        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, Pass({0: mask})))
+        return torch.func.functional_call(
+            block, dict(zip(names, parameters, strict=True)), (x, Pass({(0, 0): mask}, {}))
+        )
 
     inputs = (x[:1, :3].clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in block.parameters()))
     mask = build_mask(3, 3, causal=True)
@@ -542,7 +544,7 @@ def test_dropout_is_scaled_and_leaves_the_residual_alone():
     block, x, mask = one_block(dropout=0.5)
     block.train()
     torch.manual_seed(0)
-    draws = torch.stack([block(x, Pass({0: mask})) - x for _ in range(400)])
+    draws = torch.stack([block(x, Pass({(0, 0): mask}, {})) - x for _ in range(400)])
     dropped = (draws == 0).double().mean()
     assert dropped.item() == pytest.approx(0.25, abs=0.03), "both of a layer's additions vanish at once"
 

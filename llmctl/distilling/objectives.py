@@ -106,6 +106,7 @@ class Distillation(WithTeachers):
             bias_V=self.model.lm_head.bias,
             chunk_tokens=self.chunk_tokens,
             vocab_size=self.vocab_size,
+            softcap=self.model.config.logits_softcap,
             measure=not self.training and bool(self.teachers),
         )
         # `nats` keeps the data's cross-entropy apart from the mixed loss, for the held-out loss.
@@ -147,7 +148,12 @@ class Distillation(WithTeachers):
         """Return the cross-entropy of the labels if there is no teacher: held-out rows with a cache."""
         head = self.model.lm_head
         nats, correct = linear_cross_entropy(
-            self.model.head_input(hidden_ND), head.weight, labels, bias_V=head.bias, chunk_tokens=self.chunk_tokens
+            self.model.head_input(hidden_ND),
+            head.weight,
+            labels,
+            bias_V=head.bias,
+            chunk_tokens=self.chunk_tokens,
+            softcap=self.model.config.logits_softcap,
         )
         parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct, "nats": nats}
         return Loss(nats, torch.tensor(float(len(labels)), dtype=torch.float64, device=nats.device), parts)

@@ -64,7 +64,7 @@ class Teacher:
     def dense(self, hidden_ND: Tensor) -> DenseTeacher:
         """Return hidden states and head as losses take them."""
         head = self.model.lm_head
-        return DenseTeacher(self.model.head_input(hidden_ND), head.weight, head.bias)
+        return DenseTeacher(self.model.head_input(hidden_ND), head.weight, head.bias, self.model.config.logits_softcap)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -93,6 +93,8 @@ def build_cache(
     if spec.kind == "hidden":
         head = teacher.dense(torch.zeros(1, teacher.model.config.d_model, device=device, dtype=teacher.dtype))
         tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
+        if head.softcap:
+            tensors["softcap"] = torch.tensor([head.softcap])
         write_safetensors(folder / HEAD, tensors, {})
     n_labels = 0
     for number in range(n_shards):
@@ -258,4 +260,5 @@ def dense_head(store: SignalStore, device: torch.device) -> DenseTeacher | None:
     if store.kind != "hidden":
         return None
     head = {name: tensor.to(device) for name, tensor in store.head().items()}
-    return DenseTeacher(head["weight"].new_zeros(0), head["weight"], head.get("bias"))
+    softcap = float(head["softcap"]) if "softcap" in head else 0.0
+    return DenseTeacher(head["weight"].new_zeros(0), head["weight"], head.get("bias"), softcap)

@@ -206,7 +206,7 @@ class SignalStore:
         return total / max(1, self.n_labels)
 
     def head(self) -> dict[str, Tensor]:
-        """Return the teacher's head (`weight` and possibly `bias`) of a cache of kind `hidden`."""
+        """Return the teacher's head (`weight`, and `bias` and `softcap` if it has them) of a cache of kind `hidden`."""
         return read_tensors(self.folder / HEAD)
 
     def signals(self, addresses: Sequence[int]) -> Arrays:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.losses.logits import add_gradients, logits
+from llmctl.losses.logits import add_gradients, cap_, logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -20,6 +20,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         chunk_tokens: int,
         smoothing: float,
+        softcap: float,
         needs: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
@@ -35,6 +36,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             labels_C = labels_N[rows, None]
             logits_CV = buffer_CV[: len(labels_C)]
             logits(hidden_ND[rows], weight_VD, bias_V, logits_CV)
+            slope_CV = cap_(logits_CV, softcap)
             picked_C, best_C = logits_CV.gather(1, labels_C), logits_CV.amax(dim=1, keepdim=True)
             n_correct += (picked_C >= best_C).sum()
             target_C = picked_C
@@ -50,6 +52,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             error_CV.scatter_add_(1, labels_C, error_CV.new_full(labels_C.shape, smoothing - 1.0))
             if smoothing:
                 error_CV -= smoothing / error_CV.shape[1]
+            if slope_CV is not None:
+                error_CV *= slope_CV
             if grad_bias_V is not None:
                 grad_bias_V += error_CV.sum(dim=0)
             add_gradients(error_CV, hidden_ND[rows], weight_VD, grad_hidden_ND[rows], grad_weight_VD)
@@ -62,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias = ctx.saved_tensors
         scale = grad_total.to(torch.float64)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in (hidden, weight, bias)]
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -73,13 +77,14 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     chunk_tokens: int = 2048,
     label_smoothing: float = 0.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood of the labels, in nats, and the number of correct top-1 predictions.
 
     At most `chunk_tokens` rows of logits exist at a time. Under autocast the products run in its precision and are
     accumulated in float32; softmax and sums are float32 and float64. The gradient is valid for one backward call per
     forward. With smoothing s the label has probability 1 - s, and s is spread evenly over the vocabulary (Szegedy et
-    al. 2015, arXiv:1512.00567, section 7).
+    al. 2015, arXiv:1512.00567, section 7). softcap: see `cap_`; 0 is none.
 
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> two scalars (float64).
     Source: the textbook loss; chunked with the gradient in the forward pass after Liger, arXiv:2410.10989.
@@ -96,6 +101,6 @@ def linear_cross_entropy(
     )
     with torch.autocast(device, enabled=False):
         result: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, label_smoothing, needs
+            hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, label_smoothing, softcap, needs
         )
     return result

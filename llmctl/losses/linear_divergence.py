@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmctl.losses.divergences import Divergence
-from llmctl.losses.logits import add_gradients, logits
+from llmctl.losses.logits import add_gradients, cap_, logits
 from llmctl.losses.measures import Measures
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 
@@ -46,6 +46,7 @@ class _Task:
     divergence: Divergence
     weight: float
     chunk_tokens: int
+    softcap: float
     measures: Measures | None
     needs: bool
 
@@ -78,6 +79,7 @@ class _Chunk:
                 own_CV += 0 if bias_V is None else bias_V
             else:
                 logits(hidden_CD.to(dtype), teacher.weight_VD[:V], bias_V, own_CV)
+            cap_(own_CV, teacher.softcap)
             log_softmax_(own_CV, temperature)
             # Several teachers are averaged as probabilities, not as logits.
             if len(teachers) == 1:
@@ -137,8 +139,11 @@ class _LinearDivergence(torch.autograd.Function):
         for start in range(0, N, task.chunk_tokens):
             rows = slice(start, start + task.chunk_tokens)
             student_CV = buffers.log_q(hidden_ND[rows], weight_VD, bias_V)
+            slope_CV = cap_(student_CV, task.softcap)
             chunk_sums, error_CV = _chunk_loss(student_CV, buffers, task, rows)
             sums += chunk_sums
+            if slope_CV is not None:
+                error_CV *= slope_CV
             if grads[0] is not None and grads[1] is not None:
                 if grads[2] is not None:
                     grads[2] += error_CV.sum(dim=0)
@@ -208,6 +213,7 @@ def linear_divergence(
     bias_V: Tensor | None = None,
     chunk_tokens: int = 256,
     vocab_size: int | None = None,
+    softcap: float = 0.0,
     measure: bool = False,
 ) -> DivergenceSums:
     """Return weight * T^2 * divergence + (1 - weight) * cross-entropy, summed over labels, with its components.
@@ -215,7 +221,7 @@ def linear_divergence(
     At most `chunk_tokens` rows of a model's logits exist at a time. Under autocast the products run in its precision,
     accumulated in float32; softmax and sums are float32 and float64. The gradient is valid for one backward call per
     forward. vocab_size: the tokens common to both models; rows beyond it are padding and are ignored. A sparse teacher
-    supports only forward KL at temperature 1.
+    supports only forward KL at temperature 1. softcap: of the student's logits, see `cap_`.
 
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE -> scalars (float64).
     """
@@ -235,7 +241,7 @@ def linear_divergence(
         tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)
     )
     measures = Measures.zero(hidden_ND.device) if measure else None
-    task = _Task(targets, labels_N, divergence, weight, chunk_tokens, measures, needs)
+    task = _Task(targets, labels_N, divergence, weight, chunk_tokens, softcap, measures, needs)
     with torch.autocast(device, enabled=False):
         total, divergence_sum, nats, correct = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
             hidden_ND, weight_VD, bias_V, task

@@ -29,6 +29,19 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: 
     return out_CV
 
 
+def cap_(logits_CV: Tensor, cap: float) -> Tensor | None:
+    """Turn logits into cap * tanh(logit / cap) in place, and return the derivative; None and unchanged for cap 0.
+
+    Source: Gemma 2, arXiv:2408.00118, section 2.
+    """
+    if not cap:
+        return None
+    logits_CV.div_(cap).tanh_()
+    slope_CV = 1 - logits_CV.square()
+    logits_CV.mul_(cap)
+    return slope_CV
+
+
 def plain(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
     """Multiply float32 or float64 matrices."""
     torch.mm(hidden_CD, weight_VD.T, out=out_CV)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """The full distribution, as last hidden states (N, D) and the head's weight (V, D) and bias (V,)."""
+    """The full distribution, as last hidden states (N, D), the head's weight (V, D) and bias (V,), and its soft cap."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None = None
+    softcap: float = 0.0
 
 
 @dataclass(frozen=True)

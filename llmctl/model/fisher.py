@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmctl.losses.logits import cap_
 from llmctl.model.importance import Batches
 from llmctl.model.transformer import LanguageModel
 
@@ -123,9 +124,12 @@ def backward_from_samples(model: LanguageModel, batch: Mapping[str, Tensor], gen
     for part_LD in states_LD.detach().split(CHUNK_TOKENS):
         with torch.no_grad():
             # The gradient of the cross-entropy with sampled labels: softmax minus one-hot.
-            error_LV = F.linear(part_LD, weight_VD.to(part_LD.dtype), bias).float().softmax(dim=-1)
+            logits_LV = F.linear(part_LD, weight_VD.to(part_LD.dtype), bias).float()
+            slope_LV = cap_(logits_LV, model.config.logits_softcap)
+            error_LV = logits_LV.softmax(dim=-1)
             samples_L1 = torch.multinomial(error_LV, 1, generator=generator)
             error_LV.scatter_add_(1, samples_L1, error_LV.new_full(samples_L1.shape, -1.0))
+            error_LV = error_LV if slope_LV is None else error_LV * slope_LV
             gradients.append((error_LV.to(weight_VD.dtype) @ weight_VD).to(states_LD.dtype))
     if gradients:
         states_LD.backward(torch.cat(gradients))

@@ -70,6 +70,7 @@ class LabelPrediction(Objective):
             bias_V=self.model.lm_head.bias,
             chunk_tokens=self.chunk_tokens,
             label_smoothing=self.label_smoothing if self.training else 0.0,
+            softcap=self.model.config.logits_softcap,
         )
         parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct}
         return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)

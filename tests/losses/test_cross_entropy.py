@@ -36,6 +36,20 @@ def test_chunked_equals_unchunked(chunk_tokens: int, with_bias: bool):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_capped_logits_equal_dense_autograd(smoothing: float):
+    hidden, weight, bias, labels = problem(torch.float64)
+    used = [hidden, weight, bias]
+    total, _ = linear_cross_entropy(
+        hidden, weight, labels, bias_V=bias, chunk_tokens=10, label_smoothing=smoothing, softcap=3.0
+    )
+    logits = 3.0 * torch.tanh((hidden @ weight.T + bias) / 3.0)
+    expected = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(total, expected)
+    for ours, theirs in zip(torch.autograd.grad(total, used), torch.autograd.grad(expected, used), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_equals_a_float64_loop():
     hidden, weight, bias, labels = problem()
     total, _ = linear_cross_entropy(hidden, weight, labels, bias_V=bias)

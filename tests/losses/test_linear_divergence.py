@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -62,6 +63,22 @@ def ours(hidden, weight, bias, told, labels, options, share, **extra):
         **extra,
     )
     return sums, torch.autograd.grad(sums.total, inputs)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("heat", [1.0, 2.0])
+def test_capped_logits_equal_dense_autograd(share, heat):
+    options = Divergence("fkl", temperature=heat)
+    hidden, weight, bias, told, labels = problem()
+    sums, found = ours(hidden, weight, bias, replace(told, softcap=5.0), labels, options, share, softcap=3.0)
+    inputs = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+    own = 3.0 * torch.tanh((inputs[0] @ inputs[1].T + inputs[2]) / 3.0)
+    theirs = 5.0 * torch.tanh((told.hidden_ND @ told.weight_VD.T + told.bias_V) / 5.0)
+    total = share * heat**2 * textbook("fkl", own / heat, theirs / heat, options).sum()
+    total = total + (1 - share) * F.cross_entropy(own, labels, reduction="sum")
+    torch.testing.assert_close(sums.total, total)
+    for gradient, expected in zip(found, torch.autograd.grad(total, inputs), strict=True):
+        torch.testing.assert_close(gradient, expected)
 
 
 def error(found, expected) -> float:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.config import ModelConfig
-from llmctl.distilling.refit import refit
+from llmctl.distilling.refit import can_refit, refit
 from llmctl.model.cut import Kept, cut, prefixes
 from llmctl.model.importance import Batches, Importance, rank, stack_of
+from llmctl.model.shapes import has_shared_bias
 from llmctl.model.transformer import LanguageModel, load_tensors
 
 GREEDY_LAYERS = 12
@@ -63,6 +64,9 @@ def cut_student(
     load_tensors(student, state)
     channels = None if kept.channels is None else kept.channels.tolist()
     report |= {"loss_cut": mean_loss(student, channels)}
+    if refit_batches and not can_refit(config):
+        say(f"output projections are not refitted: their outputs are normalized (norm_position {config.norm_position})")
+        refit_batches = ()
     if refit_batches:
         refit(model.eval(), student.eval(), kept, refit_batches, say)
         state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
@@ -136,7 +140,7 @@ def narrow(
 
 def shared(config: ModelConfig, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the scores of heads; a shared relative position table makes all self-attentions of a stack keep the same heads."""
-    if config.positions != "relative":
+    if not has_shared_bias(config):
         return dict(groups)
     result = dict(groups)
     for prefix in prefixes(config):

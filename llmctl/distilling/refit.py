@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmctl.config import ModelConfig
 from llmctl.model.cut import Kept, check_supported, prefixes
 from llmctl.model.importance import Batches, stack_of
 from llmctl.model.stack import Block
@@ -34,9 +35,10 @@ def refit(
     """Refit a student's output projections in place; `say` reports every block.
 
     kept: the parts of the teacher that the student has. Both models are on the CPU, in float32 and evaluation mode.
-    Raises: UsageError for a model with an unsupported setting.
+    Raises: UsageError for a model with an unsupported setting, see `can_refit`.
     """
     check_supported(teacher.config, "refitting after pruning")
+    assert can_refit(teacher.config)
     for prefix, n_layers in prefixes(teacher.config).items():
         if not is_cut(kept, prefix):
             continue
@@ -57,7 +59,7 @@ def refit(
                 fit(block, one, own, written(segment[0], one, theirs)[0], kept.channels, real)
             theirs = passed(segment[:-1], theirs)
             # A post-norm block ends in a norm: that of the segment's last layer belongs to the output to match.
-            if not block.pre and len(segment) > 1:
+            if not block.before and len(segment) > 1:
                 take_norm(block.post_attention_layernorm, segment[-1].post_attention_layernorm, kept.channels)
             wanted, theirs = written(segment[-1], last, theirs)
             fit(block, last, own, wanted, kept.channels, real)
@@ -66,6 +68,11 @@ def refit(
             say(
                 f"refit the output projections of {prefix.removeprefix('model.').replace('.', ' ')}layer {place + 1} of {len(blocks)}"
             )
+
+
+def can_refit(config: ModelConfig) -> bool:
+    """Tell whether the residual sums are linear in the output projections: not if their outputs are normalized."""
+    return config.norm_position in ("pre", "post")
 
 
 def is_cut(kept: Kept, prefix: str) -> bool:
@@ -86,15 +93,18 @@ def is_real(batch: Mapping[str, Tensor], stream: Stream) -> Tensor:
 def sums(block: Block) -> list[tuple[str, str]]:
     """Return a block's output projections in order, each with the norm that follows its residual sum.
 
-    The last one of a pre-norm block has none: its sum is the block's output.
+    The last one of a pre-norm block has none: its sum is the block's output, as are all sums of a block whose parts are
+    side by side.
     """
+    if block.parallel != "none":
+        return [("self_attn.o_proj", ""), ("mlp.down_proj", "")]
     maps = ["self_attn.o_proj", *(["cross_attn.o_proj"] if block.cross else []), "mlp.down_proj"]
     norms = [
         "input_layernorm",
         *(["cross_attention_layernorm"] if block.cross else []),
         "post_attention_layernorm",
     ]
-    return list(zip(maps, [*norms[1:], ""] if block.pre else norms, strict=True))
+    return list(zip(maps, [*norms[1:], ""] if block.before else norms, strict=True))
 
 
 def passed(blocks: Sequence[Block], streams: Sequence[Stream]) -> list[Stream]:
@@ -149,7 +159,7 @@ def fit(
     for stream, target_BTD, is_real_BT in zip(streams, wanted, real, strict=True):
         _, (x_BTI, sum_BTD) = seen(block, stream, *one)
         # What the sum lacks, so that the solution is a change of the pruned weights, and the ridge pulls toward them.
-        missing_BTD = (target_BTD if channels is None else target_BTD[..., channels]) - sum_BTD
+        missing_BTD = ((target_BTD if channels is None else target_BTD[..., channels]) - sum_BTD) / block.scale
         x_PI = x_BTI[is_real_BT].double()
         if has_bias:
             x_PI = torch.cat([x_PI, x_PI.new_ones(len(x_PI), 1)], dim=1)

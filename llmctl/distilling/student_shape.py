@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.formats.families.table import family_for
+from llmctl.families.table import family_for
 from llmctl.model.parameters import count
 from llmctl.model.shapes import complete
 from llmctl.tables.names import closest

@@ -15,12 +15,23 @@ from torch import Tensor
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.model.shapes import complete, window_of
-from llmctl.model.supports import BLOCK, BLOCK_CHOICES, describe, unsupported
+from llmctl.model.shapes import complete, theta_of, window_of
+from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, describe, unsupported
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
 """Modules whose weight's columns are the hidden channels, by the last part of their name."""
+
+
+NAMED = (
+    BLOCK
+    | AROUND_MATRICES
+    | {"norm_weight", "first_norm", "relative_bias", "relative_bias_per_layer", "d_embedding", "parallel"}
+)
+CHOICES = BLOCK_CHOICES | {
+    "norm_position": ("pre", "post", "output", "both"),
+    "activation": (*BLOCK_CHOICES["activation"], "relu2"),
+}
 
 
 def check_supported(config: ModelConfig, doing: str) -> None:
@@ -28,7 +39,7 @@ def check_supported(config: ModelConfig, doing: str) -> None:
 
     Raises: UsageError naming the settings.
     """
-    names = unsupported(config, BLOCK, BLOCK_CHOICES)
+    names = unsupported(config, NAMED, CHOICES)
     if names:
         raise UsageError(
             f"{doing} does not support models with {describe(config, names)}",
@@ -68,6 +79,10 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
     """
     config = complete(config)
     check_supported(config, "pruning")
+    if not config.first_norm and 0 not in kept.layers.get("model.", (0,)):
+        raise UsageError(
+            "the first layer, which has no norm before attention, cannot be removed", "keep the first layer"
+        )
     smaller = cut_config(config, kept)
     # T5 scales logits by d_model^-0.5; removing channels changes that, which the final norm's weight compensates.
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
@@ -91,8 +106,8 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
     changes["n_layers"] = next(iter(counts.values()))
     if config.family == "encoder_decoder":
         changes["n_decoder_layers"] = counts["model.decoder."]
-    if config.attention_windows and kept.layers:
-        changes["attention_windows"] = kept_windows(config, kept)
+    if kept.layers:
+        changes |= {name: kept_facts(config, kept, name) for name in PER_LAYER if getattr(config, name)}
     if kept.channels is not None:
         changes["d_model"] = len(kept.channels)
         # T5's scale follows the width; any other factor is a constant of the model.
@@ -106,22 +121,26 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
     return complete(replace(config, **changes))  # type: ignore[arg-type]
 
 
-def kept_windows(config: ModelConfig, kept: Kept) -> tuple[int, ...]:
-    """Return the attention windows of the kept layers, in order.
+PER_LAYER = {"attention_windows": window_of, "rope_thetas": theta_of}
+"""Fields that are cycled over the layers, and the function that returns a layer's value."""
+
+
+def kept_facts(config: ModelConfig, kept: Kept, name: str) -> tuple[float, ...]:
+    """Return the values of a field of `PER_LAYER` for the kept layers, in order.
 
     Raises: UsageError if the two stacks of an encoder-decoder, which share one list, would need different ones.
     """
-    windows = []
+    values = []
     for prefix, n_layers in prefixes(config).items():
         layers = [*kept.layers.get(prefix, range(n_layers))]
         # PanGu-Alpha's query layer follows the last block and has a window of its own.
         layers += [n_layers] * config.query_layer
-        windows.append(tuple(window_of(config, layer) for layer in layers))
-    longest = max(windows, key=len)
-    if any(own != longest[: len(own)] for own in windows):
+        values.append(tuple(PER_LAYER[name](config, layer) for layer in layers))
+    longest = max(values, key=len)
+    if any(own != longest[: len(own)] for own in values):
         raise UsageError(
-            f"encoder and decoder share the attention windows {config.attention_windows}, but would need different ones "
-            "after removing these layers",
+            f"encoder and decoder share `model.{name}` {getattr(config, name)}, but would need different ones after "
+            "removing these layers",
             "keep the same layers in both, or all",
         )
     return longest
@@ -153,16 +172,24 @@ def sides(owner: str, last: str, config: ModelConfig, kept: Kept) -> tuple[Tenso
     if last in ("q_proj", "k_proj", "v_proj"):
         return head_rows(config, kept.groups.get(owner), queries=last == "q_proj"), channels
     if last == "relative_bias":
-        # The table of relative positions has a column per query head, and all layers of a stack share it.
-        own = [groups for name, groups in kept.groups.items() if name.startswith(owner + ".layers.")]
+        # The table of relative positions has a column per query head; the layers of a stack share it, or have one each.
+        places = (owner + ".layers.", owner + ".self_attn")
+        own = [groups for name, groups in kept.groups.items() if name.startswith(places)]
         return None, query_heads(config, own[0]) if own else None
+    if last in ("q_norm", "k_norm"):
+        wide = config.qk_norm_kind == "width"
+        return (head_rows(config, kept.groups.get(owner), queries=last == "q_norm") if wide else None), None
+    if config.d_embedding and last in (*WIDE, "embedding_norm", "head_norm") and last != "classifier":
+        return None, None  # as wide as the embeddings
+    if last == "embed_projection":
+        return channels, None
+    if last == "head_dense" and config.d_embedding:
+        return None, channels
     table = {
         "o_proj": (channels, head_rows(config, kept.groups.get(owner), queries=True)),
         "gate_proj": (units, channels),
         "up_proj": (units, channels),
         "down_proj": (channels, units),
-        "q_norm": (None, None),
-        "k_norm": (None, None),
         **dict.fromkeys(WIDE, (None, channels)),
     }
     return table.get(last, (channels, channels))  # norms, and square layers on the residual stream (head_dense, ...)

@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from llmctl.config import ModelConfig
 from llmctl.model.stack import Block, FeedForward
-from llmctl.model.supports import BLOCK, BLOCK_CHOICES, unsupported
+from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, unsupported
+
+CHOICES = BLOCK_CHOICES | {
+    "norm_position": ("pre", "post", "output", "both"),
+    "activation": (*BLOCK_CHOICES["activation"], "relu2"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,11 @@ def joints(block: Block, config: ModelConfig) -> list[Joint]:
 
     Excluded are norms whose output is also used elsewhere (post-norm) and activations that do not commute with scaling.
     """
-    if unsupported(config, BLOCK, BLOCK_CHOICES):
+    if unsupported(config, BLOCK | AROUND_MATRICES, CHOICES):
         return []
     joints = []
     attention, mlp = block.self_attn, block.mlp
-    if block.pre:
+    if block.before:
         joints.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
         if block.cross:
             joints.append(Joint(block.cross_attention_layernorm, ("cross_attn.q_proj",)))

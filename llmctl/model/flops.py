@@ -19,7 +19,8 @@ class Shape:
     def of(cls, config: ModelConfig) -> "Shape":
         """Count the matrices of one layer and the head of a complete config."""
         D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-        head = config.vocab_size * D + (D * D if config.head_transform else 0)
+        E = config.d_embedding or D
+        head = config.vocab_size * E + (D * E if config.head_transform else 0)
         return cls(2 * D * N * H + 2 * D * K * H, (3 if config.gated else 2) * D * config.d_ff, head, N * H)
 
 

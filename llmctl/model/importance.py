@@ -81,6 +81,8 @@ def of_norm(result: Importance, name: str) -> Callable[..., None]:
     """Return a forward hook for a norm."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.shape[-1] != len(result.channels):  # of embeddings of another width
+            return
         result.channels += output.float().abs().flatten(0, -2).sum(dim=0).cpu()
         add(result.energy, name, args[0].float().square().flatten(0, -2).sum(dim=0).cpu())
 

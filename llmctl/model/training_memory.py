@@ -6,11 +6,19 @@ from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.model.flops import Rows, Shape
 from llmctl.model.parameters import count_parameters
-from llmctl.model.shapes import complete
-from llmctl.model.supports import BLOCK, BLOCK_CHOICES, describe, unsupported
+from llmctl.model.shapes import complete, has_shared_bias
+from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, describe, unsupported
 from llmctl.tables.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
+NAMED = (
+    BLOCK | AROUND_MATRICES | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "parallel", "alibi_scale"}
+)
+CHOICES = BLOCK_CHOICES | {
+    "norm_position": ("pre", "post", "output", "both"),
+    "positions": (*BLOCK_CHOICES["positions"], "alibi"),
+    "activation": (*BLOCK_CHOICES["activation"], "relu2"),
+}
 
 
 def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes: int) -> int:
@@ -21,7 +29,7 @@ def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes
     Raises: UsageError for a model with a switch that is not counted here.
     """
     config = complete(config)
-    names = unsupported(config, BLOCK, BLOCK_CHOICES)
+    names = unsupported(config, NAMED, CHOICES)
     if names:
         raise UsageError(
             f"the memory of a step cannot be computed for models with {describe(config, names)}",
@@ -66,7 +74,12 @@ class Kept:
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         normed = FLOAT_BYTES * (q + kv) if config.qk_norm else 0
         joined = self.product_bytes * q
-        if config.positions == "relative":
+        if config.attention_softcap:
+            # Scores, their tanh and softmax, in the precision of the products and in float32.
+            return (
+                self.product_bytes * (3 * q + 2 * config.n_heads * keys) + FLOAT_BYTES * config.n_heads * keys + joined
+            )
+        if has_shared_bias(config):
             # The fused kernel has no gradient for the bias; the plain one saves everything in float32, and scores.
             return FLOAT_BYTES * (3 * q + config.n_heads * keys) + joined + normed
         own = self.product_bytes * (2 * q + 2 * kv) + FLOAT_BYTES * config.n_heads
@@ -88,6 +101,7 @@ class Kept:
     def block(self, keys: int) -> int:
         """Count one layer without cross-attention."""
         norms = self.norm(3) + self.norm(2 if self.config.gated else 1)
+        norms += 2 * self.norm(0) if self.config.norm_position == "both" else 0
         return norms + self.attention(keys) + self.feed_forward() + 2 * self.dropped()
 
     def crossing(self, keys: int) -> int:
@@ -105,7 +119,7 @@ class Kept:
 
     def around(self) -> int:
         """Count the operations before the first and after the last layer of a stack."""
-        n_norms = self.config.embedding_norm + (self.config.norm_position == "pre")
+        n_norms = self.config.embedding_norm + (self.config.norm_position != "post")
         dropped = FLOAT_BYTES * self.config.d_model if self.config.dropout else 0
         return n_norms * self.norm(0) + dropped
 
@@ -171,6 +185,7 @@ def memory(
     n_labels = max(1, round(n_rows * (rows.target or rows.source) * rows.label_frac))
     # float32 logits, turned into the softmax in place; below float32, also the products' output and the gradient's copy.
     logit_bytes = FLOAT_BYTES + (0 if product_bytes == FLOAT_BYTES else 2 * product_bytes)
+    logit_bytes += FLOAT_BYTES if config.logits_softcap else 0  # the cap's derivative
     chunk = logit_bytes * min(chunk_tokens, n_labels) * config.vocab_size
     hidden = product_bytes * n_labels * config.d_model
     copies = 0 if product_bytes == FLOAT_BYTES else product_bytes * parameters.matrices

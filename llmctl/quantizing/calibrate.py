@@ -99,7 +99,7 @@ def table_of(model: LanguageModel) -> str:
 
 def read_head(model: LanguageModel, batches: Batches) -> Moments:
     """Return the input moments of the output head."""
-    moments = Moments.empty(model.config.d_model, model.device)
+    moments = Moments.empty(model.config.d_embedding or model.config.d_model, model.device)
     for batch in batches:
         moments.add(model.head_input(read(model, batch)))
     return moments

@@ -15,8 +15,8 @@ import pytest
 from llmctl.cli import COMMANDS, run
 from llmctl.commands.common import command_app, result
 from llmctl.data import tables as data_tables
-from llmctl.formats.families import table as families
-from llmctl.formats.families.rows import only
+from llmctl.families import table as families
+from llmctl.families.rows import only
 from llmctl.losses import divergences
 from llmctl.model import presets
 from llmctl.quant import methods
@@ -38,7 +38,7 @@ TO_ADD = {
     "a quantization method": "a row in `tables/methods.py`, its function in `quant/methods.py`",
     "a quantization scheme": "a row in `quant/schemes.py`",
     "a data file format": "a function and a row in `data/tables.py`",
-    "a model family": "a file in `formats/families/`, a row in its `table.py`",
+    "a model family": "a file in `families/`, a row in its `table.py`",
     "a command": "a file in `commands/`, a row in `cli.py`",
 }
 SMALL = ["--set", "train.seq_len=32", "--set", "data.split=blank", "--steps", "3", "-q"]

@@ -31,9 +31,10 @@ LAYERS = [
     {"runs": "run folders, checkpoints, journal, history, progress, model card"},
     {
         "kernels": "compiled decoding step, choice of matmul kernels",
-        "formats": "files on disk: safetensors, model families, GGUF, adapters, quantized tensors",
+        "formats": "files on disk: safetensors, GGUF, adapters, quantized tensors",
         "data": "text files, tables, examples, shards, packed rows, masking",
     },
+    {"families": "published architectures: config.json, tensor names and forms"},
     {
         "distributed": "Accelerate, launcher, ranks, sharded tensors, gradients",
         "metrics": "metrics as quotients of sums; BLEU, ROUGE, F1; gates",

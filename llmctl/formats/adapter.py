@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
+from llmctl.families.classifiers import CLASSIFIERS
+from llmctl.families.native import checked
+from llmctl.families.published import Published
 from llmctl.formats.adapter_names import (
     POOLER,
     Architecture,
@@ -40,9 +43,6 @@ from llmctl.formats.artifact import (
     read_small,
     refuse_pickle,
 )
-from llmctl.formats.families.classifiers import CLASSIFIERS
-from llmctl.formats.families.native import checked
-from llmctl.formats.families.published import Published
 from llmctl.formats.safetensors import Header, TensorEntry, read_header, read_tensors
 from llmctl.model.parameters import parameter_shapes
 

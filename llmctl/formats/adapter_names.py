@@ -8,14 +8,15 @@ changing the result. Knows nothing about files.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.table import family_for
+from llmctl.families.family import FamilyFormat
+from llmctl.families.parameters import FORMS, Heads
+from llmctl.families.table import family_for
 from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ SIMPLE = re.compile(r"[\w.\\^$-]{1,200}([*+][\w.\\^$-]{0,200})?", re.ASCII)
 class PublishedLinear:
     """A linear layer of a published model: its path, and our layers that it contains, stacked along the outputs.
 
-    sizes: output rows of each of our layers; n_in: inputs.
+    sizes: output rows of each of our layers; n_in: inputs. form, heads: the order of the rows, see `FORMS`.
     """
 
     path: str
@@ -49,6 +50,17 @@ class PublishedLinear:
     sizes: tuple[int, ...]
     n_in: int
     is_transposed: bool = False
+    form: str = "plain"
+    heads: Heads = Heads()
+
+    def reordered(self, adapter: "LowRank", *, writing: bool = False) -> "LowRank":
+        """Return an adapter of the published layer with its rows in our order, or the other way round."""
+        if self.form == "plain":
+            return adapter
+        form = FORMS[self.form]
+        move = form.write if writing else form.read
+        magnitude_O = None if adapter.magnitude_O is None else move(adapter.magnitude_O, self.heads)
+        return replace(adapter, b_OR=move(adapter.b_OR, self.heads), magnitude_O=magnitude_O)
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ class Architecture:
                 modules = tuple(name.removesuffix(".weight") for name in stored.holds)
                 sizes, n_in = tuple(shapes[name][0] for name in stored.holds), shapes[stored.holds[0]][1]
                 path, is_transposed = stored.name.removesuffix(".weight"), stored.form == "transposed"
-                linears.append(PublishedLinear(path, modules, sizes, n_in, is_transposed))
+                form = "plain" if is_transposed else stored.form
+                linears.append(PublishedLinear(path, modules, sizes, n_in, is_transposed, form, stored.heads))
         return linears
 
     @cached_property
@@ -200,6 +213,7 @@ def split(linear: PublishedLinear, adapter: LowRank, ranks: Mapping[str, int], *
     """
     import torch
 
+    adapter = linear.reordered(adapter)
     if len(linear.modules) == 1:
         return {linear.modules[0]: adapter}
     sizes = list(linear.sizes)
@@ -241,7 +255,7 @@ def stack(
     if not present:
         return None
     if len(linear.modules) == 1:
-        return present[0][1]
+        return linear.reordered(present[0][1], writing=True)
     first = present[0][1]
     rank = sum(adapter.rank for _, adapter in present)
     # The alpha with which the summed rank has the scale of the first adapter.
@@ -259,7 +273,8 @@ def stack(
             own = None if adapter is None else adapter.magnitude_O
             magnitudes.append(weights[module + ".weight"].norm(dim=1).to(first.magnitude_O) if own is None else own)
     a_RI = torch.cat([adapter.a_RI for _, adapter in present])
-    return LowRank(alpha, a_RI, torch.block_diag(*blocks), torch.cat(magnitudes) if magnitudes else None)
+    stacked = LowRank(alpha, a_RI, torch.block_diag(*blocks), torch.cat(magnitudes) if magnitudes else None)
+    return linear.reordered(stacked, writing=True)
 
 
 def scale(adapter: LowRank, *, rslora: bool) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl import __version__
 from llmctl.errors import OutputError
+from llmctl.families.native import write_fields as native_values
 from llmctl.files import atomic_path, json_text, write_bytes, writing
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, HEAD_FIELDS, PICKLE, PREFIX
 from llmctl.formats.adapter_names import (
@@ -20,7 +21,6 @@ from llmctl.formats.adapter_names import (
 )
 from llmctl.formats.artifact import ADAPTER_CONFIG, FILES, INDEX, WEIGHTS
 from llmctl.formats.artifact_write import refuse_taken
-from llmctl.formats.families.native import write_fields as native_values
 from llmctl.formats.safetensors import write_safetensors
 
 if TYPE_CHECKING:

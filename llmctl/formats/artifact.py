@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError
+from llmctl.families.family import FamilyFormat
+from llmctl.families.parameters import stored_shape, to_parameters
+from llmctl.families.table import family_of, with_architecture
 from llmctl.files import contents, download_hint, parse_json, read_own
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import stored_shape, to_parameters
-from llmctl.formats.families.table import family_of
 from llmctl.formats.generation_settings import GENERATION, listed_ids, with_end_ids
 from llmctl.formats.quantization import (
     HEAD_SCALE,
@@ -72,6 +72,8 @@ FILES = (
     *SENTENCE_FILES,
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+LARGEST_SHARED = 1000
+"""Most layers that may share one layer's weights."""
 FILE_LIMIT_BYTES = 64_000_000  # no tokenizer is larger than this
 
 
@@ -168,9 +170,10 @@ def read_artifact(path: Path) -> Artifact:
     config = family.resolve(family.read_config(hf), canonical)
     tensors = {name: (stored[original][0], original, stored[original][1]) for name, original in canonical.items()}
     # Checked before any code allocates by the number of layers: a malicious config could claim billions.
-    if config.n_layers + config.n_decoder_layers > len(tensors):
+    n_layers = config.n_layers + config.n_decoder_layers
+    if n_layers > (LARGEST_SHARED if config.share_layers else len(tensors)):
         raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
-    config = with_stored_head(family, config, tensors, path)
+    config = with_architecture(with_stored_head(family, config, tensors, path), family)
     # A list of end tokens has no place in ModelConfig; transformers takes it over into the generation settings as well.
     if GENERATION not in files:
         files = with_end_ids(config, files, listed_ids(hf.get("eos_token_id")))
@@ -220,12 +223,21 @@ def form_in(tensors: Mapping[str, Any], name: str, scheme: Scheme) -> str:
 def stored_shapes(
     family: FamilyFormat, config: ModelConfig, schemes: Schemes, forms: Mapping[str, str]
 ) -> dict[str, Shape]:
-    """Return name -> shape of every tensor the file must contain."""
+    """Return name -> shape of every tensor the file must contain.
+
+    Raises: ArtifactError if packed weights would have to be split, renamed or reordered.
+    """
     shapes = parameter_shapes(config)
     packed = weights_of(schemes)
-    unquantized = {stored.name: stored_shape(stored, shapes) for stored in family.layout(config)}
-    fused = packed - set(unquantized)
-    assert not fused, f"{family.architecture} does not store {few(sorted(fused))} as separate tensors"
+    layout = family.layout(config)
+    unquantized = {stored.name: stored_shape(stored, shapes) for stored in layout}
+    as_ours = {stored.name for stored in layout if stored.form == "plain" and stored.holds == (stored.name,)}
+    if not packed <= as_ours:
+        raise ArtifactError(
+            f"{family.architecture} stores {few(sorted(packed - as_ours))} under other names or in another order than "
+            "llmctl, which packed codes do not allow",
+            "import the model in bfloat16 or float32, and quantize it with `llmctl quantize`",
+        )
     expected = {name: shape for name, shape in unquantized.items() if name not in packed}
     for name, scheme in schemes.items():
         parts = part_shapes(scheme, shapes[f"{name}.weight"], forms[name])

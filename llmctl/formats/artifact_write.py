@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from llmctl import __version__
 from llmctl.config import ModelConfig
 from llmctl.errors import LlmctlError, OutputError
+from llmctl.families.family import FamilyFormat
+from llmctl.families.parameters import stored_shape, to_stored
 from llmctl.files import atomic_path, json_text, parse_json, write_bytes, writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, weights_of
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import stored_shape, to_stored
 from llmctl.formats.generation_settings import GENERATION, default_settings
 from llmctl.formats.quantization import KEY, Schemes, family_with, stored_parts, write_schemes
 from llmctl.formats.safetensors import write_safetensors

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmctl.config import ModelConfig
+from llmctl.families.rows import token_ids
 from llmctl.files import json_text, parse_json
-from llmctl.formats.families.rows import token_ids
 
 GENERATION = "generation_config.json"
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.native import NATIVE
-from llmctl.formats.families.table import family_for
+from llmctl.families.family import FamilyFormat
+from llmctl.families.native import NATIVE
+from llmctl.families.table import family_for
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import FEWEST_BITS, MOST_BITS, SCALE_BITS, Scheme
 from llmctl.tokenizer.patterns import check_pattern

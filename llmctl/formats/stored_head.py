@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmctl.config import ModelConfig
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import HEAD
+from llmctl.families.family import FamilyFormat
+from llmctl.families.parameters import HEAD
 from llmctl.formats.safetensors import TensorEntry
 
 CHUNK_BYTES = 1 << 24

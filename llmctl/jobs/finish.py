@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from llmctl.distributed.runtime import Runtime, describe_environment
+from llmctl.families.table import family_for
 from llmctl.files import atomic_path, write_bytes
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.formats.families.table import family_for
 from llmctl.metrics.figures import rounded
 from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.preparing.corpus import Corpus

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.distributed.runtime import Runtime
+from llmctl.families.table import family_for
 from llmctl.files import write_bytes
-from llmctl.formats.families.table import family_for
 from llmctl.jobs.dry_run import fitting_rows
 from llmctl.jobs.finish import Product, Trained, finish
 from llmctl.jobs.startup import check_space, compare_processes, newest_checkpoint, time_limit

@@ -8,9 +8,9 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import QuantizeConfig, WeightsConfig
 from llmctl.data.labels import Labels
 from llmctl.errors import ArtifactError
+from llmctl.families.table import family_for
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.formats.families.table import family_for
 from llmctl.formats.safetensors import read_tensors, write_safetensors
 from llmctl.model.quantized import schemes_of
 from llmctl.quantizing.calibrate import calibrate

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llmctl.config import ModelConfig
 from llmctl.distilling.student_shape import parse_student, shape_between
 from llmctl.errors import UsageError
-from llmctl.formats.families.table import family_for
+from llmctl.families.table import family_for
 from llmctl.model.parameters import count
 from llmctl.model.presets import preset_config
 from llmctl.model.shapes import complete

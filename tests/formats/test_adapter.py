@@ -25,7 +25,7 @@ from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.safetensors import read_header, read_tensors, write_safetensors
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel, initialize
-from tests.formats.families.test_table import CONFIGS, SHAPE
+from tests.families.test_table import CONFIGS, SHAPE
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head_dense")
 

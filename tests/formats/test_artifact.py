@@ -334,7 +334,7 @@ HEADS = {
         "model.shared.weight",
     ),
     "MarianMTModel": (PAIR | {"positions": "sinusoidal"}, "lm_head.weight", "model.shared.weight"),
-    "LlmctlForLanguageModel": ({"norm": "layernorm"}, "lm_head.weight", "model.embed_tokens.weight"),
+    "LlmctlForLanguageModel": ({"positions": "none"}, "lm_head.weight", "model.embed_tokens.weight"),
 }
 
 

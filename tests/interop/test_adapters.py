@@ -13,7 +13,7 @@ from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.lora import LoRALinear, adapter_modules, adapter_state, add_adapters, merge_adapters
 from llmctl.model.transformer import LanguageModel
-from tests.formats.families.test_table import CONFIGS
+from tests.families.test_table import CONFIGS
 from tests.interop.test_classifiers import random_classifier
 
 transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")

@@ -1,20 +1,33 @@
 """Classifiers against transformers: the head is trained here and read there, and the other way."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from llmctl.config import ModelConfig
+from llmctl.families.classifiers import CLASSIFIERS
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
-from llmctl.formats.families.classifiers import CLASSIFIERS
 from llmctl.model.transformer import LanguageModel
-from tests.formats.families.test_table import CONFIGS
+from tests.families.test_table import CONFIGS
+from tests.support.architectures import VARIANTS
 
 transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 pytestmark = pytest.mark.interop
 
 SHAPE = {"vocab_size": 40, "d_model": 16, "n_layers": 2, "n_heads": 4, "max_positions": 32, "pad_id": 0, "eos_id": 2}
-CASES = [(row.architecture, settings) for row in CLASSIFIERS for settings in CONFIGS[row.architecture]]
+CASES = [(row.architecture, settings) for row in CLASSIFIERS for settings in CONFIGS.get(row.architecture, ())]
+for classifier in CLASSIFIERS:
+    if classifier.architecture not in CONFIGS:
+        body = classifier.architecture.partition("For")[0].removesuffix("Text")
+        variant = next(row for row in VARIANTS.values() if row.architecture.startswith((body + "For", body + "LM")))
+        config = classifier.read_config(variant.settings | {"id2label": dict.fromkeys("012", "")})
+        named = {field.name: getattr(config, field.name) for field in fields(config)}
+        # The rows of the batch end in padding, which fairseq's encoders also find by the offset of their positions.
+        pad = config.position_offset - 1 if config.family == "encoder" and config.position_offset else 0
+        named |= {"labels": ("a", "b", "c"), "pad_id": pad, "architecture": classifier.architecture}
+        CASES.append((classifier.architecture, named))
 
 
 def random_classifier(settings: dict) -> LanguageModel:

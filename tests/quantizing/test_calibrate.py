@@ -9,7 +9,7 @@ from llmctl.quant.methods import method_of
 from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing import calibrate as module
 from llmctl.quantizing.calibrate import calibrate
-from tests.formats.families.test_table import CONFIGS, config_of
+from tests.families.test_table import CONFIGS, config_of
 
 
 def model_and_batches() -> tuple[LanguageModel, list[dict[str, torch.Tensor]]]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.llama import LLAMA, QWEN3
+from llmctl.families.family import FamilyFormat
+from llmctl.families.llama import LLAMA, QWEN3
 from llmctl.formats.gguf.container import DAMAGED, UNSUPPORTED, GgufHeader, dequantize, map_file
 from llmctl.model.parameters import parameter_shapes
 

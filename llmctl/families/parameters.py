@@ -19,22 +19,96 @@ HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The sizes by which the rows of attention projections are divided; `rotated`: channels of a head."""
+
+    n_heads: int = 1
+    n_kv_heads: int = 1
+    head_dim: int = 1
+    rotated: int = 0
+
+
+def unchanged(tensor: "Tensor", _: Heads) -> "Tensor":
+    """Return the tensor."""
+    return tensor
+
+
+def transposed(tensor: "Tensor", _: Heads) -> "Tensor":
+    """Return the transposed matrix."""
+    return tensor.t()
+
+
+def plus_one(tensor: "Tensor", _: Heads) -> "Tensor":
+    """Return 1 + w in float32: half precision would round the sum, which the published models compute in float32."""
+    return tensor.float() + 1.0
+
+
+def minus_one(tensor: "Tensor", _: Heads) -> "Tensor":
+    """Return w - 1."""
+    return tensor - 1.0
+
+
+def from_pairs(tensor: "Tensor", heads: Heads) -> "Tensor":
+    """Return the rows of heads whose rotated channels are stored pair by pair, in halves (first members, second members)."""
+    return tensor[pair_order(len(tensor), heads)]
+
+
+def to_pairs(tensor: "Tensor", heads: Heads) -> "Tensor":
+    """Undo `from_pairs`."""
+    return tensor[pair_order(len(tensor), heads).argsort()]
+
+
+def pair_order(n_rows: int, heads: Heads) -> "Tensor":
+    """Return where each row of ours is stored."""
+    import torch
+
+    pairs = torch.arange(heads.rotated).view(-1, 2).t().flatten()
+    own = torch.cat([pairs, torch.arange(heads.rotated, heads.head_dim)])
+    return (torch.arange(0, n_rows, heads.head_dim)[:, None] + own).flatten()
+
+
+def from_groups(tensor: "Tensor", heads: Heads) -> "Tensor":
+    """Return stacked queries, keys and values, stored group by group: the queries of a group, its key, its value."""
+    return tensor[group_order(heads)]
+
+
+def to_groups(tensor: "Tensor", heads: Heads) -> "Tensor":
+    """Undo `from_groups`."""
+    return tensor[group_order(heads).argsort()]
+
+
+def group_order(heads: Heads) -> "Tensor":
+    """Return where each row of stacked queries, keys and values is stored."""
+    import torch
+
+    per_group = heads.n_heads // heads.n_kv_heads + 2
+    n_rows = heads.n_kv_heads * per_group * heads.head_dim
+    rows = torch.arange(n_rows).view(heads.n_kv_heads, per_group, heads.head_dim)
+    return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
+
+
+@dataclass(frozen=True)
 class Form:
-    """How a stored tensor differs from our parameter: its shape, and both directions."""
+    """How a stored tensor differs from our parameter: its shape, and both directions, of which `write` undoes `read`."""
 
-    shape: Callable[[Shape], Shape]
-    read: Callable[["Tensor"], "Tensor"]
-    write: Callable[["Tensor"], "Tensor"]
+    read: Callable[["Tensor", Heads], "Tensor"] = unchanged
+    write: Callable[["Tensor", Heads], "Tensor"] = unchanged
+    shape: Callable[[Shape], Shape] = lambda shape: shape
 
 
-# `write` undoes `read`. A new form (norm weights stored minus one, rotary pairs side by side) is a row here, which the
-# tensors of a family name; one that depends on sizes (queries, keys and values by head) needs them in `Stored`.
+# A new form is a row here, which the tensors of a family name.
 FORMS = {
-    "plain": Form(lambda shape: shape, lambda tensor: tensor, lambda tensor: tensor),
+    "plain": Form(),
     # (in, out) instead of (out, in): the Conv1D of GPT-2.
-    "transposed": Form(lambda shape: shape[::-1], lambda tensor: tensor.t(), lambda tensor: tensor.t()),
+    "transposed": Form(transposed, transposed, lambda shape: shape[::-1]),
     # A vector stored as a matrix of one row: the logits bias of BART.
-    "row": Form(lambda shape: (1, *shape), lambda tensor: tensor[0], lambda tensor: tensor[None]),
+    "row": Form(lambda tensor, _: tensor[0], lambda tensor, _: tensor[None], lambda shape: (1, *shape)),
+    # The norms of Gemma multiply by 1 + w.
+    "plus_one": Form(plus_one, minus_one),
+    # Rotary pairs side by side, as in GPT-J and Cohere.
+    "pairs": Form(from_pairs, to_pairs),
+    # Queries, keys and values together, head by head (GPT-NeoX, BLOOM) or group by group (Falcon).
+    "groups": Form(from_groups, to_groups),
 }
 
 
@@ -49,21 +123,33 @@ class Stored:
     holds: tuple[str, ...]
     form: str = "plain"
     when: Callable[[ModelConfig], bool] | None = None
+    heads: Heads = Heads()  # filled in by `expand`
 
     def in_layer(self, layer: int) -> "Stored":
         """Return the tensor of one layer."""
-        return Stored(self.name.format(layer), tuple(name.format(layer) for name in self.holds), self.form)
+        return replace(self, name=self.name.format(layer), holds=tuple(name.format(layer) for name in self.holds))
 
 
 Tensors = tuple[Stored, ...]
 
 
-def module(name: str, *modules: str, form: str = "plain", when: Callable[[ModelConfig], bool] | None = None) -> Tensors:
+def module(
+    name: str,
+    *modules: str,
+    form: str = "plain",
+    bias_form: str = "plain",
+    when: Callable[[ModelConfig], bool] | None = None,
+) -> Tensors:
     """Return weight and bias of a module of ours, or of several that are stored as one; the form is the weight's."""
     return (
         Stored(name + ".weight", tuple(own + ".weight" for own in modules), form, when),
-        Stored(name + ".bias", tuple(own + ".bias" for own in modules), "plain", when),
+        Stored(name + ".bias", tuple(own + ".bias" for own in modules), bias_form, when),
     )
+
+
+def in_form(form: str, *names: str) -> Tensors:
+    """Return weights and biases in a form, of modules that are stored under their own names."""
+    return tuple(stored for name in names for stored in module(name, name, form=form, bias_form=form))
 
 
 def modules(names: Mapping[str, str], published: str = "", own: str = "") -> Tensors:
@@ -86,7 +172,12 @@ def expand(tensors: Tensors, config: ModelConfig, *, own_names: bool) -> list[St
     # A tied head is the embedding itself, which is stored once.
     if config.tie_embeddings:
         shapes.pop(HEAD, None)
-    stored = [row for row in numbered(tensors, config) if all(name in shapes for name in row.holds)]
+    heads = Heads(config.n_heads, config.n_kv_heads, config.head_dim, config.rotary_dim or config.head_dim)
+    stored = [
+        row if row.form == "plain" else replace(row, heads=heads)
+        for row in numbered(tensors, config)
+        if all(name in shapes for name in row.holds)
+    ]
     if not own_names:
         return stored
     held = {name for row in stored for name in row.holds}
@@ -125,7 +216,7 @@ def to_parameters(
 
     state: dict[str, Tensor] = {}
     for stored in layout:
-        tensor = FORMS[stored.form].read(take(stored.name))
+        tensor = FORMS[stored.form].read(take(stored.name), stored.heads)
         parts = torch.split(tensor, [shapes[name][0] for name in stored.holds]) if len(stored.holds) > 1 else (tensor,)
         state |= {name: part.contiguous() for name, part in zip(stored.holds, parts, strict=True)}
     return state
@@ -138,5 +229,7 @@ def to_stored(layout: Iterable[Stored], state: Mapping[str, "Tensor"]) -> dict[s
     published: dict[str, Tensor] = {}
     for stored in layout:
         parts = [state[name].detach() for name in stored.holds]
-        published[stored.name] = FORMS[stored.form].write(parts[0] if len(parts) == 1 else torch.cat(parts))
+        published[stored.name] = FORMS[stored.form].write(
+            parts[0] if len(parts) == 1 else torch.cat(parts), stored.heads
+        )
     return published

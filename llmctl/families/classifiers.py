@@ -8,16 +8,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.formats.families.bart import BART
-from llmctl.formats.families.bert import BERT, BERT_BARE
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.gpt2 import GPT2
-from llmctl.formats.families.llama import EUROBERT, LLAMA, QWEN3
-from llmctl.formats.families.parameters import Tensors, module, prefixed
-from llmctl.formats.families.published import Published
-from llmctl.formats.families.rows import Row, converted, fixed
-from llmctl.formats.families.t5 import T5
+from llmctl.families.bart import BART
+from llmctl.families.bert import BERT, BERT_BARE
+from llmctl.families.cohere import NEMOTRON, STABLELM, STARCODER2
+from llmctl.families.family import FamilyFormat
+from llmctl.families.gemma import GEMMA, GEMMA2, GEMMA3
+from llmctl.families.gpt import BIGCODE, BLOOM, FALCON, GPT_J, GPT_NEO, GPT_NEOX, MPT, OPT
+from llmctl.families.gpt2 import GPT2
+from llmctl.families.llama import EUROBERT, HELIUM, LLAMA, MINISTRAL, MISTRAL, QWEN2, QWEN3, SMOLLM3
+from llmctl.families.olmo import EXAONE4
+from llmctl.families.parameters import Tensors, module, prefixed
+from llmctl.families.phi import PHI, PHI3
+from llmctl.families.published import Published
+from llmctl.families.roberta import (
+    ALBERT_BARE,
+    CAMEMBERT_BARE,
+    DISTILBERT_BARE,
+    ELECTRA_BARE,
+    MPNET_BARE,
+    ROBERTA_BARE,
+    XLM_ROBERTA_BARE,
+)
+from llmctl.families.rows import Row, converted, fixed
+from llmctl.families.t5 import T5
 
+CLASS = "ForSequenceClassification"
 PROBLEMS = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",
@@ -85,6 +100,7 @@ def classifier(base: FamilyFormat, architecture: str, head: Head) -> FamilyForma
     return replace(
         base,
         architecture=architecture,
+        aliases=(),
         rows=(
             *base.rows,
             Row("id2label", read_labels, write_labels),
@@ -93,7 +109,8 @@ def classifier(base: FamilyFormat, architecture: str, head: Head) -> FamilyForma
         ),
         tensors=(*prefixed(head.prefix, base.tensors), *tensors),
         not_compared=frozenset({"labels"}),  # names that only number the outputs are read as none
-        ignored=(*base.ignored, "lm_head.", "cls."),
+        # The pooler of an encoder is the dense layer of its classifier.
+        ignored=(*(part for part in base.ignored if part != "pooler." or not head.dense), "lm_head.", "cls."),
         prefix="",
         presence=(),
     )
@@ -116,10 +133,39 @@ _BERT = classifier(
     Head("classifier", "bert.pooler.dense", "first", "tanh"),
 )
 
+NAMES = {"gemma3_text": "Gemma3TextForSequenceClassification"}
+
+
+def name_of(family: FamilyFormat) -> str:
+    """Return the usual name of a family's classifier."""
+    return family.architecture.partition("For")[0].removesuffix("LMHeadModel") + CLASS
+
+
+# Decoders are classified by the state of the last token, with a head without bias.
+DECODERS = tuple(
+    classifier(family, NAMES.get(family.model_type) or name_of(family), Head("score"))
+    for family in (
+        *(LLAMA, QWEN3, GPT2, QWEN2, MISTRAL, GEMMA, GEMMA2, GEMMA3, PHI3, PHI, SMOLLM3, STARCODER2, STABLELM),
+        *(GPT_NEOX, GPT_NEO, GPT_J, OPT, BLOOM, MPT, FALCON, BIGCODE, NEMOTRON, HELIUM, EXAONE4, MINISTRAL),
+    )
+)
+
+
+def encoder(base: FamilyFormat, head: Head, *, prefix: str) -> FamilyFormat:
+    """Return the classifier of an encoder without a head over the vocabulary."""
+    name = base.architecture.removesuffix("Model") + CLASS
+    # What was said of a head over the vocabulary has no effect anymore.
+    row = classifier(base, name, replace(head, prefix=prefix))
+    return replace(
+        row,
+        not_compared=row.not_compared | {"tie_embeddings", "logits_bias", "head_transform"},
+        spellings=tuple(pair for pair in base.spellings if pair[1]),
+    )
+
+
+ROBERTA_HEAD = Head("classifier.out_proj", "classifier.dense", "first", "tanh")
 CLASSIFIERS = (
-    classifier(LLAMA, "LlamaForSequenceClassification", Head("score")),
-    classifier(QWEN3, "Qwen3ForSequenceClassification", Head("score")),
-    classifier(GPT2, "GPT2ForSequenceClassification", Head("score")),
+    *DECODERS,
     # Any BERT may get this head: what was said of its head over the vocabulary has no effect anymore.
     replace(
         _BERT,
@@ -128,6 +174,13 @@ CLASSIFIERS = (
     ),
     classifier(EUROBERT, "EuroBertForSequenceClassification", Head("classifier", "dense", POOLING, "gelu")),
     classifier(T5, "T5ForSequenceClassification", replace(CONDITIONAL, prefix="transformer.")),
+    encoder(ROBERTA_BARE, ROBERTA_HEAD, prefix="roberta."),
+    encoder(XLM_ROBERTA_BARE, ROBERTA_HEAD, prefix="roberta."),
+    encoder(CAMEMBERT_BARE, ROBERTA_HEAD, prefix="roberta."),
+    encoder(MPNET_BARE, ROBERTA_HEAD, prefix="mpnet."),
+    encoder(DISTILBERT_BARE, Head("classifier", "pre_classifier", "first", "relu"), prefix="distilbert."),
+    encoder(ELECTRA_BARE, replace(ROBERTA_HEAD, activation="gelu"), prefix="electra."),
+    encoder(ALBERT_BARE, Head("classifier", "albert.pooler", "first", "tanh"), prefix="albert."),
     # Whether BART's logits had a bias still follows from the tensors: there is none.
     replace(classifier(BART, "BartForSequenceClassification", CONDITIONAL), presence=BART.presence),
 )

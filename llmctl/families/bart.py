@@ -1,4 +1,4 @@
-"""BART and Marian: the post-norm encoder-decoder of 2017, with learned or sinusoidal positions.
+"""BART, Marian and their pre-norm relatives: the encoder-decoder of 2017, with learned or sinusoidal positions.
 
 `BartForConditionalGeneration`: Lewis et al. 2020, arXiv:1910.13461; its position table skips two rows and the
 embeddings are normalized. `MarianMTModel`: Junczys-Dowmunt et al. 2018, arXiv:1804.00344; the math of Vaswani et al.
@@ -8,22 +8,25 @@ embeddings are normalized. `MarianMTModel`: Junczys-Dowmunt et al. 2018, arXiv:1
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.formats.families.family import FamilyFormat, Presence
-from llmctl.formats.families.parameters import HEAD, Stored, Tensors, module, modules
-from llmctl.formats.families.published import Published
-from llmctl.formats.families.rows import (
+from llmctl.families.family import FamilyFormat, Presence
+from llmctl.families.parameters import HEAD, Stored, Tensors, module, modules
+from llmctl.families.published import Published
+from llmctl.families.rows import (
     STANDARD_HEADS,
     TOKENS,
     Row,
     activation,
     constant,
     converted,
+    derived,
     equal,
     fixed,
+    flag,
     integer,
     number,
     only,
     repeated,
+    replaced,
     requires,
     written,
 )
@@ -34,11 +37,14 @@ def read_scale(published: Published, config: ModelConfig) -> float:
     return config.d_model**0.5 if published.flag("scale_embedding") else 1.0
 
 
+def read_decoder_scale(published: Published, config: ModelConfig) -> float:
+    """Return XGLM's factor on the embeddings, which are scaled unless the file says otherwise."""
+    return config.d_model**0.5 if published.flag("scale_embedding", default=True) else 1.0
+
+
 ROWS = (
-    fixed(family="encoder_decoder", norm="layernorm", norm_position="post", norm_eps=1e-5, gated=False),
+    fixed(family="encoder_decoder", norm="layernorm", norm_eps=1e-5, gated=False),
     fixed(attention_bias=True, mlp_bias=True, tie_embeddings=True),
-    only("normalize_before", False),
-    only("add_final_layer_norm", False),
     only("extra_pos_embeddings", 2),
     integer("vocab_size", "vocab_size"),
     integer("d_model", "d_model", 1024),
@@ -83,8 +89,12 @@ FEED_FORWARD = {"fc1": "mlp.up_proj", "fc2": "mlp.down_proj", "final_layer_norm"
 
 
 def stack(prefix: str, layer: dict[str, str]) -> Tensors:
-    """Return the tensors of one stack; Marian has neither the positions nor the norm of the embeddings."""
+    """Return the tensors of one stack.
+
+    Marian has neither the positions nor the norm of the embeddings; only pre-norm models have a final norm.
+    """
     return (
+        *module(prefix + "layer_norm", prefix + "norm"),
         Stored(prefix + "embed_positions.weight", (prefix + "embed_positions.weight",)),
         *module(prefix + "layernorm_embedding", prefix + "embedding_norm"),
         *modules(layer, prefix + "layers.{}.", prefix + "layers.{}."),
@@ -101,6 +111,12 @@ TENSORS = (
     Stored(HEAD, (HEAD,)),
 )
 
+POST_NORM = (
+    fixed(norm_position="post"),
+    only("normalize_before", False),
+    only("add_final_layer_norm", False),
+)
+
 # Copies of the shared embedding, as older files store them.
 COPIES = ("coder.embed_tokens.weight", HEAD, "coder.version")
 
@@ -110,6 +126,7 @@ BART = FamilyFormat(
     source="Lewis et al. 2020, arXiv:1910.13461",
     rows=(
         *ROWS,
+        *POST_NORM,
         only("static_position_embeddings", False),
         only("normalize_embedding", True),
         fixed(positions="learned", position_offset=2, embedding_norm=True, logits_bias=True),
@@ -125,6 +142,7 @@ MARIAN = FamilyFormat(
     source="Junczys-Dowmunt et al. 2018, arXiv:1804.00344",
     rows=(
         *ROWS,
+        *POST_NORM,
         Row("decoder_vocab_size", read_decoder_vocabulary, repeated("decoder_vocab_size", "vocab_size").write),
         constant("share_encoder_decoder_embeddings", True),
         constant("static_position_embeddings", True),
@@ -135,4 +153,78 @@ MARIAN = FamilyFormat(
     tensors=TENSORS,
     presence=(LOGITS_BIAS,),
     ignored=(*COPIES, "coder.embed_positions.weight"),
+)
+
+MBART = FamilyFormat(
+    architecture="MBartForConditionalGeneration",
+    model_type="mbart",
+    source="Liu et al. 2020, arXiv:2001.08210",
+    rows=(
+        *ROWS,
+        fixed(positions="learned", position_offset=2, embedding_norm=True, logits_bias=True),
+    ),
+    tensors=TENSORS,
+    presence=(LOGITS_BIAS,),
+    ignored=COPIES,
+)
+
+PEGASUS = FamilyFormat(
+    architecture="PegasusForConditionalGeneration",
+    model_type="pegasus",
+    source="Zhang et al. 2019, arXiv:1912.08777",
+    rows=(
+        *ROWS,
+        only("static_position_embeddings", True),
+        fixed(positions="sinusoidal", logits_bias=True),
+    ),
+    tensors=TENSORS,
+    presence=(LOGITS_BIAS,),
+    ignored=(*COPIES, "coder.embed_positions.weight"),
+)
+
+M2M = FamilyFormat(
+    architecture="M2M100ForConditionalGeneration",
+    model_type="m2m_100",
+    source="M2M-100, arXiv:2010.11125; NLLB, arXiv:2207.04672",
+    rows=(
+        *replaced(ROWS, activation("activation_function", "relu")),
+        fixed(positions="sinusoidal", sinusoid_rates="halves"),
+        # As in fairseq, positions follow the id of the padding token.
+        derived("position_offset", lambda config: config.pad_id + 1 if config.pad_id >= 0 else 2),
+    ),
+    tensors=tuple(stored for stored in TENSORS if stored.name != "final_logits_bias"),
+    ignored=(*COPIES, "coder.embed_positions.weight"),
+)
+
+XGLM = FamilyFormat(
+    architecture="XGLMForCausalLM",
+    model_type="xglm",
+    source="Lin et al. 2021, arXiv:2112.10668",
+    rows=(
+        fixed(norm="layernorm", norm_eps=1e-5, gated=False, attention_bias=True, mlp_bias=True),
+        fixed(positions="sinusoidal", sinusoid_rates="halves", position_offset=2),
+        integer("vocab_size", "vocab_size"),
+        integer("d_model", "d_model", 1024),
+        integer("num_layers", "n_layers", 24),
+        integer("attention_heads", "n_heads", 16),
+        integer("ffn_dim", "d_ff", 4096),
+        integer("max_position_embeddings", "max_positions", 2048),
+        activation("activation_function", "gelu"),
+        number("dropout", "dropout", 0.1),
+        written("attention_dropout", 0.0),
+        written("activation_dropout", 0.0),
+        number("init_std", "init_std", 0.02),
+        converted("scale_embedding", "embedding_scale", read_decoder_scale, lambda scale: scale != 1.0),
+        flag("tie_word_embeddings", "tie_embeddings", default=True),
+        *TOKENS,
+        *STANDARD_HEADS,
+    ),
+    tensors=(
+        Stored("model.embed_tokens.weight", ("model.embed_tokens.weight",)),
+        *module("model.layer_norm", "model.norm"),
+        *modules(SELF | FEED_FORWARD, "model.layers.{}.", "model.layers.{}."),
+        Stored(HEAD, (HEAD,)),
+    ),
+    prefix="model.",
+    ignored=("embed_positions.weights",),
 )

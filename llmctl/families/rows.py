@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.formats.families.published import Published, activation_name
+from llmctl.families.published import Published, activation_name
+from llmctl.model.shapes import window_of
+
+WINDOWED, FULL = "sliding_attention", "full_attention"
 
 Default = Any
 """A value, a function of the fields read so far, or None for a key that must be there."""
@@ -77,15 +80,45 @@ def token(key: str, field: str, *, absent: int | None = None) -> Row:
     )
 
 
-def rope_theta() -> Row:
-    """Return the row of the rotary base, for old readers (`rope_theta`) and new ones (`rope_parameters`)."""
+def window() -> Row:
+    """Return the row of one attention window for all layers, or none; one that spans the context is none."""
 
-    # transformers 5 reads only the object, older readers only the number.
+    def read(published: Published, config: ModelConfig) -> dict[str, Any]:
+        if published.values.get("sliding_window") is None:
+            return {}
+        size = published.integer("sliding_window")
+        return {} if size >= config.max_positions else {"attention_windows": (size,)}
+
     def write(config: ModelConfig) -> dict[str, Any]:
-        theta = config.rope_theta
-        return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+        sizes = set(config.attention_windows)
+        return {"sliding_window": sizes.pop() or None if len(sizes) == 1 else None}
 
-    return Row("rope_theta", lambda published, _: {"rope_theta": published.rope_theta()}, write)
+    return Row("sliding_window", read, write)
+
+
+def windows(pattern: Callable[[Published, ModelConfig], list[str]] | None = None) -> Row:
+    """Return the row of one attention window in the layers that `layer_types` names.
+
+    pattern: the kinds of the layers of a file that does not name them.
+    """
+
+    def read(published: Published, config: ModelConfig) -> dict[str, Any]:
+        kinds = published.values.get("layer_types")
+        if kinds is None and pattern is not None:
+            kinds = pattern(published, config)
+        if not isinstance(kinds, list) or not set(map(str, kinds)) <= {WINDOWED, FULL}:
+            raise published.refuse("layer_types", kinds, f"a list of {WINDOWED} and {FULL}")
+        if len(kinds) != config.n_layers:
+            raise published.refuse("layer_types", f"of {len(kinds)} layers", f"one kind for each of {config.n_layers}")
+        size = published.integer("sliding_window") if WINDOWED in kinds else 0
+        return {"attention_windows": tuple(size if kind == WINDOWED else 0 for kind in kinds) if size else ()}
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        sizes = [window_of(config, layer) for layer in range(config.n_layers)]
+        kinds = [WINDOWED if size else FULL for size in sizes]
+        return {"sliding_window": max(sizes) or None, "layer_types": kinds}
+
+    return Row("sliding_window", read, write)
 
 
 def repeated(key: str, field: str) -> Row:
@@ -141,11 +174,14 @@ def requires(condition: Callable[[ModelConfig], bool]) -> Row:
     return Row(allows=condition)
 
 
-def replaced(rows: Iterable[Row], *others: Row) -> tuple[Row, ...]:
-    """Return the rows, with each of the others in place of the row of the same key."""
+def replaced(rows: Iterable[Row], *others: Row, **by_key: Row | None) -> tuple[Row, ...]:
+    """Return the rows, with each of the others in place of the row of the same key, or of the key that is named.
+
+    None removes the row.
+    """
     # In place, because the order of the keys in a written file is that of the rows.
-    by_key = {row.key: row for row in others}
-    return tuple(by_key.get(row.key, row) for row in rows)
+    new = {row.key: row for row in others} | by_key
+    return tuple(kept for row in rows if (kept := new.get(row.key, row)) is not None)
 
 
 # Every id is written, if only as null: where a key is absent, transformers uses a default of its own.
@@ -157,7 +193,7 @@ TOKENS = (
     token("decoder_start_token_id", "decoder_start_id"),
 )
 
-SCALED_SCORES = derived("attention_scale", lambda config: config.head_dim**-0.5)
+SCALED_SCORES = Row("attention_scale", derived("attention_scale", lambda config: config.head_dim**-0.5).read)
 
 # Heads are d_model / n_heads wide, and each has keys and values of its own.
 STANDARD_HEADS = (

@@ -3,9 +3,9 @@
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 """
 
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import Stored, module
-from llmctl.formats.families.rows import (
+from llmctl.families.family import FamilyFormat
+from llmctl.families.parameters import Stored, module
+from llmctl.families.rows import (
     STANDARD_HEADS,
     TOKENS,
     activation,

@@ -6,20 +6,21 @@ disagree. The list of families is in `table.py`; each family is one file.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.parameters import HEAD, Stored, Tensors, expand, to_parameters, to_stored
-from llmctl.formats.families.published import Published
-from llmctl.formats.families.rows import Row
+from llmctl.families.parameters import HEAD, Stored, Tensors, expand, to_parameters, to_stored
+from llmctl.families.published import Published
+from llmctl.families.rows import Row
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.supports import close, unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FACTORS = ("attention_scale", "embedding_scale", "logits_scale")
+FACTORS = ("attention_scale", "embedding_scale", "logits_scale", "alibi_scale", "residual_scale")
 """Fields that are computed, most of them as square roots, and equal up to rounding."""
 
 
@@ -40,9 +41,10 @@ class FamilyFormat:
     published names and parameters; own_names: parameters that `tensors` does not name are stored under their own
     names. presence: fields that only the tensors of a file tell. not_compared: fields that need not survive writing
     and reading, because they have no effect in this family or only repeat a default. is_written: False for a family
-    that is read under its name and written as another. ignored: parts of names of tensors that hold nothing of the
+    as which only models that were read as it are written. ignored: parts of names of tensors that hold nothing of the
     model (buffers, copies, heads of other tasks). prefix: what files saved from the bare model lack. spellings: (old,
-    today's) parts of names. substitutes: (name, the tensor that is read if a file has none of that name).
+    today's) parts of names. key_spellings: the same for keys of config.json. aliases: architectures that are read as this
+    one. substitutes: (name, the tensor that is read if a file has none of that name).
     """
 
     architecture: str
@@ -57,6 +59,8 @@ class FamilyFormat:
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     spellings: tuple[tuple[str, str], ...] = ()
+    key_spellings: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[str, ...] = ()
     substitutes: tuple[tuple[str, str], ...] = ()
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
@@ -64,7 +68,8 @@ class FamilyFormat:
 
         Raises: ArtifactError naming the key whose value our models cannot express.
         """
-        published, config = Published(values, self.architecture), ModelConfig()
+        renamed = {new: values[old] for old, new in self.key_spellings if old in values}
+        published, config = Published(renamed | dict(values), self.architecture), ModelConfig()
         for row in self.rows:
             # In order: a default such as 4 d_model needs the fields that stand before it.
             config = replace(config, **row.read(published, config))
@@ -74,9 +79,13 @@ class FamilyFormat:
         """Write a config that the family expresses."""
         return {key: value for row in self.rows for key, value in row.write(config).items()}
 
-    def resolve(self, config: ModelConfig, names: Collection[str]) -> ModelConfig:
-        """Return the config with the fields that only the names of the tensors in a file tell."""
+    def resolve(self, config: ModelConfig, names: Mapping[str, str]) -> ModelConfig:
+        """Return the config with the fields that only the names of the tensors in a file tell; see `canonical`."""
         values: dict[str, Any] = {row.field: (row.tensor in names) == row.value for row in self.presence}
+        # A file of the bare model has no head, whatever its configuration says.
+        has_prefix = any(stored.startswith(self.prefix) for stored in names.values())
+        if not has_prefix and HEAD not in names:
+            values["tie_embeddings"] = True
         return replace(config, **values)
 
     def expresses(self, config: ModelConfig) -> bool:
@@ -85,7 +94,7 @@ class FamilyFormat:
         That is: reading each row back gives the config's value, so the constants of the table hold, and every field
         that the table does not name has its default. A switch added to ModelConfig is refused until a row names it.
         """
-        if not self.is_written or not all(row.allows(config) for row in self.rows):
+        if not all(row.allows(config) for row in self.rows):
             return False
         # Not a list of conditions: what is written is read, so that both directions and this answer cannot disagree.
         published, back = Published(self.write_config(config), self.architecture), ModelConfig()
@@ -96,9 +105,7 @@ class FamilyFormat:
             except ArtifactError:  # a value that has no name there
                 return False
             # Most families differ in a constant, which stands first: this ends early.
-            if not all(
-                is_same(name, value, getattr(config, name)) for name, value in values.items() if name not in named
-            ):
+            if not all(is_same(name, value, config) for name, value in values.items() if name not in named):
                 return False
             back = replace(back, **values)
             named |= values.keys()
@@ -131,7 +138,8 @@ class FamilyFormat:
 
     def is_ignored(self, name: str, config: ModelConfig) -> bool:
         """Tell whether a tensor of this name holds nothing of the model; a tied head is a copy."""
-        is_copy = config.tie_embeddings and name in (HEAD, "cls.predictions.decoder.weight")
+        heads = {HEAD, *(stored.name for stored in self.tensors if stored.holds == (HEAD,))}
+        is_copy = config.tie_embeddings and name in heads
         return is_copy or any(part in name for part in self.ignored)
 
     def to_internal(self, state: Mapping[str, "Tensor"], config: ModelConfig) -> dict[str, "Tensor"]:
@@ -146,6 +154,10 @@ class FamilyFormat:
         return to_stored(self.layout(config), state)
 
 
-def is_same(name: str, value: Any, other: Any) -> bool:
-    """Tell whether two values of a field are the same."""
+def is_same(name: str, value: Any, config: ModelConfig) -> bool:
+    """Tell whether a value of a field is the config's."""
+    other = getattr(config, name)
+    if name in ("attention_windows", "rope_thetas"):  # cycled over the layers
+        idle = (0,) if name == "attention_windows" else (config.rope_theta,)
+        return all(a == b for a, b, _ in zip(cycle(value or idle), cycle(other or idle), range(config.n_layers)))
     return close(value, other) if name in FACTORS else value == other

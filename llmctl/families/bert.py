@@ -6,9 +6,9 @@ pairs, is part of our models only under a classification head.
 Source: Devlin et al. 2019, arXiv:1810.04805.
 """
 
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.parameters import Stored, module, modules, prefixed
-from llmctl.formats.families.rows import (
+from llmctl.families.family import FamilyFormat
+from llmctl.families.parameters import Stored, module, modules, prefixed
+from llmctl.families.rows import (
     STANDARD_HEADS,
     TOKENS,
     activation,
@@ -79,6 +79,7 @@ IGNORED = ("position_ids", "pooler.", "cls.seq_relationship.", "cls.predictions.
 
 BERT = FamilyFormat(
     architecture="BertForMaskedLM",
+    aliases=("BertForPreTraining",),
     model_type="bert",
     source="Devlin et al. 2019, arXiv:1810.04805",
     rows=(*ROWS, fixed(logits_bias=True, head_transform=True)),

@@ -15,6 +15,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
 
@@ -34,7 +35,8 @@ class Published:
     """
 
     def __init__(self, values: Mapping[str, Any], architecture: str) -> None:
-        self.values, self.architecture = values, architecture
+        self.values: Mapping[str, Any] = values
+        self.architecture = architecture
 
     def refuse(self, key: str, value: Any, read: str) -> ArtifactError:
         """Return the error for a value that is not supported."""
@@ -92,25 +94,41 @@ class Published:
         if value is not None and value not in allowed:
             raise self.refuse(key, value, ", ".join(str(item) for item in allowed) or "null")
 
-    def rope_theta(self) -> float:
-        """Return the base of the rotary frequencies; any scaling of the frequencies is refused.
+    def integers(self, key: str) -> tuple[int, ...]:
+        """Return a list of integers."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or any(type(item) is not int or abs(item) >= 2**31 for item in value):
+            raise self.refuse(key, value, "a list of whole numbers")
+        return tuple(value)
 
-        `rope_parameters` (transformers 5) takes precedence over `rope_theta` (4), as in transformers itself.
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of finite numbers."""
+        value = self.values.get(key)
+        if not isinstance(value, list) or len(value) > MOST_NUMBERS:
+            raise self.refuse(key, value, "a list of numbers")
+        return tuple(float(Published({key: item}, self.architecture).number(key)) for item in value)
+
+    def rope_parameters(self, kind: str = "") -> "Published":
+        """Return the settings of rotary positions, for one kind of layer (`full_attention`) if it is named.
+
+        `rope_parameters` (transformers 5) takes precedence over `rope_scaling` and `rope_theta` (4), as in transformers
+        itself. Each of the two may be one object for all layers or one per kind.
         """
-        theta = self.number("rope_theta", 10000.0)
+        settings: dict[str, Any] = {key: self.values[key] for key in ROPE_KEYS if self.values.get(key) is not None}
         for key in ("rope_scaling", "rope_parameters"):
             rope = self.values.get(key) or {}
             if not isinstance(rope, dict):
                 raise self.refuse(key, rope, "an object")
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            if kind not in ("default", None):
-                raise self.refuse(f"{key}.rope_type", kind, "default (no scaling)")
-            # Models with several kinds of layers have one object of parameters per kind.
             if any(isinstance(value, dict) for value in rope.values()):
-                raise self.refuse(key, rope, "one set of parameters for all layers")
-            theta = Published(rope, self.architecture).number("rope_theta", theta)
-            Published(rope, self.architecture).only("partial_rotary_factor", 1.0)
-        self.only("partial_rotary_factor", 1.0)
-        if theta <= 0:
-            raise self.refuse("rope_theta", theta, "a positive number")
-        return float(theta)
+                if not kind:
+                    raise self.refuse(key, rope, "one set of parameters for all layers")
+                rope = rope.get(kind) or {}
+                if not isinstance(rope, dict):
+                    raise self.refuse(f"{key}.{kind}", rope, "an object")
+            settings |= {name: value for name, value in rope.items() if value is not None}
+        return Published(settings, self.architecture)
+
+
+ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+MOST_NUMBERS = 4096
+"""Limit for lists of numbers: longrope has one per two channels of a head, twice."""

@@ -4,13 +4,14 @@ Version 1.1 has a gated feed-forward layer and an untied head, the original a pl
 Source: Raffel et al. 2020, arXiv:1910.10683.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.formats.families.family import FamilyFormat, Presence
-from llmctl.formats.families.parameters import Stored, Tensors, modules
-from llmctl.formats.families.published import ACTIVATIONS, Published, activation_name
-from llmctl.formats.families.rows import TOKENS, Row, derived, fixed, flag, integer, number, written
+from llmctl.families.family import FamilyFormat, Presence
+from llmctl.families.parameters import Stored, Tensors, modules
+from llmctl.families.published import ACTIVATIONS, Published, activation_name
+from llmctl.families.rows import TOKENS, Row, derived, fixed, flag, integer, number, replaced, written
 
 
 def read_feed_forward(published: Published, _: ModelConfig) -> dict[str, Any]:
@@ -41,6 +42,12 @@ def read_output_scale(published: Published, config: ModelConfig) -> dict[str, An
     """
     is_scaled = published.flag("scale_decoder_outputs", default=config.tie_embeddings)
     return {"logits_scale": config.d_model**-0.5 if is_scaled else 1.0}
+
+
+def write_output_scale(config: ModelConfig) -> dict[str, Any]:
+    """Write whether the output is scaled, where that does not follow from the tied head."""
+    is_scaled = config.logits_scale != 1.0
+    return {} if is_scaled == config.tie_embeddings else {"scale_decoder_outputs": is_scaled}
 
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -74,6 +81,8 @@ def stack(side: str, attentions: dict[str, str], last: int) -> Tensors:
     )
 
 
+UNSCALED = fixed(logits_scale=1.0)
+
 T5 = FamilyFormat(
     architecture="T5ForConditionalGeneration",
     model_type="t5",
@@ -97,7 +106,7 @@ T5 = FamilyFormat(
         number("initializer_range", "init_std", 0.02),
         written("is_encoder_decoder", True),
         flag("tie_word_embeddings", "tie_embeddings", default=True),
-        Row("scale_decoder_outputs", read_output_scale),
+        Row("scale_decoder_outputs", read_output_scale, write_output_scale),
         *TOKENS,
         derived("n_kv_heads", lambda config: config.n_heads),
     ),
@@ -109,4 +118,57 @@ T5 = FamilyFormat(
     ),
     presence=(Presence("lm_head.weight", "tie_embeddings", False),),
     ignored=("coder.embed_tokens.weight", "EncDecAttention.relative_attention_bias"),
+)
+
+# The head of mT5 is its own, and its output is not scaled.
+MT5 = replace(
+    T5,
+    architecture="MT5ForConditionalGeneration",
+    model_type="mt5",
+    source="Xue et al. 2020, arXiv:2010.11934",
+    rows=replaced(T5.rows, number("layer_norm_epsilon", "norm_eps", 1e-6), scale_decoder_outputs=UNSCALED),
+    is_written=False,  # with an output that is not scaled it is T5, which more programs read
+)
+
+
+def stack_with_own_biases(side: str, attentions: dict[str, str], last: int) -> Tensors:
+    """Return the tensors of one stack of UMT5, where every layer has a position bias of its own."""
+    shared, *rest = stack(side, attentions, last)
+    published = shared.name.replace("block.0.", "block.{}.")
+    return (Stored(published, (f"model.{side}.layers.{{}}.relative_bias.weight",)), *rest)
+
+
+UMT5 = replace(
+    T5,
+    architecture="UMT5ForConditionalGeneration",
+    model_type="umt5",
+    source="Chung et al. 2023, arXiv:2304.09151",
+    rows=(fixed(relative_bias_per_layer=True), *T5.rows),
+    tensors=(
+        Stored("shared.weight", ("model.embed_tokens.weight",)),
+        *stack_with_own_biases("encoder", SELF, 1),
+        *stack_with_own_biases("decoder", SELF | CROSS, 2),
+        Stored("lm_head.weight", ("lm_head.weight",)),
+    ),
+)
+
+T5_ENCODER = replace(
+    T5,
+    architecture="T5EncoderModel",
+    source="Ni et al. 2021, arXiv:2108.08877",
+    rows=(
+        fixed(family="encoder", positions="relative", attention_scale=1.0, tie_embeddings=True),
+        *replaced(
+            T5.rows[1:],
+            num_decoder_layers=None,
+            scale_decoder_outputs=None,
+            tie_word_embeddings=None,
+            is_encoder_decoder=written("is_encoder_decoder", False),
+        ),
+    ),
+    tensors=tuple(
+        replace(stored, holds=tuple(name.replace("model.encoder.", "model.") for name in stored.holds))
+        for stored in (Stored("shared.weight", ("model.embed_tokens.weight",)), *stack("encoder", SELF, 1))
+    ),
+    presence=(),
 )

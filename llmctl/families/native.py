@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
-from llmctl.formats.families.family import FamilyFormat
-from llmctl.formats.families.published import Published
-from llmctl.formats.families.rows import Row
+from llmctl.families.family import FamilyFormat
+from llmctl.families.published import Published
+from llmctl.families.rows import Row
 
 NAME = "LlmctlForLanguageModel"
 
@@ -28,9 +28,12 @@ def checked(name: str, value: Any) -> Any:
     kind = get_type_hints(ModelConfig)[name]
     choices = get_args(kind)
     if get_origin(kind) is tuple:
-        fits = isinstance(value, list) and all(type(item) is choices[0] for item in value)
+        kinds = (int, float) if choices[0] is float else (choices[0],)
+        fits = isinstance(value, list) and all(type(item) in kinds for item in value)
     elif kind is float:
         fits = type(value) in (int, float)
+    elif kind is str:
+        fits = isinstance(value, str) and len(value) <= 100
     elif kind in (int, bool):
         # The bound keeps a damaged file from asking for more memory than any machine has.
         fits = type(value) is kind and (kind is bool or abs(value) < 2**31)

@@ -1,0 +1,86 @@
+"""OLMo 1 to 3: norms without parameters, then RMSNorm of what each part adds, with normalized queries and keys.
+
+Sources: OLMo, arXiv:2402.00838; OLMo 2, arXiv:2501.00656; OLMo 3, 2025 (windows).
+"""
+
+from llmctl.families.family import FamilyFormat
+from llmctl.families.llama import LAYER, SHARED
+from llmctl.families.parameters import Stored
+from llmctl.families.phi import SQUARE
+from llmctl.families.rope import rope_by_kind
+from llmctl.families.rows import FULL, WINDOWED, Row, fixed, number, only, replaced, windows
+
+OLMO = FamilyFormat(
+    architecture="OlmoForCausalLM",
+    model_type="olmo",
+    source="Groeneveld et al. 2024, arXiv:2402.00838",
+    rows=(
+        fixed(norm="layernorm", norm_weight=False, norm_bias=False, norm_eps=1e-5),
+        *replaced(SHARED, rms_norm_eps=None),
+        only("clip_qkv"),
+        SQUARE,
+    ),
+    own_names=True,
+    prefix="model.",
+)
+
+# The published names count the norms of a layer in another order.
+OUTPUT_NORMS = (
+    Stored(LAYER + "post_attention_layernorm.weight", (LAYER + "input_layernorm.weight",)),
+    Stored(LAYER + "post_feedforward_layernorm.weight", (LAYER + "post_attention_layernorm.weight",)),
+)
+SIZES = replaced(SHARED, number("rms_norm_eps", "norm_eps", 1e-5))
+
+OLMO2 = FamilyFormat(
+    architecture="Olmo2ForCausalLM",
+    model_type="olmo2",
+    source="OLMo 2, arXiv:2501.00656",
+    rows=(fixed(norm_position="output", qk_norm=True, qk_norm_kind="width"), *SIZES, SQUARE),
+    tensors=OUTPUT_NORMS,
+    own_names=True,
+    prefix="model.",
+)
+
+OLMO3 = FamilyFormat(
+    architecture="Olmo3ForCausalLM",
+    model_type="olmo3",
+    source="OLMo 3, 2025",
+    rows=(
+        fixed(norm_position="output", qk_norm=True, qk_norm_kind="width"),
+        *replaced(SIZES, rope_theta=None),
+        windows(lambda _, config: [FULL if (layer + 1) % 4 == 0 else WINDOWED for layer in range(config.n_layers)]),
+        rope_by_kind(default=500000.0, local_default=None),
+        SQUARE,
+    ),
+    tensors=OUTPUT_NORMS,
+    own_names=True,
+    prefix="model.",
+)
+
+
+def unrotated() -> Row:
+    """Return the row of EXAONE 4: layers without a window are not rotated, if there are layers with one."""
+    return Row(
+        read=lambda _, config: {
+            "rope_thetas": tuple(config.rope_theta if size else 0.0 for size in config.attention_windows)
+            if any(config.attention_windows)
+            else ()
+        }
+    )
+
+
+EXAONE4 = FamilyFormat(
+    architecture="Exaone4ForCausalLM",
+    model_type="exaone4",
+    source="EXAONE 4.0, arXiv:2507.11407",
+    rows=(
+        fixed(norm_position="output", qk_norm=True),
+        *replaced(SIZES, attention_bias=None),
+        windows(lambda _, config: [FULL] * config.n_layers),
+        unrotated(),
+        SQUARE,
+    ),
+    tensors=OUTPUT_NORMS,
+    own_names=True,
+    prefix="model.",
+)

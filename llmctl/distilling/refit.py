@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.config import ModelConfig
-from llmctl.model.cut import Kept, check_supported, prefixes
+from llmctl.model.cut import Kept, prefixes
 from llmctl.model.importance import Batches, stack_of
+from llmctl.model.prunable import check_supported
 from llmctl.model.stack import Block
 from llmctl.model.streams import catch, run
 from llmctl.model.transformer import LanguageModel

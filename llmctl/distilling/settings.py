@@ -11,6 +11,7 @@ from llmctl.distilling.student_shape import parse_student
 from llmctl.errors import UsageError
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
+from llmctl.model.prunable import check_supported
 from llmctl.model.shapes import complete
 from llmctl.training.settings import check_shared, lr_for_size
 from llmctl.training.task_choice import choose_task
@@ -55,9 +56,11 @@ def settle(config: DistillConfig) -> DistillConfig:
     teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
     task = choose_task(config, artifact)
     given = student_model(config)
-    shape = read_model(given).config if given else parse_student(student.shape, teacher)
     if student.init == "auto":
         student = replace(student, init="prune")
+    if student.init == "prune" and not given:
+        check_supported(teacher, "pruning")
+    shape = read_model(given).config if given else parse_student(student.shape, teacher)
     n_student, n_teacher = count(shape), count(teacher)
     stages = config.stages
     if not stages:

@@ -13,6 +13,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
 from llmctl.families.table import family_for
 from llmctl.model.parameters import count
+from llmctl.model.prunable import scales_at
 from llmctl.model.shapes import complete
 from llmctl.tables.names import closest
 
@@ -132,8 +133,8 @@ def has_free_heads(teacher: ModelConfig) -> bool:
 def resized(teacher: ModelConfig, values: dict[str, int]) -> ModelConfig:
     """Return the teacher's shape with other sizes and those that follow from them."""
     changes: dict[str, object] = dict(values)
-    if "d_model" in values and teacher.logits_scale == teacher.d_model**-0.5:
-        changes["logits_scale"] = values["d_model"] ** -0.5
+    if "d_model" in values:
+        changes |= scales_at(teacher, values["d_model"])
     return complete(replace(teacher, **changes))  # type: ignore[arg-type]
 
 
@@ -156,8 +157,10 @@ def within_budget(teacher: ModelConfig, frac: float, text: str) -> ModelConfig:
     budget = frac * total
     if frac > 1 - TOLERANCE / 2:
         return teacher
-    shapes = [shape for wide in widths(teacher) for shape in depths(wide, teacher, budget)]
-    fitting = [shape for shape in shapes if count(shape) <= budget * (1 + TOLERANCE)]
+    fitting: list[ModelConfig] = []
+    for narrowest in (NARROWEST_FFN, 0.0):  # fewer units only where nothing else is small enough
+        shapes = [shape for wide in widths(teacher) for shape in depths(wide, teacher, budget, narrowest)]
+        fitting = fitting or [shape for shape in shapes if count(shape) <= budget * (1 + TOLERANCE)]
     near = [shape for shape in fitting if count(shape) >= budget * (1 - TOLERANCE)]
     if near:
         return buildable(max(near, key=lambda shape: preference(shape, teacher)), teacher, text)
@@ -183,8 +186,8 @@ def only_pairs(teacher: ModelConfig, n_layers: int) -> dict[str, int]:
     return {"n_decoder_layers": n_layers} if teacher.family == "encoder_decoder" else {}
 
 
-def depths(wide: ModelConfig, teacher: ModelConfig, budget: float) -> Iterator[ModelConfig]:
-    """Yield shapes of every depth, with as many feed-forward units as the budget allows."""
+def depths(wide: ModelConfig, teacher: ModelConfig, budget: float, narrowest: float) -> Iterator[ModelConfig]:
+    """Yield shapes of every depth, with as many feed-forward units as the budget allows; narrowest: the least fraction."""
     unit = step_of(teacher.d_ff)
     decoders = range(1, teacher.n_decoder_layers + 1) if teacher.family == "encoder_decoder" else (0,)
     for n_layers in range(1, teacher.n_layers + 1):
@@ -194,7 +197,7 @@ def depths(wide: ModelConfig, teacher: ModelConfig, budget: float) -> Iterator[M
             slope = (count(full) - count(replace(full, d_ff=full.d_ff - 1))) or 1
             room = full.d_ff + (budget - count(full)) / slope
             units = min(full.d_ff, int(room // unit * unit) if room < full.d_ff else full.d_ff)
-            if units >= NARROWEST_FFN * full.d_ff:
+            if units >= max(narrowest * full.d_ff, 1):
                 yield replace(full, d_ff=units)
 
 

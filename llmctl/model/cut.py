@@ -15,36 +15,12 @@ from torch import Tensor
 
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
+from llmctl.model.prunable import check_supported, scales_at
 from llmctl.model.shapes import complete, theta_of, window_of
-from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, describe, unsupported
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
 WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
 """Modules whose weight's columns are the hidden channels, by the last part of their name."""
-
-
-NAMED = (
-    BLOCK
-    | AROUND_MATRICES
-    | {"norm_weight", "first_norm", "relative_bias", "relative_bias_per_layer", "d_embedding", "parallel"}
-)
-CHOICES = BLOCK_CHOICES | {
-    "norm_position": ("pre", "post", "output", "both"),
-    "activation": (*BLOCK_CHOICES["activation"], "relu2"),
-}
-
-
-def check_supported(config: ModelConfig, doing: str) -> None:
-    """Reject a model with a setting that pruning and refitting do not support.
-
-    Raises: UsageError naming the settings.
-    """
-    names = unsupported(config, NAMED, CHOICES)
-    if names:
-        raise UsageError(
-            f"{doing} does not support models with {describe(config, names)}",
-            "train a student of its own shape: pass a preset or a model folder as `--student`",
-        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +60,13 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
             "the first layer, which has no norm before attention, cannot be removed", "keep the first layer"
         )
     smaller = cut_config(config, kept)
-    # T5 scales logits by d_model^-0.5; removing channels changes that, which the final norm's weight compensates.
+    # T5 scales logits by d_model^-0.5; removing channels changes that, which the final norm compensates. It also makes up
+    # for a tied head whose embedding makes up for another scale.
+    embedded = config.embedding_scale / smaller.embedding_scale
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
+    ratio /= embedded if config.tie_embeddings and not config.n_labels else 1.0
+    tables = ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_embeddings else ()))
+    final = f"{list(prefixes(config))[-1]}norm."
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         new = renamed(name, kept)
@@ -93,8 +74,10 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
             continue
         part = sliced(name, tensor, config, kept)
         factor = kept.norms.get(name.removesuffix(".weight"), 1.0) if name.endswith("norm.weight") else 1.0
-        if ratio != 1.0 and name == f"{list(prefixes(config))[-1]}norm.weight":
+        if ratio != 1.0 and name in (final + "weight", final + "bias"):
             factor *= ratio
+        if name in tables:
+            factor *= embedded
         result[new] = part * factor if factor != 1.0 else part.clone()
     return smaller, result
 
@@ -110,9 +93,7 @@ def cut_config(config: ModelConfig, kept: Kept) -> ModelConfig:
         changes |= {name: kept_facts(config, kept, name) for name in PER_LAYER if getattr(config, name)}
     if kept.channels is not None:
         changes["d_model"] = len(kept.channels)
-        # T5's scale follows the width; any other factor is a constant of the model.
-        if config.logits_scale != 1.0 and config.logits_scale == config.d_model**-0.5:
-            changes["logits_scale"] = len(kept.channels) ** -0.5
+        changes |= scales_at(config, len(kept.channels))
     if kept.groups:
         n_groups = len(next(iter(kept.groups.values())))
         changes |= {"n_kv_heads": n_groups, "n_heads": n_groups * (config.n_heads // config.n_kv_heads)}

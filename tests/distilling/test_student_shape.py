@@ -127,3 +127,22 @@ def test_shapes_on_the_way(teacher, text):
     middle = shape_between(teacher, student, 0.5)
     assert family_for(middle)
     assert count(student) < count(middle) < count(teacher)
+
+
+def test_fewer_units_than_usual_where_nothing_else_is_small_enough():
+    """A narrow model that is mostly vocabulary, and cannot be narrower: its positions are a fixed table."""
+    teacher = complete(
+        ModelConfig(
+            family="encoder_decoder",
+            positions="sinusoidal",
+            vocab_size=384,
+            d_model=64,
+            n_layers=2,
+            n_heads=4,
+            d_ff=96,
+            gated=False,
+        )
+    )
+    student = parse_student("50%", teacher)
+    assert 0.4 * count(teacher) < count(student) <= 0.51 * count(teacher)
+    assert student.d_ff < 0.6 * teacher.d_ff

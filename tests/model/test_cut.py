@@ -84,6 +84,21 @@ SHAPES = {
         "attention_windows": (4, 0, 2),
         "rope_thetas": (100.0, 1e4, 100.0),
     },
+    "gemma": {"embedding_scale": 0.0, "n_kv_heads": 2, "head_dim": 8},
+    "mbart": {
+        "family": "encoder_decoder",
+        "norm": "layernorm",
+        "embedding_norm": True,
+        "embedding_scale": 0.0,
+        "positions": "learned",
+        "position_offset": 2,
+        "gated": False,
+        "activation": "gelu",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "logits_bias": True,
+        "decoder_start_id": 2,
+    },
     "olmo2": {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width", "n_kv_heads": 2},
     "neox": SEPARATE,
     "cohere": {"norm": "layernorm", "norm_bias": False, "parallel": "shared", "residual_scale": 0.5},
@@ -199,7 +214,7 @@ def test_heads_and_units_that_do_nothing_can_go(name):
     assert (result.config.n_kv_heads, result.config.d_ff) == (config.n_kv_heads - 1, config.d_ff - 12)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "t5"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "t5"])
 def test_channels_that_are_silent_can_go(name):
     """Nothing writes into them; factors on the norms make up for the mean over fewer."""
     model = build(name)
@@ -234,13 +249,13 @@ def test_stacks_that_share_their_windows_keep_the_same_layers():
     assert cut(model.config, model.state_dict(), both)[0].attention_windows == (0, 5)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert", "t5", "bart", "marian"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gpt2", "bert", "t5", "bart", "marian", "mbart"])
 def test_what_was_cut_is_saved_and_loaded(name, tmp_path):
     model = build(name)
     config = model.config
     attentions = [n for n, module in model.named_modules() if hasattr(module, "o_proj")]
     blocks = [n.removesuffix("mlp") for n, module in model.named_modules() if hasattr(module, "down_proj")]
-    free = config.n_heads * config.head_dim != config.d_model or name in ("llama", "qwen3", "t5")
+    free = config.n_heads * config.head_dim != config.d_model or name in ("llama", "qwen3", "gemma", "t5")
     half = config.n_kv_heads // 2
     width = 16 if free else half * (config.n_heads // config.n_kv_heads) * config.head_dim
     sinusoidal = config.positions == "sinusoidal"

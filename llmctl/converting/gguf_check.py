@@ -22,6 +22,7 @@ from llmctl.converting.convert import read_gguf
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import Artifact
 from llmctl.inference.encoding import encode_prompt
+from llmctl.model.shapes import complete, theta_of, window_of
 from llmctl.model.transformer import LanguageModel, with_tied
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import tokenizer_from_files
@@ -67,7 +68,8 @@ NEAR_TIE = 0.5
 """How far below our top logit the logit of llama.cpp's token may be, in standard deviations of the logits: its rounding of
 activations flips near ties; a wrong model is several deviations away."""
 
-NOT_IN_GGUF = ("dropout", "init_std", "mask_id", "decoder_start_id", "bos_id", "eos_id", "pad_id")
+NOT_IN_GGUF = ("dropout", "init_std", "mask_id", "decoder_start_id", "bos_id", "eos_id", "pad_id", "architecture")
+PER_LAYER = {"attention_windows": window_of, "rope_thetas": theta_of}
 ROLES = {"bos_id": "bos", "eos_id": "eos", "pad_id": "padding"}
 
 
@@ -150,9 +152,15 @@ def check_config(out: Path, config: ModelConfig, back: ModelConfig, ids: Mapping
     expected = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
     expected = {key: value for key, value in expected.items() if key not in NOT_IN_GGUF}
     expected |= {key: ids.get(role, -1) for key, role in ROLES.items()}
+    back = complete(back)
     for key, value in expected.items():
         other = getattr(back, key)
-        is_same = math.isclose(value, other, rel_tol=1e-6) if isinstance(value, float) else value == other
+        if key in PER_LAYER:
+            is_same = all(
+                PER_LAYER[key](config, layer) == PER_LAYER[key](back, layer) for layer in range(config.n_layers)
+            )
+        else:
+            is_same = math.isclose(value, other, rel_tol=1e-6) if isinstance(value, float) else value == other
         if not is_same:
             raise failure(out, f"`{key}` is {other!r}, not {value!r}")
 

@@ -4,6 +4,7 @@ The inverse of `gguf_model.py`; the container is written by the package `gguf`, 
 Nothing is believed of the result here: `converting/gguf_check.py` reads it back.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, MissingExtraError, UsageError
 from llmctl.formats.gguf.container import BLOCKS
-from llmctl.formats.gguf.model import architecture_for, n_paired_heads, tensor_names
+from llmctl.formats.gguf.model import (
+    ARCHITECTURES,
+    FACTORS,
+    NAMED,
+    SCALING,
+    SCALING_KEY,
+    architecture_for,
+    n_paired_heads,
+    rope_factors,
+    tensor_names,
+)
 from llmctl.model.parameters import Shape, parameter_shapes
-from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, describe, unsupported
+from llmctl.model.shapes import complete
+from llmctl.model.supports import describe, unsupported
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,13 +60,7 @@ TYPES = {
 # What holds a tensor whose rows are no whole blocks, as in llama.cpp.
 NARROWER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(("Q8_0", "Q5_0", "Q4_1", "Q4_0"), "F16")
 N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
-NAMED = SIZES | TOKEN_IDS | TRAINING | CLASSIFIER - {"n_labels"} | {"tie_embeddings", "norm_eps", "rope_theta"}
-CHOICES = {"qk_norm": (False, True)}
-"""What llama.cpp's `llama` and `qwen3` express; every other field must have its default, that of Llama's block."""
-EXPORTED = (
-    "what is exported: decoders of Llama's block (llama), with normalized queries and keys too (qwen3); "
-    "--to single or hf takes every model"
-)
+EXPORTED = f"what is exported: decoders that are {', '.join(ARCHITECTURES)}; --to single or hf takes every model"
 
 
 @dataclass
@@ -85,7 +91,7 @@ def find_type(name: str) -> str:
 
 
 def check_kind(config: ModelConfig, architecture: str, path: Path) -> None:
-    """Refuse a model that llama.cpp's `llama` and `qwen3` do not express.
+    """Refuse a model that none of llama.cpp's architectures here expresses.
 
     Raises: ArtifactError naming the model's kind and what is exported.
     """
@@ -95,13 +101,16 @@ def check_kind(config: ModelConfig, architecture: str, path: Path) -> None:
 
 
 def obstacle_in(config: ModelConfig) -> str:
-    """Return what about a model is neither `llama` nor `qwen3`; nothing where it is one of them."""
+    """Return what about a model is of none of the architectures; nothing where it is one of them."""
     if config.n_labels:
         return "is a classifier"
     if config.family != "decoder":
         return f"is an {config.family.replace('_', '-')}"
-    names = unsupported(config, NAMED, CHOICES)
-    return f"is of another block than Llama's ({describe(config, names)})" if names else ""
+    config = complete(config)
+    if architecture_for(config).holds(config):
+        return ""
+    names = unsupported(config, NAMED) or list(SCALING)
+    return f"is of another block than Llama's ({describe(config, names)})"
 
 
 def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> dict[str, Any]:
@@ -112,7 +121,7 @@ def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> 
         "general.file_type": TYPES[kind].number,
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,
         "embedding_length": config.d_model,
@@ -126,8 +135,12 @@ def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> 
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": float(config.rope_theta),
     }
-    prefix = architecture_for(config).name
-    return values | {f"{prefix}.{key}": value for key, value in sizes.items()}
+    row = architecture_for(config)
+    if config.rope_scaling == "linear":
+        sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_scaling_values[0])}
+    elif config.rope_scaling == "llama3":
+        values[SCALING_KEY] = json.dumps(config.rope_scaling_values)
+    return values | {f"{row.name}.{key}": value for key, value in (sizes | dict(row.metadata(config))).items()}
 
 
 def plan_blocks(config: ModelConfig, kind: str) -> dict[str, Planned]:
@@ -165,11 +178,16 @@ def write_gguf(
     names, plan, written = tensor_names(config), plan_blocks(config, kind), Written()
     shapes = parameter_shapes(config)
     try:
+        factors = rope_factors(config) if config.rope_scaling in ("llama3", "longrope") else None
+        if factors is not None:
+            declare(writer, FACTORS, factors.shape, gguf.GGMLQuantizationType.F32, gguf.GGML_QUANT_SIZES)
         for there, (block, _) in plan.items():
             declare(writer, there, shapes[names[there]], gguf.GGMLQuantizationType[block], gguf.GGML_QUANT_SIZES)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
         for there, planned in plan.items():
             name = names[there]
             stored, meant = checked(name, state[name].detach().float().contiguous(), planned.block)

@@ -141,7 +141,7 @@ def test_qwen3_has_norms_of_queries_and_keys_and_rows_as_ours(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gemma"}, "gemma"),
+        ({"architecture": "mamba"}, "mamba"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "yarn"),
         ({"metadata": {"llama.expert_count": 8}}, "expert_count"),
         ({"metadata": {"llama.block_count": 2}}, "blk.1"),

@@ -9,11 +9,13 @@ import torch
 
 from llmctl.artifacts.load import load_model
 from llmctl.cli import run
-from tests.interop.test_adapters import IDS, close, ours
 from tests.support.architectures import VARIANTS, build
 
 transformers = pytest.importorskip("transformers", reason="pip install '.[interop]'")
 peft = pytest.importorskip("peft", reason="pip install peft")
+
+from tests.interop.test_adapters import IDS, close, ours  # noqa: E402  (it skips, too)
+
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's own

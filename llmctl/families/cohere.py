@@ -7,11 +7,11 @@ from llmctl.families.family import FamilyFormat
 from llmctl.families.gemma import norms
 from llmctl.families.llama import LAYER, NO_OUTPUT_BIAS, QUERY_KEY, SHARED
 from llmctl.families.parameters import Stored, in_form, modules
-from llmctl.families.phi import SQUARE
 from llmctl.families.published import Published
 from llmctl.families.rope import rope
 from llmctl.families.rows import (
     FULL,
+    SQUARE,
     WINDOWED,
     Row,
     activation,

@@ -9,6 +9,7 @@ from llmctl.families.parameters import Stored, Tensors, module, modules
 from llmctl.families.published import Published
 from llmctl.families.rope import read_rope, write_parameters
 from llmctl.families.rows import (
+    SQUARE,
     STANDARD_HEADS,
     TOKENS,
     Row,
@@ -31,7 +32,6 @@ OWN = "model.layers.{}."
 QKV = tuple(f"{OWN}self_attn.{name}_proj" for name in "qkv")
 BIASED = fixed(norm="layernorm", gated=False, attention_bias=True, mlp_bias=True)
 HEADS_AND_TOKENS = (*TOKENS, *STANDARD_HEADS)
-SQUARE = requires(lambda config: config.n_heads * config.head_dim == config.d_model)
 TIED = flag("tie_word_embeddings", "tie_embeddings", default=True)
 
 

@@ -16,6 +16,7 @@ from llmctl.families.rope import rope
 from llmctl.families.rows import (
     FULL,
     SCALED_SCORES,
+    SQUARE,
     TOKENS,
     WINDOWED,
     Row,
@@ -136,7 +137,7 @@ QWEN2 = FamilyFormat(
     rows=(
         *replaced(SHARED, attention_bias=fixed(attention_bias=True, attention_output_bias="no")),
         QWEN_WINDOWS,
-        requires(lambda config: config.n_heads * config.head_dim == config.d_model),
+        SQUARE,
     ),
     own_names=True,
     prefix="model.",
@@ -179,7 +180,7 @@ SMOLLM3 = FamilyFormat(
         flag("mlp_bias", "mlp_bias"),
         QWEN_WINDOWS,
         Row("no_rope_layers", read_unrotated, write_unrotated),
-        requires(lambda config: config.n_heads * config.head_dim == config.d_model),
+        SQUARE,
     ),
     own_names=True,
     prefix="model.",
@@ -301,8 +302,7 @@ GRANITE = FamilyFormat(
             lambda published, _: 1.0 / positive(published, "logits_scaling"),
             lambda scale: 1.0 / scale,
         ),
-        # Factors of 1 are Llama, which more programs read.
-        requires(lambda config: config.n_heads * config.head_dim == config.d_model),
+        SQUARE,
     ),
     own_names=True,
     prefix="model.",

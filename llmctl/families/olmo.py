@@ -6,9 +6,8 @@ Sources: OLMo, arXiv:2402.00838; OLMo 2, arXiv:2501.00656; OLMo 3, 2025 (windows
 from llmctl.families.family import FamilyFormat
 from llmctl.families.llama import LAYER, SHARED
 from llmctl.families.parameters import Stored
-from llmctl.families.phi import SQUARE
 from llmctl.families.rope import rope_by_kind
-from llmctl.families.rows import FULL, WINDOWED, Row, fixed, number, only, replaced, windows
+from llmctl.families.rows import FULL, SQUARE, WINDOWED, Row, fixed, number, only, replaced, windows
 
 OLMO = FamilyFormat(
     architecture="OlmoForCausalLM",

@@ -7,9 +7,7 @@ from llmctl.families.family import FamilyFormat
 from llmctl.families.llama import LAYER, SHARED
 from llmctl.families.parameters import Stored, module, modules
 from llmctl.families.rope import rope
-from llmctl.families.rows import activation, fixed, number, only, replaced, requires, window
-
-SQUARE = requires(lambda config: config.n_heads * config.head_dim == config.d_model)
+from llmctl.families.rows import SQUARE, activation, fixed, number, only, replaced, window
 
 PHI = FamilyFormat(
     architecture="PhiForCausalLM",

@@ -195,12 +195,15 @@ TOKENS = (
 
 SCALED_SCORES = Row("attention_scale", derived("attention_scale", lambda config: config.head_dim**-0.5).read)
 
+SQUARE = requires(lambda config: config.n_heads * config.head_dim == config.d_model)
+"""For readers that take the width of a head from the others: its heads must be d_model / n_heads wide."""
+
 # Heads are d_model / n_heads wide, and each has keys and values of its own.
 STANDARD_HEADS = (
     derived("n_kv_heads", lambda config: config.n_heads),
     derived("head_dim", lambda config: max(config.d_model // config.n_heads, 1)),
     SCALED_SCORES,
-    requires(lambda config: config.n_heads * config.head_dim == config.d_model),
+    SQUARE,
 )
 
 

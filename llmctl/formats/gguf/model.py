@@ -142,13 +142,7 @@ def gemma2_values(config: ModelConfig) -> dict[str, Any]:
 
 def gemma_settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of Gemma 2 and 3."""
-    caps = {
-        there: shortest(data.get(here))
-        for there, here in (
-            ("attn_logit_softcapping", "attn_logit_softcapping"),
-            ("final_logit_softcapping", "final_logit_softcapping"),
-        )
-    }
+    caps = {key: shortest(data.get(key)) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
     scalar = {"query_pre_attn_scalar": data.get("attention.key_length")}
     return {"sliding_window": data.get("attention.sliding_window"), **caps, **scalar}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmctl.quant.schemes import SCHEMES, weight_schemes
+from llmctl.tables.backends import BACKENDS
 from llmctl.tables.losses import DIVERGENCES, OTHER_LOSSES
 from llmctl.tables.methods import LEARNED, METHODS
 from llmctl.tables.objectives import OBJECTIVES
@@ -481,6 +482,12 @@ class TeacherConfig:
     dtype: str = choice(
         "auto", "precision of the teacher's weights; auto: train.dtype", ("auto", "float32", "bfloat16", "int8")
     )
+    backend: str = choice(
+        "auto",
+        "what runs the teacher: native, transformers (any of its language models), or auto: transformers for "
+        "architectures that llmctl does not read",
+        BACKENDS,
+    )
     cache: str = setting("", "folder written by `llmctl distill cache`, used instead of the teacher")
     kind: Literal["sampled", "topk", "hidden"] = setting(
         "sampled", "what a cache stores: sampled tokens, top-k tokens and the remaining mass, or hidden states"
@@ -661,4 +668,10 @@ class EvaluateConfig:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "device; auto: cuda if available")
     dtype: str = choice(
         "auto", "precision; auto: float32 on a CPU, bfloat16 on a GPU", ("auto", "float32", "bfloat16", "float16")
+    )
+    backend: str = choice(
+        "auto",
+        "what runs the models: native, transformers (any of its language models), or auto: transformers for "
+        "architectures that llmctl does not read",
+        BACKENDS,
     )

@@ -32,6 +32,10 @@ class ArtifactError(LlmctlError):
     exit_code = 4
 
 
+class UnsupportedModelError(ArtifactError):
+    """A model of an architecture, or with a setting, that is not read."""
+
+
 class MemoryLimitError(LlmctlError):
     """The work does not fit into the available memory."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.find import Ability, require_family, usage
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.tables.dtypes import full_name
 
 if TYPE_CHECKING:
@@ -48,13 +49,19 @@ class Loaded:
 
 
 def load_model(
-    path: Path, *, device: str = "auto", dtype: str = "auto", able: Ability = "any", packed: bool = False
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    able: Ability = "any",
+    packed: bool = False,
+    backend: str = "native",
 ) -> Loaded:
     """Load a model folder or file in evaluation mode.
 
     An adapter folder is loaded as its base with the adapter merged into the weights.
     packed: keep quantized weights packed, for inference; otherwise dequantize them, as training needs.
-    dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU.
+    dtype: float32, bfloat16, float16, or auto: float32 on a CPU, bfloat16 on a GPU. backend: see `read_model`.
     Raises: NotFoundError, ArtifactError (damaged, or the tokenizer does not fit), UsageError for an unavailable device
     or dtype, or a model that is not `able` (checked before weights are read).
     """
@@ -64,7 +71,7 @@ def load_model(
     from llmctl.model.quantized import quantize
     from llmctl.model.transformer import load_tensors
 
-    artifact = read_model(path)
+    artifact = read_model(path, backend)
     require_family(artifact.config, able, path)
     if able == "fill" and is_bare(artifact):
         raise UsageError(
@@ -78,6 +85,10 @@ def load_model(
     if dtype not in names:
         raise UsageError(f"unknown dtype: `--dtype {dtype}`", "use float32, bfloat16, float16 or auto")
     tokenizer = fitting_tokenizer(artifact)
+    if isinstance(artifact, TransformersArtifact):
+        from llmctl.artifacts.transformers_model import load_through_transformers
+
+        return Loaded(load_through_transformers(artifact, device=target, dtype=names[dtype]), tokenizer, artifact)
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
     quantize(model, schemes)
@@ -154,5 +165,7 @@ def choose_device(name: str) -> str:
 
 def is_bare(artifact: Artifact) -> bool:
     """Tell whether an encoder was published without a prediction head, as sentence encoders are."""
+    if isinstance(artifact, TransformersArtifact):  # only those with a head are read
+        return False
     architecture = artifact.architecture
     return artifact.config.family == "encoder" and bool(architecture) and "For" not in architecture

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmctl.artifacts.find import refuse_data
-from llmctl.errors import ArtifactError, NotFoundError, UsageError
+from llmctl.errors import ArtifactError, NotFoundError, UnsupportedModelError, UsageError
 from llmctl.formats.adapter import (
     ADAPTER_WEIGHTS,
     Adapter,
@@ -23,6 +23,7 @@ from llmctl.formats.adapter import (
 )
 from llmctl.formats.adapter_names import Architecture, LowRank, architecture_of
 from llmctl.formats.artifact import Artifact, few, read_artifact
+from llmctl.formats.transformers_backend import is_installed, read_through_transformers
 from llmctl.model.parameters import parameter_shapes
 
 if TYPE_CHECKING:
@@ -58,14 +59,22 @@ class Adapted(Artifact):
         return fitted(state | merged(state, architecture_on(self.base, self.config), self.adapters), self.config)
 
 
-def read_model(path: Path) -> Artifact:
+def read_model(path: Path, backend: str = "native") -> Artifact:
     """Read a model folder or file, or an adapter folder as its base with the adapter merged.
 
+    backend: what computes it: llmctl (native), transformers, or auto: transformers for what llmctl does not read.
     Raises: NotFoundError, also if the base does not exist; UsageError for a data file; ArtifactError.
     """
     if path.exists():
         refuse_data(path)
-    return read_chain(path, ())
+    if backend == "transformers":
+        return read_through_transformers(path)
+    try:
+        return read_chain(path, ())
+    except UnsupportedModelError:
+        if backend != "auto" or not path.is_dir() or is_adapter(path) or not is_installed():
+            raise
+        return read_through_transformers(path)
 
 
 def read_chain(path: Path, above: tuple[Path, ...]) -> Artifact:

@@ -30,6 +30,7 @@ def cache(
     seq_len: Annotated[int | None, typer.Option(help="Tokens per row; must match the training.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling and masking.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    teacher_backend: Annotated[str | None, typer.Option(help="auto, native or transformers.")] = None,
     recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="Recipe of the distillation.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -56,6 +57,7 @@ def cache(
         "train.seq_len": seq_len,
         "train.seed": seed,
         "train.device": device,
+        "teacher.backend": teacher_backend,
     }
     resolved = load(DistillConfig, recipe=recipe, settings=set_ or [], flags=flags)
     resolved = with_model(resolved, one_name(model, named), quiet=quiet)

@@ -39,6 +39,7 @@ SETTINGS = {
     "labels": "labels",
     "device": "device",
     "dtype": "dtype",
+    "backend": "backend",
 }
 """The config keys that the options set."""
 
@@ -73,6 +74,7 @@ def evaluate(
     labels: Annotated[str | None, typer.Option(help="File with one label per line (classify).")] = None,
     device: Annotated[str | None, typer.Option()] = None,
     dtype: Annotated[str | None, typer.Option()] = None,
+    backend: Annotated[str | None, typer.Option()] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: columns.text=NAME.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Run lm-evaluation-harness tasks instead, such as arc_easy,piqa (extra `bench`).")
@@ -119,7 +121,8 @@ def evaluate(
     for evaluation in engine.evaluate(paths, config, lambda text: note(text, quiet=quiet)):
         evaluations.append(evaluation)
         note(f"{evaluation.model}: {evaluation.metric} {number(evaluation.main)}", quiet=quiet)
-    is_incomparable = evaluations[0].metric in ("perplexity", "loss") and engine.tokenizers_differ(paths)
+    is_per_token = evaluations[0].metric in ("perplexity", "loss")
+    is_incomparable = is_per_token and engine.tokenizers_differ(paths, config.backend)
     if is_incomparable:
         note("the tokenizers differ: compare bits_per_byte or accuracy (--metric), not metrics per token", quiet=quiet)
     show(evaluations, json=json)

@@ -24,10 +24,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Data": ("val", "columns", "labels", "tokenizer", "seq_len", "strict", "show_example", "dry_run"),
     "Model and method": (
-        "scheme", "group", "embedding", "target_size", "target_bpw", "init", "stages", "on_policy", "teacher_dtype",
+        "scheme", "group", "embedding", "target_size", "target_bpw", "init", "stages", "on_policy", "teacher_dtype", "teacher_backend",
         "baseline", "qat", "rank", "merge", "freeze", "max_drop",
     ),
-    "Compute": ("batch_size", "seed", "device", "dtype", "compile_", "track"),
+    "Compute": ("batch_size", "seed", "device", "dtype", "backend", "compile_", "track"),
     "Several processes": (
         "nproc", "nnodes", "node_rank", "master", "max_restarts", "parallel", "deterministic",
     ),

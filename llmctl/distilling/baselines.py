@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig
-from llmctl.model.flops import row_flops
+from llmctl.distilling.settings import read_teacher
+from llmctl.formats.artifact import Artifact
+from llmctl.formats.transformers_backend import TransformersArtifact
+from llmctl.model.flops import Rows, row_flops
 from llmctl.training.task_data import TaskData
 
 SCRATCH = "scratch"
@@ -61,6 +62,13 @@ def row_costs(config: DistillConfig, data: TaskData, shape: ModelConfig) -> tupl
     own = row_flops(shape, rows.source, rows.target, rows.label_frac)
     if config.loss.name == "seq" or config.teacher.cache:
         return own, 0.0
-    shapes = [read_model(Path(name)).config for name in (config.model, *config.teacher.more)]
+    teachers = [read_teacher(config, name) for name in (config.model, *config.teacher.more)]
+    return own, sum(forward_flops(teacher, rows) for teacher in teachers)
+
+
+def forward_flops(teacher: Artifact, rows: Rows) -> float:
+    """Return the FLOPs of a teacher's forward pass over a row."""
+    if isinstance(teacher, TransformersArtifact):  # blocks that are not ours: two for each parameter and token
+        return 2.0 * teacher.n_parameters * (rows.source + rows.target)
     # A forward pass is a third of a training step.
-    return own, sum(row_flops(shape, rows.source, rows.target, rows.label_frac) for shape in shapes) / 3
+    return row_flops(teacher.config, rows.source, rows.target, rows.label_frac) / 3

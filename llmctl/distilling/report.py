@@ -44,7 +44,8 @@ def make_report(
     """
     sides: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        n_parameters = count(model.config)  # quantized layers have no parameters
+        # Quantized layers have no parameters, and models of transformers no shape of ours.
+        n_parameters = count(model.config) if model.stacks() else model.n_parameters
         sides[name] = {
             "n_parameters": n_parameters,
             "bytes_float32": FLOAT_BYTES * n_parameters,

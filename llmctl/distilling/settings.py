@@ -6,9 +6,11 @@ from pathlib import Path
 from llmctl.artifacts.find import a_model, find_named, needs_data, refuse_data
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import DistillConfig, ModelConfig
+from llmctl.config import DistillConfig, ModelConfig, TaughtConfig
 from llmctl.distilling.student_shape import parse_student
 from llmctl.errors import UsageError
+from llmctl.formats.artifact import Artifact
+from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.model.prunable import check_supported
@@ -30,6 +32,11 @@ HALF = 0.45
 """A student below this fraction of its teacher is pruned in two stages (Model-Optimizer's guide; NVIDIA 2025)."""
 
 
+def read_teacher(config: TaughtConfig, name: str = "") -> Artifact:
+    """Read the first teacher, or a further one by its name."""
+    return read_model(Path(name or config.model), config.teacher.backend)
+
+
 def student_model(config: DistillConfig) -> Path | None:
     """Return the path of the student if an existing model is named instead of a shape."""
     path = Path(config.student.shape)
@@ -44,7 +51,14 @@ def student_shape(config: DistillConfig) -> ModelConfig:
     existing = student_model(config)
     if existing is not None:
         return read_model(existing).config
-    return parse_student(config.student.shape, read_model(Path(config.model)).config)
+    artifact = read_teacher(config)
+    if isinstance(artifact, TransformersArtifact) and "%" in config.student.shape:
+        raise UsageError(
+            f"`--student {config.student.shape}` needs a teacher that can be pruned; {artifact.architecture} only teaches, "
+            "through transformers",
+            "sizes, such as --student layers=6,dim=512,heads=8,ffn=1408, for a new model, or --student MODEL",
+        )
+    return parse_student(config.student.shape, artifact.config)
 
 
 def settle(config: DistillConfig) -> DistillConfig:
@@ -52,15 +66,21 @@ def settle(config: DistillConfig) -> DistillConfig:
 
     Raises: NotFoundError or ArtifactError for a missing or damaged teacher; UsageError for an impossible student.
     """
-    artifact = read_model(Path(config.model))
+    artifact = read_teacher(config)
     teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
     task = choose_task(config, artifact)
     given = student_model(config)
+    is_foreign = isinstance(artifact, TransformersArtifact)
     if student.init == "auto":
-        student = replace(student, init="prune")
+        student = replace(student, init="random" if is_foreign else "prune")
     if student.init == "prune" and not given:
+        if is_foreign:
+            raise UsageError(
+                f"`{config.model}` ({artifact.architecture}) cannot be pruned: transformers runs it",
+                "--init random, or --student MODEL",
+            )
         check_supported(teacher, "pruning")
-    shape = read_model(given).config if given else parse_student(student.shape, teacher)
+    shape = student_shape(config)
     n_student, n_teacher = count(shape), count(teacher)
     stages = config.stages
     if not stages:
@@ -70,7 +90,7 @@ def settle(config: DistillConfig) -> DistillConfig:
         name = "none" if is_bare(artifact) else "fkl"
     match = loss.match
     if match == "auto":
-        has_states = teacher.family == "encoder" and not teacher.n_labels and not config.teacher.cache
+        has_states = teacher.family == "encoder" and not (teacher.n_labels or config.teacher.cache or is_foreign)
         match = "relation" if has_states and name != "seq" else "none"
         if name == "none":
             match = "hidden"
@@ -110,8 +130,9 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
     loss, train = config.loss, config.train
     if config.max_drop:
         parse_gate(config.max_drop)
-    artifact = read_model(Path(config.model))
+    artifact = read_teacher(config)
     teacher = artifact.config
+    is_foreign = isinstance(artifact, TransformersArtifact)
     has_words = not teacher.n_labels and loss.name not in ("none", "seq")
     budget = train.minutes and not (train.steps or train.tokens or train.epochs)
     if shape.family != teacher.family and loss.name != "seq":
@@ -133,6 +154,14 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
         (
             loss.match == "relation" and not splits(loss.relation_heads, complete(teacher), complete(shape)),
             f"`loss.relation_heads` is {loss.relation_heads}, which does not divide the attention of teacher and student",
+        ),
+        (
+            is_foreign and loss.match not in ("none", "hidden"),
+            f"`loss.match` {loss.match} needs a teacher that llmctl runs, `{config.model}` is run by transformers",
+        ),
+        (
+            is_foreign and config.teacher.dtype == "int8",
+            f"`teacher.dtype` int8 needs a teacher that llmctl runs, `{config.model}` is run by transformers",
         ),
         (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
         (

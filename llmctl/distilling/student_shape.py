@@ -126,7 +126,7 @@ def checked(teacher: ModelConfig, values: dict[str, int], text: str) -> ModelCon
 
 def has_free_heads(teacher: ModelConfig) -> bool:
     """Return whether heads * head width may differ from the model width in this architecture."""
-    wider = replace(teacher, d_model=3 * teacher.n_heads * teacher.head_dim)
+    wider = resized(teacher, {"d_model": 3 * teacher.n_heads * teacher.head_dim})
     return family_for(wider) is family_for(teacher)
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.artifacts.with_adapters import identity_of, read_model
+from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import DistillConfig
 from llmctl.distilling.draws import draw, uniforms
+from llmctl.distilling.settings import read_teacher
 from llmctl.distilling.teacher import Teacher, inputs_of
 from llmctl.errors import DivergedError, UsageError
 from llmctl.files import ensure_writable
@@ -37,7 +38,7 @@ from llmctl.formats.teacher_signals import (
     write_shard,
 )
 from llmctl.losses.base import IGNORE
-from llmctl.losses.logits import logits
+from llmctl.losses.logits import cap_, logits
 from llmctl.losses.teachers import DenseTeacher
 from llmctl.preparing.corpus import Corpus
 from llmctl.training.batch import Batch, BatchSource, to_device
@@ -157,7 +158,9 @@ def signals_of(teacher: Teacher, states_LD: Tensor, spec: Spec, row: int, vocab_
         # Probabilities in float32 at least: bfloat16 logits have three digits.
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         out_CV = torch.empty(len(hidden_CD), vocab_size, dtype=wide, device=hidden_CD.device)
-        log_p_CV = logits(hidden_CD, weight_VD, bias_V, out_CV).log_softmax(dim=1)
+        logits(hidden_CD, weight_VD, bias_V, out_CV)
+        cap_(out_CV, outputs.softcap)
+        log_p_CV = out_CV.log_softmax(dim=1)
         if numbers_Ln is not None:
             numbers_Cn = numbers_Ln[start : start + CHUNK_LABELS].to(log_p_CV.device)
             parts.append(pack_sampled(draw(log_p_CV.exp(), numbers_Cn).cpu().numpy(), vocab_size))
@@ -229,7 +232,7 @@ def fixed_batches(data: TaskData) -> Any:
 def cache_identity(config: DistillConfig, data: TaskData) -> dict[str, Any]:
     """Return what cached outputs depend on: teachers, tokenizer, text, and how it is cut into rows."""
     corpus = data.corpus
-    more = [identity_of(read_model(Path(name))) for name in config.teacher.more]
+    more = [identity_of(read_teacher(config, name)) for name in config.teacher.more]
     masks = [config.data.mask_frac, config.data.whole_word, config.data.mean_span_tokens, config.train.seed]
     is_masked = data.text is not None and data.base.model.config.family != "decoder"
     return {

@@ -5,9 +5,11 @@ from pathlib import Path
 from llmctl.artifacts.load import Loaded
 from llmctl.artifacts.with_adapters import identity_of, read_model
 from llmctl.config import TaughtConfig
+from llmctl.distilling.settings import read_teacher
 from llmctl.distilling.teacher import Teachers, check_same_words
 from llmctl.distilling.teacher_texts import write_texts
 from llmctl.errors import ArtifactError
+from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.preparing.corpus import Corpus
 from llmctl.runs.progress import Say
 from llmctl.training.task_data import prepare_task
@@ -21,7 +23,9 @@ def prepare_taught(
     student: an existing model that learns, which must have the teacher's tokenizer unless it learns from texts.
     """
     if student is not None and config.loss.name != "seq":
-        check_same_words(config.model, str(student))
+        check_same_words(teachers.artifact, read_model(student))
+    if isinstance(teachers.artifact, TransformersArtifact):
+        say(f"teacher: {teachers.artifact.architecture}, run by transformers")
     if not config.data.paths:
         say("no --data: using the built-in corpus, which is small and of one kind")
     if config.loss.name == "seq":
@@ -37,7 +41,7 @@ def check_teacher(config: TaughtConfig, corpus: Corpus) -> None:
     Raises: ArtifactError.
     """
     begun_with = corpus.provenance["teacher"]["sha256"]
-    if identity_of(read_model(Path(config.model))) != begun_with:
+    if identity_of(read_teacher(config)) != begun_with:
         raise ArtifactError(
             f"`{config.model}` is not the teacher that this run was started with ({begun_with[:12]})",
             "restore it, or start a new run",

@@ -29,6 +29,7 @@ from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity  # n
 from llmctl.evaluating.result import Measured
 from llmctl.evaluating.text import evaluate_mask, evaluate_text  # noqa: F401
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.inference.encoding import longest_row, require_tokenizer
 from llmctl.machine import forget_peak_memory, give_back_memory, peak_since_forgotten
 from llmctl.metrics.figures import is_higher_better, rounded
@@ -101,7 +102,7 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterato
     """
     check(config)
     choose_device(config.device)
-    models = {path: read_model(path) for path in paths}
+    models = {path: read_model(path, config.backend) for path in paths}
     if config.task == "auto":
         config = replace(config, task=default_task(models[paths[0]]))
         say(f"task: {config.task} (default of `{paths[0]}`; --task chooses another)")
@@ -210,7 +211,9 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
     give_back_memory()
     device = torch.device(choose_device(config.device))
     has_peak = forget_peak_memory(device)
-    loaded = load_model(path, device=config.device, dtype=config.dtype, packed=True)
+    loaded = load_model(path, device=config.device, dtype=config.dtype, packed=True, backend=config.backend)
+    if isinstance(loaded.artifact, TransformersArtifact):
+        say(f"{path}: {loaded.artifact.architecture}, run by transformers")
     require_tokenizer(loaded)
     longest_row(loaded, config.seq_len)
     measure: Measure = globals()[TASKS[config.task].evaluator]
@@ -233,11 +236,11 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
     )
 
 
-def tokenizers_differ(paths: Sequence[Path]) -> bool:
+def tokenizers_differ(paths: Sequence[Path], backend: str = "native") -> bool:
     """Return whether tokenizers differ, so that metrics per token cannot be compared."""
     from llmctl.tokenizer.load import find_tokenizer
 
-    tokenizers = [find_tokenizer(read_model(path).files) for path in paths]
+    tokenizers = [find_tokenizer(read_model(path, backend).files) for path in paths]
     return len({tokenizer.sha256 for tokenizer in tokenizers if tokenizer is not None}) > 1
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmctl.errors import ArtifactError
+from llmctl.errors import UnsupportedModelError
 
 # Hugging Face activation name -> ours; the first name of each is the one written.
 ACTIVATIONS = {
@@ -38,9 +38,9 @@ class Published:
         self.values: Mapping[str, Any] = values
         self.architecture = architecture
 
-    def refuse(self, key: str, value: Any, read: str) -> ArtifactError:
+    def refuse(self, key: str, value: Any, read: str) -> UnsupportedModelError:
         """Return the error for a value that is not supported."""
-        return ArtifactError(
+        return UnsupportedModelError(
             f"the configuration of {self.architecture} has `{key}` {str(value)[:60]!r}, which llmctl does not read",
             f"what is read: {read}",
         )

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmctl.config import ModelConfig
-from llmctl.errors import ArtifactError
+from llmctl.errors import UnsupportedModelError
 from llmctl.families.bart import BART, M2M, MARIAN, MBART, PEGASUS, XGLM
 from llmctl.families.bert import BERT, BERT_BARE
 from llmctl.families.classifiers import CLASSIFIERS
@@ -83,7 +83,7 @@ def with_architecture(config: ModelConfig, family: FamilyFormat) -> ModelConfig:
 def family_of(values: Mapping[str, Any], where: str) -> FamilyFormat:
     """Return the family that a config.json names; `where` is the file's location for the error.
 
-    Raises: ArtifactError naming the architecture and what is read.
+    Raises: UnsupportedModelError naming the architecture.
     """
     named = values.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
@@ -97,7 +97,8 @@ def family_of(values: Mapping[str, Any], where: str) -> FamilyFormat:
             if row.model_type == model_type:
                 return row
     architecture = ", ".join(names) or str(model_type)
-    raise ArtifactError(
+    raise UnsupportedModelError(
         f"`{where}` is of the architecture `{architecture[:80]}`, which llmctl does not read",
-        f"what is read: {', '.join(sorted({row.model_type for row in PUBLISHED}))}",
+        "`llmctl distill` and `llmctl evaluate` take it through transformers: pip install transformers; what is read: "
+        + ", ".join(sorted({row.model_type for row in PUBLISHED})),
     )

@@ -8,6 +8,7 @@ float32 hardly ever.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -109,11 +110,18 @@ def generate(
     for start in range(0, len(prompts), step):
         window = sorted(prompts[start : start + step], key=lambda prompt: len(prompt.ids))
         done: dict[int, Completion] = {}
-        for first in range(0, len(window), config.batch_size):
-            batch = window[first : first + config.batch_size]
+        for batch in batches(window, config.batch_size, ragged=loaded.model.pads_left):
             for completion in run_batch(loaded, batch, config, on_text, ends, prefix):
                 done[completion.index] = completion
         yield from (done[prompt.index] for prompt in prompts[start : start + step])
+
+
+def batches(prompts: Sequence[Prompt], size: int, *, ragged: bool) -> Iterator[Sequence[Prompt]]:
+    """Yield at most `size` prompts at a time, of the same length unless `ragged`; they are sorted by length."""
+    groups = [prompts] if ragged else [list(same) for _, same in groupby(prompts, key=lambda prompt: len(prompt.ids))]
+    for group in groups:
+        for first in range(0, len(group), size):
+            yield group[first : first + size]
 
 
 @torch.inference_mode()

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from llmctl.inference.prefix import Prefix
-from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
@@ -42,7 +41,7 @@ class Session:
     ) -> None:
         self.model, self.prompts, self.copies, self.decoder = model, prompts, copies, decoder
         self.is_decoder = model.config.family == "decoder"
-        self.prefix = prefix if self.is_decoder else None
+        self.prefix = prefix if self.is_decoder and model.pads_left else None
         self.device, self.dtype = model.device, model.dtype
         self.excluded = torch.tensor(excluded, dtype=torch.long, device=self.device) if excluded else None
         lengths = [len(prompt) if self.is_decoder else 0 for prompt in prompts]
@@ -51,7 +50,7 @@ class Session:
         # Rows are left-padded to the longest prompt, so all need its positions.
         n_positions = max(lengths) + self.n_new
         self.kv, self.first = kv, first
-        self.cache = CACHES[kv](model.config, len(prompts), n_positions, dtype=self.dtype, device=self.device)
+        self.cache = model.new_cache(kv, len(prompts), n_positions)
         self.memory_documents_BS: Tensor | None = None
         self.positions_B1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=self.device)
 
@@ -138,8 +137,9 @@ class Session:
         n_known = self._reuse(documents_BT if is_ragged else None)
         hidden = None
         # In parts: activations of a long prompt would not fit, and attention scores grow with its square.
-        for start in range(n_known, longest, PREFILL_TOKENS):
-            part = slice(start, start + PREFILL_TOKENS)
+        step = PREFILL_TOKENS if self.model.pads_left else longest
+        for start in range(n_known, longest, step):
+            part = slice(start, start + step)
             hidden = self._decode(
                 ids_BT[:, part],
                 documents_BT=documents_BT[:, part] if is_ragged else None,

@@ -67,7 +67,7 @@ def open_data(session: Session, config: DistillConfig, teachers: Teachers) -> Ta
     """Return the data, encoded for an existing student if it learns from texts, else for the teacher."""
     student = student_model(config)
     reader = student if student is not None and config.loss.name == "seq" else Path(config.model)
-    base = open_task_model(config, reader)
+    base = open_task_model(config, reader, config.teacher.backend)
 
     def prepare(folder: Path) -> Corpus:
         return teacher_data.prepare_taught(config, base, teachers, folder, session.say, student=student)

@@ -30,6 +30,8 @@ def make_cache(config: DistillConfig, out: Path, say: Say) -> SignalStore:
 
     Raises: UsageError for a teacher that predicts no tokens, or for several; whatever the readers raise.
     """
+    if "%" in config.student.shape:  # no student is built: any does, also for a teacher that cannot be pruned
+        config = replace(config, student=replace(config.student, shape="layers=1"))
     config = settle(config)
     check_distill(config, student_shape(config))
     teachers = Teachers(config)
@@ -75,7 +77,7 @@ def refuse_others(config: DistillConfig, teachers: Teachers) -> None:
 
 def encode(config: DistillConfig, teachers: Teachers, folder: Path, say: Say) -> TaskData:
     """Return the encoded data; that of an interrupted attempt is used only if it has the same settings."""
-    base = open_task_model(config, Path(config.model))
+    base = open_task_model(config, Path(config.model), config.teacher.backend)
     settings = json_text(asdict(replace(config, teacher=TeacherConfig())))
     noted = folder / SETTINGS
     # Other text would get the teacher outputs of this one.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from llmctl.config import ModelConfig
 from llmctl.model.attention import Attended
-from llmctl.model.cache import KVCache
+from llmctl.model.cache import CACHES, KVCache
 from llmctl.model.pooling import pool
 from llmctl.model.shapes import complete
 from llmctl.model.stack import ACTIVATIONS, Stack, make_norm
@@ -29,6 +29,9 @@ class LanguageModel(nn.Module):
 
     Raises: UsageError if the config is inconsistent.
     """
+
+    pads_left = True
+    """Whether rows of different lengths are generated together, padded on the left, and share cached prefixes."""
 
     model: Any  # a Stack, or a module with two; torch types attributes of modules as tensors
     lm_head: nn.Linear
@@ -163,6 +166,10 @@ class LanguageModel(nn.Module):
             collect=collect,
             attended=attended,
         )
+
+    def new_cache(self, kv: str, batch: int, n_positions: int) -> KVCache:
+        """Return an empty cache; `kv` is a key of `CACHES`."""
+        return CACHES[kv](self.config, batch, n_positions, dtype=self.dtype, device=self.device)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """Return the input of the head's matrix: transformed, scaled hidden states (..., D)."""

@@ -121,12 +121,12 @@ def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, sh
     return corpus
 
 
-def open_task_model(config: TaskConfig, path: Path) -> Loaded:
-    """Return the model that data is encoded for, without its weights.
+def open_task_model(config: TaskConfig, path: Path, backend: str = "native") -> Loaded:
+    """Return the model that data is encoded for, without its weights; see `read_model` for the backend.
 
     Raises: UsageError for a model without a tokenizer, or one that cannot do the task.
     """
-    artifact = read_model(path)
+    artifact = read_model(path, backend)
     loaded = Loaded(without_weights(artifact.config), fitting_tokenizer(artifact), artifact)
     check_task(config, loaded)
     return loaded

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from llmctl.config import ModelConfig
 from llmctl.distilling.student_shape import parse_student, shape_between
 from llmctl.errors import UsageError
-from llmctl.families.table import family_for
+from llmctl.families.table import FAMILIES, family_for
 from llmctl.model.parameters import count
 from llmctl.model.presets import preset_config
 from llmctl.model.shapes import complete
@@ -105,6 +105,15 @@ def test_widths_that_an_architecture_does_not_have():
     with pytest.raises(UsageError, match="not 1 heads of 64") as caught:
         parse_student("dim=32", BERT)
     assert caught.value.hint == "dim=64 goes with heads=1"
+
+
+def test_heads_wider_than_the_model_stay_with_a_scaled_embedding():
+    """Gemma 2's heads are 256 wide, and its embedding is scaled by the root of its width."""
+    teacher = FAMILIES["Gemma2ForCausalLM"].read_config(
+        {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 24}
+        | {"intermediate_size": 96, "sliding_window": 16, "query_pre_attn_scalar": 24}
+    )
+    assert parse_student("layers=2,ffn=32", teacher).head_dim == 24
 
 
 @given(st.text(st.sampled_from("layersdimheadsffn=,%0123456789 "), max_size=24))

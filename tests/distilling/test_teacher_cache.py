@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.config import DistillConfig
+from llmctl.config import DistillConfig, ModelConfig
 from llmctl.distilling.settings import settle
 from llmctl.distilling.teacher import Teacher, Teachers
-from llmctl.distilling.teacher_cache import CachedBatches, InOrder, fixed_batches, states_of
+from llmctl.distilling.teacher_cache import CachedBatches, InOrder, Spec, fixed_batches, signals_of, states_of
 from llmctl.errors import ArtifactError, DivergedError, NotFoundError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
@@ -129,6 +129,18 @@ def test_the_likeliest_are_kept_and_the_rest_is_counted(teachers):
     assert np.array_equal(found["teacher_ids"], ids.numpy())
     assert found["teacher_probs"] == pytest.approx(values.numpy(), rel=4e-3)
     assert found["teacher_tail"] == pytest.approx((1 - values.sum(-1)).numpy(), rel=4e-3, abs=1e-5)
+
+
+def test_a_soft_cap_is_in_the_stored_probabilities():
+    """Gemma 2's logits are capped before the softmax."""
+    config = ModelConfig(vocab_size=50, d_model=16, n_heads=2, n_layers=1, logits_softcap=2.0)
+    model = LanguageModel(config)
+    initialize(model, 0)
+    states_LD = 40 * torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    found = signals_of(Teacher(model), states_LD, Spec("topk", top_k=50), 0, 50)
+    expected = model.head(states_LD).log_softmax(dim=1).gather(1, torch.from_numpy(found["ids"].astype("int64")))
+    np.testing.assert_allclose(found["logs"].astype("float32"), expected.detach().numpy(), atol=5e-3)
+    assert expected.amax() < -2, "without the cap one token takes all"
 
 
 def test_states_are_the_teacher_itself(teachers, monkeypatch):

@@ -536,10 +536,11 @@ def table() -> str:
     import torch
     import transformers
 
+    from llmctl.artifacts.load import load_model
     from llmctl.errors import LlmctlError
     from llmctl.formats.artifact import read_artifact
 
-    rows, n_read = [], 0
+    rows, n_read, n_through = [], 0, 0
     for name, variant in VARIANTS.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
@@ -553,7 +554,14 @@ def table() -> str:
                     if variant.architecture in reason.partition("which")[0] and "of the architecture" in reason
                     else reason
                 )
-                rows.append(f"| {variant.architecture} ({name}) | {variant.models} | refused: {reason} | | |")
+                try:
+                    through = load_model(folder, device="cpu", dtype="float32", backend="transformers")
+                    seen = "packed" if getattr(through.model, "packs", False) else "unpacked"
+                    teacher = f"teaches through transformers, {seen}"
+                    n_through += 1
+                except LlmctlError:
+                    teacher = "no teacher"
+                rows.append(f"| {variant.architecture} ({name}) | {variant.models} | {reason} | | {teacher} |")
                 continue
             found = measure(variant, folder, model)
             n_read += 1
@@ -565,9 +573,11 @@ def table() -> str:
                 f"| {found.round_trip:.1e}{as_other} | {text} |"
             )
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}, {platform.machine()}"
+    counts = f"{n_read} of {len(VARIANTS)} variants are read, {n_through} others teach and are evaluated through "
+    counts += f"transformers ({versions}, float32)."
     return "\n".join(
         [
-            f"{n_read} of {len(VARIANTS)} variants are read ({versions}, float32).",
+            counts,
             "",
             "| architecture (variant) | models | max. difference | after export | greedy text, cached - uncached |",
             "|---|---|---|---|---|",

@@ -115,6 +115,9 @@ class ModelConfig:
         "silu", "feed-forward activation: silu, gelu, gelu_tanh, relu, or relu2 (squared, arXiv:2109.08668)"
     )
     gated: bool = setting(True, "gated feed-forward: down(act(gate(x)) * up(x))")
+    n_experts: int = setting(0, "experts of a feed-forward layer (Qwen3-MoE), each of width d_ff; 0: no mixture")
+    n_active_experts: int = setting(2, "experts that transform a token, those of the highest probability")
+    normalized_experts: bool = setting(True, "divide the probabilities of a token's experts by their sum")
     attention_bias: bool = setting(False, "bias in the attention projections")
     attention_output_bias: Literal["same", "yes", "no"] = setting(
         "same", "bias in the output projection of attention: same as attention_bias, yes, or no (Qwen2)"

@@ -333,6 +333,58 @@ GRANITE4 = replace(
     is_written=False,
 )
 
+
+def experts(n_experts: str, count: int, n_active: int) -> tuple[Row, ...]:
+    """Return the rows of a mixture of experts: the key of their number, and the defaults of this and of the active ones."""
+    return (
+        integer(n_experts, "n_experts", count),
+        integer("num_experts_per_tok", "n_active_experts", n_active),
+        requires(lambda config: config.n_experts > 0),
+    )
+
+
+ROUTER = Stored(LAYER + "mlp.gate.weight", (LAYER + "mlp.router.weight",))
+
+QWEN3_MOE = FamilyFormat(
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    source="Yang et al. 2025, arXiv:2505.09388",
+    rows=(
+        fixed(qk_norm=True),
+        *replaced(
+            SHARED,
+            integer("head_dim", "head_dim", lambda config: max(config.d_model // config.n_heads, 1)),
+            intermediate_size=integer("moe_intermediate_size", "d_ff", 768),
+        ),
+        *experts("num_experts", 128, 8),
+        flag("norm_topk_prob", "normalized_experts"),
+        constant("decoder_sparse_step", 1),
+        constant("mlp_only_layers", []),
+        QWEN_WINDOWS,
+    ),
+    tensors=(ROUTER,),
+    own_names=True,
+    prefix="model.",
+    key_spellings=(("num_local_experts", "num_experts"),),
+)
+
+GRANITE_MOE = replace(
+    GRANITE,
+    architecture="GraniteMoeForCausalLM",
+    model_type="granitemoe",
+    source="Granite 3 MoE, IBM 2024",
+    rows=(*replaced(GRANITE.rows, mlp_bias=None), *experts("num_local_experts", 8, 2)),
+    tensors=(
+        Stored(LAYER + "block_sparse_moe.router.layer.weight", (LAYER + "mlp.router.weight",)),
+        Stored(
+            LAYER + "block_sparse_moe.input_linear.weight",
+            (LAYER + "mlp.experts.*.gate_proj.weight", LAYER + "mlp.experts.*.up_proj.weight"),
+            "experts",
+        ),
+        Stored(LAYER + "block_sparse_moe.output_linear.weight", (LAYER + "mlp.experts.*.down_proj.weight",), "experts"),
+    ),
+)
+
 EUROBERT = FamilyFormat(
     architecture="EuroBertForMaskedLM",
     model_type="eurobert",

@@ -25,6 +25,7 @@ from llmctl.families.rows import (
     number,
     only,
     replaced,
+    windows,
     written,
 )
 from llmctl.model.shapes import window_of
@@ -33,31 +34,29 @@ OWN = "model.layers.{}."
 QKV = tuple(f"{OWN}self_attn.{name}_proj" for name in "qkv")
 
 
-def read_layers(published: Published, config: ModelConfig) -> dict[str, Any]:
-    """Read which layers see `local_attention` tokens, half of them on each side."""
-    kinds = published.values.get("layer_types")
-    if kinds is None:
-        period = published.integer("global_attn_every_n_layers", 3)
-        kinds = [WINDOWED if layer % period else FULL for layer in range(config.n_layers)]
-    if not isinstance(kinds, list) or len(kinds) != config.n_layers or not set(map(str, kinds)) <= {WINDOWED, FULL}:
-        raise published.refuse("layer_types", kinds, f"{WINDOWED} or {FULL} for each of {config.n_layers} layers")
-    size = (
-        published.integer("local_attention", 128) // 2 + 1 if WINDOWED in kinds else 0
-    )  # ours counts the token itself
-    return {"attention_windows": tuple(size if kind == WINDOWED else 0 for kind in kinds) if size else ()}
+def local_windows(n_own: int) -> Row:
+    """Return the row of the layers that see half of `local_attention` tokens before them, and the token itself if `n_own`."""
 
+    def read(published: Published, config: ModelConfig) -> dict[str, Any]:
+        kinds = published.values.get("layer_types")
+        if kinds is None:
+            period = published.integer("global_attn_every_n_layers", 3)
+            kinds = [WINDOWED if layer % period else FULL for layer in range(config.n_layers)]
+        size = published.integer("local_attention", 128) // 2 + n_own
+        return dict(windows().read(Published({"layer_types": kinds, "sliding_window": size}, ""), config))
 
-def write_layers(config: ModelConfig) -> dict[str, Any]:
-    """Write which layers have a window."""
-    sizes = [window_of(config, layer) for layer in range(config.n_layers)]
-    kinds = [WINDOWED if size else FULL for size in sizes]
-    # transformers derives the list from the period, which old readers know alone.
-    period = kinds.index(FULL, 1) if FULL in kinds[1:] else config.n_layers
-    return {
-        "local_attention": 2 * (max(sizes) - 1) if any(sizes) else 128,
-        "layer_types": kinds,
-        "global_attn_every_n_layers": period,
-    }
+    def write(config: ModelConfig) -> dict[str, Any]:
+        sizes = [window_of(config, layer) for layer in range(config.n_layers)]
+        kinds = [WINDOWED if size else FULL for size in sizes]
+        # transformers derives the list from the period, which old readers know alone.
+        period = kinds.index(FULL, 1) if FULL in kinds[1:] else config.n_layers
+        return {
+            "local_attention": 2 * (max(sizes) - n_own) if any(sizes) else 128,
+            "layer_types": kinds,
+            "global_attn_every_n_layers": period,
+        }
+
+    return Row("layer_types", read, write)
 
 
 def read_head_activation(published: Published, config: ModelConfig) -> dict[str, Any]:
@@ -70,7 +69,7 @@ def read_head_activation(published: Published, config: ModelConfig) -> dict[str,
 
 
 ROWS = (
-    fixed(family="encoder", norm="layernorm", first_norm=False, embedding_norm=True),
+    fixed(norm="layernorm", first_norm=False, embedding_norm=True),
     integer("vocab_size", "vocab_size"),
     integer("hidden_size", "d_model", 768),
     integer("num_hidden_layers", "n_layers", 22),
@@ -85,7 +84,7 @@ ROWS = (
     flag("norm_bias", "norm_bias"),
     flag("attention_bias", "attention_bias"),
     flag("mlp_bias", "mlp_bias"),
-    Row("layer_types", read_layers, write_layers),
+    local_windows(1),
     flag("tie_word_embeddings", "tie_embeddings", default=True),
     *TOKENS,
     *STANDARD_HEADS,
@@ -109,21 +108,23 @@ BODY = (
     *module("final_norm", "model.norm"),
 )
 
+ENCODER = fixed(family="encoder")
+HEAD_ROWS = (
+    fixed(head_transform=True),
+    flag("classifier_bias", "head_transform_bias"),
+    flag("decoder_bias", "logits_bias", default=True),
+    Row(
+        "classifier_activation",
+        read_head_activation,
+        lambda config: activation("classifier_activation", "").write(config),
+    ),
+)
+
 MODERNBERT = FamilyFormat(
     architecture="ModernBertForMaskedLM",
     model_type="modernbert",
     source="Warner et al. 2024, arXiv:2412.13663",
-    rows=(
-        *ROWS,
-        fixed(head_transform=True),
-        flag("classifier_bias", "head_transform_bias"),
-        flag("decoder_bias", "logits_bias", default=True),
-        Row(
-            "classifier_activation",
-            read_head_activation,
-            lambda config: activation("classifier_activation", "").write(config),
-        ),
-    ),
+    rows=(ENCODER, *ROWS, *HEAD_ROWS),
     tensors=(
         *prefixed("model.", BODY),
         *module("head.dense", "head_dense"),
@@ -131,10 +132,27 @@ MODERNBERT = FamilyFormat(
         *module("decoder", "lm_head"),
     ),
 )
+SPLIT = tuple(
+    stored for name in "qkv" for stored in module(f"layers.{{}}.attn.{name}_proj", f"{OWN}self_attn.{name}_proj")
+)
+MODERNBERT_DECODER = replace(
+    MODERNBERT,
+    architecture="ModernBertDecoderForCausalLM",
+    model_type="modernbert-decoder",
+    source="Ettin, Weller et al. 2025, arXiv:2507.11412",
+    rows=(*replaced(ROWS, local_windows(0)), *HEAD_ROWS),
+    tensors=(
+        *prefixed("model.", tuple(stored for stored in BODY if "Wqkv" not in stored.name)),
+        *prefixed("model.", SPLIT),
+        *module("lm_head.dense", "head_dense"),
+        *module("lm_head.norm", "head_norm"),
+        *module("decoder", "lm_head"),
+    ),
+)
 MODERNBERT_BARE = replace(
     MODERNBERT,
     architecture="ModernBertModel",
-    rows=replaced(ROWS, TIED),
+    rows=(ENCODER, *replaced(ROWS, TIED)),
     tensors=BODY,
     ignored=("head.", "decoder."),
     spellings=(("model.", ""),),

@@ -4,10 +4,10 @@ Sources: OLMo, arXiv:2402.00838; OLMo 2, arXiv:2501.00656; OLMo 3, 2025 (windows
 """
 
 from llmctl.families.family import FamilyFormat
-from llmctl.families.llama import LAYER, SHARED
+from llmctl.families.llama import LAYER, ROUTER, SHARED, experts
 from llmctl.families.parameters import Stored
 from llmctl.families.rope import rope_by_kind
-from llmctl.families.rows import FULL, SQUARE, WINDOWED, Row, fixed, number, only, replaced, windows
+from llmctl.families.rows import FULL, SQUARE, WINDOWED, Row, fixed, flag, integer, number, only, replaced, windows
 
 OLMO = FamilyFormat(
     architecture="OlmoForCausalLM",
@@ -52,6 +52,24 @@ OLMO3 = FamilyFormat(
         SQUARE,
     ),
     tensors=OUTPUT_NORMS,
+    own_names=True,
+    prefix="model.",
+)
+
+
+OLMOE = FamilyFormat(
+    architecture="OlmoeForCausalLM",
+    model_type="olmoe",
+    source="OLMoE, arXiv:2409.02060",
+    rows=(
+        fixed(qk_norm=True, qk_norm_kind="width"),
+        *replaced(SIZES, integer("intermediate_size", "d_ff", 2048)),
+        *experts("num_experts", 64, 8),
+        flag("norm_topk_prob", "normalized_experts"),
+        only("clip_qkv"),
+        SQUARE,
+    ),
+    tensors=(ROUTER,),
     own_names=True,
     prefix="model.",
 )

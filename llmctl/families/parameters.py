@@ -20,12 +20,13 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Heads:
-    """The sizes by which the rows of attention projections are divided; `rotated`: channels of a head."""
+    """The sizes by which the rows of projections are divided; `rotated`: channels of a head."""
 
     n_heads: int = 1
     n_kv_heads: int = 1
     head_dim: int = 1
     rotated: int = 0
+    n_experts: int = 0
 
 
 def unchanged(tensor: "Tensor", _: Heads) -> "Tensor":
@@ -87,28 +88,44 @@ def group_order(heads: Heads) -> "Tensor":
     return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
 
 
+def from_experts(tensor: "Tensor", _: Heads) -> "Tensor":
+    """Return matrices stored as one tensor (E, O, I) below each other."""
+    return tensor.flatten(0, 1)
+
+
+def to_experts(tensor: "Tensor", heads: Heads) -> "Tensor":
+    """Undo `from_experts`."""
+    return tensor.unflatten(0, (heads.n_experts, -1))
+
+
 @dataclass(frozen=True)
 class Form:
     """How a stored tensor differs from our parameter: its shape, and both directions, of which `write` undoes `read`."""
 
     read: Callable[["Tensor", Heads], "Tensor"] = unchanged
     write: Callable[["Tensor", Heads], "Tensor"] = unchanged
-    shape: Callable[[Shape], Shape] = lambda shape: shape
+    shape: Callable[[Shape, Heads], Shape] = lambda shape, _: shape
 
 
 # A new form is a row here, which the tensors of a family name.
 FORMS = {
     "plain": Form(),
     # (in, out) instead of (out, in): the Conv1D of GPT-2.
-    "transposed": Form(transposed, transposed, lambda shape: shape[::-1]),
+    "transposed": Form(transposed, transposed, lambda shape, _: shape[::-1]),
     # A vector stored as a matrix of one row: the logits bias of BART.
-    "row": Form(lambda tensor, _: tensor[0], lambda tensor, _: tensor[None], lambda shape: (1, *shape)),
+    "row": Form(lambda tensor, _: tensor[0], lambda tensor, _: tensor[None], lambda shape, _: (1, *shape)),
     # The norms of Gemma multiply by 1 + w.
     "plus_one": Form(plus_one, minus_one),
     # Rotary pairs side by side, as in GPT-J and Cohere.
     "pairs": Form(from_pairs, to_pairs),
     # Queries, keys and values together, head by head (GPT-NeoX, BLOOM) or group by group (Falcon).
     "groups": Form(from_groups, to_groups),
+    # All experts of a layer in one tensor (Granite-MoE).
+    "experts": Form(
+        from_experts,
+        to_experts,
+        lambda shape, heads: (heads.n_experts, shape[0] // max(1, heads.n_experts), *shape[1:]),
+    ),
 }
 
 
@@ -116,7 +133,8 @@ FORMS = {
 class Stored:
     """One tensor of a family: its name, the parameters it holds (stacked along the rows if several), and its form.
 
-    when: tells for which configs it is stored, if that does not follow from the parameters that the model has.
+    `*` in a parameter stands for every expert in turn. when: tells for which configs it is stored, if that does not
+    follow from the parameters that the model has.
     """
 
     name: str
@@ -128,6 +146,12 @@ class Stored:
     def in_layer(self, layer: int) -> "Stored":
         """Return the tensor of one layer."""
         return replace(self, name=self.name.format(layer), holds=tuple(name.format(layer) for name in self.holds))
+
+    def of_experts(self, n_experts: int) -> "Stored":
+        """Return the tensor with the parameters of every expert."""
+        if not any("*" in name for name in self.holds):
+            return self
+        return replace(self, holds=tuple(name.replace("*", str(e)) for e in range(n_experts) for name in self.holds))
 
 
 Tensors = tuple[Stored, ...]
@@ -172,11 +196,13 @@ def expand(tensors: Tensors, config: ModelConfig, *, own_names: bool) -> list[St
     # A tied head is the embedding itself, which is stored once.
     if config.tie_embeddings:
         shapes.pop(HEAD, None)
-    heads = Heads(config.n_heads, config.n_kv_heads, config.head_dim, config.rotary_dim or config.head_dim)
+    rotated = config.rotary_dim or config.head_dim
+    heads = Heads(config.n_heads, config.n_kv_heads, config.head_dim, rotated, config.n_experts)
+    rows = (row.of_experts(config.n_experts) for row in numbered(tensors, config))
     stored = [
         row if row.form == "plain" else replace(row, heads=heads)
-        for row in numbered(tensors, config)
-        if all(name in shapes for name in row.holds)
+        for row in rows
+        if row.holds and all(name in shapes for name in row.holds)
     ]
     if not own_names:
         return stored
@@ -205,7 +231,7 @@ def stack_of(stored: Stored) -> str | None:
 def stored_shape(stored: Stored, shapes: Mapping[str, Shape]) -> Shape:
     """Return the shape in which a family stores a tensor."""
     parts = [shapes[name] for name in stored.holds]
-    return FORMS[stored.form].shape((sum(part[0] for part in parts), *parts[0][1:]))
+    return FORMS[stored.form].shape((sum(part[0] for part in parts), *parts[0][1:]), stored.heads)
 
 
 def to_parameters(

@@ -25,6 +25,7 @@ from llmctl.families.llama import (
     EUROBERT,
     GRANITE,
     GRANITE4,
+    GRANITE_MOE,
     HELIUM,
     HUNYUAN,
     LLAMA,
@@ -32,12 +33,13 @@ from llmctl.families.llama import (
     MISTRAL,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     SEED_OSS,
     SMOLLM3,
 )
-from llmctl.families.modernbert import GTE, JINA3, MODERNBERT, MODERNBERT_BARE, NOMIC
+from llmctl.families.modernbert import GTE, JINA3, MODERNBERT, MODERNBERT_BARE, MODERNBERT_DECODER, NOMIC
 from llmctl.families.native import NATIVE
-from llmctl.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3
+from llmctl.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3, OLMOE
 from llmctl.families.phi import PHI, PHI3
 from llmctl.families.roberta import ENCODERS
 from llmctl.families.t5 import MT5, T5, T5_ENCODER, UMT5
@@ -47,9 +49,24 @@ PUBLISHED = (
     *(LLAMA, QWEN3, EUROBERT, T5, GPT2, BERT, BERT_BARE, BART, MARIAN, MISTRAL),
     *(QWEN2, GEMMA, GEMMA2, GEMMA3, PHI, PHI3, OLMO, OLMO2, OLMO3, GRANITE, SMOLLM3, STARCODER2, STABLELM),
     *(GPT_NEOX, GPT_NEO, GPT_J, OPT, BLOOM, MPT, FALCON, BIGCODE, MINISTRAL, SEED_OSS, ARCEE, NEMOTRON),
-    *(COHERE2, GLM4, EXAONE4, HELIUM, ERNIE45, HUNYUAN),
+    *(COHERE2, GLM4, EXAONE4, HELIUM, ERNIE45, HUNYUAN, QWEN3_MOE, OLMOE, GRANITE_MOE),
     *ENCODERS,
-    *(MODERNBERT, MODERNBERT_BARE, NOMIC, GTE, JINA3, MT5, UMT5, T5_ENCODER, MBART, PEGASUS, M2M, XGLM, GRANITE4),
+    *(
+        MODERNBERT,
+        MODERNBERT_BARE,
+        MODERNBERT_DECODER,
+        NOMIC,
+        GTE,
+        JINA3,
+        MT5,
+        UMT5,
+        T5_ENCODER,
+        MBART,
+        PEGASUS,
+        M2M,
+        XGLM,
+        GRANITE4,
+    ),
     *CLASSIFIERS,
 )
 ROWS = (*PUBLISHED, NATIVE)

@@ -17,14 +17,14 @@ from llmctl.errors import ArtifactError
 from llmctl.families.family import FamilyFormat
 from llmctl.families.parameters import FORMS, Heads
 from llmctl.families.table import family_for
-from llmctl.model.parameters import parameter_shapes
+from llmctl.model.parameters import IN_EXPERTS, parameter_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NOT_ADAPTED = (
     *("lm_head", "embed_tokens", "embed_positions", "embed_token_types", "query_embeddings"),
-    "relative_bias",
+    *("relative_bias", "router"),
 )
 """Our modules with a weight matrix that cannot have an adapter."""
 UNSEEN = ("pooler.dense", "bert.pooler.dense", "cls.seq_relationship", "cls.predictions.decoder", "lm_head")
@@ -119,7 +119,7 @@ def architecture_of(config: ModelConfig, family: FamilyFormat | None = None) -> 
 def is_linear(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Tell whether a parameter is the weight of an adaptable linear layer."""
     owner = name.removesuffix(".weight").rpartition(".")[2]
-    return name.endswith(".weight") and len(shapes[name]) == 2 and owner not in NOT_ADAPTED
+    return name.endswith(".weight") and len(shapes[name]) == 2 and owner not in NOT_ADAPTED and IN_EXPERTS not in name
 
 
 def by_path(linears: Iterable[PublishedLinear]) -> dict[str, PublishedLinear]:

@@ -59,7 +59,7 @@ def is_inside(name: str) -> bool:
 def linear_modules(config: ModelConfig) -> dict[str, Shape]:
     """Return the linear layers of a model and their shapes (O, I), including the vocabulary head unless it is tied."""
     shapes = {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(config).items()}
-    tables = (EMBEDDING, "embed_positions", "relative_bias", "embed_token_types", "query_embeddings")
+    tables = (EMBEDDING, "embed_positions", "relative_bias", "embed_token_types", "query_embeddings", "mlp.router")
     return {
         name: shape
         for name, shape in shapes.items()

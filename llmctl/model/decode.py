@@ -16,8 +16,8 @@ from llmctl.config import ModelConfig
 from llmctl.model.attention import Attention, Mask, attend
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.positions import RopeKind, rope_tables
-from llmctl.model.stack import ACTIVATIONS, Block, MaskKey, Stack
-from llmctl.model.supports import BLOCK, BLOCK_CHOICES, unsupported
+from llmctl.model.stack import ACTIVATIONS, Block, Experts, MaskKey, Stack
+from llmctl.model.supports import BLOCK, BLOCK_CHOICES, EXPERTS, unsupported
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.joined import join_quantized
 from llmctl.quant.linear import QuantLinear
@@ -39,6 +39,7 @@ float32; from three on the bfloat16 kernel is faster (measured).
 
 NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
     *("rope_thetas", "rotary_dim", "rope_scaling_values", "residual_scale", "logits_softcap"),
+    *EXPERTS,
 }
 CHOICES = BLOCK_CHOICES | {
     "query_layer": (False,),
@@ -187,6 +188,9 @@ class Layer:
             self.output_norms = [norm_of(block.attention_output_layernorm), norm_of(block.mlp_output_layernorm)]
         self.cross_norm = norm_of(block.cross_attention_layernorm) if block.cross else None
         mlp = block.mlp
+        self.experts = mlp if isinstance(mlp, Experts) else None
+        if isinstance(mlp, Experts):
+            return
         self.gated, self.activation = mlp.gated, ACTIVATIONS[mlp.activation]
         self.up = join([mlp.gate_proj, mlp.up_proj] if mlp.gated else [mlp.up_proj])
         self.down = join([mlp.down_proj])
@@ -230,6 +234,8 @@ class Layer:
         return y_BTD if self.block.scale == 1.0 else y_BTD * self.block.scale
 
     def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        if self.experts is not None:
+            return self.experts(x_BTD)
         h_BTF = self.up(x_BTD)
         if self.gated:
             gate_BTF, up_BTF = h_BTF.chunk(2, dim=-1)

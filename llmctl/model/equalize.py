@@ -42,6 +42,7 @@ def joints(block: Block, config: ModelConfig) -> list[Joint]:
         return []
     joints = []
     attention, mlp = block.self_attn, block.mlp
+    assert isinstance(mlp, FeedForward)
     if block.before:
         joints.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
         if block.cross:

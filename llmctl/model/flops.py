@@ -8,7 +8,10 @@ from llmctl.model.shapes import complete, window_of
 
 @dataclass(frozen=True)
 class Shape:
-    """Weights (multiplications per token) of one layer's parts and of the head, and the width of all query heads."""
+    """Weights (multiplications per token) of one layer's parts and of the head, and the width of all query heads.
+
+    Of a mixture of experts, `feed_forward` counts those that transform a token, and the router.
+    """
 
     attention: int
     feed_forward: int
@@ -21,7 +24,10 @@ class Shape:
         D, N, K, H = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
         E = config.d_embedding or D
         head = config.vocab_size * E + (D * E if config.head_transform else 0)
-        return cls(2 * D * N * H + 2 * D * K * H, (3 if config.gated else 2) * D * config.d_ff, head, N * H)
+        feed_forward = (
+            (3 if config.gated else 2) * D * config.d_ff * (config.n_active_experts if config.n_experts else 1)
+        )
+        return cls(2 * D * N * H + 2 * D * K * H, feed_forward + D * config.n_experts, head, N * H)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmctl.errors import UsageError
+from llmctl.model.parameters import IN_EXPERTS
 from llmctl.model.quantized import dequantize
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.linear import QuantLinear
@@ -236,9 +237,13 @@ def find_targets(model: LanguageModel, targets: Sequence[str]) -> dict[str, Any]
 
 
 def candidates(model: LanguageModel) -> Iterator[tuple[str, nn.Linear | QuantLinear]]:
-    """Yield the linear layers that can have an adapter: all except the vocabulary and classification heads."""
+    """Yield the linear layers that can have an adapter: all except the vocabulary and classification heads, and experts.
+
+    transformers holds all experts of a layer as one tensor, to which PEFT adds no adapter of a module.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, QuantLinear)) and not name.startswith(("lm_head", HEAD)):
+        is_linear = isinstance(module, (nn.Linear, QuantLinear))
+        if is_linear and not name.startswith(("lm_head", HEAD)) and IN_EXPERTS not in name:
             yield name, module
 
 

@@ -8,6 +8,9 @@ from llmctl.model.shapes import complete, has_bias, has_shared_bias
 
 Shape = tuple[int, ...]
 
+IN_EXPERTS = ".mlp.experts."
+"""Part of the names of experts' parameters."""
+
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return name -> shape of every entry of `LanguageModel(config).state_dict()`, for a complete config."""
@@ -54,7 +57,6 @@ def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool
 
 def block_shapes(config: ModelConfig, prefix: str, *, cross: bool, first: bool) -> dict[str, Shape]:
     """Return the parameter shapes of one layer; `first`: of the first."""
-    D, F = config.d_model, config.d_ff
     shapes = {} if first and not config.first_norm else norm(config, prefix + "input_layernorm")
     shapes |= attention_shapes(config, prefix + "self_attn.")
     if cross:
@@ -65,9 +67,20 @@ def block_shapes(config: ModelConfig, prefix: str, *, cross: bool, first: bool) 
         shapes |= norm(config, prefix + "attention_output_layernorm") | norm(config, prefix + "mlp_output_layernorm")
     if config.relative_bias_per_layer:
         shapes[prefix + "relative_bias.weight"] = (config.n_relative_buckets, config.n_heads)
+    if config.n_experts:
+        shapes[prefix + "mlp.router.weight"] = (config.n_experts, config.d_model)
+    for expert in range(config.n_experts):
+        shapes |= feed_forward_shapes(config, f"{prefix}mlp.experts.{expert}.")
+    return shapes if config.n_experts else shapes | feed_forward_shapes(config, prefix + "mlp.")
+
+
+def feed_forward_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:
+    """Return the parameter shapes of one feed-forward layer, or of one expert."""
+    D, F = config.d_model, config.d_ff
+    shapes: dict[str, Shape] = {}
     for name in ("gate_proj", "up_proj") if config.gated else ("up_proj",):
-        shapes |= linear(f"{prefix}mlp.{name}", F, D, bias=config.mlp_bias)
-    return shapes | linear(prefix + "mlp.down_proj", D, F, bias=has_bias(config.mlp_output_bias, config.mlp_bias))
+        shapes |= linear(prefix + name, F, D, bias=config.mlp_bias)
+    return shapes | linear(prefix + "down_proj", D, F, bias=has_bias(config.mlp_output_bias, config.mlp_bias))
 
 
 def attention_shapes(config: ModelConfig, prefix: str) -> dict[str, Shape]:

@@ -129,7 +129,15 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
         ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]
-    for name in ("d_embedding", "attention_softcap", "logits_softcap"):
+    if full.n_experts:
+        n_active = full.n_active_experts
+        checks.append(
+            (
+                not 1 <= n_active <= full.n_experts,
+                f"`model.n_active_experts` is {n_active}, not 1 to {full.n_experts}",
+            )
+        )
+    for name in ("n_experts", "d_embedding", "attention_softcap", "logits_softcap"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))
     for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std", "n_labels"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))

@@ -64,6 +64,51 @@ class FeedForward(nn.Module):
         return self.down_proj(act(self.up_proj(x_BTD)))
 
 
+class Router(nn.Module):
+    """Probabilities of the experts for every token, in at least float32.
+
+    Not an nn.Linear: it has no adapter and is never quantized, since its choice is not continuous.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_experts, config.d_model))
+        nn.init.normal_(self.weight, std=config.init_std)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return the probabilities (N, E)."""
+        logits_NE = F.linear(x_ND, self.weight)
+        return logits_NE.softmax(dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
+
+
+class Experts(nn.Module):
+    """A mixture of feed-forward layers: the sum of a token's most probable experts, weighted by their probabilities.
+
+    Source: Shazeer et al. 2017, arXiv:1701.06538, eq. 1; Qwen3, arXiv:2505.09388; OLMoE, arXiv:2409.02060, eq. 2.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_active, self.normalized = config.n_active_experts, config.normalized_experts
+        self.router = Router(config)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_experts))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each position with its own experts."""
+        x_ND = x_BTD.flatten(0, -2)
+        shares_NA, chosen_NA = self.router(x_ND).topk(self.n_active, dim=-1)
+        if self.normalized:
+            shares_NA = shares_NA / shares_NA.sum(dim=-1, keepdim=True)
+        out_ND = torch.zeros_like(x_ND)
+        for number, expert in enumerate(self.experts):
+            rows_M, places_M = (chosen_NA == number).nonzero(as_tuple=True)
+            # In training an expert without tokens runs too: every parameter has a gradient, which DDP waits for.
+            if len(rows_M) or self.training:
+                y_MD = expert(x_ND[rows_M]) * shares_NA[rows_M, places_M, None].to(x_ND.dtype)
+                out_ND = out_ND.index_add(0, rows_M, y_MD.to(out_ND.dtype))
+        return out_ND.view_as(x_BTD)
+
+
 MaskKey = tuple[int, int]
 """Attention window, and the layer where its position bias is its own, else 0."""
 
@@ -110,7 +155,7 @@ class Block(nn.Module):
             self.mlp_output_layernorm = make_norm(config)
         if config.relative_bias_per_layer:
             self.relative_bias = nn.Embedding(config.n_relative_buckets, config.n_heads)
-        self.mlp = FeedForward(config)
+        self.mlp = Experts(config) if config.n_experts else FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, shared: Pass, query_BTD: Tensor | None = None) -> Tensor:

@@ -51,6 +51,9 @@ AROUND_MATRICES = frozenset(
 )
 """Later fields that change what happens between a block's matrices, not which there are and what they read."""
 
+EXPERTS = frozenset({"n_experts", "n_active_experts", "normalized_experts"})
+"""A mixture of experts in place of a feed-forward layer."""
+
 # Field -> whether it has an effect, of fields that matter only together with others.
 HAS_EFFECT: Mapping[str, Callable[[ModelConfig], bool]] = {
     "n_decoder_layers": lambda config: config.family == "encoder_decoder",
@@ -59,6 +62,7 @@ HAS_EFFECT: Mapping[str, Callable[[ModelConfig], bool]] = {
     "n_relative_buckets": lambda config: config.positions == "relative" or config.relative_bias,
     "max_relative_distance": lambda config: config.positions == "relative" or config.relative_bias,
     "qk_norm_kind": lambda config: config.qk_norm,
+    **dict.fromkeys(("n_active_experts", "normalized_experts"), lambda config: config.n_experts > 0),
     "alibi_scale": lambda config: config.positions == "alibi",
     "sinusoid_rates": lambda config: config.positions == "sinusoidal",
     "norm_bias": lambda config: config.norm == "layernorm",

@@ -7,12 +7,15 @@ from llmctl.errors import UsageError
 from llmctl.model.flops import Rows, Shape
 from llmctl.model.parameters import count_parameters
 from llmctl.model.shapes import complete, has_shared_bias
-from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, describe, unsupported
+from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, EXPERTS, describe, unsupported
 from llmctl.tables.optimizers import OPTIMIZERS
 
 FLOAT_BYTES = 4
 NAMED = (
-    BLOCK | AROUND_MATRICES | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "parallel", "alibi_scale"}
+    BLOCK
+    | AROUND_MATRICES
+    | EXPERTS
+    | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "parallel", "alibi_scale"}
 )
 CHOICES = BLOCK_CHOICES | {
     "norm_position": ("pre", "post", "output", "both"),
@@ -91,8 +94,14 @@ class Kept:
 
     def feed_forward(self) -> int:
         """Count the intermediate tensors; ReLU's gradient needs only its output, which the next product saves anyway."""
-        n_factors = (4 if self.config.gated else 2) - (self.config.activation == "relu")
-        return self.product_bytes * self.config.d_ff * n_factors
+        config = self.config
+        n_factors = (4 if config.gated else 2) - (config.activation == "relu")
+        one = self.product_bytes * config.d_ff * n_factors
+        if not config.n_experts:
+            return one
+        # Each active expert copies the token, and its output is kept for the gradient of the probability.
+        routing = FLOAT_BYTES * (2 * config.n_experts + 2 * config.d_model * config.n_active_experts)
+        return one * config.n_active_experts + routing
 
     def dropped(self) -> int:
         """Count a dropout's mask."""
@@ -218,4 +227,6 @@ def memory(
 def block_matrices(config: ModelConfig) -> int:
     """Return the number of matrix weights in the largest block."""
     shape = Shape.of(config)
-    return shape.attention * (2 if config.family == "encoder_decoder" else 1) + shape.feed_forward
+    n_more = max(0, config.n_experts - config.n_active_experts) if config.n_experts else 0
+    idle = n_more * (3 if config.gated else 2) * config.d_model * config.d_ff
+    return shape.attention * (2 if config.family == "encoder_decoder" else 1) + shape.feed_forward + idle

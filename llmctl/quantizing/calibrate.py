@@ -18,6 +18,7 @@ from llmctl.formats.quantization import EMBEDDING, HEAD, is_inside
 from llmctl.model.equalize import fold, joints, shared_factors
 from llmctl.model.fisher import Weights, token_weights
 from llmctl.model.importance import Batches, read
+from llmctl.model.parameters import IN_EXPERTS
 from llmctl.model.stack import Block
 from llmctl.model.streams import catch, chains, linears, names_of, run
 from llmctl.model.transformer import LanguageModel
@@ -60,7 +61,9 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
     weights: Weights = {}
     if METHODS[method].weighs:
         done = paced(say, "Fisher information: batch", len(batches))
-        weights = token_weights(model, filter(is_inside, plan), batches, done=done)
+        # Experts of the quantized model may get other tokens than the weights are of.
+        weighed = [name for name in plan if is_inside(name) and IN_EXPERTS not in name]
+        weights = token_weights(model, weighed, batches, done=done)
     for prefix, blocks in chains(model):
         streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
         done = paced(say, f"{prefix}layer", len(blocks))

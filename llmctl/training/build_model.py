@@ -36,6 +36,12 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     """Build and initialize the model with the tokenizer's vocabulary and ids, and a context of at least `train.seq_len`."""
     shape = model_config(config)
     check_family(config, shape.family, config.model.preset)
+    if shape.n_experts:
+        raise UsageError(
+            f"`model.n_experts` is {shape.n_experts}: a mixture of experts that starts from random weights needs a loss "
+            "that balances its experts, which llmctl does not have",
+            "`--model FOLDER` continues training a published one",
+        )
     wanted = config.model.overrides.get("vocab_size", 0)
     if wanted and wanted < tokenizer.vocab_size:
         raise UsageError(

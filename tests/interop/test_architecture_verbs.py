@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 NAMES = [
-    *("qwen2", "llama-3", "gemma2", "gemma3", "phi3", "phi4-mini", "granite", "olmo2", "smollm3"),
+    *("qwen2", "llama-3", "gemma2", "gemma3", "phi3", "phi4-mini", "granite", "olmo2", "smollm3", "modernbert-decoder"),
     *("gpt-neox", "falcon", "cohere2", "opt", "stablelm"),
     *("xlm-roberta", "distilbert", "mpnet", "modernbert"),
     *("mbart", "m2m", "umt5"),
@@ -61,6 +61,31 @@ def made(name: str, tokenizer) -> Path:
     for file, data in {**tokenizer.files(), **tokenizer.files_for(family)}.items():
         (Path("base") / file).write_bytes(data)
     return Path("base")
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "olmoe", "granite-moe"])
+def test_a_mixture_of_experts(name, call, text_tokenizer):
+    """It is fine-tuned, teaches, is quantized, written and evaluated; it is not pruned."""
+    base, architecture = made(name, text_tokenizer), VARIANTS[name].architecture
+    call("finetune", base, "text.txt", "--task", "text", "--method", "lora", "--steps", 3, "-o", "lora", *SMALL)
+    original = getattr(transformers, architecture).from_pretrained(base, dtype=torch.float32).eval()
+    close(theirs(peft.PeftModel.from_pretrained(original, "lora").eval()), ours(load_model(Path("lora")).model))
+    call("finetune", base, "text.txt", "--task", "text", "--steps", 3, "-o", "full", *SMALL)
+    full = load_model(Path("full"))
+    close(
+        theirs(getattr(transformers, architecture).from_pretrained("full", dtype=torch.float32).eval()),
+        ours(full.model),
+    )
+    sizes = ["--student", "layers=2", "--init", "random"]
+    call("distill", base, *sizes, "-d", "text.txt", "--steps", 3, "-o", "student", *SMALL)
+    for method in ("nearest", "awq-gptq", "guided"):
+        call("quantize", base, "--bits", 4, "--method", method, "--calib", "text.txt", "-o", method, "-q")
+    assert call("generate", "-m", "guided", "-n", 5, "-t", 0, "the cat", "--json")
+    call("export", "full", "--to", "hf", "-o", "exported")
+    reopened = getattr(transformers, architecture).from_pretrained("exported", dtype=torch.float32).eval()
+    close(theirs(reopened), ours(full.model))
+    call("evaluate", "guided", "-d", "text.txt", "--task", "text", "-q")
+    assert run(["distill", str(base), "--student", "50%", "-d", "text.txt", "-o", "pruned", *SMALL]) == 2
 
 
 @torch.no_grad()

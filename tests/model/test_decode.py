@@ -14,6 +14,7 @@ from llmctl.quant.schemes import SCHEMES, Scheme
 
 VARIANTS = {
     "llama": {},
+    "mixture": {"n_experts": 4, "n_active_experts": 2},
     "grouped": {"n_kv_heads": 2},
     "one key head": {"n_kv_heads": 1, "head_dim": 6},
     "qk-norm": {"n_kv_heads": 2, "qk_norm": True},

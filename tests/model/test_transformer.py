@@ -34,6 +34,7 @@ VARIANTS = {
     "bert": POST | {"positions": "learned", "embedding_norm": True, "head_transform": True, "logits_bias": True},
     "bart": POST | {"positions": "learned", "position_offset": 2, "embedding_norm": True, "logits_bias": True},
     "no positions": {"positions": "none"},
+    "mixture": {"n_experts": 4, "n_active_experts": 2, "normalized_experts": False},
 }
 QUERY = {
     "query layer": {"query_layer": True, "positions": "learned"},
@@ -73,6 +74,26 @@ def cached(model, tokens, cuts, **inputs):
         now = {name: tensor[:, start:stop] for name, tensor in inputs.items() if tensor is not None}
         pieces.append(model.hidden(tokens[:, start:stop], cache=cache, **now))
     return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_token_is_the_weighted_sum_of_its_experts(build, normalized):
+    mixture = build(n_experts=5, n_active_experts=3, normalized_experts=normalized).model.layers[0].mlp
+    x_BTD = torch.randn(2, 4, mixture.router.weight.shape[1], dtype=torch.float64)
+    got_BTD = mixture(x_BTD)
+    for row, place in itertools.product(range(2), range(4)):
+        x_D = x_BTD[row, place]
+        shares = (mixture.router.weight @ x_D).softmax(0)
+        best = shares.argsort(descending=True)[:3].tolist()
+        total = sum(shares[e] for e in best) if normalized else 1
+        close(got_BTD[row, place], sum(shares[e] / total * mixture.experts[e](x_D) for e in best))
+
+
+def test_experts_without_tokens_have_a_gradient_in_training(build, ids):
+    """DistributedDataParallel waits for the gradient of every parameter."""
+    model = build(n_experts=8, n_active_experts=1).train()
+    model(ids(1, 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("cuts", [list(range(1, 11)), [4, 5, 6, 7, 8, 9, 10], [3, 7]])

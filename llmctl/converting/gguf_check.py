@@ -160,9 +160,16 @@ def check_config(out: Path, config: ModelConfig, back: ModelConfig, ids: Mapping
                 PER_LAYER[key](config, layer) == PER_LAYER[key](back, layer) for layer in range(config.n_layers)
             )
         else:
-            is_same = math.isclose(value, other, rel_tol=1e-6) if isinstance(value, float) else value == other
+            is_same = is_equal(value, other)
         if not is_same:
             raise failure(out, f"`{key}` is {other!r}, not {value!r}")
+
+
+def is_equal(value: Any, other: Any) -> bool:
+    """Tell whether two values of a field are the same, numbers as float32."""
+    if isinstance(value, tuple) and isinstance(other, tuple) and len(value) == len(other):
+        return all(is_equal(one, two) for one, two in zip(value, other, strict=True))
+    return math.isclose(value, other, rel_tol=1e-6) if isinstance(value, float) else bool(value == other)
 
 
 def check_weights(out: Path, meant: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> None:

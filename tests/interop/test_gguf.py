@@ -25,6 +25,22 @@ CASES = {
 SANDWICH = {"activation": "gelu_tanh", "norm_position": "both", "embedding_scale": 8.0, "n_layers": 6}
 MORE = {
     "llama-linear": {"rope_scaling": "linear", "rope_scaling_values": (4.0,)},
+    "llama-yarn": {"rope_scaling": "yarn", "rope_scaling_values": (4.0, 32.0, 1.0, 32.0, 1.138629436111989, 1.0)},
+    "mistral-window": {"attention_windows": (100,)},
+    "phi3": {"norm_eps": 1e-6},
+    "phi3-partial": {"rotary_dim": 8, "attention_windows": (100,)},
+    "phi3-long": {"rope_scaling": "longrope", "rope_scaling_values": (32.0, 1.19, *[1.1, 1.2] * 4, *[2.0, 3.0] * 4)},
+    "granite": {"attention_scale": 0.05, "embedding_scale": 12.0, "residual_scale": 0.22, "logits_scale": 0.125},
+    "olmo2": {"tie_embeddings": False} | {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width"},
+    "stablelm": {"norm": "layernorm", "rotary_dim": 4, "attention_bias": True, "attention_output_bias": "no"}
+    | {"tie_embeddings": False},
+    "starcoder2": {
+        "norm": "layernorm",
+        "gated": False,
+        "activation": "gelu_tanh",
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
     "llama-3": {"rope_theta": 5e5, "rope_scaling": "llama3", "rope_scaling_values": (32.0, 1.0, 4.0, 64.0)},
     "qwen2": {"attention_bias": True, "attention_output_bias": "no"},
     "gemma": {"activation": "gelu_tanh", "embedding_scale": 8.0, "head_dim": 32},

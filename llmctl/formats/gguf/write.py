@@ -4,7 +4,6 @@ The inverse of `gguf_model.py`; the container is written by the package `gguf`, 
 Nothing is believed of the result here: `converting/gguf_check.py` reads it back.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,18 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, MissingExtraError, UsageError
-from llmctl.formats.gguf.container import BLOCKS
-from llmctl.formats.gguf.model import (
+from llmctl.formats.gguf.architectures import (
     ARCHITECTURES,
     FACTORS,
+    LONG_FACTORS,
     NAMED,
     SCALING,
     SCALING_KEY,
+    SHORT_FACTORS,
     architecture_for,
-    n_paired_heads,
-    rope_factors,
-    tensor_names,
+    scaling_values,
 )
+from llmctl.formats.gguf.container import BLOCKS
+from llmctl.formats.gguf.model import n_paired_heads, rope_factors, rotated_width, stacked_shape, tensor_names
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.model.shapes import complete
 from llmctl.model.supports import describe, unsupported
@@ -131,26 +131,45 @@ def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> 
         "attention.head_count_kv": config.n_kv_heads,
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": rotated_width(config),
         "rope.freq_base": float(config.rope_theta),
     }
     row = architecture_for(config)
-    if config.rope_scaling == "linear":
-        sizes |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_scaling_values[0])}
-    elif config.rope_scaling == "llama3":
-        values[SCALING_KEY] = json.dumps(config.rope_scaling_values)
-    return values | {f"{row.name}.{key}": value for key, value in (sizes | dict(row.metadata(config))).items()}
+    is_rms = config.norm == "rmsnorm"
+    sizes["attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon"] = config.norm_eps
+    if row.drops_window and any(config.attention_windows):
+        sizes["attention.sliding_window"] = max(config.attention_windows)
+    scaling = scaling_values(config)
+    if SCALING_KEY in scaling:
+        values[SCALING_KEY] = scaling.pop(SCALING_KEY)
+    return values | {
+        f"{row.name}.{key}": value for key, value in (sizes | scaling | dict(row.metadata(config))).items()
+    }
+
+
+def dropped_window(config: ModelConfig) -> int:
+    """Return the attention window that llama.cpp does not have for this architecture; 0 if there is none."""
+    return max(config.attention_windows, default=0) if architecture_for(complete(config)).drops_window else 0
+
+
+def factor_tensors(config: ModelConfig) -> "dict[str, NDArray[np.float32]]":
+    """Return the tensors that divide rotary frequencies."""
+    import numpy as np
+
+    if config.rope_scaling == "longrope" and "longrope" in architecture_for(config).scalings:
+        divisors = np.array(config.rope_scaling_values[2:], dtype=np.float32)
+        return dict(zip((SHORT_FACTORS, LONG_FACTORS), np.split(divisors, 2), strict=True))
+    return {FACTORS: rope_factors(config)} if config.rope_scaling in ("llama3", "longrope") else {}
 
 
 def plan_blocks(config: ModelConfig, kind: str) -> dict[str, Planned]:
     """Return llama.cpp's name of every tensor -> its block; vectors stay in float32."""
     head = "token_embd.weight" if config.tie_embeddings else "output.weight"
     shapes, plan = parameter_shapes(config), {}
-    for there, name in tensor_names(config).items():
+    for there, names in tensor_names(config).items():
         wanted = TYPES[kind].head if there == head else TYPES[kind].block
-        wanted = wanted if len(shapes[name]) > 1 else "F32"
-        plan[there] = Planned(fitting_block(wanted, shapes[name]), wanted)
+        wanted = wanted if len(shapes[names[0]]) > 1 else "F32"
+        plan[there] = Planned(fitting_block(wanted, shapes[names[0]]), wanted)
     return plan
 
 
@@ -170,31 +189,37 @@ def write_gguf(
     model and tokenizer.
     Raises: MissingExtraError without the package `gguf`; ArtifactError for weights that are not finite or too large.
     """
+    import numpy as np
+
     gguf = gguf_module()
-    writer = gguf.GGUFWriter(path, architecture_for(config).name)
+    row = architecture_for(config)
+    writer = gguf.GGUFWriter(path, row.name)
     writer.add_custom_alignment(ALIGNMENT)
     for key, value in values.items():
         put(writer, key, value)
     names, plan, written = tensor_names(config), plan_blocks(config, kind), Written()
     shapes = parameter_shapes(config)
     try:
-        factors = rope_factors(config) if config.rope_scaling in ("llama3", "longrope") else None
-        if factors is not None:
-            declare(writer, FACTORS, factors.shape, gguf.GGMLQuantizationType.F32, gguf.GGML_QUANT_SIZES)
+        factors = factor_tensors(config)
+        for there, tensor in factors.items():
+            declare(writer, there, tensor.shape, gguf.GGMLQuantizationType.F32, gguf.GGML_QUANT_SIZES)
         for there, (block, _) in plan.items():
-            declare(writer, there, shapes[names[there]], gguf.GGMLQuantizationType[block], gguf.GGML_QUANT_SIZES)
+            shape = stacked_shape(names[there], shapes)
+            declare(writer, there, shape, gguf.GGMLQuantizationType[block], gguf.GGML_QUANT_SIZES)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
+        for tensor in factors.values():
+            writer.write_tensor_data(tensor)
         for there, planned in plan.items():
-            name = names[there]
-            stored, meant = checked(name, state[name].detach().float().contiguous(), planned.block)
-            n_heads = n_paired_heads(config, name)
-            writer.write_tensor_data(paired(stored, n_heads) if n_heads else stored)
-            written.meant[name], written.blocks[name] = meant, planned
-            written.n_bytes += stored.nbytes
+            parts = []
+            for name in names[there]:
+                stored, meant = checked(name, state[name].detach().float().contiguous(), planned.block)
+                n_heads = n_paired_heads(config, row, name)
+                parts.append(paired(stored, n_heads) if n_heads else stored)
+                written.meant[name], written.blocks[name] = meant, planned
+                written.n_bytes += stored.nbytes
+            writer.write_tensor_data(parts[0] if len(parts) == 1 else np.concatenate(parts))
     finally:
         writer.close()
     return written

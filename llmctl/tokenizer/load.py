@@ -9,15 +9,12 @@ from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.files import json_of, parse_json, read_own, recognized
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.published_sentencepiece import (
-    MODEL_FILES,
-    SOURCE,
-    TARGET,
-    additional_tokens,
     from_sentencepiece,
     is_published,
     with_class,
 )
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from llmctl.tokenizer.sentencepiece_classes import MODEL_FILES, SOURCE, TARGET, additional_tokens
 
 KNOWN_FILES = (
     MODEL_FILE,
@@ -69,7 +66,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = find_tokenizer(with_class(files, config_beside(path)))
     except ArtifactError as error:
-        raise ArtifactError(f"the tokenizer in `{path}` is damaged: {error}", error.hint) from error
+        raise ArtifactError(f"the tokenizer in `{path}` cannot be read: {error}", error.hint) from error
     if tokenizer is None:
         raise UsageError(f"`{path}` contains no tokenizer of a known kind", KNOWN_KINDS)
     return tokenizer

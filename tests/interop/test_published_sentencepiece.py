@@ -12,7 +12,7 @@ import torch
 from llmctl.cli import run
 from llmctl.tokenizer.languages import M2M, NLLB
 from llmctl.tokenizer.load import load_tokenizer
-from llmctl.tokenizer.published_sentencepiece import CLASSES
+from llmctl.tokenizer.sentencepiece_classes import CLASSES
 from tests.support.spm import folder_files, sentences
 from tests.support.tuning import SMALL
 

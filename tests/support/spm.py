@@ -7,7 +7,7 @@ from typing import Any
 
 import sentencepiece
 
-from llmctl.tokenizer.published_sentencepiece import CLASSES
+from llmctl.tokenizer.sentencepiece_classes import CLASSES
 
 
 def published(texts: Iterable[str], vocab_size: int, **options: Any) -> bytes:

@@ -10,7 +10,8 @@ import sentencepiece
 from llmctl.errors import ArtifactError
 from llmctl.tokenizer.base import Frame
 from llmctl.tokenizer.load import find_tokenizer, load_tokenizer
-from llmctl.tokenizer.published_sentencepiece import CLASSES, SPIECE, PublishedPieces, from_sentencepiece, with_class
+from llmctl.tokenizer.published_sentencepiece import PublishedPieces, from_sentencepiece, with_class
+from llmctl.tokenizer.sentencepiece_classes import CLASSES, SPIECE
 from tests.support.bpe import byte_level
 from tests.support.spm import folder_files, sentences, trained
 
@@ -255,6 +256,12 @@ def test_a_damaged_model_is_refused_by_its_name():
     for key, value in {"extra_ids": "many", "extra_ids ": -1, "extra_ids  ": 10**9}.items():
         with pytest.raises(ArtifactError, match="extra_ids"):
             from_sentencepiece(folder_files("T5", **{key.strip(): value}))
+
+
+@pytest.mark.parametrize("value", [3, ["a"], "x", True], ids=str)
+def test_a_damaged_list_of_added_tokens_is_refused(value):
+    with pytest.raises(ArtifactError, match="`added_tokens_decoder`"):
+        find_tokenizer(folder_files("T5", added_tokens_decoder=value))
 
 
 def test_a_tokenizer_json_is_preferred():

@@ -9,7 +9,9 @@ import pytest
 import sentencepiece
 import torch
 
+from llmctl.artifacts.load import load_model
 from llmctl.cli import run
+from llmctl.inference.encoding import encode_prompt, encode_target
 from llmctl.tokenizer.languages import M2M, NLLB
 from llmctl.tokenizer.load import load_tokenizer
 from llmctl.tokenizer.sentencepiece_classes import CLASSES
@@ -189,6 +191,13 @@ def test_opus_mt_generates_what_transformers_does(opus, tmp_path, capsys):
         out = generated(["-m", imported, "--ids", given], capsys).split()
         new = [i for i in ids.tolist()[1:] if i != model.config.eos_token_id]
         assert [int(word) for word in out][-len(new) :] == new
+
+
+def test_sources_and_targets_of_opus_mt_are_those_of_transformers(opus):
+    loaded, tokenizer = load_model(opus, device="cpu"), transformers.MarianTokenizer.from_pretrained(opus)
+    for text in sentences():
+        assert encode_prompt(loaded, text) == tokenizer(text).input_ids
+        assert [*encode_target(loaded, text), tokenizer.eos_token_id] == tokenizer(text_target=text).input_ids
 
 
 def test_opus_mt_is_trained_and_distilled_from_its_own_files(opus, tmp_path, monkeypatch, capsys):

@@ -42,6 +42,7 @@ from llmctl.formats.sentence_encoder import SENTENCE_FILES
 from llmctl.formats.stored_head import with_stored_head
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import Scheme
+from llmctl.tokenizer.published_sentencepiece import with_class
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
     "source.spm",
     "target.spm",
     "tokenizer.json",
@@ -163,7 +165,8 @@ def read_artifact(path: Path) -> Artifact:
     # Shards have no common header: only a single file contains the configuration.
     metadata = next(iter(headers.values())).metadata if len(headers) == 1 else {}
     hf, where = read_hf(metadata, folder, path)
-    files = read_files(metadata, folder, path)
+    # What is written from here on has another config.json, which may not tell the class of the tokenizer any more.
+    files = with_class(read_files(metadata, folder, path), hf)
     family = family_of(hf, where)
     stored = {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
     canonical = family.canonical(stored)

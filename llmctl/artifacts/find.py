@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
-from llmctl.files import contents, download_hint, parse_json
-from llmctl.runs.folder import runs_folder
+from llmctl.files import contents, download_hint
+from llmctl.runs.folder import read_record, run_paths, runs_folder
 from llmctl.tables.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -144,15 +144,9 @@ def is_model(folder: Path) -> bool:
 
 
 def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
-    """Return the finished runs with their records, newest first."""
-    runs = []
-    for path in runs_folder().glob("[0-9][0-9][0-9][0-9]-*"):
-        try:
-            record = parse_json((path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict) and record.get("status") == "finished" and is_model(path):
-            runs.append((path, record))
+    """Return the finished runs with their records, newest first: those that `llmctl runs` lists."""
+    records = ((path, read_record(path)) for path in run_paths())
+    runs = [(path, record) for path, record in records if record.get("status") == "finished" and is_model(path)]
     return sorted(runs, key=lambda run: (moment(run[1].get("finished")), run[0].name), reverse=True)
 
 

@@ -162,7 +162,13 @@ def test_no_import_cycles():
 
 @pytest.mark.parametrize(
     ("package", "folders"),
-    [("typer", {"cli", "commands"}), ("accelerate", {"distributed"}), ("transformers", set()), ("pickle", set())],
+    [
+        ("typer", {"cli", "commands"}),
+        ("accelerate", {"distributed"}),
+        ("huggingface_hub", {"artifacts"}),
+        ("transformers", set()),
+        ("pickle", set()),
+    ],
 )
 def test_packages_stay_in_their_folders(package: str, folders: set[str]):
     users = {module_of(path) for path in SOURCES if any(name.split(".")[0] == package for name in imports_of(path))}
@@ -190,7 +196,7 @@ def test_help_loads_neither_torch_nor_rich(arguments: list[str]):
     code = (
         "import sys; from llmctl.__main__ import main; sys.argv = ['llmctl', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'accelerate', 'transformers', 'sentencepiece', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'accelerate', 'huggingface_hub', 'transformers', 'sentencepiece', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)

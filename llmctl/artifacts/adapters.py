@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.find import Ability, find_named, require_family
-from llmctl.artifacts.hub import in_cache
+from llmctl.artifacts.hub import in_cache, shown
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import (
     adapt,
@@ -44,7 +44,7 @@ def named_adapter(name: str) -> tuple[Adapter, float]:
     path = find_named(target, "any")
     path = path.parent if path.name == ADAPTER_WEIGHTS else path
     if not is_adapter(path):
-        raise UsageError(f"`{path}` is not an adapter folder", f"to use it as a model, pass -m {path}")
+        raise UsageError(f"`{shown(path)}` is not an adapter folder", f"to use it as a model, pass -m {target}")
     return read_adapter(path), weight
 
 

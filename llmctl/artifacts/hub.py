@@ -392,7 +392,9 @@ def reported(reference: Reference, file: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno is not None or not file:
             raise
-        raise damaged(reference, file, reason_of(error)) from error
+        sizes = re.search(r"of size (\d+) but has size (\d+)", str(error))
+        what = f"it has {int(sizes[2]):,} bytes instead of {int(sizes[1]):,}" if sizes else reason_of(error)
+        raise damaged(reference, file, what) from error
 
 
 def as_ours(error: Exception, reference: Reference, file: str) -> LlmctlError:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from llmctl.artifacts.hub import named
 from llmctl.artifacts.load import Loaded
 from llmctl.artifacts.with_adapters import identity_of, read_model
 from llmctl.config import TaughtConfig
@@ -28,7 +27,7 @@ def prepare_taught(
     if config.loss.name == "seq":
         config = write_texts(config, teachers.original(), folder / "written", say)
     corpus = prepare_task(config, base, folder, say)
-    corpus.provenance["teacher"] = {"path": named(config.model), "sha256": identity_of(teachers.artifact)}
+    corpus.provenance["teacher"] = {"path": config.model, "sha256": identity_of(teachers.artifact)}
     return corpus
 
 

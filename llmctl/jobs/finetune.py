@@ -81,7 +81,7 @@ def prepare(session: Session, config: FinetuneConfig, folder: Path) -> Corpus:
         )
         give_back_memory()
     corpus.provenance["base"] = {
-        "path": named(config.model),
+        "path": config.model,
         "sha256": base_sha256(session, config, base, made),
         **made,
     }

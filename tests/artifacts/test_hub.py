@@ -163,7 +163,7 @@ def test_shards_are_downloaded_by_their_index(hub: Hub, repository, models, tmp_
     ("fault", "code", "what"),
     [
         ("cut", 3, "the connection was lost"),
-        ("short", 4, "arrived damaged"),
+        ("short", 4, "arrived damaged: it has "),
         ("long", 4, "arrived damaged"),
         ("other", 4, "its SHA-256 is not the listed one"),
         ("500", 3, "the server answers 500"),
@@ -292,6 +292,27 @@ def test_without_a_network(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+def test_a_tokenizer_that_another_program_left_out_is_fetched(hub: Hub, repository, tmp_path):
+    assert inspect(tmp_path, url=hub.url).code == 0
+    for file in (tmp_path / "hf").rglob("snapshots/*/tokenizer*"):
+        file.unlink()
+    assert inspect(tmp_path).code == 0  # what is there has to do
+    assert not list((tmp_path / "hf").rglob("snapshots/*/tokenizer*"))
+    assert inspect(tmp_path, url=hub.url).code == 0
+    assert cached(tmp_path, "tokenizer.json") == repository.revisions["main"]["tokenizer.json"]
+
+
+def test_a_cached_file_that_was_damaged_is_reloaded(hub: Hub, repository, tmp_path):
+    """Where a part is missing, all of the model is verified: what a full disk or a crash left behind, too."""
+    assert inspect(tmp_path, url=hub.url).code == 0
+    (weights,) = (tmp_path / "hf").rglob(f"snapshots/*/{WEIGHTS}")
+    weights.resolve().write_bytes(weights.read_bytes()[:-10])
+    (weights.parent / "config.json").unlink()
+    assert f"`{WEIGHTS}` of `{NAME}` arrived damaged" in error(inspect(tmp_path, url=hub.url), 4)
+    assert inspect(tmp_path, url=hub.url).code == 0
+    assert cached(tmp_path, WEIGHTS) == repository.revisions["main"][WEIGHTS]
+
+
 def test_a_name_below_a_folder_is_a_path(hub: Hub, tmp_path):
     (tmp_path / "org").mkdir()
     assert "model `org/tiny` does not exist" in error(inspect(tmp_path, url=hub.url), 3)
@@ -312,6 +333,7 @@ def test_an_adapter_and_its_base_are_downloaded(hub: Hub, tmp_path):
     written = json.loads((run / "adapter_config.json").read_text())
     assert (written["base_model_name_or_path"], written["revision"]) == (NAME, COMMIT)
     assert json.loads((run / "run.json").read_text())["summary"]["base"] == f"{NAME}@{COMMIT}"
+    assert f"{NAME}@{COMMIT}" in (run / "README.md").read_text()
     # What is published is only the adapter.
     published = {name: (run / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
     hub.repositories["org/adapter"] = Repository({"main": published})

@@ -166,7 +166,8 @@ def test_shards_are_downloaded_by_their_index(hub: Hub, repository, models, tmp_
         ("short", 4, "arrived damaged: it has "),
         ("long", 4, "arrived damaged"),
         ("other", 4, "its SHA-256 is not the listed one"),
-        ("500", 3, "the server answers 500"),
+        ("500", 3, "answers 500"),
+        ("outside", 3, "its hash is not one"),
     ],
 )
 def test_a_damaged_download_leaves_nothing(fault, code, what, hub: Hub, repository, models, tmp_path):
@@ -175,6 +176,7 @@ def test_a_damaged_download_leaves_nothing(fault, code, what, hub: Hub, reposito
     assert f"`{WEIGHTS}` of `{NAME}`" in said
     assert what in said
     assert said.count("\n") == 3  # error, empty line, hint
+    assert not list(tmp_path.parent.rglob("evil*"))
     assert not any(name.endswith(".incomplete") or len(name) == 64 for name in blobs(tmp_path))
     error(inspect(tmp_path), 3)
     repository.answers.clear()

@@ -20,8 +20,8 @@ class Repository:
     """A repository with one commit per revision. gated, private: nothing is given without the token `secret`.
 
     answers: per file `cut` (the connection is closed in the middle; `cut once`), `short`, `long`, `other` (content of
-    the same size), `500`, `stall` (nothing after the middle until `Hub.going_on`), or `moved` (a redirect to another
-    host); listed: names that only the list has.
+    the same size), `500`, `stall` (nothing after the middle until `Hub.going_on`), `moved` (a redirect to another
+    host), or `outside` (a hash that is a path); listed: names that only the list has.
     """
 
     revisions: dict[str, dict[str, bytes]]
@@ -143,9 +143,10 @@ def serving(repositories: dict[str, Repository]) -> Iterator[Hub]:
                 size = len(data) if self.command == "HEAD" else len(sent) - start
                 self.send_header("Content-Length", str(size))
             self.send_header("X-Repo-Commit", repository.commit(revision))
-            self.send_header("ETag", f'"{etag(name, data)}"')
+            tag = "../../../../../evil" if fault == "outside" else etag(name, data)
+            self.send_header("ETag", f'"{tag}"')
             if name.endswith(LARGE):
-                self.send_header("X-Linked-ETag", f'"{etag(name, data)}"')
+                self.send_header("X-Linked-ETag", f'"{tag}"')
                 self.send_header("X-Linked-Size", str(len(data)))
             self.end_headers()
             if self.command == "GET" and not (fault == "moved" and self.headers["Host"].startswith("127.0.0.1")):

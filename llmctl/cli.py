@@ -150,6 +150,8 @@ def dispatch(args: list[str], started: float | None = None) -> int:
     from typer.main import get_command
 
     refuse_empty_output(rest)
+    if {"-q", "--quiet"} & set(rest):  # downloads may begin anywhere that a model is named
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         status = get_command(module.app).main(rest, prog_name=f"llmctl {name}", standalone_mode=False, obj=started)
     except SystemExit as stop:  # Click's own answer to a closed pipe is exit code 1

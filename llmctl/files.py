@@ -264,15 +264,8 @@ def contents(folder: Path) -> str:
 
 
 def download_hint(name: str) -> str:
-    """Return how to fetch what a URL or a repository of the Hugging Face Hub (`owner/name`) names; empty for a path."""
-    if re.match(r"https?://", name):
-        repository = re.match(r"https?://huggingface\.co/(?!datasets/)([\w.-]+/[\w.-]+)/?$", name)
-        name = repository[1] if repository else name
-        if not repository:
-            return f"nothing is downloaded here; fetch it first: curl -LO {name}"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.exists():
-        return f"nothing is downloaded here; fetch it first: hf download {name} --local-dir {Path(name).name}"
-    return ""
+    """Return how to fetch the file that a URL names; empty for a path."""
+    return f"it is not downloaded from here; fetch it first: curl -LO {name}" if re.match(r"https?://", name) else ""
 
 
 KINDS = (

@@ -9,6 +9,10 @@ import pytest
 
 from tests.support.models import make_loaded, text_tokenizer  # noqa: F401
 
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read when huggingface_hub is imported: a mistyped name must not lead into the network
+)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -165,6 +165,7 @@ def test_no_import_cycles():
     [
         ("typer", {"cli", "commands"}),
         ("accelerate", {"distributed"}),
+        ("huggingface_hub", {"artifacts"}),
         ("transformers", {"formats", "artifacts"}),
         ("pickle", set()),
     ],
@@ -195,7 +196,7 @@ def test_help_loads_neither_torch_nor_rich(arguments: list[str]):
     code = (
         "import sys; from llmctl.__main__ import main; sys.argv = ['llmctl', *sys.argv[1:]]\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'accelerate', 'transformers', 'sentencepiece', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'accelerate', 'huggingface_hub', 'transformers', 'sentencepiece', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)

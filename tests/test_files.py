@@ -219,8 +219,6 @@ def test_files_are_recognized_by_their_first_bytes(head, part):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("HuggingFaceTB/SmolLM2-135M", "hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M"),
-        ("https://huggingface.co/org/model/", "hf download org/model --local-dir model"),
         ("https://example.org/a.safetensors", "curl -LO https://example.org/a.safetensors"),
         ("runs/7", ""),
         ("/tmp/x/y", ""),

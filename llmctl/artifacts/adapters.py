@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.find import Ability, find_named, require_family
+from llmctl.artifacts.hub import in_cache, shown
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import (
     adapt,
@@ -43,7 +44,7 @@ def named_adapter(name: str) -> tuple[Adapter, float]:
     path = find_named(target, "any")
     path = path.parent if path.name == ADAPTER_WEIGHTS else path
     if not is_adapter(path):
-        raise UsageError(f"`{path}` is not an adapter folder", f"to use it as a model, pass -m {path}")
+        raise UsageError(f"`{shown(path)}` is not an adapter folder", f"to use it as a model, pass -m {target}")
     return read_adapter(path), weight
 
 
@@ -153,6 +154,7 @@ def save_adapter(
     modules = adapter_modules(model)
     assert modules, "the model has no adapters"
     first = next(iter(modules.values()))
+    published = in_cache(base.path)
     parts = {
         name: LowRank(
             layer.alpha,
@@ -168,7 +170,8 @@ def save_adapter(
         parts,
         {name: tensor for name, tensor in adapter_state(model).items() if name.rpartition(".")[0] not in modules},
         weights=model.state_dict(),
-        base=name_for(base.path, out),
+        base=name_for(base.path, out) if published is None else published.repository,
+        revision=None if published is None else published.revision,
         base_sha256=identity_of(base),
         provenance=provenance,
         dropout=first.dropout,

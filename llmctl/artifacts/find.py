@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
-from llmctl.files import contents, download_hint, parse_json
-from llmctl.runs.folder import runs_folder
+from llmctl.files import contents, download_hint
+from llmctl.runs.folder import read_record, run_paths, runs_folder
 from llmctl.tables.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def default_file() -> Path:
 def resolve_model(name: str | None, *, able: Ability) -> Found:
     """Resolve the model to use: `name` > LLMCTL_MODEL > this directory > the newest finished run > `llmctl use`.
 
-    A name is a file, a folder, a run's number or prefix (with or without `runs/`), or `latest`. Only the search among runs checks `able`.
+    A name is a file, a folder, a run's number or prefix (with or without `runs/`), `latest`, or `org/name` of the
+    Hugging Face Hub, which is downloaded. Only the search among runs checks `able`.
     Raises: NotFoundError if there is no model; UsageError for an empty name.
     """
     if name is not None:
@@ -70,7 +71,7 @@ def resolve_model(name: str | None, *, able: Ability) -> Found:
         try:
             return Found(find_named(variable, able), "LLMCTL_MODEL")
         except NotFoundError as error:
-            raise NotFoundError(f"{error}, which LLMCTL_MODEL names", error.hint) from None
+            raise NotFoundError(f"LLMCTL_MODEL: {error}", error.hint) from None
     if any(Path(weights).is_file() for weights in WEIGHTS):
         return Found(Path(), "in this directory")
     newest = newest_run(able)
@@ -114,7 +115,11 @@ def find_named(name: str, able: Ability) -> Path:
     if matches:
         names = ", ".join(f"`{run.name}`" for run in matches[:5])
         raise UsageError(f"`{name}` matches more than one run: {names}", "give a longer prefix")
-    hint = download_hint(name) or "pass a model folder, a .safetensors file, or a run in runs/"
+    from llmctl.artifacts import hub
+
+    if path.parent != folder and (reference := hub.parse(name)) is not None:
+        return hub.find(reference)
+    hint = download_hint(name) or "pass a model folder, a .safetensors file, a run in runs/, or org/name of the Hub"
     raise NotFoundError(f"model `{name}` does not exist", hint)
 
 
@@ -144,15 +149,9 @@ def is_model(folder: Path) -> bool:
 
 
 def finished_runs() -> list[tuple[Path, dict[str, Any]]]:
-    """Return the finished runs with their records, newest first."""
-    runs = []
-    for path in runs_folder().glob("[0-9][0-9][0-9][0-9]-*"):
-        try:
-            record = parse_json((path / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(record, dict) and record.get("status") == "finished" and is_model(path):
-            runs.append((path, record))
+    """Return the finished runs with their records, newest first: those that `llmctl runs` lists."""
+    records = ((path, read_record(path)) for path in run_paths())
+    runs = [(path, record) for path, record in records if record.get("status") == "finished" and is_model(path)]
     return sorted(runs, key=lambda run: (moment(run[1].get("finished")), run[0].name), reverse=True)
 
 
@@ -197,7 +196,9 @@ def announce(found: Found) -> str:
     record = found.path / "run.json"
     if record.is_file():
         facts.append(ago(time.time() - record.stat().st_mtime))
-    shown = found.path.resolve() if found.path == Path() else found.path
+    from llmctl.artifacts import hub
+
+    shown = found.path.resolve() if found.path == Path() else hub.shown(found.path)
     return f"model: {shown} ({', '.join(fact for fact in facts if fact)})"
 
 

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmctl.artifacts import hub
 from llmctl.artifacts.find import refuse_data
 from llmctl.errors import ArtifactError, NotFoundError, UnsupportedModelError, UsageError
 from llmctl.formats.adapter import (
@@ -92,9 +93,9 @@ def read_chain(path: Path, above: tuple[Path, ...]) -> Artifact:
 
 
 def find_base(adapter: Adapter) -> Path:
-    """Find an adapter's base, whose path may be relative to the adapter's folder or the working directory.
+    """Find an adapter's base: its path may be relative to the adapter's folder or the working directory, or be `org/name`.
 
-    Raises: NotFoundError naming the missing base.
+    Raises: NotFoundError naming the missing base, and what `hub.find` raises.
     """
     hint = f"pass the base: -m BASE --adapter {adapter.path}"
     if not adapter.base:
@@ -105,6 +106,14 @@ def find_base(adapter: Adapter) -> Path:
         if candidate.exists():
             resolved = candidate.resolve()
             return resolved.relative_to(cwd) if resolved.is_relative_to(cwd) else resolved
+    # Ours name the revision of a base on the Hub: without one it was a folder, which no stranger's model may replace.
+    may_be_published = bool(adapter.revision) or not adapter.base_sha256
+    reference = hub.parse(f"{adapter.base}@{adapter.revision or 'main'}") if may_be_published else None
+    if reference is not None:
+        try:
+            return hub.find(reference)
+        except NotFoundError as error:
+            raise NotFoundError(f"the base of the adapter `{adapter.path}`: {error}", error.hint) from None
     raise NotFoundError(f"`{adapter.base}`, the base of the adapter `{adapter.path}`, does not exist", hint)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmctl.artifacts.hub import shown
 from llmctl.artifacts.load import load_model
 from llmctl.benchmarking.decoding_loss import StepLoss, read_rows, rows_of, step_loss
 from llmctl.errors import LlmctlError, UsageError
@@ -96,7 +97,7 @@ def load_subject(path: Path, dtype: str, kv: str = "float", data: str = "") -> S
     """Load a model and prepare it for decoding; with `data`, also measure the loss of token-by-token decoding."""
     before = resident_bytes()
     loaded = load_model(path, device="cpu", dtype=dtype, able="generate", packed=True)
-    subject = ready(str(path), loaded.model, kv, before)
+    subject = ready(shown(path), loaded.model, kv, before)
     if data:
         ids_BT = rows_of(loaded, data)
         reference = read_rows(load_model(path, device="cpu", dtype="float32").model, ids_BT)

@@ -6,7 +6,7 @@ import typer
 
 from llmctl.commands.common import SameModel, command_app, one_name
 from llmctl.commands.grouped_help import settings_of
-from llmctl.commands.model_argument import needs_model, with_model
+from llmctl.commands.model_argument import needs_model, with_model, with_other_models
 from llmctl.commands.options import Options, help_of, with_options
 from llmctl.commands.training import run_training
 from llmctl.config import DistillConfig
@@ -75,5 +75,5 @@ def distill(
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(DistillConfig, flags)
     if needs_model(options, model, resolved.config):
-        resolved = with_model(resolved, model, quiet=options.quiet)
+        resolved = with_other_models(with_model(resolved, model, quiet=options.quiet))
     return run_training("distill", resolved, options)

@@ -13,7 +13,9 @@ app = command_app()
 
 @app.command()
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Hugging Face folder, X.gguf or X.safetensors.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Hugging Face folder, X.gguf, X.safetensors, or org/name of the Hub.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or X.safetensors for a single file.")],
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = "",
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
@@ -27,11 +29,14 @@ def import_(
       llmctl import stories260K-q8_0.gguf -o models/stories
 
       llmctl import ./bert-base-uncased -o bert.safetensors --dtype bfloat16
+
+      llmctl import HuggingFaceTB/SmolLM2-135M -o models/smol
     """
+    from llmctl.artifacts.find import find_named
     from llmctl.converting.convert import import_model
     from llmctl.formats.describe import describe
 
-    path = import_model(source, out, dtype=dtype, force=force)
+    path = import_model(find_named(source, "any"), out, dtype=dtype, force=force)
     record = describe(path)
     note(
         f"{record['architecture']}, {record['parameters']:,} parameters; next: llmctl inspect {shlex.quote(str(path))}",

@@ -8,6 +8,7 @@ from llmctl.commands.common import find_model, note
 from llmctl.commands.options import Options
 
 if TYPE_CHECKING:
+    from llmctl.config import DistillConfig, PretrainConfig
     from llmctl.recipe import Resolved
 
 
@@ -19,14 +20,29 @@ def needs_model(options: Options, model: str | None, config: Any) -> bool:
 
 def with_model(resolved: "Resolved[Any]", model: str | None, *, quiet: bool) -> "Resolved[Any]":
     """Return the config with the model resolved: the argument, the recipe's, or the default model."""
+    from llmctl.artifacts.hub import shown
     from llmctl.recipe import Resolved
 
     name = model or resolved.config.model or None
     path = find_model(name, "any", quiet=quiet or name is not None)
     if name is not None and str(path) != name:
-        note(f"model: {path}", quiet=quiet)
+        note(f"model: {shown(path)}", quiet=quiet)
     origins = resolved.origins | ({"model": "flag"} if model else {})
     return Resolved(replace(resolved.config, model=str(path)), origins)
+
+
+def with_other_models(resolved: "Resolved[DistillConfig]") -> "Resolved[DistillConfig]":
+    """Return the config of a distillation with further teachers, and a student that is a model, resolved."""
+    from llmctl.artifacts import hub
+    from llmctl.artifacts.find import find_named
+    from llmctl.recipe import Resolved
+
+    config = resolved.config
+    more = tuple(str(find_named(name, "any")) for name in config.teacher.more)
+    shape = config.student.shape
+    shape = str(find_named(shape, "any")) if hub.parse(shape) is not None else shape
+    config = replace(config, teacher=replace(config.teacher, more=more), student=replace(config.student, shape=shape))
+    return Resolved(config, resolved.origins)
 
 
 def settled(command: str, resolved: "Resolved[Any]") -> "Resolved[Any]":
@@ -44,9 +60,19 @@ def settled(command: str, resolved: "Resolved[Any]") -> "Resolved[Any]":
     return Resolved(resolved.config, {**resolved.origins, **chosen})
 
 
+def with_preset(resolved: "Resolved[PretrainConfig]") -> "Resolved[PretrainConfig]":
+    """Return the config of a pretraining run with a model in the place of the preset resolved."""
+    from llmctl.recipe import Resolved
+
+    model = resolved.config.model
+    model = replace(model, preset=preset_or_model(model.preset))
+    return Resolved(replace(resolved.config, model=model), resolved.origins)
+
+
 def preset_or_model(name: str) -> str:
     """Return a preset's name as it is, and the path of a model that is named as in other commands: `latest`, a run's number."""
     from llmctl.artifacts.find import find_named
+    from llmctl.artifacts.hub import parse
     from llmctl.errors import NotFoundError
     from llmctl.model.presets import ALIASES, PRESETS
 
@@ -55,6 +81,6 @@ def preset_or_model(name: str) -> str:
     try:
         return str(find_named(name, "any"))
     except NotFoundError:
-        if name == "latest" or Path(name).name.isdecimal():
+        if name == "latest" or Path(name).name.isdecimal() or parse(name) is not None:
             raise
         return name  # a misspelled preset: the closest one is suggested

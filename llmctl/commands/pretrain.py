@@ -6,7 +6,7 @@ import typer
 
 from llmctl.commands.common import command_app, result, result_json
 from llmctl.commands.grouped_help import settings_of
-from llmctl.commands.model_argument import preset_or_model
+from llmctl.commands.model_argument import with_preset
 from llmctl.commands.options import Options, help_of, with_options
 from llmctl.commands.training import run_training
 from llmctl.config import PretrainConfig
@@ -63,9 +63,8 @@ def pretrain(
       llmctl pretrain --model gpt3-175b --dry-run
     """
     is_kind = tokenizer in ("char", "unigram", "bpe")
-    model = None if model is None else preset_or_model(model)
     flags = settings_of(SETTINGS, locals()) | {"tokenizer.model_type" if is_kind else "tokenizer.path": tokenizer}
-    resolved = options.resolve(PretrainConfig, flags)
+    resolved = with_preset(options.resolve(PretrainConfig, flags))
     if dry_run and not options.print_config:
         from llmctl.jobs.dry_run import dry_run as plan
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig
-from llmctl.errors import UsageError
+from llmctl.errors import LlmctlError, UsageError
 from llmctl.files import file_sha256, parse_json
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
@@ -19,6 +19,8 @@ from llmctl.formats.generation_settings import listed_ids, with_end_ids
 from llmctl.formats.quantization import PARTS, Schemes
 from llmctl.quant.schemes import SCALE_BITS
 from llmctl.tables.dtypes import full_name
+from llmctl.tokenizer.load import find_tokenizer
+from llmctl.tokenizer.published_sentencepiece import is_published
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +51,7 @@ def import_model(source: Path, out: Path, *, dtype: str = "", force: bool = Fals
         origin, earlier, schemes = origin_of(artifact), artifact.provenance, artifact.schemes
     config = with_mask_id(config, files)
     warn_of_numbers(state, source)
+    warn_of_tokenizer(files, source)
     provenance = {**earlier, "imported": origin}
     state = cast(state, dtype)
     return write_artifact(out, config, state, files=files, provenance=provenance, schemes=schemes, force=force)
@@ -116,6 +119,16 @@ def warn_of_numbers(state: Mapping[str, "Tensor"], source: Path) -> None:
             log.warning("%s of the %s weights of `%s` in `%s` are not finite", n_wrong, tensor.numel(), name, source)
 
 
+def warn_of_tokenizer(files: Mapping[str, bytes], source: Path) -> None:
+    """Log that a model has no tokenizer that can be read: it will take only token ids."""
+    try:
+        if find_tokenizer(files) is None:
+            listed = ", ".join(f"`{name}`" for name in sorted(files)) or "there are none"
+            log.warning("no tokenizer among the files of `%s` (%s): the model takes only `--ids`", source, listed)
+    except LlmctlError as error:
+        log.warning("the tokenizer of `%s` cannot be read: %s; %s", source, error, error.hint)
+
+
 def cast(state: dict[str, "Tensor"], dtype: str) -> dict[str, "Tensor"]:
     """Convert a state to a dtype by name; an empty name and packed tensors change nothing."""
     if not dtype:
@@ -135,12 +148,14 @@ def with_mask_id(config: ModelConfig, files: Mapping[str, bytes]) -> ModelConfig
 
 
 def special_ids(files: Mapping[str, bytes]) -> dict[str, int]:
-    """Return token -> id of the added tokens in tokenizer.json, or of all lines of vocab.txt."""
+    """Return token -> id of the added tokens in tokenizer.json, of all lines of vocab.txt, or of a sentencepiece model."""
     if "vocab.txt" in files:
         lines = files["vocab.txt"].decode(errors="replace").splitlines()
         return {line: index for index, line in enumerate(lines)}
     try:
+        if is_published(files) and (tokenizer := find_tokenizer(files)):
+            return {token: special.token_id for token, special in tokenizer.special_tokens().items()}
         added = parse_json(files.get("tokenizer.json", b"{}")).get("added_tokens", [])
         return {str(token["content"]): int(token["id"]) for token in added}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (LlmctlError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -21,13 +21,17 @@ Batch = dict[str, Ints]
 
 @dataclass(frozen=True)
 class Ids:
-    """The special token ids that builders insert; `special` (V,) marks all special tokens."""
+    """The special token ids that builders insert; `special` (V,) marks all special tokens.
+
+    source_end: what ends the sources of an encoder-decoder if it is more than end-of-text, as mBART's language.
+    """
 
     pad: int
     eos: int
     decoder_start: int
     special: NDArray[np.bool_]
     sentinels: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    source_end: tuple[int, ...] = ()
 
 
 def stack(rows: Sequence[Ints], fill: int) -> Ints:
@@ -134,8 +138,9 @@ class PairBatches:
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the pairs with these numbers."""
         limit = self.max_tokens - 1  # one position is for the end-of-text token
+        source_limit = self.max_tokens - max(len(self.ids.source_end), 1)
         pairs = [self.rows.row(number) for number in numbers]
-        return encoder_decoder_batch([[(source[:limit], target[:limit])] for source, target in pairs], self.ids)
+        return encoder_decoder_batch([[(source[:source_limit], target[:limit])] for source, target in pairs], self.ids)
 
 
 class AnswerBatches:
@@ -215,9 +220,10 @@ def encoder_decoder_batch(rows: Sequence[Sequence[tuple[Ints, Ints]]], ids: Ids)
     one, starting with the decoder's start token.
     """
     eos, start = np.array([ids.eos]), np.array([ids.decoder_start])
+    source_end = np.array(ids.source_end) if ids.source_end else eos
     sources, targets, inputs, source_documents, target_documents = [], [], [], [], []
     for pairs in rows:
-        ended = [(np.concatenate([source, eos]), np.concatenate([target, eos])) for source, target in pairs]
+        ended = [(np.concatenate([source, source_end]), np.concatenate([target, eos])) for source, target in pairs]
         sources.append(join([source for source, _ in ended]))
         targets.append(join([target for _, target in ended]))
         inputs.append(join([np.concatenate([start, target[:-1]]) for _, target in ended]))

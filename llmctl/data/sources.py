@@ -7,6 +7,8 @@ spaces are kept; only a leading byte-order mark is dropped.
 import glob
 import hashlib
 import os
+import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -128,8 +130,18 @@ def _glob_files(pattern: str) -> list[str]:
     path = Path(pattern)
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = closest(path.name, siblings)
-    hint = f"did you mean `{path.parent / close}`?" if close else download_hint(pattern) or "check the path"
+    hint = f"did you mean `{path.parent / close}`?" if close else fetching(pattern) or "check the path"
     raise NotFoundError(f"file or folder `{pattern}` does not exist", hint)
+
+
+def fetching(name: str) -> str:
+    """Return how to fetch what a URL or a data set of the Hugging Face Hub (`owner/name`) names; empty for a path."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.exists():
+        folder = shlex.quote(Path(name).name)
+        return (
+            f"data sets are not downloaded; fetch it first: hf download {name} --repo-type dataset --local-dir {folder}"
+        )
+    return download_hint(name)
 
 
 def read_file(name: str, *, text_key: str, split: Split) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llmctl.artifacts.find import OTHERS, a_model, needs_data
+from llmctl.artifacts.hub import shown
 from llmctl.artifacts.load import Loaded, choose_device, is_bare, load_model
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import EvaluateConfig
@@ -105,7 +106,7 @@ def evaluate(paths: Sequence[Path], config: EvaluateConfig, say: Say) -> Iterato
     models = {path: read_model(path, config.backend) for path in paths}
     if config.task == "auto":
         config = replace(config, task=default_task(models[paths[0]]))
-        say(f"task: {config.task} (default of `{paths[0]}`; --task chooses another)")
+        say(f"task: {config.task} (default of `{shown(paths[0])}`; --task chooses another)")
     for path, model in models.items():
         require_supported(config.task, model, path)
     metric = chosen_metric(config)
@@ -222,10 +223,10 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
     seconds = time.perf_counter() - begun
     for count, what in ((measured.n_cut, "longer than the context and were truncated"), (measured.n_empty, "empty")):
         if count:
-            say(f"{path}: {count:,} of {measured.n_rows:,} inputs are {what}")
+            say(f"{shown(path)}: {count:,} of {measured.n_rows:,} inputs are {what}")
     metric = config.metric or next(name for name in TASKS[config.task].metrics if name in measured.figures)
     return Evaluation(
-        model=str(path),
+        model=shown(path),
         task=config.task,
         metric=metric,
         measured=measured,

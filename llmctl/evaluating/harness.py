@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifacts.find import a_model
+from llmctl.artifacts.hub import shown
 from llmctl.artifacts.load import choose_device
 from llmctl.config import EvaluateConfig
 from llmctl.converting.convert import export_model
@@ -61,7 +62,7 @@ def run_tasks(path: Path, tasks: Sequence[str], config: EvaluateConfig, *, quiet
                 f"lm-evaluation-harness cannot run `{','.join(names)}`: {reason}",
                 "the data of the task must be in the local cache of `datasets`",
             ) from error
-    return {"model": str(path), "tasks": figures_of(results)}
+    return {"model": shown(path), "tasks": figures_of(results)}
 
 
 def described_task(path: str) -> str:

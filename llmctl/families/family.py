@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
+from llmctl.families.defaults import with_defaults
 from llmctl.families.parameters import HEAD, Stored, Tensors, expand, to_parameters, to_stored
 from llmctl.families.published import Published
 from llmctl.families.rows import Row
@@ -69,7 +70,8 @@ class FamilyFormat:
         Raises: ArtifactError naming the key whose value our models cannot express.
         """
         renamed = {new: values[old] for old, new in self.key_spellings if old in values}
-        published, config = Published(renamed | dict(values), self.architecture), ModelConfig()
+        known = with_defaults(str(values.get("model_type") or self.model_type), renamed | dict(values))
+        published, config = Published(known, self.architecture), ModelConfig()
         for row in self.rows:
             # In order: a default such as 4 d_model needs the fields that stand before it.
             config = replace(config, **row.read(published, config))

@@ -3,9 +3,11 @@
 Sources: OLMo, arXiv:2402.00838; OLMo 2, arXiv:2501.00656; OLMo 3, 2025 (windows).
 """
 
+from llmctl.config import ModelConfig
 from llmctl.families.family import FamilyFormat
 from llmctl.families.llama import LAYER, ROUTER, SHARED, experts
 from llmctl.families.parameters import Stored
+from llmctl.families.published import Published
 from llmctl.families.rope import rope_by_kind
 from llmctl.families.rows import FULL, SQUARE, WINDOWED, Row, fixed, flag, integer, number, only, replaced, windows
 
@@ -86,6 +88,15 @@ def unrotated() -> Row:
     )
 
 
+def three_of_four(published: Published, config: ModelConfig) -> list[str]:
+    """Return EXAONE 4's kinds of layers, whose period may be written as `LLLG`; without a window all are full."""
+    if published.values.get("sliding_window") is None:
+        return [FULL] * config.n_layers
+    pattern = published.values.get("sliding_window_pattern")
+    period = len(pattern) if isinstance(pattern, str) and pattern else published.integer("sliding_window_pattern", 4)
+    return [FULL if (layer + 1) % period == 0 else WINDOWED for layer in range(config.n_layers)]
+
+
 EXAONE4 = FamilyFormat(
     architecture="Exaone4ForCausalLM",
     model_type="exaone4",
@@ -93,7 +104,7 @@ EXAONE4 = FamilyFormat(
     rows=(
         fixed(norm_position="output", qk_norm=True),
         *replaced(SIZES, attention_bias=None),
-        windows(lambda _, config: [FULL] * config.n_layers),
+        windows(three_of_four),
         unrotated(),
         SQUARE,
     ),

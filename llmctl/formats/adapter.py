@@ -63,10 +63,10 @@ INITS = (True, False, "gaussian", "eva", "orthogonal")
 """Supported `init_lora_weights`; the other methods (PiSSA, OLoRA, LoftQ, ...) change the base's weights."""
 READ = {
     *("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora", "rank_pattern"),
-    *("alpha_pattern", "base_model_name_or_path", "init_lora_weights"),
+    *("alpha_pattern", "base_model_name_or_path", "init_lora_weights", "revision"),
 }
 NO_MATTER = {
-    *("auto_mapping", "peft_version", "revision", "inference_mode", "fan_in_fan_out", "target_modules"),
+    *("auto_mapping", "peft_version", "inference_mode", "fan_in_fan_out", "target_modules"),
     *("exclude_modules", "modules_to_save", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
 }
 """Settings that do not change the result; any other one that is set is refused."""
@@ -108,6 +108,11 @@ class Adapter:
     def base(self) -> str:
         """The path or name of its base, empty if it has none."""
         return str(self.values.get("base_model_name_or_path") or "")
+
+    @property
+    def revision(self) -> str:
+        """The revision of its base on the Hugging Face Hub, empty if it does not say."""
+        return str(self.values.get("revision") or "")
 
     @property
     def base_sha256(self) -> str:

@@ -35,6 +35,7 @@ def write_adapter(
     *,
     weights: Mapping[str, "Tensor"],
     base: str,
+    revision: str | None = None,
     base_sha256: str,
     provenance: Mapping[str, Any],
     dropout: float = 0.0,
@@ -44,9 +45,10 @@ def write_adapter(
 ) -> Path:
     """Write the adapters of a model's layers (by our names) and the parameters of its head; return `out`.
 
-    architecture: of the adapted model with its head; weights: the frozen weights, used only for the row norms of layers
-    without an adapter that share a fused layer with adapted ones (GPT-2 with DoRA). A new folder is created atomically;
-    in an existing one the weights are written last, so that an incomplete adapter is never loaded.
+    architecture: of the adapted model with its head; revision: of a base that is a model of the Hugging Face Hub;
+    weights: the frozen weights, used only for the row norms of layers without an adapter that share a fused layer with
+    adapted ones (GPT-2 with DoRA). A new folder is created atomically; in an existing one the weights are written last,
+    so that an incomplete adapter is never loaded.
     Raises: OutputError if an adapter exists and `force` is not given, or if the disk refuses.
     """
     # Check everything before the first write, including that the folder is not a model's.
@@ -61,6 +63,8 @@ def write_adapter(
     published = {name: head[ours] for name, ours in architecture.head.items() if ours in head}
     tensors = factors(stacked) | {PREFIX + name: tensor for name, tensor in published.items()}
     values = settings(architecture, stacked, list(published), base=base, dropout=dropout, rslora=rslora)
+    if revision is not None:
+        values["revision"] = revision
     metadata = {
         "format": "pt",
         "llmctl.version": __version__,

@@ -18,7 +18,7 @@ from llmctl.errors import ArtifactError, NotFoundError
 from llmctl.families.family import FamilyFormat
 from llmctl.families.parameters import stored_shape, to_parameters
 from llmctl.families.table import family_of, with_architecture
-from llmctl.files import contents, download_hint, parse_json, read_own
+from llmctl.files import contents, parse_json, read_own
 from llmctl.formats.generation_settings import GENERATION, listed_ids, with_end_ids
 from llmctl.formats.quantization import (
     HEAD_SCALE,
@@ -42,6 +42,7 @@ from llmctl.formats.sentence_encoder import SENTENCE_FILES
 from llmctl.formats.stored_head import with_stored_head
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import Scheme
+from llmctl.tokenizer.published_sentencepiece import with_class
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
+    "spm.model",
     "source.spm",
     "target.spm",
     "tokenizer.json",
@@ -163,7 +165,8 @@ def read_artifact(path: Path) -> Artifact:
     # Shards have no common header: only a single file contains the configuration.
     metadata = next(iter(headers.values())).metadata if len(headers) == 1 else {}
     hf, where = read_hf(metadata, folder, path)
-    files = read_files(metadata, folder, path)
+    # What is written from here on has another config.json, which may not tell the class of the tokenizer any more.
+    files = with_class(read_files(metadata, folder, path), hf)
     family = family_of(hf, where)
     stored = {name: (file, entry) for file, header in headers.items() for name, entry in header.tensors.items()}
     canonical = family.canonical(stored)
@@ -257,8 +260,9 @@ def check_kind(path: Path) -> None:
     Raises: NotFoundError; ArtifactError for a pickle or a GGUF file.
     """
     if not path.exists():
-        hint = download_hint(str(path)) or "train one with `llmctl pretrain` or convert one with `llmctl import`"
-        raise NotFoundError(f"model `{path}` does not exist", hint)
+        raise NotFoundError(
+            f"model `{path}` does not exist", "train one with `llmctl pretrain` or convert one with `llmctl import`"
+        )
     if path.is_dir():
         if not (path / WEIGHTS).exists() and not (path / INDEX).exists():
             # Most older published models contain only pickles: explain instead of reporting a missing file.
@@ -289,12 +293,8 @@ def read_headers(path: Path) -> dict[Path, Header]:
     if (path / WEIGHTS).exists():
         return {path / WEIGHTS: read_header(path / WEIGHTS)}
     index = path / INDEX
-    weight_map = parse_object(read_small(index).decode(errors="replace"), str(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(is_name(name) for name in weight_map.values()):
-        raise ArtifactError(
-            f"`{index}` has no valid `weight_map` of tensor names to file names", "download the model again"
-        )
-    missing = sorted({name for name in weight_map.values() if not (path / name).is_file()})
+    weight_map = read_index(index)
+    missing = [name for name in shard_names(index) if not (path / name).is_file()]
     if missing:
         raise ArtifactError(f"`{index}` lists `{missing[0]}`, which does not exist", "download the missing shards")
     # The index is not trusted: the shards' own headers decide, and must agree with it.
@@ -306,6 +306,27 @@ def read_headers(path: Path) -> dict[Path, Header]:
             "download the model again",
         )
     return headers
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return the index of a model in several files: tensor name -> file name.
+
+    Raises: ArtifactError.
+    """
+    weight_map = parse_object(read_small(index).decode(errors="replace"), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(is_name(name) for name in weight_map.values()):
+        raise ArtifactError(
+            f"`{index}` has no valid `weight_map` of tensor names to file names", "download the model again"
+        )
+    return weight_map
+
+
+def shard_names(index: Path) -> list[str]:
+    """Return the names of the weight files that an index lists.
+
+    Raises: ArtifactError.
+    """
+    return sorted(set(read_index(index).values()))
 
 
 def is_name(value: Any) -> bool:

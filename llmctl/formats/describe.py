@@ -14,6 +14,8 @@ from llmctl.files import parse_json
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from llmctl.formats.artifact import CONFIG, check_kind, count_parameters, parse_object, read_artifact, read_headers
 from llmctl.formats.safetensors import Header
+from llmctl.tokenizer.published_sentencepiece import class_name, is_published
+from llmctl.tokenizer.sentencepiece import MODEL_FILE
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -147,8 +149,13 @@ def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def tokenizer_kind(files: Mapping[str, bytes]) -> str | None:
     """Return the type of tokenizer that these files define, or None."""
-    if any(name in files for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm")):
+    if MODEL_FILE in files:
         return "sentencepiece"
+    if is_published(files):
+        try:
+            return f"sentencepiece ({class_name(files) or 'of an unknown class'})"
+        except ArtifactError:
+            return "sentencepiece (unreadable)"
     if "tokenizer.json" in files:
         try:
             kind = parse_json(files["tokenizer.json"])["model"]["type"]

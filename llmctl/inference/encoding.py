@@ -57,8 +57,12 @@ def encode_prompt(loaded: Loaded, text: str) -> list[int]:
 
 
 def encode_target(loaded: Loaded, text: str) -> list[int]:
-    """Encode the target of an encoder-decoder without its end token: what stands before a source does so here too."""
-    return [*loaded.frame.before, *require_tokenizer(loaded).encode(text)]
+    """Encode the target of an encoder-decoder without its end token.
+
+    What stands before a source does so here too, in the language of the targets.
+    """
+    tokenizer = require_tokenizer(loaded).for_target
+    return [*tokenizer.frame(loaded.model.config.family).before, *tokenizer.encode(text)]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifacts.find import usage
+from llmctl.artifacts.hub import label, named
 from llmctl.artifacts.load import is_bare
 from llmctl.config import DistillConfig
 from llmctl.distilling import teacher_data
@@ -55,7 +56,7 @@ def distill(session: Session, config: DistillConfig) -> None:
             data.metric,
             write=whole_model(student.model, fitted.weights, data.files()),
             provenance=teacher_data.provenance(teachers, data.corpus),
-            facts=lambda: {"teacher": config.model, "report": report.record},
+            facts=lambda: {"teacher": named(config.model), "report": report.record},
             note=note,
             closing=partial(closing, session, student.model, teachers, report),
             missed=report.missed,
@@ -180,6 +181,6 @@ JOB = Job(
     settle=settle,
     check=lambda config: check_distill(config, student_shape(config)),
     objective=lambda config: f"distill-{config.loss.name}",
-    label=lambda config: Path(config.model).name.removesuffix(".safetensors"),
+    label=lambda config: label(config.model),
     run=distill,
 )

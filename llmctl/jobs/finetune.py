@@ -10,6 +10,7 @@ from torch import Tensor
 from llmctl.artifacts.adapters import save_adapter
 from llmctl.artifacts.find import usage
 from llmctl.artifacts.heads import with_head
+from llmctl.artifacts.hub import label, named
 from llmctl.artifacts.load import Loaded, load_model
 from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import FinetuneConfig, QuantizeConfig, WeightsConfig
@@ -79,7 +80,11 @@ def prepare(session: Session, config: FinetuneConfig, folder: Path) -> Corpus:
             load_model(Path(config.model), device="cpu", dtype="float32"), packed_base(session, config)
         )
         give_back_memory()
-    corpus.provenance["base"] = {"path": config.model, "sha256": base_sha256(session, config, base, made), **made}
+    corpus.provenance["base"] = {
+        "path": config.model,
+        "sha256": base_sha256(session, config, base, made),
+        **made,
+    }
     return corpus
 
 
@@ -209,7 +214,7 @@ class Tuned:
         """Return the method, the base, and what was found in the data."""
         return {
             "method": self.config.method,
-            "base": self.config.model,
+            "base": named(self.config.model),
             "n_trained": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "findings": self.corpus.provenance.get("findings", {}),
         }
@@ -244,6 +249,6 @@ JOB = Job(
     settle=settle,
     check=check,
     objective=lambda config: config.task,
-    label=lambda config: f"{config.task}-{Path(config.model).name.removesuffix('.safetensors')}",
+    label=lambda config: f"{config.task}-{label(config.model)}",
     run=finetune,
 )

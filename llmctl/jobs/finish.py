@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmctl.artifacts.hub import in_cache
 from llmctl.distributed.runtime import Runtime, describe_environment
 from llmctl.families.table import family_for
 from llmctl.files import atomic_path, write_bytes
@@ -78,13 +79,16 @@ PATH_KEYS = {"paths", "val_paths", "held_out", "path", "shards", "model", "more"
 def without_folders(value: Any, *, is_path: bool = False) -> Any:
     """Return a recipe or provenance with the base names of the files and folders in it.
 
-    What is published says nothing about the machine, and the same data gives the same bytes wherever it lies.
+    What is published says nothing about the machine, and the same data gives the same bytes wherever it lies. A model of
+    the Hugging Face Hub keeps its name.
     """
     if isinstance(value, Mapping):
         return {key: without_folders(item, is_path=key in PATH_KEYS) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_folders(item, is_path=is_path) for item in value]
     if is_path and isinstance(value, str) and "/" in value:
+        if (published := in_cache(Path(value))) is not None:
+            return str(published)
         return ":".join(Path(part).name for part in value.split(":"))  # `a.en:a.de` names two files
     return value
 

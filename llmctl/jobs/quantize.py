@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifacts.find import usage
+from llmctl.artifacts.hub import label, named
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import QuantizeConfig
@@ -49,7 +50,7 @@ def quantize(session: Session, config: QuantizeConfig) -> None:
             data.metric,
             write=codes.write,
             provenance=provenance(config, original, data),
-            facts=lambda: {"source": config.model, "report": report.record},
+            facts=lambda: {"source": named(config.model), "report": report.record},
             note=partial(note, config),
             closing=partial(closing, session, model, original, report),
             missed=report.missed,
@@ -160,6 +161,6 @@ JOB = Job(
     settle=settle,
     check=check,
     objective=lambda config: f"quantize-{config.weights.scheme}",
-    label=lambda config: Path(config.model).name.removesuffix(".safetensors"),
+    label=lambda config: label(config.model),
     run=quantize,
 )

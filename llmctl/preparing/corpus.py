@@ -187,9 +187,11 @@ def prepare_pairs(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | N
     if tokenizer is None:
         tokenizer = train_tokenizer((side for index in train for side in pairs[index]), config.tokenizer)
         say(f"trained a {config.tokenizer.model_type} tokenizer with a vocabulary of {tokenizer.vocab_size:,}")
-    bos = next(iter(tokenizer.frame("encoder_decoder").before), None)  # batches add the end tokens
-    sources = encode(folder / "source", (source for source, _ in pairs), tokenizer, data, provenance, bos)
-    targets = encode(folder / "target", (target for _, target in pairs), tokenizer, data, provenance, bos)
+    sides = []  # batches add the end tokens
+    for number, (side, own) in enumerate((("source", tokenizer), ("target", tokenizer.for_target))):
+        bos = next(iter(own.frame("encoder_decoder").before), None)
+        sides.append(encode(folder / side, (pair[number] for pair in pairs), own, data, provenance, bos))
+    sources, targets = sides
     limit = config.train.seq_len - 1
     n_cut = int(((sources.lengths > limit) | (targets.lengths > limit)).sum())
     if n_cut:

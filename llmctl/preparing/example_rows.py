@@ -107,7 +107,7 @@ def named_labels(labels: Labels, values: Sequence[float]) -> list[str]:
 
 def source_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[ExampleRow]:
     """Yield sources and targets for an encoder-decoder; end tokens are added during batching."""
-    limit = encoder.limit - 1
+    limit = encoder.limit - max(len(encoder.base.frame.after), 1)
     for example in examples:
         source, answer = fill_template(encoder.template, example.inputs), first_answer(example)
         if not source.strip() or not answer.strip():
@@ -116,7 +116,7 @@ def source_rows(encoder: Encoder, examples: Iterable[Example]) -> Iterator[Examp
         ids, target = encode_prompt(encoder.base, source), encode_target(encoder.base, answer)
         ids = ids[: len(ids) - len(encoder.base.frame.after)]
         longest = max(len(ids), len(target))
-        if longest > limit and encoder.too_long(example.where, longest + 1):
+        if longest > limit and encoder.too_long(example.where, longest + encoder.limit - limit):
             continue
         yield ExampleRow(example.where, ids[:limit], source, answer, target=target[:limit])
 

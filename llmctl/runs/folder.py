@@ -113,6 +113,21 @@ def runs_elsewhere() -> list[Path]:
     ]
 
 
+def run_paths() -> list[Path]:
+    """Return the runs in the runs folder, by name, then those begun next to it with `-o`."""
+    folder = runs_folder()
+    # `latest` only points to a run; hidden folders are being removed.
+    inside = [path for path in sorted(folder.iterdir()) if is_run(path)] if folder.is_dir() else []
+    return [*inside, *runs_elsewhere()]
+
+
+def is_run(path: Path) -> bool:
+    """Tell whether a folder in the runs folder is a run, damaged or not."""
+    if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
+        return False
+    return (path / "run.json").exists() or NUMBERED.match(path.name) is not None
+
+
 def open_run(path: Path, *, command: str | None = None, is_new: bool = False) -> Run:
     """Lock a run folder and read its `run.json`.
 

@@ -21,7 +21,7 @@ from llmctl.files import parse_json
 from llmctl.formats.safetensors import read_header
 from llmctl.metrics.figures import FIGURES
 from llmctl.recipe import flatten, keys_of, read_recipe, values_of
-from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record, runs_elsewhere, runs_folder
+from llmctl.runs.folder import NUMBERED, find_run, is_held, is_unfinished, read_record, run_paths, runs_folder
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import NO_TOTAL_STEPS
 
@@ -207,24 +207,18 @@ def list_runs() -> tuple[list[History], list[str]]:
 
     Folders made with `-o`, there or elsewhere, have no number and come first.
     """
-    folder = runs_folder()
-    runs, others = [], []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        # `latest` and `LATEST` only point to runs; hidden folders are being removed.
-        if path.name.startswith(".") or path.is_symlink() or path.name == "LATEST":
-            continue
-        if path.is_dir() and ((path / "run.json").exists() or NUMBERED.match(path.name)):
-            runs.append(History(path))
-        else:
-            others.append(path.name)
-
-    runs += map(History, runs_elsewhere())
+    folder, paths = runs_folder(), run_paths()
+    rest = sorted(set(folder.iterdir()) - set(paths)) if folder.is_dir() else []
+    # `latest` and `LATEST` only point to runs.
+    others = [
+        path.name for path in rest if not (path.name.startswith(".") or path.is_symlink() or path.name == "LATEST")
+    ]
 
     def sort_key(run: History) -> tuple[int, str]:
         match = NUMBERED.match(run.path.name)
         return (int(match[1]) if match else -1, run.path.name)
 
-    return sorted(runs, key=sort_key), others
+    return sorted(map(History, paths), key=sort_key), others
 
 
 def find(name: str) -> History:

@@ -53,8 +53,16 @@ class AddedTokens(Tokenizer):
         """As the base."""
         return self.base.joins_bytes
 
+    @property
+    def for_target(self) -> Tokenizer:
+        """The tokenizer of targets, with the same tokens added."""
+        target = self.base.for_target
+        return self if target is self.base else AddedTokens(target, self.entries, self.roles)
+
     def frame(self, family: str) -> Frame:
         """Return the special tokens around a text, with the roles of the added tokens."""
+        if (self.bos_id, self.eos_id) == (self.base.bos_id, self.base.eos_id):
+            return self.base.frame(family)
         if not self.base.frame(family).before:
             return Frame((), *super().frame(family)[1:])
         return super().frame(family)

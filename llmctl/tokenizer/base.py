@@ -85,6 +85,11 @@ class Tokenizer(ABC):
             return Frame(bos)
         return Frame(bos if family == "encoder" else (), eos, eos)
 
+    @property
+    def for_target(self) -> "Tokenizer":
+        """The tokenizer of an encoder-decoder's targets, where another model or language encodes them."""
+        return self
+
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text, optionally with BOS and EOS tokens if the tokenizer has them."""
         ids = self.encode_batch([text])[0]

@@ -1,16 +1,25 @@
 """Load a tokenizer from a file, a folder, or the files in a model's header."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.files import json_of, parse_json, read_own, recognized
 from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.published_sentencepiece import (
+    from_sentencepiece,
+    is_published,
+    with_class,
+)
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from llmctl.tokenizer.sentencepiece_classes import MODEL_FILES, SOURCE, TARGET, additional_tokens
 
 KNOWN_FILES = (
     MODEL_FILE,
+    *MODEL_FILES,
+    TARGET,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -22,11 +31,19 @@ KNOWN_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-KNOWN_KINDS = "supported: tokenizer.model, tokenizer.json, vocab.txt, or vocab.json with merges.txt"
+KNOWN_KINDS = (
+    "supported: tokenizer.model, tokenizer.json, vocab.txt, vocab.json with merges.txt, spiece.model, spm.model, "
+    "sentencepiece.bpe.model, or source.spm and target.spm with vocab.json"
+)
 MAX_HEADER_BYTES = 100_000_000
 
 MERGES_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe", "tokenizer_config.json", "added_tokens.json")
-NEEDED_BESIDE: dict[str, tuple[str, ...]] = {MODEL_FILE: ()} | dict.fromkeys(MERGES_FILES[:4], MERGES_FILES)
+PIECES_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", SOURCE, TARGET)
+NEEDED_BESIDE: dict[str, tuple[str, ...]] = {
+    MODEL_FILE: (),
+    **dict.fromkeys(MERGES_FILES[:4], MERGES_FILES),
+    **dict.fromkeys((*MODEL_FILES, TARGET), PIECES_FILES),
+}
 """The companion files that each kind of tokenizer file needs; all other kinds need only the config."""
 
 
@@ -47,12 +64,22 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     else:
         files = files_of(path)
     try:
-        tokenizer = find_tokenizer(files)
+        tokenizer = find_tokenizer(with_class(files, config_beside(path)))
     except ArtifactError as error:
-        raise ArtifactError(f"the tokenizer in `{path}` is damaged: {error}", error.hint) from error
+        raise ArtifactError(f"the tokenizer in `{path}` cannot be read: {error}", error.hint) from error
     if tokenizer is None:
         raise UsageError(f"`{path}` contains no tokenizer of a known kind", KNOWN_KINDS)
     return tokenizer
+
+
+def config_beside(path: Path) -> dict[str, Any]:
+    """Return the config.json of the model that a tokenizer's folder or file is of; empty if there is none."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        content = parse_json(read_own(config)) if config.is_file() else {}
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def files_of(path: Path) -> dict[str, bytes]:
@@ -84,6 +111,9 @@ def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
         from llmctl.tokenizer.vocabulary_files import from_word_pieces
 
         return from_word_pieces(files["vocab.txt"], own)
+    if is_published(own):
+        published = from_sentencepiece(own)
+        return with_added(published, own, additional_tokens(json_of(own, "tokenizer_config.json")))
     vocabulary = files.get("vocab.json") or files.get("encoder.json")
     merges = files.get("merges.txt") or files.get("vocab.bpe")
     if vocabulary and merges:
@@ -93,8 +123,10 @@ def find_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
     return None
 
 
-def with_added(tokenizer: SentencePieceTokenizer, files: Mapping[str, bytes]) -> Tokenizer:
-    """Return the tokenizer with the tokens that the files beside `tokenizer.model` add to it.
+def with_added(tokenizer: Tokenizer, files: Mapping[str, bytes], unlisted: Sequence[str] = ()) -> Tokenizer:
+    """Return the tokenizer with the tokens that the files beside a sentencepiece model add to it.
+
+    unlisted: special tokens for which no file gives an id; those that are not there come last.
 
     Raises: ArtifactError if they are damaged.
     """
@@ -110,6 +142,11 @@ def with_added(tokenizer: SentencePieceTokenizer, files: Mapping[str, bytes]) ->
         or tokenizer.piece(index) != entry["content"]
         or (not entry.get("special", True) and tokenizer.special_id(entry["content"]) is None)
     }
+    known = {entry["content"] for entry in entries.values()}
+    known |= {tokenizer.piece(index) for index in range(tokenizer.vocab_size)} if unlisted else set()
+    end = max([tokenizer.vocab_size, *(index + 1 for index in new)])
+    missing = [token for token in dict.fromkeys(unlisted) if token not in known]
+    new |= {end + number: {"content": token, "special": True} for number, token in enumerate(missing)}
     if not new:
         return tokenizer
     from llmctl.tokenizer.added import AddedTokens

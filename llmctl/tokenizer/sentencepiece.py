@@ -94,6 +94,11 @@ class SentencePieceTokenizer(Tokenizer):
                     ids[index] = self._encode_around_spaces(text)
         return ids
 
+    def named_pieces(self, texts: Sequence[str], threads: int) -> list[list[str]]:
+        """Return the pieces of every text by name; unknown text is a piece of its own."""
+        found: list[list[str]] = self._processor.encode(list(texts), out_type=str, num_threads=threads) if texts else []
+        return found
+
     def _encode_around_spaces(self, text: str) -> list[int]:
         out: list[int] = []
         for number, part in enumerate(text.split(SPACE)):

@@ -171,7 +171,13 @@ def added_tokens(config: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[
         index: {"content": content, "special": bool(SPECIAL.fullmatch(content)) or json.dumps(content) in named}
         for content, index in listed.items()
     }
-    for index, entry in dict(config.get("added_tokens_decoder") or {}).items():
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise ArtifactError(
+            f"`added_tokens_decoder` in `tokenizer_config.json` is a {type(decoder).__name__}, not an object",
+            "download it again",
+        )
+    for index, entry in decoder.items():
         if not index.isdecimal() or not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
             raise ArtifactError(
                 f"`added_tokens_decoder` in `tokenizer_config.json` has a damaged entry `{index[:40]}`",

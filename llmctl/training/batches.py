@@ -34,6 +34,7 @@ class Source:
             decoder_start=max(model.decoder_start_id, 0),
             special=tokenizer.token_bytes() == 0,
             sentinels=np.array(tokenizer.sentinel_ids(), dtype=np.int64),
+            source_end=tokenizer.frame(model.family).after,
         )
 
     @property

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llmctl.artifacts import hub
 from llmctl.artifacts.load import load_model
 from llmctl.config import PretrainConfig
 from llmctl.errors import UsageError
@@ -75,4 +76,4 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
 
 def label(config: PretrainConfig) -> str:
     """Return a short name for the run folder."""
-    return "tiny" if config.model.preset == "auto" else Path(config.model.preset).name.removesuffix(".safetensors")
+    return "tiny" if config.model.preset == "auto" else hub.label(config.model.preset)

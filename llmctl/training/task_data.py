@@ -198,6 +198,7 @@ class TaskData:
             eos=max(model.eos_id, 0),
             decoder_start=max(model.decoder_start_id, 0),
             special=corpus.tokenizer.token_bytes() == 0,
+            source_end=self.base.frame.after,
         )
         options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
         lengths = corpus.documents.lengths

@@ -141,6 +141,6 @@ def test_a_variable_that_names_nothing_is_named(tmp_path, monkeypatch):
     from llmctl.errors import NotFoundError
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMCTL_MODEL", "nowhere/m")
-    with pytest.raises(NotFoundError, match="`nowhere/m` does not exist, which LLMCTL_MODEL names"):
+    monkeypatch.setenv("LLMCTL_MODEL", "nowhere/m.safetensors")
+    with pytest.raises(NotFoundError, match=r"LLMCTL_MODEL: model `nowhere/m.safetensors` does not exist"):
         resolve_model(None, able="any")

@@ -75,6 +75,22 @@ def test_only_finished_runs_that_can_are_taken(home):
     assert resolve_model("latest", able="any").path.name == "0002-b"
 
 
+def test_a_run_begun_elsewhere_is_the_latest_too(home):
+    """What `llmctl runs` lists is what `latest` means: folders of any name, in `runs/` or begun with `-o` beside it."""
+    from llmctl.runs.folder import note_elsewhere
+    from llmctl.runs.history import list_runs
+
+    add_run("0001-a", "decoder", finished="2026-01-01")
+    named = add_run("named", "decoder", finished="2026-01-02")
+    assert resolve_model("latest", able="any").path == named
+    elsewhere = add_run("../out", "encoder", finished="2026-01-03").resolve()
+    assert resolve_model("latest", able="any").path == named
+    note_elsewhere(elsewhere)
+    assert resolve_model("latest", able="any").path == Path("out")
+    assert resolve_model(None, able="generate").path == named
+    assert {run.path for run in list_runs()[0]} == {Path("runs/0001-a"), named, Path("out")}
+
+
 def test_an_encoder_never_serves_generate(home):
     add_run("0001-a", "encoder")
     with pytest.raises(NotFoundError, match="encoder") as caught:

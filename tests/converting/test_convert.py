@@ -11,6 +11,8 @@ from llmctl.errors import ArtifactError, NotFoundError, OutputError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialize
+from llmctl.tokenizer.load import find_tokenizer
+from tests.support.spm import folder_files
 
 
 @pytest.fixture
@@ -74,10 +76,12 @@ def test_the_origin_is_noted_and_equal_imports_are_equal_bytes(folder, tmp_path)
         ({"tokenizer.json": json.dumps({"added_tokens": [{"content": "<mask>", "id": 7}]}).encode()}, 7),
         ({"tokenizer.json": b"["}, -1),
         ({}, -1),
+        (folder_files("XLMRoberta"), 136),
     ],
+    ids=range(5),
 )
 def test_an_encoders_mask_token_is_found(files, expected, tmp_path):
-    model = LanguageModel(ModelConfig(vocab_size=30, d_model=16, n_layers=1, n_heads=2, family="encoder"))
+    model = LanguageModel(ModelConfig(vocab_size=160, d_model=16, n_layers=1, n_heads=2, family="encoder"))
     out = write_artifact(tmp_path / "m", model.config, model.state_dict(), files=files, provenance={})
     assert read_artifact(import_model(out, tmp_path / "imported")).config.mask_id == expected
 
@@ -107,3 +111,45 @@ def test_weights_that_are_no_numbers_are_named(folder, tmp_path, caplog):
     broken = write_artifact(tmp_path / "broken", source.config, state, files=source.files, provenance={})
     import_model(broken, tmp_path / "m")
     assert f"2 of the {len(state['model.norm.weight'])} weights of `model.norm.weight`" in caplog.text
+
+
+def test_an_import_without_a_tokenizer_says_so(folder, tmp_path, caplog):
+    import_model(folder, tmp_path / "unreadable")
+    assert "the tokenizer of" in caplog.text
+    assert "no `[UNK]`" in caplog.text
+    caplog.clear()
+    (folder / "vocab.txt").unlink()
+    source = read_artifact(folder)
+    bare = write_artifact(tmp_path / "bare", source.config, source.state(), files={}, provenance={})
+    import_model(bare, tmp_path / "m")
+    assert f"no tokenizer among the files of `{bare}`" in caplog.text
+
+
+@pytest.mark.parametrize("to", ["single", "hf"])
+def test_the_files_and_the_class_of_a_published_tokenizer_are_kept(to, tmp_path):
+    files = folder_files("T5")
+    bare = {name: data for name, data in files.items() if name != "tokenizer_config.json"}
+    model = LanguageModel(ModelConfig(vocab_size=250, d_model=16, n_layers=1, n_heads=2, family="encoder_decoder"))
+    initialize(model, 0)
+    source = write_artifact(tmp_path / "source", model.config, model.state_dict(), files=bare, provenance={})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tokenizer_class": "T5Tokenizer"}))
+    header_free = tmp_path / "published"
+    header_free.mkdir()
+    for path in source.iterdir():
+        data = path.read_bytes()
+        (header_free / path.name).write_bytes(without_header(data) if path.suffix == ".safetensors" else data)
+    out = export_model(
+        import_model(header_free, tmp_path / "imported"), tmp_path / f"out{'.safetensors' * (to == 'single')}", to=to
+    )
+    tokenizer = find_tokenizer(read_artifact(out).files)
+    assert tokenizer.sha256 == find_tokenizer(files).sha256
+
+
+def without_header(data: bytes) -> bytes:
+    """Return a safetensors file without its metadata, as others write it."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = {"format": "pt"}
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]

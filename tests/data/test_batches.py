@@ -1,5 +1,7 @@
 """Batches say what is asked: shifted labels, padding that counts for nothing, masks that do not depend on the batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -93,3 +95,11 @@ def test_pairs_end_and_are_cut_at_the_limit():
     assert batch["labels"][0].tolist() == [12, 13, 14, 2, *[IGNORE] * 6]
     assert batch["decoder_input_ids_BT"][0].tolist() == [0, 12, 13, 14, *[0] * 6]
     assert batch["documents_BT"][0].tolist() == [1] * 4 + [0] * 6
+
+
+def test_sources_end_as_the_tokenizer_says():
+    source = Memory([np.arange(12, 12 + n) for n in (3, 40)])
+    rows = PairRows(source, source, np.arange(2), seed=0, batch_size=2, shuffle=False)
+    batch = PairBatches(rows, replace(IDS, source_end=(2, 9)), max_tokens=10).batch([0, 1])
+    assert batch["input_ids_BT"].tolist() == [[12, 13, 14, 2, 9, 0, 0, 0, 0, 0], [*range(12, 20), 2, 9]]
+    assert batch["labels"].tolist() == [[12, 13, 14, 2, *[IGNORE] * 6], [*range(12, 21), 2]]

@@ -363,7 +363,7 @@ def test_the_scale_of_scores_follows_from_the_width_of_a_head():
 
 
 def test_a_wide_window_is_no_window():
-    values = LLAMA | {"sliding_window": 4096, "max_position_embeddings": 4096}
+    values = LLAMA | {"sliding_window": 4096, "max_position_embeddings": 4096, "num_key_value_heads": 2}
     assert FAMILIES["MistralForCausalLM"].read_config(values) == FAMILIES["LlamaForCausalLM"].read_config(values)
     narrow = FAMILIES["MistralForCausalLM"].read_config(values | {"sliding_window": 16})
     assert narrow.attention_windows == (16,)

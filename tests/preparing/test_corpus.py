@@ -10,7 +10,10 @@ from llmctl.data.shards import Part
 from llmctl.preparing.corpus import Corpus, prepare_corpus, sample_held_out
 from llmctl.preparing.tokenize import encode_corpus, write_tokenizer
 from llmctl.recipe import load
+from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.load import find_tokenizer
 from llmctl.tokenizer.train import train_tokenizer
+from tests.support.spm import folder_files, sentences
 
 
 def documents(path: Path, texts: list[object]) -> Path:
@@ -82,3 +85,25 @@ def test_held_out_pairs_that_are_trained_on_are_counted(tmp_path):
     given = [f"data.paths=[{tmp_path / 'p.tsv'}]", f"data.val_paths=[{tmp_path / 'v.tsv'}]"]
     said = prepared(tmp_path, "objective=seq2seq", *given)[1]
     assert any("1 held-out" in line for line in said)
+
+
+def test_targets_are_encoded_with_their_own_model_and_language(tmp_path):
+    targets = list(sentences())[:40]
+    (tmp_path / "p.tsv").write_text("".join(f"the cat {n}\t{text}\n" for n, text in enumerate(targets)))
+    settings = ["objective=seq2seq", f"data.paths=[{tmp_path / 'p.tsv'}]"]
+    for name, config in {"Marian": {}, "MBart50": {"src_lang": "en_XX", "tgt_lang": "de_DE"}}.items():
+        tokenizer = find_tokenizer(folder_files(name, **config))
+        corpus = prepare_corpus(
+            load(PretrainConfig, settings=settings).config, tmp_path / name, tokenizer, lambda _: None
+        )
+        as_sources = 0
+        for number, text in enumerate(targets):
+            source, target = (side.document(number).tolist() for side in (corpus.documents, corpus.targets))
+            assert source == around(tokenizer, f"the cat {number}")
+            assert target == around(tokenizer.for_target, text)
+            as_sources += target == around(tokenizer, text)
+        assert as_sources < len(targets)
+
+
+def around(tokenizer: Tokenizer, text: str) -> list[int]:
+    return [*tokenizer.frame("encoder_decoder").before, *tokenizer.encode(text)]

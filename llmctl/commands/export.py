@@ -92,6 +92,8 @@ def report(record: dict[str, Any]) -> list[str]:
         f"{other['wanted']}"
         for other in record["other_blocks"]
     ]
+    if window := record["ignored_window"]:
+        others.append(f"note: llama.cpp ignores the attention window of {window:,} tokens: longer texts differ there")
     return [
         *others,
         f"read back: {equal}, logits within {proof['logits_max_difference']:.1g}; llama_cpp: {compared}",

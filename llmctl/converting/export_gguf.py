@@ -13,7 +13,15 @@ from llmctl.files import atomic_path
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import refuse_overwrite
 from llmctl.formats.generation_settings import end_ids
-from llmctl.formats.gguf.write import Written, check_kind, find_type, gguf_module, model_values, write_gguf
+from llmctl.formats.gguf.write import (
+    Written,
+    check_kind,
+    dropped_window,
+    find_type,
+    gguf_module,
+    model_values,
+    write_gguf,
+)
 from llmctl.formats.gguf.write_tokenizer import tokenizer_values
 from llmctl.inference.chat_template import find_template
 from llmctl.tokenizer.base import Tokenizer
@@ -55,7 +63,7 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
     with atomic_path(out) as temporary:
         written = write_gguf(temporary, artifact.config, state, values, kind)
         proof = prove(temporary, out, original, state, written.meant, ids)
-    return record_of(out, kind, written, proof)
+    return record_of(out, kind, written, proof) | {"ignored_window": dropped_window(artifact.config)}
 
 
 def name_of(source: Path) -> str:

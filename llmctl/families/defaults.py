@@ -33,6 +33,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "granitemoe": {"bos_token_id": 1, "eos_token_id": 2},
+    "qwen3_moe": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
+    "olmoe": {"max_position_embeddings": 4096, "eos_token_id": 50279, "pad_token_id": 1},
     "olmo": {"eos_token_id": 50279, "pad_token_id": 1},
     "olmo2": {"eos_token_id": 50279, "pad_token_id": 1},
     "olmo3": {"eos_token_id": 50279, "pad_token_id": 1},
@@ -108,6 +111,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ernie": {"intermediate_size": 3072, "pad_token_id": 0},
     "modernbert": {"bos_token_id": 50281, "eos_token_id": 50282, "pad_token_id": 50283},
+    "modernbert-decoder": {"bos_token_id": 50281, "eos_token_id": 50282, "pad_token_id": 50283},
     "electra": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "pad_token_id": 0},
     "nomic_bert": {"max_position_embeddings": 2048, "pad_token_id": 0},
     "eurobert": {

@@ -29,7 +29,9 @@ MORE = {
     "mistral-window": {"attention_windows": (100,)},
     "phi3": {"norm_eps": 1e-6},
     "phi3-partial": {"rotary_dim": 8, "attention_windows": (100,)},
-    "phi3-long": {"rope_scaling": "longrope", "rope_scaling_values": (32.0, 1.19, *[1.1, 1.2] * 4, *[2.0, 3.0] * 4)},
+    # llama.cpp chooses the divisors by the size of its context, here 256 tokens, we by the length of a row.
+    "phi3-short": {"rope_scaling": "longrope", "rope_scaling_values": (256.0, 1.19, *[1.1, 1.2] * 4, *[2.0, 3.0] * 4)},
+    "phi3-long": {"rope_scaling": "longrope", "rope_scaling_values": (16.0, 1.19, *[1.1, 1.2] * 4, *[2.0, 3.0] * 4)},
     "granite": {"attention_scale": 0.05, "embedding_scale": 12.0, "residual_scale": 0.22, "logits_scale": 0.125},
     "olmo2": {"tie_embeddings": False} | {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width"},
     "stablelm": {"norm": "layernorm", "rotary_dim": 4, "attention_bias": True, "attention_output_bias": "no"}
@@ -84,7 +86,8 @@ def test_transformers_loads_it_with_the_same_logits(case, kind, pieces, tmp_path
 def test_llama_cpp_has_the_same_logits(case, pieces, tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
     source = source_of(tmp_path / "m", pieces, **(CASES | MORE)[case])
-    export_gguf(source, tmp_path / "m.gguf", kind="f32")
+    record = export_gguf(source, tmp_path / "m.gguf", kind="f32")
+    assert record["proof"]["llama_cpp_tokens"] == record["proof"]["llama_cpp_of"], "greedy text"
     ours, ids = load_model(source, device="cpu"), pieces.encode(TEXTS[0])[:64]
     llama = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_gpu_layers=0, logits_all=True, verbose=False)
     llama.eval(ids)
@@ -107,6 +110,25 @@ def test_import_gives_the_model_back(case, pieces, tmp_path):
     ids = torch.arange(90)[None] * 3 % pieces.vocab_size
     with torch.no_grad():
         torch.testing.assert_close(back.model(ids), ours.model(ids))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_K"])
+def test_fused_tensors_are_quantized_like_their_parts(kind, pieces, tmp_path):
+    """Phi-3's queries, keys and values are one tensor there: its blocks are those of the three."""
+    from llmctl.converting.convert import import_model
+
+    source = source_of(tmp_path / "m", pieces, d_model=256, d_ff=256)
+    assert export_gguf(source, tmp_path / "llama.gguf", kind=kind)["bits_per_weight"] > 4
+    config = load_model(source, device="cpu").model.config
+    from llmctl.formats.gguf.architectures import ARCHITECTURES
+
+    assert ARCHITECTURES["phi3"].holds(config), "the same config as llama, which comes first"
+    back = load_model(import_model(tmp_path / "llama.gguf", tmp_path / "back"), device="cpu").model
+    other = source_of(tmp_path / "p", pieces, d_model=256, d_ff=256, rotary_dim=32)
+    export_gguf(other, tmp_path / "phi3.gguf", kind=kind)
+    fused = load_model(import_model(tmp_path / "phi3.gguf", tmp_path / "again"), device="cpu").model
+    for name, tensor in back.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])

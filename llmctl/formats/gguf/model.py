@@ -19,7 +19,6 @@ from llmctl.formats.gguf.architectures import (
     SCALING_KEY,
     SHORT_FACTORS,
     Architecture,
-    architecture_for,
     read_scaling,
     shortest,
 )
@@ -53,10 +52,9 @@ def gguf_config(header: GgufHeader) -> ModelConfig:
     row = ARCHITECTURES[name]
     refuse_extras(header, row)
     config = config_of(header, row)
-    # The names of the tensors follow from the config, which must not be another architecture's.
-    if architecture_for(config) is not row:
+    if not row.holds(config):
         raise ArtifactError(f"`{header.path}` has settings that no {name} model of llama.cpp has", UNSUPPORTED)
-    check_gguf_tensors(header, config)
+    check_gguf_tensors(header, config, row)
     return config
 
 
@@ -218,16 +216,15 @@ def refuse_extras(header: GgufHeader, row: Architecture) -> None:
         )
 
 
-def tensor_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+def tensor_names(config: ModelConfig, row: Architecture) -> dict[str, tuple[str, ...]]:
     """Return llama.cpp's name -> ours of every tensor of the model: the parameters that it holds below each other."""
     shapes = parameter_shapes(config)
     top = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
     modules: dict[str, tuple[str, ...]] = {there: (own,) for there, own in top.items()}
     if not config.tie_embeddings:
         modules["output"] = ("lm_head",)
-    layer_modules = architecture_for(config).layer
     for layer in range(config.n_layers):
-        for there, own in layer_modules.items():
+        for there, own in row.layer.items():
             names = (own,) if isinstance(own, str) else own
             modules[f"blk.{layer}.{there}"] = tuple(f"model.layers.{layer}.{name}" for name in names)
     found = {}
@@ -243,7 +240,7 @@ def stacked_shape(names: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]])
     return (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
 
 
-def check_gguf_tensors(header: GgufHeader, config: ModelConfig) -> None:
+def check_gguf_tensors(header: GgufHeader, config: ModelConfig, row: Architecture) -> None:
     """Check names and shapes before anything is read.
 
     Raises: ArtifactError naming the first that is missing, left over, or of another shape.
@@ -252,7 +249,7 @@ def check_gguf_tensors(header: GgufHeader, config: ModelConfig) -> None:
         raise ArtifactError(
             f"`{header.path}` claims {config.n_layers} layers and has {len(header.tensors)} tensors", DAMAGED
         )
-    names, shapes = tensor_names(config), parameter_shapes(config)
+    names, shapes = tensor_names(config, row), parameter_shapes(config)
     for name in names:
         if name not in header.tensors:
             raise ArtifactError(f"`{header.path}` has no tensor `{name}`", "fetch the file again")
@@ -280,9 +277,9 @@ def gguf_state(header: GgufHeader, config: ModelConfig) -> dict[str, "Tensor"]:
     import torch
 
     data, shapes = map_file(header.path), parameter_shapes(config)
-    row = architecture_for(config)
+    row = ARCHITECTURES[header.metadata["general.architecture"]]
     state: dict[str, Tensor] = {}
-    for there, names in tensor_names(config).items():
+    for there, names in tensor_names(config, row).items():
         whole = torch.from_numpy(dequantize(data, header.tensors[there]))
         for name, part in zip(names, whole.split([shapes[name][0] for name in names]), strict=True):
             n_heads = n_paired_heads(config, row, name)

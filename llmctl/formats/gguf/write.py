@@ -166,7 +166,7 @@ def plan_blocks(config: ModelConfig, kind: str) -> dict[str, Planned]:
     """Return llama.cpp's name of every tensor -> its block; vectors stay in float32."""
     head = "token_embd.weight" if config.tie_embeddings else "output.weight"
     shapes, plan = parameter_shapes(config), {}
-    for there, names in tensor_names(config).items():
+    for there, names in tensor_names(config, architecture_for(config)).items():
         wanted = TYPES[kind].head if there == head else TYPES[kind].block
         wanted = wanted if len(shapes[names[0]]) > 1 else "F32"
         plan[there] = Planned(fitting_block(wanted, shapes[names[0]]), wanted)
@@ -197,7 +197,7 @@ def write_gguf(
     writer.add_custom_alignment(ALIGNMENT)
     for key, value in values.items():
         put(writer, key, value)
-    names, plan, written = tensor_names(config), plan_blocks(config, kind), Written()
+    names, plan, written = tensor_names(config, row), plan_blocks(config, kind), Written()
     shapes = parameter_shapes(config)
     try:
         factors = factor_tensors(config)

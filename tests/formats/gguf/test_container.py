@@ -86,6 +86,28 @@ def test_weights_are_those_of_the_packages_own_reader(kind, tmp_path):
         assert np.array_equal(found, expected.reshape(found.shape))
 
 
+def test_fused_tensors_are_split(tmp_path):
+    """Phi-3: queries, keys and values in one tensor, gate and up in another; its settings are also those of `llama`."""
+    shapes = {name: shape for name, shape in SHAPES.items() if not name.startswith(("blk.0.attn_", "blk.0.ffn_"))}
+    kept = ("attn_norm", "attn_output", "ffn_norm", "ffn_down")
+    shapes |= {f"blk.0.{name}.weight": SHAPES[f"blk.0.{name}.weight"] for name in kept}
+    shapes |= {"blk.0.attn_qkv.weight": (64, 32), "blk.0.ffn_up.weight": (128, 32)}
+    metadata = {key.replace("llama.", "phi3."): value for key, value in METADATA.items()}
+    path = write_gguf(tmp_path / "m.gguf", architecture="phi3", metadata=metadata, shapes=shapes)
+    header = read_gguf_header(path)
+    state = gguf_state(header, gguf_config(header))
+    fused = gguf.quants.dequantize(*tensor_of(path, "blk.0.attn_qkv.weight"))
+    parts = [state[f"model.layers.0.self_attn.{part}_proj.weight"].numpy() for part in "qkv"]
+    assert [len(part) for part in parts] == [32, 16, 16]
+    assert np.array_equal(np.concatenate(parts), fused)
+    assert len(state["model.layers.0.mlp.gate_proj.weight"]) == 64
+
+
+def tensor_of(path: Path, name: str):
+    tensor = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == name)
+    return tensor.data, tensor.tensor_type
+
+
 def test_rows_of_queries_and_keys_are_put_half_a_head_apart():
     rows = np.arange(16, dtype=np.float32)[:, None]
     assert half_split(rows, 2)[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]

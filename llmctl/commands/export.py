@@ -82,10 +82,13 @@ def write(model: Path, out: Path | None, to: str, kind: str | None, *, force: bo
 def report(record: dict[str, Any]) -> list[str]:
     """Return the lines that report what was written and verified."""
     proof = record["proof"]
-    n_tokens = proof["llama_cpp_tokens"]
+    n_tokens, vectors = proof["llama_cpp_tokens"], proof["llama_cpp_cosine"]
     compared = "not installed" if n_tokens is None else f"{n_tokens} of {proof['llama_cpp_of']} greedy tokens"
+    compared = compared if vectors is None else f"vectors with a cosine of at least {vectors:.4f}"
     equal = f"{proof['tensors_equal']} tensors and the token ids of {proof['texts_equal']} texts are as expected"
-    kept = f"KL {proof['kl']:.4g} nats/token, {proof['top1']:.1%} top-1 agreement ({proof['tokens']} tokens)"
+    kept = f"vectors with a cosine of at least {proof['cosine']:.4f}" if proof["cosine"] is not None else ""
+    if proof["kl"] is not None:
+        kept = f"KL {proof['kl']:.4g} nats/token, {proof['top1']:.1%} top-1 agreement ({proof['tokens']} tokens)"
     made = f"{record['type']}, {record['bits_per_weight']:.2f} bits per weight, {record['bytes'] / 1e6:.1f} MB"
     others = [
         f"note: {other['tensors']} tensors are {other['block']}: rows of {other['row']} do not divide into blocks of "
@@ -94,9 +97,10 @@ def report(record: dict[str, Any]) -> list[str]:
     ]
     if window := record["ignored_window"]:
         others.append(f"note: llama.cpp ignores the attention window of {window:,} tokens: longer texts differ there")
+    program = "llama-cli" if proof["cosine"] is None else "llama-embedding"
     return [
         *others,
         f"read back: {equal}, logits within {proof['logits_max_difference']:.1g}; llama_cpp: {compared}",
         f"compared with the original: {kept}",
-        f"{record['path']}: {made}; next: llama-cli -m {shlex.quote(record['path'])}",
+        f"{record['path']}: {made}; next: {program} -m {shlex.quote(record['path'])}",
     ]

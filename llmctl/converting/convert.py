@@ -17,6 +17,7 @@ from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.generation_settings import listed_ids, with_end_ids
 from llmctl.formats.quantization import PARTS, Schemes
+from llmctl.formats.sentence_encoder import pooling_files
 from llmctl.quant.schemes import SCALE_BITS
 from llmctl.tables.dtypes import full_name
 from llmctl.tokenizer.load import find_tokenizer
@@ -85,12 +86,14 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, "Tensor"], dict[str, bytes], dict[str, Any]]:
     """Return configuration, float32 state, tokenizer files and origin of a GGUF file."""
     from llmctl.formats.gguf.container import read_gguf_header
-    from llmctl.formats.gguf.model import gguf_config, gguf_state
+    from llmctl.formats.gguf.model import gguf_config, gguf_state, pooling_of
     from llmctl.formats.gguf.tokenizer import tokenizer_files
 
     header = read_gguf_header(path)
     config = gguf_config(header)
     files = tokenizer_files(header.metadata, config.vocab_size, config.max_positions)
+    if pooling := pooling_of(header):
+        files |= pooling_files(pooling, config.d_model)
     ends = [header.metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eot", "eom")]
     files = with_end_ids(config, files, listed_ids(ends))
     kept = ("general.name", "general.license", "general.architecture")

@@ -22,7 +22,8 @@ from llmctl.formats.gguf.write import (
     model_values,
     write_gguf,
 )
-from llmctl.formats.gguf.write_tokenizer import tokenizer_values
+from llmctl.formats.gguf.write_tokenizer import refuse, tokenizer_values
+from llmctl.formats.sentence_encoder import sentence_encoder
 from llmctl.inference.chat_template import find_template
 from llmctl.tokenizer.base import Tokenizer
 
@@ -51,7 +52,8 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
     refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
     original = Loaded(without_weights(artifact.config), tokenizer, artifact)
     ids = special_ids(artifact, tokenizer)
-    values = model_values(artifact.config, kind, general_of(artifact, source))
+    pooling = sentence_encoder(artifact.files).pooling or "mean"
+    values = model_values(artifact.config, kind, general_of(artifact, source), pooling=pooling)
     values |= tokenizer_values(
         tokenizer.files(),
         artifact.config.vocab_size,
@@ -59,6 +61,8 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
         adds_bos=bool(original.frame.before),
         template=find_template(artifact.files),
     )
+    if artifact.config.family == "encoder" and values["tokenizer.ggml.model"] != "bert":
+        raise refuse("of an encoder is not BERT's WordPiece")
     state = artifact.state()
     with atomic_path(out) as temporary:
         written = write_gguf(temporary, artifact.config, state, values, kind)
@@ -86,6 +90,8 @@ def special_ids(artifact: Artifact, tokenizer: Tokenizer) -> dict[str, int]:
         "padding": (config.pad_id, tokenizer.pad_id),
         "eot": (more[0] if more else -1, None),
     }
+    if config.family == "encoder":  # the tokens around its texts are its tokenizer's
+        candidates = {"padding": candidates["padding"]}
     ids = {role: first if first >= 0 else second for role, (first, second) in candidates.items()}
     return {role: index for role, index in ids.items() if index is not None}
 

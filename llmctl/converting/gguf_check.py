@@ -21,6 +21,7 @@ from llmctl.config import ModelConfig
 from llmctl.converting.convert import read_gguf
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.sentence_encoder import sentence_encoder
 from llmctl.inference.encoding import encode_prompt
 from llmctl.model.shapes import complete, theta_of, window_of
 from llmctl.model.transformer import LanguageModel, with_tied
@@ -77,18 +78,21 @@ ROLES = {"bos_id": "bos", "eos_id": "eos", "pad_id": "padding"}
 class Proof:
     """Results of the verification, and the distance of the quantized model from the original.
 
-    logits_max_difference: of the file read back and the expected weights. kl: KL(original || quantized) in nats per
-    token; top1: top-1 agreement with the original. llama_cpp_tokens: how many of N_GREEDY greedy tokens agree with
-    llama.cpp; None if `llama_cpp` is not installed.
+    logits_max_difference: of the file read back and the expected weights (of an encoder: of its states). kl:
+    KL(original || quantized) in nats per token; top1: top-1 agreement with the original; cosine: the least similarity of
+    an encoder's vectors to the original's. llama_cpp_tokens: how many of N_GREEDY greedy tokens agree with llama.cpp;
+    llama_cpp_cosine: the least similarity of its vectors; None if `llama_cpp` is not installed.
     """
 
     tensors_equal: int
     texts_equal: int
     logits_max_difference: float
     tokens: int
-    kl: float
-    top1: float
+    kl: float | None
+    top1: float | None
+    cosine: float | None
     llama_cpp_tokens: int | None
+    llama_cpp_cosine: float | None
 
     def record(self) -> dict[str, Any]:
         """Return the proof as JSON-compatible data."""
@@ -133,10 +137,14 @@ def prove(
     after = logits_of(back.model, rows)
     difference = check_logits(out, expected, after)
     prose = slice(len(rows) - 1)  # the last row is not text, see rows_of
-    kl, top1 = distance(before[prose], after[prose])
     n_tokens = sum(len(row) for row in rows[prose])
+    if config.family == "encoder":
+        cosine = min(similarity(one, two) for one, two in zip(before[prose], after[prose], strict=True))
+        asked = ask_for_vectors(path, out, back)
+        return Proof(len(meant), n_texts, difference, n_tokens, None, None, cosine, None, asked)
+    kl, top1 = distance(before[prose], after[prose])
     agreed = ask_llama_cpp(path, out, back)
-    return Proof(len(meant), n_texts, difference, n_tokens, kl, top1, agreed)
+    return Proof(len(meant), n_texts, difference, n_tokens, kl, top1, None, agreed, None)
 
 
 def failure(out: Path, what: str) -> ArtifactError:
@@ -213,14 +221,22 @@ def rows_of(loaded: Loaded) -> list[list[int]]:
     config = loaded.model.config
     longest = min(ROW_TOKENS, config.max_positions)
     texts = [encode_prompt(loaded, text)[:longest] for text in PROSE]
+    if config.family == "encoder":  # as it reads them: with its tokens at both ends
+        texts = [[*ids[: longest - len(loaded.frame.after)], *loaded.frame.after] for ids in texts]
     spread = torch.linspace(0, config.vocab_size - 1, longest).long().tolist()
     return [*(row for row in texts if row), spread]
 
 
 @torch.inference_mode()
 def logits_of(model: LanguageModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits (T, V) of every row."""
-    return [model(torch.tensor([row]))[0] for row in rows]
+    """Return the logits (T, V) of every row, or the states (T, D) of an encoder."""
+    run = model.hidden if model.config.family == "encoder" else model
+    return [run(torch.tensor([row]))[0] for row in rows]
+
+
+def similarity(one_TD: Tensor, other_TD: Tensor) -> float:
+    """Return the cosine of two texts' mean states."""
+    return float(torch.cosine_similarity(one_TD.mean(0), other_TD.mean(0), dim=0))
 
 
 def check_logits(out: Path, expected: Sequence[Tensor], back: Sequence[Tensor]) -> float:
@@ -258,10 +274,7 @@ def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
     prompt = encode_prompt(back, PROSE[0])[:longest]
     tokenizer = tokenizer_of(back)
     with llama_cpp(path, out, len(prompt) + N_GREEDY) as llama:
-        for text in PROBES:
-            expected, ids = tokenizer.encode(text), llama.tokenize(text.encode(), add_bos=False, special=False)
-            if expected != ids:
-                raise failure(out, f"llama.cpp gives the text {text[:40]!r} the ids {ids[:12]}, not {expected[:12]}")
+        compare_ids(out, tokenizer, llama)
         tokens = list(greedy(llama, prompt))
     logits_TV = logits_of(back.model, [[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
     chosen_T1 = torch.tensor(tokens)[:, None]
@@ -273,8 +286,48 @@ def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
     return int((below_T == 0).sum())
 
 
+def compare_ids(out: Path, tokenizer: Tokenizer, llama: Any) -> None:
+    """Compare tokenization with llama.cpp.
+
+    Raises: ArtifactError naming a text with other ids.
+    """
+    for text in PROBES:
+        expected, ids = tokenizer.encode(text), llama.tokenize(text.encode(), add_bos=False, special=False)
+        if expected != ids:
+            raise failure(out, f"llama.cpp gives the text {text[:40]!r} the ids {ids[:12]}, not {expected[:12]}")
+
+
+VECTOR_BOUND = 0.999
+"""Least similarity of llama.cpp's vectors to ours: it approximates GELU, and rounds activations to 8 bits with some blocks."""
+
+
+def ask_for_vectors(path: Path, out: Path, back: Loaded) -> float | None:
+    """Compare tokenization and the vectors of texts with llama.cpp; return the least similarity.
+
+    Returns None if it is not installed.
+    Raises: ArtifactError if token ids differ, or a vector is another one.
+    """
+    if find_spec("llama_cpp") is None:
+        return None
+    own = sentence_encoder(back.artifact.files).pooling or "mean"
+    longest = min(ROW_TOKENS, back.model.config.max_positions)
+    least = 1.0
+    with llama_cpp(path, out, longest, embedding=True) as llama:
+        compare_ids(out, tokenizer_of(back), llama)
+        for text in PROSE:
+            words = text[: longest - 2]  # a character is a token of WordPiece at most
+            ids = [*encode_prompt(back, words), *back.frame.after]
+            with torch.inference_mode():
+                expected_D = back.model.pooled(torch.tensor([ids]), pooling=own)[0]
+            found_D = torch.tensor(llama.embed(words))
+            least = min(least, float(torch.cosine_similarity(expected_D, found_D, dim=0)))
+    if not least >= VECTOR_BOUND:
+        raise failure(out, f"llama.cpp gives a text a vector whose cosine to ours is {least:.4f}")
+    return least
+
+
 @contextmanager
-def llama_cpp(path: Path, out: Path, n_positions: int) -> Iterator[Any]:
+def llama_cpp(path: Path, out: Path, n_positions: int, **options: Any) -> Iterator[Any]:
     """Yield a file opened by llama.cpp.
 
     Raises: ArtifactError if llama.cpp cannot open it.
@@ -283,7 +336,7 @@ def llama_cpp(path: Path, out: Path, n_positions: int) -> Iterator[Any]:
 
     with redirect_stderr(StringIO()):  # it warns about short contexts
         try:
-            llama = Llama(model_path=str(path), n_ctx=n_positions, n_gpu_layers=0, verbose=False)
+            llama = Llama(model_path=str(path), n_ctx=n_positions, n_gpu_layers=0, verbose=False, **options)
         except ValueError as error:
             raise failure(out, f"llama.cpp cannot open it: {error}") from error
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.files import json_of
+from llmctl.files import json_of, json_text
 
 MODULES, POOLING, PROMPTS = "modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"
 SENTENCE_FILES = (MODULES, POOLING, PROMPTS, "sentence_bert_config.json")
@@ -37,6 +37,21 @@ class SentenceEncoder:
 
     pooling: str = ""
     prompt: str = ""
+
+
+def pooling_files(pooling: str, width: int) -> dict[str, bytes]:
+    """Return the files that say how an encoder of this width represents a text."""
+    mode = next(mode for mode, ours in MODES.items() if ours == pooling)
+    flag = next(flag for flag, name in FLAGS.items() if name == mode)
+    package = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{package}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{package}.Pooling"},
+    ]
+    return {
+        MODULES: json_text(modules).encode(),
+        POOLING: json_text({"word_embedding_dimension": width, flag: True}).encode(),
+    }
 
 
 def sentence_encoder(files: Mapping[str, bytes]) -> SentenceEncoder:

@@ -67,7 +67,7 @@ def test_what_is_no_gguf_has_its_exit_code(folder, models, tmp_path, capsys):
         (models["decoder"], ["--type", "q2"], 2, "q4_K"),
         (models["decoder"], ["-o", str(tmp_path / "m.bin")], 2, "X.gguf"),
         (tmp_path / "nowhere", [], 3, "nowhere"),
-        (models["encoder"], [], 4, "is an encoder, which is not exported as GGUF"),
+        (models["encoder"], [], 4, "nomic-embed's, which is not exported as GGUF"),
         (folder, [], 4, "no tokenizer"),
         (models["decoder"], ["-o", str(tmp_path / "there.gguf")], 8, "already exists"),
     ]

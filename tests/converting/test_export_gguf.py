@@ -198,7 +198,7 @@ def test_the_name_is_the_models(folder, tmp_path, monkeypatch):
 
 def test_what_is_not_exported_is_refused(models, tmp_path):
     out = tmp_path / "m.gguf"
-    for name, message in (("encoder", "is an encoder"), ("bert", "is an encoder"), ("encoder_decoder", "encoder-dec")):
+    for name, message in (("encoder", "is an encoder"), ("bert", "WordPiece"), ("encoder_decoder", "encoder-dec")):
         with pytest.raises(ArtifactError, match=message):
             export_gguf(models[name], out)
     with pytest.raises(UsageError, match="q3_K"):

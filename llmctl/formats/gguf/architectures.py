@@ -36,6 +36,23 @@ FUSED: Names = {
     "ffn_up": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
+ENCODER: Names = {
+    "attn_output": "self_attn.o_proj",
+    "attn_output_norm": "input_layernorm",
+    "ffn_down": "mlp.down_proj",
+    "layer_output_norm": "post_attention_layernorm",
+}
+TOP: Names = {
+    "token_embd": "model.embed_tokens",
+    "token_types": "model.embed_token_types",
+    "position_embd": "model.embed_positions",
+    "token_embd_norm": "model.embedding_norm",
+    "output_norm": "model.norm",
+}
+"""The modules outside of layers, as far as a model has them; an untied head is `output`."""
+ADDED = ("token_types.weight", "position_embd.weight")
+"""Tables that llama.cpp adds to the embeddings, which are in float32."""
+
 NAMED = SIZES | TOKEN_IDS | TRAINING | CLASSIFIER - {"n_labels"} | {"tie_embeddings", "norm_eps", "rope_theta"}
 """Fields that every row expresses, whatever their value."""
 SCALING = ("rope_scaling", "rope_scaling_values")
@@ -243,9 +260,29 @@ def query_biases(_: Published, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {"attention_bias": has_bias, "attention_output_bias": "no" if has_bias else "same"}
 
 
+POOLINGS = {"mean": 1, "first": 2, "last": 3}
+"""Our names of llama.cpp's `pooling_type`."""
+
+
+def token_types(_: Published, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many token types there are, which only the tensor tells."""
+    return {"n_token_types": tensors["token_types.weight"].shape[0] if "token_types.weight" in tensors else 0}
+
+
+def is_encoder(config: ModelConfig) -> bool:
+    """Tell whether llama.cpp can run an encoder: it always adds a token type."""
+    return config.n_token_types > 0 and has_standard_heads(config)
+
+
 BIASES = frozenset({"attention_bias", "attention_output_bias"})
 LAYERNORM = {"norm": "layernorm"}
 OWN_HEAD = {"tie_embeddings": False}  # llama.cpp's loader insists on it
+BERT_FIELDS = LAYERNORM | {
+    "family": "encoder",
+    "norm_position": "post",
+    "embedding_norm": True,
+    "tie_embeddings": True,
+}
 GEMMA_FIELDS = {"activation": "gelu_tanh", "tie_embeddings": True}
 GEMMA_NAMED = frozenset({"embedding_scale", "attention_scale", "attention_windows"})
 ROWS = (
@@ -328,6 +365,27 @@ ROWS = (
         allows=is_gemma3,
         metadata=window_values,
         settings=gemma3_settings,
+    ),
+    Architecture(
+        "bert",
+        {**ENCODER, **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"}, "ffn_up": "mlp.up_proj"},
+        BERT_FIELDS
+        | {"positions": "learned", "activation": "gelu", "gated": False, "attention_bias": True, "mlp_bias": True},
+        frozenset({"n_token_types"}),
+        ("none",),
+        is_encoder,
+        lambda _: {"attention.causal": False},
+        token_types,
+    ),
+    Architecture(
+        "nomic-bert",
+        {**ENCODER, "attn_qkv": FUSED["attn_qkv"], "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj"},
+        BERT_FIELDS,
+        frozenset({"n_token_types"}),
+        ("none",),
+        is_encoder,
+        lambda _: {"attention.causal": False},
+        token_types,
     ),
 )
 ARCHITECTURES = {row.name: row for row in ROWS}

@@ -16,8 +16,10 @@ from llmctl.formats.gguf.architectures import (
     ARCHITECTURES,
     FACTORS,
     LONG_FACTORS,
+    POOLINGS,
     SCALING_KEY,
     SHORT_FACTORS,
+    TOP,
     Architecture,
     read_scaling,
     shortest,
@@ -94,6 +96,8 @@ def config_of(header: GgufHeader, row: Architecture) -> ModelConfig:
     }
     if type(window) is int and 0 < window < max_positions:
         values["attention_windows"] = (window,)
+    if row.fields.get("family") == "encoder":  # the tokens around a text are its tokenizer's
+        values |= {"bos_id": -1, "eos_id": -1}
     values |= {**read_scaling(data, max_positions), **row.fields, **row.settings(data, header.tensors)}
     if values["rotary_dim"] and "rotary_dim" not in row.named:
         raise ArtifactError(
@@ -116,6 +120,12 @@ def rotated_width(config: ModelConfig) -> int:
 def own_values(header: GgufHeader, architecture: str) -> dict[str, Any]:
     """Return the metadata without the architecture's prefix."""
     return {key.removeprefix(f"{architecture}."): value for key, value in header.metadata.items()}
+
+
+def pooling_of(header: GgufHeader) -> str:
+    """Return how an encoder represents a text; empty if the file does not say."""
+    kind = header.metadata.get(f"{header.metadata.get('general.architecture')}.pooling_type")
+    return next((name for name, number in POOLINGS.items() if number == kind), "")
 
 
 def rope_factors(config: ModelConfig) -> "NDArray[np.float32]":
@@ -197,6 +207,8 @@ def refuse_extras(header: GgufHeader, row: Architecture) -> None:
         "rope.scaling.type": scalings,
         "rope.scale_linear": (1.0, None),
         "expert_count": (0, None),
+        "attention.causal": (row.fields.get("family") != "encoder", None),
+        "pooling_type": (None, 0, *POOLINGS.values()),
         "use_parallel_residual": (False, None),
     }
     if "attention_windows" not in row.named and not row.drops_window:
@@ -219,8 +231,7 @@ def refuse_extras(header: GgufHeader, row: Architecture) -> None:
 def tensor_names(config: ModelConfig, row: Architecture) -> dict[str, tuple[str, ...]]:
     """Return llama.cpp's name -> ours of every tensor of the model: the parameters that it holds below each other."""
     shapes = parameter_shapes(config)
-    top = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    modules: dict[str, tuple[str, ...]] = {there: (own,) for there, own in top.items()}
+    modules = {there: (own,) if isinstance(own, str) else own for there, own in TOP.items()}
     if not config.tie_embeddings:
         modules["output"] = ("lm_head",)
     for layer in range(config.n_layers):

@@ -20,6 +20,8 @@ from llmctl.tokenizer.sentencepiece import ALWAYS_PREFIX
 T = TypeVar("T")
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+WORD_START, CONTINUED = "\u2581", "##"
+"""Marks of a word's first piece in llama.cpp, and of the others in BERT."""
 
 
 def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions: int) -> dict[str, bytes]:
@@ -46,8 +48,10 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
         files = {"tokenizer.model": sentencepiece_model(values, tokens, types)}
     elif kind == "gpt2":
         files = {"tokenizer.json": byte_level_json(values, tokens, types).encode()}
+    elif kind == "bert":
+        return word_piece_files(values, tokens, types, max_positions)
     else:
-        known = "what is read: llama (sentencepiece BPE), gpt2 (byte-level BPE)"
+        known = "what is read: llama (sentencepiece BPE), gpt2 (byte-level BPE), bert (WordPiece)"
         raise ArtifactError(f"the GGUF file has the tokenizer `{str(kind)[:60]}`, which llmctl does not read", known)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
@@ -56,6 +60,34 @@ def tokenizer_files(metadata: Mapping[str, Any], vocab_size: int, max_positions:
     if kind == "llama":
         config |= split_config(tokens, types, has_prefix=config["add_prefix_space"])
     return files | {"tokenizer_config.json": json_text(config).encode()}
+
+
+def word_piece_files(
+    values: Mapping[str, Any], tokens: list[str], types: list[int], max_positions: int
+) -> dict[str, bytes]:
+    """Return the files of BERT's tokenizer; llama.cpp marks the beginnings of words instead of their continuations.
+
+    Raises: ArtifactError for a token that stands in two lines.
+    """
+    lines = [
+        token
+        if kind == CONTROL or (token[:1] == "[" and token[-1:] == "]")
+        else token.removeprefix(WORD_START)
+        if token.startswith(WORD_START)
+        else CONTINUED + token
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    if any("\n" in line for line in lines) or len(set(lines)) < len(lines):
+        raise ArtifactError("the GGUF file has WordPiece tokens that are not lines of a vocabulary", DAMAGED)
+    lower = bool(values.get("normalizer.lowercase", True))
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": lower,
+        "strip_accents": bool(values.get("normalizer.strip_accents", lower)),
+        "tokenize_chinese_chars": True,
+        "model_max_length": max_positions,
+    }
+    return {"vocab.txt": "\n".join([*lines, ""]).encode(), "tokenizer_config.json": json_text(config).encode()}
 
 
 def adds_bos(values: Mapping[str, Any]) -> bool:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, MissingExtraError, UsageError
 from llmctl.formats.gguf.architectures import (
+    ADDED,
     ARCHITECTURES,
     FACTORS,
     LONG_FACTORS,
     NAMED,
+    POOLINGS,
     SCALING,
     SCALING_KEY,
     SHORT_FACTORS,
@@ -60,7 +62,7 @@ TYPES = {
 # What holds a tensor whose rows are no whole blocks, as in llama.cpp.
 NARROWER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(("Q8_0", "Q5_0", "Q4_1", "Q4_0"), "F16")
 N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
-EXPORTED = f"what is exported: decoders that are {', '.join(ARCHITECTURES)}; --to single or hf takes every model"
+EXPORTED = f"what is exported: {', '.join(ARCHITECTURES)}; --to single or hf takes every model"
 
 
 @dataclass
@@ -104,17 +106,21 @@ def obstacle_in(config: ModelConfig) -> str:
     """Return what about a model is of none of the architectures; nothing where it is one of them."""
     if config.n_labels:
         return "is a classifier"
-    if config.family != "decoder":
-        return f"is an {config.family.replace('_', '-')}"
+    if config.family == "encoder_decoder":
+        return "is an encoder-decoder"
     config = complete(config)
     if architecture_for(config).holds(config):
         return ""
+    if config.family == "encoder":
+        return "is an encoder with a prediction head, or of another block than BERT's or nomic-embed's"
     names = unsupported(config, NAMED) or list(SCALING)
     return f"is of another block than Llama's ({describe(config, names)})"
 
 
-def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> dict[str, Any]:
-    """Return the metadata of a model; `general` are names and license without their prefix."""
+def model_values(
+    config: ModelConfig, kind: str, general: Mapping[str, str], *, pooling: str = "mean"
+) -> dict[str, Any]:
+    """Return the metadata of a model; `general` are names and license without their prefix, `pooling` an encoder's."""
     values: dict[str, Any] = {f"general.{key}": text for key, text in general.items()}
     values |= {
         "general.type": "model",
@@ -135,6 +141,9 @@ def model_values(config: ModelConfig, kind: str, general: Mapping[str, str]) -> 
         "rope.freq_base": float(config.rope_theta),
     }
     row = architecture_for(config)
+    if config.family == "encoder":
+        sizes["pooling_type"] = POOLINGS[pooling]
+        values["tokenizer.ggml.token_type_count"] = config.n_token_types
     is_rms = config.norm == "rmsnorm"
     sizes["attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon"] = config.norm_eps
     if row.drops_window and any(config.attention_windows):
@@ -168,7 +177,7 @@ def plan_blocks(config: ModelConfig, kind: str) -> dict[str, Planned]:
     shapes, plan = parameter_shapes(config), {}
     for there, names in tensor_names(config, architecture_for(config)).items():
         wanted = TYPES[kind].head if there == head else TYPES[kind].block
-        wanted = wanted if len(shapes[names[0]]) > 1 else "F32"
+        wanted = "F32" if len(shapes[names[0]]) == 1 or there in ADDED else wanted
         plan[there] = Planned(fitting_block(wanted, shapes[names[0]]), wanted)
     return plan
 

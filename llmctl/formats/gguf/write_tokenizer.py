@@ -10,7 +10,7 @@ from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.files import parse_json
-from llmctl.formats.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
+from llmctl.formats.gguf.tokenizer import BYTE, CONTINUED, CONTROL, NORMAL, UNUSED, USER_DEFINED, WORD_START
 from llmctl.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from llmctl.tokenizer.protobuf import damaged, fields
 
@@ -41,7 +41,10 @@ def tokenizer_values(
         values, tokens = sentencepiece_values(files["tokenizer.model"])
         names = {index: name for index, name in added_names(files).items() if index >= len(tokens)}
     else:
-        values, tokens, names = *byte_level_values(files.get("tokenizer.json", b"{}")), {}
+        content = parse_json(files.get("tokenizer.json", b"{}"))
+        is_word_pieces = content.get("model", {}).get("type") == "WordPiece"
+        values, tokens = word_piece_values(content) if is_word_pieces else byte_level_values(content)
+        names = {}
     if len(tokens) > vocab_size:
         raise ArtifactError(
             f"the tokenizer has {len(tokens):,} tokens, the model {vocab_size:,} rows for them",
@@ -53,7 +56,8 @@ def tokenizer_values(
     if "scores" in values:
         values["scores"] += [0.0] * (vocab_size - len(values["scores"]))
     values |= {f"{role}_token_id": index for role, index in ids.items()}
-    values |= {"add_bos_token": adds_bos, "add_eos_token": False}
+    if values["model"] != "bert":
+        values |= {"add_bos_token": adds_bos, "add_eos_token": False}
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     return metadata | {"tokenizer.chat_template": template} if template else metadata
 
@@ -125,12 +129,49 @@ def check_sentencepiece(trainer: Mapping[int, Any], normalizer: Mapping[int, Any
         raise refuse("is a sentencepiece model without byte pieces")
 
 
+# --- WordPiece -------------------------------------------------------------------------------------------------------
+
+ROLES = {"[CLS]": ("bos", "cls"), "[SEP]": ("eos", "seperator"), "[MASK]": ("mask",), "[UNK]": ("unknown",)}
+"""llama.cpp's roles of BERT's special tokens, in its own spelling."""
+
+
+def word_piece_values(tokenizer: Mapping[str, Any]) -> tuple[dict[str, Any], Tokens]:
+    """Return the metadata and the tokens, with their types, of BERT's `tokenizer.json`.
+
+    llama.cpp marks the beginnings of words instead of their continuations.
+    Raises: ArtifactError for settings that llama.cpp does not have.
+    """
+    model, normalizer = tokenizer["model"], tokenizer.get("normalizer") or {}
+    is_bert = normalizer.get("type") == "BertNormalizer" and normalizer.get("handle_chinese_chars")
+    cuts = (tokenizer.get("pre_tokenizer") or {}).get("type")
+    if not is_bert or cuts != "BertPreTokenizer" or model.get("continuing_subword_prefix") != CONTINUED:
+        raise refuse("is a WordPiece tokenizer with other settings than BERT's")
+    added = {token["content"] for token in tokenizer.get("added_tokens", [])}
+    vocabulary = {index: token for token, index in model["vocab"].items()}
+    if any(role not in model["vocab"] for role in ("[CLS]", "[SEP]", "[UNK]")) or sorted(vocabulary) != [
+        *range(len(vocabulary))
+    ]:
+        raise refuse("lacks special tokens or ids of BERT")
+    tokens = [
+        (token, CONTROL)
+        if token in added or (token[:1] == "[" and token[-1:] == "]")
+        else (token.removeprefix(CONTINUED) if token.startswith(CONTINUED) else WORD_START + token, NORMAL)
+        for _, token in sorted(vocabulary.items())
+    ]
+    lower, strip = bool(normalizer.get("lowercase")), normalizer.get("strip_accents")
+    values: dict[str, Any] = {"model": "bert", "pre": "default"}
+    values |= {"normalizer.lowercase": lower, "normalizer.strip_accents": lower if strip is None else bool(strip)}
+    for token, roles in ROLES.items():
+        if token in model["vocab"]:
+            values |= {f"{role}_token_id": model["vocab"][token] for role in roles}
+    return values, tokens
+
+
 # --- byte-level BPE --------------------------------------------------------------------------------------------------
 
 
-def byte_level_values(content: bytes) -> tuple[dict[str, Any], Tokens]:
+def byte_level_values(tokenizer: Mapping[str, Any]) -> tuple[dict[str, Any], Tokens]:
     """Return the metadata and the tokens, with their types, of a byte-level BPE `tokenizer.json`."""
-    tokenizer = parse_json(content)
     model, added = tokenizer.get("model", {}), tokenizer.get("added_tokens", [])
     pre = pre_tokenizer_name(tokenizer)
     changed = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]

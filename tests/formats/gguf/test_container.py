@@ -339,7 +339,7 @@ def test_a_byte_level_tokenizer_splits_as_its_pre_tokenizer_says():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": "bert"}, "bert"),
+        ({"tokenizer.ggml.model": "t5"}, "t5"),
         ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
         ({"tokenizer.ggml.tokens": ["a"]}, "1 tokens for an embedding of 8 rows"),
         ({"tokenizer.ggml.tokens": None}, "0 tokens"),

@@ -143,7 +143,7 @@ def test_rows_that_are_no_whole_blocks_get_another_format():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"family": "encoder"}, "is an encoder,"),
+        ({"family": "encoder"}, "is an encoder with a prediction head, or"),
         ({"family": "encoder_decoder"}, "is an encoder-decoder,"),
         ({"n_labels": 2, "labels": ("a", "b")}, "classifier"),
         ({"attention_bias": True}, "`model.attention_bias` True"),

@@ -40,6 +40,14 @@ LARGEST_ERRORS: Mapping[str, float] = {
 The compiled step keeps activations in float32, where torch rounds to bfloat16; an 8-bit key may round to either neighbor.
 """
 
+BLOCKS: Mapping[str, Mapping[str, Any]] = {
+    "Gemma 3": {"activation": "gelu_tanh", "norm_position": "both", "qk_norm": True, "rope_thetas": (1e4, 1e6)},
+    "GPT-NeoX": {"norm": "layernorm", "gated": False, "attention_bias": True, "mlp_bias": True}
+    | {"parallel": "separate", "rotary_dim": 8, "activation": "gelu", "tie_embeddings": False},
+    "OLMo 2": {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width"},
+}
+"""Blocks other than Llama's that are checked, in float32."""
+
 N_TOKENS = 10
 
 
@@ -51,8 +59,11 @@ def compile_and_check() -> Path:
     path = compile_library()
     problem = ""
     try:
-        errors = errors_of(load_library(path))
+        library = load_library(path)
+        errors = errors_of(library)
         wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < LARGEST_ERRORS[name]]
+        others = {name: error_of(library, "fp32", **fields) for name, fields in BLOCKS.items()}
+        wrong += [f"{name} by {error:.2g}" for name, error in others.items() if not error < LARGEST_ERRORS["fp32"]]
         problem = f"its logits are wrong ({', '.join(wrong)})" if wrong else ""
     except (OSError, AttributeError) as error:
         problem = str(error)

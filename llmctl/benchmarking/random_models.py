@@ -57,13 +57,13 @@ def random_model(config: ModelConfig, precision: str, *, group: int = 0) -> Lang
     for module in model.modules():
         if isinstance(module, QuantLinear):
             randomize(module, generator)
-        elif parameters := list(module.parameters(recurse=False)):
+        elif list(module.parameters(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
             module.to(dtype)
-            for parameter in module.parameters(recurse=False) if parameters else ():
-                nn.init.ones_(parameter) if parameter.dim() == 1 else nn.init.uniform_(
-                    parameter, -0.02, 0.02, generator
-                )
+            for name, parameter in module.named_parameters(recurse=False):
+                # Norms and biases are not all the same, or an ignored one would not be seen.
+                low, high = (0.5, 1.5) if parameter.dim() == 1 and name == "weight" else (-0.02, 0.02)
+                nn.init.uniform_(parameter, low, high, generator)
         elif any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device="cpu", recurse=False)
     materialize_buffers(model)

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from llmctl.files import exposed
 from llmctl.kernels.compile import Library, library_path
 from llmctl.losses.logits import is_native
+from llmctl.model import decode
 from llmctl.model.cache import Int8KVCache, KVCache
 from llmctl.model.decode import Decoder, Dense, Native, join
-from llmctl.model.positions import rope_tables
-from llmctl.model.shapes import rope_of
-from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, unsupported
+from llmctl.model.positions import alibi_slopes, rope_tables
+from llmctl.model.stack import Block
+from llmctl.model.supports import EXPERTS, unsupported
 from llmctl.quant.linear import QuantLinear
 from llmctl.quant.packing import pack
 from llmctl.quant.products import Kind, Product, rows_of, unpacked
@@ -52,7 +53,14 @@ class CMatrix(ctypes.Structure):
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("zero", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
     )
+
+
+class CNorm(ctypes.Structure):
+    """The struct `Norm` of decode.cpp."""
+
+    _fields_ = (("kind", ctypes.c_int32), ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
 
 
 class CLayer(ctypes.Structure):
@@ -63,9 +71,10 @@ class CLayer(ctypes.Structure):
         ("out", CMatrix),
         ("up", CMatrix),
         ("down", CMatrix),
-        ("norm_attention", ctypes.c_void_p),
-        ("norm_mlp", ctypes.c_void_p),
+        *((name, CNorm) for name in ("attention", "mlp", "attention_output", "mlp_output", "attention_sum", "mlp_sum")),
+        *((name, CNorm) for name in ("query", "key")),
         ("window", ctypes.c_int64),
+        ("rope", ctypes.c_int64),
     )
 
 
@@ -79,12 +88,14 @@ class CModel(ctypes.Structure):
         ("n_heads", ctypes.c_int64),
         ("n_kv_heads", ctypes.c_int64),
         ("head_dim", ctypes.c_int64),
-        ("eps", ctypes.c_float),
-        ("scale", ctypes.c_float),
+        ("rotated", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "residual_scale", "softcap", "logits_softcap")),
+        *((name, ctypes.c_int32) for name in ("activation", "gated", "parallel", "head_norm")),
         ("cache_kind", ctypes.c_int32),
         ("n_threads", ctypes.c_int32),
         ("layers", ctypes.POINTER(CLayer)),
-        ("norm", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("norm", CNorm),
         ("head", CMatrix),
     )
 
@@ -131,18 +142,13 @@ def load_library(path: Path) -> Library:
     return library
 
 
-NAMED = (
-    SIZES
-    | CLASSIFIER
-    | TOKEN_IDS
-    | TRAINING
-    | {
-        *("norm_eps", "rope_theta", "rope_scaling_values", "attention_scale", "attention_windows"),
-        *("embedding_scale", "tie_embeddings"),  # outside of the library: it takes embeddings and a head's weight
-    }
-)
-"""Fields that decode.cpp supports with any value; all others must have their default, which is Llama's block."""
-CHOICES = {"positions": ("rope", "none"), "rope_scaling": ("none", "linear", "llama3", "yarn", "longrope")}
+NAMED = decode.NAMED - EXPERTS - {"head_transform"}
+CHOICES = decode.CHOICES | {"family": ("decoder",)}
+"""What decode.cpp supports: decoders that `Decoder` does, but for mixtures of experts and a transformed head."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+PARALLEL = ("none", "shared", "separate")
+HEAD_NORMS = {"head": 1, "rotated": 2, "width": 3}
 
 
 def make_native(library: Library, decoder: Decoder) -> Native | None:
@@ -162,16 +168,19 @@ class Step:
         self.kept: list[Tensor] = []
         self.is_whole = True  # set to False by a matrix that the library does not support
         config = decoder.config
+        self.kinds = sorted(decoder.rope_kinds)
+        self.rotated = config.rotary_dim or config.head_dim
         layers = (CLayer * len(decoder.layers))()
         for index, layer in enumerate(decoder.layers):
+            kind = layer.block.rope
             layers[index] = CLayer(
                 self._matrix(layer.attention.qkv),
                 self._matrix(layer.attention.out),
                 self._matrix(layer.up),
                 self._matrix(layer.down),
-                self._numbers(layer.block.input_layernorm),
-                self._numbers(layer.block.post_attention_layernorm),
+                *self._norms(layer.block),
                 layer.block.window,
+                self.kinds.index(kind) if kind in self.kinds else -1,
             )
         head: nn.Module = decoder.model.lm_head
         self.layers = layers
@@ -182,15 +191,26 @@ class Step:
             config.n_heads,
             config.n_kv_heads,
             config.head_dim,
+            self.rotated,
             config.norm_eps,
             config.attention_scale,
+            config.residual_scale,
+            config.attention_softcap,
+            config.logits_softcap,
+            ACTIVATIONS.index(config.activation),
+            config.gated,
+            PARALLEL.index(config.parallel),
+            HEAD_NORMS[config.qk_norm_kind] if config.qk_norm else 0,
             0,
             1,
             layers,
-            self._numbers(decoder.stack.norm),
+            self._keep(alibi_slopes(config.n_heads) * config.alibi_scale) if config.positions == "alibi" else None,
+            self._norm(decoder.stack.norm, config.logits_scale) if config.norm_position != "post" else CNorm(),
             self._matrix(join([head])),
         )
-        self.tables: tuple[Tensor, Tensor] | None = None
+        # Without a final norm, nothing carries the factor on the states before the head.
+        self.is_whole &= config.norm_position != "post" or config.logits_scale == 1.0
+        self.tables: list[tuple[Tensor, Tensor]] = []
         self.table_size = 0
 
     def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
@@ -200,11 +220,11 @@ class Step:
         if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None:
             return None
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
-        x_BD = self.decoder.model.embed(tokens_B).float().contiguous()  # the library works in float32
+        x_BD = self._embed(tokens_B, position).float().contiguous()  # the library works in float32
         logits_BV = torch.empty(B, self.config.vocab_size)
         # Set per call: the same model can be used with different caches and thread counts.
         self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
-        cos, sin = self._rope(cache)
+        cos, sin = self._ropes(cache)
         self.library.llmctl_step(
             self.model,
             x_BD.data_ptr(),
@@ -221,23 +241,56 @@ class Step:
         cache.advance(1)
         return logits_BV
 
-    def _rope(self, cache: KVCache) -> tuple[int | None, int | None]:
-        if self.config.positions != "rope":
-            return None, None
-        if self.tables is None or self.table_size != cache.max_len:
-            self.table_size = cache.max_len
-            # The two halves of a head's table are equal: the library needs only one.
-            cos_SH, sin_SH = rope_tables(
-                self.config, torch.arange(cache.max_len), rope_of(self.config, 0), cache.max_len
-            )
-            half = self.config.head_dim // 2
-            self.tables = cos_SH[:, :half].contiguous(), sin_SH[:, :half].contiguous()
-        offset = cache.length * (self.config.head_dim // 2) * 4  # bytes: the position's row of the float32 table
-        return self.tables[0].data_ptr() + offset, self.tables[1].data_ptr() + offset
+    def _embed(self, tokens_B: Tensor, position: int) -> Tensor:
+        """Return what the first layer reads (B, D)."""
+        config, stack = self.config, self.decoder.stack
+        x_BD = self.decoder.model.embed(tokens_B)
+        if config.positions in ("rope", "alibi", "none") and not (config.embedding_norm or config.n_token_types):
+            return x_BD
+        return stack.embed(x_BD[:, None], torch.full((1, 1), position), None)[:, 0]
 
-    def _numbers(self, norm: nn.Module) -> int:
-        assert isinstance(norm.weight, Tensor)
-        return self._keep(norm.weight.detach().float().contiguous())
+    def _ropes(self, cache: KVCache) -> tuple[Any, Any]:
+        """Return the addresses of the position's cosines and sines, R/2 of each, by kind."""
+        half = self.rotated // 2
+        if self.table_size != cache.max_len:
+            self.table_size = cache.max_len
+            self.tables = []
+            for kind in self.kinds:
+                cos_SR, sin_SR = rope_tables(self.config, torch.arange(cache.max_len), kind, cache.max_len)
+                # The two halves of a head's table are equal: the library needs only one.
+                self.tables.append((cos_SR[:, :half].contiguous(), sin_SR[:, :half].contiguous()))
+        offset = cache.length * half * 4  # bytes: the position's row of the float32 table
+        addresses = [[table.data_ptr() + offset for table in tables] for tables in zip(*self.tables, strict=True)]
+        both = addresses or [[], []]
+        kind_ = ctypes.c_void_p * max(1, len(self.kinds))
+        return kind_(*both[0]), kind_(*both[1])
+
+    def _norms(self, block: Block) -> tuple[CNorm, ...]:
+        """Return the norms of a layer in the order of the struct."""
+        none, attention = CNorm(), block.self_attn
+        first = self._norm(block.input_layernorm)
+        second = self._norm(block.post_attention_layernorm) if block.parallel != "shared" else none
+        before = (first, second) if block.before else (none, none)
+        after = (first, second) if block.after else (none, none)
+        output = (first, second) if block.within and not block.before else (none, none)
+        if block.before and block.within:
+            output = self._norm(block.attention_output_layernorm), self._norm(block.mlp_output_layernorm)
+        heads = (self._norm(attention.q_norm), self._norm(attention.k_norm)) if attention.qk_norm else (none, none)
+        return (*before, *output, *after, *heads)
+
+    def _norm(self, norm: Any, factor: float = 1.0) -> CNorm:
+        """Return a norm, its output multiplied by a factor."""
+        if isinstance(norm, nn.Identity):
+            return CNorm()
+        kind = 2 if isinstance(norm, nn.LayerNorm) else 1
+        weight, bias = norm.weight, getattr(norm, "bias", None)
+        if factor != 1.0 and weight is None:
+            weight = torch.ones(norm.normalized_shape)
+        numbers = [
+            None if part is None else self._keep((part.detach().float() * factor).contiguous())
+            for part in (weight, bias)
+        ]
+        return CNorm(kind, *numbers)
 
     def _keep(self, tensor: Tensor) -> int:
         self.kept.append(tensor)
@@ -247,16 +300,17 @@ class Step:
         if isinstance(product, Dense):
             weight_OI = product.weight_OI.detach()
             name = str(weight_OI.dtype).removeprefix("torch.")
-            is_supported = product.bias_O is None and len(weight_OI) >= ROWS
+            is_supported = len(weight_OI) >= ROWS
             if (
                 is_supported
                 and name in ("float32", "bfloat16")
                 and weight_OI.is_contiguous()
                 and weight_OI.device.type == "cpu"
             ):
-                return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None)
+                bias = self._bias(product.bias_O)
+                return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None, bias)
         layer = getattr(product, "__self__", None)
-        if isinstance(layer, QuantLinear) and layer.bias is None:
+        if isinstance(layer, QuantLinear):
             return self._coded(layer)
         self.is_whole = False
         return CMatrix()
@@ -266,7 +320,12 @@ class Step:
         if not is_known or not layer.weight_packed.is_contiguous():
             self.is_whole = False
             return CMatrix()
-        return coded(layer, self.kept)
+        matrix = coded(layer, self.kept)
+        matrix.bias = self._bias(layer.bias)
+        return matrix
+
+    def _bias(self, bias_O: Tensor | None) -> int | None:
+        return None if bias_O is None else self._keep(bias_O.detach().float().contiguous())
 
 
 def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:

@@ -39,12 +39,13 @@ float32; from three on the bfloat16 kernel is faster (measured).
 
 NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
     *("rope_thetas", "rotary_dim", "rope_scaling_values", "residual_scale", "logits_softcap"),
+    *("attention_softcap", "qk_norm_kind", "alibi_scale"),
     *EXPERTS,
 }
 CHOICES = BLOCK_CHOICES | {
     "query_layer": (False,),
     "family": ("decoder", "encoder_decoder"),
-    "positions": ("rope", "learned", "sinusoidal", "none"),
+    "positions": ("rope", "learned", "sinusoidal", "alibi", "none"),
     "norm_position": ("pre", "post", "output", "both"),
     "rope_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
     "rope_scaling_layers": ("all", "full"),
@@ -52,7 +53,7 @@ CHOICES = BLOCK_CHOICES | {
     "parallel": ("none", "shared", "separate"),
     "activation": ("silu", "gelu", "gelu_tanh", "relu", "relu2"),
     **dict.fromkeys(("attention_output_bias", "mlp_output_bias"), ("same", "yes", "no")),
-    **dict.fromkeys(("norm_weight", "norm_bias"), (False, True)),
+    **dict.fromkeys(("norm_weight", "norm_bias", "first_norm", "head_transform_bias"), (False, True)),
 }
 """The settings that `Layer` and `Decoder` implement; a model with any other uses `LanguageModel.hidden`."""
 
@@ -147,7 +148,7 @@ class Decoder:
         T = x_BTD.shape[1]
         ropes = self._ropes(positions_BT, T, cache, x_BTD.dtype)
         # The common case of generation: no mask at all.
-        if T == 1 and documents_BS is None and memory_documents_BS is None:
+        if T == 1 and documents_BS is None and memory_documents_BS is None and self.config.positions != "alibi":
             return Step(cache, None, ropes, memory_BSD, Mask())
         masks, memory_mask = self.stack.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
         return Step(cache, masks, ropes, memory_BSD, memory_mask)
@@ -254,6 +255,7 @@ class SelfAttention:
         self.qkv = join([attention.q_proj, attention.k_proj, attention.v_proj])
         self.out = join([attention.o_proj])
         self.norms = (norm_of(attention.q_norm), norm_of(attention.k_norm)) if attention.qk_norm else None
+        self.norm_kind, self.softcap = attention.norm_kind, attention.softcap
 
     def __call__(self, x_BTD: Tensor, step: Step) -> Tensor:
         """Attend, storing keys and values in the cache."""
@@ -261,9 +263,8 @@ class SelfAttention:
         all_BTAH = self.qkv(x_BTD).view(B, T, N + 2 * K, H)
         # Query and key heads are processed together: both are normalized and rotated.
         both_BTAH = all_BTAH.narrow(2, 0, N + K)
-        if self.norms is not None:
-            q_BTNH, k_BTKH = both_BTAH.split([N, K], dim=2)
-            both_BTAH = torch.cat([self.norms[0](q_BTNH), self.norms[1](k_BTKH)], dim=2)
+        if self.norm_kind in ("head", "width"):
+            both_BTAH = self._normed(both_BTAH)
         rope = step.ropes.get(self.rope)
         if rope is not None:
             # Rotary embedding as x * cos + swapped halves * sin; the minus sign is in the first half's sines.
@@ -272,15 +273,29 @@ class SelfAttention:
             rotated = both_BTAH if R == H else both_BTAH[..., :R]
             rotated = torch.addcmul(rotated * cos, rotated.roll(R // 2, -1), sin)
             both_BTAH = rotated if R == H else torch.cat([rotated, both_BTAH[..., R:]], dim=-1)
+        if self.norm_kind == "rotated":
+            both_BTAH = self._normed(both_BTAH)
         q_BTNH, k_BTKH, v_BTKH = both_BTAH.narrow(2, 0, N), both_BTAH.narrow(2, N, K), all_BTAH.narrow(2, N + K, K)
         cache, start, stop = step.cache, 0, step.cache.length + T
         cache.write(self.layer, k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2))
         if step.masks is None and self.window:  # without a mask, a window is a shorter range of the cache
             start = max(0, stop - self.window)
         mask = Mask() if step.masks is None else step.masks[self.mask_key]
+        if self.softcap:
+            keys_BKSH, values_BKSH = cache.read(self.layer, start, stop)
+            q_BNTH = q_BTNH.transpose(1, 2)
+            return self.out(attend(q_BNTH, keys_BKSH, values_BKSH, mask, self.scale, self.softcap))
         if T == 1 and isinstance(cache, Int8KVCache):  # avoids dequantizing the whole cache for one query
             return self.out(attend_int8(q_BTNH, *cache.coded(self.layer, start, stop), mask, self.scale))
         return self.out(attend_cached(q_BTNH, *cache.read(self.layer, start, stop), mask, self.scale))
+
+    def _normed(self, both_BTAH: Tensor) -> Tensor:
+        """Return normalized query and key heads: each by itself, or all heads together."""
+        assert self.norms is not None
+        parts = both_BTAH.split(list(self.heads[:2]), dim=2)
+        flat = [part.flatten(2) if self.norm_kind == "width" else part for part in parts]
+        normed = [norm(part).view_as(whole) for norm, part, whole in zip(self.norms, flat, parts, strict=True)]
+        return torch.cat(normed, dim=2)
 
 
 class CrossAttention:
@@ -318,7 +333,8 @@ def attend_cached(q_BTNH: Tensor, keys_BKSH: Tensor, values_BKSH: Tensor, mask: 
     q_BKRH = q_BTNH.reshape(B, keys_BKSH.shape[1], -1, H)
     if q_BKRH.shape[2] < FEW_QUERIES and q_BKRH.device.type == "cpu":
         q_BKRH, keys_BKSH, values_BKSH = widened(q_BKRH), widened(keys_BKSH), widened(values_BKSH)
-    y_BKRH = F.scaled_dot_product_attention(q_BKRH, keys_BKSH, values_BKSH, attn_mask=mask.tensor, scale=scale)
+    tensor = of_groups(mask, keys_BKSH.shape[1], q_BKRH.dtype)
+    y_BKRH = F.scaled_dot_product_attention(q_BKRH, keys_BKSH, values_BKSH, attn_mask=tensor, scale=scale)
     return y_BKRH.to(q_BTNH.dtype).reshape(B, 1, N * H)
 
 
@@ -334,10 +350,23 @@ def attend_int8(
     q_BKRH = q_B1NH.reshape(B, keys_BKSH.shape[1], -1, H).float()
     # Codes are exact in float32, so scaling the products equals dequantizing first, up to rounding.
     scores_BKRS = (q_BKRH @ keys_BKSH.float().mT).mul_(k_BKS1.mT * scale)
-    if mask.tensor is not None:
-        scores_BKRS.masked_fill_(~mask.tensor, float("-inf"))
+    tensor = of_groups(mask, keys_BKSH.shape[1], scores_BKRS.dtype)
+    if tensor is not None and tensor.dtype == torch.bool:
+        scores_BKRS.masked_fill_(~tensor, float("-inf"))
+    elif tensor is not None:
+        scores_BKRS += tensor
     y_BKRH = scores_BKRS.softmax(dim=-1).mul_(v_BKS1.mT) @ values_BKSH.float()
     return y_BKRH.to(q_B1NH.dtype).reshape(B, 1, N * H)
+
+
+def of_groups(mask: Mask, n_groups: int, dtype: torch.dtype) -> Tensor | None:
+    """Return the mask of one position for query heads in groups: (.., K, R, S), or broadcastable to it."""
+    tensor = mask.tensor
+    if tensor is None or tensor.dtype == torch.bool:
+        return tensor
+    if tensor.dim() > 2 and tensor.shape[-3] > 1:  # a bias of each head
+        tensor = tensor.unflatten(-3, (n_groups, -1)).squeeze(-2)
+    return tensor.to(dtype)
 
 
 def widened(x: Tensor) -> Tensor:
@@ -347,6 +376,8 @@ def widened(x: Tensor) -> Tensor:
 
 def norm_of(norm: nn.Module) -> Function:
     """Return a norm as a plain function, without the overhead of a module call."""
+    if isinstance(norm, nn.Identity):
+        return lambda x: x
     if isinstance(norm, nn.LayerNorm):
         return lambda x: F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     assert isinstance(norm, nn.RMSNorm)

@@ -60,6 +60,58 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+GPT = {"norm": "layernorm", "gated": False, "attention_bias": True, "mlp_bias": True, "tie_embeddings": False}
+SHAPES = {
+    "qwen2": {"attention_bias": True, "attention_output_bias": "no"},
+    "qwen3": {"qk_norm": True},
+    "llama-3": {"rope_scaling": "llama3", "rope_scaling_values": (8.0, 1.0, 4.0, 16.0), "attention_windows": ()},
+    "mistral": {"attention_windows": (6,)},
+    "gemma": {"activation": "gelu_tanh", "embedding_scale": 11.3},
+    "gemma2": {"activation": "gelu_tanh", "norm_position": "both", "attention_softcap": 0.5, "logits_softcap": 0.7},
+    "gemma3": {"activation": "gelu_tanh", "norm_position": "both", "qk_norm": True, "rope_thetas": (1e4, 1e6)},
+    "phi3": {"rotary_dim": 16},
+    "phi4-mini": {"rotary_dim": 16, "rope_scaling": "longrope"}
+    | {"rope_scaling_values": (8.0, 1.1, *[1.0, 1.3] * 4, *[2.0, 3.0] * 4)},
+    "granite": {"residual_scale": 0.22, "logits_scale": 0.125, "attention_scale": 0.1, "embedding_scale": 12.0},
+    "smollm3": {"rope_thetas": (1e4, 0.0)},
+    "olmo": {"norm": "layernorm", "norm_weight": False, "norm_bias": False},
+    "olmo2": {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width"},
+    "hunyuan": {"qk_norm": True, "qk_norm_kind": "rotated"},
+    "cohere2": {"norm": "layernorm", "norm_bias": False, "parallel": "shared", "logits_scale": 0.25},
+    "gpt-neox": GPT | {"parallel": "separate", "rotary_dim": 8, "activation": "gelu"},
+    "gpt-j": GPT | {"parallel": "shared", "logits_bias": True, "activation": "gelu_tanh"},
+    "gpt2": GPT | {"positions": "learned", "activation": "gelu_tanh"},
+    "opt": GPT | {"positions": "learned", "position_offset": 2, "activation": "relu"},
+    "xglm": GPT | {"positions": "sinusoidal", "activation": "gelu"},
+    "bloom": GPT | {"positions": "alibi", "embedding_norm": True, "activation": "gelu_tanh"},
+    "mpt": {"norm": "layernorm", "norm_bias": False, "positions": "alibi", "gated": False, "activation": "gelu"},
+    "nemotron": GPT | {"activation": "relu2"},
+    "post-norm": {"norm_position": "post", "norm": "layernorm"},
+    "modernbert": {"first_norm": False, "norm": "layernorm", "norm_bias": False, "embedding_norm": True},
+}
+"""The blocks of published decoders."""
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "fp32/int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_decoder_has_the_logits_that_torch_gives(library, shape: str, precision: str):
+    # Norms of heads enlarge what inputs in 8 bits lose.
+    bound = LARGEST_ERRORS[precision] * (1.5 if precision in SCHEMES else 1.0)
+    assert error_of(library, precision, **SHAPES[shape]) < bound
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", ["gemma3", "olmo2", "gpt-neox", "gpt-j", "bloom", "post-norm"])
+def test_threads_wait_for_each_other(library, shape: str):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert error_of(library, "fp32", **SHAPES[shape]) < LARGEST_ERRORS["fp32"]
+    finally:
+        torch.set_num_threads(before)
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     "fields", [{}, {"positions": "none"}, {"n_kv_heads": 4}, {"vocab_size": 97}, {"n_kv_heads": 1, "head_dim": 20}]
@@ -139,13 +191,8 @@ def test_any_number_of_threads_gives_the_same(library, n_threads: int):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"qk_norm": True},
-        {"attention_bias": True},
-        {"norm": "layernorm"},
-        {"norm_position": "post"},
-        {"gated": False},
-        {"activation": "gelu"},
-        {"positions": "learned"},
+        {"head_transform": True},
+        {"n_experts": 4},
         {"d_ff": 130},
     ],
 )

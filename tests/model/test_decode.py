@@ -25,6 +25,11 @@ VARIANTS = {
     "no positions": {"positions": "none"},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "token types": {"n_token_types": 2},
+    "bloom": {"positions": "alibi", "embedding_norm": True, "n_kv_heads": 2},
+    "gemma2": {"norm_position": "both", "attention_softcap": 0.5, "attention_windows": (3, 0), "n_kv_heads": 2},
+    "olmo2": {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width", "n_kv_heads": 2},
+    "hunyuan": {"qk_norm": True, "qk_norm_kind": "rotated", "n_kv_heads": 2},
+    "modernbert": {"first_norm": False, "norm": "layernorm", "norm_bias": False, "head_transform": True},
     "bart": {
         "family": "encoder_decoder",
         "positions": "learned",

@@ -1,4 +1,4 @@
-// One decoding step through all layers of a Llama-like decoder in one call; weights are quantized, bfloat16 or float32.
+// One decoding step through all layers of a decoder in one call; weights are quantized, bfloat16 or float32.
 //
 // 4-bit and 8-bit weights are used in the packed layout of the model's files: rows of codes, lowest bits first. Inputs of
 // quantized weights are rounded to 8 bits in blocks of 64 (llama.cpp's Q8_0 uses blocks of 32), so that dot products are
@@ -37,21 +37,39 @@ struct Matrix {  // O outputs x I inputs
   const void* weight;     // unsigned codes; BYTES: one per byte, below 64, in each block of 64 the even inputs before the odd
   const uint16_t* scale;  // bfloat16: (O,) for INT8, (O, G) for INT4 and BYTES
   const uint8_t* zero;    // zero points (O, G) for INT4 and BYTES; null means 8 everywhere
+  const float* bias;      // (O,) or null
 };
+
+enum NormKind : int32_t { NONE = 0, RMS = 1, MEAN_AND_VARIANCE = 2 };
+
+struct Norm {
+  int32_t kind;
+  const float *weight, *bias;  // null: ones, zeros
+};
+
+enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3, RELU_SQUARED = 4 };
+enum Parallel : int32_t { SEQUENTIAL = 0, SHARED = 1, SEPARATE = 2 };  // the feed-forward layer's input beside attention
+enum HeadNorm : int32_t { NO_HEAD_NORM = 0, BEFORE_ROTATION = 1, AFTER_ROTATION = 2, ALL_HEADS = 3 };
 
 struct Layer {
   Matrix qkv, out, up, down;
-  const float *norm_attention, *norm_mlp;
+  Norm attention, mlp;                // of what a part reads
+  Norm attention_output, mlp_output;  // of what it adds
+  Norm attention_sum, mlp_sum;        // of the sum
+  Norm query, key;                    // of each head, or of all heads together
   int64_t window;  // attention window in tokens; 0 is full attention
+  int64_t rope;    // index of the tables of cosines and sines; -1: heads are not rotated
 };
 
 struct Model {
-  int64_t n_layers, width, d_ff, n_heads, n_kv_heads, head_dim;
-  float eps, scale;
+  int64_t n_layers, width, d_ff, n_heads, n_kv_heads, head_dim, rotated;  // rotated: channels of a head
+  float eps, scale, residual_scale, softcap, logits_softcap;              // caps: 0 is none
+  int32_t activation, gated, parallel, head_norm;
   int32_t cache_kind;  // FLOAT32, BFLOAT16 or INT8
   int32_t n_threads;
   const Layer* layers;
-  const float* norm;
+  const float* slopes;  // (N,): by how much a head's scores fall with distance; null: not
+  Norm norm;
   Matrix head;
 };
 
@@ -434,9 +452,46 @@ void rows(const Matrix& m, Input& in, long n, float* y) {
   }
 }
 
-void normed(const float* x, const float* weight, long n, float eps, float* y) {
-  float power = dot(x, x, n), factor = 1.f / std::sqrt(power / n + eps);
-  for (long i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
+// What a norm subtracts from every value, and what it multiplies by.
+struct Moments {
+  float shift, factor;
+};
+
+inline Moments moments(const Norm& norm, const float* x, long n, float eps) {
+  float shift = 0, power = 0;
+  if (norm.kind == MEAN_AND_VARIANCE) {
+    for (long i = 0; i < n; i++) shift += x[i];
+    shift /= n;
+    for (long i = 0; i < n; i++) power += (x[i] - shift) * (x[i] - shift);
+  } else {
+    power = dot(x, x, n);
+  }
+  return {shift, 1.f / std::sqrt(power / n + eps)};
+}
+
+// Values first to last of a norm's output.
+inline void normed(const Norm& norm, Moments found, const float* x, long first, long last, float* y) {
+  for (long i = first; i < last; i++)
+    y[i] = (x[i] - found.shift) * found.factor * (norm.weight ? norm.weight[i] : 1.f) + (norm.bias ? norm.bias[i] : 0.f);
+}
+
+inline float tanh_of(float x) { return 1.f - 2.f / (power_of_e(2.f * x) + 1.f); }
+
+inline void activate(int32_t kind, float* x, long first, long last) {
+  switch (kind) {
+    case SILU:
+      for (long i = first; i < last; i++) x[i] /= 1.f + power_of_e(-x[i]);
+      return;
+    case GELU:
+      for (long i = first; i < last; i++) x[i] *= 0.5f * (1.f + std::erf(x[i] * 0.70710678f));
+      return;
+    case GELU_TANH:
+      for (long i = first; i < last; i++)
+        x[i] *= 0.5f * (1.f + tanh_of(0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+      return;
+    default:
+      for (long i = first; i < last; i++) x[i] = std::max(x[i], 0.f) * (kind == RELU ? 1.f : x[i]);
+  }
 }
 
 // A spinning barrier: between layers, waits are too short for the system's; after 2000 spins it yields.
@@ -471,35 +526,44 @@ inline void keep(const float* x, long H, int8_t* p, float* scale) {
   for (long i = 0; i < H; i++) p[i] = (int8_t)(int32_t)std::nearbyintf(x[i] / *scale);
 }
 
-// Rotary embedding of one head, in place.
-void turn(float* head, const float* cos, const float* sin, long H) {
-  for (long i = 0; i < H / 2; i++) {
-    float a = head[i], b = head[i + H / 2];
+// Rotary embedding of the first n channels of one head, in place.
+void turn(float* head, const float* cos, const float* sin, long n) {
+  for (long i = 0; i < n / 2; i++) {
+    float a = head[i], b = head[i + n / 2];
     head[i] = a * cos[i] - b * sin[i];
-    head[i + H / 2] = b * cos[i] + a * sin[i];
+    head[i + n / 2] = b * cos[i] + a * sin[i];
   }
+}
+
+// Norm and rotary embedding of one head, in place; cos null: not rotated.
+void position_head(const Model& m, const Norm& norm, float* head, const float* cos, const float* sin) {
+  if (m.head_norm == BEFORE_ROTATION) normed(norm, moments(norm, head, m.head_dim, m.eps), head, 0, m.head_dim, head);
+  if (cos) turn(head, cos, sin, m.rotated);
+  if (m.head_norm == AFTER_ROTATION) normed(norm, moments(norm, head, m.head_dim, m.eps), head, 0, m.head_dim, head);
 }
 
 // Attention of one key head of one row: stores the new key and value, then computes the output of its query heads.
 template <class Number>
-void attend(const Model& m, float* qkv, float* out, long k, Number* keys, Number* values, float* key_scales,
-            float* value_scales, long n_places, long position, long window, const float* cos, const float* sin,
+void attend(const Model& m, const Layer& layer, float* qkv, float* out, long k, Number* keys, Number* values,
+            float* key_scales, float* value_scales, long n_places, long position, const float* cos, const float* sin,
             std::vector<float>& scores) {
   constexpr bool is_coded = std::is_same<Number, int8_t>::value;
-  long H = m.head_dim, R = m.n_heads / m.n_kv_heads, start = window ? std::max(0L, position + 1 - window) : 0;
+  long H = m.head_dim, R = m.n_heads / m.n_kv_heads, start = layer.window ? std::max(0L, position + 1 - layer.window) : 0;
   float *key = qkv + (m.n_heads + k) * H, *value = qkv + (m.n_heads + m.n_kv_heads + k) * H;
   keys += k * n_places * H, values += k * n_places * H;
   if (is_coded) key_scales += k * n_places, value_scales += k * n_places;
-  if (cos) turn(key, cos, sin, H);
+  position_head(m, layer.key, key, cos, sin);
   keep(key, H, keys + position * H, is_coded ? key_scales + position : nullptr);
   keep(value, H, values + position * H, is_coded ? value_scales + position : nullptr);
   scores.resize(position + 1);
   for (long r = 0; r < R; r++) {
     float* query = qkv + (k * R + r) * H;
-    if (cos) turn(query, cos, sin, H);
+    position_head(m, layer.query, query, cos, sin);
     float most = -INFINITY, sum = 0;
     for (long t = start; t <= position; t++) {
       scores[t] = dot(keys + t * H, query, H) * m.scale * (is_coded ? key_scales[t] : 1.f);
+      if (m.slopes) scores[t] += m.slopes[k * R + r] * (t - position);
+      if (m.softcap) scores[t] = m.softcap * tanh_of(scores[t] / m.softcap);
       most = std::max(most, scores[t]);
     }
     for (long t = start; t <= position; t++) {
@@ -607,13 +671,13 @@ void llmctl_unpack(const Matrix* matrix, int64_t first, int64_t last, int32_t n_
 
 // Compute the logits (B, V) after one token per row, given their embeddings x (B, D), which are overwritten. keys, values: per
 // layer (B, K, n_places, H), appended at `position`; for an INT8 cache also key_scales, value_scales, per layer (B, K,
-// n_places). cos, sin: the position's H/2 values, or null without rotary embeddings.
+// n_places). cos, sin: the position's R/2 values of every table of rotary embeddings.
 void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, void* const* values, float* const* key_scales,
-                 float* const* value_scales, int64_t n_places, int64_t position, const float* cos, const float* sin,
-                 float* logits) {
+                 float* const* value_scales, int64_t n_places, int64_t position, const float* const* cos,
+                 const float* const* sin, float* logits) {
   const Model& m = *model;
   long D = m.width, F = m.d_ff, H = m.head_dim, K = m.n_kv_heads, A = m.n_heads * H, Q = A + 2 * K * H;
-  std::vector<float> qkv(B * Q + 16), attended(B * A + 16), middle(B * F + 16);
+  std::vector<float> qkv(B * Q + 16), attended(B * A + 16), middle(B * F + 16), part(B * D + 16);
   Barrier barrier{1};
 #pragma omp parallel num_threads(m.n_threads)
   {
@@ -622,43 +686,75 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
     barrier.n_threads = n_threads;
     std::vector<float> scores;
     std::vector<Input> inputs(B);
+    std::vector<Moments> found(2 * B);
     for (Input& in : inputs) in.reserve(std::max({D, F, A}));
     auto begin = [&](long n) { return n / ROWS * id / n_threads * ROWS; };
     auto end = [&](long n) { return n / ROWS * (id + 1) / n_threads * ROWS; };
+    // This thread's values of a row: as `begin` and `end`, with the remainder.
+    auto from = [&](long n) { return n * id / n_threads; };
+    auto to = [&](long n) { return n * (id + 1) / n_threads; };
     // Compute this thread's share of the outputs first to first + n_outputs, and pass them to `use` with their index from 0.
     auto each = [&](const Matrix& w, long first, long n_outputs, auto use) {
       float y[ROWS];
+      auto pass = [&](long b, long n, long r) { use(b, n + r, w.bias ? y[r] + w.bias[first + n + r] : y[r]); };
       for (long n = begin(n_outputs); n < end(n_outputs); n += ROWS)
         for (long b = 0; b < B; b++) {
           rows(w, inputs[b], first + n, y);
-          for (long r = 0; r < ROWS; r++) use(b, n + r, y[r]);
+          for (long r = 0; r < ROWS; r++) pass(b, n, r);
         }
       if (n_outputs % ROWS && id == n_threads - 1)  // the remainder: compute the last ROWS outputs, use only the new ones
         for (long b = 0; b < B; b++) {
           rows(w, inputs[b], first + n_outputs - ROWS, y);
-          for (long r = ROWS - n_outputs % ROWS; r < ROWS; r++) use(b, n_outputs - ROWS + r, y[r]);
+          for (long r = ROWS - n_outputs % ROWS; r < ROWS; r++) pass(b, n_outputs - ROWS, r);
         }
     };
-    auto take = [&](const Matrix& w, const float* from, const float* norm) {
+    auto take = [&](const Matrix& w, const float* values, const Norm& norm) {
       for (long b = 0; b < B; b++) {
-        if (norm)
-          normed(from + b * w.n_in, norm, w.n_in, m.eps, inputs[b].x.data());
+        const float* row = values + b * w.n_in;
+        if (norm.kind)
+          normed(norm, moments(norm, row, w.n_in, m.eps), row, 0, w.n_in, inputs[b].x.data());
         else
-          memcpy(inputs[b].x.data(), from + b * w.n_in, w.n_in * sizeof(float));
+          memcpy(inputs[b].x.data(), row, w.n_in * sizeof(float));
         prepare(w, inputs[b]);
       }
     };
+    const Norm none{NONE, nullptr, nullptr};
+    // Replace rows (B, n) by their norm; all threads must have written them, and wait for each other in between.
+    auto norm_rows = [&](const Norm& norm, float* rows_, long n, long stride) {
+      barrier.wait();
+      for (long b = 0; b < B; b++) found[b] = moments(norm, rows_ + b * stride, n, m.eps);
+      barrier.wait();
+      for (long b = 0; b < B; b++) normed(norm, found[b], rows_ + b * stride, from(n), to(n), rows_ + b * stride);
+    };
+    // Add what a part returns to x: directly, or after its norm; then the norm of the sum.
+    auto join = [&](const Matrix& w, const Norm& output, const Norm& sum) {
+      if (!output.kind) {
+        each(w, 0, D, [&](long b, long n, float y) { x[b * D + n] += m.residual_scale * y; });
+      } else {
+        each(w, 0, D, [&](long b, long n, float y) { part[b * D + n] = y; });
+        norm_rows(output, part.data(), D, D);
+        for (long b = 0; b < B; b++)
+          for (long i = from(D); i < to(D); i++) x[b * D + i] += m.residual_scale * part[b * D + i];
+      }
+      if (sum.kind) norm_rows(sum, x, D, D);
+      barrier.wait();
+    };
     for (long l = 0; l < m.n_layers; l++) {
       const Layer& layer = m.layers[l];
-      take(layer.qkv, x, layer.norm_attention);
+      take(layer.qkv, x, layer.attention);
       each(layer.qkv, 0, Q, [&](long b, long n, float y) { qkv[b * Q + n] = y; });
+      if (m.head_norm == ALL_HEADS) {
+        norm_rows(layer.query, qkv.data(), A, Q);
+        norm_rows(layer.key, qkv.data() + A, K * H, Q);
+      }
       barrier.wait();
+      const float *cos_ = layer.rope < 0 ? nullptr : cos[layer.rope], *sin_ = layer.rope < 0 ? nullptr : sin[layer.rope];
       for (long unit = B * K * id / n_threads; unit < B * K * (id + 1) / n_threads; unit++) {
         long b = unit / K, k = unit % K, offset = b * K * n_places * H;
-        float *from = qkv.data() + b * Q, *to = attended.data() + b * A;
+        float *own = qkv.data() + b * Q, *out = attended.data() + b * A;
         auto attend_to = [&](auto* all_keys, auto* all_values, float* k_scales, float* v_scales) {
-          attend(m, from, to, k, all_keys + offset, all_values + offset, k_scales, v_scales, n_places, position,
-                 layer.window, cos, sin, scores);
+          attend(m, layer, own, out, k, all_keys + offset, all_values + offset, k_scales, v_scales, n_places, position,
+                 cos_, sin_, scores);
         };
         switch (m.cache_kind) {
           case INT8: attend_to((int8_t*)keys[l], (int8_t*)values[l], key_scales[l] + offset / H, value_scales[l] + offset / H); break;
@@ -667,23 +763,32 @@ void llmctl_step(const Model* model, float* x, int64_t B, void* const* keys, voi
         }
       }
       barrier.wait();
-      take(layer.out, attended.data(), nullptr);
-      each(layer.out, 0, D, [&](long b, long n, float y) { x[b * D + n] += y; });
-      barrier.wait();
-      take(layer.up, x, layer.norm_mlp);
+      take(layer.out, attended.data(), none);
+      if (m.parallel) {  // the feed-forward layer reads x as attention did: what attention adds waits
+        each(layer.out, 0, D, [&](long b, long n, float y) { part[b * D + n] = y; });
+        barrier.wait();
+        take(layer.up, x, m.parallel == SHARED ? layer.attention : layer.mlp);
+      } else {
+        join(layer.out, layer.attention_output, layer.attention_sum);
+        take(layer.up, x, layer.mlp);
+      }
       float* h = middle.data();
-      // First all gates, then SiLU and the product with up, so that weights are read sequentially.
+      // First all gates, then the activation and the product with up, so that weights are read sequentially.
       each(layer.up, 0, F, [&](long b, long n, float y) { h[b * F + n] = y; });
-      for (long b = 0; b < B; b++)
-        for (long n = begin(F); n < end(F); n++) h[b * F + n] /= 1.f + power_of_e(-h[b * F + n]);
-      each(layer.up, F, F, [&](long b, long n, float y) { h[b * F + n] *= y; });
+      for (long b = 0; b < B; b++) activate(m.activation, h + b * F, begin(F), end(F));
+      if (m.gated) each(layer.up, F, F, [&](long b, long n, float y) { h[b * F + n] *= y; });
       barrier.wait();
-      take(layer.down, middle.data(), nullptr);
-      each(layer.down, 0, D, [&](long b, long n, float y) { x[b * D + n] += y; });
-      barrier.wait();
+      take(layer.down, middle.data(), none);
+      if (m.parallel)
+        for (long b = 0; b < B; b++)
+          for (long i = from(D); i < to(D); i++) x[b * D + i] += m.residual_scale * part[b * D + i];
+      if (m.parallel) barrier.wait();
+      join(layer.down, layer.mlp_output, layer.mlp_sum);
     }
     take(m.head, x, m.norm);
-    each(m.head, 0, m.head.n_out, [&](long b, long n, float y) { logits[b * m.head.n_out + n] = y; });
+    each(m.head, 0, m.head.n_out, [&](long b, long n, float y) {
+      logits[b * m.head.n_out + n] = m.logits_softcap ? m.logits_softcap * tanh_of(y / m.logits_softcap) : y;
+    });
   }
 }
 

@@ -405,7 +405,7 @@ def load_through_transformers(artifact: TransformersArtifact, *, device: str, dt
     import transformers
 
     path = artifact.path
-    verbosity = transformers.logging.get_verbosity()
+    # For good: a model tells of slow kernels and the like when it first runs.
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -419,8 +419,6 @@ def load_through_transformers(artifact: TransformersArtifact, *, device: str, dt
         )
     except Exception as error:
         raise refused_by_transformers(path, error) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     absent = sorted(loading.get("missing_keys", ())) + sorted(str(key) for key in loading.get("mismatched_keys", ()))
     if absent:
         raise ArtifactError(

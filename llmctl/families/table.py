@@ -116,6 +116,6 @@ def family_of(values: Mapping[str, Any], where: str) -> FamilyFormat:
     architecture = ", ".join(names) or str(model_type)
     raise UnsupportedModelError(
         f"`{where}` is of the architecture `{architecture[:80]}`, which llmctl does not read",
-        "`llmctl distill` and `llmctl evaluate` take it through transformers: pip install transformers; what is read: "
-        + ", ".join(sorted({row.model_type for row in PUBLISHED})),
+        "`llmctl distill` (as a teacher) and `llmctl evaluate` run other language models through transformers, if it is "
+        "installed: pip install transformers",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.files import json_of
-from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest, no_spans
 from llmctl.tokenizer.checks import check_ids
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SPACE, SentencePieceTokenizer, as_json, n_threads
 from llmctl.tokenizer.sentencepiece_classes import (
@@ -167,6 +167,16 @@ class PublishedPieces(Tokenizer):
         if self.kind.splits_numbers:
             rows = [self._split_numbers(row) for row in rows]
         return [[self._row[index] for index in row] for row in rows]
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of every text, each with the characters that it stands for.
+
+        Raises: UsageError for a class that changes texts before they are cut into pieces.
+        """
+        if self.kind.vocabulary or self.kind.prepare or self.kind.splits_numbers:
+            raise no_spans()
+        rows = self._pieces.encode_with_spans(texts)
+        return [([self._row[index] for index in ids], spans) for ids, spans in rows]
 
     def _by_name(self, texts: Sequence[str]) -> list[list[int]]:
         # Pieces are looked up by name: a character that the model does not know may stand in the vocabulary.

@@ -204,7 +204,7 @@ class TaskData:
         lengths = corpus.documents.lengths
         # A pair's first length places token types; models without them need none.
         if config.task == "classify":
-            first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
+            first_lengths = corpus.arrays["first_lengths"] if model.n_token_types > 1 else None
             order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
             return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
         assert corpus.targets is not None

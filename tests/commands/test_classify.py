@@ -1,6 +1,7 @@
 """`llmctl classify` in a shell: labels, lines, records, numbers, and models that have no head."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.data.labels import Labels
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.classify import classify
+from llmctl.model.transformer import LanguageModel, initialize
 
 
 @pytest.fixture
@@ -80,3 +82,65 @@ def test_a_model_without_a_head_is_refused(call, models, tmp_path, monkeypatch):
     status, _, err = call("classify", "x")
     assert status == 3
     assert "finetune" in err
+
+
+@pytest.fixture
+def headed(models, tmp_path, monkeypatch):
+    """Return a maker of tiny models with a head over tokens, of random weights."""
+    monkeypatch.chdir(tmp_path)
+
+    def make_it(head: str, **fields: object) -> str:
+        base = load_model(models["bert"], device="cpu", dtype="float32")
+        config = replace(base.model.config, head=head, n_labels=2, init_std=0.4, **fields)
+        model = LanguageModel(config)
+        initialize(model, 1)
+        write_artifact(tmp_path / head, config, model.state_dict(), files=base.artifact.files, provenance={})
+        return str(tmp_path / head)
+
+    return make_it
+
+
+def test_a_token_classifier_prints_entities_with_their_place_in_the_text(call, headed):
+    model = headed("tokens", labels=("O", "B-PER"))
+    text = "the good cat 猫坐在垫子上。"
+    status, out, err = call("classify", "-q", "-m", model, text)
+    assert (status, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert rows
+    assert all((label, text[int(start) : int(end)]) == ("PER", part) for _, label, start, end, part in rows)
+    status, out, _ = call("classify", "-q", "--json", "-m", model, "-", stdin=f"{text}\n\n".encode())
+    first, second = map(json.loads, out.splitlines())
+    assert (first["text"], second) == (text, {"text": "", "entities": []})
+    assert [
+        [f"{each['score']:.3f}", each["label"], str(each["start"]), str(each["end"]), each["text"]]
+        for each in first["entities"]
+    ] == rows
+    status, out, _ = call("classify", "-q", "-m", model, "-", stdin=f"{text}\nthe\n".encode())
+    assert out.split("\n\n")[0].splitlines() == ["\t".join(row) for row in rows]
+    status, out, err = call("classify", "-q", "-m", model, "a", "b")
+    assert (status, out) == (2, "")
+    assert "is a token classifier" in err
+
+
+def test_a_question_answering_model_reads_questions_with_contexts(call, headed):
+    model = headed("span")
+    context = "the good cat sat. 猫坐在垫子上。"
+    status, out, err = call("classify", "-q", "-m", model, "what cat", context)
+    assert (status, err) == (0, "")
+    _, start, end, answer = out.rstrip("\n").split("\t")
+    assert answer == context[int(start) : int(end)]
+    row = json.dumps({"question": "what cat", "context": context, "id": 7})
+    lines = f"what cat\t{context}\n{row}\n".encode()
+    status, piped, _ = call("classify", "-q", "-m", model, "-", stdin=lines)
+    assert piped == out * 2
+    assert call("classify", "-q", "-m", model, "--pairs", "-", stdin=lines.splitlines(keepends=True)[0])[1] == out
+    status, found, _ = call("classify", "-q", "--json", "-m", model, "what cat", context)
+    record = json.loads(found)
+    assert (record["question"], record["answer"], record["start"]) == ("what cat", answer, int(start))
+    for wrong in (["a text"], ['{"question": "a"}']):
+        status, out, err = call("classify", "-q", "-m", model, *wrong)
+        assert (status, out) == (2, "")
+        assert "is a question-answering model" in err
+        assert "QUESTION" in err
+    status, _, err = call("classify", "-m", model, "what " * 99, context)
+    assert "1 texts were longer" in err

@@ -342,6 +342,8 @@ class ColumnsConfig:
     question: str = setting("", "question column (qa)")
     context: str = setting("", "column of the passage that contains the answer (qa)")
     answer: str = setting("", "answer column (qa)")
+    tokens: str = setting("", "column with the list of words (tokens)")
+    tags: str = setting("", "column with the list of their tags (tokens)")
     messages: str = setting("", "column with the list of messages (chat)")
 
 

@@ -52,6 +52,31 @@ def find_entities(loaded: Loaded, texts: Sequence[str], *, batch_size: int = 32)
     ]
 
 
+def label_words(loaded: Loaded, rows: Sequence[Sequence[str]], limit: int, batch_size: int) -> list[list[str]]:
+    """Return the label of every word: that of its first token, in the first window that has it.
+
+    A word without a token, of characters that the tokenizer drops, is outside of entities.
+    """
+    names = names_of(loaded)
+    labels = [[OUTSIDE] * len(words) for words in rows]
+    word_at = [
+        # The words are joined by spaces: the number of the word at each character, spaces with the word after them.
+        [number for number, word in enumerate(words) for _ in range(len(word) + (number > 0))]
+        for words in rows
+    ]
+    seen: list[set[int]] = [set() for _ in rows]
+    parts, _ = windows(loaded, [" ".join(words) for words in rows], limit)
+    for window, outputs_TL in zip(parts, token_outputs(loaded, [each.row for each in parts], batch_size), strict=True):
+        found = outputs_TL[window.first : window.first + len(window.spans)].argmax(dim=1).tolist()
+        for (begin, end), label in zip(window.spans, found, strict=True):
+            if end > begin:
+                word = word_at[window.text][end - 1]
+                if word not in seen[window.text]:
+                    seen[window.text].add(word)
+                    labels[window.text][word] = names[label]
+    return labels
+
+
 def without_spaces(entity: Entity) -> Entity:
     """Return an entity without the white space around it."""
     start, end = trimmed(entity.text, 0, len(entity.text))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.artifacts.find import a_model
+from llmctl.artifacts.find import a_model, kind_of
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelChoice, ModelConfig, PretrainConfig, TaskConfig
@@ -60,10 +60,12 @@ def check_task(config: TaskConfig, base: Loaded) -> None:
             f"`{config.model}` is {a_model(family)}, which cannot be trained on `--task {task}`",
             f"--task {fitting}, or another model",
         )
-    if base.model.config.n_labels and task != "classify":
+    head = base.model.config.head if base.model.config.n_labels else ""
+    # The encoder under a head over tokens is measured on plain text, by its states.
+    if head and (head, task) not in (("text", "classify"), ("tokens", "text"), ("span", "text")):
         raise UsageError(
-            f"`{config.model}` has a classification head, `--task {task}` needs a language modeling head",
-            "--task classify, or the model it was made from",
+            f"`{config.model}` is {kind_of(base.model.config)}, `--task {task}` needs a language modeling head",
+            f"--task {'classify' if head == 'text' else 'text'}, or the model it was made from",
         )
     needs = OBJECTIVES[text_config(config, base).objective].needs if task == "text" else ""
     if needs == "sentinels" and not base.tokenizer.sentinel_ids():

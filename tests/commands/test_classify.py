@@ -1,7 +1,6 @@
 """`llmctl classify` in a shell: labels, lines, records, numbers, and models that have no head."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from llmctl.artifacts.load import load_model
 from llmctl.data.labels import Labels
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.inference.classify import classify
-from llmctl.model.transformer import LanguageModel, initialize
 
 
 @pytest.fixture
@@ -82,22 +80,6 @@ def test_a_model_without_a_head_is_refused(call, models, tmp_path, monkeypatch):
     status, _, err = call("classify", "x")
     assert status == 3
     assert "finetune" in err
-
-
-@pytest.fixture
-def headed(models, tmp_path, monkeypatch):
-    """Return a maker of tiny models with a head over tokens, of random weights."""
-    monkeypatch.chdir(tmp_path)
-
-    def make_it(head: str, **fields: object) -> str:
-        base = load_model(models["bert"], device="cpu", dtype="float32")
-        config = replace(base.model.config, head=head, n_labels=2, init_std=0.4, **fields)
-        model = LanguageModel(config)
-        initialize(model, 1)
-        write_artifact(tmp_path / head, config, model.state_dict(), files=base.artifact.files, provenance={})
-        return str(tmp_path / head)
-
-    return make_it
 
 
 def test_a_token_classifier_prints_entities_with_their_place_in_the_text(call, headed):

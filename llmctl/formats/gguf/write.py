@@ -27,6 +27,7 @@ from llmctl.formats.gguf.model import (
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.model.shapes import complete
 from llmctl.model.supports import describe, unsupported
+from llmctl.tables.heads import HEADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +104,7 @@ def check_kind(config: ModelConfig, architecture: str, path: Path) -> None:
 def obstacle_in(config: ModelConfig) -> str:
     """Return what about a model is of none of the architectures; nothing where it is one of them."""
     if config.n_labels:
-        return "is a classifier"
+        return f"is {HEADS[config.head].model}"
     if config.family != "decoder":
         return f"is an {config.family.replace('_', '-')}"
     config = complete(config)

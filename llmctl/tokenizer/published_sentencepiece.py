@@ -171,12 +171,42 @@ class PublishedPieces(Tokenizer):
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
         """Return the ids of every text, each with the characters that it stands for.
 
-        Raises: UsageError for a class that changes texts before they are cut into pieces.
+        Raises: UsageError for a class whose pieces are looked up by name, and for a text that it changes beyond recognition.
         """
-        if self.kind.vocabulary or self.kind.prepare or self.kind.splits_numbers:
+        if self.kind.vocabulary:
             raise no_spans()
-        rows = self._pieces.encode_with_spans(texts)
-        return [([self._row[index] for index in ids], spans) for ids, spans in rows]
+        return [self._with_spans(text) for text in texts]
+
+    def _with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        prepared, places = self._prepared(text)
+        ids: list[int] = []
+        spans: list[Span] = []
+        for index, (begin, end) in zip(*self._pieces.encode_with_spans([prepared])[0], strict=True):
+            own = self._split_numbers([index]) if self.kind.splits_numbers else [index]
+            # Digits and the comma after them are parts of one piece, each with all of its characters.
+            ids += [self._row[each] for each in own]
+            span = (places[begin][0], places[end - 1][1]) if end > begin else (places[begin][0],) * 2
+            spans += [span] * len(own)
+        return ids, spans
+
+    def _prepared(self, text: str) -> tuple[str, list[Span]]:
+        """Return a text as its class changes it, and the place of every character in the original, then of its end."""
+        prepare, end = self.kind.prepare, (len(text), len(text))
+        if prepare is None:
+            return text, [*((at, at + 1) for at in range(len(text))), end]
+        changed, places = "", list[Span]()
+        for match in UNITS.finditer(text):
+            # A space is kept or joined with its neighbors between others only.
+            is_space = match[0].isspace()
+            new = prepare(f"a{match[0]}a" if is_space else match[0], self._config)
+            new = new[1:-1] if is_space else new
+            changed += new
+            places += [match.span()] * len(new)
+        whole = prepare(text, self._config)
+        first = len(changed) - len(changed.lstrip()) if whole[:1] != changed[:1] else 0
+        if changed[first : first + len(whole)] != whole:
+            raise no_spans()
+        return whole, [*places[first : first + len(whole)], end]
 
     def _by_name(self, texts: Sequence[str]) -> list[list[int]]:
         # Pieces are looked up by name: a character that the model does not know may stand in the vocabulary.
@@ -242,6 +272,7 @@ class PublishedPieces(Tokenizer):
         return with_name(self._files, self.name)
 
 
+UNITS = re.compile(r"``|''|\s+|\S")
 CODE = re.compile(r">>.*?<<", re.DOTALL)
 
 

@@ -63,8 +63,9 @@ def check_task(config: TaskConfig, base: Loaded) -> None:
     head = base.model.config.head if base.model.config.n_labels else ""
     # The encoder under a head over tokens is measured on plain text, by its states.
     if head and (head, task) not in (("text", "classify"), ("tokens", "text"), ("span", "text")):
+        what = "has a classification head" if head == "text" else f"is {kind_of(base.model.config)}"
         raise UsageError(
-            f"`{config.model}` is {kind_of(base.model.config)}, `--task {task}` needs a language modeling head",
+            f"`{config.model}` {what}, `--task {task}` needs a language modeling head",
             f"--task {'classify' if head == 'text' else 'text'}, or the model it was made from",
         )
     needs = OBJECTIVES[text_config(config, base).objective].needs if task == "text" else ""

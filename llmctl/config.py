@@ -19,6 +19,7 @@ from llmctl.tables.tasks import measured_tasks, trained_tasks
 
 Family = Literal["decoder", "encoder", "encoder_decoder"]
 Problem = Literal["single", "multi", "regression"]
+Head = Literal["text", "tokens", "span"]
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -148,6 +149,11 @@ class ModelConfig:
     head_transform: bool = setting(False, "dense + activation + norm before the head (BERT)")
     head_transform_bias: bool = setting(True, "bias in the dense layer of head_transform (ModernBERT: none)")
     n_labels: int = setting(0, "outputs of a classification head; 0: a language-model head over the vocabulary")
+    head: Head = setting(
+        "text",
+        "what the outputs of a classification head are of: text: all of it; tokens: each one (named entities); span: "
+        "each one, as the start and the end of an answer",
+    )
     problem: Problem = setting(
         "single", "classification: single (one label), multi (several labels), or regression (numbers)"
     )
@@ -336,6 +342,8 @@ class ColumnsConfig:
     question: str = setting("", "question column (qa)")
     context: str = setting("", "column of the passage that contains the answer (qa)")
     answer: str = setting("", "answer column (qa)")
+    tokens: str = setting("", "column with the list of words (tokens)")
+    tags: str = setting("", "column with the list of their tags (tokens)")
     messages: str = setting("", "column with the list of messages (chat)")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmctl.errors import LlmctlError, NotFoundError, UsageError
 from llmctl.files import contents, download_hint
 from llmctl.runs.folder import read_record, run_paths, runs_folder
+from llmctl.tables.heads import HEADS
 from llmctl.tables.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -235,6 +236,23 @@ def a_model(family: str) -> str:
     return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind} model"
 
 
+def kind_of(config: "ModelConfig") -> str:
+    """Return what a model is: `a token classifier`, `an encoder model`."""
+    return HEADS[config.head].model if config.n_labels else a_model(config.family)
+
+
+def refuse_token_head(config: "ModelConfig", name: str, doing: str) -> None:
+    """Refuse a model with a head over tokens where only other heads are known; `doing`: `fine-tuned`.
+
+    Raises: UsageError naming the head.
+    """
+    if config.n_labels and config.head != "text":
+        raise UsageError(
+            f"`{name}` is {kind_of(config)} (`model.head` {config.head}), which cannot be {doing}",
+            "`llmctl classify` uses it, `llmctl evaluate` measures it, and `llmctl quantize` makes it smaller",
+        )
+
+
 def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
     """Check that a model is `able`.
 
@@ -242,7 +260,7 @@ def require_family(config: "ModelConfig", able: Ability, path: Path) -> None:
     """
     has_head = config.n_labels > 0
     if not can(able, config.family, has_head):
-        what = "a classifier" if has_head else a_model(config.family)
+        what = kind_of(config)
         other = use_of(config.family, has_head=has_head)
         if able == "classify":
             raise UsageError(
@@ -271,8 +289,8 @@ def usage(config: "ModelConfig", model: str, *, is_chat: bool = False, is_bare: 
         return f"llmctl evaluate {name} -d pairs.tsv --task similarity"
     if is_chat:
         return f"llmctl chat {name}"
-    text = "a <mask> text" if verb == "fill" else "a text"
-    return f'llmctl {verb} -m {name} "{text}"'
+    text = '"a <mask> text"' if verb == "fill" else HEADS[config.head].given
+    return f"llmctl {verb} -m {name} {text}"
 
 
 OTHERS = "`llmctl runs` lists other models"
@@ -280,7 +298,7 @@ OTHERS = "`llmctl runs` lists other models"
 
 def needs_data(path: Path, config: "ModelConfig", task: str) -> UsageError:
     """Return the error for a task without data; it names the model, since `latest` can be another than was meant."""
-    what = "a classifier" if config.n_labels else a_model(config.family)
+    what = kind_of(config)
     roles = ", ".join(name for name, role in TASKS[task].roles.items() if role.required) or TASKS[task].reads
     return UsageError(
         f"`{path}` is {what}, and `--task {task}` needs data",

@@ -172,7 +172,8 @@ def check_identity(adapter: Adapter, base: Artifact) -> None:
 
 def architecture_on(base: Artifact, config: "ModelConfig") -> Architecture:
     """Return the architecture of a config: the base's own, unless a classification head was added."""
-    return architecture_of(config, base.family if config.n_labels == base.config.n_labels else None)
+    same = (config.n_labels, config.head) == (base.config.n_labels, base.config.head)
+    return architecture_of(config, base.family if same else None)
 
 
 def check_together(adapters: Sequence[Weighted]) -> None:

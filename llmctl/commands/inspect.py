@@ -54,6 +54,8 @@ def lines(record: dict[str, Any]) -> list[str]:
     shown["parameters"], shown["bytes"] = f"{record['parameters']:,}", f"{record['bytes']:,}"
     shown["dtypes"] = ", ".join(f"{count} {dtype}" for dtype, count in record["dtypes"].items())
     shown["files"] = ", ".join(record.get("files", [])) or None
+    if isinstance(labels := shown.get("labels"), list):
+        shown["labels"] = one_line(", ".join(labels))
     shown["quantized"] = quantization(record.get("quantized") or {})
     rows = [f"{key:<13} {value}" for key, value in shown.items() if value is not None]
     for part in ("provenance", "metadata"):

@@ -23,7 +23,7 @@ class Example:
     where: str
     inputs: dict[str, str]
     target: Any
-    """classify, similarity: the raw label; translate, summarize: text; qa: list of texts; choice: an index."""
+    """classify, similarity: the raw label; translate, summarize: text; qa: list of texts; choice: an index; tokens: tags."""
     choices: tuple[str, ...] = ()
     column: str = ""
     """The column of the target."""
@@ -252,6 +252,21 @@ def question_example(row: dict[str, Any], roles: dict[str, str], where: str) -> 
     return Example(
         where, _texts(row, roles, where, "question", "context"), [str(a) for a in answers], (), column=column
     )
+
+
+def tagged_example(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:
+    """Convert tagged words; tags are names, or the numbers of a model's labels."""
+    tokens, tags = row[roles["tokens"]], row[roles["tags"]]
+    for name, values, kinds in (("tokens", tokens, (str,)), ("tags", tags, (str, int))):
+        if not isinstance(values, list) or not all(isinstance(each, kinds) for each in values):
+            raise UsageError(
+                f"{where}: `{roles[name]}` is {str(values)[:60]!r}, not a list of {name}",
+                '{"tokens": ["Anna", "left"], "tags": ["B-PER", "O"]}',
+            )
+    if len(tokens) != len(tags):
+        raise UsageError(f"{where} has {len(tokens)} tokens and {len(tags)} tags", "every token has one tag")
+    words = [" ".join(tables.whole_characters(token).split()) or "\ufffd" for token in tokens]
+    return Example(where, {"tokens": "\n".join(words)}, tags, column=roles["tags"])
 
 
 def choice_example(row: dict[str, Any], roles: dict[str, str], where: str) -> Example:

@@ -46,7 +46,7 @@ def build_objective(
 ) -> Objective:
     """Return what a model trains on: the teachers' outputs, or only the labels of the data (`is_plain`)."""
     loss, train = config.loss, config.train
-    if model.config.n_labels:
+    if model.config.n_labels and model.config.head == "text":
         weighted = replace(loss, weight=0.0) if is_plain else loss
         return LabelDistillation(model, teachers.computing, weighted, train.label_smoothing)
     if loss.name == "none":

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llmctl.artifacts.find import a_model, find_named, needs_data, refuse_data
+from llmctl.artifacts.find import a_model, find_named, needs_data, refuse_data, refuse_token_head
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig, TaughtConfig
@@ -67,6 +67,11 @@ def settle(config: DistillConfig) -> DistillConfig:
     Raises: NotFoundError or ArtifactError for a missing or damaged teacher; UsageError for an impossible student.
     """
     artifact = read_teacher(config)
+    refuse_token_head(artifact.config, config.model, "a teacher")
+    for name in config.teacher.more:
+        refuse_token_head(read_teacher(config, name).config, name, "a teacher")
+    if (existing := student_model(config)) is not None:
+        refuse_token_head(read_model(existing).config, config.student.shape, "a student")
     teacher, train, optim, loss, student = artifact.config, config.train, config.optim, config.loss, config.student
     task = choose_task(config, artifact)
     given = student_model(config)

@@ -102,7 +102,8 @@ def load_more(first: Loaded, config: TaughtConfig) -> list[Teacher]:
         check_same_words(first.artifact, read_teacher(config, name))
         other = load_model(Path(name), device="cpu", dtype="float32", backend=config.teacher.backend)
         here, there = first.model.config, other.model.config
-        if (here.family, here.n_labels, here.problem) != (there.family, there.n_labels, there.problem):
+        outputs = [(each.family, each.n_labels, each.head, each.problem) for each in (here, there)]
+        if outputs[0] != outputs[1]:
             raise UsageError(
                 f"`{name}` is {there.family} with {there.n_labels} labels, `{config.model}` {here.family} with {here.n_labels}",
                 "averaged teachers must have the same outputs",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llmctl.artifacts.find import OTHERS, a_model, needs_data
+from llmctl.artifacts.find import OTHERS, a_model, kind_of, needs_data
 from llmctl.artifacts.hub import shown
 from llmctl.artifacts.load import Loaded, choose_device, is_bare, load_model
 from llmctl.artifacts.with_adapters import read_model
@@ -29,6 +29,7 @@ from llmctl.evaluating.choices import evaluate_choice, evaluate_lastword  # noqa
 from llmctl.evaluating.labels import evaluate_classify, evaluate_similarity  # noqa: F401
 from llmctl.evaluating.result import Measured
 from llmctl.evaluating.text import evaluate_mask, evaluate_text  # noqa: F401
+from llmctl.evaluating.token_heads import evaluate_entities, evaluate_spans  # noqa: F401
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.inference.encoding import longest_row, require_tokenizer
@@ -36,6 +37,7 @@ from llmctl.machine import forget_peak_memory, give_back_memory, peak_since_forg
 from llmctl.metrics.figures import is_higher_better, rounded
 from llmctl.metrics.gate import Gate
 from llmctl.runs.progress import Say
+from llmctl.tables.heads import HEADS
 from llmctl.tables.tasks import TASKS, Task
 
 Measure = Callable[[Loaded, Any, EvaluateConfig], Measured]
@@ -44,7 +46,9 @@ Measure = Callable[[Loaded, Any, EvaluateConfig], Measured]
 def supports(task: Task, artifact: Artifact) -> bool:
     """Return whether a task applies to a model of this family and head."""
     model = artifact.config
-    has_head = (task.head == "labels") == bool(model.n_labels) and not is_bare(artifact)
+    if model.n_labels and model.head != "text":
+        return task.extracts == model.head
+    has_head = (task.head == "labels") == bool(model.n_labels) and task.head != "none" and not is_bare(artifact)
     return model.family in task.measures and (task.head == "any" or has_head)
 
 
@@ -89,7 +93,7 @@ def default_task(artifact: Artifact) -> str:
     """Return the task of a model if none is given."""
     model = artifact.config
     if model.n_labels:
-        return "classify"
+        return HEADS[model.head].task
     if is_bare(artifact):
         return "similarity"
     return {"decoder": "text", "encoder": "mask", "encoder_decoder": "translate"}[model.family]
@@ -145,11 +149,14 @@ def require_supported(task: str, artifact: Artifact, path: Path) -> None:
     if supports(TASKS[task], artifact):
         return
     able = ", ".join(name for name, row in TASKS.items() if supports(row, artifact))
-    head = " with a classification head" if artifact.config.n_labels else ""
+    model = artifact.config
+    head = " with a classification head" if model.n_labels else ""
     head = " without a classification head" if task == "classify" and not head else head
-    kind = a_model(artifact.config.family) + (" without a prediction head" if is_bare(artifact) else head)
+    kind = a_model(model.family) + (" without a prediction head" if is_bare(artifact) else head)
+    if model.head != "text":
+        kind = kind_of(model)
     trains = f"`llmctl finetune {shlex.quote(str(path))} DATA --task classify`"
-    more = f"{trains} trains a classifier; " if task == "classify" else ""
+    more = f"{trains} trains a classifier; " if task == "classify" and model.head == "text" else ""
     raise UsageError(
         f"`{path}` is {kind}, which cannot be measured on `{task}`", f"{more}use `--task` {able}; {OTHERS}"
     )
@@ -217,7 +224,9 @@ def evaluate_one(path: Path, data: Texts | list[Example], config: EvaluateConfig
         say(f"{path}: {loaded.artifact.architecture}, run by transformers")
     require_tokenizer(loaded)
     longest_row(loaded, config.seq_len)
-    measure: Measure = globals()[TASKS[config.task].evaluator]
+    task = TASKS[config.task]
+    extracts = loaded.artifact.config.n_labels > 0 and loaded.artifact.config.head == task.extracts
+    measure: Measure = globals()[task.extractor if extracts else task.evaluator]
     begun = time.perf_counter()
     measured = measure(loaded, data, config)
     seconds = time.perf_counter() - begun

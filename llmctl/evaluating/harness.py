@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llmctl.artifacts.find import a_model
+from llmctl.artifacts.find import kind_of
 from llmctl.artifacts.hub import shown
 from llmctl.artifacts.load import choose_device
 from llmctl.config import EvaluateConfig
@@ -90,7 +90,7 @@ def require_published(artifact: Artifact) -> None:
         )
     if artifact.config.family != "decoder" or artifact.config.n_labels:
         raise UsageError(
-            f"`{artifact.path}` is {a_model(artifact.config.family)}, but `--tasks` needs a decoder", "use `--task`"
+            f"`{artifact.path}` is {kind_of(artifact.config)}, but `--tasks` needs a decoder", "use `--task`"
         )
 
 

@@ -61,13 +61,18 @@ def numbered(n_labels: int) -> tuple[str, ...]:
     return tuple(f"LABEL_{number}" for number in range(n_labels))
 
 
-def read_labels(published: Published, _: ModelConfig) -> dict[str, Any]:
-    """Read number, names and kind of the outputs."""
+def read_names(published: Published) -> tuple[str, ...]:
+    """Read the names of the outputs, whose number is theirs."""
     names = published.values.get("id2label") or dict(zip("01", numbered(2), strict=True))
     # Any order of the keys, but no gap: the number of an output is its row in the weight.
     if not isinstance(names, dict) or sorted(names, key=str) != sorted(map(str, range(len(names)))):
         raise published.refuse("id2label", names, "names of the outputs by number from 0")
-    labels = tuple(str(names[str(number)]) for number in range(len(names)))
+    return tuple(str(names[str(number)]) for number in range(len(names)))
+
+
+def read_labels(published: Published, _: ModelConfig) -> dict[str, Any]:
+    """Read number, names and kind of the outputs."""
+    labels = read_names(published)
     # transformers' own rule for files without the key.
     default = "regression" if len(labels) == 1 else PROBLEMS["single"]
     kind = published.values.get("problem_type") or default
@@ -81,14 +86,18 @@ def read_labels(published: Published, _: ModelConfig) -> dict[str, Any]:
     }
 
 
-def write_labels(config: ModelConfig) -> dict[str, Any]:
-    """Write number, names and kind of the outputs."""
+def write_names(config: ModelConfig) -> dict[str, Any]:
+    """Write number and names of the outputs."""
     labels = config.labels or numbered(config.n_labels)
     return {
         "id2label": {str(number): name for number, name in enumerate(labels)},
         "label2id": {name: number for number, name in enumerate(labels)},
-        "problem_type": PROBLEMS.get(config.problem),
     }
+
+
+def write_labels(config: ModelConfig) -> dict[str, Any]:
+    """Write number, names and kind of the outputs."""
+    return write_names(config) | {"problem_type": PROBLEMS.get(config.problem)}
 
 
 def classifier(base: FamilyFormat, architecture: str, head: Head) -> FamilyFormat:

@@ -43,6 +43,7 @@ from llmctl.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3, OLMOE
 from llmctl.families.phi import PHI, PHI3
 from llmctl.families.roberta import ENCODERS
 from llmctl.families.t5 import MT5, T5, T5_ENCODER, UMT5
+from llmctl.families.token_heads import TOKEN_HEADS
 from llmctl.model.shapes import complete
 
 PUBLISHED = (
@@ -68,6 +69,7 @@ PUBLISHED = (
         GRANITE4,
     ),
     *CLASSIFIERS,
+    *TOKEN_HEADS,
 )
 ROWS = (*PUBLISHED, NATIVE)
 FAMILIES: dict[str, FamilyFormat] = {row.architecture: row for row in ROWS}

@@ -259,7 +259,9 @@ def adapted_config(adapter: Adapter, base: Artifact) -> ModelConfig:
     """
     head = adapter.metadata_object("llmctl.head")
     if head:
-        return replace(base.config, **{name: checked(name, head[name]) for name in HEAD_FIELDS if name in head})
+        # Their heads are of whole texts.
+        own = {name: checked(name, head[name]) for name in HEAD_FIELDS if name in head}
+        return replace(base.config, head="text", **own)
     if base.config.n_labels or not adapter.whole:
         return base.config
     model_type = base.hf.get("model_type")

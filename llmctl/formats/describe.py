@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError
 from llmctl.files import parse_json
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
@@ -47,6 +48,7 @@ def describe(path: Path) -> dict[str, Any]:
         "family": artifact.config.family,
         "context": artifact.config.max_positions,
         "vocabulary": artifact.config.vocab_size,
+        **head_of(artifact.config),
         "quantized": {name: asdict(scheme) for name, scheme in artifact.schemes.items()},
         "tokenizer": tokenizer_kind(artifact.files),
         "files": sorted(artifact.files),
@@ -54,6 +56,14 @@ def describe(path: Path) -> dict[str, Any]:
         "provenance": artifact.provenance,
         "metadata": plain_metadata(metadata),
     }
+
+
+def head_of(config: ModelConfig) -> dict[str, Any]:
+    """Return the kind of a classification head and the names of its outputs; nothing for a model without one."""
+    if not config.n_labels:
+        return {}
+    names = ("start", "end") if config.head == "span" else config.labels
+    return {"head": config.head, "labels": list(names) or config.n_labels}
 
 
 def describe_adapter(path: Path) -> dict[str, Any]:

@@ -111,12 +111,13 @@ def encode_rows(loaded: Loaded, texts: Sequence[tuple[str, ...]], limit: int) ->
     flat = tokenizer.encode_batch([part for parts in texts for part in parts])
     rows, at = [], 0
     for parts in texts:
-        rows.append(_joined(flat[at : at + len(parts)], frame, limit))
+        rows.append(joined(flat[at : at + len(parts)], frame, limit))
         at += len(parts)
     return [row if row.ids else Row([_empty_token(tokenizer)], [0]) for row in rows]
 
 
-def _joined(parts: Sequence[list[int]], frame: Frame, limit: int) -> Row:
+def joined(parts: Sequence[list[int]], frame: Frame, limit: int) -> Row:
+    """Return a text or a pair with the special tokens around it, truncated to `limit` tokens."""
     ends = [frame.between] * (len(parts) - 1) + [frame.after]
     room = limit - len(frame.before) - sum(map(len, ends))
     kept = cut_longest([len(part) for part in parts], max(room, 0))

@@ -3,7 +3,8 @@
 Classification and evaluation share this code, so that both see the same ids.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -47,12 +48,24 @@ def row_outputs(loaded: Loaded, rows: Sequence[Row], batch_size: int, pooling: s
     Shapes: (N, n_labels), or (N, D).
     """
     model = loaded.model
+    compute = partial(model.pooled, pooling=pooling) if pooling else model.classify
+    return torch.stack(_computed(loaded, rows, batch_size, compute))
+
+
+def token_outputs(loaded: Loaded, rows: Sequence[Row], batch_size: int) -> list[Tensor]:
+    """Return the outputs (T, n_labels) of a head over tokens for every row; float32, on the CPU."""
+    outputs = _computed(loaded, rows, batch_size, loaded.model.label_tokens)
+    return [outputs_TL[: len(row.ids)] for row, outputs_TL in zip(rows, outputs, strict=True)]
+
+
+def _computed(loaded: Loaded, rows: Sequence[Row], batch_size: int, compute: Callable[..., Tensor]) -> list[Tensor]:
+    """Return what a function of padded batches gives for every row."""
     results: dict[int, Tensor] = {}
+    has_types = loaded.model.config.n_token_types > 1  # RoBERTa has a single one, for both texts of a pair
     with torch.inference_mode():
         for numbers in by_length([len(row.ids) for row in rows], batch_size):
             ids_BT, documents_BT = padded([rows[n].ids for n in numbers], device_of(loaded))
-            types_BT = padded([rows[n].types for n in numbers], device_of(loaded))[0]
-            inputs = {"documents_BT": documents_BT, "token_types_BT": types_BT if model.config.n_token_types else None}
-            outputs = model.pooled(ids_BT, **inputs, pooling=pooling) if pooling else model.classify(ids_BT, **inputs)
+            types_BT = padded([rows[n].types for n in numbers], device_of(loaded))[0] if has_types else None
+            outputs = compute(ids_BT, documents_BT=documents_BT, token_types_BT=types_BT)
             results |= dict(zip(numbers, outputs.float().cpu(), strict=True))
-    return torch.stack([results[number] for number in range(len(rows))])
+    return [results[number] for number in range(len(rows))]

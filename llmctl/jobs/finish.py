@@ -182,6 +182,7 @@ def write_card(run: Run, product: Product, summary: Mapping[str, Any], invocatio
         "name": run.path.name,
         "family": product.model.config.family,
         "n_labels": product.model.config.n_labels,
+        "head": product.model.config.head,
         "data": without_folders(product.corpus.provenance),
         "note": product.note(summary),
         "command": shlex.join(map(shown_argument, shlex.split(invocation))),

@@ -54,6 +54,41 @@ def f1_score(predicted: ArrayLike, expected: ArrayLike, n_labels: int) -> float:
     return mean(scores) if scores or not len(predicted_N) else 0.0
 
 
+def entity_scores(predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return F1, precision and recall of entities, and the accuracy of tags; an entity is right as a whole or wrong.
+
+    Source: the CoNLL script conlleval; the same as seqeval (Nakayama 2018) without its mode `strict`.
+    """
+    found, wanted = (
+        {(row, *entity) for row, tags in enumerate(rows) for entity in entities_of(tags)}
+        for rows in (predicted, expected)
+    )
+    right = len(found & wanted)
+    same = [
+        ours == theirs for pair in zip(predicted, expected, strict=True) for ours, theirs in zip(*pair, strict=True)
+    ]
+    return {
+        "f1": 2 * right / max(len(found) + len(wanted), 1),
+        "precision": right / max(len(found), 1),
+        "recall": right / max(len(wanted), 1),
+        "accuracy": mean(same),
+    }
+
+
+def entities_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return kind, begin and end of the entities of tagged words: `B-`, `I-`, and where they are used `E-` and `S-`."""
+    entities: list[tuple[str, int, int]] = []
+    last_prefix, last_kind = "O", ""
+    for number, tag in enumerate([*tags, "O"]):
+        prefix, _, kind = tag.partition("-") if tag[1:2] == "-" else ("O" if tag == "O" else "I", "", tag)
+        if prefix != "O":
+            if last_prefix in "OES" or prefix in "BS" or kind != last_kind:
+                entities.append((kind, number, number))
+            entities[-1] = (kind, entities[-1][1], number + 1)
+        last_prefix, last_kind = prefix, kind
+    return entities
+
+
 def matthews(predicted: ArrayLike, expected: ArrayLike) -> float:
     """Return Matthews' correlation for any number of labels; 0 if one side is constant, by convention.
 

@@ -103,20 +103,24 @@ def normalized(parts: list[Tensor]) -> list[Tensor]:
 def backward_from_samples(model: LanguageModel, batch: Mapping[str, Tensor], generator: torch.Generator) -> int:
     """Backpropagate the log-probability of labels sampled from the model; return their number.
 
-    A sentence encoder without a head is treated as predicting its states, as means of unit normal distributions.
+    An encoder without a head, or with one that finds answers, is treated as predicting its states, as means of unit normal
+    distributions.
     """
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-    if model.config.n_labels:
+    has_head = model.config.n_labels > 0
+    if has_head and model.config.head == "text":
         outputs_BL = model.classify(**inputs)
         outputs_BL.backward(classifier_gradient(outputs_BL.detach(), model.config.problem, generator))
         return len(outputs_BL)
+    if has_head and model.config.head == "tokens":
+        outputs_NL = model.label_tokens(**inputs).flatten(0, 1)
+        outputs_NL.backward(without_padding(classifier_gradient(outputs_NL.detach(), "single", generator), batch))
+        return len(outputs_NL)
     hidden_ND = model.hidden(**inputs).flatten(0, 1)
     labels = batch.get("labels")
-    if labels is None:
+    if labels is None or has_head:
         noise_ND = torch.randn(hidden_ND.shape, generator=generator).to(hidden_ND)
-        if "documents_BT" in batch:  # padding predicts nothing
-            noise_ND *= batch["documents_BT"].flatten()[:, None] != 0
-        hidden_ND.backward(noise_ND)
+        hidden_ND.backward(without_padding(noise_ND, batch))
         return len(hidden_ND)
     states_LD = model.head_input(hidden_ND[(labels.flatten() >= 0).nonzero().squeeze(1)])
     weight_VD, bias = model.lm_head.weight.detach(), model.lm_head.bias
@@ -134,6 +138,12 @@ def backward_from_samples(model: LanguageModel, batch: Mapping[str, Tensor], gen
     if gradients:
         states_LD.backward(torch.cat(gradients))
     return len(states_LD)
+
+
+def without_padding(gradient_ND: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return gradients of positions, zero at padding, which predicts nothing."""
+    documents_BT = batch.get("documents_BT")
+    return gradient_ND if documents_BT is None else gradient_ND * (documents_BT.flatten()[:, None] != 0)
 
 
 def classifier_gradient(outputs_BL: Tensor, problem: str, generator: torch.Generator) -> Tensor:

@@ -62,9 +62,10 @@ def rank(model: LanguageModel, batches: Batches) -> Importance:
 
 
 def read(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Run a batch through a model; return the last hidden states (B, T, D), or a classifier's outputs."""
+    """Run a batch through a model; return the last hidden states (B, T, D), or a classifier's outputs (B, L)."""
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
-    return model.classify(**inputs) if model.config.n_labels else model.hidden(**inputs)
+    is_classifier = model.config.n_labels and model.config.head == "text"
+    return model.classify(**inputs) if is_classifier else model.hidden(**inputs)
 
 
 def is_norm(name: str) -> bool:

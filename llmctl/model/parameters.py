@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from llmctl.config import ModelConfig
-from llmctl.model.shapes import complete, has_bias, has_shared_bias
+from llmctl.model.shapes import complete, has_bias, has_classifier_bias, has_shared_bias, has_transform
 
 Shape = tuple[int, ...]
 
@@ -21,13 +21,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes |= stack_shapes(config, "model.decoder.", config.n_decoder_layers, cross=True)
     else:
         shapes |= stack_shapes(config, "model.", config.n_layers, cross=False)
-    if config.n_labels:
-        has_dense = config.pooled_activation != "none"
-        if has_dense:  # a classifier has no vocabulary head
+    if has_transform(config):
+        width = D if config.n_labels else E
+        shapes |= linear("head_dense", width, D, bias=config.head_transform_bias) | norm(config, "head_norm", width)
+    if config.n_labels:  # a classifier has no vocabulary head
+        if config.pooled_activation != "none":
             shapes |= linear("classifier_dense", D, D, bias=True)
-        return shapes | linear("classifier", config.n_labels, D, bias=has_dense)
-    if config.head_transform:
-        shapes |= linear("head_dense", E, D, bias=config.head_transform_bias) | norm(config, "head_norm", E)
+        return shapes | linear("classifier", config.n_labels, D, bias=has_classifier_bias(config))
     return shapes | linear("lm_head", V, E, bias=config.logits_bias)
 
 

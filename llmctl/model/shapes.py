@@ -65,6 +65,16 @@ def scaling_counts(config: ModelConfig) -> tuple[int, ...]:
     return counts.get(config.rope_scaling, (2 + (config.rotary_dim or config.head_dim),))
 
 
+def has_classifier_bias(config: ModelConfig) -> bool:
+    """Tell whether the outputs of a classification head have a bias."""
+    return config.pooled_activation != "none" or config.head != "text"
+
+
+def has_transform(config: ModelConfig) -> bool:
+    """Tell whether there is a transform before the head; a classifier of whole texts has its own dense layer instead."""
+    return config.head_transform and not (config.n_labels and config.head == "text")
+
+
 def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
     """Return a message for every invalid or inconsistent setting."""
     sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_positions")
@@ -126,6 +136,18 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
         (
             bool(full.labels) and len(full.labels) != full.n_labels,
             f"`model.labels` has {len(full.labels)} names for `model.n_labels` {full.n_labels}",
+        ),
+        (
+            full.head != "text" and (full.family != "encoder" or not full.n_labels),
+            f"`model.head` {full.head} needs `model.family` encoder and `model.n_labels`",
+        ),
+        (
+            full.head != "text" and full.pooled_activation != "none",
+            f"`model.head` {full.head} has no `model.pooled_activation`",
+        ),
+        (
+            full.head == "span" and full.n_labels != 2,
+            f"`model.head` span has 2 outputs, but `model.n_labels` is {full.n_labels}",
         ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]

@@ -76,9 +76,10 @@ HAS_EFFECT: Mapping[str, Callable[[ModelConfig], bool]] = {
     "attention_windows": lambda config: any(config.attention_windows),
     # 0 and head_dim ** -0.5 mean the same; a complete config states the number.
     "attention_scale": lambda config: not config.head_dim or not close(config.attention_scale, config.head_dim**-0.5),
-    "problem": lambda config: config.n_labels > 0,
-    "pooling": lambda config: config.n_labels > 0,
-    "pooled_activation": lambda config: config.n_labels > 0,
+    "head": lambda config: config.n_labels > 0,
+    **dict.fromkeys(
+        ("problem", "pooling", "pooled_activation"), lambda config: config.n_labels > 0 and config.head == "text"
+    ),
 }
 
 

@@ -16,7 +16,7 @@ from llmctl.config import ModelConfig
 from llmctl.model.attention import Attended
 from llmctl.model.cache import CACHES, KVCache
 from llmctl.model.pooling import pool
-from llmctl.model.shapes import complete
+from llmctl.model.shapes import complete, has_classifier_bias, has_transform
 from llmctl.model.stack import ACTIVATIONS, Stack, make_norm
 from llmctl.quant.learned import TunedLinear
 from llmctl.quant.weight import PARTS, QuantWeight
@@ -48,16 +48,16 @@ class LanguageModel(nn.Module):
             self.model = Stack(config, config.n_layers, causal=config.family == "decoder")
         width = config.d_embedding or config.d_model
         self.model.embed_tokens = nn.Embedding(config.vocab_size, width)
+        if has_transform(config):
+            transformed = config.d_model if config.n_labels else width
+            self.head_dense = nn.Linear(config.d_model, transformed, bias=config.head_transform_bias)
+            self.head_norm = make_norm(config, transformed)
         if config.n_labels:
-            has_dense = config.pooled_activation != "none"
-            if has_dense:
+            if config.pooled_activation != "none":
                 self.classifier_dense = nn.Linear(config.d_model, config.d_model)
-            self.classifier = nn.Linear(config.d_model, config.n_labels, bias=has_dense)
+            self.classifier = nn.Linear(config.d_model, config.n_labels, bias=has_classifier_bias(config))
             self.dropout = nn.Dropout(config.dropout)
             return
-        if config.head_transform:
-            self.head_dense = nn.Linear(config.d_model, width, bias=config.head_transform_bias)
-            self.head_norm = make_norm(config, width)
         self.lm_head = nn.Linear(width, config.vocab_size, bias=config.logits_bias)
         self.tie()
 
@@ -174,10 +174,15 @@ class LanguageModel(nn.Module):
     def head_input(self, hidden: Tensor) -> Tensor:
         """Return the input of the head's matrix: transformed, scaled hidden states (..., D)."""
         if self.config.head_transform:
-            hidden = self.head_norm(ACTIVATIONS[self.config.activation](self.head_dense(hidden)))
+            hidden = self.transformed(hidden)
         elif self.config.d_embedding:  # as wide as the embeddings without parameters of its own
             hidden = hidden @ self.model.embed_projection.weight
         return hidden if self.config.logits_scale == 1.0 else hidden * self.config.logits_scale
+
+    def transformed(self, hidden: Tensor) -> Tensor:
+        """Return hidden states after the dense layer, the activation and the norm before a head."""
+        states: Tensor = self.head_norm(ACTIVATIONS[self.config.activation](self.head_dense(hidden)))
+        return states
 
     def head(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of hidden states (..., D)."""
@@ -211,10 +216,20 @@ class LanguageModel(nn.Module):
 
     def classify(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Return the outputs of the classification head (B, n_labels); see `pooled` for the inputs."""
+        assert self.config.head == "text", "a head over tokens has no output for a whole text: see `label_tokens`"
         state_BD = self.pooled(input_ids_BT, **inputs)
         if self.config.pooled_activation != "none":
             state_BD = POOLED_ACTIVATIONS[self.config.pooled_activation](self.classifier_dense(state_BD))
         return self.classifier(self.dropout(state_BD))
+
+    def label_tokens(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
+        """Return the outputs of a head over tokens (B, T, n_labels); see `hidden` for the inputs."""
+        assert self.config.head != "text", "this head has one output for a whole text: see `classify`"
+        states_BTD = self.hidden(input_ids_BT, **inputs)
+        if self.config.head_transform:
+            states_BTD = self.transformed(states_BTD)
+        outputs_BTL: Tensor = self.classifier(self.dropout(states_BTD))
+        return outputs_BTL
 
     def forward(self, input_ids_BT: Tensor, **inputs: Any) -> Tensor:
         """Return logits (B, T, V); see `hidden` for the inputs."""

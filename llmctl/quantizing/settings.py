@@ -5,11 +5,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from llmctl.artifacts.find import needs_data
+from llmctl.artifacts.find import kind_of, needs_data
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.errors import UsageError
+from llmctl.formats.artifact import Artifact
 from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
@@ -48,7 +49,7 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         # Activation quantization needs calibration data anyway.
         wide = scheme.bits == 8 and not (scheme.activations or weights.target_bpw or weights.target_size)
         method = "nearest" if wide else "guided"
-    bare = is_bare(artifact)
+    bare = has_only_states(artifact)
     loss = replace(
         loss,
         name=("none" if bare else "fkl") if loss.name == "auto" else loss.name,
@@ -91,6 +92,7 @@ def check_quantize(config: QuantizeConfig) -> None:
         bits = ", ".join(sorted({str(scheme.bits) for scheme in artifact.schemes.values()}))
         raise UsageError(f"`{config.model}` is already quantized ({bits} bits)", "pass the original model")
     weights = config.weights
+    what = "has no prediction head" if is_bare(artifact) else f"is {kind_of(artifact.config)}"
     check_shared(
         config,
         (
@@ -124,8 +126,12 @@ def check_quantize(config: QuantizeConfig) -> None:
             "`weights.method` learned trains weights only: not with w8a8",
         ),
         (
-            bool(weights.target_bpw or weights.target_size) and is_bare(artifact),
-            f"`{config.model}` has no prediction head, so layer sensitivity cannot be measured: omit the target",
+            bool(weights.target_bpw or weights.target_size) and has_only_states(artifact),
+            f"`{config.model}` {what}, so layer sensitivity cannot be measured: omit the target",
+        ),
+        (
+            has_only_states(artifact) and not is_bare(artifact) and config.loss.name != "none",
+            f"`loss.name` {config.loss.name} needs token predictions, `{config.model}` {what}: use none",
         ),
         (config.loss.name == "seq", "`loss.name` seq is for `llmctl distill`"),
         (bool(config.teacher.cache), "`teacher.cache` is for `llmctl distill`"),
@@ -136,6 +142,12 @@ def check_quantize(config: QuantizeConfig) -> None:
     plan_of(artifact.config, config)
     if not config.data.paths and config.task != "text":
         raise needs_data(Path(config.model), artifact.config, config.task)
+
+
+def has_only_states(artifact: Artifact) -> bool:
+    """Tell whether a model is compared by its hidden states: it predicts neither words nor labels of whole texts."""
+    config = artifact.config
+    return is_bare(artifact) or (config.n_labels > 0 and config.head != "text")
 
 
 def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: QuantizeConfig) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmctl.metrics.figures import FIGURES, shown
+from llmctl.tables.heads import HEADS
 
 PIPELINES = {"decoder": "text-generation", "encoder": "fill-mask", "encoder_decoder": "text2text-generation"}
 LOADERS = {
@@ -21,8 +22,7 @@ USE = {
 }
 
 
-HEAD_LOADER, HEAD_PIPELINE = "AutoModelForSequenceClassification", "text-classification"
-HEAD_USE = 'llmctl classify -m {path} "a text"'
+HEAD_USE = "llmctl classify -m {path} "
 
 
 def readable(value: Any) -> str:
@@ -39,7 +39,7 @@ def readable(value: Any) -> str:
 def model_card(facts: Mapping[str, Any]) -> str:
     """Return the card.
 
-    facts: name, family, architecture, objective, n_parameters, n_labels, steps, tokens, data, before, after, note and
+    facts: name, family, architecture, objective, n_parameters, n_labels, head, steps, tokens, data, before, after, note and
     command.
     """
     family = facts["family"]
@@ -50,8 +50,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         if before.get(key) is not None and after.get(key) is not None
     )
     data = "\n".join(f"- {key}: {readable(value)}" for key, value in facts["data"].items() if key != "findings")
-    has_head = bool(facts.get("n_labels"))
-    loader = HEAD_LOADER if has_head else LOADERS[family]
+    head = HEADS[facts.get("head", "text")] if facts.get("n_labels") else None
+    loader = head.loader if head else LOADERS[family]
     load = ""
     if facts["architecture"].startswith("Llmctl"):
         load = "This architecture is read by llmctl only.\n"
@@ -62,7 +62,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         )
     return f"""---
 library_name: transformers
-pipeline_tag: {HEAD_PIPELINE if has_head else PIPELINES[family]}
+pipeline_tag: {head.pipeline if head else PIPELINES[family]}
 tags: [llmctl, {facts["objective"]}]
 ---
 
@@ -90,7 +90,7 @@ The resolved recipe is in `recipe.yaml`, the course of the training in `metrics.
 
 ## Use
 ```
-{(HEAD_USE if has_head else USE[family]).format(path="PATH")}
+{(HEAD_USE + head.given if head else USE[family]).format(path="PATH")}
 ```
 {load}
 ## Limits

@@ -42,7 +42,8 @@ class Task:
     """A task.
 
     trains, measures: model families that `finetune` and `evaluate` accept. head: what a model must predict: `tokens`,
-    `labels`, or `any`. reads: `text` (documents), `conversations`, or `table`. make: the function of data/examples.py that
+    `labels`, `any`, or nothing else than what `extracts` says: the `model.head` over tokens that is measured on it too, by
+    the function `extractor`. reads: `text` (documents), `conversations`, or `table`. make: the function of data/examples.py that
     makes an example of a row. is_pairs: rows are source and target texts, which may also be tab-separated lines or two
     parallel files. evaluator: the function of evaluating/evaluate.py. metrics: of the evaluation, the main one first; metric:
     by which training chooses the best step. generated: metrics of generated texts. template, source_template: the prompt of
@@ -65,6 +66,8 @@ class Task:
     source_template: str = ""
     stops: tuple[str, ...] = ()
     source: str = ""
+    extracts: str = ""
+    extractor: str = ""
 
 
 TASKS: dict[str, Task] = {
@@ -157,6 +160,19 @@ TASKS: dict[str, Task] = {
         source_template="question: {question} context: {context}",
         stops=("\n",),
         source="SQuAD, Rajpurkar et al. 2016, arXiv:1606.05250",
+        extracts="span",
+        extractor="evaluate_spans",
+    ),
+    "tokens": Task(
+        "entities of tagged words",
+        measures=("encoder",),
+        head="none",
+        roles={"tokens": Role(("words",)), "tags": Role(("ner_tags", "labels"))},
+        make="tagged_example",
+        metrics=("f1", "precision", "recall", "accuracy"),
+        source="CoNLL 2003, Tjong Kim Sang & De Meulder, cs/0306050",
+        extracts="tokens",
+        extractor="evaluate_entities",
     ),
     "choice": Task(
         "multiple choice by likelihood",

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from llmctl.errors import ArtifactError
-from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest, no_spans
 
 
 class AddedTokens(Tokenizer):
@@ -72,6 +72,15 @@ class AddedTokens(Tokenizer):
         if self.plain is None:
             return self.base.encode_batch(texts)
         return [self._around(text, after_special=False, is_next=False) for text in texts]
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of every text, each with the characters that it stands for.
+
+        Raises: UsageError for a text that is split at an added token.
+        """
+        if self.plain is not None and any(self.plain.search(text) for text in texts):
+            raise no_spans()
+        return self.base.encode_with_spans(texts)
 
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:
         """Return the ids of a text that continues another."""

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.errors import UsageError
+
 
 class SpecialToken(NamedTuple):
     """A token that templates write by name; some strip the white space to their left or right."""
@@ -15,6 +17,10 @@ class SpecialToken(NamedTuple):
     token_id: int
     strips_left: bool = False
     strips_right: bool = False
+
+
+Span = tuple[int, int]
+"""The characters of a text that a token stands for: from the first number to before the second."""
 
 
 class Frame(NamedTuple):
@@ -97,6 +103,16 @@ class Tokenizer(ABC):
         tail = [self.eos_id] if eos and self.eos_id is not None else []
         return [*head, *ids, *tail]
 
+    def encode_with_spans(
+        self,
+        texts: Sequence[str],  # noqa: ARG002 - for subclasses
+    ) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of every text as `encode_batch` does, each with the characters that it stands for.
+
+        Raises: UsageError for a tokenizer that does not tell.
+        """
+        raise no_spans()
+
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:  # noqa: ARG002 - for subclasses
         """Return the ids of a text that continues another, without the dummy space before its first word.
 
@@ -129,6 +145,14 @@ class Tokenizer(ABC):
     @cached_property
     def _bytes(self) -> list[bytes]:
         return [self.piece_bytes(index) for index in range(self.vocab_size)]
+
+
+def no_spans() -> UsageError:
+    """Return the error for a tokenizer that does not tell where in a text its tokens are."""
+    return UsageError(
+        "this tokenizer does not tell where in a text its tokens are",
+        "save it as `tokenizer.json` with transformers: AutoTokenizer.from_pretrained(X).save_pretrained(X)",
+    )
 
 
 def starts_word(text: str) -> bool:

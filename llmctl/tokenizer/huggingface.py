@@ -13,7 +13,7 @@ from typing import Any
 
 from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
 from llmctl.files import json_of
-from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import check_tokenizer, quiet, raise_interrupts, steps_of
 
 ROLES = {
@@ -65,6 +65,12 @@ class HuggingFaceTokenizer(Tokenizer):
         with as_artifact_error(ENCODING):
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of every text, each with the characters that it stands for."""
+        with as_artifact_error(ENCODING):
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def encode_next(self, text: str, *, after_special: bool) -> list[int]:
         """Return the ids of a text that continues another, without the dummy space before its first word.

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.files import json_of
-from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest, no_spans
 from llmctl.tokenizer.checks import check_ids
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SPACE, SentencePieceTokenizer, as_json, n_threads
 from llmctl.tokenizer.sentencepiece_classes import (
@@ -168,6 +168,46 @@ class PublishedPieces(Tokenizer):
             rows = [self._split_numbers(row) for row in rows]
         return [[self._row[index] for index in row] for row in rows]
 
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of every text, each with the characters that it stands for.
+
+        Raises: UsageError for a class whose pieces are looked up by name, and for a text that it changes beyond recognition.
+        """
+        if self.kind.vocabulary:
+            raise no_spans()
+        return [self._with_spans(text) for text in texts]
+
+    def _with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        prepared, places = self._prepared(text)
+        ids: list[int] = []
+        spans: list[Span] = []
+        for index, (begin, end) in zip(*self._pieces.encode_with_spans([prepared])[0], strict=True):
+            own = self._split_numbers([index]) if self.kind.splits_numbers else [index]
+            # Digits and the comma after them are parts of one piece, each with all of its characters.
+            ids += [self._row[each] for each in own]
+            span = (places[begin][0], places[end - 1][1]) if end > begin else (places[begin][0],) * 2
+            spans += [span] * len(own)
+        return ids, spans
+
+    def _prepared(self, text: str) -> tuple[str, list[Span]]:
+        """Return a text as its class changes it, and the place of every character in the original, then of its end."""
+        prepare, end = self.kind.prepare, (len(text), len(text))
+        if prepare is None:
+            return text, [*((at, at + 1) for at in range(len(text))), end]
+        changed, places = "", list[Span]()
+        for match in UNITS.finditer(text):
+            # A space is kept or joined with its neighbors between others only.
+            is_space = match[0].isspace()
+            new = prepare(f"a{match[0]}a" if is_space else match[0], self._config)
+            new = new[1:-1] if is_space else new
+            changed += new
+            places += [match.span()] * len(new)
+        whole = prepare(text, self._config)
+        first = len(changed) - len(changed.lstrip()) if whole[:1] != changed[:1] else 0
+        if changed[first : first + len(whole)] != whole:
+            raise no_spans()
+        return whole, [*places[first : first + len(whole)], end]
+
     def _by_name(self, texts: Sequence[str]) -> list[list[int]]:
         # Pieces are looked up by name: a character that the model does not know may stand in the vocabulary.
         codes, rests = zip(*(self._code(text) for text in texts), strict=True) if texts else ((), ())
@@ -232,6 +272,7 @@ class PublishedPieces(Tokenizer):
         return with_name(self._files, self.name)
 
 
+UNITS = re.compile(r"``|''|\s+|\S")
 CODE = re.compile(r">>.*?<<", re.DOTALL)
 
 

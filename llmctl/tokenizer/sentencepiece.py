@@ -10,7 +10,7 @@ from typing import Any
 
 from llmctl.errors import ArtifactError
 from llmctl.files import parse_json, recognized
-from llmctl.tokenizer.base import Frame, SpecialToken, Tokenizer, digest
+from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import MAX_GROWTH, longest_text
 from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
 from llmctl.tokenizer.protobuf import fields
@@ -93,6 +93,33 @@ class SentencePieceTokenizer(Tokenizer):
                 if SPACE in text:
                     ids[index] = self._encode_around_spaces(text)
         return ids
+
+    def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+        """Return the ids of every text, each with the characters that it stands for; the bytes of one share it."""
+        return [self._with_spans(text) for text in texts]
+
+    def _with_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        parts = text.split(SPACE) if self.is_lossless else [text]
+        ids: list[int] = []
+        spans: list[Span] = []
+        at = 0
+        for number, part in enumerate(parts):
+            if number:
+                ids += self._space_bytes
+                spans += [(at, at + 1)] * len(self._space_bytes)
+                at += 1
+            pieces = spans_of(self._processor.encode(part, out_type="serialized_proto"), part)
+            ids += [index for index, _ in pieces]
+            begin = end = at + len(part)
+            found: list[Span] = []
+            # Of the bytes of a character only the last has its span: the others are empty, before it.
+            for index, span in reversed(pieces):
+                if span[0] < span[1] or not self._processor.is_byte(index):
+                    begin, end = at + span[0], at + span[1]
+                found.append((begin, end))
+            spans += reversed(found)
+            at += len(part)
+        return ids, spans
 
     def named_pieces(self, texts: Sequence[str], threads: int) -> list[list[str]]:
         """Return the pieces of every text by name; unknown text is a piece of its own."""
@@ -229,6 +256,25 @@ class SentencePieceTokenizer(Tokenizer):
         # A BPE model's scores are minus the rank of the merge, a unigram's are log-probabilities.
         scores = [score for piece, score in self.scored_pieces() if len(piece) > 1 and score < 0]
         return any(score != int(score) for score in scores)
+
+
+def spans_of(proto: bytes, text: str) -> list[tuple[int, Span]]:
+    """Return id and characters of the pieces (field 2) in the library's own record of an encoded text.
+
+    A piece has its id in field 2, and its first byte and the byte after its last in 4 and 5, which are absent for 0.
+    """
+    char_of = {0: 0}
+    n_bytes = 0
+    for number, character in enumerate(text, start=1):
+        n_bytes += len(character.encode("utf-8", "replace"))
+        char_of[n_bytes] = number
+    found = []
+    for number, piece in fields(proto):
+        if number == 2 and isinstance(piece, bytes):
+            values = dict(fields(piece))
+            begin, end = int(values.get(4, 0)), int(values.get(5, 0))
+            found.append((int(values.get(2, 0)), (char_of.get(begin, 0), char_of.get(end, len(text)))))
+    return found
 
 
 def check_tables(proto: bytes) -> None:

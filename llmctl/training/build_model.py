@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.artifacts import hub
+from llmctl.artifacts.find import kind_of
 from llmctl.artifacts.load import load_model
 from llmctl.config import PretrainConfig
 from llmctl.errors import UsageError
@@ -24,8 +25,10 @@ def load_base(config: PretrainConfig) -> Any:
     base = load_model(Path(name), device="cpu", dtype="float32")
     if base.model.config.n_labels:
         raise UsageError(
-            f"`{name}` is a classifier, `--objective {config.objective}` needs a language modeling head",
-            "`llmctl finetune MODEL DATA --task classify` trains it further; or name the model it was made from",
+            f"`{name}` is {kind_of(base.model.config)}, `--objective {config.objective}` needs a language modeling head",
+            "name the model it was made from"
+            if base.model.config.head != "text"
+            else "`llmctl finetune MODEL DATA --task classify` trains it further; or name the model it was made from",
         )
     check_family(config, base.model.config.family, name)
     if base.tokenizer is None:

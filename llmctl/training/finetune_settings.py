@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from llmctl.artifacts.find import refuse_token_head
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import FinetuneConfig
 from llmctl.errors import UsageError
@@ -22,11 +23,13 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
 
     Learning rates fall with the square root of the model's size, from BERT-base's 5e-5 (Devlin et al. 2019, A.3); adapters
     take ten times as much (Schulman et al. 2025, "LoRA Without Regret").
-    Raises: NotFoundError or ArtifactError for a model that does not exist or is damaged.
+    Raises: NotFoundError or ArtifactError for a model that does not exist or is damaged; UsageError for one with a head over
+        tokens.
     """
     train, optim = config.train, config.optim
     artifact = read_model(Path(config.model))
     shape = artifact.config
+    refuse_token_head(shape, config.model, "fine-tuned")
     is_quantized = config.method in QUANTIZES or (artifact.schemes and config.method != "full")
     if config.qat or is_quantized:  # neither has a copy in bfloat16
         train = replace(train, master_weights=False)

@@ -23,7 +23,7 @@ def choose_task(config: TaskConfig, artifact: Artifact) -> str:
     if config.task != "auto":
         return config.task
     if artifact.config.n_labels:
-        return "classify"
+        return "classify" if artifact.config.head == "text" else "text"
     if made_for in trained_tasks():
         return str(made_for)
     if artifact.config.family == "encoder_decoder" and made_for not in OBJECTIVES:

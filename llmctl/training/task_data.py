@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.artifacts.find import a_model
+from llmctl.artifacts.find import a_model, kind_of
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelChoice, ModelConfig, PretrainConfig, TaskConfig
@@ -60,10 +60,13 @@ def check_task(config: TaskConfig, base: Loaded) -> None:
             f"`{config.model}` is {a_model(family)}, which cannot be trained on `--task {task}`",
             f"--task {fitting}, or another model",
         )
-    if base.model.config.n_labels and task != "classify":
+    head = base.model.config.head if base.model.config.n_labels else ""
+    # The encoder under a head over tokens is measured on plain text, by its states.
+    if head and (head, task) not in (("text", "classify"), ("tokens", "text"), ("span", "text")):
+        what = "has a classification head" if head == "text" else f"is {kind_of(base.model.config)}"
         raise UsageError(
-            f"`{config.model}` has a classification head, `--task {task}` needs a language modeling head",
-            "--task classify, or the model it was made from",
+            f"`{config.model}` {what}, `--task {task}` needs a language modeling head",
+            f"--task {'classify' if head == 'text' else 'text'}, or the model it was made from",
         )
     needs = OBJECTIVES[text_config(config, base).objective].needs if task == "text" else ""
     if needs == "sentinels" and not base.tokenizer.sentinel_ids():
@@ -204,7 +207,7 @@ class TaskData:
         lengths = corpus.documents.lengths
         # A pair's first length places token types; models without them need none.
         if config.task == "classify":
-            first_lengths = corpus.arrays["first_lengths"] if model.n_token_types else None
+            first_lengths = corpus.arrays["first_lengths"] if model.n_token_types > 1 else None
             order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
             return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
         assert corpus.targets is not None

@@ -80,3 +80,49 @@ def test_a_model_without_a_head_is_refused(call, models, tmp_path, monkeypatch):
     status, _, err = call("classify", "x")
     assert status == 3
     assert "finetune" in err
+
+
+def test_a_token_classifier_prints_entities_with_their_place_in_the_text(call, headed):
+    model = headed("tokens", labels=("O", "B-PER"))
+    text = "the good cat 猫坐在垫子上。"
+    status, out, err = call("classify", "-q", "-m", model, text)
+    assert (status, err) == (0, "")
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert rows
+    assert all((label, text[int(start) : int(end)]) == ("PER", part) for _, label, start, end, part in rows)
+    status, out, _ = call("classify", "-q", "--json", "-m", model, "-", stdin=f"{text}\n\n".encode())
+    first, second = map(json.loads, out.splitlines())
+    assert (first["text"], second) == (text, {"text": "", "entities": []})
+    assert [
+        [f"{each['score']:.3f}", each["label"], str(each["start"]), str(each["end"]), each["text"]]
+        for each in first["entities"]
+    ] == rows
+    status, out, _ = call("classify", "-q", "-m", model, "-", stdin=f"{text}\nthe\n".encode())
+    assert out.split("\n\n")[0].splitlines() == ["\t".join(row) for row in rows]
+    status, out, err = call("classify", "-q", "-m", model, "a", "b")
+    assert (status, out) == (2, "")
+    assert "is a token classifier" in err
+
+
+def test_a_question_answering_model_reads_questions_with_contexts(call, headed):
+    model = headed("span")
+    context = "the good cat sat. 猫坐在垫子上。"
+    status, out, err = call("classify", "-q", "-m", model, "what cat", context)
+    assert (status, err) == (0, "")
+    _, start, end, answer = out.rstrip("\n").split("\t")
+    assert answer == context[int(start) : int(end)]
+    row = json.dumps({"question": "what cat", "context": context, "id": 7})
+    lines = f"what cat\t{context}\n{row}\n".encode()
+    status, piped, _ = call("classify", "-q", "-m", model, "-", stdin=lines)
+    assert piped == out * 2
+    assert call("classify", "-q", "-m", model, "--pairs", "-", stdin=lines.splitlines(keepends=True)[0])[1] == out
+    status, found, _ = call("classify", "-q", "--json", "-m", model, "what cat", context)
+    record = json.loads(found)
+    assert (record["question"], record["answer"], record["start"]) == ("what cat", answer, int(start))
+    for wrong in (["a text"], ['{"question": "a"}']):
+        status, out, err = call("classify", "-q", "-m", model, *wrong)
+        assert (status, out) == (2, "")
+        assert "is a question-answering model" in err
+        assert "QUESTION" in err
+    status, _, err = call("classify", "-m", model, "what " * 99, context)
+    assert "1 texts were longer" in err

@@ -377,6 +377,9 @@ def written(make_loaded, tmp_path):
     return write
 
 
+LABELS = {"span": (), "tokens": ("O", "B-A")}
+
+
 def test_every_figure_of_the_table_is_given(make_loaded):
     pytest.importorskip("sacrebleu")
     examples = {
@@ -385,14 +388,24 @@ def test_every_figure_of_the_table_is_given(make_loaded):
         "translate": rows(({"source": "a"}, "b")),
         "summarize": rows(({"source": "a"}, "b")),
         "qa": rows(({"question": "a"}, ["b"])),
+        "extracts qa": rows(({"question": "a", "context": "b"}, ["b"])),
+        "extracts tokens": rows(({"tokens": "a\nb"}, ["B-A", "O"])),
         "choice": rows(({"question": "a"}, 0), choices=("x", "y")),
         "lastword": rows(({"text": "a b"}, None)),
     }
     for task in measured_tasks():
         row = TASKS[task]
-        measure = getattr(module, row.evaluator)
         given: set[str] = set()
-        for family in row.measures:
+        if row.extracts:
+            loaded = make_loaded(
+                "learned", family="encoder", n_labels=2, head=row.extracts, labels=LABELS[row.extracts]
+            )
+            assert supports(row, loaded.artifact)
+            measure = getattr(module, row.extractor)
+            given |= measure(loaded, examples["extracts " + task], EvaluateConfig(task=task)).figures.keys()
+        measure = getattr(module, row.evaluator, None)
+        assert measure is not None or row.extracts
+        for family in row.measures if measure else ():
             for problem in ("single", "regression") if task == "classify" else ("single",):
                 kind = "t5" if family == "encoder_decoder" else "learned"
                 n_labels = {"single": 2, "regression": 1}[problem] if row.head == "labels" else 0
@@ -436,6 +449,8 @@ def test_the_task_that_a_model_is_for(make_loaded):
         ("t5", {}, "translate"),
         ("learned", {"family": "encoder", "n_labels": 2}, "classify"),
         ("rope", {"n_labels": 2}, "classify"),
+        ("learned", {"family": "encoder", "n_labels": 2, "head": "tokens"}, "tokens"),
+        ("learned", {"family": "encoder", "n_labels": 2, "head": "span"}, "qa"),
     ):
         assert default_task(make_loaded(kind, **fields).artifact) == task
 
@@ -448,6 +463,27 @@ def test_the_task_that_a_model_is_for(make_loaded):
         ("t5", {}, "text", ["encoder-decoder", "translate"]),
         ("rope", {"n_labels": 2}, "choice", ["classification head", "classify"]),
         ("learned", {"family": "encoder", "n_labels": 2}, "similarity", ["2 labels", "classify"]),
+        (
+            "learned",
+            {"family": "encoder", "n_labels": 1, "head": "tokens"},
+            "similarity",
+            ["a token classifier", "`--task` tokens"],
+        ),
+        (
+            "learned",
+            {"family": "encoder", "n_labels": 2, "head": "span"},
+            "classify",
+            ["a question-answering", "`--task` qa"],
+        ),
+        (
+            "learned",
+            {"family": "encoder", "n_labels": 2, "head": "span"},
+            "mask",
+            ["a question-answering", "`--task` qa"],
+        ),
+        ("learned", {"family": "encoder", "n_labels": 2}, "tokens", ["classification head", "classify"]),
+        ("learned", {"family": "encoder"}, "tokens", ["an encoder", "mask"]),
+        ("learned", {"family": "encoder", "n_labels": 2}, "qa", ["classification head", "classify"]),
         ("rope", {}, "translate", ["needs data", "source, target"]),
     ],
 )

@@ -69,3 +69,13 @@ def test_outputs_do_not_depend_on_the_batch(make_loaded, pooling: str):
     assert together.shape == (4, 32 if pooling else 3)
     swapped = [Row(row.ids, [1 - kind for kind in row.types]) for row in rows]
     assert (row_outputs(loaded, swapped, 4, pooling) - together).abs().min() > 0, "token types are read"
+
+
+def test_a_single_token_type_is_that_of_both_texts_of_a_pair(make_loaded):
+    """As in RoBERTa and XLM-R, whose rerankers read pairs."""
+    loaded = make_loaded("learned", family="encoder", n_token_types=1, n_labels=3)
+    (row,) = encode_rows(loaded, [("a list", "诗")], 48)
+    assert max(row.types) == 1
+    ids = torch.tensor([row.ids])
+    expected = loaded.model.classify(ids, token_types_BT=torch.zeros_like(ids)).detach()
+    torch.testing.assert_close(row_outputs(loaded, [row], 1), expected)

@@ -381,6 +381,18 @@ def test_equal_texts_stay_on_one_side(models):
     assert findings.to_dict()["leaked"] == 0
 
 
+def test_pairs_are_learned_where_there_is_one_token_type(models):
+    """RoBERTa and XLM-R have one row for both texts."""
+    base = load_model(models["bert"], device="cpu", dtype="float32")
+    config = replace(base.model.config, n_token_types=1)
+    name = "model.embed_token_types.weight"
+    state = base.model.state_dict()
+    write_artifact(Path("one"), config, state | {name: state[name][:1]}, files=base.artifact.files, provenance={})
+    rows = [{"text": f"cat {i}", "pair": f"is {word}", "label": word} for i in range(20) for word in WORDS]
+    trained = run(Path("one"), write_rows("pairs.jsonl", rows), "classify", "train.steps=3")
+    assert np.isfinite(trained.summary["after"]["loss"])
+
+
 def test_what_cannot_be_is_refused(models):
     for family, data, task, match in (
         ("encoder", chats(), "chat", "encoder"),

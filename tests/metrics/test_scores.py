@@ -137,3 +137,33 @@ def test_figures_equal_scikit_learn_s():
     stats = pytest.importorskip("scipy.stats")
     x, y = draw.integers(10, size=100), draw.integers(10, size=100)
     assert scores.spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
+
+
+@pytest.mark.parametrize(
+    ("tags", "entities"),
+    [
+        ("B-P I-P O B-L", [("P", 0, 2), ("L", 3, 4)]),
+        ("I-P I-P I-L B-L I-L", [("P", 0, 2), ("L", 2, 3), ("L", 3, 5)]),  # I- begins one after O or another kind
+        ("B-P B-P O O", [("P", 0, 1), ("P", 1, 2)]),
+        ("S-P B-P I-P E-P E-P", [("P", 0, 1), ("P", 1, 4), ("P", 4, 5)]),
+        ("B-A-b I-A-b PER PER O", [("A-b", 0, 2), ("PER", 2, 4)]),
+        ("O O", []),
+        ("", []),
+    ],
+)
+def test_entities_of_tagged_words(tags: str, entities: list):
+    assert scores.entities_of(tags.split()) == entities
+
+
+def test_an_entity_is_right_as_a_whole_or_wrong():
+    wanted = [["B-P", "I-P", "O", "B-L"], ["O", "B-L"]]
+    found = [["B-P", "O", "O", "B-L"], ["B-P", "B-L"]]
+    figures = scores.entity_scores(found, wanted)
+    assert figures == {
+        "f1": pytest.approx(2 * 2 / (4 + 3)),
+        "precision": 0.5,
+        "recall": pytest.approx(2 / 3),
+        "accuracy": pytest.approx(4 / 6),
+    }
+    assert scores.entity_scores(wanted, wanted)["f1"] == 1.0
+    assert scores.entity_scores([["O"]], [["O"]]) == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "accuracy": 1.0}

@@ -1,5 +1,7 @@
 """Gradients of what a model would say itself, against plain automatic differentiation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -91,14 +93,30 @@ def test_every_kind_of_model_says_something(family: str) -> None:
         assert torch.isfinite(torch.cat(parts)).all()
 
 
-def test_padding_of_a_model_without_a_head_does_not_count() -> None:
+@pytest.mark.parametrize("head", [{}, {"head": "tokens", "n_labels": 5}, {"head": "span", "n_labels": 2}])
+def test_padding_of_a_model_without_words_does_not_count(head: dict) -> None:
     torch.manual_seed(0)
-    model = LanguageModel(config_of(CONFIGS["BertModel"][0]))
+    model = LanguageModel(config_of(CONFIGS["BertModel"][0] | head))
     given = {"input_ids_BT": batch()["input_ids_BT"], "documents_BT": torch.ones(3, 7, dtype=torch.long)}
     given["documents_BT"][1, 4:] = 0
     last = f"model.layers.{model.config.n_layers - 1}.mlp.down_proj"
     (weights,) = token_weights(model, [last], [given])[last]
     assert ((weights.view(3, 7) == 0) == (given["documents_BT"] == 0)).all()
+
+
+def test_weights_of_a_token_classifier_are_those_of_the_same_head_over_words() -> None:
+    torch.manual_seed(0)
+    words = LanguageModel(config_of(CONFIGS["BertModel"][0] | {"tie_embeddings": False}))
+    tokens = LanguageModel(replace(words.config, head="tokens", n_labels=words.config.vocab_size))
+    own = words.state_dict()
+    own |= {"classifier.weight": own.pop("lm_head.weight"), "classifier.bias": torch.zeros(words.config.vocab_size)}
+    tokens.load_state_dict(own)
+    given = {"input_ids_BT": batch()["input_ids_BT"]}
+    names = [name for name, _ in words.named_modules() if name.endswith("down_proj")]
+    expected = token_weights(words, names, [given | {"labels": given["input_ids_BT"]}])
+    found = token_weights(tokens, names, [given])
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_a_map_that_nothing_depends_on_has_no_weights() -> None:

@@ -385,6 +385,40 @@ VARIANTS: dict[str, Variant] = {
     "bert-classifier": Variant("BertForSequenceClassification", BERT | {"num_labels": 3}, "cross-encoders"),
     "bert-tokens": Variant("BertForTokenClassification", BERT | {"num_labels": 5}, "bert-base-NER"),
     "bert-answers": Variant("BertForQuestionAnswering", BERT, "BERT on SQuAD"),
+    "roberta-tokens": Variant("RobertaForTokenClassification", ROBERTA | {"num_labels": 5}, "CLUENER, roberta NER"),
+    "roberta-answers": Variant("RobertaForQuestionAnswering", ROBERTA, "roberta-base-squad2"),
+    "xlm-roberta-tokens": Variant("XLMRobertaForTokenClassification", ROBERTA | {"num_labels": 5}, "XLM-R NER"),
+    "xlm-roberta-answers": Variant("XLMRobertaForQuestionAnswering", ROBERTA, "xlm-roberta-squad2"),
+    "camembert-tokens": Variant("CamembertForTokenClassification", ROBERTA | {"num_labels": 5}, "camembert-ner"),
+    "camembert-answers": Variant("CamembertForQuestionAnswering", ROBERTA, "camembert on FQuAD"),
+    "distilbert-tokens": Variant("DistilBertForTokenClassification", DISTILBERT | {"num_labels": 5}, "distilbert NER"),
+    "distilbert-answers": Variant("DistilBertForQuestionAnswering", DISTILBERT, "distilbert-cased-distilled-squad"),
+    "albert-tokens": Variant(
+        "AlbertForTokenClassification", BERT | {"embedding_size": 32, "num_labels": 5}, "Chinese ALBERT NER"
+    ),
+    "albert-answers": Variant("AlbertForQuestionAnswering", BERT | {"embedding_size": 32}, "albert on SQuAD"),
+    "electra-tokens": Variant(
+        "ElectraForTokenClassification", BERT | {"embedding_size": 32, "num_labels": 5}, "electra NER"
+    ),
+    "electra-answers": Variant("ElectraForQuestionAnswering", BERT | {"embedding_size": 32}, "electra-squad2"),
+    "mpnet-tokens": Variant("MPNetForTokenClassification", BERT | {"pad_token_id": 1, "num_labels": 5}, "mpnet NER"),
+    "mpnet-answers": Variant("MPNetForQuestionAnswering", BERT | {"pad_token_id": 1}, "mpnet on SQuAD"),
+    "ernie-tokens": Variant("ErnieForTokenClassification", BERT | {"num_labels": 5}, "ERNIE zh NER"),
+    "ernie-answers": Variant("ErnieForQuestionAnswering", BERT, "ERNIE zh on DuReader"),
+    "megatron-tokens": Variant("MegatronBertForTokenClassification", BERT | {"num_labels": 5}, "Megatron-BERT NER"),
+    "megatron-answers": Variant("MegatronBertForQuestionAnswering", BERT, "Megatron-BERT on SQuAD"),
+    "modernbert-tokens": Variant(
+        "ModernBertForTokenClassification", BERT | {"local_attention": 8, "num_labels": 5}, "ModernBERT NER"
+    ),
+    "modernbert-tokens-biased": Variant(
+        "ModernBertForTokenClassification",
+        BERT | {"local_attention": 8, "num_labels": 5, "classifier_bias": True, "norm_bias": True},
+        "ModernBERT NER with biases",
+    ),
+    "modernbert-answers": Variant(
+        "ModernBertForQuestionAnswering", BERT | {"local_attention": 8}, "ModernBERT on SQuAD"
+    ),
+    "eurobert-tokens": like_llama("EuroBertForTokenClassification", "EuroBERT NER", num_labels=5),
     "roberta": Variant("RobertaForMaskedLM", ROBERTA, "RoBERTa, CodeBERT"),
     "roberta-classifier": Variant(
         "RobertaForSequenceClassification", ROBERTA | {"num_labels": 3}, "twitter-roberta-sentiment, BGE rerankers"
@@ -611,6 +645,8 @@ def outputs(model: Any, ids: Any, decoder_ids: Any) -> Any:
         if type(model).__name__ == "ElectraForPreTraining":
             return model.base_model(input_ids=ids).last_hidden_state
         found = model(input_ids=ids, decoder_input_ids=decoder_ids) if has_decoder else model(input_ids=ids)
+    if getattr(found, "start_logits", None) is not None:
+        return torch.stack([found.start_logits, found.end_logits], dim=-1)
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         if getattr(found, name, None) is not None:
             return getattr(found, name)
@@ -635,7 +671,7 @@ def measure(variant: Variant, folder: Path, model: Any = None) -> Measured:
     load_tensors(own, artifact.state())
     with torch.no_grad():
         if own.config.n_labels:
-            ours = own.classify(ids)
+            ours = own.classify(ids) if own.config.head == "text" else own.label_tokens(ids)
         elif own.config.family == "encoder_decoder":
             ours = own(ids, decoder_input_ids_BT=decoder_ids)
         else:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import sentencepiece
 
-from llmctl.errors import ArtifactError
+from llmctl.errors import ArtifactError, UsageError
 from llmctl.tokenizer.load import find_tokenizer
 from llmctl.tokenizer.sentencepiece import ALWAYS_PREFIX
 from tests.support.spm import published
@@ -73,6 +73,9 @@ def test_texts_are_split_at_tokens_of_the_vocabulary_that_are_text(flags: dict):
     assert ours.encode("<tool> the") == [tool, *(base.encode(" the") if len(flags) == 2 else word)]
     assert ours.encode("  the") == base.encode("  the")
     assert pickle.loads(pickle.dumps(ours)).encode("<tool>the") == ours.encode("<tool>the")
+    assert ours.encode_with_spans(["the cat"]) == base.encode_with_spans(["the cat"])
+    with pytest.raises(UsageError, match="does not tell where"):
+        ours.encode_with_spans(["the<tool>"])
 
 
 def test_a_token_in_place_of_another_is_refused(proto):

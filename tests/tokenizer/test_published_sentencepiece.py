@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import sentencepiece
 
-from llmctl.errors import ArtifactError
+from llmctl.errors import ArtifactError, UsageError
 from llmctl.tokenizer.base import Frame
 from llmctl.tokenizer.load import find_tokenizer, load_tokenizer
 from llmctl.tokenizer.published_sentencepiece import PublishedPieces, from_sentencepiece, with_class
@@ -266,3 +266,34 @@ def test_a_damaged_list_of_added_tokens_is_refused(value):
 
 def test_a_tokenizer_json_is_preferred():
     assert not isinstance(find_tokenizer(published("T5") | byte_level()), PublishedPieces)
+
+
+@pytest.mark.parametrize("name", ["XLMRoberta", "Camembert"])
+def test_tokens_know_their_characters(name):
+    ours = find_tokenizer(published(name))
+    for text in ["the cat sat on a mat", "猫坐在垫子上。", ""]:
+        ids, spans = ours.encode_with_spans([text])[0]
+        assert ids == ours.encode(text)
+        assert "".join(text[begin:end] for begin, end in spans) == text
+        assert [text[b:e].strip() for b, e in spans] == [
+            ours.decode([i]) if i != ours.unk_id else text[b:e].strip() for i, (b, e) in zip(ids, spans, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    "text", ["  The ``CAT''  sat,\n on  12 Mats ", "naïve CAFÉ 猫坐在垫子上。", "345, 67", "", " ", "ﬁve Ｃａｔs"]
+)
+@pytest.mark.parametrize("name", ["Albert", "DebertaV2"])
+def test_places_are_those_in_the_text_before_it_is_changed(name, text):
+    ours = find_tokenizer(published(name))
+    ids, spans = ours.encode_with_spans([text])[0]
+    assert ids == ours.encode(text)
+    assert len(ids) == len(spans)
+    seen = "".join(text[begin:end] for begin, end in dict.fromkeys(spans))
+    assert "".join(seen.split()) == "".join(text.split())
+    assert spans == sorted(spans)
+
+
+def test_pieces_that_are_looked_up_by_name_do_not_tell_their_place():
+    with pytest.raises(UsageError, match="does not tell where"):
+        find_tokenizer(published("Marian")).encode_with_spans(["the cat"])

@@ -268,3 +268,31 @@ def test_our_own_have_no_prefix_to_leave_out(tokenizer: SentencePieceTokenizer):
     for text in ("list", " list", "", "诗"):
         assert tokenizer.encode_next(text, after_special=True) == tokenizer.encode(text)
     assert {name: token.token_id for name, token in tokenizer.special_tokens().items()} == tokenizer.specials()
+
+
+@pytest.mark.parametrize("text", [text for text in EDGE if text] + BYTE_LITERALS + [CORPUS[1]])
+def test_tokens_know_their_characters(tokenizer: SentencePieceTokenizer, text: str):
+    ids, spans = tokenizer.encode_with_spans([text])[0]
+    assert ids == tokenizer.encode(text)
+    at = 0
+    for number, (begin, end) in enumerate(spans):
+        if (begin, end) == spans[number - 1] and number:  # another byte of the same character
+            continue
+        assert begin == at
+        parts = [index for index, span in zip(ids, spans, strict=True) if span == (begin, end)]
+        assert tokenizer.decode_bytes(parts).decode() == text[begin:end]
+        at = end
+    assert at == len(text)
+
+
+def test_a_published_model_tells_the_characters_of_normalized_text():
+    """The dummy space stands for no character, two spaces for one, and a full-width letter for a narrow one."""
+    from tests.support.spm import trained
+
+    tokenizer = SentencePieceTokenizer(trained())
+    text = "the  ＣＡＴ 猫"
+    ids, spans = tokenizer.encode_with_spans([text])[0]
+    assert ids == tokenizer.encode(text)
+    assert spans[0][0] == 0
+    assert spans[-1] == (9, 10)
+    assert "".join(text[begin:end] for begin, end in spans).replace(" ", "") == "theＣＡＴ猫"

@@ -29,6 +29,7 @@ from llmctl.formats.gguf.model import n_paired_heads, rope_factors, rotated_widt
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.model.shapes import complete
 from llmctl.model.supports import describe, unsupported
+from llmctl.tables.heads import HEADS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,7 @@ def check_kind(config: ModelConfig, architecture: str, path: Path) -> None:
 def obstacle_in(config: ModelConfig) -> str:
     """Return what about a model is of none of the architectures; nothing where it is one of them."""
     if config.n_labels:
-        return "is a classifier"
+        return f"is {HEADS[config.head].model}"
     if config.family == "encoder_decoder":
         return "is an encoder-decoder"
     config = complete(config)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.find import Ability, require_family, usage
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.quantization import PARTS
 from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.tables.dtypes import full_name
 
@@ -69,7 +70,7 @@ def load_model(
 
     from llmctl.artifacts.with_adapters import read_model
     from llmctl.model.quantized import quantize
-    from llmctl.model.transformer import load_tensors
+    from llmctl.model.transformer import assign_tensors
 
     artifact = read_model(path, backend)
     require_family(artifact.config, able, path)
@@ -92,12 +93,16 @@ def load_model(
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
     quantize(model, schemes)
-    # to_empty replaces every tensor, which breaks the tie of head and embedding.
-    model.to_empty(device=target)
-    materialize_buffers(model)
-    model.tie()
-    model.to(names[dtype])
-    load_tensors(model, artifact.packed_state() if schemes else artifact.state(names[dtype]))
+    materialize_buffers(model, target)
+    # In float32 without a conversion, these are views of the file: only what may be written into is copied.
+    state = artifact.packed_state() if schemes else artifact.state(names[dtype])
+    if artifact.config.tie_embeddings and not artifact.config.n_labels:
+        state.pop("lm_head.weight", None)
+    for name, tensor in state.items():
+        # Codes and scales of quantized weights keep their dtype.
+        kind = tensor.dtype if name.rpartition(".")[2] in PARTS else names[dtype]
+        state[name] = tensor.to(target, kind, copy=not packed)
+    assign_tensors(model, state)
     return Loaded(model.eval(), tokenizer, artifact, is_own=True)
 
 
@@ -138,15 +143,15 @@ def without_weights(config: "ModelConfig") -> "LanguageModel":
         return LanguageModel(config)
 
 
-def materialize_buffers(model: "LanguageModel") -> None:
-    """Compute the buffers that files do not store (sinusoidal positions): the meta device left them uninitialized."""
+def materialize_buffers(model: "LanguageModel", device: str = "cpu") -> None:
+    """Compute the buffers that files do not store (sinusoidal positions): on the meta device they have no storage."""
     from llmctl.model.positions import sinusoidal_table
 
     for module in model.modules():
         if "sinusoids" in dict(module.named_buffers(recurse=False)):
             empty: Any = module.sinusoids
             n_positions, width = empty.shape
-            empty.copy_(sinusoidal_table(n_positions, width, model.config.sinusoid_rates))
+            module.sinusoids = sinusoidal_table(n_positions, width, model.config.sinusoid_rates).to(device)
 
 
 def choose_device(name: str) -> str:

@@ -257,6 +257,12 @@ def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
     model.tie()  # scales of another dtype than the module's are in new buffers
 
 
+def assign_tensors(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Use the tensors of a state dict as the weights of a model that has none yet, without copying them."""
+    model.load_state_dict(with_tied(model.config, tensors), assign=True)
+    model.tie()
+
+
 def initialize(model: LanguageModel, seed: int) -> None:
     """Initialize the weights, depending only on the seed.
 

@@ -108,6 +108,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ernie": {"intermediate_size": 3072, "pad_token_id": 0},
     "modernbert": {"bos_token_id": 50281, "eos_token_id": 50282, "pad_token_id": 50283},
+    "deberta-v2": {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 24,
+        "type_vocab_size": 0,
+        "relative_attention": False,
+        "position_biased_input": True,
+        "share_att_key": False,
+        "norm_rel_ebd": "none",
+        "pad_token_id": 0,
+    },
     "electra": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "pad_token_id": 0},
     "nomic_bert": {"max_position_embeddings": 2048, "pad_token_id": 0},
     "eurobert": {

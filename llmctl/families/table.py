@@ -15,6 +15,7 @@ from llmctl.families.bart import BART, M2M, MARIAN, MBART, PEGASUS, XGLM
 from llmctl.families.bert import BERT, BERT_BARE
 from llmctl.families.classifiers import CLASSIFIERS
 from llmctl.families.cohere import COHERE2, GLM4, NEMOTRON, STABLELM, STARCODER2
+from llmctl.families.deberta import DEBERTA, DEBERTA_BARE
 from llmctl.families.family import FamilyFormat
 from llmctl.families.gemma import GEMMA, GEMMA2, GEMMA3
 from llmctl.families.gpt import BIGCODE, BLOOM, FALCON, GPT_J, GPT_NEO, GPT_NEOX, MPT, OPT
@@ -51,6 +52,7 @@ PUBLISHED = (
     *(GPT_NEOX, GPT_NEO, GPT_J, OPT, BLOOM, MPT, FALCON, BIGCODE, MINISTRAL, SEED_OSS, ARCEE, NEMOTRON),
     *(COHERE2, GLM4, EXAONE4, HELIUM, ERNIE45, HUNYUAN, QWEN3_MOE, OLMOE, GRANITE_MOE),
     *ENCODERS,
+    *(DEBERTA, DEBERTA_BARE),
     *(
         MODERNBERT,
         MODERNBERT_BARE,

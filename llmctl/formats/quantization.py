@@ -59,11 +59,13 @@ def is_inside(name: str) -> bool:
 def linear_modules(config: ModelConfig) -> dict[str, Shape]:
     """Return the linear layers of a model and their shapes (O, I), including the vocabulary head unless it is tied."""
     shapes = {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(config).items()}
-    tables = (EMBEDDING, "embed_positions", "relative_bias", "embed_token_types", "query_embeddings", "mlp.router")
+    tables = (EMBEDDING, "embed_positions", "embed_distances", "relative_bias", "embed_token_types", "query_embeddings")
     return {
         name: shape
         for name, shape in shapes.items()
-        if len(shape) == 2 and not name.endswith(tables) and not (name == HEAD and config.tie_embeddings)
+        if len(shape) == 2
+        and not name.endswith((*tables, "mlp.router"))
+        and not (name == HEAD and config.tie_embeddings)
     }
 
 

@@ -19,7 +19,10 @@ from llmctl.model.prunable import check_supported, scales_at
 from llmctl.model.shapes import complete, theta_of, window_of
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
-WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
+WIDE = (
+    *("embed_tokens", "embed_positions", "embed_distances", "embed_token_types", "query_embeddings"),
+    *("lm_head", "classifier"),
+)
 """Modules whose weight's columns are the hidden channels, by the last part of their name."""
 
 

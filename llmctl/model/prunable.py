@@ -10,6 +10,7 @@ NAMED = (
     | {"norm_weight", "first_norm", "relative_bias", "relative_bias_per_layer", "d_embedding", "parallel"}
 )
 CHOICES = BLOCK_CHOICES | {
+    "positions": (*BLOCK_CHOICES["positions"], "disentangled"),
     "norm_position": ("pre", "post", "output", "both"),
     "activation": (*BLOCK_CHOICES["activation"], "relu2"),
 }

@@ -112,6 +112,8 @@ SHAPES = {
         "attention_scale": 1.0,
         "decoder_start_id": 0,
     },
+    "deberta": FAMILIES["bert"]
+    | {"positions": "disentangled", "n_relative_buckets": 12, "n_kv_heads": 2, "head_transform": True},
     "classifier": {"n_labels": 3, "pooled_activation": "tanh", "family": "encoder"},
 }
 

@@ -42,6 +42,15 @@ BERT = {
     "pad_token_id": 0,
 }
 ROBERTA = BERT | {"type_vocab_size": 1, "pad_token_id": 1}
+DEBERTA = BERT | {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 DISTILBERT = {
     "vocab_size": 384,
     "dim": 64,
@@ -408,19 +417,13 @@ VARIANTS: dict[str, Variant] = {
     ),
     "albert": Variant("AlbertForMaskedLM", BERT | {"embedding_size": 32}, "ALBERT base v2"),
     "electra": Variant("ElectraForPreTraining", BERT | {"embedding_size": 32}, "ELECTRA small, base"),
-    "deberta-v3": Variant(
-        "DebertaV2Model",
-        BERT
-        | {
-            "relative_attention": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "position_buckets": 32,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "position_biased_input": False,
-            "type_vocab_size": 0,
-        },
-        "DeBERTa v3 small, base",
+    "deberta-v3": Variant("DebertaV2Model", DEBERTA, "DeBERTa v3 xsmall to large, mDeBERTa v3"),
+    "deberta-v3-mlm": Variant("DebertaV2ForMaskedLM", DEBERTA, "DeBERTa v2, v3 with a vocabulary head"),
+    "deberta-v3-new-head": Variant(
+        "DebertaV2ForMaskedLM", DEBERTA | {"legacy": False}, "DeBERTa v3 as it is published"
+    ),
+    "deberta-v3-classifier": Variant(
+        "DebertaV2ForSequenceClassification", DEBERTA | {"num_labels": 3}, "DeBERTa v3 on MNLI, zero-shot classifiers"
     ),
     "modernbert": Variant(
         "ModernBertForMaskedLM",

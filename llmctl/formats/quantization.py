@@ -69,6 +69,11 @@ def linear_modules(config: ModelConfig) -> dict[str, Shape]:
     }
 
 
+def packable_modules(config: ModelConfig) -> dict[str, Shape]:
+    """Return the modules of a model that can have packed weights, and their shapes (O, I): also the embedding's (V, E)."""
+    return linear_modules(config) | {EMBEDDING: parameter_shapes(config)[f"{EMBEDDING}.weight"]}
+
+
 def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
     """Return the family to write a quantized model as: the published one if it uses our names, else our own.
 
@@ -206,7 +211,7 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
         names = named | (set(linear) - ignored if "Linear" in targets else set())
         scheme = read_scheme(group, where)
         schemes |= {name: scheme for name in known if name in names}
-    shapes = linear | {EMBEDDING: parameter_shapes(config)[f"{EMBEDDING}.weight"]}
+    shapes = packable_modules(config)
     misfit = next((name for name, scheme in schemes.items() if not scheme.fits(shapes[name][1])), None)
     if misfit:
         raise refused(

@@ -21,7 +21,8 @@ def quantize(model: LanguageModel, schemes: Mapping[str, Scheme]) -> None:
         if isinstance(module, nn.Embedding):
             put_module(model, name, QuantEmbedding(module.num_embeddings, module.embedding_dim, scheme))
             if model.config.tie_embeddings and not model.config.n_labels:
-                head = QuantLinear(model.config.d_model, model.config.vocab_size, scheme, bias=model.config.logits_bias)
+                sizes = (module.embedding_dim, module.num_embeddings)
+                head = QuantLinear(*sizes, scheme, bias=model.config.logits_bias)
                 model.lm_head = head  # type: ignore[assignment]
             continue
         has_bias = module.bias is not None

@@ -10,7 +10,7 @@ from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.errors import UsageError
-from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
+from llmctl.formats.quantization import EMBEDDING, HEAD, packable_modules
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
@@ -143,7 +143,7 @@ def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: Quantiz
     wanted = SCHEMES[config.weights.scheme].group
     if config.weights.group >= 0 or not wanted:
         return []
-    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    modules = packable_modules(model)
     found: dict[tuple[int, int], int] = {}
     for name, scheme in plan.items():
         n_in = modules[name][1]
@@ -170,7 +170,7 @@ def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
         scheme = replace(scheme, scale_bits=weights.scale_bits)
         table = table and replace(table, scale_bits=weights.scale_bits if table.group else SCALE_BITS)
     plan: dict[str, Scheme] = {}
-    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    modules = packable_modules(model)
     for name, (_, n_in) in modules.items():
         if name == "classifier" or any(fnmatchcase(name, pattern) for pattern in weights.keep):
             continue

@@ -30,6 +30,7 @@ from llmctl.families.roberta import (
     ROBERTA_BARE,
     XLM_ROBERTA_BARE,
 )
+from llmctl.families.roformer import ROFORMER_BARE, sinusoids_of_body
 from llmctl.families.rows import Row, converted, fixed, only
 from llmctl.families.t5 import T5
 
@@ -189,6 +190,15 @@ CLASSIFIERS = (
         ),
         Head("classifier", "pooler.dense", "first", "gelu"),
         prefix="deberta.",
+    ),
+    replace(
+        encoder(
+            # The head's activation is the model's.
+            replace(ROFORMER_BARE, rows=(*ROFORMER_BARE.rows, only("hidden_act", "gelu"))),
+            replace(ROBERTA_HEAD, activation="gelu"),
+            prefix="roformer.",
+        ),
+        constants=sinusoids_of_body,
     ),
     # Whether BART's logits had a bias still follows from the tensors: there is none.
     replace(

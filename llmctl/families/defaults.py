@@ -120,6 +120,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "norm_rel_ebd": "none",
         "pad_token_id": 0,
     },
+    "roformer": {"intermediate_size": 3072, "pad_token_id": 0},
     "electra": {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "pad_token_id": 0},
     "nomic_bert": {"max_position_embeddings": 2048, "pad_token_id": 0},
     "eurobert": {

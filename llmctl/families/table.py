@@ -43,6 +43,7 @@ from llmctl.families.native import NATIVE
 from llmctl.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3, OLMOE
 from llmctl.families.phi import PHI, PHI3
 from llmctl.families.roberta import ENCODERS
+from llmctl.families.roformer import ROFORMER, ROFORMER_BARE
 from llmctl.families.t5 import MT5, T5, T5_ENCODER, UMT5
 from llmctl.model.shapes import complete
 
@@ -52,7 +53,7 @@ PUBLISHED = (
     *(GPT_NEOX, GPT_NEO, GPT_J, OPT, BLOOM, MPT, FALCON, BIGCODE, MINISTRAL, SEED_OSS, ARCEE, NEMOTRON),
     *(COHERE2, GLM4, EXAONE4, HELIUM, ERNIE45, HUNYUAN, QWEN3_MOE, OLMOE, GRANITE_MOE),
     *ENCODERS,
-    *(DEBERTA, DEBERTA_BARE),
+    *(DEBERTA, DEBERTA_BARE, ROFORMER, ROFORMER_BARE),
     *(
         MODERNBERT,
         MODERNBERT_BARE,

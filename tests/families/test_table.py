@@ -337,6 +337,7 @@ REFUSED = [
     ("RobertaForMaskedLM", {"vocab_size": 8, "max_position_embeddings": 2}, "max_position_embeddings"),
     ("ErnieForMaskedLM", {"vocab_size": 8, "use_task_id": True}, "use_task_id"),
     ("AlbertForMaskedLM", {"vocab_size": 8, "num_hidden_groups": 2}, "num_hidden_groups"),
+    ("RoFormerModel", {"vocab_size": 8, "rotary_value": True}, "rotary_value"),
     ("DebertaV2Model", DEBERTA | {"conv_kernel_size": 3}, "conv_kernel_size"),
     ("DebertaV2Model", DEBERTA | {"position_biased_input": True}, "position_biased_input"),
     ("DebertaV2Model", DEBERTA | {"pos_att_type": "c2p"}, "pos_att_type"),

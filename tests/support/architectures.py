@@ -3,6 +3,7 @@
 `python -m tests.support.architectures` prints the table of benchmarks/architectures.md.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -440,7 +441,12 @@ VARIANTS: dict[str, Variant] = {
     "ernie": Variant("ErnieForMaskedLM", BERT, "ERNIE 3.0 zh"),
     "jina-v3": Variant("JinaEmbeddingsV3Model", BERT, "jina-embeddings-v3"),
     "gte": Variant("GteModel", BERT, "gte-multilingual-base, Arctic-embed m v2"),
-    "roformer": Variant("RoFormerForMaskedLM", BERT, "RoFormer Chinese"),
+    "roformer": Variant("RoFormerForMaskedLM", BERT, "RoFormer Chinese base"),
+    "roformer-bare": Variant("RoFormerModel", BERT, "RoFormer sentence encoders"),
+    "roformer-small": Variant("RoFormerForMaskedLM", BERT | {"embedding_size": 32}, "RoFormer Chinese small"),
+    "roformer-classifier": Variant(
+        "RoFormerForSequenceClassification", BERT | {"embedding_size": 32, "num_labels": 3}, "RoFormer classifiers"
+    ),
     "megatron-bert": Variant("MegatronBertForMaskedLM", BERT, "Erlangshen"),
     "t5": Variant("T5ForConditionalGeneration", T5, "T5 small, base"),
     "t5-v1.1": Variant(
@@ -492,17 +498,14 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-CONFIGS = {"RoFormerForMaskedLM": "RoFormerConfig"}
-
-
 def config_class(variant: Variant) -> str:
     """Return the name of transformers' configuration class."""
-    if variant.config or variant.architecture in CONFIGS:
-        return variant.config or CONFIGS[variant.architecture]
+    if variant.config:
+        return variant.config
     name = variant.architecture
     for suffix in ("LMHeadModel", "MTModel", "EncoderModel", "Model"):
         name = name.removesuffix(suffix)
-    return name.partition("For")[0] + "Config"
+    return re.split("For(?=[A-Z])", name)[0] + "Config"
 
 
 def build(variant: Variant, folder: Path) -> Any:

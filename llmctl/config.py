@@ -58,6 +58,9 @@ class ModelConfig:
 
     family: Family = setting("decoder", "decoder, encoder, or encoder_decoder")
     vocab_size: int = setting(0, "rows of the embedding table; 0: the tokenizer's size")
+    source_vocab_size: int = setting(
+        0, "rows of an encoder_decoder's own table of source tokens (Marian with two vocabularies); 0: it has none"
+    )
     d_model: int = setting(256, "width of the residual stream")
     n_layers: int = setting(4, "blocks of the decoder or encoder (of an encoder_decoder: the encoder)")
     n_decoder_layers: int = setting(0, "decoder blocks of an encoder_decoder; 0: n_layers")

@@ -40,6 +40,7 @@ float32; from three on the bfloat16 kernel is faster (measured).
 NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
     *("rope_thetas", "rotary_dim", "rope_scaling_values", "residual_scale", "logits_softcap"),
     *EXPERTS,
+    "source_vocab_size",
 }
 CHOICES = BLOCK_CHOICES | {
     "query_layer": (False,),

@@ -39,7 +39,7 @@ def joints(block: Block, config: ModelConfig) -> list[Joint]:
 
     Excluded are norms whose output is also used elsewhere (post-norm) and activations that do not commute with scaling.
     """
-    if unsupported(config, BLOCK | AROUND_MATRICES, CHOICES):
+    if unsupported(config, BLOCK | AROUND_MATRICES | {"source_vocab_size"}, CHOICES):
         return []
     joints = []
     attention, mlp = block.self_attn, block.mlp

@@ -16,6 +16,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return name -> shape of every entry of `LanguageModel(config).state_dict()`, for a complete config."""
     V, D, E = config.vocab_size, config.d_model, config.d_embedding or config.d_model
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, E)}
+    if config.source_vocab_size:
+        shapes["model.encoder.embed_tokens.weight"] = (config.source_vocab_size, E)
     if config.family == "encoder_decoder":
         shapes |= stack_shapes(config, "model.encoder.", config.n_layers, cross=False)
         shapes |= stack_shapes(config, "model.decoder.", config.n_decoder_layers, cross=True)

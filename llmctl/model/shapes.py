@@ -137,6 +137,10 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
             f"`model.query_layer` needs `model.family` decoder, not {full.family}",
         ),
         (
+            bool(full.source_vocab_size) and (full.family != "encoder_decoder" or full.n_labels > 0),
+            "`model.source_vocab_size` needs `model.family` encoder_decoder with a head over the vocabulary",
+        ),
+        (
             any(window < 0 for window in full.attention_windows),
             f"`model.attention_windows` {full.attention_windows} has a negative width",
         ),
@@ -154,7 +158,7 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
                 f"`model.n_active_experts` is {n_active}, not 1 to {full.n_experts}",
             )
         )
-    for name in ("n_experts", "d_embedding", "attention_softcap", "logits_softcap"):
+    for name in ("source_vocab_size", "n_experts", "d_embedding", "attention_softcap", "logits_softcap"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))
     for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std", "n_labels"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))

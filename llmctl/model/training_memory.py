@@ -15,7 +15,7 @@ NAMED = (
     BLOCK
     | AROUND_MATRICES
     | EXPERTS
-    | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "parallel", "alibi_scale"}
+    | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "source_vocab_size", "parallel", "alibi_scale"}
 )
 CHOICES = BLOCK_CHOICES | {
     "norm_position": ("pre", "post", "output", "both"),

@@ -10,7 +10,7 @@ from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.errors import UsageError
-from llmctl.formats.quantization import EMBEDDING, HEAD, packable_modules
+from llmctl.formats.quantization import HEAD, TOKEN_TABLES, packable_modules
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
@@ -147,7 +147,7 @@ def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: Quantiz
     found: dict[tuple[int, int], int] = {}
     for name, scheme in plan.items():
         n_in = modules[name][1]
-        if name not in (EMBEDDING, HEAD, *OUTSIDE) and scheme.group != wanted:
+        if name not in (*TOKEN_TABLES, HEAD, *OUTSIDE) and scheme.group != wanted:
             found[n_in, scheme.group] = found.get((n_in, scheme.group), 0) + 1
     return [
         f"{count} layers have {n_in} inputs, which groups of {wanted} do not divide: "
@@ -174,7 +174,7 @@ def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
     for name, (_, n_in) in modules.items():
         if name == "classifier" or any(fnmatchcase(name, pattern) for pattern in weights.keep):
             continue
-        is_table = name in (EMBEDDING, HEAD, *OUTSIDE)
+        is_table = name in (*TOKEN_TABLES, HEAD, *OUTSIDE)
         wanted = table if is_table else scheme
         if wanted is None:
             continue

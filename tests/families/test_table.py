@@ -352,7 +352,7 @@ REFUSED = [
     ("BertModel", {"vocab_size": 8, "is_decoder": True}, "is_decoder"),
     ("BartForConditionalGeneration", BART | {"decoder_ffn_dim": 8}, "decoder_ffn_dim"),
     ("BartForConditionalGeneration", BART | {"tie_word_embeddings": False}, "tie_word_embeddings"),
-    ("MarianMTModel", BART | {"share_encoder_decoder_embeddings": False}, "share_encoder"),
+    ("MarianMTModel", BART | {"tie_word_embeddings": False}, "tie_word_embeddings"),
     ("MarianMTModel", BART | {"decoder_vocab_size": 9}, "decoder_vocab_size"),
     ("LlmctlForLanguageModel", {"family": "cat"}, "family"),
     ("LlmctlForLanguageModel", {"n_layers": 1.5}, "n_layers"),

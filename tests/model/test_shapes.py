@@ -32,6 +32,8 @@ CONTRADICTIONS = [
     ({"positions": "disentangled", "family": "encoder", "n_relative_buckets": 3}, "`model.n_relative_buckets` 3"),
     ({"positions": "disentangled", "family": "encoder", "max_relative_distance": 9}, "`model.max_relative_distance` 9"),
     ({"positions": "disentangled", "family": "encoder", "qk_norm": True}, "`model.qk_norm`"),
+    ({"source_vocab_size": 9}, "`model.source_vocab_size`"),
+    ({"source_vocab_size": 9, "family": "encoder_decoder", "n_labels": 2}, "`model.source_vocab_size`"),
     ({"positions": "disentangled"}, "`model.family` encoder, not decoder"),
     ({"family": "encoder", "query_layer": True}, "`model.query_layer`"),
     ({"attention_windows": (0, -4)}, "(0, -4) has a negative width"),

@@ -41,6 +41,7 @@ ENCODERS = {
     "deberta": POST | DISTANCES | {"embedding_norm": True, "head_transform": True, "logits_bias": True},
     "deberta banded": DISTANCES | {"n_kv_heads": 2, "attention_windows": (0, 3)},
 }
+PAIRS = {"two vocabularies": POST | {"positions": "sinusoidal", "source_vocab_size": 29, "vocab_size": 31}}
 QUERY = {
     "query layer": {"query_layer": True, "positions": "learned"},
     "query layer banded": {"query_layer": True, "attention_windows": (0, 0, 3), "n_layers": 2},
@@ -75,9 +76,9 @@ def single(request, build):
     return build(family=family, **(VARIANTS | ENCODERS)[name])
 
 
-@pytest.fixture
-def pair(variant, build):
-    return build(family="encoder_decoder", n_decoder_layers=3, **variant)
+@pytest.fixture(params=VARIANTS | PAIRS)
+def pair(request, build):
+    return build(family="encoder_decoder", n_decoder_layers=3, **(VARIANTS | PAIRS)[request.param])
 
 
 def cached(model, tokens, cuts, **inputs):

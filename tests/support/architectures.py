@@ -480,6 +480,17 @@ VARIANTS: dict[str, Variant] = {
         },
         "opus-mt-tc-big with two vocabularies",
     ),
+    "marian-two-tied": Variant(
+        "MarianMTModel",
+        MARIAN
+        | {
+            "decoder_vocab_size": 300,
+            "decoder_start_token_id": 299,
+            "pad_token_id": 299,
+            "share_encoder_decoder_embeddings": False,
+        },
+        "opus-mt with two vocabularies and a tied head",
+    ),
     "m2m": Variant("M2M100ForConditionalGeneration", BART | {"scale_embedding": True}, "NLLB-200, M2M-100"),
     "prophetnet": Variant(
         "ProphetNetForConditionalGeneration",

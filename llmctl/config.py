@@ -59,6 +59,9 @@ class ModelConfig:
 
     family: Family = setting("decoder", "decoder, encoder, or encoder_decoder")
     vocab_size: int = setting(0, "rows of the embedding table; 0: the tokenizer's size")
+    source_vocab_size: int = setting(
+        0, "rows of an encoder_decoder's own table of source tokens (Marian with two vocabularies); 0: it has none"
+    )
     d_model: int = setting(256, "width of the residual stream")
     n_layers: int = setting(4, "blocks of the decoder or encoder (of an encoder_decoder: the encoder)")
     n_decoder_layers: int = setting(0, "decoder blocks of an encoder_decoder; 0: n_layers")
@@ -86,8 +89,8 @@ class ModelConfig:
         1.0, "factor on what attention and feed-forward add to the residual stream (Granite)"
     )
     embedding_norm: bool = setting(False, "normalize the embeddings (BERT, BART)")
-    positions: Literal["rope", "learned", "sinusoidal", "relative", "alibi", "none"] = setting(
-        "rope", "position encoding: rope, learned, sinusoidal, relative, alibi, or none"
+    positions: Literal["rope", "learned", "sinusoidal", "relative", "alibi", "disentangled", "none"] = setting(
+        "rope", "position encoding: rope, learned, sinusoidal, relative, alibi, disentangled (DeBERTa), or none"
     )
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     rope_thetas: tuple[float, ...] = setting(
@@ -108,9 +111,9 @@ class ModelConfig:
     position_offset: int = setting(0, "rows skipped at the start of the position table (BART: 2)")
     relative_bias: bool = setting(False, "relative position bias in addition to other positions (MPNet)")
     relative_bias_per_layer: bool = setting(False, "a relative position bias for every layer (UMT5)")
-    n_relative_buckets: int = setting(32, "buckets of the relative position bias (T5)")
+    n_relative_buckets: int = setting(32, "buckets of relative positions (T5; DeBERTa: both directions)")
     max_relative_distance: int = setting(
-        128, "distance in tokens beyond which all positions share the last bucket (T5)"
+        128, "distance in tokens beyond which all positions share the last bucket (T5, DeBERTa)"
     )
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = setting(
         "silu", "feed-forward activation: silu, gelu, gelu_tanh, relu, or relu2 (squared, arXiv:2109.08668)"

@@ -114,12 +114,16 @@ def fitting_tokenizer(artifact: "Artifact") -> "Tokenizer | None":
     from llmctl.tokenizer.load import find_tokenizer
 
     tokenizer = find_tokenizer(artifact.files)
-    if tokenizer is not None and tokenizer.vocab_size > artifact.config.vocab_size:
-        raise ArtifactError(
-            f"the tokenizer of `{artifact.path}` has {tokenizer.vocab_size:,} tokens, its model "
-            f"{artifact.config.vocab_size:,}",
-            "model and tokenizer do not match: import the model again",
-        )
+    config = artifact.config
+    pairs = [(tokenizer, config.source_vocab_size or config.vocab_size)]
+    if tokenizer is not None and config.source_vocab_size:
+        pairs.append((tokenizer.for_target, config.vocab_size))
+    for own, size in pairs:
+        if own is not None and own.vocab_size > size:
+            raise ArtifactError(
+                f"the tokenizer of `{artifact.path}` has {own.vocab_size:,} tokens, its model {size:,}",
+                "model and tokenizer do not match: import the model again",
+            )
     return tokenizer
 
 

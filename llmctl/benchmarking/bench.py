@@ -127,7 +127,7 @@ def resident_bytes() -> int:
 
 def begin(subject: Subject, config: BenchConfig, batch: int) -> Session:
     """Return a session of `batch` different prompts of equal length."""
-    n_vocabulary = subject.model.config.vocab_size
+    n_vocabulary = subject.model.config.source_vocab_size or subject.model.config.vocab_size
     prompts = [
         [(7 * row + 3 * position) % n_vocabulary for position in range(config.prompt_tokens)] for row in range(batch)
     ]

@@ -109,7 +109,7 @@ def given(teacher: Loaded, corpus: Corpus, numbers: Ints) -> Iterator[dict[str, 
             yield {"text": source_text(corpus, number)}
         else:
             assert corpus.targets is not None
-            target = corpus.tokenizer.decode(corpus.targets.document(number).tolist())
+            target = corpus.tokenizer.for_target.decode(corpus.targets.document(number).tolist())
             yield {"source": source_text(corpus, number), "target": target}
 
 

@@ -90,7 +90,7 @@ def _target_loss(
     loaded: Loaded, prompts: Sequence[Prompt], references: References, config: EvaluateConfig
 ) -> dict[str, float]:
     """Return loss and perplexity on the first reference of each source, including its end token."""
-    tokenizer, limit = require_tokenizer(loaded), loaded.model.config.max_positions
+    tokenizer, limit = require_tokenizer(loaded).for_target, loaded.model.config.max_positions
     targets = [encode_target(loaded, others[0])[: limit - 1] for others in references]
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     rows = [ScoredRow([*ids, *end], 0, prompt.ids) for ids, prompt in zip(targets, prompts, strict=True)]

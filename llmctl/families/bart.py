@@ -5,6 +5,7 @@ embeddings are normalized. `MarianMTModel`: Junczys-Dowmunt et al. 2018, arXiv:1
 2017, arXiv:1706.03762, whose fixed table of positions is not one of our parameters.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from llmctl.config import ModelConfig
@@ -71,10 +72,18 @@ ROWS = (
 )
 
 
-def read_decoder_vocabulary(published: Published, config: ModelConfig) -> dict[str, Any]:
-    """Refuse a second vocabulary for the target language."""
-    published.only("decoder_vocab_size", config.vocab_size)
-    return {}
+def read_vocabularies(published: Published, _: ModelConfig) -> dict[str, Any]:
+    """Read the sizes of one vocabulary, or of two with a table each; only with two may the head have its own weights."""
+    source = published.integer("vocab_size")
+    if published.flag("share_encoder_decoder_embeddings", default=True):
+        published.only("decoder_vocab_size", source)
+        published.only("tie_word_embeddings", True)
+        return {"vocab_size": source, "tie_embeddings": True}
+    return {
+        "vocab_size": published.integer("decoder_vocab_size", source),
+        "source_vocab_size": source,
+        "tie_embeddings": published.flag("tie_word_embeddings", default=True),
+    }
 
 
 # No key tells whether the logits have a bias; the file has the tensor or not.
@@ -136,21 +145,44 @@ BART = FamilyFormat(
     ignored=COPIES,
 )
 
+# Of two vocabularies, ours is that of the decoder and the head; the encoder's has a table of its own.
+MARIAN_ROWS = (
+    ROWS[0],
+    fixed(attention_bias=True, mlp_bias=True),
+    *replaced(
+        ROWS[2:],
+        Row(
+            "vocab_size",
+            read_vocabularies,
+            lambda config: {"vocab_size": config.source_vocab_size or config.vocab_size},
+        ),
+        Row("tie_word_embeddings", write=lambda config: {"tie_word_embeddings": config.tie_embeddings}),
+    ),
+    *POST_NORM,
+    repeated("decoder_vocab_size", "vocab_size"),
+    Row(
+        "share_encoder_decoder_embeddings",
+        write=lambda config: {"share_encoder_decoder_embeddings": not config.source_vocab_size},
+    ),
+)
+
 MARIAN = FamilyFormat(
     architecture="MarianMTModel",
     model_type="marian",
     source="Junczys-Dowmunt et al. 2018, arXiv:1804.00344",
     rows=(
-        *ROWS,
-        *POST_NORM,
-        Row("decoder_vocab_size", read_decoder_vocabulary, repeated("decoder_vocab_size", "vocab_size").write),
-        constant("share_encoder_decoder_embeddings", True),
+        *MARIAN_ROWS,
         constant("static_position_embeddings", True),
         constant("normalize_embedding", False),
         fixed(positions="sinusoidal", logits_bias=True),
         requires(lambda config: config.decoder_start_id >= 0),  # transformers does not load it without one
     ),
-    tensors=TENSORS,
+    tensors=(
+        replace(TENSORS[0], when=lambda config: not config.source_vocab_size),
+        Stored("model.decoder.embed_tokens.weight", TENSORS[0].holds, when=lambda config: config.source_vocab_size > 0),
+        Stored("model.encoder.embed_tokens.weight", ("model.encoder.embed_tokens.weight",)),
+        *TENSORS[1:],
+    ),
     presence=(LOGITS_BIAS,),
     ignored=(*COPIES, "coder.embed_positions.weight"),
 )

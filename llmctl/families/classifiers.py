@@ -11,6 +11,7 @@ from llmctl.config import ModelConfig
 from llmctl.families.bart import BART
 from llmctl.families.bert import BERT, BERT_BARE
 from llmctl.families.cohere import NEMOTRON, STABLELM, STARCODER2
+from llmctl.families.deberta import DEBERTA_BARE, width_of
 from llmctl.families.family import FamilyFormat
 from llmctl.families.gemma import GEMMA, GEMMA2, GEMMA3
 from llmctl.families.gpt import BIGCODE, BLOOM, FALCON, GPT_J, GPT_NEO, GPT_NEOX, MPT, OPT
@@ -29,7 +30,8 @@ from llmctl.families.roberta import (
     ROBERTA_BARE,
     XLM_ROBERTA_BARE,
 )
-from llmctl.families.rows import Row, converted, fixed
+from llmctl.families.roformer import ROFORMER_BARE, sinusoids_of_body
+from llmctl.families.rows import Row, converted, fixed, only
 from llmctl.families.t5 import T5
 
 CLASS = "ForSequenceClassification"
@@ -190,6 +192,23 @@ CLASSIFIERS = (
     encoder(DISTILBERT_BARE, Head("classifier", "pre_classifier", "first", "relu"), prefix="distilbert."),
     encoder(ELECTRA_BARE, replace(ROBERTA_HEAD, activation="gelu"), prefix="electra."),
     encoder(ALBERT_BARE, Head("classifier", "albert.pooler", "first", "tanh"), prefix="albert."),
+    encoder(
+        replace(
+            DEBERTA_BARE,
+            rows=(*DEBERTA_BARE.rows, only("pooler_hidden_act", "gelu"), width_of("pooler_hidden_size")),
+        ),
+        Head("classifier", "pooler.dense", "first", "gelu"),
+        prefix="deberta.",
+    ),
+    replace(
+        encoder(
+            # The head's activation is the model's.
+            replace(ROFORMER_BARE, rows=(*ROFORMER_BARE.rows, only("hidden_act", "gelu"))),
+            replace(ROBERTA_HEAD, activation="gelu"),
+            prefix="roformer.",
+        ),
+        constants=sinusoids_of_body,
+    ),
     # Whether BART's logits had a bias still follows from the tensors: there is none.
     replace(
         classifier(BART, "BartForSequenceClassification", CONDITIONAL),

@@ -4,7 +4,7 @@ Reading, writing, and whether the family expresses a config are all derived from
 disagree. The list of families is in `table.py`; each family is one file.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,8 @@ class FamilyFormat:
     as which only models that were read as it are written. ignored: parts of names of tensors that hold nothing of the
     model (buffers, copies, heads of other tasks). prefix: what files saved from the bare model lack. spellings: (old,
     today's) parts of names. key_spellings: the same for keys of config.json. aliases: architectures that are read as this
-    one. substitutes: (name, the tensor that is read if a file has none of that name).
+    one. substitutes: (name, the tensor that is read if a file has none of that name). constants: tensors that follow from
+    the config, which other readers miss in a file; they are written and ignored.
     """
 
     architecture: str
@@ -63,6 +64,7 @@ class FamilyFormat:
     key_spellings: tuple[tuple[str, str], ...] = ()
     aliases: tuple[str, ...] = ()
     substitutes: tuple[tuple[str, str], ...] = ()
+    constants: Callable[[ModelConfig], "dict[str, Tensor]"] = lambda _: {}
 
     def read_config(self, values: Mapping[str, Any]) -> ModelConfig:
         """Read a config.json; a field that no row names has its default.
@@ -153,7 +155,7 @@ class FamilyFormat:
 
     def to_published(self, state: Mapping[str, "Tensor"], config: ModelConfig) -> dict[str, "Tensor"]:
         """Turn the state of `LanguageModel(config)` into the tensors to store; a tied head is stored once."""
-        return to_stored(self.layout(config), state)
+        return to_stored(self.layout(config), state) | self.constants(config)
 
 
 def is_same(name: str, value: Any, config: ModelConfig) -> bool:

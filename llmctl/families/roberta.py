@@ -304,9 +304,9 @@ ALBERT_BARE = replace(
 )
 
 
-def read_embedding_size(published: Published, config: ModelConfig) -> dict[str, int]:
+def read_embedding_size(published: Published, config: ModelConfig, default: int = 128) -> dict[str, int]:
     """Read the width of the embeddings; as wide as the model, they are not projected."""
-    width = published.integer("embedding_size", 128)
+    width = published.integer("embedding_size", default)
     return {"d_embedding": 0 if width == config.d_model else width}
 
 

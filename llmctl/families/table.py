@@ -15,6 +15,7 @@ from llmctl.families.bart import BART, M2M, MARIAN, MBART, PEGASUS, XGLM
 from llmctl.families.bert import BERT, BERT_BARE
 from llmctl.families.classifiers import CLASSIFIERS
 from llmctl.families.cohere import COHERE2, GLM4, NEMOTRON, STABLELM, STARCODER2
+from llmctl.families.deberta import DEBERTA, DEBERTA_BARE
 from llmctl.families.family import FamilyFormat
 from llmctl.families.gemma import GEMMA, GEMMA2, GEMMA3
 from llmctl.families.gpt import BIGCODE, BLOOM, FALCON, GPT_J, GPT_NEO, GPT_NEOX, MPT, OPT
@@ -42,6 +43,7 @@ from llmctl.families.native import NATIVE
 from llmctl.families.olmo import EXAONE4, OLMO, OLMO2, OLMO3, OLMOE
 from llmctl.families.phi import PHI, PHI3
 from llmctl.families.roberta import ENCODERS
+from llmctl.families.roformer import ROFORMER, ROFORMER_BARE
 from llmctl.families.t5 import MT5, T5, T5_ENCODER, UMT5
 from llmctl.families.token_heads import TOKEN_HEADS
 from llmctl.model.shapes import complete
@@ -52,6 +54,7 @@ PUBLISHED = (
     *(GPT_NEOX, GPT_NEO, GPT_J, OPT, BLOOM, MPT, FALCON, BIGCODE, MINISTRAL, SEED_OSS, ARCEE, NEMOTRON),
     *(COHERE2, GLM4, EXAONE4, HELIUM, ERNIE45, HUNYUAN, QWEN3_MOE, OLMOE, GRANITE_MOE),
     *ENCODERS,
+    *(DEBERTA, DEBERTA_BARE, ROFORMER, ROFORMER_BARE),
     *(
         MODERNBERT,
         MODERNBERT_BARE,

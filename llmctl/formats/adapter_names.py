@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NOT_ADAPTED = (
-    *("lm_head", "embed_tokens", "embed_positions", "embed_token_types", "query_embeddings"),
+    *("lm_head", "embed_tokens", "embed_positions", "embed_distances", "embed_token_types", "query_embeddings"),
     *("relative_bias", "router"),
 )
 """Our modules with a weight matrix that cannot have an adapter."""

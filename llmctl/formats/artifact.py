@@ -60,6 +60,7 @@ FILES = (
     "spm.model",
     "source.spm",
     "target.spm",
+    "target_vocab.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

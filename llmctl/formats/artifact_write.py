@@ -50,7 +50,8 @@ def write_artifact(
     family = family_with(config, schemes)
     packed = weights_of(schemes)
     layout = [stored for stored in family.layout(config) if stored.name not in packed]
-    tensors = to_stored(layout, state) | stored_parts(state, schemes, config)
+    constants = family.constants(config)
+    tensors = to_stored(layout, state) | constants | stored_parts(state, schemes, config)
     quantization = {KEY: write_schemes(schemes, config)} if schemes else {}
     hf_text = json_text(hf_config(family, config, tensors) | quantization)
     other_files = with_generation_config(config, with_special_tokens(config, files))
@@ -63,7 +64,9 @@ def write_artifact(
         ),
         "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
     }
-    if schemes:  # the parameter count cannot be read off packed tensors
+    if (
+        schemes or constants
+    ):  # the parameter count cannot be read off packed tensors, nor among those that hold no parameters
         shapes = parameter_shapes(config)
         unquantized = [stored_shape(stored, shapes) for stored in family.layout(config)]
         metadata[COUNT] = str(sum(map(math.prod, unquantized)))

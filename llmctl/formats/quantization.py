@@ -37,6 +37,8 @@ An unknown `quant_method` would not: transformers ignores it and loads meaningle
 
 FORMS = (IN_WORDS, IN_BYTES, SMALL_SCALES)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+TOKEN_TABLES = (EMBEDDING, "model.encoder.embed_tokens")
+"""The tables of tokens; an encoder with a vocabulary of its own has one."""
 PACKED, SCALE, ZERO, SHAPE = "weight_packed", "weight_scale", "weight_zero_point", "weight_shape"
 EXPONENT = "weight_scale_exponent"
 WEIGHT = "weight"
@@ -59,12 +61,21 @@ def is_inside(name: str) -> bool:
 def linear_modules(config: ModelConfig) -> dict[str, Shape]:
     """Return the linear layers of a model and their shapes (O, I), including the vocabulary head unless it is tied."""
     shapes = {name.removesuffix(".weight"): shape for name, shape in parameter_shapes(config).items()}
-    tables = (EMBEDDING, "embed_positions", "relative_bias", "embed_token_types", "query_embeddings", "mlp.router")
+    tables = ("embed_tokens", "embed_positions", "embed_distances", "relative_bias", "embed_token_types")
     return {
         name: shape
         for name, shape in shapes.items()
-        if len(shape) == 2 and not name.endswith(tables) and not (name == HEAD and config.tie_embeddings)
+        if len(shape) == 2
+        and not name.endswith((*tables, "query_embeddings", "mlp.router"))
+        and not (name == HEAD and config.tie_embeddings)
     }
+
+
+def packable_modules(config: ModelConfig) -> dict[str, Shape]:
+    """Return the modules of a model that can have packed weights, and their shapes (O, I): also embeddings, (V, E)."""
+    shapes = parameter_shapes(config)
+    tables = (name for name in TOKEN_TABLES if f"{name}.weight" in shapes)
+    return linear_modules(config) | {name: shapes[f"{name}.weight"] for name in tables}
 
 
 def family_with(config: ModelConfig, schemes: Schemes) -> FamilyFormat:
@@ -98,7 +109,7 @@ def form_of(name: str, scheme: Scheme) -> str:
     if scheme.has_small_scales:
         return SMALL_SCALES
     # transformers supports quantized inputs and embeddings only with codes as bytes.
-    wants_bytes = scheme.activations or name in (EMBEDDING, HEAD)
+    wants_bytes = scheme.activations or name in (*TOKEN_TABLES, HEAD)
     return IN_BYTES if wants_bytes and fits_bytes(scheme) else IN_WORDS
 
 
@@ -190,7 +201,7 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
     if not isinstance(groups, dict) or not groups:
         raise refused(where, "config_groups", groups, "an object with groups")
     linear = linear_modules(config)
-    known = [*linear, EMBEDDING]
+    known = list(packable_modules(config))
     ignored = matching(record.get("ignore") or [], known, where)
     schemes: dict[str, Scheme] = {}
     for group in groups.values():
@@ -204,7 +215,7 @@ def read_schemes(hf: Mapping[str, Any], config: ModelConfig, where: str) -> dict
         names = named | (set(linear) - ignored if "Linear" in targets else set())
         scheme = read_scheme(group, where)
         schemes |= {name: scheme for name in known if name in names}
-    shapes = linear | {EMBEDDING: parameter_shapes(config)[f"{EMBEDDING}.weight"]}
+    shapes = packable_modules(config)
     misfit = next((name for name, scheme in schemes.items() if not scheme.fits(shapes[name][1])), None)
     if misfit:
         raise refused(

@@ -67,8 +67,9 @@ def check_prompts(loaded: Loaded, prompts: Sequence[Prompt], config: GenerateCon
         raise UsageError(
             f"`{loaded.artifact.path}` has no tokenizer, which `--stop {config.stop[0]}` needs", "omit `--stop`"
         )
-    limit, n_vocabulary = loaded.model.config.max_positions, loaded.model.config.vocab_size
-    is_decoder = loaded.model.config.family == "decoder"
+    model = loaded.model.config
+    limit, n_vocabulary = model.max_positions, model.source_vocab_size or model.vocab_size
+    is_decoder = model.family == "decoder"
     for prompt in prompts:
         if not prompt.ids:
             raise UsageError(
@@ -166,7 +167,9 @@ def without_text(loaded: Loaded, ends: Collection[int]) -> list[int]:
     """Return the ids beyond the tokenizer's vocabulary, which only pad the embedding; end tokens among them are allowed."""
     if loaded.tokenizer is None:
         return []
-    return [index for index in range(loaded.tokenizer.vocab_size, loaded.model.config.vocab_size) if index not in ends]
+    config = loaded.model.config
+    n_known = loaded.tokenizer.for_output(config.family).vocab_size
+    return [index for index in range(n_known, config.vocab_size) if index not in ends]
 
 
 @dataclass
@@ -273,9 +276,10 @@ def make_stream(loaded: Loaded, prompt: Prompt, config: GenerateConfig) -> "Text
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         return TextStream(None, config.stop)
+    if loaded.model.config.family == "encoder_decoder":
+        return TextStream(tokenizer.for_target, config.stop, begins=True)
     known = [index for index in prompt.ids if index < tokenizer.vocab_size]
-    begins = loaded.model.config.family == "encoder_decoder" or not tokenizer.decode_bytes(known)
-    return TextStream(tokenizer, config.stop, begins=begins, context=known)
+    return TextStream(tokenizer, config.stop, begins=not tokenizer.decode_bytes(known), context=known)
 
 
 def parse_ids(text: str, index: int) -> list[int]:

@@ -48,7 +48,7 @@ def make_cache(config: DistillConfig, out: Path, say: Say) -> SignalStore:
             out,
             spec,
             cache_identity(config, data),
-            vocab_size=data.corpus.tokenizer.vocab_size,
+            vocab_size=data.corpus.tokenizer.for_output(teachers.original().model.config.family).vocab_size,
             device=device,
             say=say,
         )

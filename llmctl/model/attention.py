@@ -5,9 +5,11 @@ Knows nothing about the layers around it.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from llmctl.config import ModelConfig
@@ -54,6 +56,22 @@ class Mask:
             zeros = torch.zeros(self.tensor.shape, dtype=dtype, device=self.tensor.device)
             self._summands[dtype] = zeros.masked_fill_(~self.tensor, float("-inf"))[(None,) * (4 - self.tensor.dim())]
         return self._summands[dtype]
+
+    def plus(self, bias_BNTS: Tensor) -> "Mask":
+        """Return the mask with more to add to the scores; it must not be only the causal flag."""
+        if self.tensor is None:
+            return Mask(bias_BNTS)
+        if self.tensor.dtype == torch.bool:
+            return Mask(bias_BNTS.masked_fill(~self.tensor, float("-inf")))
+        return Mask(bias_BNTS + self.tensor)
+
+
+@dataclass(frozen=True)
+class Distances:
+    """States of distances between positions (R, D), and which of them each pair of query and key has (T, S)."""
+
+    states_RD: Tensor
+    rows_TS: Tensor
 
 
 def build_mask(
@@ -135,12 +153,16 @@ class Attention(nn.Module):
         layer: int = 0,
         cross: bool = False,
         attended: Attended | None = None,
+        distances: Distances | None = None,
     ) -> Tensor:
         """Attend from `x` to itself and the cache, or to `memory` if given.
 
         With `cross`, the memory's keys and values are taken from the cache after the first call. If `attended` has this
-        layer's number, it receives queries, keys and values before rotary embedding.
+        layer's number, it receives queries, keys and values before rotary embedding. With `distances`, `x` attends to
+        itself by contents and distances.
         """
+        if distances is not None:
+            return self._disentangled(x_BTD, mask, distances, layer, attended)
         q_BNTH = self._projected(self.q_proj, x_BTD, self.n_heads, "q_norm")
         if cross and cache is not None:
             pair = cache.cross[layer]
@@ -159,6 +181,31 @@ class Attention(nn.Module):
             if cache is not None:  # keys are cached after rotary embedding: each is rotated once
                 k_BKSH, v_BKSH = cache.append(layer, k_BKSH, v_BKSH)
         return self.o_proj(attend(q_BNTH, k_BKSH, v_BKSH, mask, self.scale, self.softcap))
+
+    def _disentangled(
+        self, x_BTD: Tensor, mask: Mask, distances: Distances, layer: int, attended: Attended | None
+    ) -> Tensor:
+        """Add to the scores of contents those of a query's content with a key's distance, and the other way round.
+
+        Queries and keys of distances have the projections of contents.
+        Source: DeBERTa, He et al. 2020, arXiv:2006.03654, eq. 4.
+        """
+        B, T, _ = x_BTD.shape
+        # In one product, so that whoever observes a projection (calibration, Fisher information) sees all its inputs.
+        joined_1MD = torch.cat([x_BTD.flatten(0, 1), distances.states_RD])[None]
+        q_NMH = self._projected(self.q_proj, joined_1MD, self.n_heads, "q_norm")[0]
+        k_KMH = self._projected(self.k_proj, joined_1MD, self.n_kv_heads, "k_norm")[0]
+        q_BNTH, k_BKTH = (x[:, : B * T].unflatten(1, (B, T)).transpose(0, 1) for x in (q_NMH, k_KMH))
+        v_BKTH = self._heads(self.v_proj(x_BTD), self.n_kv_heads)
+        if attended is not None and layer in attended:
+            attended[layer] = (q_BNTH, k_BKTH, v_BKTH)
+        k_NMH = k_KMH.repeat_interleave(self.n_heads // self.n_kv_heads, 0)
+        rows_TS = distances.rows_TS.expand(self.n_heads, B, T, T)
+        to_position_NBTR = (q_NMH[:, : B * T] @ k_NMH[:, B * T :].mT).unflatten(1, (B, T))
+        to_content_NBSR = (k_NMH[:, : B * T] @ q_NMH[:, B * T :].mT).unflatten(1, (B, T))
+        scores_NBTS = pick(to_position_NBTR, rows_TS) + pick(to_content_NBSR, rows_TS.mT).mT
+        bias_BNTS = scores_NBTS.transpose(0, 1) * self.scale
+        return self.o_proj(attend(q_BNTH, k_BKTH, v_BKTH, mask.plus(bias_BNTS), self.scale, self.softcap))
 
     def keys_values(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of states, before rotary embedding (B, K, S, H)."""
@@ -180,6 +227,28 @@ class Attention(nn.Module):
 
     def _heads(self, x_BTW: Tensor, n_heads: int) -> Tensor:
         return x_BTW.unflatten(-1, (n_heads, self.head_dim)).transpose(1, 2)
+
+
+class _Pick(torch.autograd.Function):
+    """torch.gather along the last dimension, which would keep the whole tensor for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = values.shape
+        return values.gather(-1, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_add_(-1, rows, grad), None
+
+
+def pick(values: Tensor, rows: Tensor) -> Tensor:
+    """Return the values at rows of the last dimension, both of the same shape but for it."""
+    picked: Tensor = _Pick.apply(values, rows)  # type: ignore[no-untyped-call]
+    return picked
 
 
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, scale: float, softcap: float = 0.0) -> Tensor:

@@ -19,7 +19,10 @@ from llmctl.model.prunable import check_supported, scales_at
 from llmctl.model.shapes import complete, theta_of, window_of
 
 LAYER = re.compile(r"(.*\blayers\.)(\d+)(\..*)")
-WIDE = ("embed_tokens", "embed_positions", "embed_token_types", "query_embeddings", "lm_head", "classifier")
+WIDE = (
+    *("embed_tokens", "embed_positions", "embed_distances", "embed_token_types", "query_embeddings"),
+    *("lm_head", "classifier"),
+)
 """Modules whose weight's columns are the hidden channels, by the last part of their name."""
 
 
@@ -65,7 +68,8 @@ def cut(config: ModelConfig, state: Mapping[str, Tensor], kept: Kept) -> tuple[M
     embedded = config.embedding_scale / smaller.embedding_scale
     ratio = 1.0 if config.n_labels else config.logits_scale / smaller.logits_scale
     ratio /= embedded if config.tie_embeddings and not config.n_labels else 1.0
-    tables = ("model.embed_tokens.weight", *(("lm_head.weight",) if config.tie_embeddings else ()))
+    embeddings = ("model.embed_tokens.weight", "model.encoder.embed_tokens.weight")
+    tables = (*embeddings, *(("lm_head.weight",) if config.tie_embeddings else ()))
     final = f"{list(prefixes(config))[-1]}norm."
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():

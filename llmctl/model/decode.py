@@ -41,6 +41,7 @@ NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
     *("rope_thetas", "rotary_dim", "rope_scaling_values", "residual_scale", "logits_softcap"),
     *("attention_softcap", "qk_norm_kind", "alibi_scale"),
     *EXPERTS,
+    "source_vocab_size",
 }
 CHOICES = BLOCK_CHOICES | {
     "query_layer": (False,),

@@ -14,6 +14,7 @@ from llmctl.model.stack import Block, FeedForward
 from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, unsupported
 
 CHOICES = BLOCK_CHOICES | {
+    "positions": (*BLOCK_CHOICES["positions"], "disentangled"),
     "norm_position": ("pre", "post", "output", "both"),
     "activation": (*BLOCK_CHOICES["activation"], "relu2"),
 }
@@ -38,13 +39,15 @@ def joints(block: Block, config: ModelConfig) -> list[Joint]:
 
     Excluded are norms whose output is also used elsewhere (post-norm) and activations that do not commute with scaling.
     """
-    if unsupported(config, BLOCK | AROUND_MATRICES, CHOICES):
+    if unsupported(config, BLOCK | AROUND_MATRICES | {"source_vocab_size"}, CHOICES):
         return []
     joints = []
     attention, mlp = block.self_attn, block.mlp
     assert isinstance(mlp, FeedForward)
     if block.before:
-        joints.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
+        # Queries and keys of distances are read from another norm, which all layers share.
+        if config.positions != "disentangled":
+            joints.append(Joint(block.input_layernorm, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")))
         if block.cross:
             joints.append(Joint(block.cross_attention_layernorm, ("cross_attn.q_proj",)))
         readers = ("mlp.gate_proj", "mlp.up_proj") if mlp.gated else ("mlp.up_proj",)

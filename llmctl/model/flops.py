@@ -72,7 +72,9 @@ def row_flops(config: ModelConfig, source: int, target: int = 0, label_frac: flo
 
     def scores(tokens: int, n_layers: int, *, causal: bool) -> float:
         pairs = sum(keys_seen(tokens, window_of(config, layer), causal=causal) for layer in range(n_layers))
-        return 12.0 * shape.width * tokens * pairs
+        # Disentangled: every query and every key with every distance that occurs.
+        distances = min(2 * tokens - 1, config.n_relative_buckets) if config.positions == "disentangled" else 0
+        return 12.0 * shape.width * tokens * (pairs + n_layers * distances)
 
     if config.family != "encoder_decoder":
         n_layers = config.n_layers + int(config.query_layer)

@@ -16,6 +16,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return name -> shape of every entry of `LanguageModel(config).state_dict()`, for a complete config."""
     V, D, E = config.vocab_size, config.d_model, config.d_embedding or config.d_model
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (V, E)}
+    if config.source_vocab_size:
+        shapes["model.encoder.embed_tokens.weight"] = (config.source_vocab_size, E)
     if config.family == "encoder_decoder":
         shapes |= stack_shapes(config, "model.encoder.", config.n_layers, cross=False)
         shapes |= stack_shapes(config, "model.decoder.", config.n_decoder_layers, cross=True)
@@ -37,6 +39,9 @@ def stack_shapes(config: ModelConfig, prefix: str, n_layers: int, *, cross: bool
     shapes: dict[str, Shape] = {}
     if config.positions == "learned":
         shapes[prefix + "embed_positions.weight"] = (config.max_positions + config.position_offset, E)
+    if config.positions == "disentangled":
+        shapes[prefix + "embed_distances.weight"] = (config.n_relative_buckets, D)
+        shapes |= norm(config, prefix + "distance_norm")
     if has_shared_bias(config):
         shapes[prefix + "relative_bias.weight"] = (config.n_relative_buckets, config.n_heads)
     if config.n_token_types:
@@ -121,7 +126,7 @@ def count(config: ModelConfig) -> int:
 class Parameters:
     """Parameter counts by kind.
 
-    embedding: lookup tables (tokens, positions, token types, queries). non_embedding: everything else, including an
+    embedding: lookup tables (tokens, positions, distances, token types, queries). non_embedding: everything else, including an
     untied head. matrices: the matrices in non_embedding, without an untied head. head: size of the output head's matrix,
     tied or not.
     """

@@ -167,6 +167,22 @@ def relative_buckets(offsets_TS: Tensor, *, causal: bool, n_buckets: int, max_di
     return buckets + torch.where(distance < n_exact, distance, logarithmic)
 
 
+def signed_buckets(distances: Tensor, *, n_buckets: int, max_distance: int) -> Tensor:
+    """Map query position minus key position to rows of DeBERTa's table: in each direction half exact, half logarithmic.
+
+    n_buckets: rows of the table, half of them for keys after the query.
+    Source: He et al. 2020, arXiv:2006.03654, eq. 3, with the logarithmic buckets of the authors' version 2.
+    """
+    span = n_buckets // 2
+    n_exact = span // 2
+    sizes = distances.abs().clamp(min=n_exact).float()
+    # In float32 as in the published models: a distance at the edge of a bucket is rounded as there.
+    growth = torch.log(sizes / n_exact) / torch.log(torch.tensor((max_distance - 1) / n_exact, device=sizes.device))
+    logarithmic = (torch.ceil(growth * (n_exact - 1)) + n_exact).long() * distances.sign()
+    buckets = torch.where(distances.abs() <= n_exact, distances, logarithmic)
+    return (buckets + span).clamp(0, 2 * span - 1)
+
+
 def positions_within(documents_BT: Tensor) -> Tensor:
     """Return positions that restart from 0 in every document of a packed row.
 

@@ -7,9 +7,18 @@ from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, describ
 NAMED = (
     BLOCK
     | AROUND_MATRICES
-    | {"norm_weight", "first_norm", "relative_bias", "relative_bias_per_layer", "d_embedding", "parallel"}
+    | {
+        "norm_weight",
+        "first_norm",
+        "relative_bias",
+        "relative_bias_per_layer",
+        "d_embedding",
+        "source_vocab_size",
+        "parallel",
+    }
 )
 CHOICES = BLOCK_CHOICES | {
+    "positions": (*BLOCK_CHOICES["positions"], "disentangled"),
     "norm_position": ("pre", "post", "output", "both"),
     "activation": (*BLOCK_CHOICES["activation"], "relu2"),
 }

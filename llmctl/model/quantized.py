@@ -14,14 +14,15 @@ from llmctl.quant.weight import QuantWeight
 def quantize(model: LanguageModel, schemes: Mapping[str, Scheme]) -> None:
     """Replace modules by empty quantized ones, to load packed tensors into; a tied head follows the embedding.
 
-    schemes: name of a linear layer, or `model.embed_tokens` -> scheme.
+    schemes: name of a linear layer or of a table of tokens -> scheme.
     """
     for name, scheme in schemes.items():
         module: Any = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
             put_module(model, name, QuantEmbedding(module.num_embeddings, module.embedding_dim, scheme))
-            if model.config.tie_embeddings and not model.config.n_labels:
-                head = QuantLinear(model.config.d_model, model.config.vocab_size, scheme, bias=model.config.logits_bias)
+            if name == "model.embed_tokens" and model.config.tie_embeddings and not model.config.n_labels:
+                sizes = (module.embedding_dim, module.num_embeddings)
+                head = QuantLinear(*sizes, scheme, bias=model.config.logits_bias)
                 model.lm_head = head  # type: ignore[assignment]
             continue
         has_bias = module.bias is not None

@@ -25,12 +25,17 @@ def complete(config: ModelConfig) -> ModelConfig:
         head_dim=head_dim,
         d_ff=d_ff,
         embedding_scale=config.embedding_scale or float(max(config.d_model, 1)) ** 0.5,
-        attention_scale=config.attention_scale or head_dim**-0.5 if head_dim else 0.0,
+        attention_scale=config.attention_scale or (default_scale(config.positions, head_dim) if head_dim else 0.0),
     )
     problems = contradictions(config, full)
     if problems:
         raise UsageError("the model cannot be built: " + "; ".join(problems), "`llmctl presets` lists valid shapes")
     return full
+
+
+def default_scale(positions: str, head_dim: int) -> float:
+    """Return the usual factor on attention scores: 1 / sqrt(head_dim); disentangled scores are sums of three products."""
+    return float((3 if positions == "disentangled" else 1) * head_dim) ** -0.5
 
 
 def shown_bias(kind: OutputBias, other: bool) -> OutputBias:
@@ -94,12 +99,24 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
             f"`model.head_dim` {full.head_dim} is odd, but rotary positions need an even one",
         ),
         (
-            full.positions == "relative" and full.n_relative_buckets < 4,
+            full.positions in ("relative", "disentangled") and full.n_relative_buckets < 4,
             f"`model.n_relative_buckets` {full.n_relative_buckets} is too small: relative positions need at least 4",
         ),
         (
             full.positions == "relative" and full.max_relative_distance <= full.n_relative_buckets // 2,
             f"`model.max_relative_distance` {full.max_relative_distance} must exceed half of the relative buckets",
+        ),
+        (
+            full.positions == "disentangled" and full.max_relative_distance <= full.n_relative_buckets // 4 + 1,
+            f"`model.max_relative_distance` {full.max_relative_distance} must exceed a quarter of the relative buckets, plus 1",
+        ),
+        (
+            full.positions == "disentangled" and full.family != "encoder",
+            f"`model.positions` disentangled needs `model.family` encoder, not {full.family}",
+        ),
+        (
+            full.positions == "disentangled" and full.qk_norm,
+            "`model.qk_norm` cannot be combined with `model.positions` disentangled",
         ),
         (
             not 0 <= full.rotary_dim <= full.head_dim or full.rotary_dim % 2 != 0,
@@ -128,6 +145,10 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
         (
             full.query_layer and full.family != "decoder",
             f"`model.query_layer` needs `model.family` decoder, not {full.family}",
+        ),
+        (
+            bool(full.source_vocab_size) and (full.family != "encoder_decoder" or full.n_labels > 0),
+            "`model.source_vocab_size` needs `model.family` encoder_decoder with a head over the vocabulary",
         ),
         (
             any(window < 0 for window in full.attention_windows),
@@ -159,7 +180,7 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
                 f"`model.n_active_experts` is {n_active}, not 1 to {full.n_experts}",
             )
         )
-    for name in ("n_experts", "d_embedding", "attention_softcap", "logits_softcap"):
+    for name in ("source_vocab_size", "n_experts", "d_embedding", "attention_softcap", "logits_softcap"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))
     for name in ("n_decoder_layers", "position_offset", "n_token_types", "init_std", "n_labels"):
         checks.append((getattr(full, name) < 0, f"`model.{name}` is {getattr(full, name)}, but must not be negative"))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llmctl.config import ModelConfig
-from llmctl.model.attention import Attended, Attention, Mask, build_mask, offsets
+from llmctl.model.attention import Attended, Attention, Distances, Mask, build_mask, offsets
 from llmctl.model.cache import KVCache
 from llmctl.model.kernels import RMSNorm
 from llmctl.model.positions import (
@@ -19,6 +19,7 @@ from llmctl.model.positions import (
     positions_within,
     relative_buckets,
     rope_tables,
+    signed_buckets,
     sinusoidal_table,
 )
 from llmctl.model.shapes import has_bias, has_shared_bias, rope_of, window_of
@@ -126,6 +127,7 @@ class Pass:
     memory_mask: Mask | None = None
     cache: KVCache | None = None
     attended: Attended | None = None
+    distances: Distances | None = None
 
 
 class Block(nn.Module):
@@ -165,7 +167,7 @@ class Block(nn.Module):
         options = {"rope": rope, "cache": shared.cache, "layer": self.layer, "attended": shared.attended}
         # Keys and values of the query layer come from the hidden states, its queries from elsewhere.
         if query_BTD is None:
-            y_BTD = self.self_attn(h_BTD, mask, **options)
+            y_BTD = self.self_attn(h_BTD, mask, distances=shared.distances, **options)
         else:
             y_BTD = self.self_attn(query_BTD, mask, memory_BSD=h_BTD, **options)
         if self.parallel != "none":
@@ -217,6 +219,9 @@ class Stack(nn.Module):
         elif config.positions == "sinusoidal":
             table = sinusoidal_table(config.max_positions + config.position_offset, width, config.sinusoid_rates)
             self.register_buffer("sinusoids", table, persistent=False)
+        elif config.positions == "disentangled":
+            self.embed_distances = nn.Embedding(config.n_relative_buckets, config.d_model)
+            self.distance_norm = make_norm(config)
         if has_shared_bias(config):
             self.relative_bias = nn.Embedding(config.n_relative_buckets, config.n_heads)
         if config.n_token_types:
@@ -320,7 +325,16 @@ class Stack(nn.Module):
             blocks = [*self.layers, *([self.query_layer] if config.query_layer else [])]
             for kind in {block.rope for block in blocks if block.rope[0]}:
                 ropes[kind] = rope_tables(config, positions_BT, kind, n_positions)
-        return Pass(masks, ropes, memory_BSD, memory_mask, cache)
+        distances = self._distances(x_BTD.shape[1], x_BTD.device) if config.positions == "disentangled" else None
+        return Pass(masks, ropes, memory_BSD, memory_mask, cache, distances=distances)
+
+    def _distances(self, n_positions: int, device: torch.device) -> Distances:
+        """Return the states of the distances that occur among positions."""
+        sizes = {"n_buckets": self.config.n_relative_buckets, "max_distance": self.config.max_relative_distance}
+        low, high = signed_buckets(torch.tensor([1 - n_positions, n_positions - 1]), **sizes).tolist()
+        states_RD = self.distance_norm(self.embed_distances(torch.arange(low, high + 1, device=device)))
+        rows_TS = signed_buckets(-offsets(n_positions, n_positions, device), **sizes) - low
+        return Distances(self.dropout(states_RD), rows_TS)
 
     def masks(
         self,

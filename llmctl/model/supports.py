@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from llmctl.config import ModelConfig
+from llmctl.model.shapes import default_scale
 
 SIZES = frozenset(
     {
@@ -59,8 +60,10 @@ HAS_EFFECT: Mapping[str, Callable[[ModelConfig], bool]] = {
     "n_decoder_layers": lambda config: config.family == "encoder_decoder",
     "rope_theta": lambda config: config.positions == "rope",
     "position_offset": lambda config: config.positions in ("learned", "sinusoidal"),
-    "n_relative_buckets": lambda config: config.positions == "relative" or config.relative_bias,
-    "max_relative_distance": lambda config: config.positions == "relative" or config.relative_bias,
+    **dict.fromkeys(
+        ("n_relative_buckets", "max_relative_distance"),
+        lambda config: config.positions in ("relative", "disentangled") or config.relative_bias,
+    ),
     "qk_norm_kind": lambda config: config.qk_norm,
     **dict.fromkeys(("n_active_experts", "normalized_experts"), lambda config: config.n_experts > 0),
     "alibi_scale": lambda config: config.positions == "alibi",
@@ -74,8 +77,10 @@ HAS_EFFECT: Mapping[str, Callable[[ModelConfig], bool]] = {
     "rope_thetas": lambda config: config.positions == "rope" and {*config.rope_thetas} - {config.rope_theta} != set(),
     "architecture": lambda _: False,
     "attention_windows": lambda config: any(config.attention_windows),
-    # 0 and head_dim ** -0.5 mean the same; a complete config states the number.
-    "attention_scale": lambda config: not config.head_dim or not close(config.attention_scale, config.head_dim**-0.5),
+    # 0 and the default scale mean the same; a complete config states the number.
+    "attention_scale": lambda config: (
+        not config.head_dim or not close(config.attention_scale, default_scale(config.positions, config.head_dim))
+    ),
     "head": lambda config: config.n_labels > 0,
     **dict.fromkeys(
         ("problem", "pooling", "pooled_activation"), lambda config: config.n_labels > 0 and config.head == "text"

@@ -15,11 +15,11 @@ NAMED = (
     BLOCK
     | AROUND_MATRICES
     | EXPERTS
-    | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "parallel", "alibi_scale"}
+    | {"norm_weight", "first_norm", "relative_bias", "d_embedding", "source_vocab_size", "parallel", "alibi_scale"}
 )
 CHOICES = BLOCK_CHOICES | {
     "norm_position": ("pre", "post", "output", "both"),
-    "positions": (*BLOCK_CHOICES["positions"], "alibi"),
+    "positions": (*BLOCK_CHOICES["positions"], "alibi", "disentangled"),
     "activation": (*BLOCK_CHOICES["activation"], "relu2"),
 }
 
@@ -43,7 +43,7 @@ def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes
         per_token = (config.n_layers + int(config.query_layer)) * kept.block(rows.source) + kept.around()
         # The query layer also multiplies position embeddings.
         per_token += config.query_layer * config.d_model * product_bytes
-        return n_rows * rows.source * per_token
+        return n_rows * rows.source * per_token + config.n_layers * kept.distances(rows.source)
     encoder = config.n_layers * kept.block(rows.source) + kept.around()
     encoder += FLOAT_BYTES * config.d_model  # the encoder's output, saved for cross-attention
     encoder += config.n_decoder_layers * kept.remembered()
@@ -53,7 +53,7 @@ def activation_bytes(config: ModelConfig, rows: Rows, n_rows: int, product_bytes
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes per token that the parts of a block save for the backward pass.
+    """Bytes per token, where nothing else is said, that the parts of a block save for the backward pass.
 
     `product_bytes` is the size of an element in matrix products; the residual stream and the norms are float32. If they
     differ, every product saves a converted copy of its input; otherwise products share it.
@@ -82,11 +82,21 @@ class Kept:
             return (
                 self.product_bytes * (3 * q + 2 * config.n_heads * keys) + FLOAT_BYTES * config.n_heads * keys + joined
             )
+        if config.positions == "disentangled":
+            # As with a learned bias; also what is projected with the distances, and the mask of the added scores.
+            scores = FLOAT_BYTES * (3 * q + config.n_heads * keys) + (keys if self.packed else 0)
+            return scores + joined + self.product_bytes * (config.d_model + 2 * q)
         if has_shared_bias(config):
             # The fused kernel has no gradient for the bias; the plain one saves everything in float32, and scores.
             return FLOAT_BYTES * (3 * q + config.n_heads * keys) + joined + normed
         own = self.product_bytes * (2 * q + 2 * kv) + FLOAT_BYTES * config.n_heads
         return own + (normed + joined if config.qk_norm else 0) + self.mask(keys)
+
+    def distances(self, keys: int) -> int:
+        """Count a layer's states of distances, their queries and keys: once, not per token."""
+        config = self.config
+        n_distances = min(2 * keys - 1, config.n_relative_buckets) if config.positions == "disentangled" else 0
+        return self.product_bytes * n_distances * (config.d_model + 2 * config.n_heads * config.head_dim)
 
     def mask(self, keys: int) -> int:
         """Count a mask, which every layer converts to its own additive copy."""

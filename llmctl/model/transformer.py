@@ -48,6 +48,8 @@ class LanguageModel(nn.Module):
             self.model = Stack(config, config.n_layers, causal=config.family == "decoder")
         width = config.d_embedding or config.d_model
         self.model.embed_tokens = nn.Embedding(config.vocab_size, width)
+        if config.source_vocab_size:
+            self.model.encoder.embed_tokens = nn.Embedding(config.source_vocab_size, width)
         if has_transform(config):
             transformed = config.d_model if config.n_labels else width
             self.head_dense = nn.Linear(config.d_model, transformed, bias=config.head_transform_bias)
@@ -143,7 +145,8 @@ class LanguageModel(nn.Module):
 
     def encode(self, input_ids_BS: Tensor, *, documents_BS: Tensor | None = None) -> Tensor:
         """Return the hidden states (B, S, D) of an encoder-decoder's encoder."""
-        return self.model.encoder(self.embed(input_ids_BS), documents_BT=documents_BS)
+        table = self.model.encoder.embed_tokens if self.config.source_vocab_size else None
+        return self.model.encoder(self.embed(input_ids_BS, table), documents_BT=documents_BS)
 
     def decode(
         self,
@@ -235,9 +238,9 @@ class LanguageModel(nn.Module):
         """Return logits (B, T, V); see `hidden` for the inputs."""
         return self.head(self.hidden(input_ids_BT, **inputs))
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """Return the scaled embeddings of tokens (B, T, D)."""
-        x_BTD = self.model.embed_tokens(ids_BT)
+    def embed(self, ids_BT: Tensor, table: nn.Module | None = None) -> Tensor:
+        """Return the scaled embeddings of tokens (B, T, D), by another table than the head's if it is given."""
+        x_BTD = (table or self.model.embed_tokens)(ids_BT)
         return x_BTD if self.config.embedding_scale == 1.0 else x_BTD * self.config.embedding_scale
 
 

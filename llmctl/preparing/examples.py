@@ -52,7 +52,7 @@ def prepare_examples(config: TaskConfig, folder: Path, base: Loaded) -> tuple[Co
     encoder, rows_of = make_encoder(config, base, findings, [*paths, *val_paths])
     tokenizer = require_tokenizer(base)
     identity = {"tokenizer_sha256": tokenizer.sha256, "source_sha256": pairs_sha256([*paths, *val_paths])}
-    rows = RowStore(folder, base.model.config.vocab_size, identity)
+    rows = RowStore(folder, max(base.model.config.vocab_size, base.model.config.source_vocab_size), identity)
     n_train = rows.take(rows_of(paths))
     n_rows = rows.take(rows_of(val_paths)) if val_paths else n_train
     if n_rows < MIN_EXAMPLES or (val_paths and n_train in (0, n_rows)):

@@ -11,7 +11,7 @@ from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import ModelConfig, QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
-from llmctl.formats.quantization import EMBEDDING, HEAD, linear_modules
+from llmctl.formats.quantization import HEAD, TOKEN_TABLES, packable_modules
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
@@ -155,11 +155,11 @@ def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: Quantiz
     wanted = SCHEMES[config.weights.scheme].group
     if config.weights.group >= 0 or not wanted:
         return []
-    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    modules = packable_modules(model)
     found: dict[tuple[int, int], int] = {}
     for name, scheme in plan.items():
         n_in = modules[name][1]
-        if name not in (EMBEDDING, HEAD, *OUTSIDE) and scheme.group != wanted:
+        if name not in (*TOKEN_TABLES, HEAD, *OUTSIDE) and scheme.group != wanted:
             found[n_in, scheme.group] = found.get((n_in, scheme.group), 0) + 1
     return [
         f"{count} layers have {n_in} inputs, which groups of {wanted} do not divide: "
@@ -182,11 +182,11 @@ def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
         scheme = replace(scheme, scale_bits=weights.scale_bits)
         table = table and replace(table, scale_bits=weights.scale_bits if table.group else SCALE_BITS)
     plan: dict[str, Scheme] = {}
-    modules = {**linear_modules(model), EMBEDDING: (model.vocab_size, model.d_model)}
+    modules = packable_modules(model)
     for name, (_, n_in) in modules.items():
         if name == "classifier" or any(fnmatchcase(name, pattern) for pattern in weights.keep):
             continue
-        is_table = name in (EMBEDDING, HEAD, *OUTSIDE)
+        is_table = name in (*TOKEN_TABLES, HEAD, *OUTSIDE)
         wanted = table if is_table else scheme
         if wanted is None:
             continue

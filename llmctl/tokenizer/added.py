@@ -29,6 +29,7 @@ class AddedTokens(Tokenizer):
                 "save the tokenizer as `tokenizer.json` with transformers",
             )
         self.vocab_size = max(base.vocab_size, max(entries) + 1)
+        self.has_target_vocabulary = base.has_target_vocabulary
         self.sha256 = digest({"base": base.sha256.encode(), "added": repr(sorted(self.names.items())).encode()})
         for role in ("pad", "unk", "bos", "eos", "mask"):
             setattr(self, f"{role}_id", self._role(role))

@@ -39,6 +39,8 @@ class Tokenizer(ABC):
     """
 
     vocab_size: int
+    has_target_vocabulary = False
+    """Whether the ids of targets are those of another vocabulary."""
     sha256: str
     pad_id: int | None
     unk_id: int | None
@@ -95,6 +97,10 @@ class Tokenizer(ABC):
     def for_target(self) -> "Tokenizer":
         """The tokenizer of an encoder-decoder's targets, where another model or language encodes them."""
         return self
+
+    def for_output(self, family: str) -> "Tokenizer":
+        """Return the tokenizer of what a model of a family writes: an encoder-decoder's targets."""
+        return self.for_target if family == "encoder_decoder" else self
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text, optionally with BOS and EOS tokens if the tokenizer has them."""

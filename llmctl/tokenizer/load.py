@@ -14,12 +14,13 @@ from llmctl.tokenizer.published_sentencepiece import (
     with_class,
 )
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
-from llmctl.tokenizer.sentencepiece_classes import MODEL_FILES, SOURCE, TARGET, additional_tokens
+from llmctl.tokenizer.sentencepiece_classes import MODEL_FILES, SOURCE, TARGET, TARGET_VOCABULARY, additional_tokens
 
 KNOWN_FILES = (
     MODEL_FILE,
     *MODEL_FILES,
     TARGET,
+    TARGET_VOCABULARY,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -38,11 +39,19 @@ KNOWN_KINDS = (
 MAX_HEADER_BYTES = 100_000_000
 
 MERGES_FILES = ("vocab.json", "encoder.json", "merges.txt", "vocab.bpe", "tokenizer_config.json", "added_tokens.json")
-PIECES_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", SOURCE, TARGET)
+PIECES_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    SOURCE,
+    TARGET,
+    TARGET_VOCABULARY,
+)
 NEEDED_BESIDE: dict[str, tuple[str, ...]] = {
     MODEL_FILE: (),
     **dict.fromkeys(MERGES_FILES[:4], MERGES_FILES),
-    **dict.fromkeys((*MODEL_FILES, TARGET), PIECES_FILES),
+    **dict.fromkeys((*MODEL_FILES, TARGET, TARGET_VOCABULARY), PIECES_FILES),
 }
 """The companion files that each kind of tokenizer file needs; all other kinds need only the config."""
 

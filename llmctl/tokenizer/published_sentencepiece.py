@@ -23,6 +23,7 @@ from llmctl.tokenizer.sentencepiece_classes import (
     SOURCE,
     SPM,
     TARGET,
+    TARGET_VOCABULARY,
     VOCABULARY,
     Names,
     Settings,
@@ -44,10 +45,13 @@ class PublishedPieces(Tokenizer):
         kind, self._files = self.kind, dict(files)
         self._config = config = json_of(files, CONFIG)
         model = kind.target if is_target and kind.target else kind.model
+        # opus-mt's models with a vocabulary for each language.
+        self.has_target_vocabulary = bool(kind.target and config.get("separate_vocabs"))
+        vocabulary = TARGET_VOCABULARY if is_target and self.has_target_vocabulary else VOCABULARY
         self._pieces = load_model(model, files)
         own = [self._pieces.piece(index) for index in range(self._pieces.vocab_size)]
         if kind.vocabulary:
-            self._ids = self._listed(files)
+            self._ids = self._listed(vocabulary)
             names = {index: piece for piece, index in self._ids.items()}
             self._piece_of: dict[int, int] = {}
             last_id = max(names) + 1
@@ -91,22 +95,19 @@ class PublishedPieces(Tokenizer):
             {
                 model: self._files[model],
                 "class": as_json([name, settings, sorted((index, token) for token, index in self._special.items())]),
-                **({VOCABULARY: self._files[VOCABULARY]} if kind.vocabulary else {}),
+                **({vocabulary: self._files[vocabulary]} if kind.vocabulary else {}),
+                # Ids of targets are those of another vocabulary: tokenizers that differ in it are different.
+                **({TARGET: self.for_target.sha256.encode()} if self.has_target_vocabulary and not is_target else {}),
             }
         )
 
-    def _listed(self, files: Mapping[str, bytes]) -> dict[str, int]:
-        if VOCABULARY not in files:
-            raise ArtifactError(f"`{self.kind.model}` lacks its `{VOCABULARY}`", "download that file as well")
-        if self._config.get("separate_vocabs"):
-            raise ArtifactError(
-                f"`{CONFIG}` has `separate_vocabs`: two vocabularies, which llmctl does not read",
-                "use a model of which both languages share one",
-            )
-        ids: dict[str, int] = json_of(files, VOCABULARY)
-        check_ids(ids, VOCABULARY)
+    def _listed(self, vocabulary: str) -> dict[str, int]:
+        if vocabulary not in self._files:
+            raise ArtifactError(f"`{self.kind.model}` lacks its `{vocabulary}`", "download that file as well")
+        ids: dict[str, int] = json_of(self._files, vocabulary)
+        check_ids(ids, vocabulary)
         if not ids:
-            raise ArtifactError(f"`{VOCABULARY}` is empty", "download it again")
+            raise ArtifactError(f"`{vocabulary}` is empty", "download it again")
         return ids
 
     def _id_of(self, own: Sequence[str], index: int, ids: Mapping[str, int], shift: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from llmctl.errors import ArtifactError
 from llmctl.tokenizer.languages import M2M, MBART, MBART_MORE, NLLB, WMT21
 
-CONFIG, VOCABULARY = "tokenizer_config.json", "vocab.json"
+CONFIG, VOCABULARY, TARGET_VOCABULARY = "tokenizer_config.json", "vocab.json", "target_vocab.json"
 SPIECE, FAIRSEQ, SPM, SOURCE, TARGET = (
     "spiece.model",
     "sentencepiece.bpe.model",

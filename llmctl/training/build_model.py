@@ -46,6 +46,8 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
             "that balances its experts, which llmctl does not have",
             "`--model FOLDER` continues training a published one",
         )
+    source_size = tokenizer.vocab_size if tokenizer.has_target_vocabulary else 0
+    tokenizer = tokenizer.for_output(shape.family)
     wanted = config.model.overrides.get("vocab_size", 0)
     if wanted and wanted < tokenizer.vocab_size:
         raise UsageError(
@@ -65,6 +67,7 @@ def build_model(config: PretrainConfig, tokenizer: Tokenizer) -> LanguageModel:
     shape = replace(
         shape,
         vocab_size=wanted or tokenizer.vocab_size,
+        source_vocab_size=source_size if shape.family == "encoder_decoder" else 0,
         max_positions=context,
         pad_id=pad,
         bos_id=bos,

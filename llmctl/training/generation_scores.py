@@ -36,7 +36,7 @@ def prompts_of(loaded: Loaded, corpus: Corpus, numbers: Sequence[int]) -> tuple[
             end = next((number for number, token in enumerate(target) if token == tokenizer.eos_id), len(target))
             ids, target = prompt, target[: end + 1]
         prompts.append(Prompt(index, ids, tokenizer.decode(ids)))
-        answers.append(tokenizer.decode(target).strip())
+        answers.append(tokenizer.for_output(loaded.model.config.family).decode(target).strip())
         longest = max(longest, len(target))
     return prompts, answers, longest
 

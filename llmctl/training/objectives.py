@@ -163,6 +163,6 @@ def label_prediction(model: LanguageModel, corpus: Corpus, train: TrainConfig) -
 def token_bytes_of(corpus: Corpus, config: ModelConfig) -> Tensor:
     """Return the bytes of every token of a model's vocabulary (V,); padding rows have 0."""
     token_bytes = np.zeros(config.vocab_size, dtype=np.int32)
-    known = corpus.tokenizer.token_bytes()
+    known = corpus.tokenizer.for_output(config.family).token_bytes()
     token_bytes[: len(known)] = known
     return torch.from_numpy(token_bytes)

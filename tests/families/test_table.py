@@ -300,6 +300,9 @@ LLAMA = {
 }
 BART = {"vocab_size": 8, "d_model": 4, "encoder_layers": 1, "decoder_layers": 1}
 BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 4, "decoder_ffn_dim": 4}
+DEBERTA = {"vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 4}
+DEBERTA |= {"relative_attention": True, "share_att_key": True, "position_biased_input": False, "position_buckets": 8}
+DEBERTA |= {"pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm"}
 REFUSED = [
     ("LlamaForCausalLM", LLAMA | {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ("LlamaForCausalLM", LLAMA | {"rope_scaling": {"type": "linear"}}, "factor"),
@@ -334,6 +337,14 @@ REFUSED = [
     ("RobertaForMaskedLM", {"vocab_size": 8, "max_position_embeddings": 2}, "max_position_embeddings"),
     ("ErnieForMaskedLM", {"vocab_size": 8, "use_task_id": True}, "use_task_id"),
     ("AlbertForMaskedLM", {"vocab_size": 8, "num_hidden_groups": 2}, "num_hidden_groups"),
+    ("RoFormerModel", {"vocab_size": 8, "rotary_value": True}, "rotary_value"),
+    ("DebertaV2Model", DEBERTA | {"conv_kernel_size": 3}, "conv_kernel_size"),
+    ("DebertaV2Model", DEBERTA | {"position_biased_input": True}, "position_biased_input"),
+    ("DebertaV2Model", DEBERTA | {"pos_att_type": "c2p"}, "pos_att_type"),
+    ("DebertaV2Model", {key: value for key, value in DEBERTA.items() if key != "share_att_key"}, "share_att_key"),
+    ("DebertaV2Model", {key: value for key, value in DEBERTA.items() if key != "norm_rel_ebd"}, "norm_rel_ebd"),
+    ("DebertaV2Model", {key: value for key, value in DEBERTA.items() if key != "position_buckets"}, "position_buckets"),
+    ("DebertaV2ForSequenceClassification", DEBERTA | {"pooler_hidden_act": "tanh"}, "pooler_hidden_act"),
     ("FalconForCausalLM", LLAMA | {"new_decoder_architecture": True}, "new_decoder_architecture"),
     ("T5ForConditionalGeneration", {"vocab_size": 8, "feed_forward_proj": "gated-mish"}, "gated-mish"),
     ("GPT2LMHeadModel", {"vocab_size": 8, "scale_attn_by_inverse_layer_idx": True}, "inverse_layer"),
@@ -341,7 +352,7 @@ REFUSED = [
     ("BertModel", {"vocab_size": 8, "is_decoder": True}, "is_decoder"),
     ("BartForConditionalGeneration", BART | {"decoder_ffn_dim": 8}, "decoder_ffn_dim"),
     ("BartForConditionalGeneration", BART | {"tie_word_embeddings": False}, "tie_word_embeddings"),
-    ("MarianMTModel", BART | {"share_encoder_decoder_embeddings": False}, "share_encoder"),
+    ("MarianMTModel", BART | {"tie_word_embeddings": False}, "tie_word_embeddings"),
     ("MarianMTModel", BART | {"decoder_vocab_size": 9}, "decoder_vocab_size"),
     ("LlmctlForLanguageModel", {"family": "cat"}, "family"),
     ("LlmctlForLanguageModel", {"n_layers": 1.5}, "n_layers"),

@@ -24,11 +24,11 @@ pytestmark = [
 NAMES = [
     *("qwen2", "llama-3", "gemma2", "gemma3", "phi3", "phi4-mini", "granite", "olmo2", "smollm3", "modernbert-decoder"),
     *("gpt-neox", "falcon", "cohere2", "opt", "stablelm"),
-    *("xlm-roberta", "distilbert", "mpnet", "modernbert"),
+    *("xlm-roberta", "distilbert", "mpnet", "modernbert", "deberta-v3-mlm", "roformer-small"),
     *("mbart", "m2m", "umt5"),
 ]
 PAIRS = ("mbart", "m2m", "umt5")
-ENCODERS = ("xlm-roberta", "distilbert", "mpnet", "modernbert")
+ENCODERS = ("xlm-roberta", "distilbert", "mpnet", "modernbert", "deberta-v3-mlm", "roformer-small")
 SMALL = ["--set", "train.seq_len=32", "--set", "train.batch_size=4", "--seed", "1", "-q"]
 
 

@@ -126,14 +126,18 @@ def test_targets_are_those_of_transformers(name, tmp_path):
         assert [*before, *target.encode(text), *after] == theirs(text_target=text).input_ids
 
 
-@pytest.fixture(scope="module")
-def opus(tmp_path_factory) -> Path:
-    """A random model as opus-mt is published: two sentencepiece models, one vocabulary, no tokenizer.json."""
-    folder = tmp_path_factory.mktemp("opus")
-    files = folder_files("Marian", source_lang="en", target_lang="de")
+@pytest.fixture(scope="module", params=["one vocabulary", "two vocabularies"])
+def opus(request, tmp_path_factory) -> Path:
+    """A random model as opus-mt is published: two sentencepiece models, one vocabulary or two, no tokenizer.json."""
+    folder, is_double = tmp_path_factory.mktemp("opus"), request.param == "two vocabularies"
+    double = {"separate_vocabs": True} if is_double else {}
+    files = folder_files("Marian", source_lang="en", target_lang="de", **double)
     ids = json.loads(files["vocab.json"])
     config = transformers.MarianConfig(
         vocab_size=len(ids),
+        decoder_vocab_size=len(json.loads(files["target_vocab.json" if is_double else "vocab.json"])),
+        share_encoder_decoder_embeddings=not is_double,
+        tie_word_embeddings=not is_double,
         d_model=32,
         encoder_layers=2,
         decoder_layers=2,
@@ -158,7 +162,9 @@ def opus(tmp_path_factory) -> Path:
     for file, data in files.items():
         # The oldest of them name no class.
         (folder / file).write_bytes(
-            data if file != "tokenizer_config.json" else b'{"target_lang": "de", "source_lang": "en"}'
+            data
+            if file != "tokenizer_config.json"
+            else json.dumps({"target_lang": "de", "source_lang": "en", **double}).encode()
         )
     return folder
 

@@ -72,6 +72,19 @@ SHAPES = {
         "logits_bias": True,
         "decoder_start_id": 0,
     },
+    "two vocabularies": {
+        "family": "encoder_decoder",
+        "source_vocab_size": 37,
+        "tie_embeddings": False,
+        "embedding_scale": 0.0,
+        "decoder_start_id": 0,
+    },
+    "two vocabularies, tied": {
+        "family": "encoder_decoder",
+        "source_vocab_size": 37,
+        "embedding_scale": 0.0,
+        "decoder_start_id": 0,
+    },
     "windows": {"attention_windows": (4, 0, 2)},
     "pangu": {"attention_windows": (0, 3, 0, 2), "query_layer": True},
     "qwen2": {"n_kv_heads": 2, "attention_bias": True, "attention_output_bias": "no"},
@@ -112,6 +125,8 @@ SHAPES = {
         "attention_scale": 1.0,
         "decoder_start_id": 0,
     },
+    "deberta": FAMILIES["bert"]
+    | {"positions": "disentangled", "n_relative_buckets": 12, "n_kv_heads": 2, "head_transform": True},
     "classifier": {"n_labels": 3, "pooled_activation": "tanh", "family": "encoder"},
 }
 

@@ -12,6 +12,7 @@ VARIANTS = {
     "gpt2": {"norm": "layernorm", "gated": False, "activation": "gelu", "attention_bias": True, "mlp_bias": True},
     "relu": {"gated": False, "activation": "relu", "mlp_bias": True},
     "bert": {"family": "encoder", "norm": "layernorm", "norm_position": "post", "gated": False, "activation": "gelu"},
+    "distances": {"family": "encoder", "positions": "disentangled"},
     "qk": {"qk_norm": True},
     "pair": {"family": "encoder_decoder", "n_kv_heads": 2},
 }

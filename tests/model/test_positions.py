@@ -14,6 +14,7 @@ from llmctl.model.positions import (
     positions_within,
     relative_buckets,
     rope_tables,
+    signed_buckets,
     sinusoidal_table,
 )
 
@@ -151,3 +152,18 @@ def test_fairseq_sinusoids_end_at_a_ten_thousandth():
     table = sinusoidal_table(3, 8, "halves")
     rates = [10_000.0 ** (-i / 3) for i in range(4)]
     assert table[2].tolist() == pytest.approx([*(math.sin(2 * r) for r in rates), *(math.cos(2 * r) for r in rates)])
+
+
+@pytest.mark.parametrize(("n_buckets", "max_distance"), [(512, 512), (64, 130), (16, 40)])
+def test_signed_buckets_are_exact_near_by_and_then_logarithmic(n_buckets, max_distance):
+    span, exact = n_buckets // 2, n_buckets // 4
+    for distance in range(-3 * max_distance, 3 * max_distance + 1):
+        size = abs(distance)
+        if size > exact:
+            growth = math.log(size / exact) / math.log((max_distance - 1) / exact)
+            # At the edge of a bucket, float32 decides.
+            if abs(growth * (exact - 1) - round(growth * (exact - 1))) < 1e-4 and size != max_distance - 1:
+                continue
+            size = exact + math.ceil(growth * (exact - 1) - 1e-6)
+        row = min(max(span + math.copysign(size, distance), 0), n_buckets - 1)
+        assert signed_buckets(torch.tensor([distance]), n_buckets=n_buckets, max_distance=max_distance).item() == row

@@ -36,6 +36,12 @@ VARIANTS = {
     "no positions": {"positions": "none"},
     "mixture": {"n_experts": 4, "n_active_experts": 2, "normalized_experts": False},
 }
+DISTANCES = {"positions": "disentangled", "n_relative_buckets": 8, "max_relative_distance": 7}
+ENCODERS = {
+    "deberta": POST | DISTANCES | {"embedding_norm": True, "head_transform": True, "logits_bias": True},
+    "deberta banded": DISTANCES | {"n_kv_heads": 2, "attention_windows": (0, 3)},
+}
+PAIRS = {"two vocabularies": POST | {"positions": "sinusoidal", "source_vocab_size": 29, "vocab_size": 31}}
 QUERY = {
     "query layer": {"query_layer": True, "positions": "learned"},
     "query layer banded": {"query_layer": True, "attention_windows": (0, 0, 3), "n_layers": 2},
@@ -56,14 +62,23 @@ def decoder(request, build):
     return build(**(VARIANTS | QUERY)[request.param])
 
 
-@pytest.fixture
-def encoder(variant, build):
-    return build(family="encoder", **variant)
+@pytest.fixture(params=VARIANTS | ENCODERS)
+def encoder(request, build):
+    return build(family="encoder", **(VARIANTS | ENCODERS)[request.param])
 
 
-@pytest.fixture
-def pair(variant, build):
-    return build(family="encoder_decoder", n_decoder_layers=3, **variant)
+@pytest.fixture(
+    params=[*(("decoder", name) for name in VARIANTS), *(("encoder", name) for name in VARIANTS | ENCODERS)],
+    ids=" ".join,
+)
+def single(request, build):
+    family, name = request.param
+    return build(family=family, **(VARIANTS | ENCODERS)[name])
+
+
+@pytest.fixture(params=VARIANTS | PAIRS)
+def pair(request, build):
+    return build(family="encoder_decoder", n_decoder_layers=3, **(VARIANTS | PAIRS)[request.param])
 
 
 def cached(model, tokens, cuts, **inputs):
@@ -152,9 +167,8 @@ def test_selected_pairs_keep_their_sources(pair, ids):
     close(got, pair.hidden(source, decoder_input_ids_BT=target)[rows, -1])
 
 
-@pytest.mark.parametrize("family", ["decoder", "encoder"])
-def test_packed_documents_equal_each_document_alone(family, variant, build, ids):
-    model, tokens = build(family=family, **variant), ids(2, 12)
+def test_packed_documents_equal_each_document_alone(single, ids):
+    model, tokens = single, ids(2, 12)
     documents = torch.tensor([[1] * 5 + [2] * 4 + [3] * 3, [1] * 2 + [2] * 9 + [0]])
     hidden = model.hidden(tokens, documents_BT=documents)
     for row in range(2):
@@ -405,6 +419,41 @@ def test_relative_bias_is_looked_up_by_bucket(build, causal):
         offset = torch.tensor([s - (17 + t)])
         bucket = relative_buckets(offset, causal=causal, n_buckets=8, max_distance=10)
         close(bias[:, t, s], stack.relative_bias.weight[bucket[0]])
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_disentangled_scores_are_sums_of_three_products(build, ids, n_kv_heads):
+    """arXiv:2006.03654, eq. 4, one query and key at a time: contents, content with distance, distance with content."""
+    model = build(family="encoder", n_layers=1, n_kv_heads=n_kv_heads, **POST | DISTANCES)
+    stack, tokens = model.model, ids(1, 9)
+    x, attention = model.embed(tokens)[0], stack.layers[0].self_attn
+    distances = stack.distance_norm(stack.embed_distances.weight)
+    heads = lambda projection, states, n: projection(states).view(len(states), n, 4).repeat_interleave(4 // n, 1)
+    q, q_distance = (heads(attention.q_proj, states, 4) for states in (x, distances))
+    k, k_distance = (heads(attention.k_proj, states, n_kv_heads) for states in (x, distances))
+    scores = torch.zeros(4, 9, 9, dtype=torch.float64)
+    # 8 rows, 4 in each direction: distances to 2 are exact, 3 and more share the last row.
+    for n, i, j in itertools.product(range(4), range(9), range(9)):
+        row = 4 + (i - j if abs(i - j) <= 2 else (3 if i > j else -3 - (abs(i - j) > 6)))
+        total = q[i, n] @ k[j, n] + q[i, n] @ k_distance[row, n] + k[j, n] @ q_distance[row, n]
+        scores[n, i, j] = total / math.sqrt(3 * 4)
+    v = heads(attention.v_proj, x, n_kv_heads)
+    y = attention.o_proj(torch.einsum("nij,jnh->inh", scores.softmax(-1), v).flatten(1))
+    expected = stack.layers[0].input_layernorm(x + y)
+    expected = stack.layers[0].post_attention_layernorm(expected + stack.layers[0].mlp(expected))
+    close(model.hidden(tokens)[0], expected)
+
+
+def test_every_parameter_of_a_disentangled_model_has_a_gradient(build, ids):
+    """DistributedDataParallel waits for the gradient of every parameter; activations may be recomputed."""
+    model = build(family="encoder", **ENCODERS["deberta"]).train()
+    model(ids(2, 3)).square().sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.model.recompute = True
+    model(ids(2, 3)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        close(parameter.grad, gradients[name])
 
 
 def test_rotation_is_as_slow_as_theta_says(build, ids):

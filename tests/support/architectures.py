@@ -3,6 +3,7 @@
 `python -m tests.support.architectures` prints the table of benchmarks/architectures.md.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,15 @@ BERT = {
     "pad_token_id": 0,
 }
 ROBERTA = BERT | {"type_vocab_size": 1, "pad_token_id": 1}
+DEBERTA = BERT | {
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+}
 DISTILBERT = {
     "vocab_size": 384,
     "dim": 64,
@@ -442,19 +452,13 @@ VARIANTS: dict[str, Variant] = {
     ),
     "albert": Variant("AlbertForMaskedLM", BERT | {"embedding_size": 32}, "ALBERT base v2"),
     "electra": Variant("ElectraForPreTraining", BERT | {"embedding_size": 32}, "ELECTRA small, base"),
-    "deberta-v3": Variant(
-        "DebertaV2Model",
-        BERT
-        | {
-            "relative_attention": True,
-            "pos_att_type": ["p2c", "c2p"],
-            "position_buckets": 32,
-            "norm_rel_ebd": "layer_norm",
-            "share_att_key": True,
-            "position_biased_input": False,
-            "type_vocab_size": 0,
-        },
-        "DeBERTa v3 small, base",
+    "deberta-v3": Variant("DebertaV2Model", DEBERTA, "DeBERTa v3 xsmall to large, mDeBERTa v3"),
+    "deberta-v3-mlm": Variant("DebertaV2ForMaskedLM", DEBERTA, "DeBERTa v2, v3 with a vocabulary head"),
+    "deberta-v3-new-head": Variant(
+        "DebertaV2ForMaskedLM", DEBERTA | {"legacy": False}, "DeBERTa v3 as it is published"
+    ),
+    "deberta-v3-classifier": Variant(
+        "DebertaV2ForSequenceClassification", DEBERTA | {"num_labels": 3}, "DeBERTa v3 on MNLI, zero-shot classifiers"
     ),
     "modernbert": Variant(
         "ModernBertForMaskedLM",
@@ -471,7 +475,12 @@ VARIANTS: dict[str, Variant] = {
     "ernie": Variant("ErnieForMaskedLM", BERT, "ERNIE 3.0 zh"),
     "jina-v3": Variant("JinaEmbeddingsV3Model", BERT, "jina-embeddings-v3"),
     "gte": Variant("GteModel", BERT, "gte-multilingual-base, Arctic-embed m v2"),
-    "roformer": Variant("RoFormerForMaskedLM", BERT, "RoFormer Chinese"),
+    "roformer": Variant("RoFormerForMaskedLM", BERT, "RoFormer Chinese base"),
+    "roformer-bare": Variant("RoFormerModel", BERT, "RoFormer sentence encoders"),
+    "roformer-small": Variant("RoFormerForMaskedLM", BERT | {"embedding_size": 32}, "RoFormer Chinese small"),
+    "roformer-classifier": Variant(
+        "RoFormerForSequenceClassification", BERT | {"embedding_size": 32, "num_labels": 3}, "RoFormer classifiers"
+    ),
     "megatron-bert": Variant("MegatronBertForMaskedLM", BERT, "Erlangshen"),
     "t5": Variant("T5ForConditionalGeneration", T5, "T5 small, base"),
     "t5-v1.1": Variant(
@@ -505,6 +514,17 @@ VARIANTS: dict[str, Variant] = {
         },
         "opus-mt-tc-big with two vocabularies",
     ),
+    "marian-two-tied": Variant(
+        "MarianMTModel",
+        MARIAN
+        | {
+            "decoder_vocab_size": 300,
+            "decoder_start_token_id": 299,
+            "pad_token_id": 299,
+            "share_encoder_decoder_embeddings": False,
+        },
+        "opus-mt with two vocabularies and a tied head",
+    ),
     "m2m": Variant("M2M100ForConditionalGeneration", BART | {"scale_embedding": True}, "NLLB-200, M2M-100"),
     "prophetnet": Variant(
         "ProphetNetForConditionalGeneration",
@@ -523,17 +543,14 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-CONFIGS = {"RoFormerForMaskedLM": "RoFormerConfig"}
-
-
 def config_class(variant: Variant) -> str:
     """Return the name of transformers' configuration class."""
-    if variant.config or variant.architecture in CONFIGS:
-        return variant.config or CONFIGS[variant.architecture]
+    if variant.config:
+        return variant.config
     name = variant.architecture
     for suffix in ("LMHeadModel", "MTModel", "EncoderModel", "Model"):
         name = name.removesuffix(suffix)
-    return name.partition("For")[0] + "Config"
+    return re.split("For(?=[A-Z])", name)[0] + "Config"
 
 
 def build(variant: Variant, folder: Path) -> Any:

@@ -81,7 +81,14 @@ def folder_files(name: str, **config: Any) -> dict[str, bytes]:
     }
     if kind.target:
         files[kind.target] = trained(vocab_size=110, **options)
-    if kind.vocabulary:
+    if config.get("separate_vocabs"):
+        for model, file in ((kind.model, "vocab.json"), (kind.target, "target_vocab.json")):
+            processor = sentencepiece.SentencePieceProcessor(model_proto=files[model])
+            own = {processor.id_to_piece(index) for index in range(processor.get_piece_size())}
+            middle = sorted(own - {"</s>", "<unk>"}, key=lambda piece: piece[::-1])
+            vocabulary = ["</s>", "<unk>", "<pad>", *(piece for n, piece in enumerate(middle) if n % 13)]
+            files[file] = json.dumps({piece: index for index, piece in enumerate(vocabulary)}).encode()
+    elif kind.vocabulary:
         models = [files[file] for file in (kind.model, kind.target) if file]
         own = [sentencepiece.SentencePieceProcessor(model_proto=proto) for proto in models]
         pieces = [model.id_to_piece(index) for model in own for index in range(model.get_piece_size())]

@@ -166,10 +166,30 @@ def test_marian_looks_pieces_up_by_name_in_one_vocabulary():
     assert ours.encode(">>xx<< the cat") == [ours.unk_id, *ours.encode("the cat")]
 
 
-def test_two_vocabularies_are_refused():
+def test_targets_of_two_vocabularies_have_ids_of_their_own():
     files = folder_files("Marian", separate_vocabs=True)
-    with pytest.raises(ArtifactError, match="separate_vocabs"):
-        find_tokenizer(files)
+    ours = find_tokenizer(files)
+    for tokenizer, model, vocabulary in (
+        (ours, "source.spm", "vocab.json"),
+        (pickle.loads(pickle.dumps(ours)).for_target, "target.spm", "target_vocab.json"),
+    ):
+        ids, pieces = json.loads(files[vocabulary]), sentencepiece.SentencePieceProcessor(model_proto=files[model])
+        assert tokenizer.vocab_size == len(ids)
+        for text in list(sentences())[:20]:
+            wanted = pieces.encode(text, out_type=str)
+            assert tokenizer.encode(text) == [ids.get(piece, ids["<unk>"]) for piece in wanted]
+            kept = "".join(piece for piece in wanted if piece in ids)
+            known = [index for index in tokenizer.encode(text) if index != ids["<unk>"]]
+            assert tokenizer.decode(known) == kept.replace("\u2581", " ").removeprefix(" ")
+    assert ours.for_output("encoder_decoder") is ours.for_target
+    assert ours.for_output("decoder") is ours
+    # Tokenizers that differ only in the targets' vocabulary are different.
+    ids = json.loads(files["target_vocab.json"])
+    other = {piece: len(ids) - 1 - index for piece, index in ids.items()}
+    assert find_tokenizer(files | {"target_vocab.json": json.dumps(other).encode()}).sha256 != ours.sha256
+    assert find_tokenizer(ours.files()).sha256 == ours.sha256
+    with pytest.raises(ArtifactError, match=r"lacks its `target_vocab\.json`"):
+        find_tokenizer({name: data for name, data in files.items() if name != "target_vocab.json"})
 
 
 def test_added_tokens_and_additional_special_tokens_come_last():

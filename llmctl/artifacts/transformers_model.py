@@ -406,8 +406,8 @@ def load_through_transformers(artifact: TransformersArtifact, *, device: str, dt
 
     path = artifact.path
     # For good: a model tells of slow kernels and the like when it first runs.
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         published, loading = getattr(transformers, AUTO_CLASSES[artifact.config.family]).from_pretrained(
             str(path),

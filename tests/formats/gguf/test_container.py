@@ -264,6 +264,7 @@ HOSTILE = {
     "no dimensions": head(1, 0, tensor("a", (), 0, 0) + bytes(64)),
     "five dimensions": head(1, 0, tensor("a", (1,) * 5, 0, 0) + bytes(64)),
     "tensor twice": head(2, 0, tensor("a", (1,), 0, 0) * 2 + bytes(64)),
+    "tensors that share bytes": head(2, 0, tensor("a", (8,), 0, 0) + tensor("b", (8,), 0, 16) + bytes(96)),
     "huge shape": head(1, 0, tensor("a", (2**60, 2**60), 0, 0) + bytes(64)),
     "past the end": head(1, 0, tensor("a", (1000,), 0, 0) + bytes(64)),
     "offset past the end": head(1, 0, tensor("a", (1,), 0, 2**63) + bytes(64)),

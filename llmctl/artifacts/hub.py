@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/\w[\w.-]*", re.ASCII)
 ADDRESS = re.compile(r"https?:/{1,2}huggingface\.co/(?!datasets/)([^/]+/[^/]+)/?")
-LONGEST = 96
+LONGEST, LONGEST_REVISION = 96, 200
 REVISION = re.compile(r"\w[\w./+-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")
@@ -81,7 +81,9 @@ def parse(name: str) -> Reference | None:
     )
     if not is_name or repository.lower().endswith((*FILE_SUFFIXES, ".git", "-", ".")):
         return None
-    if (at and not REVISION.fullmatch(revision)) or (not address and Path(repository).parent.exists()):
+    if (at and not (REVISION.fullmatch(revision) and len(revision) <= LONGEST_REVISION)) or (
+        not address and Path(repository).parent.exists()
+    ):
         return None
     return Reference(repository, revision or "main")
 
@@ -137,7 +139,7 @@ def cached_folder(storage: Path, revision: str) -> Path | None:
     commit = revision
     ref = storage / "refs" / revision
     if ref.is_file():
-        commit = ref.read_text(encoding="utf-8").strip()
+        commit = ref.read_bytes()[:LONGEST].decode("utf-8", "replace").strip()
     elif SHORT_COMMIT.fullmatch(revision):
         commits = [path.name for path in (storage / "snapshots").glob(f"{revision}*")]
         commit = commits[0] if len(commits) == 1 else revision

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, UnsupportedModelError
-from llmctl.formats.transformers_backend import AUTO_CLASSES, TransformersArtifact, one_line, refused_by_transformers
+from llmctl.formats.transformers_backend import (
+    AUTO_CLASSES,
+    TransformersArtifact,
+    one_line,
+    published_config,
+    refused_by_transformers,
+)
 from llmctl.model.attention import Attended
 from llmctl.model.cache import KVCache
 from llmctl.model.stack import Stack
@@ -26,6 +32,9 @@ TOLERANCE = 1e-4
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument and the output of the cache are called, by transformers' version and architecture."""
+
+MOST_PER_BYTE = 8
+"""Parameters that a byte of a file can hold: codes of 2 bits, in a matrix that is also the head."""
 
 PROBE_TOKENS = 24
 """Tokens of the row on which a model is measured when it is loaded."""
@@ -397,6 +406,31 @@ def are_close(one: Tensor, other: Tensor) -> bool:
     return float((one.float() - other.float()).abs().max()) <= TOLERANCE * max(largest, 1e-30)
 
 
+def check_size(artifact: TransformersArtifact) -> None:
+    """Check that the files can hold the model that their configuration describes: missing weights would be drawn at random.
+
+    Raises: ArtifactError.
+    """
+    import transformers
+
+    n_bytes = sum(entry.end - entry.begin for _, _, entry in artifact.tensors.values())
+    try:
+        with torch.device("meta"):
+            shell = getattr(transformers, AUTO_CLASSES[artifact.config.family]).from_config(
+                published_config(artifact.path), trust_remote_code=False
+            )
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise refused_by_transformers(artifact.path, error) from error
+    n_parameters = sum(parameter.numel() for parameter in shell.parameters())
+    if n_parameters > MOST_PER_BYTE * n_bytes:
+        raise ArtifactError(
+            f"the configuration of `{artifact.path}` describes {n_parameters} parameters, and its files have {n_bytes} bytes",
+            "download the model again",
+        )
+
+
 def load_through_transformers(artifact: TransformersArtifact, *, device: str, dtype: torch.dtype) -> TransformersModel:
     """Load a model with transformers, from safetensors and without running code of its folder.
 
@@ -408,6 +442,7 @@ def load_through_transformers(artifact: TransformersArtifact, *, device: str, dt
     # For good: a model tells of slow kernels and the like when it first runs.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    check_size(artifact)
     try:
         published, loading = getattr(transformers, AUTO_CLASSES[artifact.config.family]).from_pretrained(
             str(path),

@@ -133,19 +133,19 @@ def question_in(parts: tuple[str, ...], path: Path) -> tuple[str, str]:
 
     Raises: UsageError for one text without a context.
     """
+    whole = parts[0]
     if len(parts) == 1:
-        parts = tuple(parts[0].split("\t", 1))
-    if len(parts) == 1 and parts[0].lstrip().startswith("{"):
         try:
-            row = parse_json(parts[0].encode())
+            row = parse_json(whole.encode()) if whole.lstrip().startswith("{") else None
         except ValueError:
-            row = {}
-        given = [row.get(key) for key in ("question", "context")] if isinstance(row, dict) else []
+            row = None
+        given = [row.get(key) for key in ("question", "context")] if isinstance(row, dict) else whole.split("\t", 1)
         parts = tuple(text for text in given if isinstance(text, str))
     if len(parts) == 2:
         return parts[0], parts[1]
     raise UsageError(
-        f"`{path}` is a question-answering model, which needs a question and a context to find the answer in",
+        f"`{path}` is a question-answering model, which needs a question and a context to find the answer in, not "
+        f"`{on_one_line(whole[:60])}` alone",
         f'llmctl classify -m {shlex.quote(str(path))} "QUESTION" "CONTEXT"; a line of standard input is '
         '`QUESTION<TAB>CONTEXT`, or `{"question": ..., "context": ...}`',
     )

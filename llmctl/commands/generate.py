@@ -189,15 +189,15 @@ def argument(text: str | None) -> str:
 
 def read_prompts(*, whole: bool, null: bool, quiet: bool = False) -> Iterator[str]:
     """Yield the prompts on standard input, decoded strictly; print a note if there is none."""
-    from llmctl.data.text_files import decode_utf8
+    from llmctl.data.text_files import STDIN_NAME, decode_utf8
 
     stdin = sys.stdin.buffer
     if whole:
-        yield decode_utf8(stdin.read(), "standard input")
+        yield decode_utf8(stdin.read(), STDIN_NAME)
         return
     offset, end = 0, b"\0" if null else b"\n"
     for raw in split_stream(stdin, end):
-        yield decode_utf8(raw.removesuffix(end), "standard input", offset)
+        yield decode_utf8(raw.removesuffix(end), STDIN_NAME, offset)
         offset += len(raw)
     note(EMPTY_STDIN, quiet=quiet or offset > 0)
 

@@ -1,7 +1,8 @@
 """Export a model as GGUF: write a temporary file, verify it, and only then rename it."""
 
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
         adds_bos=bool(original.frame.before),
         template=find_template(artifact.files),
     )
+    values["general.name"] = name_for(str(values["general.name"]), values["tokenizer.ggml.tokens"])
     if artifact.config.family == "encoder" and values["tokenizer.ggml.model"] != "bert":
         raise refuse("of an encoder is not BERT's WordPiece")
     state = artifact.state()
@@ -103,6 +105,18 @@ def general_of(artifact: Artifact, source: Path) -> dict[str, str]:
     general = {key: origin.get(f"general.{key}") for key in ("name", "license")}
     kept = {key: value for key, value in general.items() if isinstance(value, str) and value}
     return {"name": name_of(source)} | kept
+
+
+PHI3, PHI3_TOKENS = re.compile("phi-?3", re.IGNORECASE), {"<unk>", "<s>", "</s>", "<|endoftext|>"}
+"""A name by which llama.cpp recognizes Phi-3's tokenizer, and the tokens whose spaces it then treats otherwise."""
+
+
+def name_for(name: str, tokens: Collection[str]) -> str:
+    """Return a model's name; not one of Phi-3 for another tokenizer, which llama.cpp could then not load.
+
+    Source: llama.cpp, src/llama-vocab.cpp, "set attributes by model/tokenizer/architecture name".
+    """
+    return name if set(tokens) >= PHI3_TOKENS else PHI3.sub("Phi 3", name)
 
 
 def record_of(out: Path, kind: str, written: Written, proof: Proof) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import io
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -169,19 +170,23 @@ def _whole_characters(data: bytes) -> int:
     return len(data)
 
 
+STDIN_NAME = "standard input"
+
+
 def decode_utf8(data: bytes, shown: str, offset: int = 0) -> str:
     """Decode the part of a file that starts at byte `offset`.
 
     Raises: UsageError naming file and byte offset of invalid UTF-8 or of a NUL, which means binary content.
     """
     nul = data.find(0)
+    operand = "-" if shown == STDIN_NAME else shlex.quote(shown)
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         if data[:2] in (b"\xff\xfe", b"\xfe\xff") and offset == 0:
-            hint = f"it looks like UTF-16: iconv -f UTF-16 -t UTF-8 {shown}"
+            hint = f"it looks like UTF-16: iconv -f UTF-16 -t UTF-8 {operand}"
         elif is_gb18030(data):
-            hint = f"it looks like GBK: iconv -f GB18030 -t UTF-8 {shown}"
+            hint = f"it looks like GBK: iconv -f GB18030 -t UTF-8 {operand}"
         else:
             hint = "convert it to UTF-8 first: iconv -f ENCODING -t UTF-8 (LATIN1 for most Western European texts)"
         if 0 <= nul < error.start:

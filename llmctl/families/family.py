@@ -21,6 +21,10 @@ from llmctl.model.supports import close, unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_LAYERS, MOST_EXPERTS = 10_000, 100_000
+"""Limits for layers, and for the experts of all layers together: lists and names are made for each before the tensors
+of a file are compared with them."""
+
 FACTORS = ("attention_scale", "embedding_scale", "logits_scale", "alibi_scale", "residual_scale")
 """Fields that are computed, most of them as square roots, and equal up to rounding."""
 
@@ -76,7 +80,11 @@ class FamilyFormat:
         published, config = Published(known, self.architecture), ModelConfig()
         for row in self.rows:
             # In order: a default such as 4 d_model needs the fields that stand before it.
-            config = replace(config, **row.read(published, config))
+            fields = row.read(published, config)
+            for field, most in most_of(config).items():
+                if fields.get(field, 0) > most:
+                    raise published.refuse(row.key or field, fields[field], f"at most {most}")
+            config = replace(config, **fields)
         return config
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
@@ -156,6 +164,12 @@ class FamilyFormat:
     def to_published(self, state: Mapping[str, "Tensor"], config: ModelConfig) -> dict[str, "Tensor"]:
         """Turn the state of `LanguageModel(config)` into the tensors to store; a tied head is stored once."""
         return to_stored(self.layout(config), state) | self.constants(config)
+
+
+def most_of(config: ModelConfig) -> dict[str, int]:
+    """Return the limits of what is repeated, given the fields read so far."""
+    n_experts = MOST_EXPERTS // max(1, config.n_layers)
+    return {"n_layers": MOST_LAYERS, "n_decoder_layers": MOST_LAYERS, "n_experts": n_experts}
 
 
 def is_same(name: str, value: Any, config: ModelConfig) -> bool:

@@ -96,7 +96,7 @@ def read_rope(rope: Published, config: ModelConfig, *, partial: bool = False, sh
     kind = "longrope" if kind == "su" else kind  # the name in the first Phi-3
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind not in ("default", None):
-        if kind not in SCALINGS:
+        if not isinstance(kind, str) or kind not in SCALINGS:
             raise rope.refuse("rope_type", kind, f"default, {', '.join(SCALINGS)}")
         numbers = tuple(float(number) for number in SCALINGS[kind][0](rope, config))
         fields |= {"rope_scaling": kind, "rope_scaling_values": numbers}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.config import ModelConfig
-from llmctl.errors import ArtifactError, NotFoundError
+from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.families.family import FamilyFormat
 from llmctl.families.parameters import stored_shape, to_parameters
 from llmctl.families.table import family_of, with_architecture
@@ -177,7 +177,10 @@ def read_artifact(path: Path) -> Artifact:
     n_layers = config.n_layers + config.n_decoder_layers
     if n_layers > (LARGEST_SHARED if config.share_layers else len(tensors)):
         raise mismatch(path, family, f"it has {len(tensors)} tensors for {config.n_layers} layers")
-    config = with_architecture(with_stored_head(family, config, tensors, path), family)
+    try:
+        config = with_architecture(with_stored_head(family, config, tensors, path), family)
+    except UsageError as error:  # of our own configurations; here, of a file's
+        raise ArtifactError(f"`{where}`: {error}", "download the model again, or correct that value") from error
     # A list of end tokens has no place in ModelConfig; transformers takes it over into the generation settings as well.
     if GENERATION not in files:
         files = with_end_ids(config, files, listed_ids(hf.get("eos_token_id")))

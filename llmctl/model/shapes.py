@@ -8,6 +8,9 @@ from llmctl.errors import UsageError
 
 OutputBias = Literal["same", "yes", "no"]
 
+LARGEST_TABLE = 1 << 17
+"""Most sinusoidal positions: their table is computed whole, and no tensor of a file vouches for its size."""
+
 
 def complete(config: ModelConfig) -> ModelConfig:
     """Replace every 0 that means "derive" by its value, and check that the model can be built.
@@ -169,6 +172,10 @@ def contradictions(config: ModelConfig, full: ModelConfig) -> list[str]:
         (
             full.head == "span" and full.n_labels != 2,
             f"`model.head` span has 2 outputs, but `model.n_labels` is {full.n_labels}",
+        ),
+        (
+            full.positions == "sinusoidal" and full.max_positions > LARGEST_TABLE,
+            f"`model.max_positions` is {full.max_positions}, but sinusoidal positions have at most {LARGEST_TABLE}",
         ),
         (not 0 <= full.dropout < 1, f"`model.dropout` {full.dropout} is not in [0, 1)"),
     ]

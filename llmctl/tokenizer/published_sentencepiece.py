@@ -49,6 +49,7 @@ class PublishedPieces(Tokenizer):
         self.has_target_vocabulary = bool(kind.target and config.get("separate_vocabs"))
         vocabulary = TARGET_VOCABULARY if is_target and self.has_target_vocabulary else VOCABULARY
         self._pieces = load_model(model, files)
+        self._source = VOCABULARY if kind.vocabulary else model
         own = [self._pieces.piece(index) for index in range(self._pieces.vocab_size)]
         if kind.vocabulary:
             self._ids = self._listed(vocabulary)
@@ -86,7 +87,7 @@ class PublishedPieces(Tokenizer):
             token = token if isinstance(token, str) and token in ids else kind.roles.get(role)
             setattr(self, f"{role}_id", None if token is None else ids.get(token))
         if self.unk_id is None:
-            raise ArtifactError(f"`{model}` has no token for unknown text", "download it again")
+            raise ArtifactError(f"`{self._source}` has no token for unknown text", "download it again")
         if not kind.vocabulary:
             self._row = [self._id_of(own, index, ids, shift) for index in range(len(own))]
         self._frame = self._named_frame(ids)
@@ -123,8 +124,10 @@ class PublishedPieces(Tokenizer):
         for part in self.kind.frame(self._config):
             found = [roles[token] if token in roles else ids.get(token) for token in part]
             if None in found:
+                role = part[found.index(None)]
                 raise ArtifactError(
-                    f"`{self.kind.model}` has no `{part[found.index(None)]}`, which {self.name}Tokenizer puts around texts",
+                    f"`{self._source}` has no `{self.kind.roles.get(role, role)}`, which {self.name}Tokenizer puts "
+                    "around texts",
                     "download it again",
                 )
             parts.append(tuple(index for index in found if index is not None))

@@ -294,6 +294,16 @@ def test_without_a_network(tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
+@pytest.mark.parametrize("revision", ["main", "x" * 300])
+def test_a_damaged_cache_is_none(revision, tmp_path):
+    """A noted commit that is no text, and a revision that is longer than the name of a file may be."""
+    refs = tmp_path / "hf" / "hub" / f"models--{NAME.replace('/', '--')}" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_bytes(b"\xff\xfe" * 1000)
+    message = error(inspect(tmp_path, f"{NAME}@{revision}", HF_HUB_OFFLINE="1"), 3)
+    assert f"`{NAME}" in message
+
+
 def test_a_tokenizer_that_another_program_left_out_is_fetched(hub: Hub, repository, tmp_path):
     assert inspect(tmp_path, url=hub.url).code == 0
     for file in (tmp_path / "hf").rglob("snapshots/*/tokenizer*"):

@@ -119,10 +119,13 @@ def test_a_question_answering_model_reads_questions_with_contexts(call, headed):
     status, found, _ = call("classify", "-q", "--json", "-m", model, "what cat", context)
     record = json.loads(found)
     assert (record["question"], record["answer"], record["start"]) == ("what cat", answer, int(start))
-    for wrong in (["a text"], ['{"question": "a"}']):
-        status, out, err = call("classify", "-q", "-m", model, *wrong)
+    spaced = json.dumps({"question": "what cat", "context": context}, indent="\t").replace("\n", "")
+    assert call("classify", "-q", "-m", model, spaced)[1] == out
+    for wrong in ("a text", '{"question": "a"}', '{"question":\t5}'):
+        status, out, err = call("classify", "-q", "-m", model, "-", stdin=f"what\tthe cat\n{wrong}\n".encode())
         assert (status, out) == (2, "")
         assert "is a question-answering model" in err
+        assert f"`{wrong}` alone".replace("\t", "\\t") in err
         assert "QUESTION" in err
     status, _, err = call("classify", "-m", model, "what " * 99, context)
     assert "1 texts were longer" in err

@@ -1,6 +1,7 @@
 """A model out as GGUF and in again: equal weights, ids and special tokens; what is wrong with a file keeps it away."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig, TokenizerConfig
 from llmctl.converting import export_gguf as module
 from llmctl.converting.convert import import_model
-from llmctl.converting.export_gguf import export_gguf
+from llmctl.converting.export_gguf import export_gguf, name_for
 from llmctl.converting.gguf_check import N_GREEDY, distance
 from llmctl.errors import ArtifactError, OutputError, UsageError
 from llmctl.formats.artifact import read_artifact
@@ -234,6 +235,15 @@ def test_license_and_name_of_an_imported_file_stay(folder, tmp_path):
     export_gguf(named, tmp_path / "m.gguf")
     back = read_artifact(import_model(tmp_path / "m.gguf", tmp_path / "back"))
     assert back.provenance["imported"].items() >= told["imported"].items()
+
+
+@pytest.mark.parametrize("name", ["my-phi3-student", "Phi-3 mini"])
+def test_a_name_by_which_llama_cpp_takes_another_tokenizer_for_phi3s(name, tmp_path):
+    source = model_in(tmp_path / name)
+    export_gguf(source, tmp_path / "m.gguf")  # llama.cpp could not open it, where it is installed
+    written = read_gguf_header(tmp_path / "m.gguf").metadata["general.name"]
+    assert written == re.sub("(?i)phi-?3", "Phi 3", name)
+    assert name_for(name, ["<unk>", "<s>", "</s>", "<|endoftext|>", "a"]) == name
 
 
 def test_distance_is_the_textbooks():

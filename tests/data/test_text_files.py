@@ -25,3 +25,10 @@ def test_the_hint_names_the_encoding(text, encoding, hint):
 def test_a_part_that_ends_inside_a_character_is_recognized_too():
     assert is_gb18030("山里有座庙".encode("gbk")[:-1])
     assert not is_gb18030(b"\xff\xff\xff")
+
+
+@pytest.mark.parametrize(("shown", "operand"), [("standard input", "-"), ("a b.txt", "'a b.txt'")])
+def test_the_hint_is_a_command(shown, operand):
+    with pytest.raises(UsageError) as caught:
+        decode_utf8("text".encode("utf-16"), shown)
+    assert caught.value.hint.endswith(f"iconv -f UTF-16 -t UTF-8 {operand}")

@@ -2,6 +2,7 @@
 
 import json
 import random
+import tracemalloc
 from dataclasses import asdict, fields, replace
 from itertools import cycle, islice
 from typing import get_args, get_origin, get_type_hints
@@ -354,6 +355,7 @@ REFUSED = [
     ("BartForConditionalGeneration", BART | {"tie_word_embeddings": False}, "tie_word_embeddings"),
     ("MarianMTModel", BART | {"tie_word_embeddings": False}, "tie_word_embeddings"),
     ("MarianMTModel", BART | {"decoder_vocab_size": 9}, "decoder_vocab_size"),
+    ("LlamaForCausalLM", LLAMA | {"rope_parameters": {"rope_type": []}}, "rope_type"),
     ("LlmctlForLanguageModel", {"family": "cat"}, "family"),
     ("LlmctlForLanguageModel", {"n_layers": 1.5}, "n_layers"),
     ("LlmctlForLanguageModel", {"attention_windows": ["8"]}, "attention_windows"),
@@ -366,6 +368,26 @@ def test_what_is_not_read_is_refused_by_name(architecture, values, named):
     with pytest.raises(ArtifactError, match=named) as caught:
         FAMILIES[architecture].read_config(values)
     assert caught.value.hint.startswith("what is read:")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "named"),
+    [
+        ("LlamaForCausalLM", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("Qwen3ForCausalLM", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("OlmoeForCausalLM", {"num_experts": 10**9}, "num_experts"),
+        ("OlmoeForCausalLM", {"num_experts": 1000, "num_hidden_layers": 1000}, "num_experts"),
+        ("LlmctlForLanguageModel", {"n_experts": 10**9}, "n_experts"),
+    ],
+)
+def test_a_number_that_lies_costs_no_memory(architecture, values, named):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArtifactError, match=named):
+            FAMILIES[architecture].read_config(LLAMA | values)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_scale_of_scores_follows_from_the_width_of_a_head():

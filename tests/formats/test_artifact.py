@@ -236,6 +236,20 @@ def test_a_config_of_a_billion_layers_costs_nothing(tmp_path):
         read_artifact(rewrite(path, llmctl_config=json.dumps(config)))
 
 
+def test_a_table_of_a_billion_positions_costs_nothing(tmp_path):
+    path = write(tmp_path / "m.safetensors", make(positions="sinusoidal"))
+    config = json.loads(read_header(path).metadata["llmctl.config"]) | {"max_positions": 10**9}
+    with pytest.raises(ArtifactError, match="max_positions` is 1000000000"):
+        read_artifact(rewrite(path, llmctl_config=json.dumps(config)))
+
+
+def test_a_configuration_that_contradicts_itself_is_a_damaged_artifact(tmp_path):
+    path = write(tmp_path / "m.safetensors", make(n_experts=4, n_active_experts=2))
+    config = json.loads(read_header(path).metadata["llmctl.config"]) | {"num_experts_per_tok": 5}
+    with pytest.raises(ArtifactError, match=r"m\.safetensors.* is 5, not 1 to 4"):
+        read_artifact(rewrite(path, llmctl_config=json.dumps(config)))
+
+
 def test_weights_without_a_configuration(tmp_path):
     path = rewrite(write(tmp_path / "m.safetensors"), llmctl_config=None)
     with pytest.raises(ArtifactError, match=r"config\.json"):

@@ -101,6 +101,15 @@ def test_greedy_and_beam_search_are_those_of_transformers(name, beams, tmp_path)
         assert completion.ids == [index for index in new if index not in ends], prompt
 
 
+@pytest.mark.parametrize("name", ["lfm2", "umt5"])
+def test_a_vocabulary_that_lies_costs_no_memory(name, tmp_path):
+    build(VARIANTS[name], tmp_path / name)
+    path = tmp_path / name / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 10**9}))
+    with pytest.raises(ArtifactError, match=r"describes \d+ parameters, and its files have \d+ bytes"):
+        load_model(tmp_path / name, device="cpu", dtype="float32", backend="transformers")
+
+
 def test_a_native_model_teaches_the_same_through_transformers(tmp_path, text_tokenizer, monkeypatch, capsys):
     """The same teacher, data and seed, with either backend: equal losses to rounding."""
     monkeypatch.chdir(tmp_path)

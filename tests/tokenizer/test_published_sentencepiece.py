@@ -278,6 +278,16 @@ def test_a_damaged_model_is_refused_by_its_name():
             from_sentencepiece(folder_files("T5", **{key.strip(): value}))
 
 
+@pytest.mark.parametrize(
+    ("token", "named"), [("</s>", "`vocab.json` has no `</s>`"), ("<unk>", "`vocab.json` has no token")]
+)
+def test_a_vocabulary_without_a_token_is_refused_by_name(token, named):
+    files = published("Marian")
+    ids = {piece: index for piece, index in json.loads(files["vocab.json"]).items() if piece != token}
+    with pytest.raises(ArtifactError, match=named):
+        find_tokenizer(files | {"vocab.json": json.dumps(ids).encode()})
+
+
 @pytest.mark.parametrize("value", [3, ["a"], "x", True], ids=str)
 def test_a_damaged_list_of_added_tokens_is_refused(value):
     with pytest.raises(ArtifactError, match="`added_tokens_decoder`"):

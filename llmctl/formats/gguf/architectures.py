@@ -249,8 +249,9 @@ def granite_settings(data: Published, _: Mapping[str, Any]) -> dict[str, Any]:
     """Return Granite's factors."""
     values = {field: float(shortest(data.number(key, 1.0))) for key, field in GRANITE_SCALES.items()}
     divisor = float(shortest(data.number("logit_scale", 1.0)))
-    if divisor <= 0 or values["attention_scale"] <= 0:
-        raise data.refuse("logit_scale", divisor, "a positive number")
+    for key, value in {"attention.scale": values["attention_scale"], "logit_scale": divisor}.items():
+        if value <= 0:
+            raise data.refuse(key, value, "a positive number")
     return values | {"logits_scale": 1.0 / divisor}
 
 
@@ -264,9 +265,13 @@ POOLINGS = {"mean": 1, "first": 2, "last": 3}
 """Our names of llama.cpp's `pooling_type`."""
 
 
-def token_types(_: Published, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how many token types there are, which only the tensor tells."""
-    return {"n_token_types": tensors["token_types.weight"].shape[0] if "token_types.weight" in tensors else 0}
+def token_types(data: Published, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how many token types there are, which the tensor tells; llama.cpp insists on the same number in the metadata."""
+    n_types = tensors["token_types.weight"].shape[0] if "token_types.weight" in tensors else 0
+    key = "tokenizer.ggml.token_type_count"
+    if n_types and data.integer(key, n_types) != n_types:
+        raise data.refuse(key, data.values[key], f"{n_types}, the rows of `token_types.weight`")
+    return {"n_token_types": n_types}
 
 
 def is_encoder(config: ModelConfig) -> bool:

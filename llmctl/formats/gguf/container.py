@@ -199,7 +199,22 @@ def read_tensor_entries(cursor: Cursor, n_tensors: int, metadata: Mapping[str, A
     if type(alignment) is not int or not 1 <= alignment <= 2**20:
         raise cursor.damaged(f"`general.alignment` is {str(alignment)[:40]}")
     start = -(-cursor.position // alignment) * alignment
-    return {name: place(cursor, name, start, entry) for name, entry in entries.items()}
+    tensors = {name: place(cursor, name, start, entry) for name, entry in entries.items()}
+    refuse_overlap(cursor, tensors)
+    return tensors
+
+
+def refuse_overlap(cursor: Cursor, tensors: Mapping[str, GgufTensor]) -> None:
+    """Refuse tensors that share bytes: a small file of them would take any amount of memory.
+
+    Raises: ArtifactError naming two.
+    """
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin < end and tensor.n_bytes:
+            raise cursor.damaged(f"the tensors `{before[:80]}` and `{name[:80]}` share bytes")
+        if tensor.n_bytes:
+            end, before = tensor.begin + tensor.n_bytes, name
 
 
 def place(cursor: Cursor, name: str, start: int, entry: tuple[Block, tuple[int, ...], int]) -> GgufTensor:

@@ -46,7 +46,7 @@ def gguf_config(header: GgufHeader) -> ModelConfig:
             "join them first: llama-gguf-split --merge FIRST-PART OUT.gguf",
         )
     name = header.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ArtifactError(
             f"`{header.path}` is of the architecture `{str(name)[:60]}`, which llmctl does not read as GGUF",
             f"what is read: {', '.join(ARCHITECTURES)}; other families come in as Hugging Face folders",
@@ -109,7 +109,8 @@ def config_of(header: GgufHeader, row: Architecture) -> ModelConfig:
         raise ArtifactError(f"`{header.path}`: {error}", DAMAGED) from error
     if FACTORS in header.tensors:
         return with_factors(header, config)
-    return with_long_factors(header, config, data) if SHORT_FACTORS in header.tensors else config
+    has_factors = not {SHORT_FACTORS, LONG_FACTORS}.isdisjoint(header.tensors)
+    return with_long_factors(header, config, data) if has_factors else config
 
 
 def rotated_width(config: ModelConfig) -> int:

@@ -163,7 +163,7 @@ def byte_level_json(values: Mapping[str, Any], tokens: list[str], types: list[in
     Raises: ArtifactError when the pre-tokenizer is not known or the merges are not pairs.
     """
     pre, merges = values.get("pre"), values.get("merges")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         known = f"what is read: {', '.join(PRE_TOKENIZERS)}"
         raise ArtifactError(f"the GGUF file has the pre-tokenizer `{str(pre)[:60]}`, which llmctl does not read", known)
     if not is_list(merges, str):

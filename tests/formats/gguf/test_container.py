@@ -4,7 +4,9 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +185,51 @@ def test_what_is_not_read_is_refused_by_name(changes, message, tmp_path):
         gguf_config(header)
 
 
+def as_architecture(name: str, **metadata: Any) -> dict[str, Any]:
+    """Return the metadata under the keys of another architecture."""
+    own = {key.replace("llama.", f"{name}."): size for key, size in METADATA.items()}
+    return own | {f"{name}.{key.replace('__', '.')}": number for key, number in metadata.items()}
+
+
+@pytest.mark.parametrize(("key", "named"), [("attention__scale", "attention.scale"), ("logit_scale", "logit_scale")])
+def test_a_factor_of_granite_that_is_not_positive_is_named(key, named, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", architecture="granite", metadata=as_architecture("granite", **{key: -0.5}))
+    with pytest.raises(ArtifactError, match=f"`{named}` '-0.5'"):
+        gguf_config(read_gguf_header(path))
+
+
+@pytest.mark.parametrize(("stored", "missing"), [("short", "long"), ("long", "short")])
+def test_divisors_for_one_length_only_are_refused(stored, missing, tmp_path):
+    shapes = {name: shape for name, shape in SHAPES.items() if not name.startswith(("blk.0.attn_", "blk.0.ffn_"))}
+    shapes |= {f"rope_factors_{stored}.weight": (4,)}
+    path = write_gguf(tmp_path / "m.gguf", architecture="phi3", metadata=as_architecture("phi3"), shapes=shapes)
+    header = read_gguf_header(path)
+    ones = np.ones(4, np.float32).tobytes()
+    data, begin = bytearray(path.read_bytes()), header.tensors[f"rope_factors_{stored}.weight"].begin
+    data[begin : begin + 16] = ones
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"no tensor `rope_factors_{missing}"):
+        gguf_config(header)
+
+
+def test_an_architecture_that_is_no_text_is_refused(tmp_path):
+    header = read_gguf_header(write_gguf(tmp_path / "m.gguf"))
+    with pytest.raises(ArtifactError, match=r"architecture `\['llama'\]`"):
+        gguf_config(replace(header, metadata={**header.metadata, "general.architecture": ["llama"]}))
+
+
+def test_the_number_of_token_types_is_that_of_the_tensor(tmp_path):
+    metadata = as_architecture("bert", attention__layer_norm_epsilon=1e-5) | {"tokenizer.ggml.token_type_count": 3}
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        architecture="bert",
+        metadata=metadata,
+        shapes={"token_embd.weight": (8, 32), "token_types.weight": (2, 32)},
+    )
+    with pytest.raises(ArtifactError, match=r"`tokenizer.ggml.token_type_count` '3'"):
+        gguf_config(read_gguf_header(path))
+
+
 def text(value: str) -> bytes:
     return struct.pack("<Q", len(value)) + value.encode()
 
@@ -217,6 +264,7 @@ HOSTILE = {
     "no dimensions": head(1, 0, tensor("a", (), 0, 0) + bytes(64)),
     "five dimensions": head(1, 0, tensor("a", (1,) * 5, 0, 0) + bytes(64)),
     "tensor twice": head(2, 0, tensor("a", (1,), 0, 0) * 2 + bytes(64)),
+    "tensors that share bytes": head(2, 0, tensor("a", (8,), 0, 0) + tensor("b", (8,), 0, 16) + bytes(96)),
     "huge shape": head(1, 0, tensor("a", (2**60, 2**60), 0, 0) + bytes(64)),
     "past the end": head(1, 0, tensor("a", (1000,), 0, 0) + bytes(64)),
     "offset past the end": head(1, 0, tensor("a", (1,), 0, 2**63) + bytes(64)),
@@ -343,6 +391,7 @@ def test_a_byte_level_tokenizer_splits_as_its_pre_tokenizer_says():
         ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
         ({"tokenizer.ggml.tokens": ["a"]}, "1 tokens for an embedding of 8 rows"),
         ({"tokenizer.ggml.tokens": None}, "0 tokens"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "pre-tokenizer"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type"),
         ({"tokenizer.ggml.merges": None}, "merges"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "merges"),

@@ -14,6 +14,15 @@ os.environ["HF_HUB_OFFLINE"] = (
 )
 
 
+LONGEST = ("test_the_transcript_runs", "test_two_hosts", "test_the_prediction_is_within_a_tenth_of_the_peak")
+"""Tests of half a minute and more: begun last, one process would work alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, and keep the order of the others."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real corpora and weights beside the checkout, or skip."""

@@ -37,6 +37,7 @@ def free_port() -> str:
 
 
 def test_a_machine_is_described(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLMCTL_NATIVE", "0")  # whatever is compiled on this machine
     monkeypatch.setenv("LLMCTL_RUNS", str(tmp_path / "not" / "yet"))
     assert run(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -43,7 +43,9 @@ def local_windows(n_own: int) -> Row:
             period = published.integer("global_attn_every_n_layers", 3)
             kinds = [WINDOWED if layer % period else FULL for layer in range(config.n_layers)]
         size = published.integer("local_attention", 128) // 2 + n_own
-        return dict(windows().read(Published({"layer_types": kinds, "sliding_window": size}, ""), config))
+        return dict(
+            windows().read(Published({"layer_types": kinds, "sliding_window": size}, published.architecture), config)
+        )
 
     def write(config: ModelConfig) -> dict[str, Any]:
         sizes = [window_of(config, layer) for layer in range(config.n_layers)]

@@ -360,6 +360,7 @@ REFUSED = [
     ("LlmctlForLanguageModel", {"n_layers": 1.5}, "n_layers"),
     ("LlmctlForLanguageModel", {"attention_windows": ["8"]}, "attention_windows"),
     ("LlmctlForLanguageModel", {"gated": 1}, "gated"),
+    ("ModernBertForMaskedLM", {"vocab_size": 9, "layer_types": "all"}, "of ModernBertForMaskedLM has `layer_types`"),
 ]
 
 

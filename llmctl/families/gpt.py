@@ -5,6 +5,7 @@ from typing import Any
 
 from llmctl.config import ModelConfig
 from llmctl.families.family import FamilyFormat
+from llmctl.families.gpt2 import SIZES as GPT2_SIZES
 from llmctl.families.parameters import Stored, Tensors, module, modules
 from llmctl.families.published import Published
 from llmctl.families.rope import read_rope, write_parameters
@@ -469,18 +470,7 @@ BIGCODE = FamilyFormat(
         constant("multi_query", True),
         only("scale_attn_weights", True),
         only("add_cross_attention", False),
-        integer("vocab_size", "vocab_size"),
-        integer("n_embd", "d_model", 768),
-        integer("n_layer", "n_layers", 12),
-        integer("n_head", "n_heads", 12),
-        integer("n_inner", "d_ff", lambda config: 4 * config.d_model),
-        integer("n_positions", "max_positions", 1024),
-        activation("activation_function", "gelu_pytorch_tanh"),
-        number("layer_norm_epsilon", "norm_eps", 1e-5),
-        number("resid_pdrop", "dropout", 0.1),
-        repeated("embd_pdrop", "dropout"),
-        written("attn_pdrop", 0.0),
-        number("initializer_range", "init_std", 0.02),
+        *replaced(GPT2_SIZES, activation("activation_function", "gelu_pytorch_tanh"), n_ctx=None),
         TIED,
         *TOKENS,
         derived("head_dim", lambda config: max(config.d_model // config.n_heads, 1)),

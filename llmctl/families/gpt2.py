@@ -18,12 +18,7 @@ from llmctl.families.rows import (
     written,
 )
 
-ROWS = (
-    fixed(norm="layernorm", positions="learned", gated=False, attention_bias=True, mlp_bias=True),
-    # Both change the scale of the scores, the second by layer.
-    only("scale_attn_weights", True),
-    only("scale_attn_by_inverse_layer_idx", False),
-    only("add_cross_attention", False),
+SIZES = (
     integer("vocab_size", "vocab_size"),
     integer("n_embd", "d_model", 768),
     integer("n_layer", "n_layers", 12),
@@ -37,6 +32,14 @@ ROWS = (
     repeated("embd_pdrop", "dropout"),
     written("attn_pdrop", 0.0),
     number("initializer_range", "init_std", 0.02),
+)
+ROWS = (
+    fixed(norm="layernorm", positions="learned", gated=False, attention_bias=True, mlp_bias=True),
+    # Both change the scale of the scores, the second by layer.
+    only("scale_attn_weights", True),
+    only("scale_attn_by_inverse_layer_idx", False),
+    only("add_cross_attention", False),
+    *SIZES,
     flag("tie_word_embeddings", "tie_embeddings", default=True),
     *TOKENS,
     *STANDARD_HEADS,

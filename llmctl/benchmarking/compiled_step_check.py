@@ -100,7 +100,7 @@ def error_of(library: Library, case: str, group: int = 0, **fields: Any) -> floa
     errors = []
     for _ in range(N_TOKENS):
         tokens_B = torch.randint(0, SHAPE.vocab_size, (3,), generator=generator)
-        expected_BV, compiled_BV = decoder.logits(tokens_B, caches[0]).float(), step(tokens_B, caches[1])
+        expected_BV, compiled_BV = decoder.logits(tokens_B, caches[0]).float(), step(tokens_B, caches[1], None)
         assert compiled_BV is not None
         errors.append((compiled_BV - expected_BV).norm() / expected_BV.norm())
     return float(torch.stack(errors).max())

@@ -73,12 +73,12 @@ class Session:
 
     def step(self, tokens_B: Tensor) -> Tensor:
         """Append one token per row and return the logits of the next tokens."""
+        positions_B1 = None
         if self.is_decoder:
-            self.positions_B1 = self.positions_B1 + 1
-            if self.decoder is not None:
-                return self._allowed(self.decoder.logits(tokens_B, self.cache, self.positions_B1))
-            return self._logits(self._decode(tokens_B[:, None], positions_BT=self.positions_B1))
-        return self._logits(self._decode(tokens_B[:, None]))
+            self.positions_B1 = positions_B1 = self.positions_B1 + 1
+        if self.decoder is not None:
+            return self._allowed(self.decoder.logits(tokens_B, self.cache, positions_B1, self.memory_documents_BS))
+        return self._logits(self._decode(tokens_B[:, None], positions_BT=positions_B1))
 
     def select(self, rows_B: Tensor) -> None:
         """Keep these rows in this order; a row may repeat."""

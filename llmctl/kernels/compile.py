@@ -19,7 +19,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 FLAGS = (
-    *("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-std=c++17", "-fno-exceptions", "-fopenmp", "-shared", "-fPIC"),
     # Allow reordered sums, as in torch. -ffast-math would also set flush-to-zero for the whole process at load time.
     *("-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"),
 )
@@ -30,7 +30,7 @@ HERE = "native"
 
 
 def source_path() -> Path:
-    """Return the C++ source file."""
+    """Return the C++ source file; it includes the headers beside it."""
     return Path(__file__).parent / "cpp" / "decode.cpp"
 
 
@@ -40,7 +40,8 @@ def library_path(processor: str = HERE) -> Path:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = [source_path().read_text(encoding="utf-8"), " ".join(flags_for(processor)), processor_name(), features]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(source_path().parent.glob("*.[ch]*"))]
+    parts = [*sources, " ".join(flags_for(processor)), processor_name(), features]
     return cache_folder() / f"decode-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
 
 

@@ -6,10 +6,11 @@ it, unless `LLMCTL_NATIVE=0`. It is optional: without it, decoding uses torch.
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from llmctl.kernels.compile import Library, library_path
 from llmctl.losses.logits import is_native
 from llmctl.model import decode
 from llmctl.model.cache import Int8KVCache, KVCache
-from llmctl.model.decode import Decoder, Dense, Native, join
-from llmctl.model.positions import alibi_slopes, rope_tables
+from llmctl.model.decode import Decoder, Dense, Layer, Native, join
+from llmctl.model.positions import rope_tables
 from llmctl.model.stack import Block
 from llmctl.model.supports import EXPERTS, unsupported
 from llmctl.quant.linear import QuantLinear
@@ -30,11 +31,11 @@ from llmctl.quant.products import Kind, Product, rows_of, unpacked
 from llmctl.quant.schemes import GROUPS, Scheme
 from llmctl.quant.weight import QuantWeight
 
-MOST_ROWS = 4
-"""The most rows (sequences) per step: weights are read once but multiplied row by row."""
+MOST_ROWS = 64
+"""The most rows (sequences) per step; for more, attention in torch is faster."""
 
-BLOCK, ROWS = 64, 4
-"""Inputs that are quantized with one scale, and outputs that are computed together; as in decode.cpp."""
+BLOCK, TILE = 64, 32
+"""Inputs that are quantized with one scale, and outputs that are stored together; as in matrix.h."""
 
 INT4_BITS, MOST_BITS = 4, 6
 """Grouped codes up to the first width are stored two per byte, up to the second one per byte."""
@@ -43,7 +44,7 @@ KINDS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3, "bytes": 4}
 
 
 class CMatrix(ctypes.Structure):
-    """The struct `Matrix` of decode.cpp."""
+    """The struct `Matrix` of matrix.h."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),
@@ -67,11 +68,10 @@ class CLayer(ctypes.Structure):
     """The struct `Layer` of decode.cpp."""
 
     _fields_ = (
-        ("qkv", CMatrix),
-        ("out", CMatrix),
-        ("up", CMatrix),
-        ("down", CMatrix),
-        *((name, CNorm) for name in ("attention", "mlp", "attention_output", "mlp_output", "attention_sum", "mlp_sum")),
+        *((name, CMatrix) for name in ("qkv", "out", "up", "down", "cross_query", "cross_out")),
+        *((name, CNorm) for name in ("attention", "mlp", "cross")),
+        *((name, CNorm) for name in ("attention_output", "mlp_output", "cross_output")),
+        *((name, CNorm) for name in ("attention_sum", "mlp_sum", "cross_sum")),
         *((name, CNorm) for name in ("query", "key")),
         ("window", ctypes.c_int64),
         ("rope", ctypes.c_int64),
@@ -91,12 +91,23 @@ class CModel(ctypes.Structure):
         ("rotated", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("eps", "scale", "residual_scale", "softcap", "logits_softcap")),
         *((name, ctypes.c_int32) for name in ("activation", "gated", "parallel", "head_norm")),
-        ("cache_kind", ctypes.c_int32),
-        ("n_threads", ctypes.c_int32),
         ("layers", ctypes.POINTER(CLayer)),
-        ("slopes", ctypes.c_void_p),
         ("norm", CNorm),
         ("head", CMatrix),
+    )
+
+
+class CStep(ctypes.Structure):
+    """The struct `Step` of decode.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_rows", "n_places", "position")),
+        ("starts", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("cache_kind", "memory_kind", "n_threads", "n_ropes")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "bias", "memory_keys", "memory_values")),
+        ("n_memory", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("memory_lengths", "x", "logits")),
     )
 
 
@@ -118,70 +129,75 @@ def load_library(path: Path) -> Library:
     Raises: OSError, AttributeError if it is not one of ours.
     """
     library = ctypes.CDLL(str(path))
-    library.llmctl_step.restype = None
-    pointers = [ctypes.c_void_p] * 2
-    longs = ctypes.c_int64, ctypes.c_int64
-    library.llmctl_step.argtypes = [
-        ctypes.POINTER(CModel),
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        *pointers,
-        *pointers,
-        *longs,
-        *pointers,
-        ctypes.c_void_p,
-    ]
-    library.llmctl_unpack.restype = None
-    library.llmctl_unpack.argtypes = [
-        ctypes.POINTER(CMatrix),
-        *longs,
-        ctypes.c_int32,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-    ]
+    pointer, long, int_ = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    matrix = ctypes.POINTER(CMatrix)
+    for name, kinds in {
+        "step": [ctypes.POINTER(CModel), ctypes.POINTER(CStep)],
+        "unpack": [matrix, long, long, int_, int_, pointer],
+        "tiles": [matrix, int_, pointer, pointer, pointer],
+        "product": [matrix, pointer, long, int_, pointer],
+    }.items():
+        function = getattr(library, f"llmctl_{name}")
+        function.argtypes, function.restype = kinds, None
     return library
 
 
+class Tiles:
+    """Quantized weights in the library's order, each converted once however many use it."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.made: WeakKeyDictionary[QuantWeight, tuple[CMatrix, list[Tensor]]] = WeakKeyDictionary()
+
+    def of(self, layer: QuantWeight) -> tuple[CMatrix, list[Tensor]]:
+        """Return a weight as the library's struct, and the tensors it points into; bfloat16 must represent the scales."""
+        if layer not in self.made:
+            kept: list[Tensor] = []
+            source = coded(layer, kept)
+            n_out, n_groups = -(-layer.n_out // TILE) * TILE, layer.scheme.n_groups(layer.n_in)
+            n_bytes = layer.n_in // 2 if source.kind == KINDS["int4"] else layer.n_in
+            # Zeros: what no output has is multiplied too.
+            codes = torch.zeros(n_out * n_bytes, dtype=torch.uint8)
+            scales = torch.zeros(n_out * n_groups, dtype=torch.bfloat16)
+            zeros = torch.zeros(n_out * n_groups if source.zero else 0, dtype=torch.uint8)
+            pointers = [tensor.data_ptr() for tensor in (codes, scales, zeros)]
+            self.library.llmctl_tiles(source, torch.get_num_threads(), *pointers)
+            pointers[2] = pointers[2] if source.zero else 0
+            matrix = CMatrix(source.kind, source.group, layer.n_out, layer.n_in, *pointers)
+            self.made[layer] = matrix, [codes, scales, zeros]
+        return self.made[layer]
+
+
 NAMED = decode.NAMED - EXPERTS - {"head_transform"}
-CHOICES = decode.CHOICES | {"family": ("decoder",)}
-"""What decode.cpp supports: decoders that `Decoder` does, but for mixtures of experts and a transformed head."""
+CHOICES = decode.CHOICES
+"""What decode.cpp supports: what `Decoder` does, but for mixtures of experts and a transformed head."""
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 PARALLEL = ("none", "shared", "separate")
 HEAD_NORMS = {"head": 1, "rotated": 2, "width": 3}
 
 
-def make_native(library: Library, decoder: Decoder) -> Native | None:
+def make_native(library: Library, decoder: Decoder, tiles: Tiles | None = None) -> Native | None:
     """Return the compiled step of a decoder, or None for an unsupported model."""
-    config = decoder.config
-    if unsupported(config, NAMED, CHOICES) or config.d_ff % ROWS:
+    if unsupported(decoder.config, NAMED, CHOICES):
         return None
-    step = Step(library, decoder)
+    step = Step(library, decoder, tiles or Tiles(library))
     return step if step.is_whole else None
 
 
 class Step:
     """A model in the library's structs: pointers into tensors, which this object keeps alive."""
 
-    def __init__(self, library: Library, decoder: Decoder) -> None:
-        self.library, self.decoder, self.config = library, decoder, decoder.config
+    def __init__(self, library: Library, decoder: Decoder, tiles: Tiles) -> None:
+        self.library, self.decoder, self.config, self.tiles = library, decoder, decoder.config, tiles
         self.kept: list[Tensor] = []
-        self.is_whole = True  # set to False by a matrix that the library does not support
+        self.is_whole = True  # set to False by what the library does not support
         config = decoder.config
         self.kinds = sorted(decoder.rope_kinds)
         self.rotated = config.rotary_dim or config.head_dim
         layers = (CLayer * len(decoder.layers))()
         for index, layer in enumerate(decoder.layers):
-            kind = layer.block.rope
-            layers[index] = CLayer(
-                self._matrix(layer.attention.qkv),
-                self._matrix(layer.attention.out),
-                self._matrix(layer.up),
-                self._matrix(layer.down),
-                *self._norms(layer.block),
-                layer.block.window,
-                self.kinds.index(kind) if kind in self.kinds else -1,
-            )
+            layers[index] = self._layer(layer)
         head: nn.Module = decoder.model.lm_head
         self.layers = layers
         self.model = CModel(
@@ -201,82 +217,133 @@ class Step:
             config.gated,
             PARALLEL.index(config.parallel),
             HEAD_NORMS[config.qk_norm_kind] if config.qk_norm else 0,
-            0,
-            1,
             layers,
-            self._keep(alibi_slopes(config.n_heads) * config.alibi_scale) if config.positions == "alibi" else None,
             self._norm(decoder.stack.norm, config.logits_scale) if config.norm_position != "post" else CNorm(),
             self._matrix(join([head])),
         )
         # Without a final norm, nothing carries the factor on the states before the head.
         self.is_whole &= config.norm_position != "post" or config.logits_scale == 1.0
         self.tables: list[tuple[Tensor, Tensor]] = []
+        self.biases: list[Tensor | None] = []
         self.table_size = 0
+        self.memory: tuple[Tensor | None, Tensor] | None = None
 
-    def __call__(self, tokens_B: Tensor, cache: KVCache) -> Tensor | None:
+    def __call__(self, tokens_B: Tensor, cache: KVCache, memory_documents_BS: Tensor | None = None) -> Tensor | None:
         """Return the logits (B, V) after one more token per row, or None for unsupported inputs."""
-        B, position = len(tokens_B), cache.length
+        B = len(tokens_B)
         kind = KINDS.get(str(cache.keys[0].dtype).removeprefix("torch."))
-        if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None:
+        starts_B = cache.starts()
+        if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None or starts_B is None:
+            return None
+        memory = self._memory(cache, memory_documents_BS, B) if self.config.family == "encoder_decoder" else {}
+        if memory is None:
             return None
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
-        x_BD = self._embed(tokens_B, position).float().contiguous()  # the library works in float32
+        x_BD = self._embed(tokens_B, cache.length - starts_B).float().contiguous()  # the library works in float32
         logits_BV = torch.empty(B, self.config.vocab_size)
-        # Set per call: the same model can be used with different caches and thread counts.
-        self.model.cache_kind, self.model.n_threads = kind, torch.get_num_threads()
-        cos, sin = self._ropes(cache)
-        self.library.llmctl_step(
-            self.model,
-            x_BD.data_ptr(),
-            B,
-            pointers_to(cache.keys),
-            pointers_to(cache.values),
-            *map(pointers_to, scales),
-            cache.max_len,
-            position,
-            cos,
-            sin,
-            logits_BV.data_ptr(),
+        if self.table_size != cache.max_len:
+            self._tabulate(cache.max_len)
+        buffers = {
+            "keys": cache.keys,
+            "values": cache.values,
+            "key_scales": scales[0],
+            "value_scales": scales[1],
+            "cos": [cos for cos, _ in self.tables],
+            "sin": [sin for _, sin in self.tables],
+            "bias": self.biases,
+            **memory.get("buffers", {}),
+        }
+        pointers = {name: pointers_to(tensors) for name, tensors in buffers.items()}
+        step = CStep(
+            n_rows=B,
+            n_places=cache.max_len,
+            position=cache.length,
+            starts=starts_B.data_ptr(),
+            cache_kind=kind,
+            n_threads=torch.get_num_threads(),
+            n_ropes=len(self.tables),
+            x=x_BD.data_ptr(),
+            logits=logits_BV.data_ptr(),
+            **{name: ctypes.addressof(array) for name, array in pointers.items()},
+            **memory.get("sizes", {}),
         )
+        self.library.llmctl_step(self.model, step)
         cache.advance(1)
         return logits_BV
 
-    def _embed(self, tokens_B: Tensor, position: int) -> Tensor:
+    def _embed(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
         """Return what the first layer reads (B, D)."""
         config, stack = self.config, self.decoder.stack
         x_BD = self.decoder.model.embed(tokens_B)
-        if config.positions in ("rope", "alibi", "none") and not (config.embedding_norm or config.n_token_types):
+        is_plain = config.positions not in ("learned", "sinusoidal")
+        if is_plain and not (config.embedding_norm or config.n_token_types):
             return x_BD
-        return stack.embed(x_BD[:, None], torch.full((1, 1), position), None)[:, 0]
+        return stack.embed(x_BD[:, None], positions_B[:, None], None)[:, 0]
 
-    def _ropes(self, cache: KVCache) -> tuple[Any, Any]:
-        """Return the addresses of the position's cosines and sines, R/2 of each, by kind."""
-        half = self.rotated // 2
-        if self.table_size != cache.max_len:
-            self.table_size = cache.max_len
-            self.tables = []
-            for kind in self.kinds:
-                cos_SR, sin_SR = rope_tables(self.config, torch.arange(cache.max_len), kind, cache.max_len)
-                # The two halves of a head's table are equal: the library needs only one.
-                self.tables.append((cos_SR[:, :half].contiguous(), sin_SR[:, :half].contiguous()))
-        offset = cache.length * half * 4  # bytes: the position's row of the float32 table
-        addresses = [[table.data_ptr() + offset for table in tables] for tables in zip(*self.tables, strict=True)]
-        both = addresses or [[], []]
-        kind_ = ctypes.c_void_p * max(1, len(self.kinds))
-        return kind_(*both[0]), kind_(*both[1])
+    def _memory(self, cache: KVCache, documents_BS: Tensor | None, n_rows: int) -> dict[str, Any] | None:
+        """Return the fields of the encoder's output, or None if it has padding before or between documents."""
+        pairs = [pair for pair in cache.cross if pair is not None]
+        name = str(pairs[0][0].dtype).removeprefix("torch.") if pairs else ""
+        if len(pairs) < len(cache.cross) or name not in ("float32", "bfloat16"):
+            return None
+        cache.cross[:] = pairs = [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
+        S = pairs[0][0].shape[2]
+        if self.memory is None or self.memory[0] is not documents_BS or len(self.memory[1]) != n_rows:
+            lengths_B = torch.full((n_rows,), S) if documents_BS is None else (documents_BS != 0).sum(dim=1)
+            self.memory = documents_BS, lengths_B
+            if documents_BS is not None and not torch.equal(
+                documents_BS, (torch.arange(S) < lengths_B[:, None]).long()
+            ):
+                return None
+        lengths_B = self.memory[1]
+        return {
+            "buffers": {"memory_keys": [keys for keys, _ in pairs], "memory_values": [values for _, values in pairs]},
+            "sizes": {"memory_kind": KINDS[name], "n_memory": S, "memory_lengths": lengths_B.data_ptr()},
+        }
+
+    def _tabulate(self, n_positions: int) -> None:
+        """Compute what depends on positions only: cosines and sines by kind, and what is added to scores by layer."""
+        half, self.table_size = self.rotated // 2, n_positions
+        self.tables = []
+        for kind in self.kinds:
+            cos_SR, sin_SR = rope_tables(self.config, torch.arange(n_positions), kind, n_positions)
+            # The two halves of a head's table are equal: the library needs only one.
+            self.tables.append((cos_SR[:, :half].contiguous(), sin_SR[:, :half].contiguous()))
+        self.biases = []
+        for layer in self.decoder.layers:
+            bias_NS = self.decoder.stack.bias_by_distance(layer.block, n_positions)
+            self.biases.append(None if bias_NS is None else bias_NS.float().contiguous())
+
+    def _layer(self, layer: Layer) -> CLayer:
+        block, kind, cross = layer.block, layer.block.rope, layer.cross
+        if cross is not None:
+            config = self.config
+            self.is_whole &= not (config.qk_norm or config.attention_softcap or (block.before and block.within))
+        return CLayer(
+            self._matrix(layer.attention.qkv),
+            self._matrix(layer.attention.out),
+            self._matrix(layer.up),
+            self._matrix(layer.down),
+            CMatrix() if cross is None else self._matrix(cross.query),
+            CMatrix() if cross is None else self._matrix(cross.out),
+            *self._norms(block),
+            block.window,
+            self.kinds.index(kind) if kind in self.kinds else -1,
+        )
 
     def _norms(self, block: Block) -> tuple[CNorm, ...]:
         """Return the norms of a layer in the order of the struct."""
         none, attention = CNorm(), block.self_attn
         first = self._norm(block.input_layernorm)
         second = self._norm(block.post_attention_layernorm) if block.parallel != "shared" else none
-        before = (first, second) if block.before else (none, none)
-        after = (first, second) if block.after else (none, none)
-        output = (first, second) if block.within and not block.before else (none, none)
+        both: tuple[CNorm, ...] = (first, second, self._norm(block.cross_attention_layernorm) if block.cross else none)
+        nothing: tuple[CNorm, ...] = (none, none, none)
+        output = both if block.within and not block.before else nothing
         if block.before and block.within:
-            output = self._norm(block.attention_output_layernorm), self._norm(block.mlp_output_layernorm)
+            norms = block.attention_output_layernorm, block.mlp_output_layernorm
+            output = (*(self._norm(norm) for norm in norms), none)
         heads = (self._norm(attention.q_norm), self._norm(attention.k_norm)) if attention.qk_norm else (none, none)
-        return (*before, *output, *after, *heads)
+        return (*(both if block.before else nothing), *output, *(both if block.after else nothing), *heads)
 
     def _norm(self, norm: Any, factor: float = 1.0) -> CNorm:
         """Return a norm, its output multiplied by a factor."""
@@ -297,74 +364,75 @@ class Step:
         return tensor.data_ptr()
 
     def _matrix(self, product: Callable[[Tensor], Tensor]) -> CMatrix:
+        layer = getattr(product, "__self__", None)
         if isinstance(product, Dense):
             weight_OI = product.weight_OI.detach()
             name = str(weight_OI.dtype).removeprefix("torch.")
-            is_supported = len(weight_OI) >= ROWS
-            if (
-                is_supported
-                and name in ("float32", "bfloat16")
-                and weight_OI.is_contiguous()
-                and weight_OI.device.type == "cpu"
-            ):
+            if name in ("float32", "bfloat16") and weight_OI.is_contiguous() and weight_OI.device.type == "cpu":
                 bias = self._bias(product.bias_O)
                 return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None, bias)
-        layer = getattr(product, "__self__", None)
-        if isinstance(layer, QuantLinear):
-            return self._coded(layer)
+        elif isinstance(layer, QuantLinear) and is_known_code(layer.scheme, layer.n_in) and layer.has_bfloat16_scales:
+            tiled, tensors = self.tiles.of(layer)
+            matrix = type(tiled).from_buffer_copy(tiled)
+            self.kept += tensors
+            matrix.bias = self._bias(layer.bias)
+            return matrix
         self.is_whole = False
         return CMatrix()
-
-    def _coded(self, layer: QuantLinear) -> CMatrix:
-        is_known = is_known_code(layer.scheme, layer.n_out, layer.n_in) and layer.has_bfloat16_scales
-        if not is_known or not layer.weight_packed.is_contiguous():
-            self.is_whole = False
-            return CMatrix()
-        matrix = coded(layer, self.kept)
-        matrix.bias = self._bias(layer.bias)
-        return matrix
 
     def _bias(self, bias_O: Tensor | None) -> int | None:
         return None if bias_O is None else self._keep(bias_O.detach().float().contiguous())
 
 
-def is_known_code(scheme: Scheme, n_out: int, n_in: int) -> bool:
+def is_known_code(scheme: Scheme, n_in: int) -> bool:
     """Tell whether the library supports a quantized weight."""
     is_int8 = scheme.bits == 8 and scheme.symmetric and not scheme.group
     has_groups = scheme.bits <= MOST_BITS and scheme.group in GROUPS and n_in % scheme.group == 0
-    return (is_int8 or has_groups) and n_out >= ROWS and n_in % BLOCK == 0
+    return (is_int8 or has_groups) and n_in % BLOCK == 0
 
 
 def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
-    """Return a quantized weight as the library's struct; the tensors it points into are appended to `kept`.
+    """Return a quantized weight as the library's struct, row by row; the tensors it points into are appended to `kept`.
 
     bfloat16 must represent the scales.
     """
-    scheme, weight, zeros = layer.scheme, layer.weight_packed, None
+    scheme, weight, zeros = layer.scheme, layer.weight_packed.contiguous(), None
     kind = "int8" if not scheme.group else "int4" if scheme.bits <= INT4_BITS else "bytes"
     if scheme.group and not (scheme.symmetric and scheme.bits == INT4_BITS):
         codes_OI, (_, zeros_OG) = layer.codes()
         zeros = zeros_OG.contiguous()
-        if scheme.bits < INT4_BITS:
-            weight = pack(codes_OI, INT4_BITS)
-        elif scheme.bits > INT4_BITS:
-            # One code per byte; in every block, the even inputs before the odd ones, in the order of 4-bit codes.
-            weight = codes_OI.view(layer.n_out, -1, BLOCK // 2, 2).transpose(2, 3).contiguous()
+        if scheme.bits != INT4_BITS:
+            weight = pack(codes_OI, INT4_BITS) if scheme.bits < INT4_BITS else codes_OI.contiguous()
     tensors = [weight, layer.weight_scale.bfloat16().contiguous(), zeros]
     kept += [tensor for tensor in tensors if tensor is not None]
     pointers = (tensor if tensor is None else tensor.data_ptr() for tensor in tensors)
     return CMatrix(KINDS[kind], scheme.group, layer.n_out, layer.n_in, *pointers)
 
 
-def compiled_kinds(library: Library | None) -> dict[str, Kind]:
-    """Return the product kind that dequantizes with the library, to bfloat16 if x has it or the CPU is fast with it.
+def compiled_kinds(tiles: Tiles | None) -> dict[str, Kind]:
+    """Return the kinds of products that use the library; empty without one.
 
-    Empty without a library.
+    `integers` multiplies codes by inputs that are rounded to 8 bits. `compiled` dequantizes, to bfloat16 if x has it or
+    the CPU is fast with it.
     """
-    if library is None:
+    if tiles is None:
         return {}
+    library = tiles.library
 
-    def make(layer: QuantWeight) -> Product:
+    def integers(layer: QuantWeight) -> Product:
+        if not layer.has_bfloat16_scales:
+            return unpacked(layer)
+        matrix, tensors = tiles.of(layer)
+
+        def product(x: Tensor, _: list[Tensor] = tensors) -> Tensor:
+            rows_BI = x.reshape(-1, layer.n_in).float().contiguous()
+            y_BO = torch.empty(len(rows_BI), layer.n_out)
+            library.llmctl_product(matrix, rows_BI.data_ptr(), len(rows_BI), torch.get_num_threads(), y_BO.data_ptr())
+            return y_BO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
+
+        return product
+
+    def dequantized(layer: QuantWeight) -> Product:
         if not layer.has_bfloat16_scales:
             return unpacked(layer)
         kept: list[Tensor] = []
@@ -384,12 +452,13 @@ def compiled_kinds(library: Library | None) -> dict[str, Kind]:
 
         return product
 
-    def fits(scheme: Scheme, n_out: int, n_in: int) -> bool:
-        return is_known_code(scheme, n_out, n_in) and not scheme.activations
+    return {
+        "integers": Kind(integers, lambda scheme, _, n_in: is_known_code(scheme, n_in)),
+        "compiled": Kind(dequantized, lambda scheme, _, n_in: is_known_code(scheme, n_in) and not scheme.activations),
+    }
 
-    return {"compiled": Kind(make, fits)}
 
-
-def pointers_to(tensors: list[Tensor]) -> Any:
+def pointers_to(tensors: Sequence[Tensor | None]) -> Any:
     """Return a C array of the tensors' addresses."""
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * max(1, len(addresses)))(*addresses)

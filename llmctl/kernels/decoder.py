@@ -13,6 +13,6 @@ def make_decoder(model: LanguageModel) -> Decoder | None:
     table = Measured()
     give_table(model, table)
     decoder = Decoder(model)
-    if table.library is not None:
-        decoder.native = make_native(table.library, decoder)
+    if table.tiles is not None:
+        decoder.native = make_native(table.tiles.library, decoder, table.tiles)
     return decoder

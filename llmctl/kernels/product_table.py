@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from llmctl import __version__
 from llmctl.errors import OutputError
 from llmctl.files import cache_folder, parse_json, write_bytes
-from llmctl.kernels.compiled_step import compiled_kinds, find_library
+from llmctl.kernels.compiled_step import Tiles, compiled_kinds, find_library
 from llmctl.machine import processor_name
 from llmctl.quant.linear import QuantLinear
 from llmctl.quant.products import PRODUCTS, ROWS, Product, Table, plain
@@ -85,8 +85,9 @@ class Measured(Table):
     """A table of products that measures missing entries on demand; with `again`, it ignores the file."""
 
     def __init__(self, *, again: bool = False) -> None:
-        self.library = find_library()
-        compiled = compiled_kinds(self.library)
+        library = find_library()
+        self.tiles = None if library is None else Tiles(library)
+        compiled = compiled_kinds(self.tiles)
         self.kinds = {**PRODUCTS, **compiled}
         self.machine = machine_key() + (" | compiled" if compiled else "")
         self.known = {} if again else read_measured().get(self.machine, {})

@@ -36,6 +36,7 @@ class KVCache:
         self.buffers = [self.keys, self.values]
         self.documents_BS = torch.ones(batch, max_len, dtype=torch.long, device=device)
         self.ragged = False  # becomes True with padding or several documents: masks are then needed
+        self._starts_B: Tensor | None = None  # see `starts`; set to None whenever rows or documents change
         self.cross: list[tuple[Tensor, Tensor] | None] = [None] * n_layers
         self.length = 0
         self.max_len = max_len
@@ -60,6 +61,18 @@ class KVCache:
         """Return keys and values of a range of positions."""
         return self.keys[layer].narrow(2, start, stop - start), self.values[layer].narrow(2, start, stop - start)
 
+    def starts(self) -> Tensor | None:
+        """Return the first position of each row (B,), or None if one is not padding followed by a single document."""
+        if self._starts_B is None:
+            documents_BS = self.documents_BS[:, : self.length]
+            starts_B = (documents_BS == 0).sum(dim=1)
+            places_S = torch.arange(self.length, device=starts_B.device)
+            expected_BS = torch.where(places_S >= starts_B[:, None], documents_BS[:, -1:], 0)
+            if self.ragged and not torch.equal(documents_BS, expected_BS):
+                return None
+            self._starts_B = starts_B
+        return self._starts_B
+
     def mark(self, n_positions: int, documents_BT: Tensor | None) -> Tensor | None:
         """Record the documents of the next positions, before they are appended; padding is 0.
 
@@ -69,6 +82,7 @@ class KVCache:
         stop = self.length + n_positions
         if documents_BT is not None:
             # Later tokens continue the last document; clamped, so that they are not padding after an empty row.
+            self._starts_B = None
             self.documents_BS[:, self.length : stop] = documents_BT
             self.documents_BS[:, stop:] = documents_BT[:, -1:].clamp(min=1)
             self.ragged = self.ragged or bool((documents_BT != 1).any())
@@ -92,7 +106,7 @@ class KVCache:
         for kind in self.buffers:  # the lists are shared with self.keys, ...: replace their items
             for layer, buffer in enumerate(kind):
                 kind[layer] = buffer[rows]
-        self.documents_BS = self.documents_BS[rows]
+        self.documents_BS, self._starts_B = self.documents_BS[rows], None
         self.cross = [pair if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.cross]
 
 

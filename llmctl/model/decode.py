@@ -26,8 +26,11 @@ Function = Callable[[Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
 
-Native = Callable[[Tensor, KVCache], Tensor | None]
-"""A compiled step from tokens (B,) to logits (B, V); returns None for cases it does not support."""
+Native = Callable[[Tensor, KVCache, Tensor | None], Tensor | None]
+"""A compiled step from tokens (B,), the cache and the documents of an encoder's output (B, S) to logits (B, V).
+
+It returns None for cases that it does not support.
+"""
 
 FEW_QUERIES = 3
 """Query heads per key head below which half-precision attention on a CPU is computed in float32.
@@ -37,8 +40,15 @@ float32; from three on the bfloat16 kernel is faster (measured).
 """
 
 
-NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
-    *("rope_thetas", "rotary_dim", "rope_scaling_values", "residual_scale", "logits_softcap"),
+NAMED = BLOCK | {
+    *(
+        "relative_bias_per_layer",
+        "rope_thetas",
+        "rotary_dim",
+        "rope_scaling_values",
+        "residual_scale",
+        "logits_softcap",
+    ),
     *("attention_softcap", "qk_norm_kind", "alibi_scale"),
     *EXPERTS,
     "source_vocab_size",
@@ -46,7 +56,7 @@ NAMED = (BLOCK - {"n_relative_buckets", "max_relative_distance"}) | {
 CHOICES = BLOCK_CHOICES | {
     "query_layer": (False,),
     "family": ("decoder", "encoder_decoder"),
-    "positions": ("rope", "learned", "sinusoidal", "alibi", "none"),
+    "positions": ("rope", "learned", "sinusoidal", "alibi", "relative", "none"),
     "norm_position": ("pre", "post", "output", "both"),
     "rope_scaling": ("none", "linear", "llama3", "yarn", "longrope"),
     "rope_scaling_layers": ("all", "full"),
@@ -100,13 +110,21 @@ class Decoder:
         self.table_size: tuple[int, torch.dtype] | None = None
         self.native: Native | None = None
 
-    def logits(self, tokens_B: Tensor, cache: KVCache, positions_B1: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        tokens_B: Tensor,
+        cache: KVCache,
+        positions_B1: Tensor | None = None,
+        memory_documents_BS: Tensor | None = None,
+    ) -> Tensor:
         """Append one token per row and return the logits of the next one (B, V)."""
-        if self.native is not None and not cache.ragged:
-            logits_BV = self.native(tokens_B, cache)
+        if self.native is not None:
+            logits_BV = self.native(tokens_B, cache, memory_documents_BS)
             if logits_BV is not None:
                 return logits_BV
-        hidden_BTD = self.hidden(tokens_B[:, None], cache, positions_BT=positions_B1)
+        hidden_BTD = self.hidden(
+            tokens_B[:, None], cache, positions_BT=positions_B1, memory_documents_BS=memory_documents_BS
+        )
         return self.model.head(hidden_BTD[:, -1])
 
     def hidden(
@@ -149,7 +167,8 @@ class Decoder:
         T = x_BTD.shape[1]
         ropes = self._ropes(positions_BT, T, cache, x_BTD.dtype)
         # The common case of generation: no mask at all.
-        if T == 1 and documents_BS is None and memory_documents_BS is None and self.config.positions != "alibi":
+        has_bias = self.config.positions in ("alibi", "relative")
+        if T == 1 and documents_BS is None and memory_documents_BS is None and not has_bias:
             return Step(cache, None, ropes, memory_BSD, Mask())
         masks, memory_mask = self.stack.masks(x_BTD, documents_BS, memory_BSD, memory_documents_BS, cache)
         return Step(cache, masks, ropes, memory_BSD, memory_mask)

@@ -405,6 +405,14 @@ class Stack(nn.Module):
             return slopes[:, None, None] * offsets(n_queries, n_keys, device).float()
         return self._bias(self.relative_bias, n_queries, n_keys, device) if has_shared_bias(config) else None
 
+    def bias_by_distance(self, block: Block, n_keys: int) -> Tensor | None:
+        """Return what a causal block adds to its scores for keys 0, 1, ... before the query (N, S), or None."""
+        per_layer, device = self.config.relative_bias_per_layer, block.self_attn.o_proj.weight.device
+        bias_NTS = (
+            self._bias(block.relative_bias, 1, n_keys, device) if per_layer else self._shared_bias(1, n_keys, device)
+        )
+        return None if bias_NTS is None else bias_NTS[:, 0].flip(-1)
+
     def _bias(self, table: nn.Embedding, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
         buckets_TS = relative_buckets(
             offsets(n_queries, n_keys, device),

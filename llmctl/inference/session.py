@@ -135,19 +135,23 @@ class Session:
         is_ragged = bool((documents_BT == 0).any())
         ids_BT, documents_BT = ids_BT.to(self.device), documents_BT.to(self.device)
         n_known = self._reuse(documents_BT if is_ragged else None)
-        hidden = None
+        logits_BV = None
         # In parts: activations of a long prompt would not fit, and attention scores grow with its square.
         step = PREFILL_TOKENS if self.model.pads_left else longest
         for start in range(n_known, longest, step):
             part = slice(start, start + step)
-            hidden = self._decode(
-                ids_BT[:, part],
-                documents_BT=documents_BT[:, part] if is_ragged else None,
-                positions_BT=positions_BT[:, part],
-            )
-        assert hidden is not None
+            documents = documents_BT[:, part] if is_ragged else None
+            ids, positions, is_last = ids_BT[:, part], positions_BT[:, part], start + step >= longest
+            if self.decoder is not None:
+                logits_BV = self.decoder.read(
+                    ids, self.cache, positions_BT=positions, documents_BT=documents, is_last=is_last
+                )
+            else:
+                hidden_BTD = self._decode(ids, documents_BT=documents, positions_BT=positions)
+                logits_BV = self.model.head(hidden_BTD[:, -1]) if is_last else None
+        assert logits_BV is not None
         self.positions_B1 = positions_BT[:, -1:]
-        return self._logits(hidden)
+        return self._allowed(logits_BV)
 
     def _reuse(self, documents_BT: Tensor | None) -> int:
         """Fill the cache from the prefix and return how many positions need no prefill."""

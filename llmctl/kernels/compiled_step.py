@@ -21,7 +21,7 @@ from llmctl.kernels.compile import Library, library_path
 from llmctl.losses.logits import is_native
 from llmctl.model import decode
 from llmctl.model.cache import Int8KVCache, KVCache
-from llmctl.model.decode import Decoder, Dense, Layer, Native, join
+from llmctl.model.decode import Decoder, Dense, Layer, join
 from llmctl.model.positions import rope_tables
 from llmctl.model.stack import Block
 from llmctl.model.supports import EXPERTS, unsupported
@@ -33,6 +33,9 @@ from llmctl.quant.weight import QuantWeight
 
 MOST_ROWS = 64
 """The most rows (sequences) per step; for more, attention in torch is faster."""
+
+READ_TOKENS = 512
+"""Tokens of prompts that are processed together, so that their states stay in the CPU cache."""
 
 BLOCK, TILE = 64, 32
 """Inputs that are quantized with one scale, and outputs that are stored together; as in matrix.h."""
@@ -101,8 +104,8 @@ class CStep(ctypes.Structure):
     """The struct `Step` of decode.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n_rows", "n_places", "position")),
-        ("starts", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("n_rows", "n_places", "stop")),
+        *((name, ctypes.c_void_p) for name in ("offsets", "starts")),
         *((name, ctypes.c_int32) for name in ("cache_kind", "memory_kind", "n_threads", "n_ropes")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "bias", "memory_keys", "memory_values")),
@@ -177,7 +180,7 @@ PARALLEL = ("none", "shared", "separate")
 HEAD_NORMS = {"head": 1, "rotated": 2, "width": 3}
 
 
-def make_native(library: Library, decoder: Decoder, tiles: Tiles | None = None) -> Native | None:
+def make_native(library: Library, decoder: Decoder, tiles: Tiles | None = None) -> "Step | None":
     """Return the compiled step of a decoder, or None for an unsupported model."""
     if unsupported(decoder.config, NAMED, CHOICES):
         return None
@@ -192,7 +195,11 @@ class Step:
         self.library, self.decoder, self.config, self.tiles = library, decoder, decoder.config, tiles
         self.kept: list[Tensor] = []
         self.is_whole = True  # set to False by what the library does not support
+        self.reads = decoder.config.family == "decoder"  # prompts too; set to False by a weight that is not quantized
         config = decoder.config
+        self.singles = torch.arange(MOST_ROWS + 1)
+        is_plain = config.positions not in ("learned", "sinusoidal")
+        self.places_embeddings = not is_plain or config.embedding_norm or config.n_token_types > 0
         self.kinds = sorted(decoder.rope_kinds)
         self.rotated = config.rotary_dim or config.head_dim
         layers = (CLayer * len(decoder.layers))()
@@ -230,17 +237,65 @@ class Step:
 
     def __call__(self, tokens_B: Tensor, cache: KVCache, memory_documents_BS: Tensor | None = None) -> Tensor | None:
         """Return the logits (B, V) after one more token per row, or None for unsupported inputs."""
-        B = len(tokens_B)
-        kind = KINDS.get(str(cache.keys[0].dtype).removeprefix("torch."))
-        starts_B = cache.starts()
-        if B > MOST_ROWS or tokens_B.device.type != "cpu" or kind is None or starts_B is None:
+        starts_B = self._starts(tokens_B, cache)
+        if starts_B is None:
             return None
-        memory = self._memory(cache, memory_documents_BS, B) if self.config.family == "encoder_decoder" else {}
+        memory = self._memory(cache, memory_documents_BS, len(tokens_B))
         if memory is None:
             return None
+        logits_BV = torch.empty(len(tokens_B), self.config.vocab_size)
+        positions_B = cache.length - starts_B if self.places_embeddings else starts_B
+        self._run(tokens_B, self.singles, positions_B, 1, starts_B, cache, logits_BV, memory)
+        return logits_BV
+
+    def read(self, ids_BT: Tensor, cache: KVCache, documents_BT: Tensor | None, *, is_last: bool) -> Tensor | None:
+        """Append T tokens per row, of which padding has document 0.
+
+        Returns the logits after the last ones (B, V) if `is_last`, else an empty tensor, and None for unsupported inputs,
+        which are left as they are.
+        """
+        if not self.reads or len(ids_BT) > READ_TOKENS:
+            return None
+        (B, T), first = ids_BT.shape, cache.length
+        documents_BS = cache.documents_BS.clone(), cache.ragged
+        cache.mark(T, documents_BT)
+        starts_B = self._starts(ids_BT[:, 0], cache, T)
+        if starts_B is None:
+            cache.documents_BS, cache.ragged = documents_BS
+            return None
+        logits_BV = torch.empty(B, self.config.vocab_size) if is_last else torch.empty(0)
+        size = max(1, READ_TOKENS // B)
+        for start in range(0, T, size):
+            stop = min(T, start + size)
+            places_T = torch.arange(first + start, first + stop)
+            is_token_BT = places_T >= starts_B[:, None]
+            tokens_N, positions_N = ids_BT[:, start:stop][is_token_BT], (places_T - starts_B[:, None])[is_token_BT]
+            offsets_B = F.pad(is_token_BT.sum(dim=1).cumsum(0), (1, 0))
+            wanted = logits_BV if is_last and stop == T else None
+            self._run(tokens_N, offsets_B, positions_N, stop - start, starts_B, cache, wanted, {})
+        return logits_BV
+
+    def _starts(self, tokens_B: Tensor, cache: KVCache, n_new: int = 0) -> Tensor | None:
+        """Return the first place of every row, or None for what the library does not support."""
+        is_known = str(cache.keys[0].dtype).removeprefix("torch.") in KINDS
+        if len(tokens_B) > MOST_ROWS or tokens_B.device.type != "cpu" or not is_known:
+            return None
+        return cache.starts(n_new)
+
+    def _run(
+        self,
+        tokens_N: Tensor,
+        offsets_B: Tensor,
+        positions_N: Tensor,
+        n_places: int,
+        starts_B: Tensor,
+        cache: KVCache,
+        logits_BV: Tensor | None,
+        memory: dict[str, Any],
+    ) -> None:
+        """Append tokens to the next places of the cache; offsets: where each row's tokens begin among them."""
         scales = (cache.key_scales, cache.value_scales) if isinstance(cache, Int8KVCache) else ([], [])
-        x_BD = self._embed(tokens_B, cache.length - starts_B).float().contiguous()  # the library works in float32
-        logits_BV = torch.empty(B, self.config.vocab_size)
+        x_ND = self._embed(tokens_N, positions_N).float().contiguous()  # the library works in float32
         if self.table_size != cache.max_len:
             self._tabulate(cache.max_len)
         buffers = {
@@ -255,33 +310,33 @@ class Step:
         }
         pointers = {name: pointers_to(tensors) for name, tensors in buffers.items()}
         step = CStep(
-            n_rows=B,
+            n_rows=len(starts_B),
             n_places=cache.max_len,
-            position=cache.length,
+            stop=cache.length + n_places,
+            offsets=offsets_B.data_ptr(),
             starts=starts_B.data_ptr(),
-            cache_kind=kind,
+            cache_kind=KINDS[str(cache.keys[0].dtype).removeprefix("torch.")],
             n_threads=torch.get_num_threads(),
             n_ropes=len(self.tables),
-            x=x_BD.data_ptr(),
-            logits=logits_BV.data_ptr(),
+            x=x_ND.data_ptr(),
+            logits=None if logits_BV is None else logits_BV.data_ptr(),
             **{name: ctypes.addressof(array) for name, array in pointers.items()},
             **memory.get("sizes", {}),
         )
         self.library.llmctl_step(self.model, step)
-        cache.advance(1)
-        return logits_BV
+        cache.advance(n_places)
 
-    def _embed(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
-        """Return what the first layer reads (B, D)."""
-        config, stack = self.config, self.decoder.stack
-        x_BD = self.decoder.model.embed(tokens_B)
-        is_plain = config.positions not in ("learned", "sinusoidal")
-        if is_plain and not (config.embedding_norm or config.n_token_types):
-            return x_BD
-        return stack.embed(x_BD[:, None], positions_B[:, None], None)[:, 0]
+    def _embed(self, tokens_N: Tensor, positions_N: Tensor) -> Tensor:
+        """Return what the first layer reads (N, D)."""
+        x_ND = self.decoder.model.embed(tokens_N)
+        if not self.places_embeddings:
+            return x_ND
+        return self.decoder.stack.embed(x_ND[:, None], positions_N[:, None], None)[:, 0]
 
     def _memory(self, cache: KVCache, documents_BS: Tensor | None, n_rows: int) -> dict[str, Any] | None:
         """Return the fields of the encoder's output, or None if it has padding before or between documents."""
+        if self.config.family == "decoder":
+            return {}
         pairs = [pair for pair in cache.cross if pair is not None]
         name = str(pairs[0][0].dtype).removeprefix("torch.") if pairs else ""
         if len(pairs) < len(cache.cross) or name not in ("float32", "bfloat16"):
@@ -369,6 +424,7 @@ class Step:
             weight_OI = product.weight_OI.detach()
             name = str(weight_OI.dtype).removeprefix("torch.")
             if name in ("float32", "bfloat16") and weight_OI.is_contiguous() and weight_OI.device.type == "cpu":
+                self.reads = False  # torch is faster with many rows of floats
                 bias = self._bias(product.bias_O)
                 return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None, bias)
         elif isinstance(layer, QuantLinear) and is_known_code(layer.scheme, layer.n_in) and layer.has_bfloat16_scales:

@@ -61,12 +61,16 @@ class KVCache:
         """Return keys and values of a range of positions."""
         return self.keys[layer].narrow(2, start, stop - start), self.values[layer].narrow(2, start, stop - start)
 
-    def starts(self) -> Tensor | None:
-        """Return the first position of each row (B,), or None if one is not padding followed by a single document."""
+    def starts(self, n_new: int = 0) -> Tensor | None:
+        """Return the first position of each row (B,), or None if one is not padding followed by a single document.
+
+        n_new: positions that are marked, but not written yet.
+        """
         if self._starts_B is None:
-            documents_BS = self.documents_BS[:, : self.length]
+            n_positions = self.length + n_new
+            documents_BS = self.documents_BS[:, :n_positions]
             starts_B = (documents_BS == 0).sum(dim=1)
-            places_S = torch.arange(self.length, device=starts_B.device)
+            places_S = torch.arange(n_positions, device=starts_B.device)
             expected_BS = torch.where(places_S >= starts_B[:, None], documents_BS[:, -1:], 0)
             if self.ragged and not torch.equal(documents_BS, expected_BS):
                 return None

@@ -7,6 +7,7 @@ become views of them and keep working. Knows nothing about sampling.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,15 @@ Function = Callable[[Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
 
-Native = Callable[[Tensor, KVCache, Tensor | None], Tensor | None]
-"""A compiled step from tokens (B,), the cache and the documents of an encoder's output (B, S) to logits (B, V).
+class Native(Protocol):
+    """A compiled step; its methods return None for cases that it does not support."""
 
-It returns None for cases that it does not support.
-"""
+    def __call__(self, tokens_B: Tensor, cache: KVCache, memory_documents_BS: Tensor | None, /) -> Tensor | None:
+        """Append one token per row and return the logits of the next one (B, V)."""
+
+    def read(self, ids_BT: Tensor, cache: KVCache, documents_BT: Tensor | None, *, is_last: bool) -> Tensor | None:
+        """Append a part of prompts; return the logits of the next token (B, V) if `is_last`, else an empty tensor."""
+
 
 FEW_QUERIES = 3
 """Query heads per key head below which half-precision attention on a CPU is computed in float32.
@@ -126,6 +131,23 @@ class Decoder:
             tokens_B[:, None], cache, positions_BT=positions_B1, memory_documents_BS=memory_documents_BS
         )
         return self.model.head(hidden_BTD[:, -1])
+
+    def read(
+        self,
+        ids_BT: Tensor,
+        cache: KVCache,
+        *,
+        positions_BT: Tensor | None,
+        documents_BT: Tensor | None,
+        is_last: bool,
+    ) -> Tensor:
+        """Append a part of prompts; return the logits of the next token (B, V) if `is_last`, else an empty tensor."""
+        if self.native is not None:
+            logits_BV = self.native.read(ids_BT, cache, documents_BT, is_last=is_last)
+            if logits_BV is not None:
+                return logits_BV
+        hidden_BTD = self.hidden(ids_BT, cache, positions_BT=positions_BT, documents_BT=documents_BT)
+        return self.model.head(hidden_BTD[:, -1]) if is_last else hidden_BTD.new_empty(0)
 
     def hidden(
         self,

@@ -60,6 +60,22 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
+class Counted:
+    """A compiled step that counts its calls."""
+
+    def __init__(self, step) -> None:
+        self.step, self.calls, self.parts = step, [], []
+
+    def __call__(self, tokens_B, cache, memory_documents_BS):
+        self.calls.append(len(tokens_B))
+        return self.step(tokens_B, cache, memory_documents_BS)
+
+    def read(self, ids_BT, cache, documents_BT, *, is_last: bool):
+        logits_BV = self.step.read(ids_BT, cache, documents_BT, is_last=is_last)
+        self.parts.append(logits_BV is not None)
+        return logits_BV
+
+
 GPT = {"norm": "layernorm", "gated": False, "attention_bias": True, "mlp_bias": True, "tie_embeddings": False}
 SHAPES = {
     "qwen2": {"attention_bias": True, "attention_output_bias": "no"},
@@ -237,10 +253,9 @@ def test_scales_that_it_would_round_are_left_to_torch(library, precision: str, d
 def test_a_session_uses_it_where_it_can(library, precision: str, lengths: tuple[int, ...], kv: str):
     model = random_model(ModelConfig(**SHAPE), precision)
     with_it, without = Decoder(model), Decoder(model)
-    calls = []
     step = make_native(library, with_it)
     assert step is not None
-    with_it.native = lambda tokens, cache, memory: calls.append(len(tokens)) or step(tokens, cache, memory)
+    with_it.native = Counted(step)
     prompts = [list(range(1, 1 + length)) for length in lengths]
     with torch.inference_mode():
         sessions = [Session(model, prompts, 8, decoder=decoder, excluded=[7], kv=kv) for decoder in (with_it, without)]
@@ -257,17 +272,18 @@ def test_a_session_uses_it_where_it_can(library, precision: str, lengths: tuple[
                 for session in sessions:
                     session.select(torch.tensor([0, 0]))
                 lengths = lengths[:2]
-    assert len(calls) == 5
+    assert len(with_it.native.calls) == 5
+    assert all(with_it.native.parts) == (precision == "int4")
 
 
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_it_goes_on_after_a_beginning_that_was_held(library, precision: str):
     model = random_model(ModelConfig(**SHAPE), precision)
-    decoder, calls, prefix = Decoder(model), [], Prefix()
+    decoder, prefix = Decoder(model), Prefix()
     step = make_native(library, decoder)
     assert step is not None
-    decoder.native = lambda tokens, cache, memory: calls.append(len(tokens)) or step(tokens, cache, memory)
+    decoder.native = Counted(step)
     prompts = [[*range(1, 23), 30 + row] for row in range(4)]
     found = []
     with torch.inference_mode():
@@ -278,7 +294,7 @@ def test_it_goes_on_after_a_beginning_that_was_held(library, precision: str):
     for got in found[1:]:
         assert (got - found[0]).norm() < LARGEST_ERRORS[precision] * found[0].norm()
     assert prefix.ids == list(range(1, 23))
-    assert calls == [4] * 9
+    assert decoder.native.calls == [4] * 9
 
 
 @needs_compiler

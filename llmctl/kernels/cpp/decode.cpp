@@ -4,7 +4,7 @@
 // redundantly, which is cheaper than synchronizing; for more they share the work. This file is compiled once per
 // instruction set: dispatch.cpp chooses among those in a library (`VARIANT`), and without it this is the whole library.
 //
-// Shapes: B rows (sequences), D width, F feed-forward, N query heads, K key heads, H head width.
+// Shapes: B rows (sequences), T tokens, D width, F feed-forward, N query heads, K key heads, H head width.
 
 #if __has_include(<omp.h>)
 #include <omp.h>
@@ -57,9 +57,11 @@ struct Model {
   Matrix head;
 };
 
-// What a step reads and writes beside the model. B rows share one write position; each begins at a place of its own.
+// What a step reads and writes beside the model: one or more new tokens per row, in the order of rows and places. Rows end at
+// the same place; each begins at a place of its own, before which is padding.
 struct Step {
-  int64_t n_rows, n_places, position;
+  int64_t n_rows, n_places, stop;  // stop: the place after the last token
+  const int64_t* offsets;      // (B + 1,): tokens of row b are offsets[b] to offsets[b + 1]
   const int64_t* starts;       // (B,): the first place of each row, where its position is 0
   int32_t cache_kind;          // FLOAT32, BFLOAT16 or INT8
   int32_t memory_kind;         // FLOAT32 or BFLOAT16
@@ -75,8 +77,8 @@ struct Step {
   void* const* memory_values;
   int64_t n_memory;
   const int64_t* memory_lengths;  // (B,)
-  float* x;                    // (B, D): embeddings; overwritten
-  float* logits;               // (B, V)
+  float* x;                    // (T, D): embeddings of all T tokens; overwritten
+  float* logits;               // (B, V): after the last token of each row; null: not wanted
 };
 
 // What a norm subtracts from every value, and what it multiplies by.
@@ -205,25 +207,131 @@ void attend(const Model& m, const float* query, const Number* keys, const Number
   }
 }
 
-// Self-attention of one key head of one row: stores the new key and value, then computes the output of its query heads.
+// Norm and position of a token's query heads first to last, and with `has_key` of key head k, which is stored with its value.
+template <class Number>
+void place_heads(const Model& m, const Step& s, long l, long b, long place, float* qkv, long first, long last, long k, bool has_key) {
+  constexpr bool is_coded = sizeof(Number) == 1;
+  const Layer& layer = m.layers[l];
+  long H = m.head_dim, angle = (place - s.starts[b]) * (m.rotated / 2), at = (b * m.n_kv_heads + k) * s.n_places + place;
+  const float *cos = layer.rope < 0 ? nullptr : s.cos[layer.rope] + angle, *sin = layer.rope < 0 ? nullptr : s.sin[layer.rope] + angle;
+  for (long r = first; r < last; r++) position_head(m, layer.query, qkv + r * H, cos, sin);
+  if (!has_key) return;
+  float *key = qkv + (m.n_heads + k) * H, *value = qkv + (m.n_heads + m.n_kv_heads + k) * H;
+  position_head(m, layer.key, key, cos, sin);
+  keep(key, H, (Number*)s.keys[l] + at * H, is_coded ? s.key_scales[l] + at : nullptr);
+  keep(value, H, (Number*)s.values[l] + at * H, is_coded ? s.value_scales[l] + at : nullptr);
+}
+
+// Self-attention of one key head of one row with one new token: stores the key and value, then computes the output of its
+// query heads.
 template <class Number>
 void attend_to_cache(const Model& m, const Step& s, long l, long b, long k, float* qkv, float* out, float* scores) {
   constexpr bool is_coded = sizeof(Number) == 1;
   const Layer& layer = m.layers[l];
-  long H = m.head_dim, R = m.n_heads / m.n_kv_heads, position = s.position, first = (b * m.n_kv_heads + k) * s.n_places;
-  long start = larger((long)s.starts[b], layer.window ? position + 1 - (long)layer.window : 0L);
-  float *key = qkv + (m.n_heads + k) * H, *value = qkv + (m.n_heads + m.n_kv_heads + k) * H;
+  long H = m.head_dim, R = m.n_heads / m.n_kv_heads, place = s.stop - 1, first = (b * m.n_kv_heads + k) * s.n_places;
+  long start = larger((long)s.starts[b], layer.window ? place + 1 - (long)layer.window : 0L);
   Number *keys = (Number*)s.keys[l] + first * H, *values = (Number*)s.values[l] + first * H;
   float *key_scales = is_coded ? s.key_scales[l] + first : nullptr, *value_scales = is_coded ? s.value_scales[l] + first : nullptr;
-  long angle = (position - s.starts[b]) * (m.rotated / 2);
-  const float *cos = layer.rope < 0 ? nullptr : s.cos[layer.rope] + angle, *sin = layer.rope < 0 ? nullptr : s.sin[layer.rope] + angle;
-  position_head(m, layer.key, key, cos, sin);
-  keep(key, H, keys + position * H, key_scales + (is_coded ? position : 0));
-  keep(value, H, values + position * H, value_scales + (is_coded ? position : 0));
+  place_heads<Number>(m, s, l, b, place, qkv, k * R, (k + 1) * R, k, true);
   for (long r = k * R; r < (k + 1) * R; r++) {
-    position_head(m, layer.query, qkv + r * H, cos, sin);
     const float* bias = s.bias[l] ? s.bias[l] + r * s.n_places : nullptr;
-    attend(m, qkv + r * H, keys, values, key_scales, value_scales, start, position + 1, bias, position, scores, out + r * H);
+    attend(m, qkv + r * H, keys, values, key_scales, value_scales, start, place + 1, bias, place, scores, out + r * H);
+  }
+}
+
+constexpr long QUERIES = 4 * LANES / 8, COLUMNS = 2 * LANES;  // of a product of floats whose sums fit into registers
+
+// c (R, n) = a (R, depth) times b (depth, n): R rows of a and c, and n <= COLUMNS columns; b and c have room for COLUMNS.
+template <long R>
+void outer(const float* a, long a_stride, const float* b, long b_stride, long depth, float* c, long c_stride) {
+  Floats sums[R][2] = {};
+  for (long i = 0; i < depth; i++) {
+    Floats first = load(b + i * b_stride), second = load(b + i * b_stride + LANES);
+#pragma GCC unroll 8
+    for (long r = 0; r < R; r++) {
+      float x = a[r * a_stride + i];
+      sums[r][0] += x * first;
+      sums[r][1] += x * second;
+    }
+  }
+#pragma GCC unroll 8
+  for (long r = 0; r < R; r++) {
+    *(Floats*)(c + r * c_stride) = sums[r][0];
+    *(Floats*)(c + r * c_stride + LANES) = sums[r][1];
+  }
+}
+
+// A thread's scratch for the attention of many tokens: of one key head of one row, the keys transposed and the values.
+struct Context {
+  long row = -1, head = -1, stride = 0;
+  Array<float> keys;    // (H, stride)
+  Array<float> values;  // (stride, H rounded up)
+  Array<float> scores, sums;
+};
+
+inline long columns_of(long n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+// Self-attention of query head n of row b, for all its new tokens; keys and values are in the cache.
+template <class Number>
+void attend_together(const Model& m, const Step& s, long l, long b, long n, const float* qkv, long Q, float* out, Context& c) {
+  constexpr bool is_coded = sizeof(Number) == 1;
+  const Layer& layer = m.layers[l];
+  long H = m.head_dim, k = n / (m.n_heads / m.n_kv_heads), at = (b * m.n_kv_heads + k) * s.n_places;
+  long n_tokens = s.offsets[b + 1] - s.offsets[b], first_place = s.stop - n_tokens, wide = columns_of(H), A = m.n_heads * H;
+  // Only what the window of the first token reaches.
+  long begin = larger((long)s.starts[b], layer.window ? first_place + 1 - (long)layer.window : 0L), S = s.stop - begin;
+  if (c.row != b || c.head != k) {
+    c.row = b, c.head = k, c.stride = columns_of(S);
+    c.keys.resize(H * c.stride), c.values.resize(c.stride * wide);
+    c.scores.resize(QUERIES * c.stride), c.sums.resize(QUERIES * wide);
+    const Number *keys = (const Number*)s.keys[l] + at * H, *values = (const Number*)s.values[l] + at * H;
+    const float *key_scales = is_coded ? s.key_scales[l] + at + begin : nullptr, *value_scales = is_coded ? s.value_scales[l] + at + begin : nullptr;
+    keys += begin * H, values += begin * H;
+    memset(c.keys.data(), 0, H * c.stride * sizeof(float)), memset(c.values.data(), 0, c.stride * wide * sizeof(float));
+    for (long t = 0; t < S; t++)
+      for (long i = 0; i < H; i++) c.values[t * wide + i] = get(values[t * H + i]) * scale_at(values, value_scales, t);
+    for (long first = 0; first < S; first += LANES)
+      for (long i = 0; i < H; i++)
+        for (long t = first; t < smaller(first + LANES, S); t++) c.keys[i * c.stride + t] = get(keys[t * H + i]) * scale_at(keys, key_scales, t);
+  }
+  const float* bias = s.bias[l] ? s.bias[l] + n * s.n_places : nullptr;
+  for (long first = 0; first < n_tokens; first += QUERIES) {
+    long count = smaller(QUERIES, n_tokens - first), last_place = first_place + first + count - 1;
+    long low = layer.window ? larger(begin, first_place + first + 1 - (long)layer.window) - begin : 0;
+    low = low / COLUMNS * COLUMNS;
+    long high = columns_of(last_place + 1 - begin);
+    const float* queries = qkv + first * Q + n * H;
+    for (long t = low; t < high; t += COLUMNS) {
+      if (count == QUERIES) outer<QUERIES>(queries, Q, c.keys.data() + t, c.stride, H, c.scores.data() + t, c.stride);
+      else
+        for (long r = 0; r < count; r++) outer<1>(queries + r * Q, Q, c.keys.data() + t, c.stride, H, c.scores.data() + r * c.stride + t, c.stride);
+    }
+    float denominators[QUERIES];
+    for (long r = 0; r < count; r++) {
+      long place = first_place + first + r, start = layer.window ? larger(begin, place + 1 - (long)layer.window) - begin : 0, stop = place + 1 - begin;
+      float *scores = c.scores.data() + r * c.stride, most = -INFINITY, sum = 0;
+      for (long t = start; t < stop; t++) scores[t] *= m.scale;
+      if (bias)
+        for (long t = start; t < stop; t++) scores[t] += bias[place - begin - t];
+      if (m.softcap)
+        for (long t = start; t < stop; t++) scores[t] = m.softcap * tanh_of(scores[t] / m.softcap);
+      for (long t = start; t < stop; t++) most = larger(most, scores[t]);
+      for (long t = start; t < stop; t++) {
+        scores[t] = power_of_e(scores[t] - most);
+        sum += scores[t];
+      }
+      for (long t = low; t < start; t++) scores[t] = 0;
+      for (long t = stop; t < high; t++) scores[t] = 0;
+      denominators[r] = sum;
+    }
+    for (long i = 0; i < wide; i += COLUMNS) {
+      const float *values = c.values.data() + low * wide + i, *scores = c.scores.data() + low;
+      if (count == QUERIES) outer<QUERIES>(scores, c.stride, values, wide, high - low, c.sums.data() + i, wide);
+      else
+        for (long r = 0; r < count; r++) outer<1>(scores + r * c.stride, c.stride, values, wide, high - low, c.sums.data() + r * wide + i, wide);
+    }
+    for (long r = 0; r < count; r++)
+      for (long i = 0; i < H; i++) out[(first + r) * A + n * H + i] = c.sums[r * wide + i] / denominators[r];
   }
 }
 
@@ -341,14 +449,16 @@ void EXPORTED(llmctl_product)(const Matrix* matrix, const float* x, int64_t B, i
   }
 }
 
-// Compute the logits after one more token per row.
+// Compute the logits after one more token per row, or after several.
 void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
   const Model& m = *model;
   const Step& s = *step;
-  long B = s.n_rows, D = m.width, F = m.d_ff, H = m.head_dim, K = m.n_kv_heads, A = m.n_heads * H, Q = A + 2 * K * H;
+  long B = s.n_rows, T = s.offsets[B], D = m.width, F = m.d_ff, H = m.head_dim, K = m.n_kv_heads, A = m.n_heads * H, Q = A + 2 * K * H;
   long most = larger(larger(D, F), A);
+  bool is_single = true;  // one token in every row
+  for (long b = 0; b < B; b++) is_single &= s.offsets[b + 1] == b + 1;
   float* x = s.x;
-  Array<float> qkv(B * Q + 16), attended(B * A + 16), middle(B * (m.gated ? 2 : 1) * F + 16), part(B * D + 16);
+  Array<float> qkv(T * Q + 16), attended(T * A + 16), middle(T * (m.gated ? 2 : 1) * F + 16), part(T * D + 16), last(B * D + 16);
   Inputs shared;
   Barrier barrier{1};
 #pragma omp parallel num_threads(s.n_threads)
@@ -357,14 +467,16 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
 #pragma omp single
     {
       barrier.n_threads = n_threads;
-      shared.reserve(B, most, true);
+      shared.reserve(T, most, true);
     }
     Inputs own;
-    bool is_shared = B >= 2 * n_threads;
-    if (!is_shared) own.reserve(B, most, true);
+    bool is_shared = T >= 2 * n_threads;
+    if (!is_shared) own.reserve(T, most, true);
     Inputs& in = is_shared ? shared : own;
-    Array<float> scores(larger(s.n_places, s.n_memory) + 16), tile(B * TILE);
-    Array<Moments> found(2 * B);
+    Context context;
+    long n_inputs = T;  // rows of the next products
+    Array<float> scores(larger(s.n_places, s.n_memory) + 16), tile(T * TILE);
+    Array<Moments> found(T);
     // This thread's part of n items.
     auto from = [&](long n) { return n * id / n_threads; };
     auto to = [&](long n) { return n * (id + 1) / n_threads; };
@@ -376,8 +488,8 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
     auto each = [&](const Matrix& w, long first, long n_outputs, auto use) {
       for (long n = begin(n_outputs); n < end(n_outputs); n += TILE) {
         long count = smaller(TILE, end(n_outputs) - n);
-        product(w, in, B, first + n, count, tile.data());
-        for (long b = 0; b < B; b++) {
+        product(w, in, n_inputs, first + n, count, tile.data());
+        for (long b = 0; b < n_inputs; b++) {
           float* y = tile.data() + b * TILE;
           if (w.bias) add(y, w.bias + first + n, 1.f, count);
           use(b, n, count, y);
@@ -387,7 +499,7 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
     // Prepare the inputs of a product; all threads must have written the values.
     auto take = [&](const Matrix& w, const float* values, const Norm& norm) {
       in.n = w.n_in;
-      for (long b = is_shared ? from(B) : 0; b < (is_shared ? to(B) : B); b++) {
+      for (long b = is_shared ? from(n_inputs) : 0; b < (is_shared ? to(n_inputs) : n_inputs); b++) {
         const float* row = values + b * w.n_in;
         float* y = in.x.data() + b * w.n_in;
         if (norm.kind)
@@ -399,12 +511,12 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
       if (is_shared) barrier.wait();
     };
     const Norm none{NONE, nullptr, nullptr};
-    // Replace rows (B, n) by their norm; all threads must have written them, and wait for each other in between.
+    // Replace rows (T, n) by their norm; all threads must have written them, and wait for each other in between.
     auto norm_rows = [&](const Norm& norm, float* rows_, long n, long stride) {
       barrier.wait();
-      for (long b = 0; b < B; b++) found[b] = moments(norm, rows_ + b * stride, n, m.eps);
+      for (long b = 0; b < T; b++) found[b] = moments(norm, rows_ + b * stride, n, m.eps);
       barrier.wait();
-      for (long b = 0; b < B; b++) normed(norm, found[b], rows_ + b * stride, from(n), to(n), rows_ + b * stride);
+      for (long b = 0; b < T; b++) normed(norm, found[b], rows_ + b * stride, from(n), to(n), rows_ + b * stride);
     };
     // Add what a part returns to x: directly, or after its norm; then the norm of the sum.
     auto join = [&](const Matrix& w, const Norm& output, const Norm& sum) {
@@ -413,7 +525,7 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
       } else {
         each(w, 0, D, [&](long b, long n, long count, const float* y) { memcpy(part.data() + b * D + n, y, count * 4); });
         norm_rows(output, part.data(), D, D);
-        for (long b = 0; b < B; b++)
+        for (long b = 0; b < T; b++)
           add(x + b * D + from(D), part.data() + b * D + from(D), m.residual_scale, to(D) - from(D));
       }
       if (sum.kind) norm_rows(sum, x, D, D);
@@ -431,14 +543,31 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
         norm_rows(layer.key, qkv.data() + A, K * H, Q);
       }
       barrier.wait();
-      units([&](long b, long k) {
-        float *queries = qkv.data() + b * Q, *out = attended.data() + b * A;
-        switch (s.cache_kind) {
-          case INT8: return attend_to_cache<int8_t>(m, s, l, b, k, queries, out, scores.data());
-          case BFLOAT16: return attend_to_cache<uint16_t>(m, s, l, b, k, queries, out, scores.data());
-          default: return attend_to_cache<float>(m, s, l, b, k, queries, out, scores.data());
+      auto self_attention = [&](auto number) {
+        using Number = decltype(number);
+        if (is_single)
+          return units([&](long b, long k) {
+            attend_to_cache<Number>(m, s, l, b, k, qkv.data() + b * Q, attended.data() + b * A, scores.data());
+          });
+        long R = m.n_heads / K;
+        for (long b = 0; b < B; b++) {
+          long first = s.offsets[b], n_tokens = s.offsets[b + 1] - first;
+          for (long i = from(n_tokens); i < to(n_tokens); i++)
+            for (long k = 0; k < K; k++)
+              place_heads<Number>(m, s, l, b, s.stop - n_tokens + i, qkv.data() + (first + i) * Q, k * R, (k + 1) * R, k, true);
         }
-      });
+        barrier.wait();
+        context.row = -1;  // keys and values of another layer
+        for (long unit = from(B * m.n_heads); unit < to(B * m.n_heads); unit++) {
+          long b = unit / m.n_heads, first = s.offsets[b];
+          attend_together<Number>(m, s, l, b, unit % m.n_heads, qkv.data() + first * Q, Q, attended.data() + first * A, context);
+        }
+      };
+      switch (s.cache_kind) {
+        case INT8: self_attention(int8_t()); break;
+        case BFLOAT16: self_attention(uint16_t()); break;
+        default: self_attention(float());
+      }
       barrier.wait();
       take(layer.out, attended.data(), none);
       if (m.parallel) {  // the feed-forward layer reads x as attention did: what attention adds waits
@@ -451,11 +580,14 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
           take(layer.cross_query, x, layer.cross);
           each(layer.cross_query, 0, A, [&](long b, long n, long count, const float* y) { memcpy(qkv.data() + b * Q + n, y, count * 4); });
           barrier.wait();
-          units([&](long b, long k) {
-            float *queries = qkv.data() + b * Q, *out = attended.data() + b * A;
-            if (s.memory_kind == BFLOAT16) attend_to_memory<uint16_t>(m, s, l, b, k, queries, out, scores.data());
-            else attend_to_memory<float>(m, s, l, b, k, queries, out, scores.data());
-          });
+          for (long b = 0; b < B; b++) {
+            long first = s.offsets[b] * K, n_units = (s.offsets[b + 1] - s.offsets[b]) * K;
+            for (long unit = first + from(n_units); unit < first + to(n_units); unit++) {
+              float *queries = qkv.data() + unit / K * Q, *out = attended.data() + unit / K * A;
+              if (s.memory_kind == BFLOAT16) attend_to_memory<uint16_t>(m, s, l, b, unit % K, queries, out, scores.data());
+              else attend_to_memory<float>(m, s, l, b, unit % K, queries, out, scores.data());
+            }
+          }
           barrier.wait();
           take(layer.cross_out, attended.data(), none);
           join(layer.cross_out, layer.cross_output, layer.cross_sum);
@@ -474,12 +606,12 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
             for (long i = 0; i < count; i++) h[b * F + n + i] *= y[i];
           });
       } else {  // a tile has gates and ups
-        float* both = h + B * F;
+        float* both = h + T * F;
         each(layer.up, 0, 2 * F, [&](long b, long n, long count, const float* y) {
           for (long i = 0; i < count; i++) (n + i < F ? h + b * F + n : both + b * F + n - F)[i] = y[i];
         });
         barrier.wait();
-        for (long b = 0; b < B; b++) {
+        for (long b = 0; b < T; b++) {
           activate(m.activation, h + b * F + from(F), to(F) - from(F));
           for (long i = from(F); i < to(F); i++) h[b * F + i] *= both[b * F + i];
         }
@@ -487,18 +619,24 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
       barrier.wait();
       take(layer.down, h, none);
       if (m.parallel) {
-        for (long b = 0; b < B; b++)
+        for (long b = 0; b < T; b++)
           add(x + b * D + from(D), part.data() + b * D + from(D), m.residual_scale, to(D) - from(D));
         barrier.wait();
       }
       join(layer.down, layer.mlp_output, layer.mlp_sum);
     }
-    take(m.head, x, m.norm);
-    long V = m.head.n_out;
-    each(m.head, 0, V, [&](long b, long n, long count, const float* y) {
-      float* out = s.logits + b * V + n;
-      for (long i = 0; i < count; i++) out[i] = m.logits_softcap ? m.logits_softcap * tanh_of(y[i] / m.logits_softcap) : y[i];
-    });
+    if (s.logits) {
+#pragma omp single
+      for (long b = 0; b < B; b++)
+        if (s.offsets[b + 1] > s.offsets[b]) memcpy(last.data() + b * D, x + (s.offsets[b + 1] - 1) * D, D * sizeof(float));
+      n_inputs = B;
+      take(m.head, is_single ? x : last.data(), m.norm);
+      long V = m.head.n_out;
+      each(m.head, 0, V, [&](long b, long n, long count, const float* y) {
+        float* out = s.logits + b * V + n;
+        for (long i = 0; i < count; i++) out[i] = m.logits_softcap ? m.logits_softcap * tanh_of(y[i] / m.logits_softcap) : y[i];
+      });
+    }
   }
 }
 

@@ -43,6 +43,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
     """Keep LLMCTL_* settings of the person running the tests out, and their runs and defaults untouched."""
     for name in [name for name in os.environ if name.startswith("LLMCTL_") and name != "LLMCTL_CACHE"]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("LLMCTL_NATIVE", "0")  # no test compiles but those of the library
     monkeypatch.delenv("COLUMNS", raising=False)  # the width of the terminal, which pytest-xdist hands on
     # What a test starts as a process of its own is this checkout too, wherever it is started.
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))

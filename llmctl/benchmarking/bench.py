@@ -22,7 +22,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.benchmarking.decoding_loss import StepLoss, read_rows, rows_of, step_loss
 from llmctl.errors import LlmctlError, UsageError
 from llmctl.inference.session import Session
-from llmctl.kernels.decoder import make_decoder
+from llmctl.kernels.decoder import decoding_by, make_decoder
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
@@ -229,6 +229,7 @@ def describe(subject: Subject, first: Subject, config: BenchConfig) -> dict[str,
         "roofline_frac": read_bytes / read_rate(read_bytes) / steps[1] if 1 in steps else None,
         "first_token_seconds": subject.prefill_seconds.get(1),
         "cold_seconds": subject.cold_seconds,
+        "decoding": decoding_by(subject.decoder),
         "is_compiled": subject.decoder is not None and subject.decoder.native is not None,
         "loss": None if loss is None else asdict(loss) | {"perplexity_change": loss.perplexity_change},
         "batches": [

@@ -1,6 +1,7 @@
-"""Compile the decoding step, and check it against torch on small models before it is used."""
+"""Check the decoding library against torch on small models, once per machine, and compile it where there is none."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from llmctl.benchmarking.random_models import random_model
 from llmctl.config import ModelConfig
 from llmctl.errors import LlmctlError
-from llmctl.kernels.compile import Library, compile_library
-from llmctl.kernels.compiled_step import load_library, make_native
+from llmctl.kernels.build import BuildError, find_compiler
+from llmctl.kernels.compile import COMPILED, PACKAGED, Library, compile_library, verdict, write_verdict
+from llmctl.kernels.compiled_step import is_disabled, load_library, load_packaged, make_native
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
 from llmctl.quant.schemes import GROUPS, SCHEMES
@@ -51,26 +53,54 @@ BLOCKS: Mapping[str, Mapping[str, Any]] = {
 N_TOKENS = 10
 
 
+def prepare_library(say: Callable[[str], None]) -> None:
+    """Check the package's library, or compile one, at the first use on a machine; `say` gets a line before that.
+
+    Never fails: without a library, decoding uses torch.
+    """
+    if is_disabled() or verdict():
+        return
+    with suppress(OSError, AttributeError):
+        packaged = load_packaged()
+        if packaged is not None and not problem_of(packaged):
+            write_verdict(PACKAGED)
+            return
+    try:
+        find_compiler()
+    except BuildError:
+        return  # a compiler may be installed later
+    say("compiling the decoding library for this processor (once, a few seconds); LLMCTL_NATIVE=0 leaves it out")
+    try:
+        compile_and_check()
+    except LlmctlError as error:
+        write_verdict(str(error))
+        say(f"not compiled: {error}")
+
+
 def compile_and_check() -> Path:
-    """Compile the step, check it, and return its file; a library that fails the check is removed.
+    """Compile the library, check it, and return its file; one that fails the check is removed.
 
     Raises: MissingCompilerError; LlmctlError with the reason.
     """
     path = compile_library()
-    problem = ""
     try:
-        library = load_library(path)
-        errors = errors_of(library)
-        wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < LARGEST_ERRORS[name]]
-        others = {name: error_of(library, "fp32", **fields) for name, fields in BLOCKS.items()}
-        wrong += [f"{name} by {error:.2g}" for name, error in others.items() if not error < LARGEST_ERRORS["fp32"]]
-        problem = f"its logits are wrong ({', '.join(wrong)})" if wrong else ""
+        problem = problem_of(load_library(path))
     except (OSError, AttributeError) as error:
         problem = str(error)
     if problem:
         path.unlink(missing_ok=True)
-        raise LlmctlError(f"the compiled decoding step was removed: {problem}", "generation works without it")
+        raise LlmctlError(f"the compiled decoding library was removed: {problem}", "generation works without it")
+    write_verdict(COMPILED)
     return path
+
+
+def problem_of(library: Library) -> str:
+    """Return what is wrong with a library on this machine; empty if nothing is."""
+    errors = errors_of(library)
+    wrong = [f"{name} by {error:.2g}" for name, error in errors.items() if not error < LARGEST_ERRORS[name]]
+    others = {name: error_of(library, "fp32", **fields) for name, fields in BLOCKS.items()}
+    wrong += [f"{name} by {error:.2g}" for name, error in others.items() if not error < LARGEST_ERRORS["fp32"]]
+    return f"its logits are wrong ({', '.join(wrong)})" if wrong else ""
 
 
 def errors_of(library: Library) -> dict[str, float]:

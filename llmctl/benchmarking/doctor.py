@@ -12,8 +12,8 @@ import torch
 
 from llmctl import __version__
 from llmctl.files import exposed
-from llmctl.kernels.compile import library_path
-from llmctl.kernels.compiled_step import find_library
+from llmctl.kernels.compile import COMPILED, PACKAGED, library_path, packaged_path, verdict
+from llmctl.kernels.compiled_step import find_library, is_disabled, variant_of
 from llmctl.machine import available_cores, available_memory, choose_dtype, product_rate
 from llmctl.runs.folder import runs_folder
 
@@ -55,11 +55,16 @@ def examine_machine() -> dict[str, Any]:
 
 
 def compiled_step() -> str | None:
-    """Return the file of the compiled decoding step in use or why it is not used; None if there is none."""
+    """Return which decoding library is in use, or why none is; None if none was compiled."""
     path = library_path()
     if path.is_file() and (problem := exposed(path)):
         return f"not used: {problem}"
-    return None if find_library() is None else str(path)
+    if is_disabled():
+        return "not used: LLMCTL_NATIVE=0"
+    library = find_library()
+    if library is not None:
+        return f"{variant_of(library)} ({packaged_path() if verdict() == PACKAGED else path})"
+    return f"not used: {verdict()}" if verdict() not in ("", PACKAGED, COMPILED) else None
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -94,7 +99,7 @@ def render_machine(record: Mapping[str, Any]) -> list[str]:
         f"missing    {', '.join(absent) or 'none'}",
         f"device     {record['device']}, {record['cores']} cores, {record['threads']} threads",
         f"precision  {record['dtype']} (measured: {rates})",
-        f"compiled   {record['compiled_step'] or 'no decoding step; llmctl doctor --compile creates one'}",
+        f"compiled   {record['compiled_step'] or 'no decoding library; it needs a C++ compiler, such as g++'}",
         f"memory     {record['free_memory_bytes'] / 1e9:,.1f} GB free",
         f"runs       {record['runs_folder']}, {record['free_disk_bytes'] / 1e9:,.1f} GB free{writable}",
     ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmctl.inference.session import Session
-from llmctl.kernels.decoder import make_decoder
+from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
 TIMINGS = 5
@@ -32,11 +32,8 @@ def reading_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float:
 
 
 @torch.inference_mode()
-def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | None:
-    """Return the tokens per second of decoding at batch size 1; None for a model that cannot generate.
-
-    Preparing the model for decoding may repack its weights: do not train it afterwards.
-    """
+def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor], decoder: Decoder | None) -> float | None:
+    """Return the tokens per second of decoding at batch size 1; None for a model that cannot generate."""
     if model.config.family == "encoder" or model.config.n_labels:
         return None
     was_training = model.training
@@ -45,7 +42,7 @@ def writing_speed(model: LanguageModel, batch: Mapping[str, Tensor]) -> float | 
     if n_new < 2:
         return None
     prompt = batch["input_ids_BT"][0, :PROMPT_TOKENS].tolist()
-    session = Session(model, [prompt], n_new, decoder=make_decoder(model))
+    session = Session(model, [prompt], n_new, decoder=decoder)
     tokens_B = session.begin().argmax(dim=1)
     seconds = []
     for _ in range(n_new - 1):

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from llmctl.commands.common import SameModels, command_app, find_model, note, result, result_json, table
+from llmctl.commands.common import (
+    SameModels,
+    command_app,
+    find_model,
+    note,
+    prepare_decoding,
+    result,
+    result_json,
+    table,
+)
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -72,6 +81,7 @@ def bench(
 
     if threads > 0:
         torch.set_num_threads(threads)
+    prepare_decoding(quiet=quiet)
     config = engine.BenchConfig(prompt, tokens, sizes)
     kinds = kv.split(",")
     engine.check_kv(kinds)
@@ -131,6 +141,7 @@ def render(record: Mapping[str, Any]) -> list[str]:
         if model["cold_seconds"] is not None:
             facts.append(f"cold {model['cold_seconds']:.1f} s")
         lines.append(f"{model['name'][-NAME_WIDTH:]}: {', '.join(facts)}")
+        lines.append(f"  decoding: {model['decoding']}")
         if loss := model["loss"]:
             lines.append(
                 f"  loss {loss['read']:.3f} prefill, {loss['written']:.3f} decode: perplexity "

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note, one_name
+from llmctl.commands.common import (
+    AdapterNames,
+    KeysAndValues,
+    command_app,
+    find_model,
+    note,
+    note_decoding,
+    one_name,
+    prepare_decoding,
+)
 from llmctl.config import GenerateConfig
 from llmctl.errors import LlmctlError, OutputError, UsageError
 from llmctl.runs.terminal import plain
@@ -92,9 +101,11 @@ def chat(
     from llmctl.formats.generation_settings import unused_settings
     from llmctl.inference.chat import PLAIN_NOTE, SOURCE_NOTE, Chat
 
+    prepare_decoding(quiet=quiet)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)
+    note_decoding(loaded, quiet=quiet)
     talk = Chat(loaded, config, argument(system))
     if talk.template is None or talk.template.is_plain:
         note(PLAIN_NOTE if talk.template else SOURCE_NOTE, quiet=quiet)

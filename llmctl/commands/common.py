@@ -14,6 +14,7 @@ from llmctl.runs.terminal import on_one_line, plain
 
 if TYPE_CHECKING:
     from llmctl.artifacts.find import Ability
+    from llmctl.artifacts.load import Loaded
 
 # Shared by the commands that run a model.
 AdapterNames = Annotated[
@@ -103,6 +104,21 @@ def one_name(argument: str | None, option: str | None) -> str | None:
     if argument is not None and option is not None and argument != option:
         raise UsageError(f"two models are given: `{argument}` and `{option}`", "give one")
     return option if argument is None else argument
+
+
+def prepare_decoding(*, quiet: bool = False) -> None:
+    """Compile or check the decoding library if this machine has not done so yet."""
+    from llmctl.benchmarking.compiled_step_check import prepare_library
+
+    prepare_library(lambda text: note(text, quiet=quiet))
+
+
+def note_decoding(loaded: "Loaded", *, quiet: bool) -> None:
+    """Print what computes the tokens."""
+    if not quiet:
+        from llmctl.kernels.decoder import decoding_by
+
+        note(f"decoding: {decoding_by(loaded.decoder)}")
 
 
 def note(text: str, *, quiet: bool = False) -> None:

@@ -22,7 +22,7 @@ def doctor(
     node_rank: NodeRank = 0,
     master: Master = "",
     compile_: Annotated[
-        bool, typer.Option("--compile", help="Compile a faster decoding step with this machine's C++ compiler.")
+        bool, typer.Option("--compile", help="Compile the decoding library for this processor again.")
     ] = False,
     timeout: Annotated[int, typer.Option(help="Seconds to wait for the other ranks.")] = 60,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -58,18 +58,20 @@ def doctor(
 
 
 def compile_step() -> None:
-    """Compile the decoding step and check its results."""
+    """Compile the decoding library and check its results."""
     from llmctl.benchmarking.compiled_step_check import compile_and_check
 
-    note("compiling the decoding step")
+    note("compiling the decoding library")
     note(f"compiled and checked: {compile_and_check()}; LLMCTL_NATIVE=0 disables it")
 
 
 def examine_here(*, json: bool) -> int:
     """Report on this machine."""
+    from llmctl.benchmarking.compiled_step_check import prepare_library
     from llmctl.benchmarking.doctor import examine_machine, render_machine
     from llmctl.kernels.product_table import render_survey, survey
 
+    prepare_library(note)
     record = {**examine_machine(), "products": survey()}
     result_json(record) if json else result("\n".join([*render_machine(record), *render_survey(record["products"])]))
     return 0

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmctl.commands.common import AdapterNames, KeysAndValues, command_app, find_model, note, result_json
+from llmctl.commands.common import (
+    AdapterNames,
+    KeysAndValues,
+    command_app,
+    find_model,
+    note,
+    note_decoding,
+    prepare_decoding,
+    result_json,
+)
 from llmctl.config import GenerateConfig
 from llmctl.errors import UsageError
 
@@ -120,9 +129,11 @@ def generate(
     from llmctl.artifacts.load import load_model
     from llmctl.formats.generation_settings import unused_settings
 
+    prepare_decoding(quiet=quiet)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)
+    note_decoding(loaded, quiet=quiet)
     is_streamed = (not is_piped or whole) and not json and not ids and beams == 1
     is_streamed = is_streamed and (sys.stdout.isatty() if stream is None else stream)
     turn = turn_of(loaded, argument(system), quiet=quiet) if chat else None

@@ -9,6 +9,7 @@ from llmctl.artifacts.find import usage
 from llmctl.artifacts.hub import label, named
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
+from llmctl.benchmarking.compiled_step_check import prepare_library
 from llmctl.config import QuantizeConfig
 from llmctl.distilling import teacher_data
 from llmctl.distilling.build_objective import build_objective
@@ -101,6 +102,8 @@ def compare(
     measured = measure_models(
         models, model.config, config, data, original, train, runtime, max_tokens=max_tokens, exact=codes.learns
     )
+    if runtime.is_main:
+        prepare_library(session.say)
     score = data.score(before, runtime)
     if score is not None:
         measured["before"] |= score(max_tokens)

@@ -1,7 +1,6 @@
-"""Decoding step in C++, compiled on this machine on request (`llmctl doctor --compile`).
+"""Decoding steps and products of quantized weights in C++, in the library of the package or one compiled on this machine.
 
-The library is in the user's cache, under a name that depends on source, CPU and flags. Once compiled, all decoding uses
-it, unless `LLMCTL_NATIVE=0`. It is optional: without it, decoding uses torch.
+All decoding uses it, unless `LLMCTL_NATIVE=0`. It is optional: without it, decoding uses torch.
 """
 
 import ctypes
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmctl.files import exposed
-from llmctl.kernels.compile import Library, library_path
+from llmctl.kernels.build import source_hash
+from llmctl.kernels.compile import COMPILED, PACKAGED, Library, library_path, packaged_path, verdict
 from llmctl.losses.logits import is_native
 from llmctl.model import decode
 from llmctl.model.cache import Int8KVCache, KVCache
@@ -114,16 +114,39 @@ class CStep(ctypes.Structure):
     )
 
 
+def is_disabled() -> bool:
+    """Tell whether the user does not want the library."""
+    return os.environ.get("LLMCTL_NATIVE") == "0"
+
+
 def find_library() -> Library | None:
-    """Load the compiled library, or return None if there is none for this machine or it is disabled."""
-    if os.environ.get("LLMCTL_NATIVE") == "0":
+    """Load the library that was checked on this machine, or return None if there is none or it is disabled."""
+    if is_disabled():
         return None
-    path = library_path()
-    if not path.is_file() or exposed(path):  # it is code: who can write it can do whatever we can
-        return None
+    chosen = verdict()
     with suppress(OSError, AttributeError):
-        return load_library(path)
+        if chosen == PACKAGED:
+            return load_packaged()
+        path = library_path()
+        if chosen == COMPILED and path.is_file() and not exposed(path):  # it is code: its writers can do what we can
+            return load_library(path)
     return None
+
+
+def load_packaged() -> Library | None:
+    """Load the library of the package, or return None if there is none or it is of other sources."""
+    path = packaged_path()
+    if not path.is_file():
+        return None
+    library = load_library(path)
+    library.llmctl_source.restype = ctypes.c_char_p
+    return library if library.llmctl_source().decode() == source_hash() else None
+
+
+def variant_of(library: Library) -> str:
+    """Return the instruction set that a library uses on this CPU; `native` if it is compiled for it."""
+    library.llmctl_variant.restype = ctypes.c_char_p
+    return str(library.llmctl_variant().decode())
 
 
 def load_library(path: Path) -> Library:
@@ -233,7 +256,7 @@ class Step:
         self.tables: list[tuple[Tensor, Tensor]] = []
         self.biases: list[Tensor | None] = []
         self.table_size = 0
-        self.memory: tuple[Tensor | None, Tensor] | None = None
+        self.memory: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, tokens_B: Tensor, cache: KVCache, memory_documents_BS: Tensor | None = None) -> Tensor | None:
         """Return the logits (B, V) after one more token per row, or None for unsupported inputs."""
@@ -343,17 +366,19 @@ class Step:
             return None
         cache.cross[:] = pairs = [(keys.contiguous(), values.contiguous()) for keys, values in pairs]
         S = pairs[0][0].shape[2]
-        if self.memory is None or self.memory[0] is not documents_BS or len(self.memory[1]) != n_rows:
-            lengths_B = torch.full((n_rows,), S) if documents_BS is None else (documents_BS != 0).sum(dim=1)
-            self.memory = documents_BS, lengths_B
-            if documents_BS is not None and not torch.equal(
-                documents_BS, (torch.arange(S) < lengths_B[:, None]).long()
-            ):
+        if documents_BS is None:
+            lengths_B = torch.full((n_rows,), S)
+        elif self.memory is not None and self.memory[0] is documents_BS:  # the same tensor in all steps of a batch
+            lengths_B = self.memory[1]
+        else:
+            lengths_B = (documents_BS != 0).sum(dim=1)
+            if not torch.equal(documents_BS, (torch.arange(S) < lengths_B[:, None]).long()):
                 return None
-        lengths_B = self.memory[1]
+            self.memory = documents_BS, lengths_B
         return {
             "buffers": {"memory_keys": [keys for keys, _ in pairs], "memory_values": [values for _, values in pairs]},
             "sizes": {"memory_kind": KINDS[name], "n_memory": S, "memory_lengths": lengths_B.data_ptr()},
+            "kept": lengths_B,  # as long as its address
         }
 
     def _tabulate(self, n_positions: int) -> None:

@@ -1,6 +1,7 @@
 """Prepare a model for decoding: choose its products by measurement, fuse its weights, use a compiled step if present."""
 
-from llmctl.kernels.compiled_step import make_native
+from llmctl.kernels.compile import COMPILED, PACKAGED, verdict
+from llmctl.kernels.compiled_step import find_library, is_disabled, make_native, variant_of
 from llmctl.kernels.product_table import Measured, give_table
 from llmctl.model.decode import Decoder, covers
 from llmctl.model.transformer import LanguageModel
@@ -16,3 +17,17 @@ def make_decoder(model: LanguageModel) -> Decoder | None:
     if table.tiles is not None:
         decoder.native = make_native(table.tiles.library, decoder, table.tiles)
     return decoder
+
+
+def decoding_by(decoder: Decoder | None) -> str:
+    """Return what computes the tokens of a model, and why if it is not the library."""
+    if is_disabled():
+        return "PyTorch (LLMCTL_NATIVE=0)"
+    library = find_library()
+    if library is None:
+        reason = verdict()
+        is_known = reason and reason not in (COMPILED, PACKAGED)
+        return f"PyTorch ({reason if is_known else 'no C++ compiler was found; one makes this 2 to 5 times faster'})"
+    if decoder is None or decoder.native is None:
+        return "PyTorch (the compiled library does not support this model)"
+    return f"compiled library ({variant_of(library)})"

@@ -11,6 +11,7 @@ from llmctl.benchmarking.speed import reading_speed, writing_speed
 from llmctl.config import QuantizeConfig
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.quantization import EXPONENT, PARTS, WEIGHT
+from llmctl.kernels.decoder import decoding_by, make_decoder
 from llmctl.kernels.product_table import Measured, give_table
 from llmctl.machine import peak_memory_bytes
 from llmctl.metrics.figures import FIGURES, rounded, shown
@@ -38,7 +39,8 @@ def make_report(
     sides: dict[str, dict[str, Any]] = {name: rounded(figures) for name, figures in measured.items()}
     for name, model in models.items():
         give_table(model, Measured())  # the matmul kernels that are used in generation
-        writes = writing_speed(model, batch)
+        decoder = make_decoder(model)  # it takes over the weights: the model is not trained any more
+        writes = writing_speed(model, batch, decoder)
         sides[name] = {
             "bytes": stored_bytes(source if name == "before" else result),
             "tokens_per_second_reading": reading_speed(model, batch),
@@ -55,6 +57,7 @@ def make_report(
         "bits_per_weight_layers": layer_bits(result, schemes),
         "models": sides,
         "lost": result.provenance.get("lost", {}),
+        "decoding": decoding_by(decoder) if writes is not None else None,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     for name in ("reading", "writing"):
@@ -110,6 +113,8 @@ def render(record: Mapping[str, Any]) -> list[str]:
         f"{record['bits_per_weight']:.2f} bits per weight in total, {record['bits_per_weight_layers']:.2f} in the blocks",
         f"peak memory {record['peak_memory_bytes'] / 1e6:,.0f} MB",
     ]
+    if record["decoding"]:
+        facts.append(f"decoding: {record['decoding']}")
     slower = [name for name in ("reading", "writing") if record.get(f"{name}_ratio", 1.0) < 1.0]
     if slower:
         verb = "is" if len(slower) == 1 else "are"

@@ -1,6 +1,7 @@
 """The compiled step, where a compiler is at hand: right, kept under its own name, and never in the way."""
 
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,13 @@ import pytest
 import torch
 
 from llmctl.benchmarking import compiled_step_check as native_check
-from llmctl.benchmarking.compiled_step_check import LARGEST_ERRORS, compile_and_check, error_of, errors_of
+from llmctl.benchmarking.compiled_step_check import (
+    LARGEST_ERRORS,
+    compile_and_check,
+    error_of,
+    errors_of,
+    prepare_library,
+)
 from llmctl.benchmarking.random_models import random_model
 from llmctl.cli import run
 from llmctl.config import ModelConfig
@@ -17,9 +24,10 @@ from llmctl.inference.session import Session
 from llmctl.kernels import compile as compile_module
 from llmctl.kernels import compiled_step as native
 from llmctl.kernels import product_table as products
-from llmctl.kernels.compile import compile_library, library_path
-from llmctl.kernels.compiled_step import Tiles, compiled_kinds, find_library, load_library, make_native
-from llmctl.kernels.decoder import make_decoder
+from llmctl.kernels.build import build_all
+from llmctl.kernels.compile import COMPILED, PACKAGED, compile_library, library_path, verdict, write_verdict
+from llmctl.kernels.compiled_step import Tiles, compiled_kinds, find_library, load_library, make_native, variant_of
+from llmctl.kernels.decoder import decoding_by, make_decoder
 from llmctl.kernels.product_table import Measured, random_layer
 from llmctl.losses.logits import is_native
 from llmctl.model.cache import CACHES
@@ -46,12 +54,23 @@ def features() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
+@pytest.fixture(autouse=True)
+def wanted(monkeypatch):
+    monkeypatch.delenv("LLMCTL_NATIVE", raising=False)
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMCTL_CACHE", str(folder))
         return load_library(compile_library())
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    path = tmp_path_factory.mktemp("package") / "_decode.so"
+    return path, build_all(path)
 
 
 @pytest.fixture
@@ -304,17 +323,22 @@ def test_it_is_used_once_it_is_compiled_and_wanted(cache, monkeypatch, capsys):
     decoder = make_decoder(model)
     assert decoder is not None
     assert decoder.native is None
+    assert "no C++ compiler" in decoding_by(decoder)
     assert compile_and_check() == library_path()
     decoder = make_decoder(model)
     assert decoder is not None
     assert decoder.native is not None
+    assert decoding_by(decoder) == "compiled library (native)"
     monkeypatch.setenv("LLMCTL_NATIVE", "0")
     assert find_library() is None
+    assert decoding_by(decoder) == "PyTorch (LLMCTL_NATIVE=0)"
 
 
 @needs_compiler
 def test_a_library_that_others_could_have_written_is_not_loaded(cache, capsys):
     path = compile_library()
+    assert find_library() is None  # it was not checked
+    write_verdict(COMPILED)
     assert find_library() is not None
     cache.chmod(0o777)
     assert find_library() is None
@@ -331,6 +355,7 @@ def test_a_library_that_others_could_have_written_is_not_loaded(cache, capsys):
 
 def test_a_file_that_is_no_library_is_left_alone(cache):
     library_path().write_bytes(b"no library")
+    write_verdict(COMPILED)
     assert find_library() is None
 
 
@@ -357,3 +382,71 @@ def test_what_the_compiler_complains_about_is_told(cache, monkeypatch, capsys, t
     assert run(["doctor", "--compile"]) == 1
     assert "error:" in capsys.readouterr().err
     assert not list(cache.glob("*.so"))
+
+
+@needs_compiler
+def test_it_is_compiled_at_the_first_use_and_only_once(cache, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(native, "packaged_path", lambda: cache / "none.so")
+    prepare_library(lines.append)
+    assert verdict() == COMPILED
+    assert find_library() is not None
+    assert len(lines) == 1
+    assert "LLMCTL_NATIVE=0" in lines[0]
+    written = library_path().stat().st_mtime_ns
+    prepare_library(lines.append)
+    assert len(lines) == 1
+    assert library_path().stat().st_mtime_ns == written
+
+
+def test_a_compiler_that_fails_is_asked_once(cache, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(native, "packaged_path", lambda: cache / "none.so")
+    monkeypatch.setenv("CXX", "false")
+    prepare_library(lines.append)
+    assert lines[-1].startswith("not compiled: ")
+    assert find_library() is None
+    assert decoding_by(None).startswith("PyTorch (`")
+    prepare_library(lines.append)
+    assert len(lines) == 2
+
+
+def test_without_a_compiler_nothing_is_said_and_one_may_come_later(cache, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(native, "packaged_path", lambda: cache / "none.so")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    prepare_library(lines.append)
+    assert (lines, verdict(), find_library()) == ([], "", None)
+    monkeypatch.setenv("LLMCTL_NATIVE", "0")
+    monkeypatch.delenv("CXX")
+    prepare_library(lines.append)
+    assert (lines, verdict()) == ([], "")
+
+
+@needs_compiler
+def test_the_library_of_the_package_comes_first(packaged, cache, monkeypatch):
+    """One library with the instruction sets of many processors, which gives the same as one compiled for this one."""
+    (path, variants), lines = packaged, []
+    assert "base" in variants
+    monkeypatch.setattr(native, "packaged_path", lambda: path)
+    prepare_library(lines.append)
+    assert (lines, verdict()) == ([], PACKAGED)
+    found = find_library()
+    assert found is not None
+    assert variant_of(found) in variants
+    assert not library_path().exists()
+    if {"avx2", "fma", "bmi2"} <= features():
+        assert variant_of(found) != "base"
+    # A library of other sources is not loaded: the structs may differ.
+    monkeypatch.setattr(native, "source_hash", lambda: "another")
+    assert find_library() is None
+
+
+@needs_compiler
+def test_no_instruction_set_leaks_into_another(packaged):
+    """Functions that the linker could merge would run instructions that a processor may not have."""
+    symbols = subprocess.run(["nm", str(packaged[0])], capture_output=True, text=True, check=False)
+    if symbols.returncode:
+        pytest.skip("nm is not there")
+    merged = [line.split()[-1] for line in symbols.stdout.splitlines() if line.split()[-2] in ("W", "V", "u")]
+    assert merged == []

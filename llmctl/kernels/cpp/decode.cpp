@@ -419,6 +419,10 @@ inline void add(float* y, const float* part, float factor, long n) {
 
 extern "C" {
 
+#if !defined(VARIANT)
+const char* llmctl_variant() { return "native"; }
+#endif
+
 // Dequantize rows first to last of a row-major matrix to y (last - first, I), of kind FLOAT32 or BFLOAT16.
 void EXPORTED(llmctl_unpack)(const Matrix* matrix, int64_t first, int64_t last, int32_t n_threads, int32_t kind, void* y) {
   if (kind == BFLOAT16) unpack(*matrix, first, last, n_threads, (uint16_t*)y);

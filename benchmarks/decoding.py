@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmctl.benchmarking.compiled_step_check import prepare_library
 from llmctl.benchmarking.random_models import random_model, shape_config
 from llmctl.config import ModelConfig
-from llmctl.errors import LlmctlError
 from llmctl.inference.session import Session
-from llmctl.kernels.compile import compile_library
+from llmctl.kernels.compiled_step import find_library
 from llmctl.kernels.decoder import make_decoder
 from llmctl.machine import processor_name
 
@@ -285,12 +285,11 @@ def engines(config: ModelConfig, threads: int, n_rows: int, folder: Path) -> Ite
     """Yield names and factories of the installed engines; ratios are relative to the first."""
     for precision in ("bf16", "fp32", "int8", "int4"):
         yield precision, lambda p=precision: ours(config, p, compiled=False)
-    try:
-        compile_library()
+    os.environ.pop("LLMCTL_NATIVE", None)
+    prepare_library(lambda text: print(text, file=sys.stderr))
+    if find_library() is not None:
         for precision in ("fp32", "bf16", "int8", "int4"):
             yield precision + "+", lambda p=precision: ours(config, p, compiled=True)
-    except LlmctlError as error:
-        print(f"no compiled library: {error}", file=sys.stderr)
     if importlib.util.find_spec("transformers"):
         yield "transformers fp32", lambda: transformers(config, torch.float32)
         yield "transformers bf16", lambda: transformers(config, torch.bfloat16)

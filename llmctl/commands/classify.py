@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmctl.commands.common import command_app, find_model, note, result, result_json
+from llmctl.commands.common import command_app, find_model, note, prepare_products, result, result_json
 from llmctl.errors import UsageError
 from llmctl.files import parse_json
 from llmctl.runs.terminal import on_one_line
@@ -71,6 +71,7 @@ def classify(
     from llmctl.artifacts.load import load_model
 
     loaded = load_model(path, device=device, dtype=dtype, able="classify", packed=True)
+    prepare_products(loaded, quiet=quiet)
     run = {"text": label_texts, "tokens": find_entities, "span": find_answers}[loaded.model.config.head]
     n_cut = 0
     while window := list(islice(texts, WINDOW_TEXTS)):

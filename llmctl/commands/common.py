@@ -108,9 +108,23 @@ def one_name(argument: str | None, option: str | None) -> str | None:
 
 def prepare_decoding(*, quiet: bool = False) -> None:
     """Compile or check the decoding library if this machine has not done so yet."""
+    from llmctl.kernels.compile import verdict
+
+    if verdict():
+        return
     from llmctl.benchmarking.compiled_step_check import prepare_library
 
     prepare_library(lambda text: note(text, quiet=quiet))
+
+
+def prepare_products(loaded: "Loaded", *, quiet: bool) -> None:
+    """Choose the fastest products of a quantized model, among them those of the compiled library."""
+    from llmctl.kernels.product_table import Measured, give_table
+    from llmctl.quant.linear import QuantLinear
+
+    if any(isinstance(module, QuantLinear) for module in loaded.model.modules()):
+        prepare_decoding(quiet=quiet)
+        give_table(loaded.model, Measured())
 
 
 def note_decoding(loaded: "Loaded", *, quiet: bool) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import AdapterNames, command_app, find_model, result, result_json
+from llmctl.commands.common import AdapterNames, command_app, find_model, prepare_products, result, result_json
 from llmctl.errors import UsageError
 
 app = command_app()
@@ -52,6 +52,7 @@ def fill(
 
     loaded = load_model(path, device=device, dtype=dtype, able="fill", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="fill")
+    prepare_products(loaded, quiet=quiet)
 
     def show(filled: Filled) -> None:
         if json:

@@ -5,7 +5,7 @@ All decoding uses it, unless `LLMCTL_NATIVE=0`. It is optional: without it, deco
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llmctl.kernels.compile import COMPILED, PACKAGED, Library, library_path, pa
 from llmctl.losses.logits import is_native
 from llmctl.model import decode
 from llmctl.model.cache import Int8KVCache, KVCache
-from llmctl.model.decode import Decoder, Dense, Layer, join
+from llmctl.model.decode import Apart, Decoder, Dense, Layer, join
 from llmctl.model.positions import rope_tables
 from llmctl.model.stack import Block
 from llmctl.model.supports import EXPERTS, unsupported
@@ -58,6 +58,8 @@ class CMatrix(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("zero", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("more", ctypes.c_void_p * 2),
+        ("more_from", ctypes.c_int64 * 2),
     )
 
 
@@ -178,20 +180,32 @@ class Tiles:
     def of(self, layer: QuantWeight) -> tuple[CMatrix, list[Tensor]]:
         """Return a weight as the library's struct, and the tensors it points into; bfloat16 must represent the scales."""
         if layer not in self.made:
-            kept: list[Tensor] = []
-            source = coded(layer, kept)
-            n_out, n_groups = -(-layer.n_out // TILE) * TILE, layer.scheme.n_groups(layer.n_in)
-            n_bytes = layer.n_in // 2 if source.kind == KINDS["int4"] else layer.n_in
-            # Zeros: what no output has is multiplied too.
-            codes = torch.zeros(n_out * n_bytes, dtype=torch.uint8)
-            scales = torch.zeros(n_out * n_groups, dtype=torch.bfloat16)
-            zeros = torch.zeros(n_out * n_groups if source.zero else 0, dtype=torch.uint8)
-            pointers = [tensor.data_ptr() for tensor in (codes, scales, zeros)]
-            self.library.llmctl_tiles(source, torch.get_num_threads(), *pointers)
-            pointers[2] = pointers[2] if source.zero else 0
-            matrix = CMatrix(source.kind, source.group, layer.n_out, layer.n_in, *pointers)
-            self.made[layer] = matrix, [codes, scales, zeros]
+            self.joined([layer])
         return self.made[layer]
+
+    def joined(self, layers: Sequence[QuantWeight]) -> tuple[CMatrix, list[Tensor]]:
+        """Return weights of one scheme as one, with concatenated outputs; all but the last fill their tiles."""
+        kept: list[Tensor] = []
+        sources = [coded(layer, kept) for layer in layers]
+        first, n_in = sources[0], layers[0].n_in
+        starts = [sum(layer.n_out for layer in layers[:index]) for index in range(len(layers) + 1)]
+        n_groups, n_out = layers[0].scheme.n_groups(n_in), -(-starts[-1] // TILE) * TILE
+        n_bytes = n_in // 2 if first.kind == KINDS["int4"] else n_in
+        # Zeros: what no output has is multiplied too.
+        codes = torch.zeros(n_out, n_bytes, dtype=torch.uint8)
+        scales = torch.zeros(n_out, n_groups, dtype=torch.bfloat16)
+        zeros = torch.zeros(n_out, n_groups if first.zero else 0, dtype=torch.uint8)
+        parts = [codes, scales, zeros]
+
+        def matrix(start: int, n_out: int) -> CMatrix:
+            pointers = [part[start:].data_ptr() if part.numel() else None for part in parts]
+            return CMatrix(first.kind, first.group, n_out, n_in, *pointers)
+
+        for layer, source, start in zip(layers, sources, starts, strict=False):
+            own = matrix(start, layer.n_out)
+            self.library.llmctl_tiles(source, torch.get_num_threads(), own.weight, own.scale, own.zero)
+            self.made[layer] = own, parts
+        return matrix(0, starts[-1]), parts
 
 
 NAMED = decode.NAMED - EXPERTS - {"head_transform"}
@@ -444,25 +458,60 @@ class Step:
         return tensor.data_ptr()
 
     def _matrix(self, product: Callable[[Tensor], Tensor]) -> CMatrix:
-        layer = getattr(product, "__self__", None)
-        if isinstance(product, Dense):
-            weight_OI = product.weight_OI.detach()
-            name = str(weight_OI.dtype).removeprefix("torch.")
-            if name in ("float32", "bfloat16") and weight_OI.is_contiguous() and weight_OI.device.type == "cpu":
-                self.reads = False  # torch is faster with many rows of floats
-                bias = self._bias(product.bias_O)
-                return CMatrix(KINDS[name], 0, *weight_OI.shape, self._keep(weight_OI), None, None, bias)
-        elif isinstance(layer, QuantLinear) and is_known_code(layer.scheme, layer.n_in) and layer.has_bfloat16_scales:
-            tiled, tensors = self.tiles.of(layer)
-            matrix = type(tiled).from_buffer_copy(tiled)
-            self.kept += tensors
-            matrix.bias = self._bias(layer.bias)
+        parts = product.layers if isinstance(product, Apart) else [getattr(product, "__self__", product)]
+        floats = [part for part in parts if isinstance(part, Dense | nn.Linear)]
+        coded = [part for part in parts if isinstance(part, QuantLinear)]
+        # A tile's outputs are of one part.
+        is_even = all(len(bare(part)) % TILE == 0 for part in floats[:-1]) if floats else True
+        is_even &= all(part.n_out % TILE == 0 for part in coded[:-1])
+        if len(floats) == len(parts) and is_even and (matrix := self._floats(floats)):
+            return matrix
+        if len(coded) == len(parts) and is_even and (matrix := self._codes(coded)):
             return matrix
         self.is_whole = False
         return CMatrix()
 
-    def _bias(self, bias_O: Tensor | None) -> int | None:
-        return None if bias_O is None else self._keep(bias_O.detach().float().contiguous())
+    def _floats(self, parts: "Sequence[Dense | nn.Linear]") -> CMatrix | None:
+        """Return weights in floats with the same input as one, or None."""
+        weights = [bare(part) for part in parts]
+        name = str(weights[0].dtype).removeprefix("torch.")
+        is_known = all(weight.is_contiguous() and weight.device.type == "cpu" for weight in weights)
+        if name not in ("float32", "bfloat16") or not is_known or len({weight.dtype for weight in weights}) > 1:
+            return None
+        self.reads = False  # torch is faster with many rows of floats
+        n_out, n_in = sum(map(len, weights)), weights[0].shape[1]
+        biases = [part.bias_O if isinstance(part, Dense) else part.bias for part in parts]
+        matrix = CMatrix(KINDS[name], 0, n_out, n_in, self._keep(weights[0]), None, None, self._bias(biases, weights))
+        for index, weight in enumerate(weights[1:]):
+            matrix.more[index] = self._keep(weight)
+            matrix.more_from[index] = sum(map(len, weights[: index + 1]))
+        return matrix
+
+    def _codes(self, layers: Sequence[QuantLinear]) -> CMatrix | None:
+        """Return quantized weights with the same input as one, or None."""
+        is_known = all(is_known_code(layer.scheme, layer.n_in) and layer.has_bfloat16_scales for layer in layers)
+        if not is_known or len({layer.scheme for layer in layers}) > 1:
+            return None
+        tiled, tensors = self.tiles.of(layers[0]) if len(layers) == 1 else self.tiles.joined(layers)
+        matrix = type(tiled).from_buffer_copy(tiled)
+        self.kept += tensors
+        matrix.bias = self._bias([layer.bias for layer in layers], [range(layer.n_out) for layer in layers])
+        return matrix
+
+    def _bias(self, biases: Sequence[Tensor | None], outputs: Sequence[Sized]) -> int | None:
+        """Return the address of concatenated biases; a part without one has zeros."""
+        if all(bias_O is None for bias_O in biases):
+            return None
+        parts = [
+            torch.zeros(len(own)) if bias_O is None else bias_O.detach().float()
+            for bias_O, own in zip(biases, outputs, strict=True)
+        ]
+        return self._keep(torch.cat(parts))
+
+
+def bare(part: "Dense | nn.Linear") -> Tensor:
+    """Return a layer's weight (O, I)."""
+    return (part.weight_OI if isinstance(part, Dense) else part.weight).detach()
 
 
 def is_known_code(scheme: Scheme, n_in: int) -> bool:

@@ -13,8 +13,13 @@ def make_decoder(model: LanguageModel) -> Decoder | None:
         return None
     table = Measured()
     give_table(model, table)
-    decoder = Decoder(model)
     if table.tiles is not None:
+        decoder = Decoder(model, fuses=False)
+        decoder.native = make_native(table.tiles.library, decoder, table.tiles)
+        if decoder.native is not None:
+            return decoder
+    decoder = Decoder(model)
+    if table.tiles is not None:  # what it supports only with fused weights
         decoder.native = make_native(table.tiles.library, decoder, table.tiles)
     return decoder
 

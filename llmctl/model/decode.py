@@ -97,16 +97,17 @@ class Step:
 class Decoder:
     """A model's decoder, prepared for token-by-token generation.
 
-    It takes over the model's weights, so the model must not be trained any more.
+    It takes over the model's weights, so the model must not be trained any more. fuses: whether projections of the same
+    input become one product; a compiled step does not need that, and weights stay where they were loaded.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, *, fuses: bool = True) -> None:
         assert covers(model.config)
         self.model, self.config = model, model.config
         self.stack: Stack = model.stacks()[-1]
         # The fused weights replace the model's parameters; as inference tensors they could not be used in autograd.
         with torch.inference_mode(mode=False), torch.no_grad():
-            self.layers = [Layer(block) for block in self.stack.layers]
+            self.layers = [Layer(block, join if fuses else apart) for block in self.stack.layers]
         self.norm = norm_of(self.stack.norm) if model.config.norm_position != "post" else None
         rotates = self.config.positions == "rope"
         self.rope_kinds = {layer.block.rope for layer in self.layers if rotates and layer.block.rope[0]}
@@ -217,11 +218,11 @@ class Decoder:
 
 
 class Layer:
-    """One transformer block with fused weights."""
+    """One transformer block; `join` makes one function of projections with the same input."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, join: "Joiner") -> None:
         self.block = block
-        self.attention = SelfAttention(block)
+        self.attention = SelfAttention(block, join)
         self.cross = CrossAttention(block.cross_attn, block.layer) if block.cross else None
         self.plain_pre = block.before and not block.within and block.scale == 1.0 and block.parallel == "none"
         self.norms = [norm_of(block.input_layernorm)]
@@ -289,7 +290,7 @@ class Layer:
 class SelfAttention:
     """Self-attention of new positions to themselves and the cache."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, join: "Joiner") -> None:
         attention = block.self_attn
         self.layer, self.window, self.scale = block.layer, block.window, attention.scale
         self.mask_key, self.rope = block.mask_key, block.rope
@@ -425,6 +426,26 @@ def norm_of(norm: nn.Module) -> Function:
     assert isinstance(norm, nn.RMSNorm)
     shape = list(norm.normalized_shape)
     return lambda x: F.rms_norm(x, shape, norm.weight, norm.eps)
+
+
+Joiner = Callable[[Sequence[nn.Module]], Function]
+"""Makes one function of layers with the same input, with concatenated outputs."""
+
+
+def apart(layers: Sequence[nn.Module]) -> Function:
+    """Return a function that calls the layers one by one; weights stay where they are."""
+    return join(layers) if len(layers) == 1 else Apart(list(layers))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Layers with the same input and concatenated outputs."""
+
+    layers: list[nn.Module]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the outputs of all layers."""
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
 
 
 def join(layers: Sequence[nn.Module]) -> Function:

@@ -29,6 +29,8 @@ struct Matrix {  // O x I
   const uint16_t* scale;  // bfloat16: (O,) for INT8, (O, G) for INT4 and BYTES
   const uint8_t* zero;    // zero points (O, G) for INT4 and BYTES; null means 8 everywhere
   const float* bias;      // (O,) or null
+  const void* more[2];    // FLOAT32, BFLOAT16: where the outputs from `more_from` are, multiples of 32; null: in `weight`
+  int64_t more_from[2];
 };
 // In tiles, weight is (O / 32, I / 4, 32, 4) for one code per byte; for two, (O / 32, I / 64, 8, 32, 4): of each 64 inputs the
 // low nibbles are the first 32. scale and zero are (O / 32, G, 32). O is rounded up to a multiple of 32.
@@ -131,6 +133,8 @@ constexpr long FLOAT_ROWS = 3;
 template <class Number>
 void float_tile(const Matrix& m, const float* x, long B, long first, long count, float* y) {
   const Number* w = (const Number*)m.weight + first * m.n_in;
+  for (long i = 0; i < 2; i++)
+    if (m.more[i] && first >= m.more_from[i]) w = (const Number*)m.more[i] + (first - m.more_from[i]) * m.n_in;
   long n = m.n_in;
   if (B == 1) {  // row by row: sequential memory access
     for (long c = 0; c < count; c++) y[c] = dot(w + c * n, x, n);

@@ -27,7 +27,7 @@ DTYPES = {
 }
 
 FEWEST_ROUNDS = 3
-"""The fewest measurements of what may still be the fastest."""
+"""The fewest measurements of what may still be the fastest, after a first call that warms up."""
 
 BEHIND = 2.0
 """How many times slower than the fastest a candidate is measured no more: no noise explains that."""
@@ -89,18 +89,24 @@ def is_bfloat16_faster() -> bool:
 
 
 def race(
-    calls: Mapping[str, Callable[[], object]], *, behind: float = BEHIND, rounds: int = FEWEST_ROUNDS
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    first: Mapping[str, float] | None = None,
+    behind: float = BEHIND,
+    rounds: int = FEWEST_ROUNDS,
 ) -> dict[str, float]:
     """Return the fewest seconds of a call of each; those that are far behind after two calls are not called again.
 
     The calls alternate and the minimum counts: other processes only make a call slower.
+    first: the seconds of a first call, if there was one. rounds: calls after the first.
     """
-    best = {name: min(seconds_of(call), seconds_of(call)) for name, call in calls.items()}  # the first warms up
+    best = dict(first or {name: seconds_of(call) for name, call in calls.items()})
+    limit = float("inf")
     for _ in range(rounds):
-        limit = behind * min(best.values())
         for name, call in calls.items():
             if best[name] <= limit:
                 best[name] = min(best[name], seconds_of(call))
+        limit = behind * min(best.values())
     return best
 
 

@@ -99,7 +99,9 @@ def is_native(dtype: torch.dtype) -> bool:
     """Tell whether this CPU has instructions for products of this dtype."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True  # unknown: assume so, since choose_way tests the accuracy anyway
-    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001
+    if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # noqa: SLF001 - ONEDNN_MAX_CPU_ISA
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
 def add_gradients(

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,11 +20,19 @@ from llmctl.data.shards import SHARD_TOKENS, TYPE_CODES, VERSION, WHOLE, Part, S
 from llmctl.errors import ArtifactError, MemoryLimitError
 from llmctl.files import write_bytes, writing
 
-BATCH_CHARACTERS = 1 << 20
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+BATCH_CHARACTERS = 1 << 19
 """The amount of text sent to a worker at a time."""
 
+PART_CHARACTERS = 1 << 18
+"""Documents are cut into parts of this size, so that several workers share a large one."""
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
+
+Cut = Callable[[str, int], list[str]]
+"""Cuts a text into parts of about so many characters, whose ids, one after the other, are those of the text."""
 
 
 _encode: EncodeBatch | None = None  # set in each worker process by its initializer
@@ -41,6 +49,7 @@ def write_shards(
     identity: Mapping[str, Any],
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
+    cut: Cut = lambda text, _: [text],
     part: Part = WHOLE,
     say: Callable[[str], None] = lambda _: None,
 ) -> ShardSet | None:
@@ -61,7 +70,7 @@ def write_shards(
     # Shards end at document boundaries, so the number of finished documents is the resume position.
     remaining = islice(own, sum(shard["n_documents"] for shard in finished), None)
     writer = _Writer(folder, part, dtype, identity, finished, shard_tokens)
-    for ids in encode_all(remaining, encode_batch, workers):
+    for ids in encode_all(remaining, encode_batch, workers, cut):
         writer.add([*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])])
     writer.finish()
     say(f"{writer.n_documents:,} documents, {writer.n_tokens:,} tokens in {folder}")
@@ -202,32 +211,57 @@ class _Writer:
         write_bytes(self.folder / name, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int) -> Iterator[list[int]]:
+def encode_all(
+    documents: Iterable[str], encode_batch: EncodeBatch, workers: int, cut: Cut = lambda text, _: [text]
+) -> Iterator[list[int]]:
     """Yield the ids of every document in order, encoded in batches by `workers` processes.
 
     A single batch is encoded in this process. At most two batches per worker are in flight.
     Raises: MemoryLimitError if a worker was killed: most likely by the system's out-of-memory killer.
     """
-    batches = batched_by_size(documents)
+    before: list[int] = []
+    for ids, is_last in encode_parts(parts_of(documents, cut if workers > 1 else None), encode_batch, workers):
+        if is_last and not before:
+            yield ids
+            continue
+        before += ids
+        if is_last:
+            yield before
+            before = []
+
+
+def parts_of(documents: Iterable[str], cut: Cut | None) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of every document, and whether a part is its last."""
+    for text in documents:
+        *parts, last = cut(text, PART_CHARACTERS) if cut and len(text) > 2 * PART_CHARACTERS else [text]
+        yield from ((part, False) for part in parts)
+        yield last, True
+
+
+def encode_parts(
+    parts: Iterable[tuple[str, bool]], encode_batch: EncodeBatch, workers: int
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield the ids of every part in order, each with its mark."""
+    batches = batched_by_size(parts)
     first = list(islice(batches, 2))
     if workers <= 1 or len(first) < 2:
-        for batch in chain(first, batches):
-            yield from encode_batch(batch)
+        for texts, marks in chain(first, batches):
+            yield from zip(encode_batch(texts), marks, strict=True)
         return
-    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     # Spawned, not forked: forking a process that has used torch or threads can deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encode_batch,))
-    pending: deque[Future[list[list[int]]]] = deque()
+    pending: deque[tuple[Future[list[list[int]]], list[bool]]] = deque()
     try:
-        for batch in chain(first, batches):
-            pending.append(pool.submit(_work, batch))
+        for texts, marks in chain(first, batches):
+            pending.append((pool.submit(_work, texts), marks))
             if len(pending) >= 2 * workers:
-                yield from pending.popleft().result()
+                yield from _marked(*pending.popleft())
         while pending:
-            yield from pending.popleft().result()
+            yield from _marked(*pending.popleft())
     except BrokenProcessPool:
         raise MemoryLimitError(
             f"one of {workers} processes that encode text was killed, probably for lack of memory",
@@ -235,6 +269,10 @@ def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _marked(future: "Future[list[list[int]]]", marks: list[bool]) -> Iterator[tuple[list[int], bool]]:
+    return zip(future.result(), marks, strict=True)
 
 
 def _start_worker(encode_batch: EncodeBatch) -> None:
@@ -257,15 +295,17 @@ def _work(batch: list[str]) -> list[list[int]]:
     return _encode(batch)
 
 
-def batched_by_size(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents into batches of about BATCH_CHARACTERS."""
-    batch: list[str] = []
+def batched_by_size(parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[list[str], list[bool]]]:
+    """Group texts and their marks into batches of about BATCH_CHARACTERS."""
+    texts: list[str] = []
+    marks: list[bool] = []
     size = 0
-    for text in documents:
-        batch.append(text)
+    for text, mark in parts:
+        texts.append(text)
+        marks.append(mark)
         size += len(text)
         if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield texts, marks
+            texts, marks, size = [], [], 0
+    if texts:
+        yield texts, marks

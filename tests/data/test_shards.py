@@ -143,6 +143,22 @@ def test_processes_change_nothing(tmp_path, monkeypatch):
     assert one == two == tokenizer.encode_batch(TEXTS)
 
 
+def chunks(text: str, n_characters: int) -> list[str]:
+    return [text[start : start + n_characters] for start in range(0, len(text), n_characters)]
+
+
+def of_parts(batch: list[str]) -> list[list[int]]:
+    assert all(len(text) <= 10_000 for text in batch)
+    return encode(batch)
+
+
+def test_a_large_document_is_shared_by_processes(monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 8_000)
+    monkeypatch.setattr(module, "PART_CHARACTERS", 10_000)
+    texts = ["", "a" * 19_000 + "b" * 6_000, "c", "d" * 30_000]
+    assert list(encode_all(texts, of_parts, 2, chunks)) == encode(texts)
+
+
 def test_no_more_than_a_shard_is_held(tmp_path):
     alive = 0
     most = 0

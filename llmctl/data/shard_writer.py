@@ -31,6 +31,9 @@ PART_CHARACTERS = 1 << 18
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
 
+Ids = tuple["array[int]", list[int]]
+"""The ids of several texts as a worker sends them, and how many each has: lists of numbers take longer to send."""
+
 Cut = Callable[[str, int], list[str]]
 """Cuts a text into parts of about so many characters, whose ids, one after the other, are those of the text."""
 
@@ -71,7 +74,7 @@ def write_shards(
     remaining = islice(own, sum(shard["n_documents"] for shard in finished), None)
     writer = _Writer(folder, part, dtype, identity, finished, shard_tokens)
     for ids in encode_all(remaining, encode_batch, workers, cut):
-        writer.add([*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])])
+        writer.add(ids, bos, eos)
     writer.finish()
     say(f"{writer.n_documents:,} documents, {writer.n_tokens:,} tokens in {folder}")
     if part.count > 1 and len(list(folder.glob("part-*-of-*.json"))) < part.count:
@@ -168,9 +171,18 @@ class _Writer:
     def n_tokens(self) -> int:
         return sum(int(shard["n_tokens"]) for shard in self.shards)
 
-    def add(self, ids: Sequence[int]) -> None:
-        self.tokens.extend(ids)
-        self.lengths.append(len(ids))
+    def add(self, ids: "Sequence[int] | array[int]", bos: int | None = None, eos: int | None = None) -> None:
+        if bos is not None:
+            self.tokens.append(bos)
+        if isinstance(ids, array) and ids.typecode != self.tokens.typecode:
+            if max(ids, default=0) > 0xFFFF:
+                raise OverflowError("an id does not fit")
+            self.tokens.frombytes(np.asarray(ids).astype(np.uint16).tobytes())
+        else:
+            self.tokens.extend(ids)
+        if eos is not None:
+            self.tokens.append(eos)
+        self.lengths.append(len(ids) + (bos is not None) + (eos is not None))
         if len(self.tokens) >= self.shard_tokens:
             self.publish()
 
@@ -213,21 +225,21 @@ class _Writer:
 
 def encode_all(
     documents: Iterable[str], encode_batch: EncodeBatch, workers: int, cut: Cut = lambda text, _: [text]
-) -> Iterator[list[int]]:
+) -> Iterator["list[int] | array[int]"]:
     """Yield the ids of every document in order, encoded in batches by `workers` processes.
 
     A single batch is encoded in this process. At most two batches per worker are in flight.
     Raises: MemoryLimitError if a worker was killed: most likely by the system's out-of-memory killer.
     """
-    before: list[int] = []
+    before: Any = None
     for ids, is_last in encode_parts(parts_of(documents, cut if workers > 1 else None), encode_batch, workers):
-        if is_last and not before:
-            yield ids
-            continue
-        before += ids
+        if before is None:
+            before = ids
+        else:
+            before.extend(ids)
         if is_last:
             yield before
-            before = []
+            before = None
 
 
 def parts_of(documents: Iterable[str], cut: Cut | None) -> Iterator[tuple[str, bool]]:
@@ -240,7 +252,7 @@ def parts_of(documents: Iterable[str], cut: Cut | None) -> Iterator[tuple[str, b
 
 def encode_parts(
     parts: Iterable[tuple[str, bool]], encode_batch: EncodeBatch, workers: int
-) -> Iterator[tuple[list[int], bool]]:
+) -> Iterator[tuple["list[int] | array[int]", bool]]:
     """Yield the ids of every part in order, each with its mark."""
     batches = batched_by_size(parts)
     first = list(islice(batches, 2))
@@ -254,7 +266,7 @@ def encode_parts(
     # Spawned, not forked: forking a process that has used torch or threads can deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encode_batch,))
-    pending: deque[tuple[Future[list[list[int]]], list[bool]]] = deque()
+    pending: deque[tuple[Future[Ids], list[bool]]] = deque()
     try:
         for texts, marks in chain(first, batches):
             pending.append((pool.submit(_work, texts), marks))
@@ -271,8 +283,12 @@ def encode_parts(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _marked(future: "Future[list[list[int]]]", marks: list[bool]) -> Iterator[tuple[list[int], bool]]:
-    return zip(future.result(), marks, strict=True)
+def _marked(future: "Future[Ids]", marks: list[bool]) -> Iterator[tuple["array[int]", bool]]:
+    ids, lengths = future.result()
+    start = 0
+    for length, mark in zip(lengths, marks, strict=True):
+        yield ids[start : start + length], mark
+        start += length
 
 
 def _start_worker(encode_batch: EncodeBatch) -> None:
@@ -290,9 +306,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(batch: list[str]) -> list[list[int]]:
+def _work(batch: list[str]) -> Ids:
     assert _encode is not None
-    return _encode(batch)
+    ids, lengths = array("I"), []
+    for part in _encode(batch):
+        ids.extend(part)
+        lengths.append(len(part))
+    return ids, lengths
 
 
 def batched_by_size(parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[list[str], list[bool]]]:

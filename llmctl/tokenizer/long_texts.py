@@ -13,10 +13,10 @@ from itertools import chain, product
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
-PART_CHARACTERS = 1000
+PART_CHARACTERS = 400
 """The size of a part. Larger ones are encoded more slowly, smaller ones add calls."""
 
-LONG_CHARACTERS = 4096
+LONG_CHARACTERS = 2048
 """Shorter texts are not cut: there is little to gain."""
 
 RULES = tuple(map(re.compile, (r"\n(?= ?\S)", r"(?<=\S)\n(?= ?\S)|\n(?= \S)", r"\n(?=\S)", r"(?<=\S)\n(?=\S)")))

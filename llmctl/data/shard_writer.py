@@ -175,9 +175,10 @@ class _Writer:
         if bos is not None:
             self.tokens.append(bos)
         if isinstance(ids, array) and ids.typecode != self.tokens.typecode:
-            if max(ids, default=0) > 0xFFFF:
+            wide = np.asarray(ids)
+            if wide.max(initial=0) > 0xFFFF:
                 raise OverflowError("an id does not fit")
-            self.tokens.frombytes(np.asarray(ids).astype(np.uint16).tobytes())
+            self.tokens.frombytes(wide.astype(np.uint16).tobytes())
         else:
             self.tokens.extend(ids)
         if eos is not None:

@@ -156,10 +156,13 @@ def int8_rows(layer: QuantWeight) -> Product:
     kernel_scales_O = scales_O.bfloat16() if is_exact else torch.ones_like(scales_O, dtype=torch.bfloat16)
 
     def product(x: Tensor) -> Tensor:
+        rows_NI, scales_N1 = x.reshape(-1, layer.n_in), None
+        if layer.scheme.activations:
+            rows_NI, scales_N1 = rounded_inputs(rows_NI)  # bfloat16 represents their codes
         # For float32 inputs, this kernel and the int4 one fall back to slow scalar code.
-        rows_NI = x.reshape(-1, layer.n_in).bfloat16()
-        y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI, codes_OI, kernel_scales_O)  # noqa: SLF001
+        y_NO = torch.ops.aten._weight_int8pack_mm(rows_NI.bfloat16(), codes_OI, kernel_scales_O)  # noqa: SLF001
         y_NO = y_NO if is_exact else y_NO.float() * scales_O
+        y_NO = y_NO if scales_N1 is None else y_NO.float() * scales_N1
         return y_NO.to(x.dtype).view(*x.shape[:-1], layer.n_out)
 
     return product
@@ -275,7 +278,7 @@ PRODUCTS: Mapping[str, Kind] = {
     "plain": Kind(plain, lambda _scheme, _n_out, _n_in: True),
     "unpacked": Kind(unpacked, lambda _scheme, _n_out, _n_in: True),
     "narrow": Kind(narrow, lambda scheme, _n_out, _n_in: not scheme.activations),
-    "int8_rows": Kind(int8_rows, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and not scheme.activations),
+    "int8_rows": Kind(int8_rows, is_int8),
     "int8_both": Kind(int8_both, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8),
     "int8_onednn": Kind(
         int8_onednn, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8

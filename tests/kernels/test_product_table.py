@@ -124,6 +124,18 @@ def test_rounded_inputs_have_products_in_float32_to_choose_from(n_rows: int):
     assert {"plain", "unpacked", "float32"} <= set(seconds)
 
 
+@pytest.mark.parametrize("has_bfloat16_scales", [True, False])
+def test_rounded_inputs_are_exact_in_the_kernel_for_few_rows(has_bfloat16_scales: bool):
+    layer = random_layer(SCHEMES["w8a8"], 96, 256, torch.Generator().manual_seed(0))
+    if not has_bfloat16_scales:
+        layer.weight_scale = layer.weight_scale.float() * 1.001
+    x = torch.randn(3, 5, 256, generator=torch.Generator().manual_seed(1)) * torch.logspace(-3, 3, 5)[:, None]
+    found, expected = PRODUCTS["int8_rows"].make(layer)(x), plain(layer)(x)
+    assert found.dtype == torch.float32
+    # Only the result is rounded to bfloat16.
+    assert ((found - expected).norm(dim=-1) < 2**-8 * expected.norm(dim=-1)).all()
+
+
 def test_a_product_that_is_far_behind_with_few_rows_is_not_tried_with_all(monkeypatch):
     rows: Counter[int] = Counter()
 
@@ -156,10 +168,12 @@ def test_bfloat16_takes_part_where_the_cpu_has_it(monkeypatch, is_fast: bool):
     products.references.cache_clear()
 
 
-@pytest.mark.parametrize(("has", "name"), [(True, "int8_both"), (False, "unpacked")])
-def test_without_instructions_for_int8_the_usual_product_is_float32(monkeypatch, has: bool, name: str):
+@pytest.mark.parametrize(
+    ("has", "n_rows", "name"), [(True, 64, "int8_both"), (False, 64, "unpacked"), (False, 1, "int8_rows")]
+)
+def test_without_instructions_for_int8_the_usual_product_is_another(monkeypatch, has: bool, n_rows: int, name: str):
     monkeypatch.setattr(quant_products, "has_int8_products", lambda: has)
-    assert usual(SCHEMES["w8a8"], 256, 256, 64) == name
+    assert usual(SCHEMES["w8a8"], 256, 256, n_rows) == name
 
 
 @pytest.mark.parametrize(

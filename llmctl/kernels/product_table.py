@@ -39,6 +39,9 @@ MOST_ROUNDS = 20
 ROUNDS_SECONDS = 0.02
 """Beyond the fewest rounds, this much time is spent on more."""
 
+REFERENCES = ("float32", "bfloat16")
+"""Products with a plain weight, measured for comparison."""
+
 MOST_MEASUREMENTS = 3
 """How often a doubtful problem is measured, once in a process."""
 
@@ -159,11 +162,14 @@ def is_doubtful(entry: Entry, larger: Sequence[Entry]) -> bool:
     """
     if entry.n_measurements >= MOST_MEASUREMENTS:
         return False
-    return entry.is_disturbed or any(
-        seconds > CONTRADICTION * other.seconds.get(name, seconds)
-        for other in larger
-        for name, seconds in entry.seconds.items()
-    )
+    return entry.is_disturbed or any(contradicts(other.seconds, entry.seconds) for other in larger)
+
+
+def contradicts(many: Seconds, few: Seconds) -> bool:
+    """Tell whether a product, or the fastest one, took longer with few rows than with many."""
+    fastest = [min((times[name] for name in times if name not in REFERENCES), default=0.0) for times in (many, few)]
+    pairs = [(seconds, few[name]) for name, seconds in many.items() if name in few]
+    return any(longer > CONTRADICTION * shorter for shorter, longer in [*pairs, tuple(fastest)])
 
 
 def measured_side(size: int) -> int:

@@ -98,7 +98,13 @@ def test_no_problem_is_measured_for_ever():
     assert is_doubtful(slow, [fast])
     assert not is_doubtful(slow.joined(slow), [fast])
     assert not is_doubtful(fast, [slow])
-    assert not is_doubtful(slow, [Entry({"unpacked": 1.0})])
+
+
+def test_the_fastest_product_may_not_be_missing_with_few_rows():
+    few = Entry({"plain": 3.0, "float32": 0.5})
+    assert is_doubtful(few, [Entry({"unpacked": 1.0, "float32": 2.0})])
+    assert not is_doubtful(few, [Entry({"unpacked": 3.0, "float32": 2.0})])
+    assert not is_doubtful(few, [Entry({"float32": 2.0, "bfloat16": 0.1, "unpacked": 4.0})])
 
 
 def test_a_measurement_does_not_undo_a_better_one_of_another_process(monkeypatch):

@@ -9,6 +9,7 @@ RECORD = {
     "bits_per_weight": 8.0,
     "bits_per_weight_layers": 8.0,
     "peak_memory_bytes": 1_000_000,
+    "decoding": None,
     "models": {"before": SIDE, "after": SIDE},
 }
 

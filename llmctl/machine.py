@@ -7,7 +7,8 @@ import platform
 import resource
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+FEWEST_ROUNDS = 3
+"""The fewest measurements of what may still be the fastest, after a first call that warms up."""
+
+BEHIND = 2.0
+"""How many times slower than the fastest a candidate is measured no more: no noise explains that."""
+
+PRODUCT_SIZES = {64: 4.0, 128: BEHIND, 256: BEHIND, 512: BEHIND}
+"""Sizes of matrix products, and how far behind bfloat16 is dropped; small ones pay more for their conversions."""
+
+CLEAR_GAINS = (0.8 * BFLOAT16_GAIN, 1.2 * BFLOAT16_GAIN)
+"""Outside of these, the product of the last size but one decides."""
+
+LONGEST_PRODUCT_SECONDS = 0.01
+"""`product_rate` takes no larger product than this."""
 
 LARGE_BLOCK_BYTES = 1 << 20
 """The block size from which `return_large_blocks` returns freed memory to the system."""
@@ -48,32 +64,106 @@ def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
     if name != "auto":
         return DTYPES[full_name(name)]
     if on_cpu:
-        gain = product_rate(torch.bfloat16) / product_rate(torch.float32)
-        return torch.bfloat16 if gain > BFLOAT16_GAIN else torch.float32
+        return torch.bfloat16 if is_bfloat16_faster() else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+
+
+def is_bfloat16_faster() -> bool:
+    """Tell whether products in bfloat16 are `BFLOAT16_GAIN` times as fast as in float32; takes milliseconds.
+
+    CPU flags do not predict it: of processors with the same bfloat16 instructions, some are 4 times as fast as with
+    float32, others half as fast; without any they are up to 100 times slower. So small products come first, and the
+    larger ones only if bfloat16 is not far behind.
+    """
+    gain = 0.0
+    for size, behind in PRODUCT_SIZES.items():
+        products = {name: matrix_product(DTYPES[name], size) for name in ("float32", "bfloat16")}
+        with one_thread():
+            seconds = race(products, behind=behind)
+        gain = seconds["float32"] / seconds["bfloat16"]
+        if gain < 1 / behind:
+            return False
+        if size == list(PRODUCT_SIZES)[-2] and not CLEAR_GAINS[0] <= gain <= CLEAR_GAINS[1]:
+            break
+    return gain > BFLOAT16_GAIN
+
+
+def race(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    first: Mapping[str, float] | None = None,
+    behind: float = BEHIND,
+    rounds: int = FEWEST_ROUNDS,
+) -> dict[str, float]:
+    """Return the fewest seconds of a call of each; those that are far behind after two calls are not called again.
+
+    The calls alternate and the minimum counts: other processes only make a call slower.
+    first: the seconds of a first call, if there was one. rounds: calls after the first.
+    """
+    best = dict(first or {name: seconds_of(call) for name, call in calls.items()})
+    limit = float("inf")
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if best[name] <= limit:
+                best[name] = min(best[name], seconds_of(call))
+        limit = behind * min(best.values())
+    return best
+
+
+def seconds_of(call: Callable[[], object], clock: Callable[[], float] | None = None) -> float:
+    """Return the seconds of a call: CPU time of a single thread, else the time that passes.
+
+    CPU time does not count what other processes take. That of several threads would: they wait for each other.
+    """
+    clock = clock or (time.thread_time if torch.get_num_threads() == 1 else time.perf_counter)
+    started = clock()
+    call()
+    return max(clock() - started, 1e-9)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread, whose CPU time no other process changes."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def matrix_product(dtype: torch.dtype, size: int, device: str = "cpu") -> Callable[[], object]:
+    """Return a matrix product of 4 * size^3 FLOPs; the call ends when the product is done."""
+    a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    if device != "cuda":
+        return lambda: torch.mm(a, b)
+
+    def product() -> None:
+        torch.mm(a, b)
+        torch.cuda.synchronize()  # CUDA kernels are asynchronous
+
+    return product
 
 
 def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Measure the rate of a typical matrix product in FLOP/s; takes a few hundredths of a second.
 
-    CPU flags do not predict it: of processors with the same bfloat16 instructions, some are 4 times as fast as with
-    float32, others half as fast.
+    The size is the largest that is fast enough: where products are slow, small ones have the same rate.
     """
-    size = 4096 if device == "cuda" else 512
-    a, b = torch.ones(2 * size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-
-    def wait() -> None:
-        if device == "cuda":  # CUDA kernels are asynchronous
-            torch.cuda.synchronize()
-
-    for _ in range(6):
-        wait()
-        started = time.perf_counter()
-        torch.mm(a, b)
-        wait()
-        best = min(best, time.perf_counter() - started)
-    return 4 * size**3 / best
+    if device == "cuda":
+        product = matrix_product(dtype, 4096, device)
+        return 4 * 4096**3 / min(seconds_of(product, time.perf_counter) for _ in range(6))
+    *sizes, largest = list(PRODUCT_SIZES)[1:]
+    for size in sizes:
+        product = matrix_product(dtype, size)
+        with one_thread():
+            seconds = race({"": product})[""]
+        if 8 * seconds > LONGEST_PRODUCT_SECONDS:  # the next size
+            break
+    else:
+        size = largest
+    product = matrix_product(dtype, size)
+    return 4 * size**3 / min(seconds_of(product) for _ in range(6))
 
 
 def available_cores() -> int:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,11 +20,22 @@ from llmctl.data.shards import SHARD_TOKENS, TYPE_CODES, VERSION, WHOLE, Part, S
 from llmctl.errors import ArtifactError, MemoryLimitError
 from llmctl.files import write_bytes, writing
 
-BATCH_CHARACTERS = 1 << 20
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+BATCH_CHARACTERS = 1 << 19
 """The amount of text sent to a worker at a time."""
 
+PART_CHARACTERS = 1 << 18
+"""Documents are cut into parts of this size, so that several workers share a large one."""
 
 EncodeBatch = Callable[[list[str]], list[list[int]]]
+
+Ids = tuple["array[int]", list[int]]
+"""The ids of several texts as a worker sends them, and how many each has: lists of numbers take longer to send."""
+
+Cut = Callable[[str, int], list[str]]
+"""Cuts a text into parts of about so many characters, whose ids, one after the other, are those of the text."""
 
 
 _encode: EncodeBatch | None = None  # set in each worker process by its initializer
@@ -41,6 +52,7 @@ def write_shards(
     identity: Mapping[str, Any],
     shard_tokens: int = SHARD_TOKENS,
     workers: int = 1,
+    cut: Cut = lambda text, _: [text],
     part: Part = WHOLE,
     say: Callable[[str], None] = lambda _: None,
 ) -> ShardSet | None:
@@ -61,8 +73,8 @@ def write_shards(
     # Shards end at document boundaries, so the number of finished documents is the resume position.
     remaining = islice(own, sum(shard["n_documents"] for shard in finished), None)
     writer = _Writer(folder, part, dtype, identity, finished, shard_tokens)
-    for ids in encode_all(remaining, encode_batch, workers):
-        writer.add([*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])])
+    for ids in encode_all(remaining, encode_batch, workers, cut):
+        writer.add(ids, bos, eos)
     writer.finish()
     say(f"{writer.n_documents:,} documents, {writer.n_tokens:,} tokens in {folder}")
     if part.count > 1 and len(list(folder.glob("part-*-of-*.json"))) < part.count:
@@ -159,9 +171,19 @@ class _Writer:
     def n_tokens(self) -> int:
         return sum(int(shard["n_tokens"]) for shard in self.shards)
 
-    def add(self, ids: Sequence[int]) -> None:
-        self.tokens.extend(ids)
-        self.lengths.append(len(ids))
+    def add(self, ids: "Sequence[int] | array[int]", bos: int | None = None, eos: int | None = None) -> None:
+        if bos is not None:
+            self.tokens.append(bos)
+        if isinstance(ids, array) and ids.typecode != self.tokens.typecode:
+            wide = np.asarray(ids)
+            if wide.max(initial=0) > 0xFFFF:
+                raise OverflowError("an id does not fit")
+            self.tokens.frombytes(wide.astype(np.uint16).tobytes())
+        else:
+            self.tokens.extend(ids)
+        if eos is not None:
+            self.tokens.append(eos)
+        self.lengths.append(len(ids) + (bos is not None) + (eos is not None))
         if len(self.tokens) >= self.shard_tokens:
             self.publish()
 
@@ -202,32 +224,57 @@ class _Writer:
         write_bytes(self.folder / name, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
-def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int) -> Iterator[list[int]]:
+def encode_all(
+    documents: Iterable[str], encode_batch: EncodeBatch, workers: int, cut: Cut = lambda text, _: [text]
+) -> Iterator["list[int] | array[int]"]:
     """Yield the ids of every document in order, encoded in batches by `workers` processes.
 
     A single batch is encoded in this process. At most two batches per worker are in flight.
     Raises: MemoryLimitError if a worker was killed: most likely by the system's out-of-memory killer.
     """
-    batches = batched_by_size(documents)
+    before: Any = None
+    for ids, is_last in encode_parts(parts_of(documents, cut if workers > 1 else None), encode_batch, workers):
+        if before is None:
+            before = ids
+        else:
+            before.extend(ids)
+        if is_last:
+            yield before
+            before = None
+
+
+def parts_of(documents: Iterable[str], cut: Cut | None) -> Iterator[tuple[str, bool]]:
+    """Yield the parts of every document, and whether a part is its last."""
+    for text in documents:
+        *parts, last = cut(text, PART_CHARACTERS) if cut and len(text) > 2 * PART_CHARACTERS else [text]
+        yield from ((part, False) for part in parts)
+        yield last, True
+
+
+def encode_parts(
+    parts: Iterable[tuple[str, bool]], encode_batch: EncodeBatch, workers: int
+) -> Iterator[tuple["list[int] | array[int]", bool]]:
+    """Yield the ids of every part in order, each with its mark."""
+    batches = batched_by_size(parts)
     first = list(islice(batches, 2))
     if workers <= 1 or len(first) < 2:
-        for batch in chain(first, batches):
-            yield from encode_batch(batch)
+        for texts, marks in chain(first, batches):
+            yield from zip(encode_batch(texts), marks, strict=True)
         return
-    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
     # Spawned, not forked: forking a process that has used torch or threads can deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encode_batch,))
-    pending: deque[Future[list[list[int]]]] = deque()
+    pending: deque[tuple[Future[Ids], list[bool]]] = deque()
     try:
-        for batch in chain(first, batches):
-            pending.append(pool.submit(_work, batch))
+        for texts, marks in chain(first, batches):
+            pending.append((pool.submit(_work, texts), marks))
             if len(pending) >= 2 * workers:
-                yield from pending.popleft().result()
+                yield from _marked(*pending.popleft())
         while pending:
-            yield from pending.popleft().result()
+            yield from _marked(*pending.popleft())
     except BrokenProcessPool:
         raise MemoryLimitError(
             f"one of {workers} processes that encode text was killed, probably for lack of memory",
@@ -235,6 +282,14 @@ def encode_all(documents: Iterable[str], encode_batch: EncodeBatch, workers: int
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _marked(future: "Future[Ids]", marks: list[bool]) -> Iterator[tuple["array[int]", bool]]:
+    ids, lengths = future.result()
+    start = 0
+    for length, mark in zip(lengths, marks, strict=True):
+        yield ids[start : start + length], mark
+        start += length
 
 
 def _start_worker(encode_batch: EncodeBatch) -> None:
@@ -252,20 +307,26 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _work(batch: list[str]) -> list[list[int]]:
+def _work(batch: list[str]) -> Ids:
     assert _encode is not None
-    return _encode(batch)
+    ids, lengths = array("I"), []
+    for part in _encode(batch):
+        ids.extend(part)
+        lengths.append(len(part))
+    return ids, lengths
 
 
-def batched_by_size(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents into batches of about BATCH_CHARACTERS."""
-    batch: list[str] = []
+def batched_by_size(parts: Iterable[tuple[str, bool]]) -> Iterator[tuple[list[str], list[bool]]]:
+    """Group texts and their marks into batches of about BATCH_CHARACTERS."""
+    texts: list[str] = []
+    marks: list[bool] = []
     size = 0
-    for text in documents:
-        batch.append(text)
+    for text, mark in parts:
+        texts.append(text)
+        marks.append(mark)
         size += len(text)
         if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield texts, marks
+            texts, marks, size = [], [], 0
+    if texts:
+        yield texts, marks

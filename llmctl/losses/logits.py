@@ -99,7 +99,11 @@ def is_native(dtype: torch.dtype) -> bool:
     """Tell whether this CPU has instructions for products of this dtype."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True  # unknown: assume so, since choose_way tests the accuracy anyway
-    return dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())  # noqa: SLF001
+    # oneDNN, whose products these are, may be limited: ONEDNN_MAX_CPU_ISA.
+    has_onednn = torch.backends.mkldnn.is_available()
+    if dtype != torch.bfloat16 or not (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()):  # noqa: SLF001
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
 
 
 def add_gradients(

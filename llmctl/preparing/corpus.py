@@ -374,6 +374,7 @@ def encode(
         folder,
         documents,
         tokenizer.encode_batch,
+        cut=tokenizer.cut,
         bos=bos,
         eos=eos,
         vocab_size=tokenizer.vocab_size,

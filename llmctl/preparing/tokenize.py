@@ -87,6 +87,7 @@ def encode_corpus(
         out,
         documents,
         tokenizer.encode_batch,
+        cut=tokenizer.cut,
         bos=tokenizer.bos_id,
         eos=tokenizer.eos_id,
         vocab_size=tokenizer.vocab_size,

@@ -74,6 +74,10 @@ class AddedTokens(Tokenizer):
             return self.base.encode_batch(texts)
         return [self._around(text, after_special=False, is_next=False) for text in texts]
 
+    def cut(self, text: str, n_characters: int) -> list[str]:
+        """Cut a text into parts whose ids, one after the other, are those of the text."""
+        return self.base.cut(text, n_characters) if self.plain is None else [text]
+
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
         """Return the ids of every text, each with the characters that it stands for.
 

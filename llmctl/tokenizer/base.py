@@ -57,6 +57,13 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
 
+    def cut(self, text: str, n_characters: int) -> list[str]:  # noqa: ARG002 - for subclasses
+        """Cut a text into parts of about this size whose ids, one after the other, are those of the text.
+
+        A tokenizer for which this is not known returns the text.
+        """
+        return [text]
+
     @abstractmethod
     def piece(self, index: int) -> str:
         """Return the piece of an id as written in the vocabulary."""

@@ -15,6 +15,7 @@ from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
 from llmctl.files import json_of
 from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import check_tokenizer, quiet, raise_interrupts, steps_of
+from llmctl.tokenizer.long_texts import INNER, Encode, LongTexts, spanning
 
 ROLES = {
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -62,9 +63,28 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
-        with as_artifact_error(ENCODING):
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return self._long_texts.encode_batch(texts)
+
+    def cut(self, text: str, n_characters: int) -> list[str]:
+        """Cut a text into parts whose ids, one after the other, are those of the text."""
+        return self._long_texts.cut(text, n_characters)
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        def later() -> list[Encode]:
+            return [] if self._inner is None else [lambda texts: encode_whole(self._inner, texts)]
+
+        def probes() -> Iterator[str]:
+            for index, piece in self._pieces.items():
+                if INNER.search(piece):
+                    yield from spanning(self.piece_bytes(index).decode("utf-8", "replace") or piece)
+            # Added tokens may take the white space around them.
+            for entry in self._added:
+                token = entry["content"]
+                yield from (f"a{left}{token}{right}b" for left in WHITE for right in WHITE)
+
+        kind = str(self._json["model"].get("type", "BPE")).lower()
+        return LongTexts(kind, lambda texts: encode_whole(self._tokenizer, texts), later, probes)
 
     def encode_with_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
         """Return the ids of every text, each with the characters that it stands for."""
@@ -180,6 +200,16 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _byte_of(self) -> dict[str, int]:
         return {character: byte for byte, character in byte_characters().items()}
+
+
+WHITE = ("", " ", "\n", "\n ", " \n", "\n\n")
+
+
+def encode_whole(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of every text, without special tokens."""
+    with as_artifact_error(ENCODING):
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
 
 
 def frame_of(processor: Any) -> Frame | None:

@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmctl.files import parse_json, recognized
 from llmctl.tokenizer.base import Frame, Span, SpecialToken, Tokenizer, digest
 from llmctl.tokenizer.checks import MAX_GROWTH, longest_text
 from llmctl.tokenizer.export import post_processor, tokenizer_config, tokenizer_json
+from llmctl.tokenizer.long_texts import INNER, Encode, LongTexts, spanning
 from llmctl.tokenizer.protobuf import fields
 
 SPACE = "\u2581"
@@ -80,8 +81,27 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of every text, without special tokens."""
-        batch = [text if isinstance(text, str) else str(text) for text in texts]
-        processor = self._processor
+        return self._long_texts.encode_batch([text if isinstance(text, str) else str(text) for text in texts])
+
+    def cut(self, text: str, n_characters: int) -> list[str]:
+        """Cut a text into parts whose ids, one after the other, are those of the text."""
+        return self._long_texts.cut(text, n_characters)
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        def later() -> list[Encode]:
+            return [lambda texts: self._encode_whole(texts, self._inner)] if self._prefix else []
+
+        def probes() -> Iterator[str]:
+            for piece in self._processor.id_to_piece(list(range(self.vocab_size))):
+                if INNER.search(piece):
+                    yield from spanning(piece.replace(SPACE, " "))
+
+        return LongTexts("bpe" if is_bpe(self._proto) else "", self._encode_whole, later, probes)
+
+    def _encode_whole(self, texts: Sequence[str], processor: Any = None) -> list[list[int]]:
+        batch = list(texts)
+        processor = processor or self._processor
         # A single text is encoded without threads: starting one takes longer than encoding a line.
         ids: list[list[int]] = (
             [processor.encode(batch[0])]
@@ -275,6 +295,12 @@ def spans_of(proto: bytes, text: str) -> list[tuple[int, Span]]:
             begin, end = int(values.get(4, 0)), int(values.get(5, 0))
             found.append((int(values.get(2, 0)), (char_of.get(begin, 0), char_of.get(end, len(text)))))
     return found
+
+
+def is_bpe(proto: bytes) -> bool:
+    """Tell whether a model is of byte pairs: 2 in field 3 of what it was trained with (field 2); 1 is unigram."""
+    specs = [spec for number, spec in fields(proto, skipped=PIECES) if number == 2 and isinstance(spec, bytes)]
+    return any(dict(fields(spec)).get(3) == 2 for spec in specs)
 
 
 def check_tables(proto: bytes) -> None:

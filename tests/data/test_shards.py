@@ -139,8 +139,24 @@ def test_processes_change_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "BATCH_CHARACTERS", 200)
     tokenizer = train_tokenizer(TEXTS * 5, TokenizerConfig(vocab_size=330))
     one = list(encode_all(TEXTS, tokenizer.encode_batch, 1))
-    two = list(encode_all(TEXTS, tokenizer.encode_batch, 2))
+    two = list(map(list, encode_all(TEXTS, tokenizer.encode_batch, 2)))
     assert one == two == tokenizer.encode_batch(TEXTS)
+
+
+def chunks(text: str, n_characters: int) -> list[str]:
+    return [text[start : start + n_characters] for start in range(0, len(text), n_characters)]
+
+
+def of_parts(batch: list[str]) -> list[list[int]]:
+    assert all(len(text) <= 10_000 for text in batch)
+    return encode(batch)
+
+
+def test_a_large_document_is_shared_by_processes(monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 8_000)
+    monkeypatch.setattr(module, "PART_CHARACTERS", 10_000)
+    texts = ["", "a" * 19_000 + "b" * 6_000, "c", "d" * 30_000]
+    assert list(map(list, encode_all(texts, of_parts, 2, chunks))) == encode(texts)
 
 
 def test_no_more_than_a_shard_is_held(tmp_path):
@@ -228,6 +244,22 @@ def test_an_id_that_does_not_fit_is_never_written(tmp_path):
     with pytest.raises(OverflowError):
         write_shards(tmp_path, ["a"], lambda _: [[70_000]], bos=None, eos=None, vocab_size=300, identity=IDENTITY)
     assert not list(tmp_path.glob("*.bin"))
+
+
+def too_large(batch: list[str]) -> list[list[int]]:
+    return [[70_000]] * len(batch)
+
+
+def test_nor_is_one_of_a_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
+    with pytest.raises(OverflowError):
+        write_shards(tmp_path, ["a"] * 3, too_large, bos=None, eos=None, vocab_size=300, identity=IDENTITY, workers=2)
+    assert not list(tmp_path.glob("*.bin"))
+    shards = write_shards(
+        tmp_path, ["a"] * 3, too_large, bos=1, eos=None, vocab_size=70_001, identity=IDENTITY, workers=2
+    )
+    assert shards is not None
+    assert shards.document(2).tolist() == [1, 70_000]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -44,3 +49,11 @@ def test_a_way_that_fails_its_trial_is_not_taken(monkeypatch):
         assert products.choose_way(torch.bfloat16, "cpu") == "upcast"
     finally:
         products.choose_way.cache_clear()
+
+
+def test_bfloat16_is_not_native_where_the_library_may_not_use_it():
+    code = "import torch; from llmctl.losses.logits import is_native; print(is_native(torch.bfloat16))"
+    limited = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("only x86 processors tell")
+    assert subprocess.check_output([sys.executable, "-c", code], env=limited, text=True).strip() == "False"

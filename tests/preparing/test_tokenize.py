@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.config import DataConfig, TokenizerConfig
+from llmctl.data import shard_writer
 from llmctl.data.shards import Part, ShardSet
 from llmctl.errors import ArtifactError, OutputError, UsageError
 from llmctl.preparing.tokenize import decode_lines, encode_corpus, encode_lines, measure, train
@@ -140,6 +141,26 @@ def test_parts_and_processes_make_the_same_documents(corpus, folder, tmp_path, m
     order = [number for index in range(3) for number in range(index, whole.n_documents, 3)]
     assert parts is not None
     assert [parts.document(i).tolist() for i in range(parts.n_documents)] == [whole.document(n).tolist() for n in order]
+
+
+def test_a_large_file_is_shared_by_processes(corpus, folder, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text(TEXT * 400)
+    whole = encode(tmp_path / "one.txt", folder, tmp_path / "whole")
+    monkeypatch.setattr(shard_writer, "PART_CHARACTERS", 2000)
+    monkeypatch.setattr(shard_writer, "BATCH_CHARACTERS", 2000)
+    batches: list[list[str]] = []
+    batched = shard_writer.batched_by_size
+
+    def recorded(parts):
+        for texts, marks in batched(parts):
+            batches.append(texts)
+            yield texts, marks
+
+    monkeypatch.setattr(shard_writer, "batched_by_size", recorded)
+    shared = encode(tmp_path / "one.txt", folder, tmp_path / "shared", workers=2)
+    assert len(batches) > 5
+    assert whole.n_documents == shared.n_documents == 1
+    assert whole.document(0).tolist() == shared.document(0).tolist()
 
 
 SLOW_RUN = """

@@ -10,7 +10,6 @@ ratios to the plain forward pass with the same cache in the same run.
 import argparse
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 
@@ -18,11 +17,12 @@ import torch
 
 from llmctl.benchmarking.random_models import SHAPES, random_model
 from llmctl.config import ModelConfig
+from llmctl.inference.session import Session
 from llmctl.kernels.compile import compile_library
 from llmctl.kernels.compiled_step import load_library, make_native
 from llmctl.machine import processor_name
-from llmctl.model.cache import KVCache
 from llmctl.model.decode import Decoder
+from llmctl.model.transformer import LanguageModel
 
 LOCAL = 1e4
 BLOCKS = {
@@ -36,38 +36,34 @@ BLOCKS = {
     "OLMo 2": {"norm_position": "output", "qk_norm": True, "qk_norm_kind": "width"},
     "GPT-NeoX": {"norm": "layernorm", "gated": False, "attention_bias": True, "mlp_bias": True}
     | {"parallel": "separate", "rotary_dim": 16, "activation": "gelu", "tie_embeddings": False},
+    "T5 1.1": {"family": "encoder_decoder", "positions": "relative", "activation": "gelu_tanh", "attention_scale": 1.0},
+    "BART": {"family": "encoder_decoder", "positions": "learned", "norm": "layernorm", "norm_position": "post"}
+    | {"gated": False, "activation": "gelu", "attention_bias": True, "mlp_bias": True, "embedding_norm": True},
 }
 PROMPT = 16
 
 
-def tokens_per_second(step: Callable[[torch.Tensor, KVCache], torch.Tensor], cache: KVCache, n_tokens: int) -> float:
+def tokens_per_second(model: LanguageModel, decoder: Decoder | None, n_tokens: int) -> float:
     """Return the tokens per CPU-second of greedy decoding."""
-    token = torch.zeros(1, dtype=torch.long)
+    session = Session(model, [list(range(PROMPT))], n_tokens + 1, decoder=decoder)
+    token = session.begin().argmax(-1)
     begun = time.process_time()
     for _ in range(n_tokens):
-        token = step(token, cache).argmax(-1)
+        token = session.step(token).argmax(-1)
     return n_tokens / (time.process_time() - begun)
 
 
 @torch.inference_mode()
 def measure(config: ModelConfig, scheme: str, n_tokens: int, rounds: int) -> dict[str, float]:
     """Return tokens per CPU-second of the plain forward pass, the fast decoder and the compiled step."""
-    plain = random_model(config, scheme)
-    decoder = Decoder(random_model(config, scheme))
-    native = make_native(load_library(compile_library()), Decoder(random_model(config, scheme)))
-    assert native is not None, "the compiled step does not cover this block"
-    ways: dict[str, Callable[[torch.Tensor, KVCache], torch.Tensor]] = {
-        "plain": lambda token, cache: plain.head(plain.hidden(token[:, None], cache=cache)[:, -1]),
-        "decoder": decoder.logits,
-        "compiled": native,  # type: ignore[dict-item]
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    prompt = torch.arange(PROMPT)[None]
+    models = [random_model(config, scheme) for _ in range(3)]
+    decoders = [None, *(Decoder(model) for model in models[1:])]
+    decoders[2].native = make_native(load_library(compile_library()), decoders[2])
+    assert decoders[2].native is not None, "the compiled step does not cover this block"
+    speeds: dict[str, list[float]] = {"plain": [], "decoder": [], "compiled": []}
     for number in range(rounds + 1):
-        for name, step in ways.items():
-            cache = KVCache(plain.config, 1, PROMPT + n_tokens)
-            plain.hidden(prompt, cache=cache)
-            speed = tokens_per_second(step, cache, n_tokens)
+        for name, model, decoder in zip(speeds, models, decoders, strict=True):
+            speed = tokens_per_second(model, decoder, n_tokens)
             if number:  # the first round warms up
                 speeds[name].append(speed)
     return {name: median(values) for name, values in speeds.items()}

@@ -305,6 +305,72 @@ def test_a_session_uses_it_where_it_can(library, precision: str, lengths: tuple[
     assert all(with_it.native.parts) == (precision == "int4")
 
 
+RAGGED = {
+    "learned": {"positions": "learned", "norm": "layernorm"},
+    "alibi": {"positions": "alibi"},
+    "windows": {"attention_windows": (4, 0), "rope_thetas": (1e4, 1e6)},
+    "relative": {"positions": "relative", "attention_scale": 1.0},
+    "several heads": {"n_heads": 4, "n_kv_heads": 1, "head_dim": 20, "attention_softcap": 0.5},
+}
+T5 = {"positions": "relative", "attention_scale": 1.0, "activation": "relu", "gated": False}
+BART = {"positions": "learned", "norm": "layernorm", "norm_position": "post", "gated": False}
+PAIRS = {
+    "t5": T5,
+    "umt5": T5 | {"relative_bias_per_layer": True, "gated": True},
+    "bart": BART | {"attention_bias": True, "mlp_bias": True, "embedding_norm": True, "logits_bias": True},
+    "rope": {"n_kv_heads": 1},
+}
+"""Encoder-decoders."""
+
+
+def differences(model, decoders, prompts, **options) -> list[float]:
+    """Return the relative differences of the logits of two decoders, of the prompts and five tokens after them."""
+    kept = []
+    with torch.inference_mode():
+        sessions = [Session(model, prompts, 8, decoder=decoder, **options) for decoder in decoders]
+        kept.append([session.begin().float() for session in sessions])
+        for token in range(5):
+            tokens_B = torch.full((len(kept[-1][0]),), 3 + token)
+            if token == 3 and len(tokens_B) > 1:
+                for session in sessions:
+                    session.select(torch.tensor([1, 0] + [1] * (len(tokens_B) - 2)))
+            kept.append([session.step(tokens_B).float() for session in sessions])
+    return [float((found - expected).norm() / expected.norm()) for found, expected in kept]
+
+
+@needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("fields", RAGGED.values(), ids=RAGGED)
+def test_rows_of_unequal_length_have_their_own_positions(library, precision: str, fields: dict):
+    if precision == "int4" and "head_dim" in fields:
+        fields = fields | {"head_dim": 16}
+    model = random_model(ModelConfig(**(SHAPE | fields)), precision)
+    with_it, without = Decoder(model), Decoder(model)
+    with_it.native = make_native(library, with_it)
+    assert with_it.native is not None
+    with_it.native.reads = True
+    prompts = [list(range(1, 1 + length)) for length in (9, 2, 17, 1, 5, 11)]
+    assert max(differences(model, (with_it, without), prompts)) < LARGEST_ERRORS[precision] * 1.5
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv", CACHES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("lengths", [(6,), (6, 6), (7, 3, 5, 1)])
+@pytest.mark.parametrize("fields", PAIRS.values(), ids=PAIRS)
+def test_encoder_decoders_attend_to_their_sources(
+    library, fields: dict, lengths: tuple[int, ...], precision: str, kv: str
+):
+    model = random_model(ModelConfig(**(SHAPE | fields | {"family": "encoder_decoder"})), precision)
+    with_it, without = Decoder(model), Decoder(model)
+    with_it.native = Counted(make_native(library, with_it))
+    bound = max(LARGEST_ERRORS[precision], 0.02 if kv == "int8" else 0.0)
+    for copies in (1, 2):
+        prompts = [list(range(1, 1 + length)) for length in lengths]
+        assert max(differences(model, (with_it, without), prompts, copies=copies, kv=kv)) < bound
+    assert len(with_it.native.calls) == 10
+
+
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 def test_it_goes_on_after_a_beginning_that_was_held(library, precision: str):

@@ -19,6 +19,8 @@ constexpr long BLOCK = 64;  // inputs that are quantized with one scale
 constexpr long TILE = 32;   // outputs that are stored together
 constexpr long CHUNK = 4 * TILE;  // bytes of a tile's codes for 4 inputs of all outputs, or 8 if there are two codes per byte
 
+constexpr long AHEAD = 4096;  // prefetch distance in bytes
+
 enum Kind : int32_t { FLOAT32 = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3, BYTES = 4 };
 
 struct Matrix {  // O x I
@@ -107,7 +109,10 @@ void dots(const Number* w, const float* x, long n, float* y, long stride) {
   for (; i + LANES <= n; i += LANES) {
     Floats row[C];
 #pragma GCC unroll 8
-    for (long c = 0; c < C; c++) row[c] = load(w + c * n + i);
+    for (long c = 0; c < C; c++) {
+      row[c] = load(w + c * n + i);
+      __builtin_prefetch(w + (C + c) * n + i);  // hardware does not foresee the step to the next C rows
+    }
 #pragma GCC unroll 8
     for (long r = 0; r < R; r++) {
       Floats inputs = load(x + r * n + i);
@@ -123,10 +128,11 @@ void dots(const Number* w, const float* x, long n, float* y, long stride) {
     }
 }
 
+// Rows of inputs and of a matrix that are multiplied together: registers hold their sums.
 #if defined(__AVX512F__)
-constexpr long FLOAT_ROWS = 6;
+constexpr long FLOAT_ROWS = 6, COLUMN_ROWS = 4;
 #else
-constexpr long FLOAT_ROWS = 3;
+constexpr long FLOAT_ROWS = 3, COLUMN_ROWS = 4;
 #endif
 
 // Outputs first to first + count of a float matrix, for B rows.
@@ -135,23 +141,21 @@ void float_tile(const Matrix& m, const float* x, long B, long first, long count,
   const Number* w = (const Number*)m.weight + first * m.n_in;
   for (long i = 0; i < 2; i++)
     if (m.more[i] && first >= m.more_from[i]) w = (const Number*)m.more[i] + (first - m.more_from[i]) * m.n_in;
-  long n = m.n_in;
-  if (B == 1) {  // row by row: sequential memory access
-    for (long c = 0; c < count; c++) y[c] = dot(w + c * n, x, n);
-    return;
-  }
-  long c = 0;
-  for (; c + 4 <= count; c += 4) {
-    long b = 0;
-    for (; b + FLOAT_ROWS <= B; b += FLOAT_ROWS) dots<FLOAT_ROWS, 4>(w + c * n, x + b * n, n, y + b * TILE + c, TILE);
-    for (; b + 2 <= B; b += 2) dots<2, 4>(w + c * n, x + b * n, n, y + b * TILE + c, TILE);
-    for (; b < B; b++) dots<1, 4>(w + c * n, x + b * n, n, y + b * TILE + c, TILE);
+  long n = m.n_in, c = 0;
+  if (B > 2) {  // fewer: row by row, sequential memory access
+    for (; c + COLUMN_ROWS <= count; c += COLUMN_ROWS) {
+      const Number* rows = w + c * n;
+      float* out = y + c;
+      long b = 0;
+      for (; b + FLOAT_ROWS <= B; b += FLOAT_ROWS) dots<FLOAT_ROWS, COLUMN_ROWS>(rows, x + b * n, n, out + b * TILE, TILE);
+      for (; b + 4 <= B; b += 4) dots<4, COLUMN_ROWS>(rows, x + b * n, n, out + b * TILE, TILE);
+      for (; b + 2 <= B; b += 2) dots<2, COLUMN_ROWS>(rows, x + b * n, n, out + b * TILE, TILE);
+      for (; b < B; b++) dots<1, COLUMN_ROWS>(rows, x + b * n, n, out + b * TILE, TILE);
+    }
   }
   for (; c < count; c++)
     for (long b = 0; b < B; b++) y[b * TILE + c] = dot(w + c * n, x + b * n, n);
 }
-
-constexpr long AHEAD = 4096;  // prefetch distance in bytes
 
 #if defined(INTEGERS)
 constexpr long WORDS = INTEGERS / 4;  // outputs of a register
@@ -162,27 +166,19 @@ constexpr bool IS_SIGNED = false;  // whether 128 is subtracted from codes of 8 
 constexpr bool IS_SIGNED = true;
 #endif
 
-// Add the products of codes (4 inputs of each output) to sums: int32 where there are instructions for it, else int16 sums of
-// pairs, which `flushed` adds up.
-#if defined(FOURS)
-template <int KIND>
-inline Int add_codes(Int sums, Int codes, Int inputs, bool) { return add_fours(sums, codes, inputs); }
-template <int KIND>
-constexpr long LONGEST = 1L << 30;  // additions before a flush
-inline Int flushed(Int sums, Int parts, bool) { return parts; }
-#else
+#if !defined(FOURS)
+// Add the products of codes (4 inputs of each output) to int16 sums of pairs, which `flushed` adds to int32 sums.
 template <int KIND>
 inline Int add_codes(Int parts, Int codes, Int inputs, bool is_first) {
   Int pairs = KIND == INT8 ? pairs8(int_magnitude(codes), int_signed(inputs, codes)) : pairs8(codes, inputs);
   return is_first ? pairs : add16(parts, pairs);
 }
-// int16 holds 8 times 2 products of 15 and 127, twice 2 of 63 and 127, once 2 of 128 and 127.
+// Additions before a flush: int16 holds 8 times 2 products of 15 and 127, twice 2 of 63 and 127, once 2 of 128 and 127.
 template <int KIND>
 constexpr long LONGEST = KIND == INT4 ? 8 : KIND == BYTES ? 2 : 1;
-inline Int flushed(Int sums, Int parts, bool) { return add32(sums, pairs16(parts, int_all(0x00010001))); }
+inline Int flushed(Int sums, Int parts) { return add32(sums, pairs16(parts, int_all(0x00010001))); }
 #endif
 
-// R rows of inputs by OUTS outputs, from output `offset` of a tile: y[r * TILE + offset + o].
 // GROUP: 32, 64 (or a multiple of it), or 0 for one scale per output.
 template <int KIND, int GROUP, long R, long OUTS>
 void tile_part(const Matrix& m, long tile, long offset, const Inputs& in, long b, float* y) {
@@ -254,7 +250,7 @@ void tile_part(const Matrix& m, long tile, long offset, const Inputs& in, long b
             sums[r][v] = add_fours(sums[r][v], w[v], x);
 #else
             parts[r][v] = add_codes<KIND>(parts[r][v], w[v], x, j % LONGEST<KIND> == 0);
-            if ((j + 1) % LONGEST<KIND> == 0) sums[r][v] = flushed(sums[r][v], parts[r][v], true);
+            if ((j + 1) % LONGEST<KIND> == 0) sums[r][v] = flushed(sums[r][v], parts[r][v]);
 #endif
           }
         }

@@ -92,7 +92,8 @@ def load_model(
         return Loaded(load_through_transformers(artifact, device=target, dtype=names[dtype]), tokenizer, artifact)
     model = without_weights(artifact.config)
     schemes = artifact.schemes if packed else {}
-    quantize(model, schemes)
+    with torch.device("meta"):
+        quantize(model, schemes)
     materialize_buffers(model, target)
     # In float32 without a conversion, these are views of the file: only what may be written into is copied.
     state = artifact.packed_state() if schemes else artifact.state(names[dtype])
@@ -148,10 +149,15 @@ def without_weights(config: "ModelConfig") -> "LanguageModel":
 
 
 def materialize_buffers(model: "LanguageModel", device: str = "cpu") -> None:
-    """Compute the buffers that files do not store (sinusoidal positions): on the meta device they have no storage."""
+    """Create the buffers that files do not store (sinusoidal positions): on the meta device they have no storage."""
+    import torch
+
     from llmctl.model.positions import sinusoidal_table
+    from llmctl.quant.linear import QuantEmbedding
 
     for module in model.modules():
+        if isinstance(module, QuantEmbedding) and module.like.is_meta:
+            module.like = torch.zeros((), device=device)
         if "sinusoids" in dict(module.named_buffers(recurse=False)):
             empty: Any = module.sinusoids
             n_positions, width = empty.shape

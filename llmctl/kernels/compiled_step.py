@@ -191,10 +191,11 @@ class Tiles:
         starts = [sum(layer.n_out for layer in layers[:index]) for index in range(len(layers) + 1)]
         n_groups, n_out = layers[0].scheme.n_groups(n_in), -(-starts[-1] // TILE) * TILE
         n_bytes = n_in // 2 if first.kind == KINDS["int4"] else n_in
-        # Zeros: what no output has is multiplied too.
-        codes = torch.zeros(n_out, n_bytes, dtype=torch.uint8)
-        scales = torch.zeros(n_out, n_groups, dtype=torch.bfloat16)
-        zeros = torch.zeros(n_out, n_groups if first.zero else 0, dtype=torch.uint8)
+        # Zeros in the last tile: what no output has is multiplied too.
+        make = torch.empty if n_out == starts[-1] else torch.zeros
+        codes = make(n_out, n_bytes, dtype=torch.uint8)
+        scales = make(n_out, n_groups, dtype=torch.bfloat16)
+        zeros = make(n_out, n_groups if first.zero else 0, dtype=torch.uint8)
         parts = [codes, scales, zeros]
 
         def matrix(start: int, n_out: int) -> CMatrix:
@@ -529,9 +530,9 @@ def coded(layer: QuantWeight, kept: list[Tensor]) -> CMatrix:
     scheme, weight, zeros = layer.scheme, layer.weight_packed.contiguous(), None
     kind = "int8" if not scheme.group else "int4" if scheme.bits <= INT4_BITS else "bytes"
     if scheme.group and not (scheme.symmetric and scheme.bits == INT4_BITS):
-        codes_OI, (_, zeros_OG) = layer.codes()
-        zeros = zeros_OG.contiguous()
+        zeros = layer.zeros()
         if scheme.bits != INT4_BITS:
+            codes_OI = layer.codes().codes_OI
             weight = pack(codes_OI, INT4_BITS) if scheme.bits < INT4_BITS else codes_OI.contiguous()
     tensors = [weight, layer.weight_scale.bfloat16().contiguous(), zeros]
     kept += [tensor for tensor in tensors if tensor is not None]

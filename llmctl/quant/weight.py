@@ -45,6 +45,10 @@ class QuantWeight(nn.Module):
         """Return the unpacked codes."""
         return unpacked(dict(self.named_buffers(recurse=False)), self.scheme, self.n_out, self.n_in)
 
+    def zeros(self) -> Tensor:
+        """Return the zero points (O, G), uint8."""
+        return zero_points(dict(self.named_buffers(recurse=False)), self.scheme, self.n_out)
+
     @property
     def weight(self) -> Tensor:
         """The dequantized matrix (O, I) float32, recomputed at every access."""
@@ -89,9 +93,12 @@ def packed(codes: Codes, scheme: Scheme) -> dict[str, Tensor]:
 
 def unpacked(tensors: dict[str, Tensor], scheme: Scheme, n_out: int, n_in: int) -> Codes:
     """Unpack the codes of a file's tensors."""
-    scales_OG = tensors["weight_scale"].float()
+    grid = Grid(tensors["weight_scale"].float(), zero_points(tensors, scheme, n_out))
+    return Codes(unpack(tensors["weight_packed"], scheme.bits, n_in), grid)
+
+
+def zero_points(tensors: dict[str, Tensor], scheme: Scheme, n_out: int) -> Tensor:
+    """Return the zero points (O, G) of a file's tensors, uint8."""
     if scheme.symmetric:
-        zeros_OG = torch.full_like(scales_OG, scheme.middle, dtype=torch.uint8)
-    else:
-        zeros_OG = unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, n_out).T.contiguous()
-    return Codes(unpack(tensors["weight_packed"], scheme.bits, n_in), Grid(scales_OG, zeros_OG))
+        return torch.full_like(tensors["weight_scale"], scheme.middle, dtype=torch.uint8)
+    return unpack(tensors["weight_zero_point"].T.contiguous(), scheme.bits, n_out).T.contiguous()

@@ -354,6 +354,18 @@ def test_rows_of_unequal_length_have_their_own_positions(library, precision: str
 
 
 @needs_compiler
+@pytest.mark.parametrize("fields", [{}, {"attention_windows": (40, 0)}], ids=["full", "windows"])
+def test_rows_that_are_padding_throughout_a_part_of_the_prompts_wait(library, fields: dict):
+    """Prompts are read in parts of `READ_TOKENS`: the short ones begin after the first part."""
+    model = random_model(ModelConfig(**(SHAPE | fields | {"max_positions": 600})), "int4")
+    with_it, without = Decoder(model), Decoder(model)
+    with_it.native = Counted(make_native(library, with_it))
+    prompts = [[token % 90 for token in range(length)] for length in (580, 1, 300)]
+    assert max(differences(model, (with_it, without), prompts)) < LARGEST_ERRORS["int4"]
+    assert with_it.native.parts == [True, True]
+
+
+@needs_compiler
 @pytest.mark.parametrize("kv", CACHES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int4"])
 @pytest.mark.parametrize("lengths", [(6,), (6, 6), (7, 3, 5, 1)])

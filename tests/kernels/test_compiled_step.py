@@ -1,5 +1,6 @@
 """The compiled step, where a compiler is at hand: right, kept under its own name, and never in the way."""
 
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -24,8 +25,16 @@ from llmctl.inference.session import Session
 from llmctl.kernels import compile as compile_module
 from llmctl.kernels import compiled_step as native
 from llmctl.kernels import product_table as products
-from llmctl.kernels.build import build_all
-from llmctl.kernels.compile import COMPILED, PACKAGED, compile_library, library_path, verdict, write_verdict
+from llmctl.kernels.build import BuildError, build_all, find_compiler, run_all
+from llmctl.kernels.compile import (
+    COMPILED,
+    PACKAGED,
+    compile_library,
+    library_path,
+    own_verdicts,
+    verdict,
+    write_verdict,
+)
 from llmctl.kernels.compiled_step import Tiles, compiled_kinds, find_library, load_library, make_native, variant_of
 from llmctl.kernels.decoder import decoding_by, make_decoder
 from llmctl.kernels.product_table import Measured, random_layer
@@ -87,6 +96,12 @@ def packaged(tmp_path_factory):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
     return tmp_path
+
+
+def place_package(monkeypatch, path: Path) -> None:
+    """Let the library of the package be at a path."""
+    for module in (native, compile_module):
+        monkeypatch.setattr(module, "packaged_path", lambda: path)
 
 
 class Counted:
@@ -475,7 +490,7 @@ def test_what_the_compiler_complains_about_is_told(cache, monkeypatch, capsys, t
 @needs_compiler
 def test_it_is_compiled_at_the_first_use_and_only_once(cache, monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(native, "packaged_path", lambda: cache / "none.so")
+    place_package(monkeypatch, cache / "none.so")
     prepare_library(lines.append)
     assert verdict() == COMPILED
     assert find_library() is not None
@@ -487,21 +502,112 @@ def test_it_is_compiled_at_the_first_use_and_only_once(cache, monkeypatch):
     assert library_path().stat().st_mtime_ns == written
 
 
-def test_a_compiler_that_fails_is_asked_once(cache, monkeypatch):
+def script(path: Path, text: str) -> str:
+    """Write an executable file and return its path."""
+    path.write_text(text)
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("#!/bin/sh\nexit 3\n", "cannot compile the decoding library: exit status 3"),
+        ("#!/bin/sh\nexit 0\n", "cannot compile the decoding library: it wrote no file"),
+        (
+            "#!/bin/sh\nprintf 'x.cpp: error: \\351\\n' >&2; exit 1\n",
+            "cannot compile the decoding library: x.cpp: error: \ufffd",
+        ),
+        ("no program", "cannot be run: Exec format error"),
+    ],
+)
+def test_a_compiler_that_fails_is_asked_once(cache, monkeypatch, text: str, reason: str):
     lines: list[str] = []
-    monkeypatch.setattr(native, "packaged_path", lambda: cache / "none.so")
-    monkeypatch.setenv("CXX", "false")
+    place_package(monkeypatch, cache / "none.so")
+    monkeypatch.setenv("CXX", script(cache / "compiler", text))
     prepare_library(lines.append)
-    assert lines[-1].startswith("not compiled: ")
+    assert lines[-1] == f"not compiled: `{cache / 'compiler'}` {reason}"
     assert find_library() is None
-    assert decoding_by(None).startswith("PyTorch (`")
+    assert decoding_by(None) == f"PyTorch ({lines[-1].removeprefix('not compiled: ')})"
+    own_verdicts().clear()  # as in the next process
     prepare_library(lines.append)
     assert len(lines) == 2
+    assert list(cache.glob("*.so")) == []
+
+
+def test_another_compiler_is_asked_too(cache, monkeypatch):
+    """As the hint says: set CXX to another compiler. A library in the package may also have come since."""
+    place_package(monkeypatch, cache / "none.so")
+    for name in ("first", "second"):
+        monkeypatch.setenv("CXX", script(cache / name, "#!/bin/sh\nexit 1\n"))
+        assert verdict() == ""
+        prepare_library(lambda _: None)
+        assert verdict().startswith(f"`{cache / name}` cannot compile")
+    (cache / "none.so").write_bytes(b"")
+    assert verdict() == ""
+
+
+def test_a_failure_of_the_machine_is_not_kept(cache, monkeypatch):
+    place_package(monkeypatch, cache / "none.so")
+    text = "#!/bin/sh\necho 'fatal error: error writing to /tmp/x.s: No space left on device' >&2\nexit 1\n"
+    monkeypatch.setenv("CXX", script(cache / "compiler", text))
+    prepare_library(lambda _: None)
+    assert decoding_by(None).endswith("No space left on device)")
+    own_verdicts().clear()
+    assert verdict() == ""
+
+
+def test_an_interrupted_build_leaves_no_compiler_behind(tmp_path):
+    waiting = f"echo $$ > {tmp_path}/pid; kill -INT $PPID; exec tail -f /dev/null"
+    with pytest.raises(KeyboardInterrupt):
+        run_all({"": ["sh", "-c", waiting]})
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_cxx_may_have_arguments(cache, monkeypatch):
+    compiler = script(cache / "my compiler", "#!/bin/sh\n")
+    monkeypatch.setenv("CXX", f"'{compiler}' -m64 ")
+    assert find_compiler() == [compiler, "-m64"]
+    for wrong in ("'g++", "no-such-compiler g++"):
+        monkeypatch.setenv("CXX", wrong)
+        with pytest.raises(BuildError, match="no C\\+\\+ compiler found"):
+            find_compiler()
+
+
+@pytest.mark.parametrize("name", [PACKAGED, COMPILED])
+def test_a_library_that_is_gone_or_another_is_not_the_one_that_was_checked(cache, monkeypatch, name: str):
+    path = cache / "package.so"
+    place_package(monkeypatch, path)
+    path = path if name == PACKAGED else library_path()
+    path.write_bytes(b"first")
+    write_verdict(name)
+    assert verdict() == name
+    path.write_bytes(b"another")
+    assert verdict() == ""
+    path.unlink()
+    assert verdict() == ""
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_leaves_the_library_of_the_package(packaged, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path / "file" / "cache"))
+    lines: list[str] = []
+    place_package(monkeypatch, packaged[0])
+    prepare_library(lines.append)
+    assert (lines, verdict()) == ([], PACKAGED)
+    assert find_library() is not None
+    place_package(monkeypatch, tmp_path / "none.so")
+    for _ in range(2):
+        prepare_library(lines.append)
+    assert len(lines) == 1  # before anything is compiled
+    assert "cannot write" in lines[0]
 
 
 def test_without_a_compiler_nothing_is_said_and_one_may_come_later(cache, monkeypatch):
     lines: list[str] = []
-    monkeypatch.setattr(native, "packaged_path", lambda: cache / "none.so")
+    place_package(monkeypatch, cache / "none.so")
     monkeypatch.setenv("CXX", "no-such-compiler")
     prepare_library(lines.append)
     assert (lines, verdict(), find_library()) == ([], "", None)
@@ -516,7 +622,7 @@ def test_the_library_of_the_package_comes_first(packaged, cache, monkeypatch):
     """One library with the instruction sets of many processors, which gives the same as one compiled for this one."""
     (path, variants), lines = packaged, []
     assert "base" in variants
-    monkeypatch.setattr(native, "packaged_path", lambda: path)
+    place_package(monkeypatch, path)
     prepare_library(lines.append)
     assert (lines, verdict()) == ([], PACKAGED)
     found = find_library()

@@ -25,5 +25,5 @@ def test_codes_stand_in_the_words_from_the_lowest_bit_on_without_gaps() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_transposed_column_of_words_is_unpacked(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
-    column = torch.empty(1, 5, dtype=torch.int32).copy_(pack(codes, bits).T).T  # contiguous, but with a last stride of 5
+    column = torch.empty(1, 5, dtype=torch.int32).copy_(pack(codes, bits).T).T  # contiguous, but its last stride is 5
     assert torch.equal(unpack(column.contiguous(), bits, 4), codes)

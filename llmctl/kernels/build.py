@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -136,7 +137,7 @@ def run_all(commands: Mapping[str, Sequence[str]]) -> dict[str, BuildError | Non
     finally:
         for process in started.values():
             if process.poll() is None:
-                process.terminate()
+                os.killpg(process.pid, signal.SIGTERM)  # what it has started too
                 process.wait()
             if process.stderr is not None:
                 process.stderr.close()
@@ -144,7 +145,7 @@ def run_all(commands: Mapping[str, Sequence[str]]) -> dict[str, BuildError | Non
 
 
 def start(command: Sequence[str]) -> "subprocess.Popen[str]":
-    """Start a compiler."""
+    """Start a compiler in a process group of its own."""
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -152,6 +153,7 @@ def start(command: Sequence[str]) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        process_group=0,
     )
 
 

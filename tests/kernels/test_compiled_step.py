@@ -558,11 +558,17 @@ def test_a_failure_of_the_machine_is_not_kept(cache, monkeypatch):
 
 
 def test_an_interrupted_build_leaves_no_compiler_behind(tmp_path):
-    waiting = f"echo $$ > {tmp_path}/pid; kill -INT $PPID; exec tail -f /dev/null"
+    """Nor what it has started, as g++ starts cc1plus: the end of a pipe comes when all are gone."""
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    # More than a pipe takes: it is read by then.
+    script = f"tail -f /dev/null & echo $! >&3; head -c 200000 /dev/zero >&2; kill -INT {os.getpid()}; wait"
+    reader = os.open(started, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
     with pytest.raises(KeyboardInterrupt):
-        run_all({"": ["sh", "-c", waiting]})
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        run_all({"": ["sh", "-c", f"exec 3> {started}; {script}"]})
+    with os.fdopen(reader) as pipe:
+        assert pipe.read().strip().isdigit()
 
 
 def test_cxx_may_have_arguments(cache, monkeypatch):

@@ -475,6 +475,11 @@ def test_a_file_that_is_no_library_is_left_alone(cache):
 
 
 @needs_compiler
+def test_logits_that_are_no_numbers_are_wrong(library):
+    assert error_of(library, "fp32", residual_scale=1e30) == float("inf")
+
+
+@needs_compiler
 def test_a_step_that_is_wrong_is_removed(cache, monkeypatch, capsys):
     monkeypatch.setattr(native_check, "LARGEST_ERRORS", {"fp32": 0.0})
     assert run(["doctor", "--compile"]) == 1

@@ -10,9 +10,17 @@ import torch
 
 from llmctl.benchmarking.random_models import random_model
 from llmctl.config import ModelConfig
-from llmctl.errors import LlmctlError
+from llmctl.errors import LlmctlError, OutputError
 from llmctl.kernels.build import BuildError, find_compiler
-from llmctl.kernels.compile import COMPILED, PACKAGED, Library, compile_library, verdict, write_verdict
+from llmctl.kernels.compile import (
+    COMPILED,
+    PACKAGED,
+    Library,
+    check_folder,
+    compile_library,
+    verdict,
+    write_verdict,
+)
 from llmctl.kernels.compiled_step import is_disabled, load_library, load_packaged, make_native
 from llmctl.model.cache import CACHES
 from llmctl.model.decode import Decoder
@@ -69,11 +77,17 @@ def prepare_library(say: Callable[[str], None]) -> None:
         find_compiler()
     except BuildError:
         return  # a compiler may be installed later
+    try:
+        check_folder()
+    except LlmctlError as error:
+        write_verdict(str(error), is_lasting=False)
+        say(f"the decoding library is not compiled: {error}; LLMCTL_NATIVE=0 leaves it out")
+        return
     say("compiling the decoding library for this processor (once, a few seconds); LLMCTL_NATIVE=0 leaves it out")
     try:
         compile_and_check()
     except LlmctlError as error:
-        write_verdict(str(error))
+        write_verdict(str(error), is_lasting=not isinstance(error, OutputError))
         say(f"not compiled: {error}")
 
 
@@ -135,4 +149,4 @@ def error_of(library: Library, case: str, group: int = 0, **fields: Any) -> floa
         expected_BV, compiled_BV = decoder.logits(tokens_B, caches[0]).float(), step(tokens_B, caches[1], None)
         assert compiled_BV is not None
         errors.append((compiled_BV - expected_BV).norm() / expected_BV.norm())
-    return float(torch.stack(errors).max())
+    return float(torch.stack(errors).max().nan_to_num(float("inf")))  # Python's `max` overlooks a NaN

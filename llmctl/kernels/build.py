@@ -6,7 +6,9 @@ Needs nothing but Python: `pip install` runs it before there is an environment t
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,12 +39,16 @@ AVX-512 without VNNI is left out: it is a tenth faster than AVX2 (measured), and
 """
 
 
-class BuildError(Exception):
-    """There is no compiler, or it failed; `has_compiler` tells which."""
+TRANSIENT = ("No space left on device", "out of memory", "Cannot allocate memory", "Killed", "terminated")
+"""What compilers write about a failure of the machine, not of the sources."""
 
-    def __init__(self, message: str, *, has_compiler: bool) -> None:
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; `has_compiler` tells which, `is_transient` whether it may work later."""
+
+    def __init__(self, message: str, *, has_compiler: bool, is_transient: bool = False) -> None:
         super().__init__(message)
-        self.has_compiler = has_compiler
+        self.has_compiler, self.is_transient = has_compiler, is_transient
 
 
 def sources() -> list[Path]:
@@ -56,16 +62,20 @@ def source_hash() -> str:
     return hashlib.sha256("\0".join([*parts, *FLAGS]).encode()).hexdigest()[:16]
 
 
-def find_compiler() -> str:
-    """Return the path of the C++ compiler: `CXX`, or the first of `COMPILERS`.
+def find_compiler() -> list[str]:
+    """Return the command of the C++ compiler: `CXX`, which may have arguments, or the first of `COMPILERS`.
 
     Raises: BuildError.
     """
-    named = os.environ.get("CXX")
-    compiler = next((path for name in ([named] if named else COMPILERS) if (path := shutil.which(name))), None)
-    if compiler is None:
-        raise BuildError(f"no C++ compiler found (tried {named or ', '.join(COMPILERS)})", has_compiler=False)
-    return compiler
+    named = os.environ.get("CXX", "").strip()
+    try:
+        commands = [shlex.split(named)] if named else [[name] for name in COMPILERS]
+    except ValueError:  # a quotation mark without a second one
+        commands = []
+    for name, *arguments in commands:
+        if path := shutil.which(name):
+            return [path, *arguments]
+    raise BuildError(f"no C++ compiler found (tried {named or ', '.join(COMPILERS)})", has_compiler=False)
 
 
 def build_here(source: Path, target: Path, processor: str = "native") -> None:
@@ -73,7 +83,7 @@ def build_here(source: Path, target: Path, processor: str = "native") -> None:
 
     Raises: BuildError with the compiler's first error.
     """
-    run([find_compiler(), *FLAGS, "-shared", f"-march={processor}", str(source), "-o", str(target)])
+    run([*find_compiler(), *FLAGS, "-shared", f"-march={processor}", str(source), "-o", str(target)])
 
 
 def build_all(target: Path, machine: str = "", compiler: Sequence[str] = ()) -> list[str]:
@@ -81,29 +91,20 @@ def build_all(target: Path, machine: str = "", compiler: Sequence[str] = ()) -> 
 
     Raises: BuildError with the compiler's first error.
     """
-    command = list(compiler) or [find_compiler()]
+    command = list(compiler) or find_compiler()
     folder, variants = Path(__file__).parent / "cpp", VARIANTS.get(machine or platform.machine(), {"base": ()})
     with tempfile.TemporaryDirectory() as scratch:
         objects = {name: Path(scratch) / f"{name}.o" for name in variants}
-        started = {
-            name: start(
-                [
-                    *command,
-                    *FLAGS,
-                    *variants[name],
-                    f"-DVARIANT={name}",
-                    "-c",
-                    str(folder / "decode.cpp"),
-                    "-o",
-                    str(objects[name]),
-                ]
-            )
-            for name in variants
-        }
-        results = {name: process.communicate()[1] for name, process in started.items()}
-        built = [name for name, process in started.items() if process.returncode == 0]
-        if "base" not in built:
-            raise BuildError(first_error(command[0], results["base"]), has_compiler=True)
+        source = str(folder / "decode.cpp")
+        errors = run_all(
+            {
+                name: [*command, *FLAGS, *flags, f"-DVARIANT={name}", "-c", source, "-o", str(objects[name])]
+                for name, flags in variants.items()
+            }
+        )
+        built = [name for name, error in errors.items() if error is None]
+        if base := errors["base"]:
+            raise base
         names = [*(f"-DHAS_{name}" for name in built), f'-DSOURCE="{source_hash()}"']
         files = [str(folder / "dispatch.cpp"), *(str(objects[name]) for name in built)]
         run([*command, *FLAGS, "-shared", *names, *files, "-o", str(target)])
@@ -115,18 +116,56 @@ def run(command: Sequence[str]) -> None:
 
     Raises: BuildError.
     """
-    process = start(command)
-    errors = process.communicate()[1]
-    if process.returncode:
-        raise BuildError(first_error(command[0], errors), has_compiler=True)
+    if error := run_all({"": command})[""]:
+        raise error
+
+
+def run_all(commands: Mapping[str, Sequence[str]]) -> dict[str, BuildError | None]:
+    """Run compilers side by side and return their errors; when interrupted, none goes on."""
+    started: dict[str, subprocess.Popen[str]] = {}
+    errors: dict[str, BuildError | None] = {}
+    try:
+        for name, command in commands.items():
+            try:
+                started[name] = start(command)
+            except OSError as error:  # such as a file that is no program
+                message = f"`{command[0]}` cannot be run: {error.strerror}"
+                errors[name] = BuildError(message, has_compiler=True)
+        for name, process in started.items():
+            output = process.communicate()[1]
+            errors[name] = error_of(commands[name], process.returncode, output)
+    finally:
+        for process in started.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)  # what it has started too
+                process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+    return errors
 
 
 def start(command: Sequence[str]) -> "subprocess.Popen[str]":
-    """Start a compiler."""
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Start a compiler in a process group of its own."""
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        process_group=0,
+    )
 
 
-def first_error(compiler: str, errors: str) -> str:
-    """Return a message with the first error of a compiler's output."""
-    message = next((line for line in errors.splitlines() if "error" in line), errors.strip()[:200])
-    return f"`{compiler}` cannot compile the decoding library: {message}"
+def error_of(command: Sequence[str], status: int, output: str) -> BuildError | None:
+    """Return a message with the first error of a compiler's output; None if it wrote its file."""
+    target = command[-1]
+    if status == 0 and Path(target).is_file():
+        return None
+    lines = output.splitlines()
+    found = next((line for line in lines if "error" in line.lower()), output.strip()[:200])
+    if not status:
+        found = "it wrote no file"
+    is_transient = status < 0 or any(text in output for text in TRANSIENT)
+    message = f"`{shlex.join(command[: command.index(FLAGS[0])])}` cannot compile the decoding library: "
+    return BuildError(message + (found or f"exit status {status}"), has_compiler=True, is_transient=is_transient)

@@ -298,7 +298,7 @@ class Step:
         documents_BS = cache.documents_BS.clone(), cache.ragged
         cache.mark(T, documents_BT)
         starts_B = self._starts(ids_BT[:, 0], cache, T)
-        if starts_B is None:
+        if starts_B is None or (is_last and bool((starts_B == first + T).any())):  # a row without a token has no logits
             cache.documents_BS, cache.ragged = documents_BS
             return None
         logits_BV = torch.empty(B, self.config.vocab_size) if is_last else torch.empty(0)
@@ -372,7 +372,7 @@ class Step:
         return self.decoder.stack.embed(x_ND[:, None], positions_N[:, None], None)[:, 0]
 
     def _memory(self, cache: KVCache, documents_BS: Tensor | None, n_rows: int) -> dict[str, Any] | None:
-        """Return the fields of the encoder's output, or None if it has padding before or between documents."""
+        """Return the fields of the encoder's output, or None if a row is empty or has other padding than at its end."""
         if self.config.family == "decoder":
             return {}
         pairs = [pair for pair in cache.cross if pair is not None]
@@ -387,7 +387,8 @@ class Step:
             lengths_B = self.memory[1]
         else:
             lengths_B = (documents_BS != 0).sum(dim=1)
-            if not torch.equal(documents_BS, (torch.arange(S) < lengths_B[:, None]).long()):
+            expected_BS = (torch.arange(S) < lengths_B[:, None]).long()
+            if not lengths_B.all() or not torch.equal(documents_BS, expected_BS):
                 return None
             self.memory = documents_BS, lengths_B
         return {

@@ -37,7 +37,8 @@ def unpack(words_RW: Tensor, bits: int, n_codes: int) -> Tensor:
     """Unpack `n_codes` codes per row from words."""
     n_rows = len(words_RW)
     if bits in (2, 4, 8):  # codes do not cross bytes: a faster path
-        bytes_RB = words_RW.contiguous().view(torch.uint8)
+        # Flat, then in rows: a transposed column counts as contiguous whatever its last stride, which `view` refuses.
+        bytes_RB = words_RW.contiguous().flatten().view(torch.uint8).view(n_rows, -1)
         if bits == 8:
             return bytes_RB[:, :n_codes].contiguous()
         parts = [(bytes_RB >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]

@@ -20,3 +20,10 @@ def test_codes_stand_in_the_words_from_the_lowest_bit_on_without_gaps() -> None:
     whole = sum(int(code) << (3 * place) for place, code in enumerate(codes[0]))
     words = [whole >> (32 * word) & 0xFFFFFFFF for word in range(3)]
     assert [int(word) & 0xFFFFFFFF for word in pack(codes, 3)[0]] == words
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_transposed_column_of_words_is_unpacked(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    column = torch.empty(1, 5, dtype=torch.int32).copy_(pack(codes, bits).T).T  # contiguous, but its last stride is 5
+    assert torch.equal(unpack(column.contiguous(), bits, 4), codes)

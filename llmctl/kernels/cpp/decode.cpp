@@ -564,6 +564,7 @@ void EXPORTED(llmctl_step)(const Model* model, const Step* step) {
         context.row = -1;  // keys and values of another layer
         for (long unit = from(B * m.n_heads); unit < to(B * m.n_heads); unit++) {
           long b = unit / m.n_heads, first = s.offsets[b];
+          if (s.offsets[b + 1] == first) continue;  // a row of padding so far, which may start after `stop`
           attend_together<Number>(m, s, l, b, unit % m.n_heads, qkv.data() + first * Q, Q, attended.data() + first * A, context);
         }
       };

@@ -1,12 +1,10 @@
 import pytest
 import torch
 
+from llmctl.quant.columns import descended, errors, fitted
 from llmctl.quant.grid import Codes, decode, encode, search, whole_range
 from llmctl.quant.methods import (
     Moments,
-    descended,
-    errors,
-    fitted,
     gptq,
     method_of,
     output_error,

@@ -131,6 +131,10 @@ class Teachers:
             self._original = load_model(self.path, device="cpu", dtype="float32", backend=self.config.teacher.backend)
         return self._original
 
+    def own(self) -> LanguageModel:
+        """Return the first teacher in float32 on the CPU, loaded anew for the caller to change."""
+        return load_model(self.path, device="cpu", dtype="float32").model
+
     @property
     def computing(self) -> list[Teacher]:
         """All teachers: where `move` has put them, else in float32 on the CPU."""

@@ -37,7 +37,7 @@ def quantize(session: Session, config: QuantizeConfig) -> None:
     corpus = session.prepare(lambda folder: teacher_data.prepare_taught(config, base, original, folder, session.say))
     teacher_data.check_teacher(config, corpus)
     data = TaskData.open(config, base, corpus, session.say)
-    codes = Codes(config, data, original.artifact, lambda: original.original().model, session.folder / "parts")
+    codes = Codes(config, data, original.artifact, original.own, session.folder / "parts")
     session.lead(partial(codes.choose, session.say))
     model = codes.learner() if codes.learns else codes.load(CHOSEN, session.runtime.device)
     fitted = session.fit(part_of(session, codes, original, model))

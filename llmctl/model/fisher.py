@@ -124,20 +124,31 @@ def backward_from_samples(model: LanguageModel, batch: Mapping[str, Tensor], gen
         return len(hidden_ND)
     states_LD = model.head_input(hidden_ND[(labels.flatten() >= 0).nonzero().squeeze(1)])
     weight_VD, bias = model.lm_head.weight.detach(), model.lm_head.bias
+    is_narrow = torch.is_autocast_enabled(states_LD.device.type)
+    dtype = torch.get_autocast_dtype(states_LD.device.type) if is_narrow else states_LD.dtype
+    weight_VD = weight_VD.to(dtype)  # once, not for every chunk
     gradients = []
     for part_LD in states_LD.detach().split(CHUNK_TOKENS):
         with torch.no_grad():
             # The gradient of the cross-entropy with sampled labels: softmax minus one-hot.
-            logits_LV = F.linear(part_LD, weight_VD.to(part_LD.dtype), bias).float()
+            logits_LV = F.linear(part_LD.to(dtype), weight_VD, bias).float()
             slope_LV = cap_(logits_LV, model.config.logits_softcap)
             error_LV = logits_LV.softmax(dim=-1)
-            samples_L1 = torch.multinomial(error_LV, 1, generator=generator)
+            samples_L1 = drawn(error_LV, generator)
             error_LV.scatter_add_(1, samples_L1, error_LV.new_full(samples_L1.shape, -1.0))
             error_LV = error_LV if slope_LV is None else error_LV * slope_LV
-            gradients.append((error_LV.to(weight_VD.dtype) @ weight_VD).to(states_LD.dtype))
+            gradients.append((error_LV.to(dtype) @ weight_VD).to(states_LD.dtype))
     if gradients:
         states_LD.backward(torch.cat(gradients))
     return len(states_LD)
+
+
+def drawn(p_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class (N, 1) from each row of probabilities: one random number each, where torch.multinomial takes one a class."""
+    sums_NV = p_NV.cumsum(dim=-1)
+    # At least the smallest number above 0: a class of probability 0 at the beginning is never drawn.
+    points_N1 = torch.rand(len(p_NV), 1, generator=generator, dtype=p_NV.dtype).clamp_(min=torch.finfo(p_NV.dtype).tiny)
+    return torch.searchsorted(sums_NV, points_N1 * sums_NV[:, -1:])
 
 
 def without_padding(gradient_ND: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -150,7 +161,7 @@ def classifier_gradient(outputs_BL: Tensor, problem: str, generator: torch.Gener
     """Return the gradient (B, L) of the negative log-probability of labels sampled from a classifier's outputs."""
     if problem == "single":
         p_BL = outputs_BL.float().softmax(dim=-1)
-        samples = torch.zeros_like(p_BL).scatter_(1, torch.multinomial(p_BL, 1, generator=generator), 1.0)
+        samples = torch.zeros_like(p_BL).scatter_(1, drawn(p_BL, generator), 1.0)
     elif problem == "multi":
         p_BL = outputs_BL.float().sigmoid()
         samples = torch.bernoulli(p_BL, generator=generator)

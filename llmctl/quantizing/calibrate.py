@@ -59,6 +59,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
     in_blocks: set[str] = set()
     sees_data = needs_data(plan, method)
     weights: Weights = {}
+    streams: list[tuple[Any, ...]] = []
     if METHODS[method].weighs:
         done = paced(say, "Fisher information: batch", len(batches))
         # Experts of the quantized model may get other tokens than the weights are of.
@@ -82,7 +83,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
     table = table_of(model)
     for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
         is_read = name == table and METHODS[method].needs_data  # the head's inputs have passed all blocks
-        inputs = read_head(model, batches) if is_read else None
+        inputs = read_head(model, batches, [stream[0] for stream in streams]) if is_read else None
         with torch.autocast("cpu", enabled=False):
             choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
     return found
@@ -100,11 +101,15 @@ def table_of(model: LanguageModel) -> str:
     return EMBEDDING if model.config.tie_embeddings else HEAD
 
 
-def read_head(model: LanguageModel, batches: Batches) -> Moments:
-    """Return the input moments of the output head."""
+def read_head(model: LanguageModel, batches: Batches, last: Sequence[Tensor]) -> Moments:
+    """Return the input moments of the output head; `last`: what the last block returned for each batch."""
+    stack = model.stacks()[-1]
+    # Only the final norm follows, unless blocks are shared or a query layer comes after it.
+    is_complete = len(last) > 0 and stack.n_repeats == 1 and not stack.config.query_layer
     moments = Moments.empty(model.config.d_embedding or model.config.d_model, model.device)
-    for batch in batches:
-        moments.add(model.head_input(read(model, batch)))
+    for number, batch in enumerate(batches):
+        hidden_BTD = stack.normed(last[number]) if is_complete else read(model, batch)
+        moments.add(model.head_input(hidden_BTD))
     return moments
 
 

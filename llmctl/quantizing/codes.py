@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmctl.artifacts.load import is_bare, load_model
 from llmctl.config import QuantizeConfig
 from llmctl.formats.artifact import Artifact, read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.losses.logits import is_native
-from llmctl.model.transformer import LanguageModel, load_tensors
+from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.bit_allocation import allocate, budget_of, measure_costs
 from llmctl.quantizing.calibrate import calibrate, needs_data, refuse_unfinite
@@ -29,11 +30,14 @@ from llmctl.training.task_data import TaskData
 SENSITIVITY_ROWS = 32
 """Rows on which the sensitivity of layers is measured."""
 
+BATCH_TOKENS = 512
+"""Tokens of a batch: larger ones are hardly faster, and memory for the backward pass grows with them."""
+
 CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
 
 
 class Codes:
-    """Codes of one run; `original` returns the model that is quantized, in float32 on the CPU."""
+    """Codes of one run; `original` loads the model that is quantized, in float32 on the CPU: a copy that may be changed."""
 
     def __init__(
         self,
@@ -60,11 +64,11 @@ class Codes:
         for line in other_groups(self.shape, self.plan, self.config):
             say(line)
         method = "guided" if self.learns else weights.method
-        model = self._copy()
+        model = self.original()
         refuse_unfinite(model, self.config.model)
         # Before calibration, which replaces the model's weights by dequantized ones.
         plan = self._allocated(model, say)
-        batches = self.data.some_batches(model.config, weights.calibration_rows) if needs_data(plan, method) else []
+        batches = self._batches(weights.calibration_rows) if needs_data(plan, method) else []
         if is_bare(self.source):  # it predicts no labels
             batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
         calibrated = calibrate(model, plan, method, batches, say, is_narrow=is_native(torch.bfloat16))
@@ -78,11 +82,10 @@ class Codes:
             force=True,
         )
 
-    def _copy(self) -> LanguageModel:
-        """Return a copy of the original model to work on."""
-        model = LanguageModel(self.shape)
-        load_tensors(model, self.original().state_dict())
-        return model
+    def _batches(self, n_rows: int) -> list[dict[str, Tensor]]:
+        """Return calibration batches of `n_rows` rows in all."""
+        batch_rows = max(1, BATCH_TOKENS // self.config.train.seq_len)
+        return self.data.some_batches(self.shape, n_rows, batch_rows)
 
     def _allocated(self, model: LanguageModel, say: Say) -> dict[str, Scheme]:
         """Return the scheme of every layer; under a target, bits are allocated by measured sensitivity."""
@@ -91,7 +94,7 @@ class Codes:
             return dict(self.plan)
         budget = budget_of(self.shape, self.plan, weights)
         say(f"measuring the sensitivity of {len(budget.choices)} layers")
-        batches = self.data.some_batches(model.config, min(weights.calibration_rows, SENSITIVITY_ROWS))
+        batches = self._batches(min(weights.calibration_rows, SENSITIVITY_ROWS))
         costs = measure_costs(model, budget.choices, batches, self.config.train.seed, say)
         chosen = allocate(costs, budget.shapes, budget.bits, budget.rest_bits)
         counts = Counter(scheme.bits for scheme in chosen.values())
@@ -102,7 +105,7 @@ class Codes:
         """Return the model whose codes are trained, starting from the chosen ones."""
         chosen = read_artifact(self.folder / CHOSEN)
         with_weights = self.config.weights.learn == "weights"
-        model = learner(self._copy(), chosen.packed_state(), chosen.schemes, weights=with_weights)
+        model = learner(self.original(), chosen.packed_state(), chosen.schemes, weights=with_weights)
         model.train()
         return model
 

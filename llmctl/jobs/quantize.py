@@ -65,6 +65,9 @@ def part_of(session: Session, codes: Codes, original: Teachers, model: LanguageM
     def objective() -> Objective:
         original.move(session.runtime.device, session.runtime.dtype)
         model.to(session.runtime.device)
+        if config.weights.report_tokens and not codes.learns:
+            for teacher in original.computing:
+                teacher.remember()
         make = build_objective if codes.learns else measuring_objective
         return make(config, data, original, model)
 
@@ -80,6 +83,7 @@ def part_of(session: Session, codes: Codes, original: Teachers, model: LanguageM
         score=data.score(model, session.runtime),
         keeps_start=codes.learns,
         trains=codes.learns,
+        max_tokens=config.weights.report_tokens,
     )
 
 

@@ -5,7 +5,8 @@ divergence caused by a change is half the mean square of its product with that g
 Source: the Fisher information as the curvature of the divergence, Martens 2014, arXiv:1412.1193, section 6.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from llmctl.losses.logits import cap_
 from llmctl.model.importance import Batches
 from llmctl.model.transformer import LanguageModel
+
+PART_TOKENS = 512
+"""Tokens that go back at a time: more are hardly faster, and what a backward pass keeps grows with them."""
 
 CHUNK_TOKENS = 256
 """The number of positions whose logits exist at a time."""
@@ -46,7 +50,8 @@ def token_weights(
     parts: dict[str, list[Tensor]] = {}
     hooks = {name: squares(parts.setdefault(name, [])) for name in names}
     listen(model, hooks, batches, done, seed)
-    return {name: normalized(own) for name, own in parts.items() if len(own) == len(batches)}
+    counts = [len(list(parts_of(batch))) for batch in batches]
+    return {name: joined(normalized(own), counts) for name, own in parts.items() if len(own) == sum(counts)}
 
 
 def listen(
@@ -67,7 +72,8 @@ def listen(
     model.eval().requires_grad_(False)
     try:
         for number, batch in enumerate(batches, start=1):
-            n_labels += backward_from_samples(model, batch, generator)
+            for part in parts_of(batch):
+                n_labels += backward_from_samples(model, part, generator)
             done(number)
     finally:
         for handle in handles:
@@ -76,6 +82,13 @@ def listen(
             parameter.requires_grad_(True)
         model.train(was_training)
     return n_labels
+
+
+def parts_of(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Split a batch into parts of as many rows as have `PART_TOKENS` tokens, at least one."""
+    n_rows = max(1, PART_TOKENS // batch["input_ids_BT"].shape[1])
+    for rows in zip(*(tensor.split(n_rows) for tensor in batch.values()), strict=True):
+        yield dict(zip(batch, rows, strict=True))
 
 
 def require_grad(_: nn.Module, __: Any, out: Tensor) -> Tensor:
@@ -90,6 +103,12 @@ def squares(parts: list[Tensor]) -> Hook:
         parts.append(grads[0].flatten(0, -2).float().square().mean(dim=1))
 
     return hook
+
+
+def joined(parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Join the parts of every batch, of which there are `counts`."""
+    rest = iter(parts)
+    return [torch.cat(list(islice(rest, count))) for count in counts]
 
 
 def normalized(parts: list[Tensor]) -> list[Tensor]:

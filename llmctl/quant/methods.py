@@ -20,6 +20,9 @@ DAMPING = 0.01
 TURNS = 3
 """`guided`: rounds of refitting scales and codes."""
 
+PART_INPUTS = 256
+"""Inputs whose second moments with all later ones are added at a time: smaller parts multiply more slowly."""
+
 SAMPLE_ROWS = 256
 """The number of inputs kept in `Moments.sample_NI`."""
 
@@ -31,7 +34,7 @@ SHRINK_ROUNDS, SHRINK_POWER, SHRINK_BETA, SHRINK_GROWTH = 20, 0.7, 10.0, 1.01
 class Moments:
     """Accumulated statistics of a layer's inputs: second moments (I, I), sums of absolute values (I,), count.
 
-    sample_NI: a few of the inputs themselves.
+    second_II: only on and above its diagonal. sample_NI: a few of the inputs themselves.
     """
 
     second_II: Tensor
@@ -48,7 +51,11 @@ class Moments:
         """Add inputs (..., I); `weights_N`, with mean 1, weight them in the second moments."""
         rows_NI = inputs.detach().flatten(0, -2).float()
         left_NI = rows_NI if weights_N is None else rows_NI * weights_N[:, None]
-        self.second_II.addmm_(left_NI.T, rows_NI)
+        n_in = rows_NI.shape[1]
+        size = -(-n_in // max(1, round(n_in / PART_INPUTS)))
+        for first in range(0, n_in, size):  # above the diagonal: the rest is the same
+            own_JI = self.second_II[first : first + size, first:]
+            own_JI.addmm_(left_NI[:, first : first + size].T, rows_NI[:, first:])
         self.absolute_I += rows_NI.abs().sum(dim=0)
         self.count += len(rows_NI)
         if self.sample_NI is None:
@@ -66,12 +73,13 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean second moments (I, I)."""
-        return self.second_II / max(self.count, 1)
+        upper_II = self.second_II.triu() / max(self.count, 1)
+        return upper_II + upper_II.triu(1).T
 
     @property
     def damped(self) -> Tensor:
         """The mean second moments (I, I) with a damped diagonal, against overfitting to the calibration text."""
-        second_II = self.mean.clone()
+        second_II = self.mean
         diagonal_I = second_II.diagonal()
         diagonal_I[diagonal_I == 0] = 1.0  # inputs that are always zero would make the matrix singular
         diagonal_I += DAMPING * diagonal_I.mean()

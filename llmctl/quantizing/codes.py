@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmctl.artifacts.load import is_bare, load_model
 from llmctl.config import QuantizeConfig
@@ -29,9 +28,6 @@ from llmctl.training.task_data import TaskData
 
 SENSITIVITY_ROWS = 32
 """Rows on which the sensitivity of layers is measured."""
-
-BATCH_TOKENS = 512
-"""Tokens of a batch: larger ones are hardly faster, and memory for the backward pass grows with them."""
 
 CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
 
@@ -68,7 +64,7 @@ class Codes:
         refuse_unfinite(model, self.config.model)
         # Before calibration, which replaces the model's weights by dequantized ones.
         plan = self._allocated(model, say)
-        batches = self._batches(weights.calibration_rows) if needs_data(plan, method) else []
+        batches = self.data.some_batches(model.config, weights.calibration_rows) if needs_data(plan, method) else []
         if is_bare(self.source):  # it predicts no labels
             batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
         calibrated = calibrate(model, plan, method, batches, say, is_narrow=is_native(torch.bfloat16))
@@ -82,11 +78,6 @@ class Codes:
             force=True,
         )
 
-    def _batches(self, n_rows: int) -> list[dict[str, Tensor]]:
-        """Return calibration batches of `n_rows` rows in all."""
-        batch_rows = max(1, BATCH_TOKENS // self.config.train.seq_len)
-        return self.data.some_batches(self.shape, n_rows, batch_rows)
-
     def _allocated(self, model: LanguageModel, say: Say) -> dict[str, Scheme]:
         """Return the scheme of every layer; under a target, bits are allocated by measured sensitivity."""
         weights = self.config.weights
@@ -94,7 +85,7 @@ class Codes:
             return dict(self.plan)
         budget = budget_of(self.shape, self.plan, weights)
         say(f"measuring the sensitivity of {len(budget.choices)} layers")
-        batches = self._batches(min(weights.calibration_rows, SENSITIVITY_ROWS))
+        batches = self.data.some_batches(model.config, min(weights.calibration_rows, SENSITIVITY_ROWS))
         costs = measure_costs(model, budget.choices, batches, self.config.train.seed, say)
         chosen = allocate(costs, budget.shapes, budget.bits, budget.rest_bits)
         counts = Counter(scheme.bits for scheme in chosen.values())

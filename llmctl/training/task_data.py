@@ -223,13 +223,11 @@ class TaskData:
             rows = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
         return AnswerBatches(corpus.documents, corpus.targets, rows, ids, train.seq_len)
 
-    def some_batches(
-        self, model: ModelConfig, n_rows: int, batch_rows: int = CALIBRATION_BATCH_ROWS
-    ) -> list[dict[str, Tensor]]:
+    def some_batches(self, model: ModelConfig, n_rows: int) -> list[dict[str, Tensor]]:
         """Return training batches of `n_rows` rows in all, on the CPU: to rank or calibrate the parts of a model on."""
         source = self.batches(model, shuffle=True)
         rows = min(n_rows, source.n_rows)
-        size, cpu = min(batch_rows, rows), torch.device("cpu")
+        size, cpu = min(CALIBRATION_BATCH_ROWS, rows), torch.device("cpu")
         return [to_device(source.batch(range(first, min(first + size, rows))), cpu) for first in range(0, rows, size)]
 
     def sampler(self, model: LanguageModel) -> Sampler | None:

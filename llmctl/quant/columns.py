@@ -3,6 +3,8 @@
 Matrices are held transposed, (I, O): what belongs to one input is contiguous, and every step here is taken for one input.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ BLOCK = 32
 RIDGE = 1e-6
 """The relative ridge that keeps the equations of the scales solvable."""
 
-PART_FLOATS = 1 << 24
-"""Size of the equations of the scales that are solved at a time, to bound memory."""
+PART_FLOATS = 1 << 22
+"""Weights, and floats of the equations of the scales, of the outputs that are computed at a time, to bound memory."""
 
 SMALL = 128
 """Triangular matrices of this size are inverted directly."""
@@ -24,9 +26,16 @@ SMALL = 128
 
 def compensated(weight_OI: Tensor, scheme: Scheme, grid: Grid, second_II: Tensor) -> Codes:
     """Return GPTQ's codes on a grid: inputs with large second moments first, each error compensated in the later ones."""
-    # Inputs with large second moments first, while many others are left that can compensate their errors.
     order = second_II.diagonal().argsort(descending=True, stable=True)
     inverse_II = inverse_root(second_II[order][:, order])
+    parts = split(weight_OI, *grid, n_floats=weight_OI.shape[1])
+    return Codes(
+        torch.cat([_compensated(weight, scheme, Grid(*own), order, inverse_II) for weight, *own in parts]), grid
+    )
+
+
+def _compensated(weight_OI: Tensor, scheme: Scheme, grid: Grid, order: Tensor, inverse_II: Tensor) -> Tensor:
+    """Return codes (O, I)."""
     n_in = weight_OI.shape[1]
     groups_I = order // (scheme.group or n_in)
     scales_IO, zeros_IO = grid.scales_OG.T[groups_I], grid.zeros_OG.T[groups_I].float()
@@ -46,17 +55,15 @@ def compensated(weight_OI: Tensor, scheme: Scheme, grid: Grid, second_II: Tensor
             rest_IO[column + 1 : last].addr_(inverse_II[column, column + 1 : last], error_O, alpha=-1)
         # Later inputs get the whole block's errors in one product, which is the same sum but faster.
         rest_IO[last:].addmm_(inverse_II[first:last, last:].T, errors_BO, alpha=-1)
-    return Codes(codes_IO[order.argsort()].to(torch.uint8).T.contiguous(), grid)
+    return codes_IO[order.argsort()].to(torch.uint8).T.contiguous()
 
 
 def fitted(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Codes:
     """Refit the scales to fixed codes for least output error, all groups of a row jointly: linear least squares."""
-    scales_OG, zeros_OG = codes.grid
-    n_groups = scales_OG.shape[1]
-    rows = max(1, PART_FLOATS // (n_groups * n_groups))
-    parts = zip(*(whole.split(rows) for whole in (weight_OI, codes.codes_OI, scales_OG, zeros_OG)), strict=True)
+    n_groups = codes.grid.scales_OG.shape[1]
+    parts = split(weight_OI, codes.codes_OI, *codes.grid, n_floats=max(weight_OI.shape[1], n_groups * n_groups))
     refit = [_fitted(weight, scheme, Codes(own, Grid(*grid)), second_II) for weight, own, *grid in parts]
-    return Codes(codes.codes_OI, Grid(torch.cat(refit), zeros_OG))
+    return Codes(codes.codes_OI, Grid(torch.cat(refit), codes.grid.zeros_OG))
 
 
 def _fitted(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Tensor:
@@ -93,6 +100,13 @@ def _fitted(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) 
 
 def descended(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Codes:
     """Refit the codes by one sweep of coordinate descent: each input takes its best codes given all others."""
+    parts = split(weight_OI, codes.codes_OI, *codes.grid, n_floats=weight_OI.shape[1])
+    better = [_descended(weight, scheme, Codes(own, Grid(*grid)), second_II) for weight, own, *grid in parts]
+    return Codes(torch.cat(better), codes.grid)
+
+
+def _descended(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Tensor:
+    """Return better codes (O, I)."""
     scales_IO, zeros_IO = per_input(codes.grid.scales_OG, codes), per_input(codes.grid.zeros_OG, codes).float()
     codes_IO = codes.codes_OI.T.float().contiguous()
     # The negative gradient of half the output error; for inputs still to come it is kept current as codes change.
@@ -111,7 +125,12 @@ def descended(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor
             moved_O.mul_(scale_O)
             slope_IO[column + 1 : last].addr_(second_II[column, column + 1 : last], moved_O, alpha=-1)
         slope_IO[last:].addmm_(second_II[last:, first:last], moved_BO, alpha=-1)
-    return Codes(codes_IO.to(torch.uint8).T.contiguous(), codes.grid)
+    return codes_IO.to(torch.uint8).T.contiguous()
+
+
+def split(*tensors: Tensor, n_floats: int) -> Iterator[tuple[Tensor, ...]]:
+    """Split tensors of outputs (O, ...) into parts; `n_floats`: of the largest that is computed for one output."""
+    return zip(*(tensor.split(max(1, PART_FLOATS // n_floats)) for tensor in tensors), strict=True)
 
 
 def per_input(values_OG: Tensor, codes: Codes) -> Tensor:

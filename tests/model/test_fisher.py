@@ -131,3 +131,14 @@ def test_a_map_that_nothing_depends_on_has_no_weights() -> None:
     model = decoder()
     model.add_module("unused", torch.nn.Linear(4, 4))
     assert set(token_weights(model, ["unused", MAP], [batch()])) == {MAP}
+
+
+def test_a_batch_goes_back_in_parts(monkeypatch) -> None:
+    """Without changing what is drawn: 7 tokens a row, 2 rows a part."""
+    model, given = decoder(), batch()
+    monkeypatch.setattr(fisher, "CHUNK_TOKENS", 6)  # those of a row with a label
+    (whole,) = token_weights(model, [MAP], [given])[MAP]
+    monkeypatch.setattr(fisher, "PART_TOKENS", 15)
+    assert [len(part["labels"]) for part in fisher.parts_of(given)] == [2, 1]
+    (parts,) = token_weights(model, [MAP], [given])[MAP]
+    torch.testing.assert_close(parts, whole)

@@ -26,6 +26,7 @@ from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes, decode
 from llmctl.quant.methods import Moments, method_of, output_error
 from llmctl.quant.schemes import Scheme
+from llmctl.quantizing.bit_allocation import unit_of
 from llmctl.runs.progress import Say, paced
 from llmctl.tables.methods import METHODS
 
@@ -64,7 +65,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
         done = paced(say, "Fisher information: batch", len(batches))
         # Experts of the quantized model may get other tokens than the weights are of.
         weighed = [name for name in plan if is_inside(name) and IN_EXPERTS not in name]
-        weights = token_weights(model, weighed, batches, done=done)
+        weights = shared(token_weights(model, weighed, batches, done=done))
     for prefix, blocks in chains(model):
         streams = [catch(model, blocks[0], batch) for batch in batches] if sees_data else []
         done = paced(say, f"{prefix}layer", len(blocks))
@@ -87,6 +88,26 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
         with torch.autocast("cpu", enabled=False):
             choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
     return found
+
+
+def shared(weights: Weights) -> Weights:
+    """Return the mean of the weights of layers that are multiplied as one, for all of them: they share their moments.
+
+    That is also more certain: SmolLM2-135M on 32 rows, KL 0.01254 against 0.01272 with weights of their own (8 of 30 layers).
+    """
+    units: dict[str, list[str]] = {}
+    for name in weights:
+        units.setdefault(input_of(name), []).append(name)
+    means = {
+        unit: [torch.stack(parts).mean(dim=0) for parts in zip(*(weights[name] for name in names), strict=True)]
+        for unit, names in units.items()
+    }
+    return {name: means[input_of(name)] for name in weights}
+
+
+def input_of(name: str) -> str:
+    """Return the name shared by layers with the same inputs: in cross-attention, queries have others than keys and values."""
+    return f"{name} of the target" if name.endswith("cross_attn.q_proj") else unit_of(name)
 
 
 def fallback(method: str) -> str:
@@ -168,26 +189,25 @@ def choose(
 def observe(
     block: nn.Module, streams: Sequence[Sequence[Any]], weights: Mapping[str, list[Tensor] | None]
 ) -> dict[str, Moments]:
-    """Return the input moments of the linear layers of a block; layers with the same input share them.
+    """Return the input moments of the linear layers of a block; layers with the same input and weights share them.
 
     weights: per-position weights of a layer's inputs, for each batch.
     """
     moments: dict[str, Moments] = {}
-    last: list[tuple[Tensor, Moments]] = []
+    last: list[tuple[Tensor, list[Tensor] | None, Moments]] = []
     seen: Counter[str] = Counter()
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             own = weights.get(name)
-            if own is None and last and last[0][0] is args[0]:
-                moments[name] = last[0][1]
+            if last and last[0][0] is args[0] and last[0][1] is own:
+                moments[name] = last[0][2]
                 return
             n_in: int = module.in_features  # type: ignore[assignment]
-            schemes = moments.setdefault(name, Moments.empty(n_in, args[0].device))
-            schemes.add(args[0], None if own is None else own[seen[name]])
+            found = moments.setdefault(name, Moments.empty(n_in, args[0].device))
+            found.add(args[0], None if own is None else own[seen[name]])
             seen[name] += 1
-            if own is None:
-                last[:] = [(args[0], schemes)]
+            last[:] = [(args[0], own, found)]
 
         return hook
 

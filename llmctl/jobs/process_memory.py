@@ -10,11 +10,9 @@ bfloat16: 220 to 275 MB."""
 
 def process_bytes() -> int:
     """Return this process's resident memory, with everything imported that a run imports; 0 if the system does not say."""
-    import accelerate.optimizer
-    import sentencepiece
-
-    import llmctl.jobs.runner
+    import llmctl.distributed.runtime
+    import llmctl.tokenizer.sentencepiece
     import llmctl.training.loop
 
-    del accelerate, sentencepiece, llmctl
+    del llmctl
     return resident_bytes()

@@ -15,6 +15,7 @@ from llmctl.config import QuantizeConfig
 from llmctl.formats.artifact import Artifact, read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.losses.logits import is_native
+from llmctl.machine import give_back_memory
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.bit_allocation import allocate, budget_of, measure_costs
@@ -60,6 +61,7 @@ class Codes:
         for line in other_groups(self.shape, self.plan, self.config):
             say(line)
         method = "guided" if self.learns else weights.method
+        give_back_memory()  # of encoding the data
         model = self.original()
         refuse_unfinite(model, self.config.model)
         # Before calibration, which replaces the model's weights by dequantized ones.

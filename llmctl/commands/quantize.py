@@ -1,10 +1,12 @@
 """`llmctl quantize`: flags -> QuantizeConfig -> one run -> the model's path on stdout, the report on stderr."""
 
+import time
 from typing import Annotated
 
 import typer
 
-from llmctl.commands.common import SameModel, command_app, one_name
+from llmctl.commands.before_torch import refuse_early
+from llmctl.commands.common import SameModel, command_app, one_name, result, result_json
 from llmctl.commands.grouped_help import settings_of
 from llmctl.commands.model_argument import needs_model, with_model
 from llmctl.commands.options import Options, help_of, with_options
@@ -63,6 +65,7 @@ def quantize(
     max_drop: Annotated[
         str | None, typer.Option(help="Exit with code 10 if the model gets worse by more: 0.05 or 1%.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the data, print memory and time, and exit.")] = False,
 ) -> int:
     """Quantize a model, measure it before and after, and print its folder.
 
@@ -87,4 +90,11 @@ def quantize(
     resolved = options.resolve(QuantizeConfig, flags)
     if needs_model(options, model, resolved.config):
         resolved = with_model(resolved, model, quiet=options.quiet)
+    if dry_run and not options.print_config:
+        refuse_early("quantize", resolved.config)
+        from llmctl.jobs.quantize_dry_run import dry_run as plan
+
+        estimate = plan(resolved.config, options.called_at or time.monotonic())
+        result_json(estimate.to_dict()) if options.json else result(estimate.render())
+        return 0
     return run_training("quantize", resolved, options)

@@ -57,10 +57,12 @@ class WithTeachers(Objective):
             # Asks the last layer of the stack under the head to leave its queries, keys and values here.
             attended = {len(self.model.stacks()[-1].layers) - 1: None}
             layer = self.matching.layer
-        hidden_BTD = self.model.hidden(**inputs, attended=attended)
         # Relations are matched with the first teacher only; 0 asks the others for none.
         seen = [teacher.see(inputs, layer if place == 0 else 0) for place, teacher in enumerate(self.teachers)]
-        return hidden_BTD, attended, seen
+        same = next((place for place, teacher in enumerate(self.teachers) if teacher.model is self.model), None)
+        if same is not None and attended is None:  # a teacher is measured itself: its states are known
+            return seen[same].hidden_BTD, attended, seen
+        return self.model.hidden(**inputs, attended=attended), attended, seen
 
     def matched(
         self, batch: Mapping[str, Tensor], hidden_BTD: Tensor, attended: Attended | None, seen: Sequence[Seen]

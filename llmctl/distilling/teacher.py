@@ -44,6 +44,7 @@ class Teacher:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model = model.eval().requires_grad_(requires_grad=False)
+        self._remembered: dict[bytes, Seen] | None = None
 
     def to(self, device: torch.device, dtype: str, training_dtype: torch.dtype) -> "Teacher":
         """Move the model to a device in a dtype: float32, bfloat16, int8 (the blocks' matrices), or auto (training's)."""
@@ -53,9 +54,21 @@ class Teacher:
                 to_int8(stack.layers)
         return self
 
+    def remember(self) -> None:
+        """Keep the hidden states of every batch: several models are measured on the same few."""
+        self._remembered = {}
+
     @torch.no_grad()
     def see(self, inputs: Mapping[str, Any], layer: int = 0) -> Seen:
         """Run a batch; with a layer (from 1) also return its queries, keys and values."""
+        if self._remembered is None or layer:
+            return self._see(inputs, layer)
+        key = b"".join(inputs[name].cpu().numpy().tobytes() for name in sorted(inputs))
+        if key not in self._remembered:
+            self._remembered[key] = self._see(inputs, layer)
+        return self._remembered[key]
+
+    def _see(self, inputs: Mapping[str, Any], layer: int) -> Seen:
         attended: dict[int, tuple[Tensor, Tensor, Tensor] | None] = {layer - 1: None}
         hidden_BTD = self.model.hidden(**inputs, attended=attended if layer else None)
         return Seen(hidden_BTD, attended[layer - 1])
@@ -130,6 +143,10 @@ class Teachers:
         if self._original is None:
             self._original = load_model(self.path, device="cpu", dtype="float32", backend=self.config.teacher.backend)
         return self._original
+
+    def own(self) -> LanguageModel:
+        """Return the first teacher in float32 on the CPU, loaded anew for the caller to change."""
+        return load_model(self.path, device="cpu", dtype="float32").model
 
     @property
     def computing(self) -> list[Teacher]:

@@ -16,6 +16,7 @@ from llmctl.config import ModelConfig, PretrainConfig, TrainConfig
 from llmctl.distributed.runtime import Runtime
 from llmctl.errors import MemoryLimitError
 from llmctl.jobs.estimate import Estimate, estimate
+from llmctl.jobs.process_memory import RUN_BYTES, process_bytes
 from llmctl.jobs.step_rate import step_rate
 from llmctl.machine import available_memory, choose_dtype, name_of, product_rate
 from llmctl.model.flops import Rows, row_flops
@@ -63,6 +64,7 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
         dtype=name_of(dtype),
         cpu_flops=rate,
         fitting_rows=most_rows(config, shape, rows, n_processes, dtype.itemsize, free)[0],
+        process_bytes=process_bytes() + RUN_BYTES,
         **described,
         **sharing,
     )

@@ -22,7 +22,7 @@ ASSUMED_UTILIZATION = 0.4
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of a dry run."""
+    """The result of a dry run; process_bytes: what every process holds besides the memory of a step."""
 
     name: str
     config: ModelConfig
@@ -34,6 +34,7 @@ class Estimate:
     rates: dict[str, float]
     layout: str = "everything sharded evenly"
     fitting_rows: int = 0
+    process_bytes: int = 0
 
     @property
     def tokens(self) -> int:
@@ -72,7 +73,10 @@ class Estimate:
             "dtype": self.dtype,
             "layout": self.layout,
             "fitting_rows": self.fitting_rows,
-            "memory_bytes": {str(n): {**part.parts, "peak": part.peak} for n, part in self.memory.items()},
+            "memory_bytes": {
+                str(n): {**part.parts, "process": self.process_bytes, "peak": part.peak + self.process_bytes}
+                for n, part in self.memory.items()
+            },
             "assumed_gpu_utilization": ASSUMED_UTILIZATION,
             "seconds_on_one_device": self.seconds(),
         }
@@ -94,6 +98,11 @@ class Estimate:
             f"memory per device, {self.layout}, matmuls in {self.dtype}:",
             *self._memory_table(),
             *(
+                [f"peak includes {size(self.process_bytes)} of the process: Python, torch, data, freed memory it keeps"]
+                if self.process_bytes
+                else []
+            ),
+            *(
                 [f"micro-batches of {self.fitting_rows} rows fit this machine's free memory"]
                 if self.fitting_rows
                 else []
@@ -104,11 +113,14 @@ class Estimate:
         ]
         return "\n".join(lines)
 
+    def _bytes(self, part: Memory) -> tuple[int, ...]:
+        return (*part.parts.values(), part.peak + self.process_bytes)
+
     def _memory_table(self) -> list[str]:
         header = ("devices", "weights", "gradients", "optimizer", "copies", "activations", "logits", "peak")
         table: list[tuple[str, ...]] = [header]
         for n, part in self.memory.items():
-            table.append((f"{n:,}", *(size(value) for value in (*part.parts.values(), part.peak))))
+            table.append((f"{n:,}", *(size(value) for value in self._bytes(part))))
         widths = [len(header[0]), *(max(len(name) + 1, 9) for name in header[1:])]
         return ["".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in table]
 
@@ -127,6 +139,7 @@ def estimate(
     n_devices: Sequence[int] = DEVICES,
     layout: str = "everything sharded evenly",
     fitting_rows: int = 0,
+    process_bytes: int = 0,
     **options: Any,
 ) -> Estimate:
     """Estimate a run; `cpu_flops`: this machine's measured matmul rate in `dtype`, in FLOP/s.
@@ -161,6 +174,7 @@ def estimate(
         rates,
         layout=layout,
         fitting_rows=fitting_rows,
+        process_bytes=process_bytes,
     )
 
 

@@ -38,7 +38,7 @@ def quantize(session: Session, config: QuantizeConfig) -> None:
     corpus = session.prepare(lambda folder: teacher_data.prepare_taught(config, base, original, folder, session.say))
     teacher_data.check_teacher(config, corpus)
     data = TaskData.open(config, base, corpus, session.say)
-    codes = Codes(config, data, original.artifact, lambda: original.original().model, session.folder / "parts")
+    codes = Codes(config, data, original.artifact, original.own, session.folder / "parts")
     session.lead(partial(codes.choose, session.say))
     model = codes.learner() if codes.learns else codes.load(CHOSEN, session.runtime.device)
     fitted = session.fit(part_of(session, codes, original, model))
@@ -66,6 +66,9 @@ def part_of(session: Session, codes: Codes, original: Teachers, model: LanguageM
     def objective() -> Objective:
         original.move(session.runtime.device, session.runtime.dtype)
         model.to(session.runtime.device)
+        if config.weights.report_tokens and not codes.learns:
+            for teacher in original.computing:
+                teacher.remember()
         make = build_objective if codes.learns else measuring_objective
         return make(config, data, original, model)
 
@@ -81,6 +84,7 @@ def part_of(session: Session, codes: Codes, original: Teachers, model: LanguageM
         score=data.score(model, session.runtime),
         keeps_start=codes.learns,
         trains=codes.learns,
+        max_tokens=config.weights.report_tokens,
     )
 
 

@@ -43,8 +43,9 @@ class Part:
 
     objective, batches: called when memory for them is needed; `batches` takes `shuffle=`. rows: of a step, to predict
     memory. config: with the part's `train` and `optim`. identity: what all processes must agree on. name: of its folder in
-    `parts/`; the run's own model has none. has_own_budget: its minutes count from its own start. trains: else the
-    model is only measured. keeps_start: the untrained model is the result if training made it worse.
+    `parts/`; the run's own model has none. has_own_budget: its minutes count from its own start. trains: else the model is
+    only measured, on all held-out rows or on evenly spaced ones of `max_tokens`. keeps_start: the untrained model is the
+    result if training made it worse.
     """
 
     model: LanguageModel
@@ -61,6 +62,7 @@ class Part:
     has_own_budget: bool = False
     keeps_start: bool = False
     trains: bool = True
+    max_tokens: int = 0
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Session:
             f"{self.objective} in {name_of(self.runtime.dtype)} on {self.runtime.device.type}"
             f"{f': {part.name}' if part.name else ''}"
         )
-        return fit(training, saved) if part.trains else measure_only(training)
+        return fit(training, saved) if part.trains else measure_only(training, part.max_tokens)
 
     def finish(self, product: Product) -> None:
         """Write the model and everything else that a finished run leaves; in the first process."""

@@ -23,8 +23,10 @@ Attended = dict[int, tuple[Tensor, Tensor, Tensor] | None]
 """Layer -> queries (B, N, T, H), keys and values (B, K, T, H) of its self-attention; filled for the layers present."""
 
 SHORT_KEYS = 256
-LARGEST_SHARE = 0.5
-"""Limits for blocked attention, see `blocks_pay`."""
+FEWEST_KEYS = 129
+LARGEST_SHARE, LARGER_SHARE = 0.5, 0.6
+SMALL_BLOCKS = range(SHORT_KEYS + 1, 768)
+"""Limits for blocked attention, see `blocks_pay`. From 768 queries on, torch's kernel takes larger blocks."""
 
 
 @dataclass(frozen=True)
@@ -298,10 +300,17 @@ def blocks_pay(n_keys: int, mask: Mask, dtype: torch.dtype) -> bool:
 
     Decided by sizes, dtype and mask, never by timing: a resumed run must use the same implementation. The limits are
     measured (forward and backward, heads of 64, AVX-512). In bfloat16, torch's kernel is slow for short rows. For long
-    rows and in float32 it is faster per query-key pair, but also computes masked pairs, and only long rows have enough
-    of them to skip. For a learned mask (position bias) it has no fused backward pass.
+    rows and in float32 it is faster per query-key pair, but also computes pairs that a mask leaves out (half of the pairs
+    left: blocks take 0.8 of its time with 256 keys; 0.31 left: 0.48 with 512). If only causal it skips them too, and is
+    still slower with small blocks (512 keys: blocks take 0.8 of its time, 0.7 with grouped queries). For a learned mask
+    (position bias) it has no fused backward pass.
     """
     is_learned = mask.tensor is not None and mask.tensor.requires_grad
+    if dtype == torch.float32 and not is_learned and n_keys >= FEWEST_KEYS:
+        has_small_blocks = n_keys in SMALL_BLOCKS
+        if mask.spans is None:
+            return mask.is_causal and has_small_blocks
+        return share_of(mask.spans, n_keys) <= (LARGER_SHARE if has_small_blocks else LARGEST_SHARE)
     if n_keys <= SHORT_KEYS * (1 + mask.is_causal):
         return dtype == torch.bfloat16 and not is_learned
     return is_learned or (mask.spans is not None and share_of(mask.spans, n_keys) <= LARGEST_SHARE)

@@ -5,7 +5,8 @@ divergence caused by a change is half the mean square of its product with that g
 Source: the Fisher information as the curvature of the divergence, Martens 2014, arXiv:1412.1193, section 6.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from llmctl.losses.logits import cap_
 from llmctl.model.importance import Batches
 from llmctl.model.transformer import LanguageModel
+
+PART_TOKENS = 512
+"""Tokens that go back at a time: more are hardly faster, and what a backward pass keeps grows with them."""
 
 CHUNK_TOKENS = 256
 """The number of positions whose logits exist at a time."""
@@ -46,7 +50,8 @@ def token_weights(
     parts: dict[str, list[Tensor]] = {}
     hooks = {name: squares(parts.setdefault(name, [])) for name in names}
     listen(model, hooks, batches, done, seed)
-    return {name: normalized(own) for name, own in parts.items() if len(own) == len(batches)}
+    counts = [len(list(parts_of(batch))) for batch in batches]
+    return {name: joined(normalized(own), counts) for name, own in parts.items() if len(own) == sum(counts)}
 
 
 def listen(
@@ -67,7 +72,8 @@ def listen(
     model.eval().requires_grad_(False)
     try:
         for number, batch in enumerate(batches, start=1):
-            n_labels += backward_from_samples(model, batch, generator)
+            for part in parts_of(batch):
+                n_labels += backward_from_samples(model, part, generator)
             done(number)
     finally:
         for handle in handles:
@@ -76,6 +82,13 @@ def listen(
             parameter.requires_grad_(True)
         model.train(was_training)
     return n_labels
+
+
+def parts_of(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Split a batch into parts of as many rows as have `PART_TOKENS` tokens, at least one."""
+    n_rows = max(1, PART_TOKENS // batch["input_ids_BT"].shape[1])
+    for rows in zip(*(tensor.split(n_rows) for tensor in batch.values()), strict=True):
+        yield dict(zip(batch, rows, strict=True))
 
 
 def require_grad(_: nn.Module, __: Any, out: Tensor) -> Tensor:
@@ -90,6 +103,12 @@ def squares(parts: list[Tensor]) -> Hook:
         parts.append(grads[0].flatten(0, -2).float().square().mean(dim=1))
 
     return hook
+
+
+def joined(parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+    """Join the parts of every batch, of which there are `counts`."""
+    rest = iter(parts)
+    return [torch.cat(list(islice(rest, count))) for count in counts]
 
 
 def normalized(parts: list[Tensor]) -> list[Tensor]:
@@ -124,20 +143,31 @@ def backward_from_samples(model: LanguageModel, batch: Mapping[str, Tensor], gen
         return len(hidden_ND)
     states_LD = model.head_input(hidden_ND[(labels.flatten() >= 0).nonzero().squeeze(1)])
     weight_VD, bias = model.lm_head.weight.detach(), model.lm_head.bias
+    is_narrow = torch.is_autocast_enabled(states_LD.device.type)
+    dtype = torch.get_autocast_dtype(states_LD.device.type) if is_narrow else states_LD.dtype
+    weight_VD = weight_VD.to(dtype)  # once, not for every chunk
     gradients = []
     for part_LD in states_LD.detach().split(CHUNK_TOKENS):
         with torch.no_grad():
             # The gradient of the cross-entropy with sampled labels: softmax minus one-hot.
-            logits_LV = F.linear(part_LD, weight_VD.to(part_LD.dtype), bias).float()
+            logits_LV = F.linear(part_LD.to(dtype), weight_VD, bias).float()
             slope_LV = cap_(logits_LV, model.config.logits_softcap)
             error_LV = logits_LV.softmax(dim=-1)
-            samples_L1 = torch.multinomial(error_LV, 1, generator=generator)
+            samples_L1 = drawn(error_LV, generator)
             error_LV.scatter_add_(1, samples_L1, error_LV.new_full(samples_L1.shape, -1.0))
             error_LV = error_LV if slope_LV is None else error_LV * slope_LV
-            gradients.append((error_LV.to(weight_VD.dtype) @ weight_VD).to(states_LD.dtype))
+            gradients.append((error_LV.to(dtype) @ weight_VD).to(states_LD.dtype))
     if gradients:
         states_LD.backward(torch.cat(gradients))
     return len(states_LD)
+
+
+def drawn(p_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw a class (N, 1) from each row of probabilities: one random number each, where torch.multinomial takes one a class."""
+    sums_NV = p_NV.cumsum(dim=-1)
+    # At least the smallest number above 0: a class of probability 0 at the beginning is never drawn.
+    points_N1 = torch.rand(len(p_NV), 1, generator=generator, dtype=p_NV.dtype).clamp_(min=torch.finfo(p_NV.dtype).tiny)
+    return torch.searchsorted(sums_NV, points_N1 * sums_NV[:, -1:])
 
 
 def without_padding(gradient_ND: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
@@ -150,7 +180,7 @@ def classifier_gradient(outputs_BL: Tensor, problem: str, generator: torch.Gener
     """Return the gradient (B, L) of the negative log-probability of labels sampled from a classifier's outputs."""
     if problem == "single":
         p_BL = outputs_BL.float().softmax(dim=-1)
-        samples = torch.zeros_like(p_BL).scatter_(1, torch.multinomial(p_BL, 1, generator=generator), 1.0)
+        samples = torch.zeros_like(p_BL).scatter_(1, drawn(p_BL, generator), 1.0)
     elif problem == "multi":
         p_BL = outputs_BL.float().sigmoid()
         samples = torch.bernoulli(p_BL, generator=generator)

@@ -273,14 +273,17 @@ class Stack(nn.Module):
             x_BTD = checkpoint(block, x_BTD, shared, use_reentrant=False) if checkpoints else block(x_BTD, shared)
         if collect is not None:
             collect.append(x_BTD)
-        if self.config.norm_position != "post":
-            x_BTD = self.norm(x_BTD)
+        x_BTD = self.normed(x_BTD)
         if self.config.query_layer:
             # After the final norm, as in the released code; its queries come from positions only.
             x_BTD = self.query_layer(x_BTD, shared, self.query_embeddings(positions_BT).expand_as(x_BTD))
         if cache is not None:
             cache.advance(T)
         return x_BTD
+
+    def normed(self, x_BTD: Tensor) -> Tensor:
+        """Return the output of the last block after the final norm, if there is one."""
+        return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
 
     def positions(self, x_BTD: Tensor, documents_BS: Tensor | None, cache: KVCache | None) -> Tensor:
         """Return the positions of the next tokens in their documents (B or 1, T)."""

@@ -20,8 +20,8 @@ ROUNDS = 2
 SMALLEST, LARGEST_SCALE = 1e-30, 255
 """The smallest scale, and the largest 8-bit scale code (in units of its row's power of two)."""
 
-CHUNK_WEIGHTS = 1 << 22
-"""Weights that are searched at a time, to bound memory."""
+CHUNK_WEIGHTS = 1 << 19
+"""Weights that are searched at a time: with what is computed of them, they fit into a core's cache."""
 
 
 class Grid(NamedTuple):
@@ -69,14 +69,26 @@ def scales_of(codes_OG: Tensor, exponents_O1: Tensor) -> Tensor:
     return torch.ldexp(codes_OG.float(), exponents_O1)
 
 
-def whole_range(weight_OI: Tensor, scheme: Scheme, share: float = 1.0) -> Grid:
-    """Return the grid over every group's range, or over a fraction of it."""
-    groups_OGg = grouped(weight_OI, scheme)
+def whole_range(weight_OI: Tensor, scheme: Scheme) -> Grid:
+    """Return the grid over every group's range."""
+    return grid_over(range_of(weight_OI, scheme), scheme)
+
+
+def range_of(weight_OI: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest weight of every group (O, G), at most and at least 0."""
+    low_OG, high_OG = grouped(weight_OI, scheme).aminmax(dim=2)
+    return low_OG.clamp(max=0), high_OG.clamp(min=0)
+
+
+def grid_over(ends: tuple[Tensor, Tensor], scheme: Scheme, share: float = 1.0) -> Grid:
+    """Return the grid over a fraction of every group's range."""
+    low_OG, high_OG = ends
     if scheme.symmetric:
         # Uses codes from -(2^(b-1) - 1): only a smaller scale, as the search tries, reaches the lowest code.
-        scales_OG = rounded_scales(groups_OGg.abs().amax(dim=2) * (share / (scheme.levels // 2)), scheme)
+        largest_OG = torch.maximum(-low_OG, high_OG)
+        scales_OG = rounded_scales(largest_OG * (share / (scheme.levels // 2)), scheme)
         return Grid(scales_OG, torch.full_like(scales_OG, scheme.middle, dtype=torch.uint8))
-    low_OG, high_OG = groups_OGg.amin(dim=2).clamp(max=0) * share, groups_OGg.amax(dim=2).clamp(min=0) * share
+    low_OG, high_OG = low_OG * share, high_OG * share
     scales_OG = rounded_scales((high_OG - low_OG) / scheme.levels, scheme)
     return Grid(scales_OG, (-low_OG / scales_OG).round_().clamp_(0, scheme.levels).to(torch.uint8))
 
@@ -109,9 +121,10 @@ def _search(weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None) -> G
     weights = torch.ones_like(weight_OI[:1]) if importance_I is None else importance_I[None].to(weight_OI.dtype)
     weights_1Gg = grouped(weights, scheme)
     # Per group, keep the grid with the least error over all clipped ranges.
-    best, best_OG = whole_range(weight_OI, scheme), None
+    ends = range_of(weight_OI, scheme)
+    best, best_OG = grid_over(ends, scheme), None
     for step in range(SEARCH_STEPS):
-        grid = whole_range(weight_OI, scheme, 1 - step * (1 - NARROWEST) / (SEARCH_STEPS - 1))
+        grid = grid_over(ends, scheme, 1 - step * (1 - NARROWEST) / (SEARCH_STEPS - 1))
         error_OG = _error(groups_OGg, weights_1Gg, grid, scheme)
         best, best_OG = (grid, error_OG) if best_OG is None else _better(best, best_OG, grid, error_OG)
     assert best_OG is not None

@@ -9,18 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmctl.quant.grid import Codes, Grid, decode, encode, grouped, rounded_scales, search, whole_range
+from llmctl.quant.columns import compensated, descended, fitted
+from llmctl.quant.grid import Codes, Grid, encode, rounded_scales, search, whole_range
 from llmctl.quant.schemes import Scheme
 from llmctl.tables.methods import METHODS
-
-BLOCK = 128
-"""GPTQ's block size: errors propagate column by column within a block, and in one product to all later columns."""
 
 DAMPING = 0.01
 """GPTQ's damping, added to the diagonal of the second moments, as a fraction of its mean."""
 
-TURNS, RIDGE = 3, 1e-6
-"""`guided`: rounds of refitting scales and codes, and the relative ridge that keeps the scales' equations solvable."""
+TURNS = 3
+"""`guided`: rounds of refitting scales and codes."""
+
+PART_INPUTS = 256
+"""Inputs whose second moments with all later ones are added at a time: smaller parts multiply more slowly."""
 
 SAMPLE_ROWS = 256
 """The number of inputs kept in `Moments.sample_NI`."""
@@ -33,7 +34,7 @@ SHRINK_ROUNDS, SHRINK_POWER, SHRINK_BETA, SHRINK_GROWTH = 20, 0.7, 10.0, 1.01
 class Moments:
     """Accumulated statistics of a layer's inputs: second moments (I, I), sums of absolute values (I,), count.
 
-    sample_NI: a few of the inputs themselves.
+    second_II: only on and above its diagonal. sample_NI: a few of the inputs themselves.
     """
 
     second_II: Tensor
@@ -50,7 +51,11 @@ class Moments:
         """Add inputs (..., I); `weights_N`, with mean 1, weight them in the second moments."""
         rows_NI = inputs.detach().flatten(0, -2).float()
         left_NI = rows_NI if weights_N is None else rows_NI * weights_N[:, None]
-        self.second_II.addmm_(left_NI.T, rows_NI)
+        n_in = rows_NI.shape[1]
+        size = -(-n_in // max(1, round(n_in / PART_INPUTS)))
+        for first in range(0, n_in, size):  # above the diagonal: the rest is the same
+            own_JI = self.second_II[first : first + size, first:]
+            own_JI.addmm_(left_NI[:, first : first + size].T, rows_NI[:, first:])
         self.absolute_I += rows_NI.abs().sum(dim=0)
         self.count += len(rows_NI)
         if self.sample_NI is None:
@@ -68,12 +73,13 @@ class Moments:
     @property
     def mean(self) -> Tensor:
         """The mean second moments (I, I)."""
-        return self.second_II / max(self.count, 1)
+        upper_II = self.second_II.triu() / max(self.count, 1)
+        return upper_II + upper_II.triu(1).T
 
     @property
     def damped(self) -> Tensor:
         """The mean second moments (I, I) with a damped diagonal, against overfitting to the calibration text."""
-        second_II = self.mean.clone()
+        second_II = self.mean
         diagonal_I = second_II.diagonal()
         diagonal_I[diagonal_I == 0] = 1.0  # inputs that are always zero would make the matrix singular
         diagonal_I += DAMPING * diagonal_I.mean()
@@ -130,30 +136,7 @@ def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     `static_groups`.
     """
     assert moments is not None
-    second_II = moments.damped
-    weight_OI, grid = weight_OI.clone(), search(weight_OI, scheme, moments.importance)
-    # Columns with large inputs first, while many columns are left that can compensate their errors.
-    order = second_II.diagonal().argsort(descending=True, stable=True)
-    inverse_II = inverse_root(second_II[order][:, order])
-    n_in = weight_OI.shape[1]
-    groups_I = order // (scheme.group or n_in)
-    scales_OI, zeros_OI = grid.scales_OG[:, groups_I], grid.zeros_OG[:, groups_I].float()
-    rest_OI = weight_OI[:, order]
-    codes_OI = torch.empty_like(rest_OI, dtype=torch.uint8)
-    for first in range(0, n_in, BLOCK):
-        last = min(first + BLOCK, n_in)
-        errors_OB = torch.empty_like(rest_OI[:, first:last])
-        for column in range(first, last):
-            scale_O, zero_O = scales_OI[:, column], zeros_OI[:, column]
-            code_O = (rest_OI[:, column] / scale_O + zero_O).round_().clamp_(0, scheme.levels)
-            codes_OI[:, column] = code_O.to(torch.uint8)
-            # Scaled by the Cholesky factor's diagonal, so that its row times the error is the update (algorithm 1).
-            error_O = (rest_OI[:, column] - (code_O - zero_O) * scale_O) / inverse_II[column, column]
-            errors_OB[:, column - first] = error_O
-            rest_OI[:, column + 1 : last].addr_(error_O, inverse_II[column, column + 1 : last], alpha=-1)
-        # Later columns get the whole block's errors in one product, which is the same sum but faster.
-        rest_OI[:, last:].addmm_(errors_OB, inverse_II[first:last, last:], alpha=-1)
-    return Codes(codes_OI[:, order.argsort()].contiguous(), grid)
+    return compensated(weight_OI, scheme, search(weight_OI, scheme, moments.importance), moments.damped)
 
 
 def guided(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
@@ -163,79 +146,11 @@ def guided(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     Source: coordinate descent over columns: QuantEase, Behdin et al. 2023, arXiv:2309.01885, algorithm 2.
     """
     assert moments is not None
-    codes, second_II = gptq(weight_OI, scheme, moments), moments.damped
+    second_II = moments.damped
+    codes = compensated(weight_OI, scheme, search(weight_OI, scheme, moments.importance), second_II)
     for _ in range(TURNS):
         codes = descended(weight_OI, scheme, fitted(weight_OI, scheme, codes, second_II), second_II)
     return fitted(weight_OI, scheme, codes, second_II)
-
-
-def fitted(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Codes:
-    """Refit the scales to fixed codes for least output error, all groups of a row jointly: linear least squares."""
-    scales_OG, zeros_OG = codes.grid
-    n_groups = scales_OG.shape[1]
-    steps_OGg = grouped(codes.codes_OI, scheme).float() - zeros_OG[..., None]
-    steps_OI, target_OI = steps_OGg.flatten(1), weight_OI @ second_II
-    size = steps_OGg.shape[2]
-    # Normal equations of each row: a (G, G) system, since groups interact through the second moments.
-    products = []
-    for group in range(n_groups):
-        moved_OI = steps_OGg[:, group] @ second_II[group * size : (group + 1) * size]
-        products.append(grouped(moved_OI * steps_OI, scheme).sum(dim=2))
-    curvature_OGG, slope_OG = torch.stack(products, dim=1), grouped(target_OI * steps_OI, scheme).sum(dim=2)
-    # In a group whose values are all zero the scale has no effect: it keeps its old one.
-    diagonal_OG = curvature_OGG.diagonal(dim1=1, dim2=2)
-    empty_OG = diagonal_OG <= 0
-    diagonal_OG += torch.where(empty_OG, 1.0, RIDGE * diagonal_OG)
-    solution_OG = torch.linalg.solve(curvature_OGG, slope_OG[..., None]).squeeze(2)
-    usable_OG = (solution_OG > 0) & solution_OG.isfinite() & ~empty_OG
-    refit_OG = rounded_scales(torch.where(usable_OG, solution_OG, scales_OG), scheme)
-    refit = Codes(codes.codes_OI, Grid(refit_OG, zeros_OG))
-    # If a group's refit scale is rejected, its row's other scales no longer fit: keep the old row where it was better.
-    is_worse_O = errors(weight_OI, refit, scheme, second_II) > errors(weight_OI, codes, scheme, second_II)
-    return Codes(codes.codes_OI, Grid(torch.where(is_worse_O[:, None], scales_OG, refit_OG), zeros_OG))
-
-
-def descended(weight_OI: Tensor, scheme: Scheme, codes: Codes, second_II: Tensor) -> Codes:
-    """Refit the codes by one sweep of coordinate descent: each column takes its best codes given all others."""
-    n_in = weight_OI.shape[1]
-    groups_I = torch.arange(n_in) // (scheme.group or n_in)
-    scales_OI, zeros_OI = codes.grid.scales_OG[:, groups_I], codes.grid.zeros_OG[:, groups_I].float()
-    codes_OI = codes.codes_OI.float()
-    # The negative gradient of half the output error; it is kept current as columns change.
-    slope_OI = (weight_OI - (codes_OI - zeros_OI) * scales_OI) @ second_II
-    steps_OI = scales_OI * second_II.diagonal()
-    for first in range(0, n_in, BLOCK):
-        last = min(first + BLOCK, n_in)
-        slope_OB, inner_BB = slope_OI[:, first:last].clone(), second_II[first:last, first:last]
-        moved_OB = torch.empty_like(slope_OB)
-        for column in range(first, last):
-            code_O, near = codes_OI[:, column], column - first
-            better_O = (code_O + slope_OB[:, near] / steps_OI[:, column]).round_().clamp_(0, scheme.levels)
-            moved_OB[:, near] = (better_O - code_O) * scales_OI[:, column]
-            codes_OI[:, column] = better_O
-            slope_OB.addr_(moved_OB[:, near], inner_BB[near], alpha=-1)
-        slope_OI.addmm_(moved_OB, second_II[first:last], alpha=-1)
-    return Codes(codes_OI.to(torch.uint8), codes.grid)
-
-
-def errors(weight_OI: Tensor, codes: Codes, scheme: Scheme, second_II: Tensor) -> Tensor:
-    """Return the mean squared error of every output (O,)."""
-    error_OI = decode(codes, scheme) - weight_OI
-    return ((error_OI @ second_II) * error_OI).sum(dim=1)
-
-
-def inverse_root(second_II: Tensor) -> Tensor:
-    """Return the upper Cholesky factor of the inverse, damping a nearly singular matrix until it exists."""
-    wide_II = second_II.double()
-    eye_I = wide_II.diagonal()
-    for _ in range(8):
-        lower_II, info = torch.linalg.cholesky_ex(wide_II)
-        if int(info) == 0:
-            upper_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-            if int(info) == 0:
-                return upper_II.float()
-        eye_I += eye_I.mean()
-    return torch.diag(eye_I.rsqrt()).float()  # last resort: treat the columns as uncorrelated
 
 
 def half_quadratic(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = None) -> Codes:

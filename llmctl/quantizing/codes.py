@@ -15,7 +15,8 @@ from llmctl.config import QuantizeConfig
 from llmctl.formats.artifact import Artifact, read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.losses.logits import is_native
-from llmctl.model.transformer import LanguageModel, load_tensors
+from llmctl.machine import give_back_memory
+from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.bit_allocation import allocate, budget_of, measure_costs
 from llmctl.quantizing.calibrate import calibrate, needs_data, refuse_unfinite
@@ -33,7 +34,7 @@ CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
 
 
 class Codes:
-    """Codes of one run; `original` returns the model that is quantized, in float32 on the CPU."""
+    """Codes of one run; `original` loads the model that is quantized, in float32 on the CPU: a copy that may be changed."""
 
     def __init__(
         self,
@@ -60,7 +61,8 @@ class Codes:
         for line in other_groups(self.shape, self.plan, self.config):
             say(line)
         method = "guided" if self.learns else weights.method
-        model = self._copy()
+        give_back_memory()  # of encoding the data
+        model = self.original()
         refuse_unfinite(model, self.config.model)
         # Before calibration, which replaces the model's weights by dequantized ones.
         plan = self._allocated(model, say)
@@ -77,12 +79,6 @@ class Codes:
             schemes=plan,
             force=True,
         )
-
-    def _copy(self) -> LanguageModel:
-        """Return a copy of the original model to work on."""
-        model = LanguageModel(self.shape)
-        load_tensors(model, self.original().state_dict())
-        return model
 
     def _allocated(self, model: LanguageModel, say: Say) -> dict[str, Scheme]:
         """Return the scheme of every layer; under a target, bits are allocated by measured sensitivity."""
@@ -102,7 +98,7 @@ class Codes:
         """Return the model whose codes are trained, starting from the chosen ones."""
         chosen = read_artifact(self.folder / CHOSEN)
         with_weights = self.config.weights.learn == "weights"
-        model = learner(self._copy(), chosen.packed_state(), chosen.schemes, weights=with_weights)
+        model = learner(self.original(), chosen.packed_state(), chosen.schemes, weights=with_weights)
         model.train()
         return model
 

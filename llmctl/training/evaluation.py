@@ -137,12 +137,16 @@ class Evaluation:
         return metrics if is_same and is_close and self.t.score is None else None
 
 
-def measure_only(training: Training) -> Fitted:
-    """Return the metrics of a model that is not trained, on all held-out rows."""
-    objective, held_out = training.objective, training.held_out
-    metrics = measure(
-        objective, objective, held_out, training.config, training.runtime, None, lambda: None, sharded=False
-    )
+def measure_only(training: Training, max_tokens: int = 0) -> Fitted:
+    """Return the metrics of a model that is not trained, on all held-out rows or on evenly spaced ones of `max_tokens`."""
+    objective, held_out, config = training.objective, training.held_out, training.config
+    n_all = held_out.n_rows
+    n_rows = rows_of(n_all, max_tokens or None, config.seq_len)
+    if n_rows < n_all:
+        training.state.eval_rows = n_rows
+        training.progress.say(f"measuring on {n_rows:,} of {n_all:,} held-out rows")
+    most = training.state.eval_rows * config.seq_len or None
+    metrics = measure(objective, objective, held_out, config, training.runtime, most, lambda: None, sharded=False)
     if training.score:
-        metrics |= training.score(None)
+        metrics |= training.score(most)
     return Fitted({}, metrics, training.state, 0, {})

@@ -9,6 +9,7 @@ import torch
 from llmctl.cli import run
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
+from llmctl.model.parameters import count
 
 TINY = [
     "--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "train.device=cpu",
@@ -110,6 +111,37 @@ def test_a_gate_is_missed_and_the_model_is_there(teachers, capsys):
     assert quantize(teachers["decoder"], "--bits", "2", "--method", "nearest", "--max-drop", "0.0001%") == 10
     assert "perplexity" in capsys.readouterr().err
     assert Path("small/model.safetensors").exists()
+
+
+def test_the_report_takes_a_few_rows_of_all(teachers, capsys):
+    """The original runs once for all of it: what is said of it is the same as of the same rows alone."""
+    sides = []
+    for tokens in ("0", "96"):
+        assert (
+            quantize(teachers["decoder"], "--bits", "8", "-f", "--json", "--set", f"weights.report_tokens={tokens}")
+            == 0
+        )
+        sides.append(report(capsys)["models"])
+    every, few = sides
+    assert few["before"]["n_labels"] == few["after"]["n_labels"] <= 96 < every["before"]["n_labels"]
+    assert few["before"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert few["before"]["agreement"] == every["before"]["agreement"] == 1
+    assert few["after"]["kl"] > 0
+
+
+@pytest.mark.parametrize("options", [["--bits", "4"], ["--bits", "8"], ["--target-bpw", "4.5", "--bits", "4"]])
+def test_a_dry_run_names_memory_and_time_and_leaves_nothing(teachers, capsys, here, options):
+    before = set(here.rglob("*"))
+    assert quantize(teachers["decoder"], *options, "--dry-run", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    memory = record["memory_bytes"]
+    assert memory.pop("peak") == sum(memory.values())
+    assert memory["weights"] == 4 * record["parameters"] == 4 * count(read_artifact(teachers["decoder"]).config)
+    assert record["calibration_tokens"] == (0 if options == ["--bits", "8"] else 8 * 48)
+    assert record["seconds"]["total"] > 0
+    assert set(here.rglob("*")) == before
+    assert quantize(teachers["decoder"], *options, "--dry-run") == 0
+    assert "peak" in capsys.readouterr().out
 
 
 def test_equal_settings_are_equal_bytes(teachers):

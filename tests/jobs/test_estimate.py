@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -342,6 +343,21 @@ def test_command_prints_the_estimate_and_leaves_no_run(capsys, tmp_path, monkeyp
     assert run(["pretrain", "--dry-run"]) == 0
     assert "parameters   1,016,960" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_of_a_whole_run_is_as_said(tmp_path, monkeypatch):
+    """Of the process: Python, torch and the data are most of a small run."""
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from llmctl.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "pretrain", "--dtype", "float32"]
+    dry = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True)
+    said = json.loads(dry.stdout)["memory_bytes"]["1"]["peak"]
+    few = ["--steps", "3", "--set", "train.eval_tokens=2048", "-q"]
+    process = subprocess.Popen([*command, *few], stdout=subprocess.DEVNULL)
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0
+    assert said == pytest.approx(usage.ru_maxrss * 1024, rel=0.15)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc")

@@ -226,11 +226,16 @@ def test_choice_follows_sizes_dtype_and_mask():
     packed = lambda numbers: build_mask(
         numbers.shape[1], numbers.shape[1], causal=True, query_documents_BT=numbers + 1, key_documents_BS=numbers + 1
     )
-    assert not pays(256, packed(short))
+    assert pays(256, packed(short))
+    assert not pays(256, packed(torch.zeros_like(short)))
+    assert not pays(128, packed(short[:, :128]))
     assert pays(256, packed(short), torch.bfloat16)
     assert pays(1024, packed(long))
     assert not pays(1024, packed(torch.zeros_like(long)))
-    assert not pays(512, Mask(is_causal=True))
+    assert pays(512, Mask(is_causal=True))
+    assert not pays(256, Mask(is_causal=True))
+    assert not pays(1024, Mask(is_causal=True))
+    assert not pays(512, Mask())
     assert pays(512, Mask(is_causal=True), torch.bfloat16)
     assert not pays(512, Mask(), torch.bfloat16)
     assert pays(512, Mask(torch.zeros(1, 512, 512, requires_grad=True)))

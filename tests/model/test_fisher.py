@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from llmctl.losses.base import IGNORE
 from llmctl.model import fisher
-from llmctl.model.fisher import backward_from_samples, token_weights
+from llmctl.model.fisher import backward_from_samples, drawn, token_weights
 from llmctl.model.transformer import LanguageModel
 from tests.families.test_table import CONFIGS, config_of
 
@@ -41,11 +41,19 @@ def test_the_gradient_is_that_of_the_log_probability_of_what_is_drawn(monkeypatc
     logits = model(given["input_ids_BT"])[:, :-1].flatten(0, 1)
     generator = torch.Generator().manual_seed(2)
     parts = logits.detach().softmax(dim=-1).split(5)
-    drawn = torch.cat([torch.multinomial(part, 1, generator=generator) for part in parts])[:, 0]
-    F.cross_entropy(logits, drawn, reduction="sum").backward()
+    labels = torch.cat([drawn(part, generator) for part in parts])[:, 0]
+    F.cross_entropy(logits, labels, reduction="sum").backward()
     wanted = model.get_parameter(f"{MAP}.weight").grad
     assert wanted is not None
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_classes_are_drawn_as_often_as_their_probability_says() -> None:
+    p_V = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    samples = drawn(p_V.expand(40_000, -1), torch.Generator().manual_seed(0))
+    frequencies = samples.flatten().bincount(minlength=6) / len(samples)
+    assert (frequencies[p_V == 0] == 0).all()
+    torch.testing.assert_close(frequencies, p_V, atol=0.01, rtol=0)
 
 
 def test_weights_are_those_of_an_error_at_each_position() -> None:
@@ -123,3 +131,14 @@ def test_a_map_that_nothing_depends_on_has_no_weights() -> None:
     model = decoder()
     model.add_module("unused", torch.nn.Linear(4, 4))
     assert set(token_weights(model, ["unused", MAP], [batch()])) == {MAP}
+
+
+def test_a_batch_goes_back_in_parts(monkeypatch) -> None:
+    """Without changing what is drawn: 7 tokens a row, 2 rows a part."""
+    model, given = decoder(), batch()
+    monkeypatch.setattr(fisher, "CHUNK_TOKENS", 6)  # those of a row with a label
+    (whole,) = token_weights(model, [MAP], [given])[MAP]
+    monkeypatch.setattr(fisher, "PART_TOKENS", 15)
+    assert [len(part["labels"]) for part in fisher.parts_of(given)] == [2, 1]
+    (parts,) = token_weights(model, [MAP], [given])[MAP]
+    torch.testing.assert_close(parts, whole)

@@ -1,12 +1,11 @@
 import pytest
 import torch
 
+from llmctl.quant import columns, methods
+from llmctl.quant.columns import descended, errors, fitted, inverse_root
 from llmctl.quant.grid import Codes, decode, encode, search, whole_range
 from llmctl.quant.methods import (
     Moments,
-    descended,
-    errors,
-    fitted,
     gptq,
     method_of,
     output_error,
@@ -156,3 +155,27 @@ def test_an_input_counts_as_often_as_its_weight_says() -> None:
     found.add(inputs, weights)
     repeated.add(inputs[[0, 0, 2, 3, 4, 4]])
     torch.testing.assert_close(found.mean, repeated.mean)
+
+
+def test_the_root_of_the_inverse_is_its_cholesky_factor() -> None:
+    second_II = moments(n_in=300).damped.double()
+    wanted = torch.linalg.cholesky(torch.linalg.inv(second_II), upper=True)
+    torch.testing.assert_close(inverse_root(second_II.float()), wanted.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_outputs_in_parts_have_the_codes_of_all_at_once(monkeypatch) -> None:
+    scheme, found = SCHEMES["int4"], moments()
+    whole = method_of("guided")(weight(), scheme, found)
+    monkeypatch.setattr(columns, "PART_FLOATS", 128 * 16)
+    parts = method_of("guided")(weight(), scheme, found)
+    assert torch.equal(parts.codes_OI, whole.codes_OI)
+    assert torch.equal(parts.grid.scales_OG, whole.grid.scales_OG)
+
+
+def test_second_moments_are_those_of_all_pairs_of_inputs(monkeypatch) -> None:
+    monkeypatch.setattr(methods, "PART_INPUTS", 40)
+    rows = torch.randn(64, 128, generator=torch.Generator().manual_seed(4))
+    weights = torch.rand(64, generator=torch.Generator().manual_seed(5))
+    found = Moments.empty(128)
+    found.add(rows, weights)
+    torch.testing.assert_close(found.mean, (rows * weights[:, None]).T @ rows / 64)

@@ -52,3 +52,14 @@ def test_what_comes_into_a_layer_has_gone_through_the_codes_before_it(method, mo
             assert (found - wanted).norm() < (0.05 if narrow else 1e-4) * wanted.norm()
     for name, wide in seen[0].items():
         assert (seen[1][name] - wide).norm() < 0.1 * wide.norm(), name
+
+
+def test_layers_with_one_input_share_its_weights():
+    names = ["self_attn.q_proj", "self_attn.k_proj", "cross_attn.q_proj", "cross_attn.k_proj", "cross_attn.v_proj"]
+    own = {
+        name: [torch.full((5 if name == "cross_attn.q_proj" else 3,), float(place))] for place, name in enumerate(names)
+    }
+    found = {name: parts[0].tolist() for name, parts in module.shared(own).items()}
+    assert found["self_attn.q_proj"] == found["self_attn.k_proj"] == [0.5] * 3
+    assert found["cross_attn.q_proj"] == [2.0] * 5
+    assert found["cross_attn.k_proj"] == found["cross_attn.v_proj"] == [3.5] * 3

@@ -19,6 +19,7 @@ from llmctl.files import write_json
 from llmctl.jobs.finish import Product
 from llmctl.jobs.job import Job
 from llmctl.jobs.session import Part, Session, identity
+from llmctl.machine import give_back_memory
 from llmctl.model.transformer import LanguageModel
 from llmctl.quantizing.bit_allocation import budget_of, check_budget
 from llmctl.quantizing.codes import CHOSEN, LEARNED, Codes
@@ -40,6 +41,7 @@ def quantize(session: Session, config: QuantizeConfig) -> None:
     data = TaskData.open(config, base, corpus, session.say)
     codes = Codes(config, data, original.artifact, original.own, session.folder / "parts")
     session.lead(partial(codes.choose, session.say))
+    give_back_memory()
     model = codes.learner() if codes.learns else codes.load(CHOSEN, session.runtime.device)
     fitted = session.fit(part_of(session, codes, original, model))
     report, model = compare(session, codes, original, model, fitted)

@@ -88,6 +88,7 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
         inputs = read_head(model, batches, [stream[0] for stream in streams]) if is_read else None
         with torch.autocast("cpu", enabled=False):
             choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
+    give_back_memory()
     return found
 
 

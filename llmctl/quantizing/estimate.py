@@ -21,6 +21,7 @@ from llmctl.quant.columns import PART_FLOATS
 from llmctl.quant.methods import Moments, method_of
 from llmctl.quant.schemes import SCHEMES, Scheme
 from llmctl.quantizing.bit_allocation import schemes_like
+from llmctl.quantizing.calibrate import input_of
 from llmctl.tables.methods import METHODS
 
 UTILIZATION = 0.6
@@ -156,7 +157,8 @@ def estimate(
     if row.weighs:
         seconds["Fisher information"] = tokens * 4 * (n_block + n_head) / passes
     if sees_data:
-        squares = sum(shapes[f"{name}.weight"][1] ** 2 for name in inside)
+        # Layers with one input share its moments.
+        squares = sum({input_of(name): shapes[f"{name}.weight"][1] ** 2 for name in inside}.values())
         seconds["inputs of the layers"] = tokens * (4 * n_block / passes + 1.2 * squares / products)
     seconds["codes"] = sum(
         code_seconds(n_out, n_in, rates) for n_out, n_in in (shapes[f"{name}.weight"] for name in plan)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -132,7 +133,7 @@ def run_all(commands: Mapping[str, Sequence[str]]) -> dict[str, BuildError | Non
                 message = f"`{command[0]}` cannot be run: {error.strerror}"
                 errors[name] = BuildError(message, has_compiler=True)
         for name, process in started.items():
-            output = process.communicate()[1]
+            output = output_of(process)
             errors[name] = error_of(commands[name], process.returncode, output)
     finally:
         for process in started.values():
@@ -155,6 +156,13 @@ def start(command: Sequence[str]) -> "subprocess.Popen[str]":
         errors="replace",
         process_group=0,
     )
+
+
+def output_of(process: "subprocess.Popen[str]") -> str:
+    """Wait for a compiler; return what it wrote to stderr."""
+    while True:  # a signal just before a read does not end it: look for one every second
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=1)[1]
 
 
 def error_of(command: Sequence[str], status: int, output: str) -> BuildError | None:

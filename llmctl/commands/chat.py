@@ -101,7 +101,7 @@ def chat(
     from llmctl.formats.generation_settings import unused_settings
     from llmctl.inference.chat import PLAIN_NOTE, SOURCE_NOTE, Chat
 
-    prepare_decoding(quiet=quiet)
+    prepare_decoding(device=device, quiet=quiet)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)

@@ -106,11 +106,15 @@ def one_name(argument: str | None, option: str | None) -> str | None:
     return option if argument is None else argument
 
 
-def prepare_decoding(*, quiet: bool = False) -> None:
-    """Compile or check the decoding library if this machine has not done so yet."""
+def prepare_decoding(*, device: str = "cpu", quiet: bool = False) -> None:
+    """Compile or check the decoding library if this machine has not done so yet and a CPU is to decode.
+
+    Raises: UsageError if the device is unknown or unavailable.
+    """
+    from llmctl.artifacts.load import choose_device
     from llmctl.kernels.compile import verdict
 
-    if verdict():
+    if verdict() or choose_device(device) != "cpu":
         return
     from llmctl.benchmarking.compiled_step_check import prepare_library
 
@@ -123,7 +127,7 @@ def prepare_products(loaded: "Loaded", *, quiet: bool) -> None:
     from llmctl.quant.linear import QuantLinear
 
     if any(isinstance(module, QuantLinear) for module in loaded.model.modules()):
-        prepare_decoding(quiet=quiet)
+        prepare_decoding(device=loaded.model.device.type, quiet=quiet)
         give_table(loaded.model, Measured())
 
 

@@ -129,7 +129,7 @@ def generate(
     from llmctl.artifacts.load import load_model
     from llmctl.formats.generation_settings import unused_settings
 
-    prepare_decoding(quiet=quiet)
+    prepare_decoding(device=device, quiet=quiet)
     loaded = load_model(path, device=device, dtype=dtype, able="generate", packed=True)
     loaded = apply_adapters(loaded, adapter or [], able="generate")
     note(unused := unused_settings(loaded.artifact.files), quiet=quiet or not unused)

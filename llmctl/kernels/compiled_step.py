@@ -492,6 +492,7 @@ class Step:
     def _codes(self, layers: Sequence[QuantLinear]) -> CMatrix | None:
         """Return quantized weights with the same input as one, or None."""
         is_known = all(is_known_code(layer.scheme, layer.n_in) and layer.has_bfloat16_scales for layer in layers)
+        is_known &= all(layer.weight_packed.device.type == "cpu" for layer in layers)
         if not is_known or len({layer.scheme for layer in layers}) > 1:
             return None
         tiled, tensors = self.tiles.of(layers[0]) if len(layers) == 1 else self.tiles.joined(layers)

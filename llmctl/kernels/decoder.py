@@ -26,6 +26,8 @@ def make_decoder(model: LanguageModel) -> Decoder | None:
 
 def decoding_by(decoder: Decoder | None) -> str:
     """Return what computes the tokens of a model, and why if it is not the library."""
+    if decoder is not None and decoder.model.device.type != "cpu":
+        return f"PyTorch on {decoder.model.device.type}"
     if is_disabled():
         return "PyTorch (LLMCTL_NATIVE=0)"
     library = find_library()

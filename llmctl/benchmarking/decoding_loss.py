@@ -17,12 +17,11 @@ from llmctl.data.sources import read_documents
 from llmctl.errors import UsageError
 from llmctl.inference.encoding import require_tokenizer
 from llmctl.inference.session import Session
-from llmctl.kernels.compiled_step import MOST_ROWS
 from llmctl.model.decode import Decoder
 from llmctl.model.transformer import LanguageModel
 
-ROW_TOKENS = 256
-"""Tokens per row; the number of rows is the maximum of the compiled step."""
+N_ROWS, ROW_TOKENS = 4, 256
+"""Rows, and tokens per row."""
 TOKEN_CHARACTERS = 16
 """An upper bound for the mean characters per token, so that only the beginning of a long text is encoded."""
 
@@ -62,14 +61,14 @@ def rows_of(loaded: Loaded, path: str) -> Tensor:
     head = list(loaded.frame.before)
     room, ids = min(ROW_TOKENS, config.max_positions) - len(head), list[int]()
     for text in read_documents([path]):
-        ids += tokenizer.encode(text[: MOST_ROWS * ROW_TOKENS * TOKEN_CHARACTERS])
+        ids += tokenizer.encode(text[: N_ROWS * ROW_TOKENS * TOKEN_CHARACTERS])
         # Encode no more than needed: the text may be a whole corpus.
-        if len(ids) >= MOST_ROWS * room:
+        if len(ids) >= N_ROWS * room:
             break
-    room = min(room, len(ids) // MOST_ROWS)
+    room = min(room, len(ids) // N_ROWS)
     if room < 2:
         raise UsageError(f"`{path}` has {len(ids)} tokens, too few to measure a loss", "use a longer text")
-    return torch.tensor([[*head, *ids[start : start + room]] for start in range(0, MOST_ROWS * room, room)])
+    return torch.tensor([[*head, *ids[start : start + room]] for start in range(0, N_ROWS * room, room)])
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ from llmctl.inference.chat import Chat
 from llmctl.inference.generate import Prompt, generate
 from llmctl.inference.prefix import Prefix, n_common
 from llmctl.inference.session import Session
+from llmctl.model.decode import Decoder
 from tests.support.models import KINDS
 
 HEADER = [2, *range(250, 269)]
@@ -33,13 +34,18 @@ def anything_pays(monkeypatch) -> None:
 def n_read(monkeypatch) -> list[tuple[int, int]]:
     """Return the shapes of what models read, as it is read."""
     shapes: list[tuple[int, int]] = []
-    plain = Session._decode
+    plain, fast = Session._decode, Decoder.read
 
     def decode(self, ids_BT, **inputs):
         shapes.append(tuple(ids_BT.shape))
         return plain(self, ids_BT, **inputs)
 
+    def read(self, ids_BT, cache, **inputs):
+        shapes.append(tuple(ids_BT.shape))
+        return fast(self, ids_BT, cache, **inputs)
+
     monkeypatch.setattr(Session, "_decode", decode)
+    monkeypatch.setattr(Decoder, "read", read)
     return shapes
 
 

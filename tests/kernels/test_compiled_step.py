@@ -68,15 +68,24 @@ def wanted(monkeypatch):
     monkeypatch.delenv("LLMCTL_NATIVE", raising=False)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Return a function from a processor to the file of its library, compiled once."""
-    folder, made = tmp_path_factory.mktemp("cache"), {}
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory) -> Path:
+    """Return a folder that the processes of pytest-xdist share: each library is compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen") else base) / "compiled"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled(shelf):
+    """Return a function from a processor to the file of its library."""
 
     def of(processor: str) -> Path:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LLMCTL_CACHE", str(folder))
-            return made[processor] if processor in made else made.setdefault(processor, compile_library(processor))
+            patch.setenv("LLMCTL_CACHE", str(shelf))
+            path = library_path(processor)
+            return path if path.is_file() else compile_library(processor)
 
     return of
 
@@ -86,10 +95,13 @@ def library(compiled):
     return load_library(compiled("native"))
 
 
-@pytest.fixture(scope="module")
-def packaged(tmp_path_factory):
-    path = tmp_path_factory.mktemp("package") / "_decode.so"
-    return path, build_all(path)
+@pytest.fixture(scope="session")
+def packaged(shelf):
+    """Return the library of all instruction sets, and their names."""
+    path, names = shelf / "_decode.so", shelf / "names.txt"
+    if not names.is_file():
+        names.write_text(" ".join(build_all(path)))
+    return path, names.read_text().split()
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_over_an_encoder(build, ids, name: str, is_ragged: bool):
     assert all(torch.allclose(expected, got, rtol=0, atol=1e-10) for expected, got in states)
 
 
-@pytest.mark.parametrize("fields", [{"positions": "relative"}, {"query_layer": True}, {"family": "encoder"}])
+@pytest.mark.parametrize("fields", [{"relative_bias": True}, {"query_layer": True}, {"family": "encoder"}])
 def test_what_is_not_covered(fields: dict):
     shape = {"vocab_size": 9, "d_model": 8, "n_layers": 1, "n_heads": 2, "max_positions": 8}
     assert not covers(complete(ModelConfig(**{**shape, **fields})))

@@ -50,7 +50,7 @@ def token_weights(
     parts: dict[str, list[Tensor]] = {}
     hooks = {name: squares(parts.setdefault(name, [])) for name in names}
     listen(model, hooks, batches, done, seed)
-    counts = [len(list(parts_of(batch))) for batch in batches]
+    counts = [len(list(parts_of(model, batch))) for batch in batches]
     return {name: joined(normalized(own), counts) for name, own in parts.items() if len(own) == sum(counts)}
 
 
@@ -72,7 +72,7 @@ def listen(
     model.eval().requires_grad_(False)
     try:
         for number, batch in enumerate(batches, start=1):
-            for part in parts_of(batch):
+            for part in parts_of(model, batch):
                 n_labels += backward_from_samples(model, part, generator)
             done(number)
     finally:
@@ -84,9 +84,14 @@ def listen(
     return n_labels
 
 
-def parts_of(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Split a batch into parts of as many rows as have `PART_TOKENS` tokens, at least one."""
+def parts_of(model: LanguageModel, batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Split a batch into parts of as many rows as have `PART_TOKENS` tokens, at least one.
+
+    Not if attention also projects the distances of a batch, which would then be projected once per part.
+    """
     n_rows = max(1, PART_TOKENS // batch["input_ids_BT"].shape[1])
+    if model.config.positions == "disentangled":
+        n_rows = len(batch["input_ids_BT"])
     for rows in zip(*(tensor.split(n_rows) for tensor in batch.values()), strict=True):
         yield dict(zip(batch, rows, strict=True))
 

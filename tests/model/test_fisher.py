@@ -139,6 +139,6 @@ def test_a_batch_goes_back_in_parts(monkeypatch) -> None:
     monkeypatch.setattr(fisher, "CHUNK_TOKENS", 6)  # those of a row with a label
     (whole,) = token_weights(model, [MAP], [given])[MAP]
     monkeypatch.setattr(fisher, "PART_TOKENS", 15)
-    assert [len(part["labels"]) for part in fisher.parts_of(given)] == [2, 1]
+    assert [len(part["labels"]) for part in fisher.parts_of(model, given)] == [2, 1]
     (parts,) = token_weights(model, [MAP], [given])[MAP]
     torch.testing.assert_close(parts, whole)

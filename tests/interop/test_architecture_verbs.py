@@ -27,6 +27,8 @@ NAMES = [
     *("xlm-roberta", "distilbert", "mpnet", "modernbert", "deberta-v3-mlm", "roformer-small"),
     *("mbart", "m2m", "umt5"),
 ]
+ALIKE = ("gemma2", "phi3", "olmo2", "smollm3", "cohere2", "stablelm", "distilbert", "roformer-small", "m2m")
+"""Those whose blocks others have too: left out without `-m slow`."""
 PAIRS = ("mbart", "m2m", "umt5")
 ENCODERS = ("xlm-roberta", "distilbert", "mpnet", "modernbert", "deberta-v3-mlm", "roformer-small")
 SMALL = ["--set", "train.seq_len=32", "--set", "train.batch_size=4", "--seed", "1", "-q"]
@@ -94,7 +96,9 @@ def theirs(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=IDS, **inputs).logits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ALIKE else []) for name in NAMES]
+)
 def test_every_verb(name, call, text_tokenizer):
     base, architecture = made(name, text_tokenizer), VARIANTS[name].architecture
     data, task = ("pairs.tsv", "translate") if name in PAIRS else ("text.txt", "text")

@@ -173,14 +173,9 @@ inline float scale_at(const int8_t*, const float* scales, long t) { return scale
 template <class Number>
 inline float scale_at(const Number*, const float*, long) { return 1.f; }
 
-// Attention of one query head to the places start to stop of its row. bias: by distance from `position`, or null.
-template <class Number>
-void attend(const Model& m, const float* query, const Number* keys, const Number* values, const float* key_scales,
-            const float* value_scales, long start, long stop, const float* bias, long position, float* scores, float* y) {
-  constexpr bool is_coded = sizeof(Number) == 1;
-  long H = m.head_dim;
+// Turn scores into the numerators of their softmax, and return its denominator. bias: by distance from `position`, or null.
+inline float powers(const Model& m, float* scores, long start, long stop, const float* bias, long position) {
   float most = -INFINITY, sum = 0;
-  for (long t = start; t < stop; t++) scores[t] = dot(keys + t * H, query, H) * m.scale * scale_at(keys, key_scales, t);
   if (bias)
     for (long t = start; t < stop; t++) scores[t] += bias[position - t];
   if (m.softcap)
@@ -190,6 +185,17 @@ void attend(const Model& m, const float* query, const Number* keys, const Number
     scores[t] = power_of_e(scores[t] - most);
     sum += scores[t];
   }
+  return sum;
+}
+
+// Attention of one query head to the places start to stop of its row. bias: by distance from `position`, or null.
+template <class Number>
+void attend(const Model& m, const float* query, const Number* keys, const Number* values, const float* key_scales,
+            const float* value_scales, long start, long stop, const float* bias, long position, float* scores, float* y) {
+  constexpr bool is_coded = sizeof(Number) == 1;
+  long H = m.head_dim;
+  for (long t = start; t < stop; t++) scores[t] = dot(keys + t * H, query, H) * m.scale * scale_at(keys, key_scales, t);
+  float sum = powers(m, scores, start, stop, bias, position);
   if (is_coded)  // after the sum: the softmax's denominator does not include the values' scales
     for (long t = start; t < stop; t++) scores[t] *= scale_at(values, value_scales, t);
   long i = 0;
@@ -309,20 +315,11 @@ void attend_together(const Model& m, const Step& s, long l, long b, long n, cons
     float denominators[QUERIES];
     for (long r = 0; r < count; r++) {
       long place = first_place + first + r, start = layer.window ? larger(begin, place + 1 - (long)layer.window) - begin : 0, stop = place + 1 - begin;
-      float *scores = c.scores.data() + r * c.stride, most = -INFINITY, sum = 0;
+      float* scores = c.scores.data() + r * c.stride;
       for (long t = start; t < stop; t++) scores[t] *= m.scale;
-      if (bias)
-        for (long t = start; t < stop; t++) scores[t] += bias[place - begin - t];
-      if (m.softcap)
-        for (long t = start; t < stop; t++) scores[t] = m.softcap * tanh_of(scores[t] / m.softcap);
-      for (long t = start; t < stop; t++) most = larger(most, scores[t]);
-      for (long t = start; t < stop; t++) {
-        scores[t] = power_of_e(scores[t] - most);
-        sum += scores[t];
-      }
+      denominators[r] = powers(m, scores, start, stop, bias, place - begin);
       for (long t = low; t < start; t++) scores[t] = 0;
       for (long t = stop; t < high; t++) scores[t] = 0;
-      denominators[r] = sum;
     }
     for (long i = 0; i < wide; i += COLUMNS) {
       const float *values = c.values.data() + low * wide + i, *scores = c.scores.data() + low;

@@ -21,6 +21,7 @@ from llmctl.formats.gguf.write import (
     find_type,
     gguf_module,
     model_values,
+    plan_blocks,
     write_gguf,
 )
 from llmctl.formats.gguf.write_tokenizer import refuse, tokenizer_values
@@ -67,7 +68,8 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
         raise refuse("of an encoder is not BERT's WordPiece")
     state = artifact.state()
     with atomic_path(out) as temporary:
-        written = write_gguf(temporary, artifact.config, state, values, kind)
+        plan = plan_blocks(artifact.config, kind)
+        written = write_gguf(temporary, artifact.config, state, values, plan, {})
         proof = prove(temporary, out, original, state, written.meant, ids)
     return record_of(out, kind, written, proof) | {"ignored_window": dropped_window(artifact.config)}
 

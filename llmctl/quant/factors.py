@@ -9,10 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from llmctl.quant.grid import decode
-from llmctl.quant.methods import Method, Moments, nearest, output_error
+from llmctl.quant.methods import AnyScheme, Method, Moments, decode, nearest, output_error
 from llmctl.quant.products import rounded_inputs
-from llmctl.quant.schemes import Scheme
 
 POWERS = tuple(step / 10 for step in range(1, 11))
 """Exponents in the grid search."""
@@ -21,7 +19,7 @@ Share = Callable[[Tensor], Tensor]
 
 
 def best_factors(
-    weights: Sequence[Tensor], schemes: Sequence[Scheme], moments: Moments, share: Share, method: Method = nearest
+    weights: Sequence[Tensor], schemes: Sequence[AnyScheme], moments: Moments, share: Share, method: Method = nearest
 ) -> Tensor | None:
     """Search the factors (I,) with the least output error for linear layers that share their input; None if 1 is best.
 
@@ -59,7 +57,9 @@ def best_factors(
     return best if bool((errors(best, method) < errors(ones_I, method)).all()) else None
 
 
-def lost_by(weight_OI: Tensor, scheme: Scheme, moments: Moments, factors_I: Tensor, method: Method = nearest) -> float:
+def lost_by(
+    weight_OI: Tensor, scheme: AnyScheme, moments: Moments, factors_I: Tensor, method: Method = nearest
+) -> float:
     """Return the relative squared error of a layer's output after quantizing with these factors."""
     scaled_OI = weight_OI * factors_I
     inputs = None if method is nearest else moments.divided(factors_I)

@@ -1,109 +1,199 @@
-"""Quantize weights to llama.cpp's block formats: 32 or 256 adjacent weights of a row with their own scales, as bytes.
+"""Grids of ggml's block formats: search, rounding of scales to what a block can store, and refits to given codes.
 
-The formats are ggml's; the search for scales is ours: candidates around the full range are each refit by least squares
-to their codes, and the one with the least weighted error is kept. As in llama.cpp without an importance matrix, an
-error is weighted by the root mean square of the group plus the weight's magnitude. Codes are computed last, with the
-scales as stored, so that the returned values are bit for bit those that a reader of the bytes gets.
-Source: ggml-common.h and ggml-quants.c of ggml-org/ggml for layouts; the idea of its make_qkx2_quants for the search.
-Shapes: N blocks, w weights of a block, G groups of a block, g weights of a group.
+Without data, an error is weighted by the root mean square of its group plus the weight's magnitude, as in llama.cpp without
+an importance matrix. Codes are computed last, with the scales as stored, so that decoded values are bit for bit those that
+a reader of the bytes gets.
+Source: the idea of make_qkx2_quants in ggml-quants.c of ggml-org/ggml for the search; the refit is that of `columns.fitted`.
+Shapes: O outputs, I inputs, G groups of a row, g weights of a group, S blocks of a row, K parameters of a row.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-SYMMETRIC_STEPS = torch.arange(-9, 10) * 0.1
+from llmctl.quant.columns import code_dtype, equations, gain, per_input, solved, split
+from llmctl.quant.gguf_schemes import BlockScheme, nearest_entry
+from llmctl.quant.grid import BlockGrid, Codes
+
+STEPS = torch.arange(-9, 10) * 0.1
 AFFINE_STEPS = torch.arange(-10, 11, 2) * 0.1
 """Offsets of the candidate scales from the scale of the full range, in code steps."""
 
-ROUNDS = 2
-"""How often a block's 16-bit scales are refit to its codes."""
+TABLE_STEPS = torch.arange(-8, 9) * 0.025
+"""Relative offsets of the candidate scales of formats with a table."""
+
+UNITS = 8
+"""Candidates for the scale of a block: the largest of its groups is one of the largest integers."""
 
 CHUNK_WEIGHTS = 1 << 18
-"""Weights that are processed at a time, to fit into the CPU cache."""
+"""Weights that are searched at a time, to fit into the CPU cache."""
 
-BYTE, NIBBLE = 8, 15
 TINY = torch.finfo(torch.float32).tiny
+SMALLEST = 1e-30
+"""The scale of a group whose stored scale is 0: its codes do not matter."""
 
 
-class Blocks(NamedTuple):
-    """A quantized matrix: bytes (O, B) uint8 of whole blocks, and the weights (O, I) float32 that they decode to."""
-
-    bytes_OB: Tensor
-    values_OI: Tensor
+# --- what is stored --------------------------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """A format: weights and bytes per block, and the function from weights (N, w) to bytes (N, b) and values (N, w)."""
-
-    n_weights: int
-    n_bytes: int
-    encode: Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def encode(weight_OI: Tensor, name: str) -> Blocks:
-    """Quantize a matrix to the format `name`, a key of KINDS; rows must divide into blocks.
-
-    A scale too large for float16 gives non-finite values, which the caller must check.
-    """
-    kind = KINDS[name]
-    assert weight_OI.shape[1] % kind.n_weights == 0, f"rows of {weight_OI.shape[1]} in {name}"
-    blocks_Nw = weight_OI.float().reshape(-1, kind.n_weights)
-    parts = [kind.encode(part) for part in blocks_Nw.split(CHUNK_WEIGHTS // kind.n_weights)]
-    n_out = weight_OI.shape[0]
-    return Blocks(
-        torch.cat([part[0] for part in parts]).reshape(n_out, -1),
-        torch.cat([part[1] for part in parts]).reshape(n_out, -1),
-    )
-
-
-# --- scales ----------------------------------------------------------------------------------------------------------
-
-
-def weights_of(x: Tensor) -> Tensor:
-    """Return the weight of each element's squared error; the last dimension is the group."""
-    return x.square().mean(dim=-1, keepdim=True).sqrt() + x.abs()
-
-
-def inverse(scale: Tensor) -> Tensor:
-    """Return 1 / scale, or 0 for zero and subnormal scales: the codes of such a group then decode to zero."""
-    return torch.where(scale.abs() < TINY, 0.0, 1 / scale)
-
-
-def stored(scale: Tensor) -> Tensor:
+def half(scale: Tensor) -> Tensor:
     """Round to float16."""
     return scale.half().float()
 
 
-def fit_symmetric(x: Tensor, lowest: int, highest: int) -> Tensor:
-    """Fit the scale (..., 1) of x ~ scale * code, lowest <= code <= highest.
+def inverse(scale: Tensor) -> Tensor:
+    """Return 1 / scale, or 0 for zero and subnormal scales."""
+    return torch.where(scale.abs() < TINY, 0.0, 1 / scale)
 
-    Its sign maps the element of largest magnitude to `lowest`, which has one step more than `highest`.
+
+def grid_of(scheme: BlockScheme, units_OS: Tensor, offset_units_OS: Tensor, *integers_OG: Tensor) -> BlockGrid:
+    """Return the grid of what a file stores."""
+    scales_OG, offsets_OG = parameters(scheme, units_OS, offset_units_OS, *integers_OG)
+    scales_OG = torch.where(scales_OG.abs() < SMALLEST, SMALLEST, scales_OG)
+    zeros_OG = scheme.middle - offsets_OG / scales_OG
+    return BlockGrid(scales_OG, zeros_OG, units_OS, offset_units_OS, *integers_OG)
+
+
+def parameters(
+    scheme: BlockScheme, units_OS: Tensor, offset_units_OS: Tensor, integers_OG: Tensor, offset_integers_OG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scales and offsets (O, G) as a reader computes them."""
+    times = integers_OG.shape[1] // units_OS.shape[1]
+    scales_OG = units_OS.repeat_interleave(times, dim=1) * integers_OG
+    offsets_OG = offset_units_OS.repeat_interleave(times, dim=1) * offset_integers_OG
+    return scales_OG, -offsets_OG if scheme.offset_end else offsets_OG
+
+
+def decode(codes: Codes, scheme: BlockScheme) -> Tensor:
+    """Return the weights (O, I) that the bytes stand for, multiplied in the same order as by llama.cpp, for equal bits."""
+    grid = codes.grid
+    assert isinstance(grid, BlockGrid)
+    scales_OG, offsets_OG = parameters(scheme, *grid[2:])
+    levels_OGg = levels_of(codes.codes_OI, scheme).unflatten(1, (scales_OG.shape[1], -1))
+    values_OGg = levels_OGg * scales_OG[..., None]
+    return (values_OGg + offsets_OG[..., None] if scheme.affine else values_OGg).flatten(1)
+
+
+def levels_of(codes: Tensor, scheme: BlockScheme) -> Tensor:
+    """Return what codes are multiplied by a scale for: float32."""
+    return codes.float() - scheme.middle  # a table's codes are kept as its entries
+
+
+def rounded(
+    scheme: BlockScheme, scales_OG: Tensor, offsets_OG: Tensor, powers_OG: Tensor, offset_powers_OG: Tensor
+) -> BlockGrid:
+    """Round scales and offsets to what blocks can store; powers: weights of their squared errors."""
+    integers, offset_integers = torch.ones_like(scales_OG), torch.ones_like(scales_OG)
+    n_blocks = scales_OG.shape[1] * scheme.group // scheme.block
+    if not scheme.has_integers:
+        units, offset_units = half(scales_OG), half(offsets_OG)
+        return grid_of(scheme, units, offset_units, integers, offset_integers)
+    units, integers = in_units(scales_OG, powers_OG, n_blocks, *scheme.scale_ends)
+    offset_units = torch.zeros_like(units)
+    if scheme.affine:
+        offset_units, offset_integers = in_units(-offsets_OG, offset_powers_OG, n_blocks, 0, scheme.offset_end)
+    return grid_of(scheme, units, offset_units, integers, offset_integers)
+
+
+def in_units(values_OG: Tensor, powers_OG: Tensor, n_blocks: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Return float16 units of blocks (O, S) and integers (O, G) whose products are near values.
+
+    Where integers may be negative, the value of largest magnitude becomes one of the lowest.
     """
-    w = weights_of(x)
-    # With its sign: the scale is negative where the extreme value is positive.
-    extreme = x.gather(-1, x.abs().argmax(dim=-1, keepdim=True))
-    best_scale, best_gain = torch.zeros_like(extreme), torch.full_like(extreme, -1.0)
-    # Candidate codes come from scales around the full range; each gets its least-squares scale.
-    for step in SYMMETRIC_STEPS.tolist():
-        codes = (x * (inverse(extreme) * (lowest - step))).round_().clamp_(lowest, highest)
-        weighted = w * codes
-        product, power = (weighted * x).sum(-1, keepdim=True), (weighted * codes).sum(-1, keepdim=True)
+    values, powers = values_OG.unflatten(1, (n_blocks, -1)), powers_OG.unflatten(1, (n_blocks, -1))
+    if low < 0:
+        largest = values.gather(2, values.abs().argmax(dim=2, keepdim=True))
+        ends = [low + step for step in range(min(UNITS, -low // 2))]
+    else:
+        values = values.clamp(min=0)
+        largest, ends = values.amax(dim=2, keepdim=True), [high - step for step in range(min(UNITS, high // 2))]
+    found: tuple[Tensor, Tensor, Tensor] | None = None
+    for end in ends:
+        unit = half(largest / end)
+        integers = (values * inverse(unit)).round_().clamp_(low, high)
+        error = (powers * (unit * integers - values).square()).sum(dim=2, keepdim=True)
+        if found is None:
+            found = error, unit, integers
+        else:
+            is_better = error < found[0]
+            found = (
+                torch.where(is_better, error, found[0]),
+                torch.where(is_better, unit, found[1]),
+                torch.where(is_better, integers, found[2]),
+            )
+    assert found is not None
+    return found[1].squeeze(2), found[2].flatten(1)
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+
+def search(weight_OI: Tensor, scheme: BlockScheme, importance_I: Tensor | None = None) -> BlockGrid:
+    """Search the grid of least squared error, weighted by the importance of inputs."""
+    rows = max(1, CHUNK_WEIGHTS // weight_OI.shape[1])
+    parts = [_search(part, scheme, importance_I) for part in weight_OI.split(rows)]
+    return BlockGrid(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _search(weight_OI: Tensor, scheme: BlockScheme, importance_I: Tensor | None) -> BlockGrid:
+    groups_OGg = weight_OI.unflatten(1, (-1, scheme.group))
+    weights = groups_OGg.square().mean(dim=-1, keepdim=True).sqrt() + groups_OGg.abs()
+    if importance_I is not None:
+        weights = (
+            importance_I.clamp(min=importance_I.mean() * 1e-6 + TINY)
+            .unflatten(0, (-1, scheme.group))
+            .expand_as(weights)
+        )
+    offset = torch.zeros_like(groups_OGg[..., :1])
+    if scheme.affine:
+        scale, offset = fit_affine(groups_OGg, weights, scheme.levels, below_zero=scheme.offset_end > 0)
+        levels = ((groups_OGg - offset) * inverse(scale)).round_().clamp_(0, scheme.levels)
+    else:
+        snap, firsts = candidates(scheme, groups_OGg)
+        scale = fit(groups_OGg, weights, firsts, snap)
+        levels = snap(groups_OGg * inverse(scale))
+    powers = (weights * levels.square()).sum(dim=2)
+    return rounded(scheme, scale.squeeze(2), offset.squeeze(2), powers, weights.sum(dim=2))
+
+
+def candidates(scheme: BlockScheme, x: Tensor) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """Return the rounding to levels, and candidate inverse scales (O, G, 1) around the full range.
+
+    Their signs map the weight of largest magnitude to the lowest level, which is further from 0 than the highest; of a table
+    also to the highest, since its entries are of different distances.
+    """
+    extreme = inverse(x.gather(-1, x.abs().argmax(dim=-1, keepdim=True)))
+    if scheme.table:
+        ends = (scheme.table[0], scheme.table[-1])
+        return partial(nearest_entry, table=scheme.table), [
+            extreme * (end * (1 + step)) for end in ends for step in TABLE_STEPS.tolist()
+        ]
+    low, high = scheme.least - scheme.middle, scheme.levels - scheme.middle
+    steps = STEPS.tolist() if scheme.bits < 8 else [0.0]
+    return lambda codes: codes.round_().clamp_(low, high), [extreme * (low - step) for step in steps]
+
+
+def fit(x: Tensor, w: Tensor, inverses: list[Tensor], snap: Callable[[Tensor], Tensor]) -> Tensor:
+    """Fit the scale (..., 1) of x ~ scale * level: of every candidate the levels, and of those the least-squares scale."""
+    best_scale, best_gain = torch.zeros_like(x[..., :1]), torch.full_like(x[..., :1], -1.0)
+    for first in inverses:
+        levels = snap(x * first)
+        weighted = w * levels
+        product, power = (weighted * x).sum(-1, keepdim=True), (weighted * levels).sum(-1, keepdim=True)
         scale = product * inverse(power)
-        gain = scale * product  # the reduction of the weighted error compared to all codes 0
+        gain = scale * product  # the reduction of the weighted error compared to all levels 0
         is_better = gain > best_gain
         best_scale, best_gain = torch.where(is_better, scale, best_scale), torch.where(is_better, gain, best_gain)
     return best_scale
 
 
-def fit_affine(x: Tensor, highest: int, *, below_zero: bool) -> tuple[Tensor, Tensor]:
+def fit_affine(x: Tensor, w: Tensor, highest: int, *, below_zero: bool) -> tuple[Tensor, Tensor]:
     """Fit scale and offset (..., 1) of x ~ scale * code + offset, 0 <= code <= highest.
 
     below_zero: constrain the offset to be at most 0, for formats that store its magnitude without a sign.
     """
-    w = weights_of(x)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     low = low.clamp(max=0) if below_zero else low
     sums = w.sum(-1, keepdim=True), (w * x).sum(-1, keepdim=True)
@@ -143,160 +233,95 @@ def _affine_error(x: Tensor, w: Tensor, scale: Tensor, offset: Tensor, highest: 
     return (w * (codes * scale + offset - x).square()).sum(-1, keepdim=True)
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
+def encode(weight_OI: Tensor, grid: BlockGrid, scheme: BlockScheme) -> Tensor:
+    """Round weights to the nearest codes (O, I) of a grid."""
+    scaled = weight_OI.unflatten(1, (-1, scheme.group)) / grid.scales_OG[..., None] + grid.zeros_OG[..., None]
+    return scheme.snap_(scaled.nan_to_num_(0.0)).to(code_dtype(scheme)).flatten(1)
 
 
-def half_bytes(scale_N1: Tensor) -> Tensor:
-    """Return float16 values as bytes (N, 2), little-endian."""
-    bits = scale_N1.half().view(torch.int16).int()
-    return torch.cat([bits & 255, (bits >> BYTE) & 255], dim=1).to(torch.uint8)
+# --- refit -----------------------------------------------------------------------------------------------------------
 
 
-def nibbles(low: Tensor, high: Tensor) -> Tensor:
-    """Pack pairs of 4-bit values into bytes."""
-    return (low & NIBBLE) | ((high & NIBBLE) << 4)
+def fitted(weight_OI: Tensor, scheme: BlockScheme, codes: Codes, second_II: Tensor) -> Codes:
+    """Refit scales and offsets to fixed codes for least output error, all groups of a row jointly."""
+    n_parameters = codes.grid.scales_OG.shape[1] * (2 if scheme.affine else 1)
+    n_floats = max(weight_OI.shape[1], 2 * n_parameters * n_parameters)
+    parts = split(weight_OI, codes.codes_OI, *codes.grid, n_floats=n_floats)
+    refit = [_fitted(weight, scheme, own, BlockGrid(*grid), second_II) for weight, own, *grid in parts]
+    return Codes(codes.codes_OI, BlockGrid(*map(torch.cat, zip(*refit, strict=True))))
 
 
-# --- formats with blocks of 32 ---------------------------------------------------------------------------------------
+def _fitted(weight_OI: Tensor, scheme: BlockScheme, codes_OI: Tensor, grid: BlockGrid, second_II: Tensor) -> BlockGrid:
+    scales_OG, offsets_OG = parameters(scheme, *grid[2:])
+    n_in, n_groups = weight_OI.shape[1], scales_OG.shape[1]
+    levels_IO = levels_of(codes_OI.T, scheme).contiguous()
+    rest_IO = weight_OI.T - levels_IO * per_input(scales_OG, n_in) - per_input(offsets_OG, n_in)
+    slope_OK, curvature_OKK = equations(levels_IO, rest_IO, second_II, n_groups, affine=scheme.affine)
+    before_OK = torch.cat([scales_OG, offsets_OG], dim=1) if scheme.affine else scales_OG
+    change_OK, upper_OKK = solved(slope_OK, curvature_OKK)
+    wanted_OK = before_OK + change_OK
+    powers_OK = curvature_OKK.diagonal(dim1=1, dim2=2)
+    powers_OK = curvature_OKK.diagonal(dim1=1, dim2=2)
+    near = rounded(scheme, *halves(wanted_OK, scheme), *halves(powers_OK, scheme))
+    found = [near]
+    if scheme.has_integers:
+        inverse_OKK = torch.linalg.cholesky(torch.cholesky_inverse(upper_OKK, upper=True), upper=True)
+        found += [with_feedback(scheme, wanted_OK, inverse_OKK, base) for base in (near, grid)]
+        whole_OKK = curvature_OKK + curvature_OKK.triu(1).mT
+        found += [with_units(scheme, before_OK, slope_OK, whole_OKK, base) for base in found]
+    best, best_O1 = grid, torch.zeros_like(slope_OK[:, :1])
+    for one in found:
+        after = parameters(scheme, *one[2:])
+        after_OK = torch.cat(after, dim=1) if scheme.affine else after[0]
+        gain_O1 = gain(after_OK - before_OK, slope_OK, curvature_OKK)[:, None]
+        is_better = gain_O1 > best_O1  # not of NaN
+        best = BlockGrid(*(torch.where(is_better, new, old) for new, old in zip(one, best, strict=True)))
+        best_O1 = torch.where(is_better, gain_O1, best_O1)
+    return best
 
 
-def q8_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks of a scale and 32 8-bit codes, rounded to nearest over the full range."""
-    scale_N1 = stored(x_Nw.abs().amax(dim=1, keepdim=True) / 127)
-    codes_Nw = (x_Nw * inverse(scale_N1)).round_().clamp_(-127, 127)
-    return torch.cat([half_bytes(scale_N1), codes_Nw.to(torch.int8).view(torch.uint8)], dim=1), codes_Nw * scale_N1
+def halves(values_OK: Tensor, scheme: BlockScheme) -> tuple[Tensor, Tensor]:
+    """Return what belongs to scales and to offsets (O, G) of a row's parameters; zeros if it has no offsets."""
+    if not scheme.affine:
+        return values_OK, torch.zeros_like(values_OK)
+    scales_OG, offsets_OG = values_OK.chunk(2, dim=1)
+    return scales_OG, offsets_OG
 
 
-def _symmetric_32(x_Nw: Tensor, middle: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return float16 scales (N, 1), unsigned codes (N, 32) uint8, and values (N, 32)."""
-    scale_N1 = stored(fit_symmetric(x_Nw, -middle, middle - 1))
-    codes_Nw = (x_Nw * inverse(scale_N1)).round_().clamp_(-middle, middle - 1)
-    return scale_N1, (codes_Nw + middle).to(torch.uint8), codes_Nw * scale_N1
+def with_feedback(scheme: BlockScheme, wanted_OK: Tensor, upper_OKK: Tensor, grid: BlockGrid) -> BlockGrid:
+    """Round a row's parameters one after the other to integers of their blocks' units, each error compensated in the later.
 
-
-def q4_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks of a scale and 32 4-bit codes."""
-    scale_N1, codes_Nw, values_Nw = _symmetric_32(x_Nw, 8)
-    return torch.cat([half_bytes(scale_N1), nibbles(codes_Nw[:, :16], codes_Nw[:, 16:])], dim=1), values_Nw
-
-
-def q5_0(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks of a scale, the fifth bits of 32 codes, and their lower four bits."""
-    scale_N1, codes_Nw, values_Nw = _symmetric_32(x_Nw, 16)
-    # The fifth bits of all 32 codes are one little-endian 32-bit number, code 0 in its lowest bit.
-    shifts = torch.arange(8, dtype=torch.uint8)
-    fifth_N4 = ((codes_Nw >> 4).view(-1, 4, 8) << shifts).sum(dim=2).to(torch.uint8)
-    parts = [half_bytes(scale_N1), fifth_N4, nibbles(codes_Nw[:, :16], codes_Nw[:, 16:])]
-    return torch.cat(parts, dim=1), values_Nw
-
-
-def q4_1(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks of a scale, an offset, and 32 4-bit codes."""
-    scale_N1, offset_N1 = map(stored, fit_affine(x_Nw, NIBBLE, below_zero=False))
-    codes_Nw = ((x_Nw - offset_N1) * inverse(scale_N1)).round_().clamp_(0, NIBBLE)
-    values_Nw = codes_Nw * scale_N1 + offset_N1
-    codes_Nw = codes_Nw.to(torch.uint8)
-    parts = [half_bytes(scale_N1), half_bytes(offset_N1), nibbles(codes_Nw[:, :16], codes_Nw[:, 16:])]
-    return torch.cat(parts, dim=1), values_Nw
-
-
-# --- formats with blocks of 256 --------------------------------------------------------------------------------------
-
-
-class _Affine(NamedTuple):
-    """The 8 groups of a Q4_K block.
-
-    float16 scales of the scales and of the offsets (N, 1, 1), 6-bit scales and offsets (N, 8, 1), codes (N, 8, 32).
+    upper_OKK: the upper Cholesky factor of the inverse of the curvature. This is GPTQ on the parameters of a row.
     """
-
-    d: Tensor
-    d_offset: Tensor
-    scales: Tensor
-    offsets: Tensor
-    codes: Tensor
-
-    def values(self) -> Tensor:
-        """Decode the weights, multiplying in the same order as llama.cpp, for equal bits."""
-        return (self.d * self.scales) * self.codes - self.d_offset * self.offsets
-
-
-def q4_k(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks of 256: 8 groups of 32 4-bit codes, 6-bit scales and offsets, and float16 scales of both."""
-    x_NGg = x_Nw.view(-1, 8, 32)
-    w_NGg = weights_of(x_NGg)
-    scale_NG1, offset_NG1 = fit_affine(x_NGg, NIBBLE, below_zero=True)
-    d, d_offset = stored(scale_NG1.amax(1, keepdim=True) / 63), stored(-offset_NG1.amin(1, keepdim=True) / 63)
-    scales = (scale_NG1 * inverse(d)).round_().clamp_(0, 63)
-    offsets = (-offset_NG1 * inverse(d_offset)).round_().clamp_(0, 63)
-    best = _with_codes(x_NGg, d, d_offset, scales, offsets)
-    best_error = _error(x_NGg, w_NGg, best.values())
-    for _ in range(ROUNDS):
-        d, d_offset = _refit(x_NGg, w_NGg, best)
-        candidate = _with_codes(x_NGg, d, d_offset, scales, offsets)
-        error = _error(x_NGg, w_NGg, candidate.values())
-        is_better = error < best_error
-        best = _Affine(*(torch.where(is_better, new, old) for new, old in zip(candidate, best, strict=True)))
-        best_error = torch.where(is_better, error, best_error)
-    return _q4_k_bytes(best), best.values().flatten(1)
+    times = grid.integers_OG.shape[1] // grid.units_OS.shape[1]
+    units_OK = grid.units_OS.repeat_interleave(times, dim=1)
+    ends = [scheme.scale_ends] * units_OK.shape[1]
+    if scheme.affine:
+        units_OK = torch.cat([units_OK, -grid.offset_units_OS.repeat_interleave(times, dim=1)], dim=1)
+        ends += [(0, scheme.offset_end)] * grid.integers_OG.shape[1]
+    rest_OK, integers_OK = wanted_OK.clone(), torch.empty_like(wanted_OK)
+    inverses_OK = inverse(units_OK)
+    for k, (low, high) in enumerate(ends):
+        integers_OK[:, k] = (rest_OK[:, k] * inverses_OK[:, k]).round_().clamp_(low, high)
+        error_O = (rest_OK[:, k] - integers_OK[:, k] * units_OK[:, k]) / upper_OKK[:, k, k]
+        rest_OK[:, k + 1 :] -= error_O[:, None] * upper_OKK[:, k, k + 1 :]
+    integers, offset_integers = halves(integers_OK, scheme)
+    return grid_of(scheme, grid.units_OS, grid.offset_units_OS, integers, offset_integers)
 
 
-def _with_codes(x_NGg: Tensor, d: Tensor, d_offset: Tensor, scales: Tensor, offsets: Tensor) -> _Affine:
-    codes = ((x_NGg + d_offset * offsets) * inverse(d * scales)).round_().clamp_(0, NIBBLE)
-    return _Affine(d, d_offset, scales, offsets, codes)
-
-
-def _error(x_NGg: Tensor, w_NGg: Tensor, values_NGg: Tensor) -> Tensor:
-    return (w_NGg * (values_NGg - x_NGg).square()).sum((1, 2), keepdim=True)
-
-
-def _refit(x_NGg: Tensor, w_NGg: Tensor, block: _Affine) -> tuple[Tensor, Tensor]:
-    """Return the two float16 scales of least weighted squared error for fixed codes and 6-bit scales."""
-    a, b = block.scales * block.codes, block.offsets
-    aa, ab, bb, ax, bx = (
-        (w_NGg * left * right).sum((1, 2), keepdim=True)
-        for left, right in ((a, a), (a, b), (b, b), (a, x_NGg), (b, x_NGg))
-    )
-    determinant = aa * bb - ab.square()
-    d = (ax * bb - ab * bx) * inverse(determinant)
-    d_offset = (ab * ax - aa * bx) * inverse(determinant)
-    is_valid = (determinant > 0) & (d > 0) & (d_offset >= 0)  # both scales are unsigned in the format
-    return stored(torch.where(is_valid, d, block.d)), stored(torch.where(is_valid, d_offset, block.d_offset))
-
-
-def _q4_k_bytes(block: _Affine) -> Tensor:
-    """Lay out d, d_offset, 12 bytes of 6-bit numbers, and codes: even groups in the low nibbles, odd ones in the high."""
-    scales_N8, offsets_N8 = block.scales[..., 0].to(torch.uint8), block.offsets[..., 0].to(torch.uint8)
-    # The last four groups' upper two bits go into the free upper bits of the first four groups' bytes.
-    s_first, s_last, o_first, o_last = scales_N8[:, :4], scales_N8[:, 4:], offsets_N8[:, :4], offsets_N8[:, 4:]
-    six_bits = [s_first | ((s_last >> 4) << 6), o_first | ((o_last >> 4) << 6), nibbles(s_last, o_last)]
-    codes = block.codes.to(torch.uint8).view(-1, 4, 2, 32)
-    packed = nibbles(codes[:, :, 0], codes[:, :, 1]).flatten(1)
-    return torch.cat([half_bytes(block.d[:, 0]), half_bytes(block.d_offset[:, 0]), *six_bits, packed], dim=1)
-
-
-def q6_k(x_Nw: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode blocks of 256: 16 groups of 16 6-bit codes, 8-bit scales, and a float16 scale of those."""
-    x_NGg = x_Nw.view(-1, 16, 16)
-    scale_NG1 = fit_symmetric(x_NGg, -32, 31)
-    extreme = scale_NG1.gather(1, scale_NG1.abs().argmax(dim=1, keepdim=True))
-    d = stored(extreme / -128)
-    scales = (scale_NG1 * inverse(d)).round_().clamp_(-128, 127)
-    codes = (x_NGg * inverse(d * scales)).round_().clamp_(-32, 31)
-    values = (d * scales) * codes
-    # Each half of 128 codes: lower nibbles of quarters 1 and 3, 2 and 4 share bytes; so do all four upper bit pairs.
-    first, second, third, fourth = (codes + 32).to(torch.uint8).view(-1, 2, 4, 32).unbind(dim=2)
-    low = torch.cat([nibbles(first, third), nibbles(second, fourth)], dim=2).flatten(1)
-    high = (first >> 4) | (second >> 4 << 2) | (third >> 4 << 4) | (fourth >> 4 << 6)
-    parts = [low, high.flatten(1), scales[..., 0].to(torch.int8).view(torch.uint8), half_bytes(d[:, 0])]
-    return torch.cat(parts, dim=1), values.flatten(1)
-
-
-KINDS: Mapping[str, Kind] = {
-    "Q8_0": Kind(32, 34, q8_0),
-    "Q6_K": Kind(256, 210, q6_k),
-    "Q5_0": Kind(32, 22, q5_0),
-    "Q4_1": Kind(32, 20, q4_1),
-    "Q4_0": Kind(32, 18, q4_0),
-    "Q4_K": Kind(256, 144, q4_k),
-}
-"""The supported ggml formats by name."""
+def with_units(
+    scheme: BlockScheme, before_OK: Tensor, slope_OK: Tensor, curvature_OKK: Tensor, grid: BlockGrid
+) -> BlockGrid:
+    """Refit the units of blocks to given integers: linear least squares as well; curvature_OKK is the whole matrix."""
+    parts = [grid.integers_OG, -grid.offset_integers_OG] if scheme.affine else [grid.integers_OG]
+    integers_OK = torch.cat(parts, dim=1)
+    n_units = len(parts) * grid.units_OS.shape[1]
+    # A row's parameters are linear in its units: each is the unit of its block times its integer.
+    moved_OKU = (curvature_OKK * integers_OK[:, None]).unflatten(2, (n_units, -1)).sum(dim=3)
+    curvature_OUU = (moved_OKU * integers_OK[..., None]).unflatten(1, (n_units, -1)).sum(dim=2)
+    units_OU = torch.cat([grid.units_OS, grid.offset_units_OS], dim=1)[:, :n_units]
+    now_OK = units_OU.repeat_interleave(integers_OK.shape[1] // n_units, dim=1) * integers_OK
+    rest_OK = slope_OK - ((now_OK - before_OK)[:, None] @ curvature_OKK).squeeze(1)
+    change_OU, _ = solved((rest_OK * integers_OK).unflatten(1, (n_units, -1)).sum(dim=2), curvature_OUU)
+    units, *offset_units = (half(units_OU + change_OU)).chunk(len(parts), dim=1)
+    return grid_of(scheme, units, *(offset_units or [grid.offset_units_OS]), grid.integers_OG, grid.offset_integers_OG)

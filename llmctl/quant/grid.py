@@ -31,11 +31,26 @@ class Grid(NamedTuple):
     zeros_OG: Tensor
 
 
+class BlockGrid(NamedTuple):
+    """What ggml's blocks store of the scales of a matrix, and what follows from it.
+
+    scales_OG, zeros_OG: a weight is (code - zero) * scale. units_OS, offset_units_OS: float16 numbers of blocks, in float32.
+    integers_OG, offset_integers_OG: those of groups; 1 in formats without.
+    """
+
+    scales_OG: Tensor
+    zeros_OG: Tensor
+    units_OS: Tensor
+    offset_units_OS: Tensor
+    integers_OG: Tensor
+    offset_integers_OG: Tensor
+
+
 class Codes(NamedTuple):
-    """A quantized matrix: codes (O, I) uint8 on a grid."""
+    """A quantized matrix: codes (O, I) on a grid: uint8, or int8 entries of a table."""
 
     codes_OI: Tensor
-    grid: Grid
+    grid: Grid | BlockGrid
 
 
 def grouped(weight_OI: Tensor, scheme: Scheme) -> Tensor:

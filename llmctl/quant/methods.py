@@ -5,12 +5,15 @@ Every method takes (weight (O, I) float32, scheme, moments of the inputs or None
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmctl.quant.columns import compensated, descended, fitted
-from llmctl.quant.grid import Codes, Grid, encode, rounded_scales, search, whole_range
+from llmctl.quant import columns, gguf_blocks, grid
+from llmctl.quant.columns import compensated, descended
+from llmctl.quant.gguf_schemes import BlockScheme
+from llmctl.quant.grid import Codes, Grid, encode, rounded_scales, whole_range
 from llmctl.quant.schemes import Scheme
 from llmctl.tables.methods import METHODS
 
@@ -91,7 +94,30 @@ class Moments:
         return self.second_II.diagonal() / max(self.count, 1)
 
 
-Method = Callable[[Tensor, Scheme, "Moments | None"], Codes]
+AnyScheme = Scheme | BlockScheme
+
+Method = Callable[[Tensor, Any, "Moments | None"], Codes]
+
+
+def decode(codes: Codes, scheme: AnyScheme) -> Tensor:
+    """Dequantize codes to weights (O, I) float32."""
+    return gguf_blocks.decode(codes, scheme) if isinstance(scheme, BlockScheme) else grid.decode(codes, scheme)
+
+
+def searched(weight_OI: Tensor, scheme: AnyScheme, importance_I: Tensor | None = None) -> Codes:
+    """Search the grid of least squared error, columns weighted by importance, and round to it."""
+    if isinstance(scheme, BlockScheme):
+        blocks = gguf_blocks.search(weight_OI, scheme, importance_I)
+        return Codes(gguf_blocks.encode(weight_OI, blocks, scheme), blocks)
+    found = grid.search(weight_OI, scheme, importance_I)
+    return Codes(encode(weight_OI, found, scheme), found)
+
+
+def fitted(weight_OI: Tensor, scheme: AnyScheme, codes: Codes, second_II: Tensor) -> Codes:
+    """Refit the scales to fixed codes for least output error."""
+    if isinstance(scheme, BlockScheme):
+        return gguf_blocks.fitted(weight_OI, scheme, codes, second_II)
+    return columns.fitted(weight_OI, scheme, codes, second_II)
 
 
 def output_error(weight_OI: Tensor, other_OI: Tensor, moments: Moments) -> float:
@@ -102,31 +128,30 @@ def output_error(weight_OI: Tensor, other_OI: Tensor, moments: Moments) -> float
     return float(((error_OI @ mean_II) * error_OI).sum() / power.clamp(min=1e-30))
 
 
-def nearest(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = None) -> Codes:
-    """Round to nearest (RTN) over the full range."""
-    del moments
-    grid = whole_range(weight_OI, scheme)
-    return Codes(encode(weight_OI, grid, scheme), grid)
+def nearest(weight_OI: Tensor, scheme: AnyScheme, moments: Moments | None = None) -> Codes:
+    """Round to nearest (RTN) over the full range; to blocks of ggml over the range of least squared error."""
+    if isinstance(scheme, BlockScheme):
+        return clipped(weight_OI, scheme, moments)
+    found = whole_range(weight_OI, scheme)
+    return Codes(encode(weight_OI, found, scheme), found)
 
 
-def clipped(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = None) -> Codes:
+def clipped(weight_OI: Tensor, scheme: AnyScheme, moments: Moments | None = None) -> Codes:
     """Round to nearest over the clipped range of least squared error."""
     del moments
-    grid = search(weight_OI, scheme)
-    return Codes(encode(weight_OI, grid, scheme), grid)
+    return searched(weight_OI, scheme)
 
 
-def weighted(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
+def weighted(weight_OI: Tensor, scheme: AnyScheme, moments: Moments | None) -> Codes:
     """Round to nearest on the grid of least output error, treating inputs as uncorrelated.
 
     Source: llama.cpp's importance matrix, its pull request 4861.
     """
     assert moments is not None
-    grid = search(weight_OI, scheme, moments.importance)
-    return Codes(encode(weight_OI, grid, scheme), grid)
+    return searched(weight_OI, scheme, moments.importance)
 
 
-def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
+def gptq(weight_OI: Tensor, scheme: AnyScheme, moments: Moments | None) -> Codes:
     """Quantize column by column, largest second moment first, and compensate each error in the remaining columns.
 
     The grid is searched beforehand, so that a column's group does not depend on the order. If the second moments are a
@@ -136,10 +161,10 @@ def gptq(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     `static_groups`.
     """
     assert moments is not None
-    return compensated(weight_OI, scheme, search(weight_OI, scheme, moments.importance), moments.damped)
+    return compensated(weight_OI, scheme, searched(weight_OI, scheme, moments.importance).grid, moments.damped)
 
 
-def guided(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
+def guided(weight_OI: Tensor, scheme: AnyScheme, moments: Moments | None) -> Codes:
     """Run GPTQ, then alternately refit the scales to all codes and the codes to each other.
 
     No step increases the output error. Moments should be weighted by the Fisher information, see `model/fisher.py`.
@@ -147,7 +172,7 @@ def guided(weight_OI: Tensor, scheme: Scheme, moments: Moments | None) -> Codes:
     """
     assert moments is not None
     second_II = moments.damped
-    codes = compensated(weight_OI, scheme, search(weight_OI, scheme, moments.importance), second_II)
+    codes = compensated(weight_OI, scheme, searched(weight_OI, scheme, moments.importance).grid, second_II)
     for _ in range(TURNS):
         codes = descended(weight_OI, scheme, fitted(weight_OI, scheme, codes, second_II), second_II)
     return fitted(weight_OI, scheme, codes, second_II)
@@ -160,11 +185,11 @@ def half_quadratic(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = 
     are integers: they are rounded at the end, and the scales refit to the codes. A symmetric scheme has no zero points.
     """
     del moments
-    grid = whole_range(weight_OI, scheme)
+    whole = whole_range(weight_OI, scheme)
     if scheme.symmetric:
-        return Codes(encode(weight_OI, grid, scheme), grid)
-    groups_OGg = weight_OI.unflatten(1, (grid.scales_OG.shape[1], -1))
-    scales, zeros, beta = grid.scales_OG[..., None], grid.zeros_OG[..., None].float(), SHRINK_BETA
+        return Codes(encode(weight_OI, whole, scheme), whole)
+    groups_OGg = weight_OI.unflatten(1, (whole.scales_OG.shape[1], -1))
+    scales, zeros, beta = whole.scales_OG[..., None], whole.zeros_OG[..., None].float(), SHRINK_BETA
     for _ in range(SHRINK_ROUNDS):
         codes = (groups_OGg / scales + zeros).round_().clamp_(0, scheme.levels)
         error = groups_OGg - (codes - zeros) * scales
@@ -173,12 +198,12 @@ def half_quadratic(weight_OI: Tensor, scheme: Scheme, moments: Moments | None = 
         outliers = error.sign() * (size - size.pow(SHRINK_POWER - 1) / beta).clamp_(min=0)
         zeros = (codes - (groups_OGg - outliers) / scales).mean(dim=2, keepdim=True)
         beta *= SHRINK_GROWTH
-    moved = Grid(grid.scales_OG, zeros.squeeze(2).round_().clamp_(0, scheme.levels).to(torch.uint8))
+    moved = Grid(whole.scales_OG, zeros.squeeze(2).round_().clamp_(0, scheme.levels).to(torch.uint8))
     codes_OI = encode(weight_OI, moved, scheme)
-    steps = codes_OI.unflatten(1, (grid.scales_OG.shape[1], -1)).float() - moved.zeros_OG[..., None]
+    steps = codes_OI.unflatten(1, (whole.scales_OG.shape[1], -1)).float() - moved.zeros_OG[..., None]
     power_OG = steps.square().sum(dim=2)
     fitted_OG = (groups_OGg * steps).sum(dim=2) / power_OG
-    scales_OG = torch.where((power_OG > 0) & (fitted_OG > 0), fitted_OG, grid.scales_OG)
+    scales_OG = torch.where((power_OG > 0) & (fitted_OG > 0), fitted_OG, whole.scales_OG)
     moved = Grid(rounded_scales(scales_OG, scheme), moved.zeros_OG)
     return Codes(encode(weight_OI, moved, scheme), moved)
 

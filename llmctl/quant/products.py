@@ -137,7 +137,8 @@ def unpacked_steps(layer: QuantWeight) -> Product:
 
 def steps_of(layer: QuantWeight) -> Tensor:
     """Return code - zero point of every weight (O, I) int8; codes have at most `MOST_BITS_OF_STEPS` bits."""
-    codes_OI, (_, zeros_OG) = layer.codes()
+    codes_OI, grid = layer.codes()
+    zeros_OG = grid.zeros_OG
     groups_OGg = codes_OI.view(torch.int8).view(*zeros_OG.shape, -1)
     return (groups_OGg - zeros_OG.view(torch.int8)[..., None]).flatten(1)
 
@@ -203,7 +204,8 @@ def int8_onednn(layer: QuantWeight) -> Product:
 
 def int4_groups(layer: QuantWeight) -> Product:
     """Return the product with torch's int4 kernel for few rows; wider codes are split into two int4 products."""
-    codes_OI, (scales_OG, zeros_OG) = layer.codes()
+    codes_OI, grid = layer.codes()
+    scales_OG, zeros_OG = grid.scales_OG, grid.zeros_OG
     halves: list[Product] = []
     is_exact = layer.has_bfloat16_scales
     for part_OG in [scales_OG] if is_exact else scale_parts(scales_OG):

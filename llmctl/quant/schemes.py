@@ -5,6 +5,10 @@ A weight is (code - zero) * scale with an unsigned code; a group of adjacent inp
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCALE_BITS = 16
 """Bits of a bfloat16 scale."""
@@ -32,6 +36,8 @@ class Scheme:
     symmetric: bool = True
     activations: int = 0
     scale_bits: int = SCALE_BITS
+
+    has_table = False
 
     @property
     def levels(self) -> int:
@@ -61,6 +67,10 @@ class Scheme:
         per_group = self.scale_bits + (0 if self.symmetric else self.bits)
         per_row = EXPONENT_BITS if self.has_small_scales else 0
         return n_out * (n_in * self.bits + self.n_groups(n_in) * per_group + per_row)
+
+    def snap_(self, codes: "Tensor") -> "Tensor":
+        """Round to the nearest codes, in place."""
+        return codes.round_().clamp_(0, self.levels)
 
 
 SCHEMES: Mapping[str, Scheme] = {

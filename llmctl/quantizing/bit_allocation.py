@@ -25,8 +25,7 @@ from llmctl.model.fisher import Hook, listen
 from llmctl.model.importance import Batches
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
-from llmctl.quant.grid import decode
-from llmctl.quant.methods import clipped
+from llmctl.quant.methods import clipped, decode
 from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 from llmctl.runs.progress import paced
 

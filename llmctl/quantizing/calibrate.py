@@ -24,14 +24,13 @@ from llmctl.model.stack import Block
 from llmctl.model.streams import catch, chains, linears, names_of, run
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.factors import best_factors
-from llmctl.quant.grid import Codes, decode
-from llmctl.quant.methods import Moments, method_of, output_error
-from llmctl.quant.schemes import Scheme
+from llmctl.quant.grid import Codes
+from llmctl.quant.methods import AnyScheme, Moments, decode, method_of, output_error
 from llmctl.quantizing.bit_allocation import unit_of
 from llmctl.runs.progress import Say, paced
 from llmctl.tables.methods import METHODS
 
-Plan = Mapping[str, Scheme]
+Plan = Mapping[str, AnyScheme]
 
 
 @dataclass
@@ -185,7 +184,7 @@ def equalize(block: nn.Module, config: ModelConfig, schemes: Plan, moments: dict
 
 
 def choose(
-    found: Calibrated, root: nn.Module, inner: str, name: str, scheme: Scheme, method: str, moments: Moments | None
+    found: Calibrated, root: nn.Module, inner: str, name: str, scheme: AnyScheme, method: str, moments: Moments | None
 ) -> None:
     """Choose the codes of a module and replace its weight by the dequantized one."""
     weight: Tensor = root.get_submodule(inner).weight  # type: ignore[assignment]

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from llmctl.quant.grid import Codes
+
 ALIGNMENT = 32
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
@@ -55,13 +57,19 @@ TYPES = {
     "bf16": FileType("BF16", "BF16", 32),
     "q8_0": FileType("Q8_0", "Q8_0", 7),
     "q6_K": FileType("Q6_K", "Q6_K", 18),
+    "q5_K": FileType("Q5_K", "Q6_K", 16),
+    "q5_1": FileType("Q5_1", "Q6_K", 9),
     "q5_0": FileType("Q5_0", "Q6_K", 8),
+    "q4_K": FileType("Q4_K", "Q6_K", 14),
     "q4_1": FileType("Q4_1", "Q6_K", 3),
     "q4_0": FileType("Q4_0", "Q6_K", 2),
-    "q4_K": FileType("Q4_K", "Q6_K", 14),
+    "iq4_nl": FileType("IQ4_NL", "Q6_K", 25),
+    "iq4_xs": FileType("IQ4_XS", "Q6_K", 30),
+    "q3_K": FileType("Q3_K", "Q6_K", 11),
+    "q2_K": FileType("Q2_K", "Q6_K", 10),
 }
-# What holds a tensor whose rows are no whole blocks, as in llama.cpp.
-NARROWER = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"} | dict.fromkeys(("Q8_0", "Q5_0", "Q4_1", "Q4_0"), "F16")
+NARROWER = {"Q6_K": "Q8_0", "Q5_K": "Q5_0"} | dict.fromkeys(("Q4_K", "IQ4_XS", "Q3_K", "Q2_K"), "IQ4_NL")
+"""What holds a tensor whose rows are no whole blocks of 256: the smallest format with blocks of 32 and at least its bits."""
 N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
 EXPORTED = f"what is exported: {', '.join(ARCHITECTURES)}; --to single or hf takes every model"
 
@@ -186,17 +194,22 @@ def plan_blocks(config: ModelConfig, kind: str) -> dict[str, Planned]:
 def fitting_block(block: str, shape: Shape) -> str:
     """Return the block of this name, or the next of those that fill the rows."""
     while shape[-1] % N_ELEMENTS[block]:
-        block = NARROWER[block]
+        block = NARROWER.get(block, "F16")
     return block
 
 
 def write_gguf(
-    path: Path, config: ModelConfig, state: Mapping[str, "Tensor"], values: Mapping[str, Any], kind: str
+    path: Path,
+    config: ModelConfig,
+    state: Mapping[str, "Tensor"],
+    values: Mapping[str, Any],
+    plan: Mapping[str, Planned],
+    codes: Mapping[str, "Codes"],
 ) -> Written:
     """Write the file, tensor by tensor, and return what its weights are meant to be.
 
-    Shapes: `state` is that of `LanguageModel(config)`, a config that passes `check_kind`; `values` the metadata of
-    model and tokenizer.
+    `state` is that of `LanguageModel(config)`, a config that passes `check_kind`; `values` the metadata of model and
+    tokenizer; `plan` the blocks by llama.cpp's names; `codes` those chosen for a module, the others get the nearest.
     Raises: MissingExtraError without the package `gguf`; ArtifactError for weights that are not finite or too large.
     """
     import numpy as np
@@ -207,7 +220,7 @@ def write_gguf(
     writer.add_custom_alignment(ALIGNMENT)
     for key, value in values.items():
         put(writer, key, value)
-    names, plan, written = tensor_names(config, row), plan_blocks(config, kind), Written()
+    names, written = tensor_names(config, row), Written()
     shapes = parameter_shapes(config)
     try:
         factors = factor_tensors(config)
@@ -224,7 +237,12 @@ def write_gguf(
         for there, planned in plan.items():
             parts = []
             for name in names[there]:
-                stored, meant = checked(name, state[name].detach().float().contiguous(), planned.block)
+                stored, meant = checked(
+                    name,
+                    state[name].detach().float().contiguous(),
+                    planned.block,
+                    codes.get(name.removesuffix(".weight")),
+                )
                 n_heads = n_paired_heads(config, row, name)
                 parts.append(paired(stored, n_heads) if n_heads else stored)
                 written.meant[name], written.blocks[name] = meant, planned
@@ -271,21 +289,23 @@ def declare(writer: Any, name: str, shape: Shape, block: Any, sizes: Mapping[Any
     writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), int(np.prod(byte_shape)), raw_dtype=block)
 
 
-def checked(name: str, weight: "Tensor", block: str) -> tuple["NDArray[np.uint8]", "Tensor"]:
-    """Return a tensor's bytes and what they stand for.
+def checked(
+    name: str, weight: "Tensor", block: str, codes: "Codes | None" = None
+) -> tuple["NDArray[np.uint8]", "Tensor"]:
+    """Return a tensor's bytes and what they stand for; `codes`: those chosen for it, else the nearest.
 
     Raises: ArtifactError for weights that are not finite, or too large for a block's 16-bit scales.
     """
     if not weight.isfinite().all():
         raise ArtifactError(f"`{name}` has NaN or infinite numbers", "fetch or train the model again")
-    stored, meant = encoded(weight, block)
+    stored, meant = encoded(weight, block, codes)
     if not meant.isfinite().all():
         largest = float(weight.abs().max())
         raise ArtifactError(f"`{name}` has weights up to {largest:.4g}, too large for {block}", "--type bf16 or f32")
     return stored, meant
 
 
-def encoded(weight: "Tensor", block: str) -> tuple["NDArray[np.uint8]", "Tensor"]:
+def encoded(weight: "Tensor", block: str, codes: "Codes | None" = None) -> tuple["NDArray[np.uint8]", "Tensor"]:
     """Return a tensor's bytes, row by row, and the weights in float32 that they stand for."""
     import torch
 
@@ -293,10 +313,13 @@ def encoded(weight: "Tensor", block: str) -> tuple["NDArray[np.uint8]", "Tensor"
     if block in plain:
         rounded = weight.to(plain[block])
         return rounded.view(torch.uint8).numpy(), rounded.float()
-    from llmctl.quant.gguf_blocks import encode
+    from llmctl.quant.gguf_layout import packed
+    from llmctl.quant.gguf_schemes import BLOCK_SCHEMES
+    from llmctl.quant.methods import clipped, decode
 
-    blocks = encode(weight, block)
-    return blocks.bytes_OB.numpy(), blocks.values_OI
+    scheme = BLOCK_SCHEMES[block]
+    codes = codes or clipped(weight, scheme)
+    return packed(codes, scheme).numpy(), decode(codes, scheme)
 
 
 def paired(rows: "NDArray[np.uint8]", n_heads: int) -> "NDArray[np.uint8]":

@@ -44,7 +44,14 @@ def model_of(**fields):
 
 
 def write(path, model, kind):
-    return write_gguf(path, model.config, model.state_dict(), model_values(model.config, kind, {"name": "x"}), kind)
+    return write_gguf(
+        path,
+        model.config,
+        model.state_dict(),
+        model_values(model.config, kind, {"name": "x"}),
+        plan_blocks(model.config, kind),
+        {},
+    )
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -122,14 +129,16 @@ def test_metadata_is_what_llama_cpp_needs():
     }.items():
         assert values[key.format(arch="llama")] == value
     for kind, row in TYPES.items():
-        name = "ALL_F32" if kind == "f32" else f"MOSTLY_{row.block}" + ("_S" if kind == "q4_K" else "")
+        name = (
+            "ALL_F32" if kind == "f32" else f"MOSTLY_{row.block}" + ("_S" if kind in ("q3_K", "q4_K", "q5_K") else "")
+        )
         assert gguf.LlamaFileType[name] == row.number
 
 
 def test_rows_that_are_no_whole_blocks_get_another_format():
     plan = plan_blocks(model_of().config, "q4_K")
     assert plan["blk.0.attn_q.weight"] == ("Q4_K", "Q4_K")
-    assert plan["blk.0.ffn_down.weight"] == ("Q5_0", "Q4_K")  # rows of 288
+    assert plan["blk.0.ffn_down.weight"] == ("IQ4_NL", "Q4_K")  # rows of 288
     assert plan["token_embd.weight"] == ("Q6_K", "Q6_K")  # it is the head
     assert plan["output_norm.weight"] == ("F32", "F32")
     plan = plan_blocks(model_of(tie_embeddings=False, d_ff=300).config, "q4_0")

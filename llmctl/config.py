@@ -565,6 +565,10 @@ class DistillConfig(TaughtConfig):
     baseline: BaselineConfig = section(BaselineConfig, "the same architecture trained from scratch")
 
 
+MIXED = "mixed"
+"""The GGUF type of a file whose types are chosen tensor by tensor."""
+
+
 @dataclass(frozen=True)
 class WeightsConfig:
     """The quantization scheme and the method that chooses codes and scales."""
@@ -591,6 +595,10 @@ class WeightsConfig:
     )
     embedding: Literal["int8", "int4", "float"] = setting(
         "int8", "embedding and output head: int8, int4, or float (16 bits)"
+    )
+    gguf: str = setting(
+        "",
+        "GGUF type, such as q4_K: write a GGUF file whose blocks are chosen by `method`; mixed: types chosen by target_size",
     )
     target_bpw: float = setting(
         0.0, "mean bits per weight of the blocks, scales included, to allocate over the layers; 0: off"

@@ -1,8 +1,7 @@
 """`llmctl export`: a model -> a single file, a Hugging Face folder or a GGUF file -> its path on stdout."""
 
-import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -34,7 +33,11 @@ def export(
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option("--type", help="GGUF type: f32, f16, bf16, q8_0, q6_K, q5_0, q4_1, q4_0 or q4_K; default: f16."),
+        typer.Option(
+            "--type",
+            help="GGUF type: f32, f16, bf16, q8_0, q6_K, q5_K, q5_1, q5_0, q4_K, q4_1, q4_0, iq4_nl, iq4_xs, q3_K or q2_K; "
+            "default: f16.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -53,7 +56,7 @@ def export(
     name = one_name(name, named)
     model = find_model(name, "any", quiet=quiet or name is not None)
     if to == "gguf":
-        from llmctl.converting.export_gguf import export_gguf
+        from llmctl.converting.export_gguf import export_gguf, report
 
         record = export_gguf(model, out, kind=kind or "f16", force=force)
         for line in report(record):
@@ -77,30 +80,3 @@ def write(model: Path, out: Path | None, to: str, kind: str | None, *, force: bo
     if out is None:
         raise UsageError(f"`--to {to}` needs an output path", "name it with `-o`")
     return export_model(model, out, to=to, force=force)
-
-
-def report(record: dict[str, Any]) -> list[str]:
-    """Return the lines that report what was written and verified."""
-    proof = record["proof"]
-    n_tokens, vectors = proof["llama_cpp_tokens"], proof["llama_cpp_cosine"]
-    compared = "not installed" if n_tokens is None else f"{n_tokens} of {proof['llama_cpp_of']} greedy tokens"
-    compared = compared if vectors is None else f"vectors with a cosine of at least {vectors:.4f}"
-    equal = f"{proof['tensors_equal']} tensors and the token ids of {proof['texts_equal']} texts are as expected"
-    kept = f"vectors with a cosine of at least {proof['cosine']:.4f}" if proof["cosine"] is not None else ""
-    if proof["kl"] is not None:
-        kept = f"KL {proof['kl']:.4g} nats/token, {proof['top1']:.1%} top-1 agreement ({proof['tokens']} tokens)"
-    made = f"{record['type']}, {record['bits_per_weight']:.2f} bits per weight, {record['bytes'] / 1e6:.1f} MB"
-    others = [
-        f"note: {other['tensors']} tensors are {other['block']}: rows of {other['row']} do not divide into blocks of "
-        f"{other['wanted']}"
-        for other in record["other_blocks"]
-    ]
-    if window := record["ignored_window"]:
-        others.append(f"note: llama.cpp ignores the attention window of {window:,} tokens: longer texts differ there")
-    program = "llama-cli" if proof["cosine"] is None else "llama-embedding"
-    return [
-        *others,
-        f"read back: {equal}, logits within {proof['logits_max_difference']:.1g}; llama_cpp: {compared}",
-        f"compared with the original: {kept}",
-        f"{record['path']}: {made}; next: {program} -m {shlex.quote(record['path'])}",
-    ]

@@ -45,7 +45,7 @@ def begun_run(resume: str | None, out: Path | None) -> str | None:
 
     if resume != "auto":
         return resume
-    if out is None or out.suffix == ".safetensors":
+    if out is None or out.suffix in (".safetensors", ".gguf"):
         raise UsageError("`--resume auto` needs the run folder", "name it with `-o FOLDER`")
     return str(out) if (out / "recipe.yaml").is_file() else None
 

@@ -11,7 +11,7 @@ from llmctl.commands.grouped_help import settings_of
 from llmctl.commands.model_argument import needs_model, with_model
 from llmctl.commands.options import Options, help_of, with_options
 from llmctl.commands.training import run_training
-from llmctl.config import QuantizeConfig
+from llmctl.config import MIXED, QuantizeConfig
 from llmctl.errors import UsageError
 from llmctl.quant.schemes import BY_BITS
 
@@ -25,6 +25,7 @@ SETTINGS = {
     "embedding": "weights.embedding",
     "target_size": "weights.target_size",
     "target_bpw": "weights.target_bpw",
+    "gguf": "weights.gguf",
     "calib": "data.paths",
     "val": "data.val_paths",
     "task": "task",
@@ -62,6 +63,11 @@ def quantize(
     ] = None,
     val: Annotated[list[str] | None, typer.Option(help="Validation data; default: a fraction of the data.")] = None,
     task: Annotated[str | None, typer.Option(help="Task; default: the model's")] = None,
+    to: Annotated[str | None, typer.Option(help="gguf: write a GGUF file for llama.cpp.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--type", help="GGUF type, as of `llmctl export`; default: q4_K, or mixed within a size."),
+    ] = None,
     max_drop: Annotated[
         str | None, typer.Option(help="Exit with code 10 if the model gets worse by more: 0.05 or 1%.")
     ] = None,
@@ -77,6 +83,8 @@ def quantize(
 
       llmctl quantize latest --target-size 2MB
 
+      llmctl quantize model.safetensors --to gguf --target-size 90MB --calib corpus/ -o small.gguf
+
       llmctl quantize runs/0003 --bits 3 --method learned --steps 200 --calib corpus/
     """
     if bits is not None and scheme is not None:
@@ -85,6 +93,7 @@ def quantize(
         raise UsageError(f"`--bits {bits}` is not supported", "use 8, 6, 5, 4, 3 or 2")
     if bits is not None:
         scheme = BY_BITS[bits]
+    gguf = gguf_type(to, kind, target_size)
     model = one_name(model, named)
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(QuantizeConfig, flags)
@@ -98,3 +107,19 @@ def quantize(
         result_json(estimate.to_dict()) if options.json else result(estimate.render())
         return 0
     return run_training("quantize", resolved, options)
+
+
+def gguf_type(to: str | None, kind: str | None, target_size: str | None) -> str | None:
+    """Return the GGUF type that `--to` and `--type` ask for.
+
+    Raises: UsageError for one without the other, or another format.
+    """
+    if to is None:
+        if kind is not None:
+            raise UsageError(f"`--type {kind}` applies to `--to gguf`", "add `--to gguf`, or use --bits or --scheme")
+        return None
+    if to != "gguf":
+        raise UsageError(
+            f"`--to {to}` is not supported", "--to takes gguf; without it the model is written as safetensors"
+        )
+    return kind or ("q4_K" if target_size is None else MIXED)

@@ -1,10 +1,14 @@
 """Export a model as GGUF: write a temporary file, verify it, and only then rename it."""
 
+import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
@@ -14,12 +18,19 @@ from llmctl.files import atomic_path
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import refuse_overwrite
 from llmctl.formats.generation_settings import end_ids
+from llmctl.formats.gguf.architectures import architecture_for
+from llmctl.formats.gguf.model import tensor_names
 from llmctl.formats.gguf.write import (
+    ALIGNMENT,
+    ENTRY_BYTES,
+    Planned,
     Written,
     check_kind,
     dropped_window,
+    file_type,
     find_type,
     gguf_module,
+    metadata_bytes,
     model_values,
     plan_blocks,
     write_gguf,
@@ -27,6 +38,8 @@ from llmctl.formats.gguf.write import (
 from llmctl.formats.gguf.write_tokenizer import refuse, tokenizer_values
 from llmctl.formats.sentence_encoder import sentence_encoder
 from llmctl.inference.chat_template import find_template
+from llmctl.model.parameters import parameter_shapes
+from llmctl.quant.grid import Codes
 from llmctl.tokenizer.base import Tokenizer
 
 
@@ -44,6 +57,25 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
     out = out or Path(f"{name_of(source)}-{kind}.gguf")
     if out.suffix != ".gguf":
         raise UsageError(f"`--to gguf` writes a file X.gguf, but `{out}` is not one", "use `-o X.gguf`")
+    ready = prepare(artifact, source)
+    refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
+    return write_verified(ready, out, plan_blocks(artifact.config, kind), artifact.state(), kind=kind)
+
+
+class Ready(NamedTuple):
+    """A model whose GGUF file can be written: role -> token id, and the metadata of model and tokenizer."""
+
+    artifact: Artifact
+    tokenizer: Tokenizer
+    ids: dict[str, int]
+    values: dict[str, Any]
+
+
+def prepare(artifact: Artifact, source: Path) -> Ready:
+    """Return the metadata of a model's GGUF file; `source` is its path.
+
+    Raises: ArtifactError for a model or tokenizer that GGUF cannot represent; MissingExtraError.
+    """
     check_kind(artifact.config, artifact.architecture, source)
     tokenizer = fitting_tokenizer(artifact)
     if tokenizer is None:
@@ -51,27 +83,56 @@ def export_gguf(source: Path, out: Path | None, *, kind: str = "f16", force: boo
             f"`{source}` has no tokenizer, which a GGUF file must contain", "import the model with its tokenizer files"
         )
     gguf_module()
-    refuse_overwrite(out, out.exists() or out.is_symlink(), force=force)
-    original = Loaded(without_weights(artifact.config), tokenizer, artifact)
+    loaded = Loaded(without_weights(artifact.config), tokenizer, artifact)
     ids = special_ids(artifact, tokenizer)
     pooling = sentence_encoder(artifact.files).pooling or "mean"
-    values = model_values(artifact.config, kind, general_of(artifact, source), pooling=pooling)
+    values = model_values(artifact.config, general_of(artifact, source), pooling=pooling)
     values |= tokenizer_values(
         tokenizer.files(),
         artifact.config.vocab_size,
         ids,
-        adds_bos=bool(original.frame.before),
+        adds_bos=bool(loaded.frame.before),
         template=find_template(artifact.files),
     )
     values["general.name"] = name_for(str(values["general.name"]), values["tokenizer.ggml.tokens"])
     if artifact.config.family == "encoder" and values["tokenizer.ggml.model"] != "bert":
         raise refuse("of an encoder is not BERT's WordPiece")
-    state = artifact.state()
+    return Ready(artifact, tokenizer, ids, values)
+
+
+def write_verified(
+    ready: Ready,
+    out: Path,
+    plan: Mapping[str, Planned],
+    state: Mapping[str, Tensor],
+    codes: Mapping[str, Codes] | None = None,
+    *,
+    kind: str,
+) -> dict[str, Any]:
+    """Write the file, read it back, and return a record of both.
+
+    state: the weights of the original; codes: those chosen for its modules, the others get the nearest.
+    Raises: ArtifactError for a failed verification, which removes the file; OutputError.
+    """
+    artifact = ready.artifact
+    original = Loaded(without_weights(artifact.config), ready.tokenizer, artifact)
+    values = {**ready.values, "general.file_type": file_type(artifact.config, plan)}
     with atomic_path(out) as temporary:
-        plan = plan_blocks(artifact.config, kind)
-        written = write_gguf(temporary, artifact.config, state, values, plan, {})
-        proof = prove(temporary, out, original, state, written.meant, ids)
+        written = write_gguf(temporary, artifact.config, state, values, plan, codes or {})
+        proof = prove(temporary, out, original, state, written.meant, ready.ids)
     return record_of(out, kind, written, proof) | {"ignored_window": dropped_window(artifact.config)}
+
+
+def other_bytes(ready: Ready, modules: Collection[str]) -> int:
+    """Return the bytes that a file has at most besides the weights of some modules; matrices that are not theirs have 16 bits."""
+    config = ready.artifact.config
+    shapes, total = parameter_shapes(config), metadata_bytes(ready.values, architecture_for(config).name)
+    for there, (block, _) in plan_blocks(config, "f16").items():
+        names = tensor_names(config, architecture_for(config))[there]
+        total += len(there) + ENTRY_BYTES + ALIGNMENT
+        if names[0].removesuffix(".weight") not in modules:
+            total += sum(math.prod(shapes[name]) for name in names) * (2 if block == "F16" else 4)
+    return total
 
 
 def name_of(source: Path) -> str:
@@ -148,4 +209,33 @@ def other_blocks(written: Written) -> list[dict[str, Any]]:
     return [
         {"wanted": wanted, "block": block, "row": row, "tensors": n}
         for (wanted, block, row), n in sorted(counts.items())
+    ]
+
+
+def report(record: dict[str, Any]) -> list[str]:
+    """Return the lines that report what was written and verified."""
+    proof = record["proof"]
+    n_tokens, vectors = proof["llama_cpp_tokens"], proof["llama_cpp_cosine"]
+    compared = "not installed"
+    if n_tokens is not None:
+        compared = f"{n_tokens} of {proof['llama_cpp_of']} greedy tokens, KL {proof['llama_cpp_kl']:.4g}"
+    compared = compared if vectors is None else f"vectors with a cosine of at least {vectors:.4f}"
+    equal = f"{proof['tensors_equal']} tensors and the token ids of {proof['texts_equal']} texts are as expected"
+    kept = f"vectors with a cosine of at least {proof['cosine']:.4f}" if proof["cosine"] is not None else ""
+    if proof["kl"] is not None:
+        kept = f"KL {proof['kl']:.4g} nats/token, {proof['top1']:.1%} top-1 agreement ({proof['tokens']} tokens)"
+    made = f"{record['type']}, {record['bits_per_weight']:.2f} bits per weight, {record['bytes'] / 1e6:.1f} MB"
+    others = [
+        f"note: {other['tensors']} tensors are {other['block']}: rows of {other['row']} do not divide into blocks of "
+        f"{other['wanted']}"
+        for other in record["other_blocks"]
+    ]
+    if window := record["ignored_window"]:
+        others.append(f"note: llama.cpp ignores the attention window of {window:,} tokens: longer texts differ there")
+    program = "llama-cli" if proof["cosine"] is None else "llama-embedding"
+    return [
+        *others,
+        f"read back: {equal}, logits within {proof['logits_max_difference']:.1g}; llama_cpp: {compared}",
+        f"compared with the original: {kept}",
+        f"{record['path']}: {made}; next: {program} -m {shlex.quote(record['path'])}",
     ]

@@ -81,7 +81,8 @@ class Proof:
     logits_max_difference: of the file read back and the expected weights (of an encoder: of its states). kl:
     KL(original || quantized) in nats per token; top1: top-1 agreement with the original; cosine: the least similarity of
     an encoder's vectors to the original's. llama_cpp_tokens: how many of N_GREEDY greedy tokens agree with llama.cpp;
-    llama_cpp_cosine: the least similarity of its vectors; None if `llama_cpp` is not installed.
+    llama_cpp_kl: KL(original || llama.cpp's predictions); llama_cpp_cosine: the least similarity of its vectors; None if
+    `llama_cpp` is not installed.
     """
 
     tensors_equal: int
@@ -92,6 +93,7 @@ class Proof:
     top1: float | None
     cosine: float | None
     llama_cpp_tokens: int | None
+    llama_cpp_kl: float | None
     llama_cpp_cosine: float | None
 
     def record(self) -> dict[str, Any]:
@@ -141,10 +143,10 @@ def prove(
     if config.family == "encoder":
         cosine = min(similarity(one, two) for one, two in zip(before[prose], after[prose], strict=True))
         asked = ask_for_vectors(path, out, back)
-        return Proof(len(meant), n_texts, difference, n_tokens, None, None, cosine, None, asked)
+        return Proof(len(meant), n_texts, difference, n_tokens, None, None, cosine, None, None, asked)
     kl, top1 = distance(before[prose], after[prose])
-    agreed = ask_llama_cpp(path, out, back)
-    return Proof(len(meant), n_texts, difference, n_tokens, kl, top1, None, agreed, None)
+    agreed, measured = ask_llama_cpp(path, out, back, rows[prose], before[prose])
+    return Proof(len(meant), n_texts, difference, n_tokens, kl, top1, None, agreed, measured, None)
 
 
 def failure(out: Path, what: str) -> ArtifactError:
@@ -262,20 +264,23 @@ def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, 
 # --- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
-def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
-    """Compare tokenization and greedy decoding with llama.cpp; return how many of N_GREEDY tokens agree.
+def ask_llama_cpp(
+    path: Path, out: Path, back: Loaded, rows: Sequence[Sequence[int]], original: Sequence[Tensor]
+) -> tuple[int | None, float | None]:
+    """Compare tokenization and greedy decoding with llama.cpp, and its predictions with the original model's.
 
-    Returns None if it is not installed.
+    Returns how many of N_GREEDY tokens agree, and KL(original || llama.cpp) on rows of ids; None if it is not installed.
     Raises: ArtifactError if its token ids differ, or its tokens are far below our top logits.
     """
     longest = min(ROW_TOKENS, back.model.config.max_positions) - N_GREEDY
     if find_spec("llama_cpp") is None or longest < 1:
-        return None
+        return None, None
     prompt = encode_prompt(back, PROSE[0])[:longest]
     tokenizer = tokenizer_of(back)
-    with llama_cpp(path, out, len(prompt) + N_GREEDY) as llama:
+    with llama_cpp(path, out, longest + N_GREEDY, logits_all=True) as llama:
         compare_ids(out, tokenizer, llama)
         tokens = list(greedy(llama, prompt))
+        kl, _ = distance(original, [predicted(llama, row) for row in rows])
     logits_TV = logits_of(back.model, [[*prompt, *tokens]])[0][len(prompt) - 1 : -1]
     chosen_T1 = torch.tensor(tokens)[:, None]
     below_T = (logits_TV.amax(-1) - logits_TV.gather(1, chosen_T1)[:, 0]) / logits_TV.std(dim=-1)
@@ -283,7 +288,14 @@ def ask_llama_cpp(path: Path, out: Path, back: Loaded) -> int | None:
         raise failure(
             out, f"llama.cpp generates tokens {float(below_T.max()):.1f} standard deviations below our top logit"
         )
-    return int((below_T == 0).sum())
+    return int((below_T == 0).sum()), kl
+
+
+def predicted(llama: Any, row: Sequence[int]) -> Tensor:
+    """Return llama.cpp's logits (T, V) of a row."""
+    llama.reset()
+    llama.eval(list(row))
+    return torch.tensor(llama.scores[: len(row)])
 
 
 def compare_ids(out: Path, tokenizer: Tokenizer, llama: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from llmctl.distributed.gradients import check_layout
 from llmctl.distributed.runtime import start
+from llmctl.errors import UsageError
 from llmctl.files import ensure_writable, write_bytes
-from llmctl.jobs.finish import Trained
+from llmctl.jobs.finish import Trained, is_file
 from llmctl.jobs.resume import resume
 from llmctl.jobs.runner import JOBS, run_job
 from llmctl.jobs.session import Session
@@ -40,6 +41,11 @@ def begin(
     job = JOBS[command]
     config = job.settle(config)
     job.check(config)
+    if out is not None and is_file(out) and out.suffix != job.suffix(config):
+        raise UsageError(
+            f"this run writes a file X{job.suffix(config)}, but `{out}` is not one",
+            "`llmctl export --to gguf` writes GGUF",
+        )
     started = time.monotonic() if started is None else started
     runtime = start(config.train, config.parallel)
     check_layout(config.train, config.parallel, runtime.world_size)
@@ -48,7 +54,7 @@ def begin(
         return resume(
             command, begun, invocation=invocation, quiet=quiet, verbose=verbose, runtime=runtime, started=started
         )
-    out_file = out if out is not None and out.suffix == ".safetensors" else None
+    out_file = out if out is not None and is_file(out) else None
 
     def create() -> Run:
         if out is not None:

@@ -20,6 +20,7 @@ from llmctl.artifacts.hub import in_cache
 from llmctl.distributed.runtime import Runtime, describe_environment
 from llmctl.families.table import family_for
 from llmctl.files import atomic_path, write_bytes
+from llmctl.formats.artifact import WEIGHTS
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.metrics.figures import rounded
 from llmctl.model.transformer import LanguageModel, with_tied
@@ -48,7 +49,8 @@ class Product:
 
     provenance: what the model file says beside recipe, data and metrics. facts: more for the summary. note: a sentence for
     the model card. closing: the closing lines: what was made, its key metric, the next command. missed: the gate that was
-    missed, or nothing. The three functions run in the first process only; `note` and `closing` take the summary.
+    missed, or nothing. file: the model's file in the run folder. The three functions run in the first process only; `note`
+    and `closing` take the summary.
     """
 
     model: LanguageModel
@@ -61,6 +63,7 @@ class Product:
     facts: Callable[[], Mapping[str, Any]] = dict
     note: Callable[[Mapping[str, Any]], str] = lambda _: ""
     missed: str = ""
+    file: str = WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ def recipe_sha256(config: Any) -> str:
 
 def is_file(out: Path) -> bool:
     """Tell whether `-o` names a single file."""
-    return out.suffix == ".safetensors"
+    return out.suffix in (".safetensors", ".gguf")
 
 
 def whole_model(model: LanguageModel, weights: Mapping[str, Tensor], files: Mapping[str, bytes]) -> Write:
@@ -137,11 +140,11 @@ def finish(
         **product.provenance,
     }
     product.write(run.path, provenance)
-    path = run.path
+    path = run.path if product.file == WEIGHTS else run.path / product.file
     if run.record.get("out"):
         path = Path(run.record["out"])
         with atomic_path(path) as temporary:
-            shutil.copyfile(run.path / "model.safetensors", temporary)
+            shutil.copyfile(run.path / product.file, temporary)
     summary: dict[str, Any] = {
         "model": str(path),
         "objective": objective,

@@ -13,7 +13,7 @@ class Job:
 
     settle: fills in what the model and the data decide, so that the recipe of a run states it. check: refuses settings that
     contradict each other, before anything is read. objective, label: names for the record and for the run folder.
-    run: trains inside an open session, and ends with `session.finish`.
+    run: trains inside an open session, and ends with `session.finish`. suffix: of the file it can write instead of a folder.
     """
 
     command: str
@@ -23,3 +23,4 @@ class Job:
     objective: Callable[[Any], str]
     label: Callable[[Any], str]
     run: Callable[[Session, Any], None]
+    suffix: Callable[[Any], str] = lambda _: ".safetensors"

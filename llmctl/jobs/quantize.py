@@ -11,6 +11,7 @@ from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.benchmarking.compiled_step_check import prepare_library
 from llmctl.config import QuantizeConfig
+from llmctl.converting.export_gguf import report as report_gguf
 from llmctl.distilling import teacher_data
 from llmctl.distilling.build_objective import build_objective
 from llmctl.distilling.measure_models import measure_models, measuring_objective
@@ -21,10 +22,11 @@ from llmctl.jobs.job import Job
 from llmctl.jobs.session import Part, Session, identity
 from llmctl.machine import give_back_memory
 from llmctl.model.transformer import LanguageModel
-from llmctl.quantizing.bit_allocation import budget_of, check_budget
-from llmctl.quantizing.codes import CHOSEN, LEARNED, Codes
+from llmctl.quantizing.bit_allocation import check_budget
+from llmctl.quantizing.codes import Codes, find_budget
+from llmctl.quantizing.gguf_codes import GgufCodes
 from llmctl.quantizing.report import make_report, render
-from llmctl.quantizing.settings import check_quantize, plan_of, settle
+from llmctl.quantizing.settings import check_quantize, find_plan, settle
 from llmctl.runs.comparison import Report
 from llmctl.training.batch import to_device
 from llmctl.training.inputs import Fitted
@@ -39,10 +41,11 @@ def quantize(session: Session, config: QuantizeConfig) -> None:
     corpus = session.prepare(lambda folder: teacher_data.prepare_taught(config, base, original, folder, session.say))
     teacher_data.check_teacher(config, corpus)
     data = TaskData.open(config, base, corpus, session.say)
-    codes = Codes(config, data, original.artifact, original.own, session.folder / "parts")
+    kind = GgufCodes if config.weights.gguf else Codes
+    codes = kind(config, data, original.artifact, original.own, session.folder / "parts")
     session.lead(partial(codes.choose, session.say))
     give_back_memory()
-    model = codes.learner() if codes.learns else codes.load(CHOSEN, session.runtime.device)
+    model = codes.learner() if codes.learns else codes.load(codes.chosen, session.runtime.device)
     fitted = session.fit(part_of(session, codes, original, model))
     report, model = compare(session, codes, original, model, fitted)
     session.finish(
@@ -55,8 +58,9 @@ def quantize(session: Session, config: QuantizeConfig) -> None:
             provenance=provenance(config, original, data),
             facts=lambda: {"source": named(config.model), "report": report.record},
             note=partial(note, config),
-            closing=partial(closing, session, model, original, report),
+            closing=partial(closing, session, codes, model, original, report),
             missed=report.missed,
+            file=codes.file,
         )
     )
 
@@ -100,7 +104,7 @@ def compare(
     # With trained codes the model is loaded anew, packed, as its users will run it.
     if codes.learns:
         session.lead(partial(codes.keep_learned, fitted))
-        for name, file in (("chosen", CHOSEN), ("after", LEARNED)):
+        for name, file in (("chosen", codes.chosen), ("after", codes.learned)):
             models[name] = model = codes.load(file, runtime.device)
     # The metrics are to show the codes, not the rounding of what is multiplied by them.
     train = session.config.train
@@ -108,24 +112,27 @@ def compare(
     measured = measure_models(
         models, model.config, config, data, original, train, runtime, max_tokens=max_tokens, exact=codes.learns
     )
-    if runtime.is_main:
+    if runtime.is_main and not config.weights.gguf:
         prepare_library(session.say)
     score = data.score(before, runtime)
     if score is not None:
         measured["before"] |= score(max_tokens)
     held_out = data.batches(model.config, shuffle=False)
-    result = codes.result()
+    facts = codes.facts()
     report = make_report(
         {"before": before, "after": model},
         {**measured, "after": fitted.after | measured.get("after", {})},
         batch=to_device(held_out.batch(range(1)), runtime.device),
-        schemes=result.schemes,
         source=original.artifact,
-        result=result,
+        result_bytes=facts.n_bytes,
+        result_layer_bits=facts.layer_bits,
+        lost=facts.lost,
         settings=config,
         metric=data.metric,
         device=runtime.device,
+        is_ours=not config.weights.gguf,
     )
+    report.record.update(facts.more)
     if runtime.is_main:
         write_json(session.folder / "report.json", report.record)
     return report, model
@@ -145,11 +152,14 @@ def note(config: QuantizeConfig, summary: Mapping[str, Any]) -> str:
 
 
 def closing(
-    session: Session, model: LanguageModel, original: Teachers, report: Report, summary: Mapping[str, Any]
+    session: Session, codes: Codes, model: LanguageModel, original: Teachers, report: Report, summary: Mapping[str, Any]
 ) -> str:
     """Return the report as a table, and a command that uses the model."""
+    lines = [*render(report.record), f"report: {session.folder / 'report.json'}"]
+    if codes.config.weights.gguf:
+        return "\n".join([*lines, *report_gguf({**report.record["gguf"], "path": summary["model"]})])
     use = usage(model.config, summary["model"], is_bare=is_bare(original.artifact))
-    return "\n".join([*render(report.record), f"report: {session.folder / 'report.json'}", f"next: {use}"])
+    return "\n".join([*lines, f"next: {use}"])
 
 
 def check(config: QuantizeConfig) -> None:
@@ -160,8 +170,8 @@ def check(config: QuantizeConfig) -> None:
     check_quantize(config)
     weights = config.weights
     if weights.target_bpw or weights.target_size:
-        shape = read_model(Path(config.model)).config
-        check_budget(*budget_of(shape, plan_of(shape, config), weights))
+        source = read_model(Path(config.model))
+        check_budget(*find_budget(source, find_plan(source.config, config), config))
 
 
 JOB = Job(
@@ -172,4 +182,5 @@ JOB = Job(
     objective=lambda config: f"quantize-{config.weights.scheme}",
     label=lambda config: label(config.model),
     run=quantize,
+    suffix=lambda config: ".gguf" if config.weights.gguf else ".safetensors",
 )

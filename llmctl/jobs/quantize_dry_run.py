@@ -12,9 +12,8 @@ from llmctl.distilling.teacher import Teachers
 from llmctl.jobs.process_memory import process_bytes
 from llmctl.jobs.quantize import check
 from llmctl.losses.logits import is_native
-from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing.estimate import Estimate, Rates, estimate, probe, rate
-from llmctl.quantizing.settings import plan_of, settle
+from llmctl.quantizing.settings import find_plan, settle
 from llmctl.training.task_data import TaskData, open_task_model
 
 
@@ -35,17 +34,17 @@ def dry_run(config: QuantizeConfig, started: float) -> Estimate:
         held_out = data.batches(shape, shuffle=False).n_rows * train.seq_len
     start_seconds = time.monotonic() - started
     method = "guided" if weights.method == "learned" else weights.method
-    scheme = SCHEMES[weights.scheme]
+    plan = find_plan(shape, config)
     narrow = is_native(torch.bfloat16)
     rates = Rates(
         float32=rate(torch.float32),
         passes=rate(torch.bfloat16 if narrow else torch.float32),
-        probe_seconds=probe(method, scheme),
+        probe_seconds=probe(method, next(iter(plan.values()))),
         pass_bytes=2 if narrow else 4,
     )
     return estimate(
         shape,
-        plan_of(shape, config),
+        plan,
         weights,
         data.rows(shape),
         n_calibration_rows=min(weights.calibration_rows, n_rows),

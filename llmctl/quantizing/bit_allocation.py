@@ -16,16 +16,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmctl.config import ModelConfig, WeightsConfig
 from llmctl.errors import UsageError
 from llmctl.formats.quantization import is_inside
-from llmctl.losses.logits import is_native
-from llmctl.model.fisher import Hook, listen
+from llmctl.losses.logits import cap_, is_native
+from llmctl.model.fisher import CHUNK_TOKENS, Hook, listen
 from llmctl.model.importance import Batches
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
-from llmctl.quant.methods import clipped, decode
+from llmctl.quant.methods import AnyScheme, clipped, decode
 from llmctl.quant.schemes import GROUPS, SCHEMES, Scheme
 from llmctl.runs.progress import paced
 
@@ -43,7 +44,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kMG]?)i?B?", re.ASCII | re.IGNORECASE)
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 
-Costs = dict[str, dict[Scheme, float]]
+Costs = dict[str, dict[AnyScheme, float]]
 
 
 def parse_size(text: str) -> int:
@@ -57,12 +58,12 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
-def candidates(plan: Mapping[str, Scheme], widths: Mapping[str, int]) -> dict[str, list[Scheme]]:
+def candidates(plan: Mapping[str, Scheme], widths: Mapping[str, int]) -> dict[str, list[AnyScheme]]:
     """Return the candidate schemes of every layer in a plan: its group size or twice that, and int8."""
     return {name: schemes_like(planned, widths[name]) for name, planned in plan.items() if is_inside(name)}
 
 
-def schemes_like(planned: Scheme, width: int) -> list[Scheme]:
+def schemes_like(planned: Scheme, width: int) -> list[AnyScheme]:
     """Return the candidate schemes of a layer with `width` inputs, the smallest first."""
     # A plan of int8 has no groups: candidates with fewer bits take int4's.
     base = planned if planned.group else SCHEMES["int4"]
@@ -77,7 +78,7 @@ def schemes_like(planned: Scheme, width: int) -> list[Scheme]:
 
 def measure_costs(
     model: LanguageModel,
-    choices: Mapping[str, list[Scheme]],
+    choices: Mapping[str, list[AnyScheme]],
     batches: Batches,
     seed: int,
     say: Callable[[str], None] = lambda _: None,
@@ -93,9 +94,9 @@ def measure_costs(
     return costs
 
 
-def parts_of(model: LanguageModel, choices: Mapping[str, list[Scheme]]) -> list[dict[str, list[Scheme]]]:
+def parts_of(model: LanguageModel, choices: Mapping[str, list[AnyScheme]]) -> list[dict[str, list[AnyScheme]]]:
     """Split the candidates into parts whose weight changes fit in memory together."""
-    parts: list[dict[str, list[Scheme]]] = []
+    parts: list[dict[str, list[AnyScheme]]] = []
     held = PART_WEIGHTS
     for name, schemes in choices.items():
         n_weights = model.get_parameter(f"{name}.weight").numel() * len(schemes)
@@ -108,7 +109,11 @@ def parts_of(model: LanguageModel, choices: Mapping[str, list[Scheme]]) -> list[
 
 
 def measure_part(
-    model: LanguageModel, choices: Mapping[str, list[Scheme]], batches: Batches, seed: int, say: Callable[[str], None]
+    model: LanguageModel,
+    choices: Mapping[str, list[AnyScheme]],
+    batches: Batches,
+    seed: int,
+    say: Callable[[str], None],
 ) -> Costs:
     """Return the costs of one part of the layers."""
     costs: Costs = {name: dict.fromkeys(schemes, 0.0) for name, schemes in choices.items()}
@@ -132,6 +137,56 @@ def measure_part(
     }
 
 
+@torch.no_grad()
+def measure_table_costs(model: LanguageModel, choices: Mapping[str, list[AnyScheme]], batches: Batches) -> Costs:
+    """Return the costs of candidates of embedding and head: the divergence of the outputs if only they are rounded.
+
+    They are in no hook of a backward pass: a tied one changes the inputs and the outputs. The model is not changed.
+    """
+    before = [outputs_of(model, batch) for batch in batches]
+    costs: Costs = {}
+    for name, schemes in choices.items():
+        weight = model.get_parameter(f"{name}.weight")
+        original = weight.detach().clone()
+        costs[name] = {}
+        for scheme in schemes:
+            weight.copy_(decode(clipped(original, scheme), scheme))
+            found = [outputs_of(model, batch) for batch in batches]
+            total = sum(divergence(model, one, other) for one, other in zip(before, found, strict=True))
+            costs[name][scheme] = total / sum(len(one) for one, _ in before)
+        weight.copy_(original)
+    return costs
+
+
+def outputs_of(model: LanguageModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the states (N, D) before the head at labeled positions, and the head's weight; without labels no weight."""
+    inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
+    hidden_ND, labels = model.hidden(**inputs).flatten(0, 1), batch.get("labels")
+    if labels is None or model.config.n_labels:
+        return hidden_ND, None
+    states_ND = model.head_input(hidden_ND[(labels.flatten() >= 0).nonzero().squeeze(1)])
+    return states_ND, model.lm_head.weight.detach().clone()
+
+
+def divergence(model: LanguageModel, one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> float:
+    """Return the sum of KL(one || other) over positions in nats; of states, as means of unit normal distributions."""
+    total = 0.0
+    for p_ND, q_ND in zip(one[0].split(CHUNK_TOKENS), other[0].split(CHUNK_TOKENS), strict=True):
+        if one[1] is None or other[1] is None:
+            total += float((p_ND - q_ND).square().sum()) / 2
+            continue
+        p_NV, q_NV = (logits(model, states, weight) for states, weight in ((p_ND, one[1]), (q_ND, other[1])))
+        total += float((p_NV.exp() * (p_NV - q_NV)).sum(dtype=torch.float64))
+    return total
+
+
+def logits(model: LanguageModel, states_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """Return log-probabilities (N, V)."""
+    logits_NV = F.linear(states_ND, weight_VD, model.lm_head.bias)
+    cap_(logits_NV, model.config.logits_softcap)
+    return logits_NV.log_softmax(dim=-1)
+
+
 def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
     """Return the hook that keeps a layer's input until the backward pass."""
 
@@ -142,7 +197,7 @@ def keeper(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 def adder(
-    inputs: dict[str, Tensor], name: str, changes: list[Tensor], schemes: list[Scheme], costs: dict[Scheme, float]
+    inputs: dict[str, Tensor], name: str, changes: list[Tensor], schemes: list[AnyScheme], costs: dict[AnyScheme, float]
 ) -> Hook:
     """Return the hook that adds up the cost of each change of a layer's weight."""
 
@@ -159,7 +214,7 @@ def adder(
 class Budget(NamedTuple):
     """The bits to allocate: candidate schemes and shapes by layer, the bits for all of them, and the bits of everything else."""
 
-    choices: dict[str, list[Scheme]]
+    choices: dict[str, list[AnyScheme]]
     shapes: dict[str, tuple[int, ...]]
     bits: float
     rest_bits: int
@@ -191,7 +246,7 @@ def other_bits(config: ModelConfig, plan: Mapping[str, Scheme], allocated: set[s
 
 
 def check_budget(
-    choices: Mapping[str, Iterable[Scheme]],
+    choices: Mapping[str, Iterable[AnyScheme]],
     shapes: Mapping[str, tuple[int, ...]],
     budget_bits: float,
     rest_bits: float = 0,
@@ -211,7 +266,7 @@ def check_budget(
 
 def allocate(
     costs: Costs, shapes: Mapping[str, tuple[int, ...]], budget_bits: float, rest_bits: float = 0
-) -> dict[str, Scheme]:
+) -> dict[str, AnyScheme]:
     """Return the scheme of every layer, greedily: at each step the upgrade with the largest gain per bit that still fits.
 
     rest_bits: of the parts of the model with fixed bits, for the error message.

@@ -6,23 +6,28 @@ Codes are chosen once; a resumed run continues with the same.
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from llmctl.artifacts.load import is_bare, load_model
 from llmctl.config import QuantizeConfig
-from llmctl.formats.artifact import Artifact, read_artifact
+from llmctl.converting.export_gguf import prepare
+from llmctl.formats.artifact import WEIGHTS, Artifact, read_artifact
 from llmctl.formats.artifact_write import write_artifact
+from llmctl.formats.quantization import is_inside
 from llmctl.losses.logits import is_native
 from llmctl.machine import give_back_memory
 from llmctl.model.transformer import LanguageModel
+from llmctl.quant.methods import AnyScheme
 from llmctl.quant.schemes import Scheme
-from llmctl.quantizing.bit_allocation import allocate, budget_of, measure_costs
-from llmctl.quantizing.calibrate import calibrate, needs_data, refuse_unfinite
+from llmctl.quantizing.bit_allocation import Budget, allocate, budget_of, measure_costs, measure_table_costs
+from llmctl.quantizing.calibrate import Calibrated, calibrate, needs_data, refuse_unfinite
 from llmctl.quantizing.fake_quant import learned_state, learner
+from llmctl.quantizing.gguf_plan import budget_of as gguf_budget
 from llmctl.quantizing.packed_state import stored_state
-from llmctl.quantizing.settings import other_groups, plan_of
+from llmctl.quantizing.report import layer_bits, stored_bytes
+from llmctl.quantizing.settings import find_plan, other_groups
 from llmctl.runs.progress import Say
 from llmctl.training.inputs import Fitted
 from llmctl.training.task_data import TaskData
@@ -30,11 +35,49 @@ from llmctl.training.task_data import TaskData
 SENSITIVITY_ROWS = 32
 """Rows on which the sensitivity of layers is measured."""
 
-CHOSEN, LEARNED = "chosen.safetensors", "learned.safetensors"
+TABLE_BATCHES = 1
+"""Batches on which that of embedding and head is: each of their candidates takes a pass."""
+
+
+class Facts(NamedTuple):
+    """A stored model: its bytes, the bits per weight of the matrices in its blocks, the output error of every layer.
+
+    more: for the report and its closing lines.
+    """
+
+    n_bytes: int
+    layer_bits: float
+    lost: Mapping[str, float]
+    more: Mapping[str, Any] = {}
+
+
+def packable(plan: Mapping[str, AnyScheme]) -> dict[str, Scheme]:
+    """Return a plan of our own schemes."""
+    return {name: scheme for name, scheme in plan.items() if isinstance(scheme, Scheme)}
+
+
+def find_budget(source: Artifact, plan: Mapping[str, AnyScheme], config: QuantizeConfig) -> Budget:
+    """Return the bits to allocate under a target."""
+    if config.weights.gguf:
+        return gguf_budget(prepare(source, Path(config.model)), plan, config.weights.target_size)
+    return budget_of(source.config, packable(plan), config.weights)
+
+
+def shown_losses(found: Calibrated) -> dict[str, float]:
+    """Return the output error of every layer to four digits."""
+    return {name: float(f"{share:.4g}") for name, share in found.lost.items()}
+
+
+def name_of(scheme: AnyScheme) -> str:
+    """Return how a scheme is called among those that are allocated."""
+    return f"{scheme.bits} bits" if isinstance(scheme, Scheme) else scheme.name
 
 
 class Codes:
     """Codes of one run; `original` loads the model that is quantized, in float32 on the CPU: a copy that may be changed."""
+
+    chosen, learned = "chosen.safetensors", "learned.safetensors"
+    file = WEIGHTS
 
     def __init__(
         self,
@@ -46,7 +89,7 @@ class Codes:
     ) -> None:
         self.config, self.data, self.source, self.original, self.folder = config, data, source, original, folder
         self.shape = source.config
-        self.plan: dict[str, Scheme] = plan_of(self.shape, config)
+        self.plan = find_plan(self.shape, config)
 
     @property
     def learns(self) -> bool:
@@ -55,7 +98,7 @@ class Codes:
 
     def choose(self, say: Say) -> None:
         """Choose the codes on calibration data, unless an earlier start of this run did."""
-        if (self.folder / CHOSEN).exists():
+        if (self.folder / self.chosen).exists():
             return
         weights = self.config.weights
         for line in other_groups(self.shape, self.plan, self.config):
@@ -70,33 +113,45 @@ class Codes:
         if is_bare(self.source):  # it predicts no labels
             batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
         calibrated = calibrate(model, plan, method, batches, say, is_narrow=is_native(torch.bfloat16))
+        self.keep(model, plan, calibrated, say)
+
+    def keep(self, model: LanguageModel, plan: dict[str, AnyScheme], calibrated: Calibrated, say: Say) -> None:
+        """Write the chosen codes; `model` has their weights."""
+        del say
+        schemes = packable(plan)
         write_artifact(
-            self.folder / CHOSEN,
+            self.folder / self.chosen,
             self.shape,
-            stored_state(model, calibrated, plan),
+            stored_state(model, calibrated, schemes),
             files=self.data.files(),
-            provenance={"lost": {name: float(f"{share:.4g}") for name, share in calibrated.lost.items()}},
-            schemes=plan,
+            provenance={"lost": shown_losses(calibrated)},
+            schemes=schemes,
             force=True,
         )
 
-    def _allocated(self, model: LanguageModel, say: Say) -> dict[str, Scheme]:
+    def _allocated(self, model: LanguageModel, say: Say) -> dict[str, AnyScheme]:
         """Return the scheme of every layer; under a target, bits are allocated by measured sensitivity."""
         weights = self.config.weights
         if not (weights.target_bpw or weights.target_size):
             return dict(self.plan)
-        budget = budget_of(self.shape, self.plan, weights)
+        budget = find_budget(self.source, self.plan, self.config)
         say(f"measuring the sensitivity of {len(budget.choices)} layers")
         batches = self.data.some_batches(model.config, min(weights.calibration_rows, SENSITIVITY_ROWS))
-        costs = measure_costs(model, budget.choices, batches, self.config.train.seed, say)
+        layers = {name: schemes for name, schemes in budget.choices.items() if is_inside(name)}
+        costs = measure_costs(model, layers, batches, self.config.train.seed, say)
+        tables = {name: schemes for name, schemes in budget.choices.items() if name not in layers}
+        if tables:
+            costs |= measure_table_costs(model, tables, batches[:TABLE_BATCHES])
         chosen = allocate(costs, budget.shapes, budget.bits, budget.rest_bits)
-        counts = Counter(scheme.bits for scheme in chosen.values())
-        say("layers: " + ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items())))
+        say(
+            "layers: "
+            + ", ".join(f"{count} in {name}" for name, count in Counter(map(name_of, chosen.values())).items())
+        )
         return self.plan | chosen
 
     def learner(self) -> LanguageModel:
         """Return the model whose codes are trained, starting from the chosen ones."""
-        chosen = read_artifact(self.folder / CHOSEN)
+        chosen = read_artifact(self.folder / self.chosen)
         with_weights = self.config.weights.learn == "weights"
         model = learner(self.original(), chosen.packed_state(), chosen.schemes, weights=with_weights)
         model.train()
@@ -108,9 +163,9 @@ class Codes:
 
     def keep_learned(self, fitted: Fitted) -> None:
         """Write the trained codes next to the chosen ones."""
-        chosen = read_artifact(self.folder / CHOSEN)
+        chosen = read_artifact(self.folder / self.chosen)
         write_artifact(
-            self.folder / LEARNED,
+            self.folder / self.learned,
             chosen.config,
             learned_state({name: tensor.cpu() for name, tensor in fitted.weights.items()}, chosen.schemes),
             files=self.data.files(),
@@ -121,7 +176,12 @@ class Codes:
 
     def result(self) -> Artifact:
         """Return the quantized model."""
-        return read_artifact(self.folder / (LEARNED if self.learns else CHOSEN))
+        return read_artifact(self.folder / (self.learned if self.learns else self.chosen))
+
+    def facts(self) -> Facts:
+        """Return what the report says of the stored model."""
+        result = self.result()
+        return Facts(stored_bytes(result), layer_bits(result, result.schemes), result.provenance.get("lost", {}))
 
     def write(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the quantized model into the run folder."""

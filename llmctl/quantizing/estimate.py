@@ -18,8 +18,8 @@ from llmctl.model.flops import Rows
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.training_memory import FLOAT_BYTES, activation_bytes
 from llmctl.quant.columns import PART_FLOATS
-from llmctl.quant.methods import Moments, method_of
-from llmctl.quant.schemes import SCHEMES, Scheme
+from llmctl.quant.methods import AnyScheme, Moments, method_of
+from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing.bit_allocation import schemes_like
 from llmctl.quantizing.calibrate import input_of
 from llmctl.tables.methods import METHODS
@@ -94,7 +94,7 @@ class Estimate:
 
 
 @torch.no_grad()
-def probe(method: str, scheme: Scheme) -> float:
+def probe(method: str, scheme: AnyScheme) -> float:
     """Return the seconds for the codes of a small matrix."""
     generator = torch.Generator().manual_seed(0)
     weight_OI = torch.randn(PROBE_SIZE, PROBE_SIZE, generator=generator)
@@ -127,7 +127,7 @@ def code_seconds(n_out: int, n_in: int, rates: Rates) -> float:
 
 def estimate(
     config: ModelConfig,
-    plan: Mapping[str, Scheme],
+    plan: Mapping[str, AnyScheme],
     weights: WeightsConfig,
     rows: Rows,
     *,
@@ -171,7 +171,7 @@ def estimate(
 
 def largest(
     config: ModelConfig,
-    plan: Mapping[str, Scheme],
+    plan: Mapping[str, AnyScheme],
     rows: Rows,
     rates: Rates,
     tokens: int,

@@ -27,26 +27,29 @@ def make_report(
     measured: Mapping[str, Mapping[str, float]],
     *,
     batch: Mapping[str, Tensor],
-    schemes: Mapping[str, Scheme],
     source: Artifact,
-    result: Artifact,
+    result_bytes: int,
+    result_layer_bits: float,
+    lost: Mapping[str, float],
     settings: QuantizeConfig,
     metric: str,
     device: torch.device,
+    is_ours: bool = True,
 ) -> Report:
-    """Return the report of a run; the models are `before` and `after`."""
+    """Return the report of a run; the models are `before` and `after`. is_ours: we run it, so that its speed is measured."""
     # With trained codes, the chosen ones are shown in between.
     sides: dict[str, dict[str, Any]] = {name: rounded(figures) for name, figures in measured.items()}
+    decoder, writes = None, None  # of the model afterwards
     for name, model in models.items():
+        sides[name] = {"bytes": stored_bytes(source) if name == "before" else result_bytes, **sides[name]}
+        if not is_ours:
+            continue
         give_table(model, Measured())  # the matmul kernels that are used in generation
         decoder = make_decoder(model)  # it takes over the weights: the model is not trained any more
         writes = writing_speed(model, batch, decoder)
-        sides[name] = {
-            "bytes": stored_bytes(source if name == "before" else result),
-            "tokens_per_second_reading": reading_speed(model, batch),
-            **({} if writes is None else {"tokens_per_second_writing": writes}),
-            **rounded(measured[name]),
-        }
+        sides[name]["tokens_per_second_reading"] = reading_speed(model, batch)
+        if writes is not None:
+            sides[name]["tokens_per_second_writing"] = writes
     n_parameters = models["after"].n_parameters
     record: dict[str, Any] = {
         "metric": metric,
@@ -54,9 +57,9 @@ def make_report(
         "method": settings.weights.method,
         "n_parameters": n_parameters,
         "bits_per_weight": 8 * sides["after"]["bytes"] / n_parameters,
-        "bits_per_weight_layers": layer_bits(result, schemes),
+        "bits_per_weight_layers": result_layer_bits,
         "models": sides,
-        "lost": result.provenance.get("lost", {}),
+        "lost": lost,
         "decoding": decoding_by(decoder) if writes is not None else None,
         "peak_memory_bytes": peak_memory_bytes(device),
     }
@@ -104,7 +107,8 @@ def render(record: Mapping[str, Any]) -> list[str]:
     lines = [row("", {name: name for name in sides})]
     sizes = {name: f"{side['bytes'] / 1e6:,.2f}" if "bytes" in side else "" for name, side in sides.items()}
     lines.append(row("MB", sizes))
-    lines.append(line("tokens/s reading", "tokens_per_second_reading", ",.0f"))
+    if "tokens_per_second_reading" in sides["after"]:
+        lines.append(line("tokens/s reading", "tokens_per_second_reading", ",.0f"))
     if "tokens_per_second_writing" in sides["after"]:
         lines.append(line("tokens/s writing", "tokens_per_second_writing", ",.1f"))
     measured = [name for name in ROWS if any(name in side for side in sides.values())]

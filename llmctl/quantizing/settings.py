@@ -8,14 +8,17 @@ from pathlib import Path
 from llmctl.artifacts.find import kind_of, needs_data
 from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import ModelConfig, QuantizeConfig
+from llmctl.config import MIXED, ModelConfig, QuantizeConfig, WeightsConfig
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
+from llmctl.formats.gguf.write import check_kind
 from llmctl.formats.quantization import HEAD, TOKEN_TABLES, packable_modules
 from llmctl.metrics.gate import parse_gate
 from llmctl.model.parameters import count
+from llmctl.quant.methods import AnyScheme
 from llmctl.quant.schemes import GROUPS, SCALE_BITS, SCHEMES, Scheme
 from llmctl.quantizing.bit_allocation import parse_size
+from llmctl.quantizing.gguf_plan import find_gguf_type, planned_blocks
 from llmctl.training.settings import check_shared, lr_for_size
 from llmctl.training.task_choice import choose_task
 
@@ -46,8 +49,12 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
     method = weights.method
     if method == "auto":
         scheme = SCHEMES[weights.scheme]
+        if weights.gguf:
+            weights = replace(weights, gguf=find_gguf_type(weights.gguf))
         # Activation quantization needs calibration data anyway.
-        wide = scheme.bits == 8 and not (scheme.activations or weights.target_bpw or weights.target_size)
+        wide = scheme.bits == 8 and not (
+            scheme.activations or weights.target_bpw or weights.target_size or weights.gguf
+        )
         method = "nearest" if wide else "guided"
     bare = has_only_states(artifact)
     loss = replace(
@@ -133,15 +140,34 @@ def check_quantize(config: QuantizeConfig) -> None:
             has_only_states(artifact) and not is_bare(artifact) and config.loss.name != "none",
             f"`loss.name` {config.loss.name} needs token predictions, `{config.model}` {what}: use none",
         ),
+        (
+            bool(weights.gguf) and method_is_ours(weights),
+            f"`weights.gguf` takes other methods than {weights.method}: nearest, clip, weighted, gptq, guided",
+        ),
+        (
+            (weights.gguf == MIXED) != bool(weights.gguf and weights.target_size),
+            "`weights.gguf` mixed and `weights.target_size` need each other",
+        ),
+        (
+            bool(weights.gguf) and bool(weights.target_bpw or weights.keep),
+            "`weights.gguf` takes no `weights.target_bpw` and no `weights.keep`",
+        ),
         (config.loss.name == "seq", "`loss.name` seq is for `llmctl distill`"),
         (bool(config.teacher.cache), "`teacher.cache` is for `llmctl distill`"),
         (config.loss.on_policy > 0, "`loss.on_policy` is for `llmctl distill`"),
     )
     if weights.target_size:
         parse_size(weights.target_size)
-    plan_of(artifact.config, config)
+    if weights.gguf:
+        check_kind(artifact.config, artifact.architecture, Path(config.model))
+    find_plan(artifact.config, config)
     if not config.data.paths and config.task != "text":
         raise needs_data(Path(config.model), artifact.config, config.task)
+
+
+def method_is_ours(weights: WeightsConfig) -> bool:
+    """Tell whether a method works only on our own schemes."""
+    return weights.method in ("learned", "hqq", "awq", "awq-gptq")
 
 
 def has_only_states(artifact: Artifact) -> bool:
@@ -150,10 +176,10 @@ def has_only_states(artifact: Artifact) -> bool:
     return is_bare(artifact) or (config.n_labels > 0 and config.head != "text")
 
 
-def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: QuantizeConfig) -> list[str]:
+def other_groups(model: ModelConfig, plan: Mapping[str, AnyScheme], config: QuantizeConfig) -> list[str]:
     """Return a line for every size of rows that the scheme's groups do not divide: what was taken instead."""
     wanted = SCHEMES[config.weights.scheme].group
-    if config.weights.group >= 0 or not wanted:
+    if config.weights.group >= 0 or not wanted or config.weights.gguf:  # the export tells it of a GGUF file
         return []
     modules = packable_modules(model)
     found: dict[tuple[int, int], int] = {}
@@ -168,8 +194,16 @@ def other_groups(model: ModelConfig, plan: Mapping[str, Scheme], config: Quantiz
     ]
 
 
+def find_plan(model: ModelConfig, config: QuantizeConfig) -> dict[str, AnyScheme]:
+    """Return the scheme of every module to quantize, before bits are allocated.
+
+    Raises: UsageError as `plan_of`.
+    """
+    return dict(planned_blocks(model, config.weights.gguf) if config.weights.gguf else plan_of(model, config))
+
+
 def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:
-    """Return the scheme of every module to quantize; a tied head is quantized with the embedding.
+    """Return our scheme of every module to quantize; a tied head is quantized with the embedding.
 
     Raises: UsageError for a group size that does not divide a layer's inputs, or if nothing is left to quantize.
     """

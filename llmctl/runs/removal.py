@@ -65,7 +65,7 @@ def not_written(folder: Path) -> list[str]:
 WRITTEN = (
     ".lock", "run.json", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "loss.svg", "README.md", "report.json",
     "checkpoints", "data", "parts", "base-int4",
-    WEIGHTS, INDEX, CONFIG, ADAPTER_CONFIG, "adapter_model.safetensors",
+    WEIGHTS, "model.gguf", INDEX, CONFIG, ADAPTER_CONFIG, "adapter_model.safetensors",
 )  # fmt: skip
 """The names of what runs write, besides the small files of a model."""
 PART = re.compile(r"model-\d+-of-\d+\.safetensors|\..*\.tmp|\.nfs\w+")

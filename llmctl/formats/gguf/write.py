@@ -4,6 +4,9 @@ The inverse of `gguf_model.py`; the container is written by the package `gguf`, 
 Nothing is believed of the result here: `converting/gguf_check.py` reads it back.
 """
 
+import math
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
     from llmctl.quant.grid import Codes
 
 ALIGNMENT = 32
+ENTRY_BYTES = 64
+"""Bytes of a tensor's entry in the header at most, without its name."""
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
@@ -126,14 +131,21 @@ def obstacle_in(config: ModelConfig) -> str:
     return f"is of another block than Llama's ({describe(config, names)})"
 
 
-def model_values(
-    config: ModelConfig, kind: str, general: Mapping[str, str], *, pooling: str = "mean"
-) -> dict[str, Any]:
+def file_type(config: ModelConfig, plan: Mapping[str, Planned]) -> int:
+    """Return llama.cpp's number of a whole file: that of the blocks which most of the layers' weights are in."""
+    shapes, counts = parameter_shapes(config), Counter[str]()
+    for there, names in tensor_names(config, architecture_for(config)).items():
+        if there.startswith("blk."):
+            counts[plan[there].wanted] += sum(math.prod(shapes[name]) for name in names)
+    most = counts.most_common(1)[0][0]
+    return next(row.number for row in TYPES.values() if row.block == most)
+
+
+def model_values(config: ModelConfig, general: Mapping[str, str], *, pooling: str = "mean") -> dict[str, Any]:
     """Return the metadata of a model; `general` are names and license without their prefix, `pooling` an encoder's."""
     values: dict[str, Any] = {f"general.{key}": text for key, text in general.items()}
     values |= {
         "general.type": "model",
-        "general.file_type": TYPES[kind].number,
         "general.quantization_version": QUANTIZATION_VERSION,
     }
     sizes: dict[str, Any] = {
@@ -251,6 +263,21 @@ def write_gguf(
     finally:
         writer.close()
     return written
+
+
+def metadata_bytes(values: Mapping[str, Any], architecture: str) -> int:
+    """Return the bytes of a file's metadata."""
+    gguf = gguf_module()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metadata.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_custom_alignment(ALIGNMENT)
+        for key, value in values.items():
+            put(writer, key, value)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return path.stat().st_size
 
 
 def gguf_module() -> Any:

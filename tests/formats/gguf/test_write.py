@@ -12,6 +12,7 @@ from llmctl.formats.gguf.write import (
     TYPES,
     check_kind,
     encoded,
+    file_type,
     find_type,
     model_values,
     paired,
@@ -48,7 +49,7 @@ def write(path, model, kind):
         path,
         model.config,
         model.state_dict(),
-        model_values(model.config, kind, {"name": "x"}),
+        model_values(model.config, {"name": "x"}),
         plan_blocks(model.config, kind),
         {},
     )
@@ -111,8 +112,8 @@ def test_only_llamas_queries_and_keys_are_reordered(tmp_path):
 
 def test_metadata_is_what_llama_cpp_needs():
     config = model_of(n_kv_heads=2).config
-    values = model_values(config, "q4_K", {"name": "x"})
-    assert values["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_K_S
+    values = model_values(config, {"name": "x"})
+    assert file_type(config, plan_blocks(config, "q4_K")) == gguf.LlamaFileType.MOSTLY_Q4_K_S
     keys = gguf.Keys
     for key, value in {
         keys.LLM.CONTEXT_LENGTH: 64,

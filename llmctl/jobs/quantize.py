@@ -11,6 +11,7 @@ from llmctl.artifacts.load import is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.benchmarking.compiled_step_check import prepare_library
 from llmctl.config import QuantizeConfig
+from llmctl.converting.export_gguf import prepare
 from llmctl.converting.export_gguf import report as report_gguf
 from llmctl.distilling import teacher_data
 from llmctl.distilling.build_objective import build_objective
@@ -163,14 +164,15 @@ def closing(
 
 
 def check(config: QuantizeConfig) -> None:
-    """Refuse settings that contradict each other, and a size that cannot be reached.
+    """Refuse settings that contradict each other, a size that cannot be reached, and a model that GGUF cannot represent.
 
-    Raises: UsageError.
+    Raises: UsageError, ArtifactError.
     """
     check_quantize(config)
-    weights = config.weights
+    weights, source = config.weights, read_model(Path(config.model))
+    if weights.gguf:
+        prepare(source, Path(config.model))
     if weights.target_bpw or weights.target_size:
-        source = read_model(Path(config.model))
         check_budget(*find_budget(source, find_plan(source.config, config), config))
 
 

@@ -5,7 +5,7 @@ Allocates no model and reads no data.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from llmctl.config import ModelConfig, WeightsConfig
 from llmctl.formats.quantization import is_inside
 from llmctl.model.fisher import CHUNK_TOKENS, PART_TOKENS
 from llmctl.model.flops import Rows
-from llmctl.model.parameters import parameter_shapes
+from llmctl.model.parameters import Shape, parameter_shapes
+from llmctl.model.predicted_weights import MOST_FEATURES
 from llmctl.model.training_memory import FLOAT_BYTES, activation_bytes
 from llmctl.quant.columns import PART_FLOATS
 from llmctl.quant.methods import AnyScheme, Moments, method_of
 from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing.bit_allocation import schemes_like
-from llmctl.quantizing.calibrate import input_of
+from llmctl.quantizing.calibrate import FISHER_ROWS, input_of
 from llmctl.tables.methods import METHODS
 
 UTILIZATION = 0.6
@@ -155,7 +156,8 @@ def estimate(
             min(tokens, 32 * rows.n_tokens) * ((4 + 2 * n_candidates) * n_block + 4 * n_head) / passes
         )
     if row.weighs:
-        seconds["Fisher information"] = tokens * 4 * (n_block + n_head) / passes
+        few = min(tokens, FISHER_ROWS * rows.n_tokens)
+        seconds["Fisher information"] = few * (4 * (n_block + n_head) / passes + 2 * sums(shapes, inside) / products)
     if sees_data:
         # Layers with one input share its moments.
         squares = sum({input_of(name): shapes[f"{name}.weight"][1] ** 2 for name in inside}.values())
@@ -167,6 +169,12 @@ def estimate(
     memory = {"this process": process_bytes, "weights": FLOAT_BYTES * parameters}
     memory |= largest(config, plan, rows, rates, tokens, weighs=row.weighs)
     return Estimate(parameters, tokens, report_tokens, memory, seconds)
+
+
+def sums(shapes: Mapping[str, Shape], names: Iterable[str]) -> int:
+    """Return the numbers in the normal equations of `model/predicted_weights.py`."""
+    widths = {input_of(name): min(shapes[f"{name}.weight"][1], MOST_FEATURES) + 2 for name in names}
+    return sum(width * width for width in widths.values())
 
 
 def largest(
@@ -198,6 +206,7 @@ def largest(
         converted = 0 if rates.pass_bytes == FLOAT_BYTES else rates.pass_bytes * n_weights
         found["backward pass"] = (
             converted
+            + FLOAT_BYTES * sums(shapes, [name for name in plan if is_inside(name)])
             + activation_bytes(config, rows, n_rows, rates.pass_bytes)
             + HEAD_BYTES * CHUNK_TOKENS * config.vocab_size
         )

@@ -50,7 +50,7 @@ def planned_blocks(config: ModelConfig, kind: str) -> dict[str, BlockScheme]:
 def candidates(width: int) -> list[AnyScheme]:
     """Return the formats of rows of this width, the smallest first; none that is larger than another and no better."""
     fitting = [scheme for scheme in BLOCK_SCHEMES.values() if scheme.fits(width)]
-    dropped = {"Q4_0", "Q4_1"} | ({"IQ4_NL", "Q5_0", "Q5_1"} if width % 256 == 0 else set())
+    dropped = {"Q4_0"} | ({"IQ4_NL", "Q4_1", "Q5_0", "Q5_1"} if width % 256 == 0 else set())
     kept: list[AnyScheme] = [scheme for scheme in fitting if scheme.name not in dropped]
     return sorted(kept, key=lambda scheme: scheme.size_bits(1, width))
 

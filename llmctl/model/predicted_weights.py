@@ -1,0 +1,126 @@
+"""Predict how much errors at a position matter from what a layer reads there: Fisher information of a few rows serves many.
+
+Most of the importance of a position follows from its state, and what a sampled gradient adds is noise. SmolLM2-135M at 4 bits,
+128 rows: gradients of 32 rows, predicted for all, give 0.988 +- 0.013 of the KL of gradients of all of them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmctl.model.fisher import POWER, Hook, listen
+from llmctl.model.importance import Batches
+from llmctl.model.transformer import LanguageModel
+
+MOST_FEATURES = 768
+"""Channels of a layer's input that are used as they are; wider inputs are projected to as many."""
+
+RIDGE = 0.01
+"""Ridge of the regression, as a fraction of the mean square of its features."""
+
+
+class Predictor(NamedTuple):
+    """A regression of the logarithm of the weights on a layer's inputs, (F,); predictions stay within what was seen."""
+
+    coefficients_F: Tensor
+    low: float
+    high: float
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Return the weight of every position (N,) of inputs (..., I)."""
+        return (features(inputs) @ self.coefficients_F).clamp_(self.low, self.high).exp_()
+
+
+def features(inputs: Tensor) -> Tensor:
+    """Return the features (N, F) of inputs (..., I): their direction, the logarithm of their length, and 1."""
+    rows_NI = inputs.detach().flatten(0, -2).float()
+    length_N1 = rows_NI.norm(dim=1, keepdim=True).clamp_(min=1e-9)
+    wide_NF = rows_NI / length_N1 * rows_NI.shape[1] ** 0.5
+    if rows_NI.shape[1] > MOST_FEATURES:
+        generator = torch.Generator().manual_seed(0)
+        projection_IF = torch.randn(rows_NI.shape[1], MOST_FEATURES, generator=generator) / MOST_FEATURES**0.5
+        wide_NF = wide_NF @ projection_IF.to(wide_NF.device)
+    return torch.cat([wide_NF, length_N1.log(), torch.ones_like(length_N1)], dim=1)
+
+
+class _Unit:
+    """The regression of layers with the same input: the sums of its normal equations."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = set(names)
+        self.inputs: Tensor | None = None
+        self.logs: dict[str, Tensor] = {}
+        self.square_FF: Tensor | None = None
+        self.product_F: Tensor = torch.zeros(0)
+        self.low, self.high, self.total, self.count = torch.inf, -torch.inf, 0.0, 0
+        self.is_sound = True
+
+    def read(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Keep a layer's input until its gradients are known (a forward hook)."""
+        self.add()
+        self.inputs, self.logs = args[0].detach(), {}
+
+    def hook_of(self, name: str) -> Hook:
+        """Return the hook that takes the mean square of a layer's output gradient at every position."""
+
+        def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
+            squares_N = grads[0].flatten(0, -2).float().square().mean(dim=1)
+            self.is_sound = self.is_sound and bool((squares_N > 0).all())
+            self.logs[name] = squares_N.clamp_(min=1e-38).log_().mul_(POWER)
+
+        return hook
+
+    def add(self) -> None:
+        """Add the positions of one pass to the sums."""
+        if self.inputs is None or not self.logs:
+            return
+        self.is_sound = self.is_sound and set(self.logs) == self.names
+        x_NF, y_N = features(self.inputs), torch.stack(list(self.logs.values())).mean(dim=0)
+        if self.square_FF is None:
+            self.square_FF, self.product_F = x_NF.new_zeros(x_NF.shape[1], x_NF.shape[1]), x_NF.new_zeros(x_NF.shape[1])
+        self.square_FF.addmm_(x_NF.T, x_NF)
+        self.product_F += x_NF.T @ y_N
+        self.low, self.high = min(self.low, float(y_N.min())), max(self.high, float(y_N.max()))
+        self.total, self.count = self.total + float(y_N.sum()), self.count + len(y_N)
+        self.inputs = None
+
+    def solved(self) -> Predictor:
+        """Return the regression; the geometric mean of the weights is 1."""
+        assert self.square_FF is not None
+        mean = self.total / self.count
+        product_F = self.product_F - mean * self.square_FF[:, -1]  # its last feature is 1
+        diagonal_F = self.square_FF.diagonal()
+        diagonal_F += RIDGE * diagonal_F.mean()
+        coefficients_F = torch.linalg.solve(self.square_FF.double(), product_F.double()).float()
+        return Predictor(coefficients_F, self.low - mean, self.high - mean)
+
+
+def predictors(
+    model: LanguageModel,
+    units: Mapping[Any, Iterable[str]],
+    batches: Batches,
+    *,
+    seed: int = 0,
+    done: Callable[[int], None] = lambda _: None,
+) -> dict[str, Predictor] | None:
+    """Return what predicts the weights of every layer, fitted to the gradients of some batches; the model is not changed.
+
+    units: layers with the same input, which share one. None if at some positions no prediction depends on a layer, such as at
+    padding: that is not a matter of its inputs. A layer that no prediction depends on at all has none.
+    """
+    found = {key: _Unit(names) for key, names in units.items()}
+    hooks = {name: unit.hook_of(name) for unit in found.values() for name in unit.names}
+    handles = [model.get_submodule(min(unit.names)).register_forward_pre_hook(unit.read) for unit in found.values()]
+    try:
+        listen(model, hooks, batches, done, seed)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for unit in found.values():
+        unit.add()
+    used = [unit for unit in found.values() if unit.count]
+    if not all(unit.is_sound for unit in used):
+        return None
+    return {name: predictor for unit in used for predictor in [unit.solved()] for name in unit.names}

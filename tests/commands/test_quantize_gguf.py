@@ -1,0 +1,112 @@
+"""`llmctl quantize --to gguf`: a file whose blocks are chosen by data, at most as large as asked for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmctl.cli import run
+from llmctl.converting.convert import read_gguf
+from llmctl.formats.gguf.container import read_gguf_header
+
+pytest.importorskip("gguf", reason="pip install gguf")
+
+TINY = [
+    "--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "train.device=cpu",
+    "--set", "weights.calibration_rows=8",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    text = "\n\n".join(f"the good cat {i} sat on a bad mat. 猫坐在垫子上。" * 3 for i in range(60))
+    Path("text.txt").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def quantize(source: Path, *more: str, out: str = "small.gguf") -> int:
+    return run(["quantize", str(source), "--to", "gguf", "--calib", "text.txt", *TINY, "-q", "-f", "-o", out, *more])
+
+
+def report(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out)["report"]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "iq4_nl", "q5_1", "q8_0"])
+def test_codes_chosen_by_data_are_nearer_to_the_model_than_the_nearest(teachers, capsys, kind):
+    kl = {}
+    for method in ("nearest", "guided"):
+        assert quantize(teachers["decoder"], "--type", kind, "--method", method, "--json") == 0
+        found = report(capsys)
+        assert found["gguf"]["proof"]["tensors_equal"] > 0
+        assert found["models"]["after"]["bytes"] == Path("small.gguf").stat().st_size
+        kl[method] = found["models"]["after"]["kl"]
+    assert 0 < kl["guided"] < kl["nearest"]
+
+
+def test_what_is_measured_is_what_is_in_the_file(teachers, capsys):
+    assert quantize(teachers["decoder"], "--type", "iq4_nl", out="run") == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path == Path("run/model.gguf")
+    _, state, _, _ = read_gguf(path)
+    assert run(["import", str(path), "-o", "back", "-q"]) == 0
+    assert run(["evaluate", "back", "-d", "text.txt", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    blocks = {name: tensor.block.name for name, tensor in read_gguf_header(path).tensors.items()}
+    assert blocks["blk.0.ffn_down.weight"] == "IQ4_NL"
+
+
+def test_types_are_mixed_within_a_size(teachers, capsys):
+    sizes, kl = (72, 90), []
+    assert quantize(teachers["decoder"], "--type", "q8_0", "--json") == 0
+    whole = report(capsys)["models"]["after"]["bytes"]
+    for share in sizes:
+        target = whole * share // 100
+        assert quantize(teachers["decoder"], "--target-size", f"{target / 1000}kB", "--json") == 0
+        found = report(capsys)
+        assert found["gguf"]["type"] == "mixed"
+        assert 0.85 * target < found["models"]["after"]["bytes"] <= target
+        kl.append(found["models"]["after"]["kl"])
+        tensors = read_gguf_header(Path("small.gguf")).tensors
+        for layer in range(2):  # multiplied as one
+            names = [f"blk.{layer}.attn_{part}.weight" for part in "qkv"]
+            assert len({tensors[name].block for name in names}) == 1
+    assert kl[1] < kl[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--type", "q9_0"], "q9_0"),
+        (["--type", "f16"], "f16 is not quantized"),
+        (["--type", "mixed"], "need each other"),
+        (["--type", "q4_0", "--target-size", "1MB"], "need each other"),
+        (["--target-size", "1kB"], "smallest possible"),
+        (["--type", "q4_0", "--method", "hqq"], "hqq"),
+        (["--type", "q4_0", "--method", "learned"], "learned"),
+        (["--type", "q4_0", "--target-bpw", "4.5"], "--target-bpw"),
+        (["--type", "q4_0", "-o", "small.safetensors"], "X.gguf"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(teachers, capsys, options, message):
+    assert quantize(teachers["decoder"], *options) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("small.gguf").exists()
+    assert not Path("runs").exists()
+
+
+def test_other_commands_write_no_such_file(teachers, capsys):
+    calls = {
+        "--type": ["quantize", str(teachers["decoder"]), "--type", "q4_0"],
+        "is not supported": ["quantize", str(teachers["decoder"]), "--to", "onnx"],
+        "X.safetensors": ["pretrain", "--steps", "1", "-q", "-o", "m.gguf"],
+        "WordPiece": ["quantize", str(teachers["bert"]), "--to", "gguf", "--calib", "text.txt"],
+        "encoder-decoder": ["quantize", str(teachers["encoder_decoder"]), "--to", "gguf", "--calib", "text.txt"],
+    }
+    for message, call in calls.items():
+        assert run(call) in (1, 2, 4), message
+        assert message in capsys.readouterr().err
+    assert not Path("m.gguf").exists()

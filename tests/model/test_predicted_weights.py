@@ -1,0 +1,64 @@
+"""The importance of positions as a function of a layer's inputs: less noise than what it was fitted to."""
+
+import torch
+
+from llmctl.model.fisher import token_weights
+from llmctl.model.predicted_weights import MOST_FEATURES, RIDGE, features, predictors
+from tests.model.test_fisher import MAP, batch, decoder
+
+GATE, UP = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
+
+
+def labeled(n_rows: int, seed: int) -> dict[str, torch.Tensor]:
+    """Return rows whose every position has a label."""
+    given = batch(n_rows, seed)
+    return given | {"labels": given["input_ids_BT"]}
+
+
+def inputs_of(model, name, given) -> torch.Tensor:
+    found = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    with torch.no_grad():
+        model(given["input_ids_BT"])
+    handle.remove()
+    return found[0]
+
+
+def test_predictions_are_a_regression_of_the_logarithm_of_the_weights() -> None:
+    model, given, others = decoder(), labeled(64, seed=1), labeled(8, seed=5)
+    found = predictors(model, {"mlp": [GATE, UP]}, [given])
+    assert found is not None
+    assert found[GATE] is found[UP]
+    drawn = token_weights(model, [GATE, UP], [given])
+    logs_N = torch.stack([drawn[name][0].double().log() for name in (GATE, UP)]).mean(dim=0)
+    x_NF = features(inputs_of(model, GATE, given)).double()
+    square_FF = x_NF.T @ x_NF
+    square_FF += RIDGE * square_FF.diagonal().mean() * torch.eye(len(square_FF))
+    wanted = features(inputs_of(model, GATE, others)).double() @ torch.linalg.solve(
+        square_FF, x_NF.T @ (logs_N - logs_N.mean())
+    )
+    low, high = (logs_N - logs_N.mean()).aminmax()
+    torch.testing.assert_close(
+        found[GATE](inputs_of(model, GATE, others)).double().log(), wanted.clamp(low, high), rtol=0.02, atol=0.05
+    )
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_positions_that_nothing_depends_on_are_not_predicted() -> None:
+    assert predictors(decoder(), {"mlp": [GATE, UP]}, [batch()]) is None  # no label at the last
+
+
+def test_a_layer_that_nothing_depends_on_has_none() -> None:
+    model = decoder()
+    model.unused = torch.nn.Linear(2, 2)
+    found = predictors(model, {"a": ["unused"], "b": [MAP]}, [labeled(3, seed=1)])
+    assert found is not None
+    assert set(found) == {MAP}
+
+
+def test_wide_inputs_are_projected() -> None:
+    inputs = torch.randn(2, 5, 2 * MOST_FEATURES, generator=torch.Generator().manual_seed(0))
+    assert features(inputs).shape == (10, MOST_FEATURES + 2)
+    assert torch.equal(features(inputs), features(inputs.clone()))
+    torch.testing.assert_close(features(inputs[:, :2]), features(inputs).view(2, 5, -1)[:, :2].flatten(0, 1))
+    assert features(inputs[..., :7]).shape == (10, 9)

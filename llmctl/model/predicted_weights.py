@@ -21,6 +21,10 @@ RIDGE = 0.01
 """Ridge of the regression, as a fraction of the mean square of its features."""
 
 
+MOST_UNUSED = 0.05
+"""The largest fraction of positions that no prediction depends on, such as the last of every row."""
+
+
 class Predictor(NamedTuple):
     """A regression of the logarithm of the weights on a layer's inputs, (F,); predictions stay within what was seen."""
 
@@ -55,7 +59,7 @@ class _Unit:
         self.square_FF: Tensor | None = None
         self.product_F: Tensor = torch.zeros(0)
         self.low, self.high, self.total, self.count = torch.inf, -torch.inf, 0.0, 0
-        self.is_sound = True
+        self.n_unused, self.is_complete = 0, True
 
     def read(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keep a layer's input until its gradients are known (a forward hook)."""
@@ -67,8 +71,7 @@ class _Unit:
 
         def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
             squares_N = grads[0].flatten(0, -2).float().square().mean(dim=1)
-            self.is_sound = self.is_sound and bool((squares_N > 0).all())
-            self.logs[name] = squares_N.clamp_(min=1e-38).log_().mul_(POWER)
+            self.logs[name] = squares_N.log_().mul_(POWER)
 
         return hook
 
@@ -76,15 +79,24 @@ class _Unit:
         """Add the positions of one pass to the sums."""
         if self.inputs is None or not self.logs:
             return
-        self.is_sound = self.is_sound and set(self.logs) == self.names
+        self.is_complete = self.is_complete and set(self.logs) == self.names
         x_NF, y_N = features(self.inputs), torch.stack(list(self.logs.values())).mean(dim=0)
+        is_used_N = y_N.isfinite()  # the logarithm of 0 is where no prediction depends on the layer
+        self.n_unused += len(y_N) - int(is_used_N.sum())
+        x_NF, y_N, self.inputs = x_NF[is_used_N], y_N[is_used_N], None
+        if not len(y_N):
+            return
         if self.square_FF is None:
             self.square_FF, self.product_F = x_NF.new_zeros(x_NF.shape[1], x_NF.shape[1]), x_NF.new_zeros(x_NF.shape[1])
         self.square_FF.addmm_(x_NF.T, x_NF)
         self.product_F += x_NF.T @ y_N
         self.low, self.high = min(self.low, float(y_N.min())), max(self.high, float(y_N.max()))
         self.total, self.count = self.total + float(y_N.sum()), self.count + len(y_N)
-        self.inputs = None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether weights follow from inputs: at nearly all positions some prediction depends on every layer."""
+        return self.is_complete and self.n_unused <= MOST_UNUSED * (self.n_unused + self.count)
 
     def solved(self) -> Predictor:
         """Return the regression; the geometric mean of the weights is 1."""
@@ -107,7 +119,7 @@ def predictors(
 ) -> dict[str, Predictor] | None:
     """Return what predicts the weights of every layer, fitted to the gradients of some batches; the model is not changed.
 
-    units: layers with the same input, which share one. None if at some positions no prediction depends on a layer, such as at
+    units: layers with the same input, which share one. None if at many positions no prediction depends on a layer, such as at
     padding: that is not a matter of its inputs. A layer that no prediction depends on at all has none.
     """
     found = {key: _Unit(names) for key, names in units.items()}

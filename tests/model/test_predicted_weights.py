@@ -2,6 +2,7 @@
 
 import torch
 
+from llmctl.model import predicted_weights
 from llmctl.model.fisher import token_weights
 from llmctl.model.predicted_weights import MOST_FEATURES, RIDGE, features, predictors
 from tests.model.test_fisher import MAP, batch, decoder
@@ -44,8 +45,15 @@ def test_predictions_are_a_regression_of_the_logarithm_of_the_weights() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-def test_positions_that_nothing_depends_on_are_not_predicted() -> None:
-    assert predictors(decoder(), {"mlp": [GATE, UP]}, [batch()]) is None  # no label at the last
+def test_rows_with_many_positions_that_nothing_depends_on_are_not_predicted(monkeypatch) -> None:
+    units, rows = {"mlp": [GATE, UP]}, [batch()]  # no label at the last of 7
+    assert predictors(decoder(), units, rows) is None
+    monkeypatch.setattr(predicted_weights, "MOST_UNUSED", 0.2)
+    found = predictors(decoder(), units, rows)
+    assert found is not None  # the others are used
+    whole = predictors(decoder(), units, [{name: tensor[:, :6] for name, tensor in rows[0].items()}])
+    assert whole is not None
+    torch.testing.assert_close(found[GATE].coefficients_F, whole[GATE].coefficients_F, rtol=1e-3, atol=1e-4)
 
 
 def test_a_layer_that_nothing_depends_on_has_none() -> None:

@@ -607,7 +607,7 @@ class WeightsConfig:
     keep: tuple[str, ...] = listed((), "modules to leave unquantized, by name patterns such as model.layers.0.*")
     calibration_rows: int = setting(128, "training rows used for calibration")
     report_tokens: int = setting(
-        8192, "validation tokens, in evenly spaced rows, of the report before and after; 0, and for learned: all"
+        4096, "validation tokens, in evenly spaced rows, of the report before and after; 0, and for learned: all"
     )
 
 

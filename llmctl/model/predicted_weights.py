@@ -34,7 +34,13 @@ class Predictor(NamedTuple):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the weight of every position (N,) of inputs (..., I)."""
-        return (features(inputs) @ self.coefficients_F).clamp_(self.low, self.high).exp_()
+        with exact(inputs):
+            return (features(inputs) @ self.coefficients_F).clamp_(self.low, self.high).exp_()
+
+
+def exact(tensor: Tensor) -> torch.autocast:
+    """Return a context without autocast: sums of products of logarithms need float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def features(inputs: Tensor) -> Tensor:
@@ -77,13 +83,17 @@ class _Unit:
 
     def add(self) -> None:
         """Add the positions of one pass to the sums."""
-        if self.inputs is None or not self.logs:
-            return
+        if self.inputs is not None and self.logs:
+            with exact(self.inputs):
+                self._add(self.inputs)
+            self.inputs = None
+
+    def _add(self, inputs: Tensor) -> None:
         self.is_complete = self.is_complete and set(self.logs) == self.names
-        x_NF, y_N = features(self.inputs), torch.stack(list(self.logs.values())).mean(dim=0)
+        x_NF, y_N = features(inputs), torch.stack(list(self.logs.values())).mean(dim=0)
         is_used_N = y_N.isfinite()  # the logarithm of 0 is where no prediction depends on the layer
         self.n_unused += len(y_N) - int(is_used_N.sum())
-        x_NF, y_N, self.inputs = x_NF[is_used_N], y_N[is_used_N], None
+        x_NF, y_N = x_NF[is_used_N], y_N[is_used_N]
         if not len(y_N):
             return
         if self.square_FF is None:

@@ -45,6 +45,19 @@ def test_predictions_are_a_regression_of_the_logarithm_of_the_weights() -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def test_sums_are_in_float32_also_where_the_model_runs_in_bfloat16() -> None:
+    model, given = decoder(), labeled(64, seed=1)
+    whole = predictors(model, {"mlp": [GATE, UP]}, [given])
+    inputs = inputs_of(model, GATE, given)
+    assert whole is not None
+    weights = whole[GATE](inputs)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert torch.equal(whole[GATE](inputs), weights)
+        narrow = predictors(model, {"mlp": [GATE, UP]}, [given])
+    assert narrow is not None
+    torch.testing.assert_close(narrow[GATE](inputs).log(), weights.log(), rtol=0.02, atol=0.1)
+
+
 def test_rows_with_many_positions_that_nothing_depends_on_are_not_predicted(monkeypatch) -> None:
     units, rows = {"mlp": [GATE, UP]}, [batch()]  # no label at the last of 7
     assert predictors(decoder(), units, rows) is None

@@ -9,8 +9,8 @@ from llmctl.model.importance import read
 from llmctl.model.transformer import LanguageModel
 
 
-class _CaughtError(Exception):
-    """Raised to stop a forward pass once a block's inputs have been captured."""
+class CaughtError(Exception):
+    """Raised to stop a forward pass once what it is run for has been captured."""
 
 
 def chains(model: LanguageModel) -> Iterator[tuple[str, list[nn.Module]]]:
@@ -38,12 +38,12 @@ def catch(model: LanguageModel, block: nn.Module, batch: Mapping[str, Tensor]) -
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         caught.append(args)
-        raise _CaughtError
+        raise CaughtError
 
     handle = block.register_forward_pre_hook(hook)
     try:
         read(model, batch)
-    except _CaughtError:
+    except CaughtError:
         pass
     finally:
         handle.remove()

@@ -5,6 +5,7 @@ Memory holds the input moments of one block and the hidden states of the calibra
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from llmctl.model.importance import Batches, read
 from llmctl.model.parameters import IN_EXPERTS
 from llmctl.model.predicted_weights import Predictor, predictors
 from llmctl.model.stack import Block
-from llmctl.model.streams import catch, chains, linears, names_of, run
+from llmctl.model.streams import CaughtError, catch, chains, linears, names_of, run
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes
@@ -238,9 +239,18 @@ def observe(
     moments: dict[str, Moments] = {}
     last: list[tuple[Tensor, list[Tensor] | Predictor | None, Moments]] = []
     seen: Counter[str] = Counter()
+    order: list[str] = []
+    names = [name for name, _ in linears(block)]
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            take(module, name, args)
+            if len(order) < len(names):
+                order.append(name)
+            elif name == order[-1] and sorted(order) == sorted(names):
+                raise CaughtError  # nothing more is read: the product of the last layer is not needed
+
+        def take(module: nn.Module, name: str, args: tuple[Tensor, ...]) -> None:
             own = weights.get(name)
             if last and last[0][0] is args[0] and last[0][1] is own:
                 moments[name] = last[0][2]
@@ -259,7 +269,8 @@ def observe(
     handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in linears(block)]
     try:
         for stream in streams:
-            run(block, stream)
+            with suppress(CaughtError):
+                run(block, stream)
     finally:
         for handle in handles:
             handle.remove()

@@ -102,7 +102,7 @@ def test_perplexity_of_wikitext_2(model, tokenizer, reference, shared_data, figu
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "kl"), [("q8_0", 8.51, 0.003), ("q4_1", 5.75, 1e-6), ("q4_K", 5.95, 0.09), ("f16", 16.01, 1e-4)]
+    ("kind", "bits", "kl"), [("q8_0", 8.51, 0.003), ("q4_1", 5.75, 1e-6), ("q4_K", 5.36, 0.15), ("f16", 16.01, 1e-4)]
 )
 def test_out_as_gguf_and_in_again(kind, bits, kl, folder, model, tmp_path, load, figure):
     pytest.importorskip("gguf", reason="pip install gguf")
@@ -123,4 +123,4 @@ def test_out_as_gguf_and_in_again(kind, bits, kl, folder, model, tmp_path, load,
     assert int(found[-1].argmax()) == int(wanted[-1].argmax())
     if kind == "q4_1":  # it came as Q4_1: the search finds the grid that its weights are on
         assert proof["logits_max_difference"] == 0
-        assert torch.allclose(found, wanted, atol=1e-2)
+        assert torch.equal(found, wanted)

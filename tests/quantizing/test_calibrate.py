@@ -63,3 +63,19 @@ def test_layers_with_one_input_share_its_weights():
     assert found["self_attn.q_proj"] == found["self_attn.k_proj"] == [0.5] * 3
     assert found["cross_attn.q_proj"] == [2.0] * 5
     assert found["cross_attn.k_proj"] == found["cross_attn.v_proj"] == [3.5] * 3
+
+
+@torch.no_grad()
+def test_a_pass_that_observes_ends_at_the_last_layer_and_sees_all_inputs():
+    model, batches = model_and_batches()
+    block = model.stacks()[-1].layers[0]
+    streams = [module.catch(model, block, batch) for batch in batches]
+    ended: list[int] = []
+    handle = block.mlp.down_proj.register_forward_hook(lambda *_: ended.append(1))
+    found = module.observe(block, streams, {})
+    handle.remove()
+    assert len(ended) == 1 < len(batches)  # the first pass shows which is the last
+    for name, _ in module.linears(block):
+        rows = inputs_of(model, f"model.layers.0.{name}", batches)
+        assert found[name].count == len(rows)
+        torch.testing.assert_close(found[name].mean, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-5)

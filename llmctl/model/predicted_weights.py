@@ -61,7 +61,8 @@ class _Unit:
     def __init__(self, names: Iterable[str]) -> None:
         self.names = set(names)
         self.inputs: Tensor | None = None
-        self.logs: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
         self.square_FF: Tensor | None = None
         self.product_F: Tensor = torch.zeros(0)
         self.low, self.high, self.total, self.count = torch.inf, -torch.inf, 0.0, 0
@@ -70,27 +71,29 @@ class _Unit:
     def read(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Keep a layer's input until its gradients are known (a forward hook)."""
         self.add()
-        self.inputs, self.logs = args[0].detach(), {}
+        self.inputs, self.weights = args[0].detach(), {}
 
     def hook_of(self, name: str) -> Hook:
         """Return the hook that takes the mean square of a layer's output gradient at every position."""
 
         def hook(_: nn.Module, __: Any, grads: tuple[Tensor, ...]) -> None:
-            squares_N = grads[0].flatten(0, -2).float().square().mean(dim=1)
-            self.logs[name] = squares_N.log_().mul_(POWER)
+            self.weights[name] = grads[0].flatten(0, -2).float().square().mean(dim=1).pow_(POWER)
 
         return hook
 
     def add(self) -> None:
         """Add the positions of one pass to the sums."""
-        if self.inputs is not None and self.logs:
+        if self.inputs is not None and self.weights:
             with exact(self.inputs):
                 self._add(self.inputs)
             self.inputs = None
 
     def _add(self, inputs: Tensor) -> None:
-        self.is_complete = self.is_complete and set(self.logs) == self.names
-        x_NF, y_N = features(inputs), torch.stack(list(self.logs.values())).mean(dim=0)
+        self.is_complete = self.is_complete and set(self.weights) == self.names
+        for name, weights_N in self.weights.items():  # to weights of a mean of 1, known well enough from one pass
+            self.scales.setdefault(name, weights_N.mean().clamp(min=1e-30))
+        shares = [weights_N / self.scales[name] for name, weights_N in self.weights.items()]
+        x_NF, y_N = features(inputs), torch.stack(shares).mean(dim=0).log()
         is_used_N = y_N.isfinite()  # the logarithm of 0 is where no prediction depends on the layer
         self.n_unused += len(y_N) - int(is_used_N.sum())
         x_NF, y_N = x_NF[is_used_N], y_N[is_used_N]

@@ -3,10 +3,12 @@
 import torch
 
 from llmctl.model import predicted_weights
-from llmctl.model.fisher import token_weights
+from llmctl.model.fisher import PART_TOKENS, token_weights
 from llmctl.model.predicted_weights import MOST_FEATURES, RIDGE, features, predictors
 from tests.model.test_fisher import MAP, batch, decoder
 
+FIRST = 7 * (PART_TOKENS // 7)
+"""Positions of the first pass."""
 GATE, UP = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
 
 
@@ -31,7 +33,8 @@ def test_predictions_are_a_regression_of_the_logarithm_of_the_weights() -> None:
     assert found is not None
     assert found[GATE] is found[UP]
     drawn = token_weights(model, [GATE, UP], [given])
-    logs_N = torch.stack([drawn[name][0].double().log() for name in (GATE, UP)]).mean(dim=0)
+    shares = [drawn[name][0].double() for name in (GATE, UP)]
+    logs_N = torch.stack([share_N / share_N[:FIRST].mean() for share_N in shares]).mean(dim=0).log()
     x_NF = features(inputs_of(model, GATE, given)).double()
     square_FF = x_NF.T @ x_NF
     square_FF += RIDGE * square_FF.diagonal().mean() * torch.eye(len(square_FF))

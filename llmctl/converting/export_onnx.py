@@ -1,0 +1,169 @@
+"""Export an encoder as an ONNX file in a Hugging Face folder: write it aside, verify it, and only then move it there.
+
+The folder has the layout of `optimum`, sentence-transformers and transformers.js: the model's small files, and the graph in
+`onnx/`, where a float32 and an 8-bit file may stand side by side.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.artifacts.load import Loaded, fitting_tokenizer, is_bare, without_weights
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.converting.onnx_check import prove, runtime_module
+from llmctl.errors import ArtifactError, OutputError
+from llmctl.families.native import NATIVE
+from llmctl.families.table import family_for
+from llmctl.files import atomic_path, discard, sync, writing
+from llmctl.formats.artifact import CONFIG, Artifact
+from llmctl.formats.artifact_write import refuse_overwrite, small_files
+from llmctl.formats.onnx.encoder import Encoder, obstacle_in
+from llmctl.formats.onnx.graph import MOST_BYTES, OPSET, Graph, model_of, onnx_module, save
+from llmctl.formats.onnx.weights import SCHEME, Float32, Int8
+from llmctl.formats.quantization import fits_bytes, packable_modules
+from llmctl.model.shapes import complete
+from llmctl.quant.grid import Codes, encode, search
+from llmctl.quant.weight import unpacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "onnx"
+FILES = {"float32": "model.onnx", "int8": "model_quantized.onnx"}
+"""Kind -> the name by which optimum and transformers.js look for it."""
+TOKENIZER = "tokenizer.json"
+
+
+def export_onnx(
+    source: Path, out: Path | None, *, int8: bool = False, force: bool = False, most_bytes: int = MOST_BYTES
+) -> dict[str, Any]:
+    """Write an encoder with its head as ONNX, verify it with ONNX Runtime, and return a record of both.
+
+    int8: weights, and the inputs of products when they run, in 8 bits; a model that is quantized to 8 bits keeps its codes.
+    out: a folder, which may have the model already; defaults to NAME-onnx in the current directory. most_bytes: a larger
+    model keeps its tensors in a second file. What fails verification is not written.
+    Raises: ArtifactError for a model that is no encoder, or a failed verification; MissingExtraError; OutputError; errors
+    of reading.
+    """
+    artifact = read_model(source)
+    if obstacle := obstacle_in(artifact.config):
+        raise ArtifactError(
+            f"`{source}` {obstacle}, which is not exported as ONNX",
+            "what is exported: encoders, with or without a head; --to gguf takes decoders, --to hf every model",
+        )
+    tokenizer = fitting_tokenizer(artifact)
+    onnx_module()
+    runtime_module()
+    whole = source.resolve()
+    out = out or Path(f"{whole.stem if whole.is_file() else whole.name}-onnx")
+    kind = "int8" if int8 else "float32"
+    file = f"{FOLDER}/{FILES[kind]}"
+    state = artifact.state()
+    texts = small_files(artifact.config, artifact.stored_state(), artifact.files)
+    check_folder(out, file, texts, force=force)
+    codes = codes_of(artifact, state) if int8 else {}
+    original = Loaded(without_weights(artifact.config), tokenizer, artifact)
+    with staged(out) as folder:
+        for name, data in texts.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(data)
+        (folder / FOLDER).mkdir()
+        graph = graph_of(artifact, state, codes)
+        written = save(model_of(graph, artifact.architecture), folder / file, graph.n_bytes, most=most_bytes)
+        proof = prove(folder / file, out / file, original, state, codes, graph.constants)
+        n_bytes = sum(path.stat().st_size for path in written)
+    return {
+        "path": str(out),
+        "to": "onnx",
+        "file": str(out / file),
+        "type": kind,
+        "bytes": n_bytes,
+        "parameters": original.model.n_parameters,
+        "opset": OPSET,
+        "inputs": list(graph.inputs),
+        "outputs": list(graph.outputs),
+        "missing": missing(artifact, texts),
+        "proof": proof.record(),
+    }
+
+
+def graph_of(artifact: Artifact, state: "Mapping[str, Tensor]", codes: Mapping[str, Codes]) -> Graph:
+    """Return the graph of a model, with 8-bit weights if there are codes."""
+    config = complete(artifact.config)
+    tied = config.tie_embeddings and not config.n_labels
+    weights = Int8(state, codes, tied=tied) if codes else Float32(state, tied=tied)
+    return Encoder(config, weights, bare=is_bare(artifact)).build()
+
+
+def codes_of(artifact: Artifact, state: "Mapping[str, Tensor]") -> dict[str, Codes]:
+    """Return the codes of every matrix but a classifier's.
+
+    Codes that a model has are kept, if they have 8 bits and one scale per output.
+    """
+    packed = artifact.packed_state() if artifact.schemes else {}
+    config, codes = artifact.config, {}
+    for name, (n_out, n_in) in packable_modules(config).items():
+        if name == "classifier":
+            continue
+        own = artifact.schemes.get(name)
+        if own is not None and fits_bytes(own):
+            parts = {key.rpartition(".")[2]: tensor for key, tensor in packed.items() if key.startswith(f"{name}.")}
+            codes[name] = unpacked(parts, own, n_out, n_in)
+        else:
+            codes[name] = rounded(state[f"{name}.weight"])
+    return codes
+
+
+def rounded(weight_OI: "Tensor") -> Codes:
+    """Return the codes of least squared error."""
+    grid = search(weight_OI, SCHEME)
+    return Codes(encode(weight_OI, grid, SCHEME), grid)
+
+
+def check_folder(out: Path, file: str, texts: Mapping[str, bytes], *, force: bool) -> None:
+    """Check that nothing is overwritten without `force`; the model's small files may be there already.
+
+    Raises: OutputError.
+    """
+    refuse_overwrite(out, exists=False, force=force)
+    for name in (file, *texts):
+        path = out / name
+        is_same = name in texts and path.is_file() and path.read_bytes() == texts[name]
+        if (path.exists() or path.is_symlink()) and not is_same and not force:
+            raise OutputError(
+                f"`{out}` already exists and contains `{name}`", "choose another path with -o, or replace it with -f"
+            )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out`, or whose files move into it one by one if it exists."""
+    if not out.exists():
+        with atomic_path(out) as temporary:
+            temporary.mkdir()
+            yield temporary
+        return
+    temporary = out / f".{secrets.token_hex(4)}.tmp"
+    with writing(out):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+                target = out / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                sync(path)
+                path.replace(target)
+        finally:
+            discard(temporary)
+
+
+def missing(artifact: Artifact, texts: Mapping[str, bytes]) -> list[str]:
+    """Return which of the other programs cannot open the folder, and why."""
+    reasons = []
+    if family_for(complete(artifact.config)) is NATIVE:
+        reasons.append(f"transformers, optimum and transformers.js do not know the architecture in `{CONFIG}`")
+    elif TOKENIZER not in texts:
+        reasons.append(f"transformers.js needs `{TOKENIZER}`, which is not among the files of this model")
+    return reasons

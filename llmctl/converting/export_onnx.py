@@ -5,14 +5,14 @@ The folder has the layout of `optimum`, sentence-transformers and transformers.j
 """
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, is_bare, without_weights
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.converting.onnx_check import prove, runtime_module
+from llmctl.converting.onnx_check import loud_inputs, prove, runtime_module
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.families.native import NATIVE
 from llmctl.families.table import family_for
@@ -21,10 +21,10 @@ from llmctl.formats.artifact import CONFIG, Artifact
 from llmctl.formats.artifact_write import refuse_overwrite, small_files
 from llmctl.formats.onnx.encoder import Encoder, obstacle_in
 from llmctl.formats.onnx.graph import MOST_BYTES, OPSET, Graph, model_of, onnx_module, save
-from llmctl.formats.onnx.weights import SCHEME, Float32, Int8
-from llmctl.formats.quantization import fits_bytes, packable_modules
+from llmctl.formats.onnx.weights import EMBEDDING, HEAD, SCHEME, Float32, Int8, Matrix
+from llmctl.formats.quantization import fits_bytes, is_inside, packable_modules
 from llmctl.model.shapes import complete
-from llmctl.quant.grid import Codes, encode, search
+from llmctl.quant.grid import Codes, encode, whole_range
 from llmctl.quant.weight import unpacked
 
 if TYPE_CHECKING:
@@ -63,16 +63,16 @@ def export_onnx(
     state = artifact.state()
     texts = small_files(artifact.config, artifact.stored_state(), artifact.files)
     check_folder(out, file, texts, force=force)
-    codes = codes_of(artifact, state) if int8 else {}
     original = Loaded(without_weights(artifact.config), tokenizer, artifact)
+    matrices = matrices_of(original, state) if int8 else {}
     with staged(out) as folder:
         for name, data in texts.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         (folder / FOLDER).mkdir()
-        graph = graph_of(artifact, state, codes)
+        graph = graph_of(artifact, state, matrices)
         written = save(model_of(graph, artifact.architecture), folder / file, graph.n_bytes, most=most_bytes)
-        proof = prove(folder / file, out / file, original, state, codes, graph.constants)
+        proof = prove(folder / file, out / file, original, state, matrices, graph.constants)
         n_bytes = sum(path.stat().st_size for path in written)
     return {
         "path": str(out),
@@ -89,37 +89,52 @@ def export_onnx(
     }
 
 
-def graph_of(artifact: Artifact, state: "Mapping[str, Tensor]", codes: Mapping[str, Codes]) -> Graph:
-    """Return the graph of a model, with 8-bit weights if there are codes."""
+def graph_of(artifact: Artifact, state: "Mapping[str, Tensor]", matrices: Mapping[str, Matrix]) -> Graph:
+    """Return the graph of a model, with weights in 8 bits if there are any."""
     config = complete(artifact.config)
     tied = config.tie_embeddings and not config.n_labels
-    weights = Int8(state, codes, tied=tied) if codes else Float32(state, tied=tied)
+    weights = Int8(state, matrices, tied=tied) if matrices else Float32(state, tied=tied)
     return Encoder(config, weights, bare=is_bare(artifact)).build()
 
 
-def codes_of(artifact: Artifact, state: "Mapping[str, Tensor]") -> dict[str, Codes]:
-    """Return the codes of every matrix but a classifier's.
+def matrices_of(original: Loaded, state: "Mapping[str, Tensor]") -> dict[str, Matrix]:
+    """Return the matrices to write in 8 bits: those of the layers, the table of tokens, and an untied head over it.
 
     Codes that a model has are kept, if they have 8 bits and one scale per output.
     """
+    import torch
+
+    artifact = original.artifact
     packed = artifact.packed_state() if artifact.schemes else {}
-    config, codes = artifact.config, {}
-    for name, (n_out, n_in) in packable_modules(config).items():
-        if name == "classifier":
-            continue
+    shapes = packable_modules(artifact.config)
+    names = [name for name in shapes if is_inside(name) or name in (EMBEDDING, HEAD)]
+    loud = loud_inputs(original, state, [name for name in names if is_inside(name)])
+    matrices: dict[str, Matrix] = {}
+    for name in names:
+        weight_OI = state[f"{name}.weight"]
         own = artifact.schemes.get(name)
+        loud_K = loud.get(first_reader(name, shapes), torch.empty(0, dtype=torch.int64))
         if own is not None and fits_bytes(own):
             parts = {key.rpartition(".")[2]: tensor for key, tensor in packed.items() if key.startswith(f"{name}.")}
-            codes[name] = unpacked(parts, own, n_out, n_in)
+            codes = unpacked(parts, own, *shapes[name])
         else:
-            codes[name] = rounded(state[f"{name}.weight"])
-    return codes
+            quiet_OI = weight_OI.clone()
+            quiet_OI[:, loud_K] = 0
+            grid = whole_range(quiet_OI, SCHEME)
+            codes = Codes(encode(quiet_OI, grid, SCHEME), grid)
+        codes.codes_OI[:, loud_K] = SCHEME.middle
+        matrices[name] = Matrix(codes, loud_K, weight_OI[:, loud_K])
+    return matrices
 
 
-def rounded(weight_OI: "Tensor") -> Codes:
-    """Return the codes of least squared error."""
-    grid = search(weight_OI, SCHEME)
-    return Codes(encode(weight_OI, grid, SCHEME), grid)
+def first_reader(name: str, names: Collection[str]) -> str:
+    """Return the first of the linear layers with the same input: with one product for all, their loud inputs are the same.
+
+    DeBERTa's queries and keys also read the distances, which values do not.
+    """
+    layer, _, part = name.rpartition(".")
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(part, part)
+    return f"{layer}.{first}" if f"{layer}.{first}" in names else name
 
 
 def check_folder(out: Path, file: str, texts: Mapping[str, bytes], *, force: bool) -> None:

@@ -8,8 +8,9 @@ import torch
 
 from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig
-from llmctl.converting.export_onnx import FILES, codes_of, export_onnx
+from llmctl.converting.export_onnx import FILES, export_onnx
 from llmctl.converting.gguf_check import PROBES
+from llmctl.converting.onnx_check import N_LOUD
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
@@ -17,8 +18,7 @@ from llmctl.formats.onnx import weights as weights_module
 from llmctl.formats.onnx.encoder import Encoder
 from llmctl.formats.sentence_encoder import pooling_files
 from llmctl.model.transformer import LanguageModel
-from llmctl.quant.grid import search
-from llmctl.quant.methods import encode
+from llmctl.quant.grid import Codes, search
 from llmctl.quant.schemes import SCHEMES
 from llmctl.quant.weight import packed
 
@@ -162,7 +162,7 @@ def test_in_8_bits_a_text_does_not_depend_on_its_batch(tmp_path):
 
 
 def test_8_bits_are_a_quarter(tmp_path):
-    source = source_of(tmp_path / "m", vocab_size=4000, d_model=64, d_ff=256, **HEADS["words, untied"])
+    source = source_of(tmp_path / "m", vocab_size=2000, d_model=160, d_ff=480, **HEADS["words, untied"])
     sizes = [export_onnx(source, tmp_path / "out", int8=int8)["bytes"] for int8 in (False, True)]
     assert sizes[1] < 0.29 * sizes[0]
 
@@ -173,25 +173,46 @@ def test_a_quantized_model_keeps_its_codes(scheme, tmp_path):
     plan = dict.fromkeys(("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"), SCHEMES[scheme])
     plan["model.embed_tokens"] = SCHEMES["int8"]
     state = source.state()
-    for name, own in plan.items():  # codes that rounding would not choose
-        weight = state.pop(f"{name}.weight")
-        grid = search(weight, own)
-        codes = weights_module.Codes(encode(weight, grid, own).clamp(60, 200), grid)
-        state |= {f"{name}.{part}": tensor for part, tensor in packed(codes, own).items()}
+    own = {}
+    for name, chosen in plan.items():  # codes that rounding would not choose
+        grid = search(state.pop(f"{name}.weight"), chosen)
+        generator = torch.Generator().manual_seed(1)
+        shape = (len(grid.scales_OG), 48 if "down" in name else 32)
+        own[name] = Codes(torch.randint(60, 200, shape, generator=generator).to(torch.uint8), grid)
+        state |= {f"{name}.{part}": tensor for part, tensor in packed(own[name], chosen).items()}
     state.pop("lm_head.weight", None)
     there = write_artifact(tmp_path / "q", source.config, state, files={}, provenance={}, schemes=plan)
-    artifact = read_artifact(there)
-    kept = codes_of(artifact, artifact.state())
     record = export_onnx(there, tmp_path / "out", int8=True)
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(record["file"]).graph.initializer}
-    for name in plan:
-        codes = kept[name].codes_OI.short().numpy() - 128
-        assert codes.min() >= -68
-        assert codes.max() <= 72
-        label = name.replace("q_proj", "q_proj_k_proj_v_proj") + ".codes"
-        file = stored[label] if name == "model.embed_tokens" else stored[label].T[: len(codes)]
-        np.testing.assert_array_equal(file, codes)
+    for name, codes in own.items():
+        label = name.replace("q_proj", "q_proj_k_proj_v_proj")
+        wanted, scales = codes.codes_OI.short().numpy() - 128, codes.grid.scales_OG.numpy()
+        found = stored[f"{label}.codes"] if name == "model.embed_tokens" else stored[f"{label}.codes"].T[: len(wanted)]
+        loud = np.nonzero((found == 0).all(axis=0))[0]
+        np.testing.assert_array_equal(np.delete(found, loud, axis=1), np.delete(wanted, loud, axis=1))
+        assert len(loud) == (0 if name == "model.embed_tokens" else N_LOUD)
+        if len(loud):  # whose weights stand with the bias, in float32
+            thin = stored[f"{label}.rest"][1 : 1 + N_LOUD, : len(wanted)].T
+            np.testing.assert_array_equal(thin, wanted[:, loud] * scales)
     assert export_onnx(there, tmp_path / "out")["proof"]["difference"] < 1e-5
+
+
+def test_a_loud_channel_costs_the_others_nothing(tmp_path):
+    source = source_of(tmp_path / "m", **(BERT | HEADS["mean"]))
+    before = export_onnx(source, tmp_path / "before", int8=True)["proof"]["cosine"]
+    artifact = read_artifact(source)
+    state = artifact.state()
+    for layer in range(
+        3
+    ):  # a channel of the norms a hundred times as large, and what it is multiplied by as much smaller
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            state[f"model.layers.{layer}.{norm}.weight"][7] *= 100
+        for reader in ("mlp.up_proj", *(f"self_attn.{part}_proj" for part in "qkv" if layer)):
+            state[f"model.layers.{layer}.{reader}.weight"][:, 7] /= 100
+    loud = write_artifact(tmp_path / "loud", artifact.config, state, files={}, provenance={})
+    after = export_onnx(loud, tmp_path / "after", int8=True)["proof"]["cosine"]
+    assert after > 0.999
+    assert before > 0.999
 
 
 def test_both_kinds_in_one_folder_and_nothing_is_overwritten(models, tmp_path):
@@ -248,7 +269,6 @@ def test_a_wrong_graph_is_not_written(what, int8, tmp_path, monkeypatch):
 
 
 def test_wrong_scales_are_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights_module, "LARGEST_CODE", 100.0)  # saturates at 128 of them
     monkeypatch.setattr(weights_module, "signed", lambda codes: (codes.codes_OI.to(torch.int16) - 120).to(torch.int8))
     with pytest.raises(ArtifactError, match="verification failed"):
         export_onnx(source_of(tmp_path / "m"), tmp_path / "out", int8=True)

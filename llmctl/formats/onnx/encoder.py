@@ -12,13 +12,13 @@ from torch import Tensor
 
 from llmctl.config import ModelConfig
 from llmctl.formats.onnx.graph import BOOL, FLOAT, Axes, Graph
-from llmctl.formats.onnx.weights import Weights
+from llmctl.formats.onnx.weights import IDS, Weights
 from llmctl.model.positions import alibi_slopes, relative_buckets, rope_frequencies, signed_buckets, sinusoidal_table
 from llmctl.model.shapes import complete, has_shared_bias, has_transform, rope_of, window_of
 from llmctl.model.supports import AROUND_MATRICES, BLOCK, BLOCK_CHOICES, describe, unsupported
 
 LOWEST = torch.finfo(torch.float32).min
-IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
+MASK, TYPES = "attention_mask", "token_type_ids"
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,19 @@
-"""Products with weights, and rows of tables, as nodes of an ONNX graph: in float32, or in 8 bits as our scheme `w8a8`."""
+"""Products with weights, and rows of tables, as nodes of an ONNX graph: in float32 or in 8 bits."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from llmctl.formats.onnx.graph import FLOAT, Graph
-from llmctl.quant.grid import Codes
-from llmctl.quant.products import LARGEST_CODE
+from llmctl.quant.grid import Codes, decode
 from llmctl.quant.schemes import SCHEMES
 
-SCHEME = SCHEMES["w8a8"]
+SCHEME = SCHEMES["int8"]
 SMALLEST_SCALE = 1e-30
-"""As in `products.rounded_inputs`."""
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+IDS, EMBEDDING, HEAD = "input_ids", "model.embed_tokens", "lm_head"
 
 
 class Weights(Protocol):
@@ -54,12 +53,14 @@ class Float32:
         return self.biased(graph, graph.op("MatMul", x, weight), names)
 
     def biased(self, graph: Graph, y: str, names: tuple[str, ...]) -> str:
-        """Add the biases of linear layers; all of them have one, or none."""
+        """Add the biases of linear layers, if they have any."""
+        bias_O = self.bias(names)
+        return y if bias_O is None else graph.op("Add", y, graph.tensor(f"{joined(names)}.bias", bias_O))
+
+    def bias(self, names: tuple[str, ...]) -> Tensor | None:
+        """Return the biases of linear layers, side by side; all of them have one, or none."""
         biases = [f"{name}.bias" for name in names]
-        if biases[0] not in self.state:
-            return y
-        bias_O = torch.cat([self.plain(bias) for bias in biases])
-        return graph.op("Add", y, graph.tensor(f"{joined(names)}.bias", bias_O))
+        return torch.cat([self.plain(bias) for bias in biases]) if biases[0] in self.state else None
 
     def rows(self, graph: Graph, ids: str, name: str) -> str:
         """Return the rows of a table."""
@@ -69,59 +70,128 @@ class Float32:
         return graph.tensor(f"{name}.weight", self.plain(f"{name}.weight"))
 
 
-class Int8(Float32):
-    """Weights in 8 bits with one scale per output, where there are codes for them.
+@dataclass(frozen=True)
+class Matrix:
+    """A weight (O, I) in 8 bits, but for the columns of a few inputs, the loud ones.
 
-    Inputs are rounded when they are computed, to 8 bits with one scale per token: what a text yields does not depend on the
-    texts beside it, as it does with the one scale per tensor of ONNX Runtime's own dynamic quantization. Source:
-    ZeroQuant, Yao et al. 2022, arXiv:2206.01861, section 4.1.
+    codes: symmetric, with one scale per output; they are 0 for loud inputs. loud_K: which these are; columns_OK: their
+    weights.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], codes: Mapping[str, Codes], *, tied: bool) -> None:
+    codes: Codes
+    loud_K: Tensor
+    columns_OK: Tensor
+
+    def quiet(self) -> Tensor:
+        """Return a row (I) that is 0 for loud inputs and 1 for others."""
+        row_I = torch.ones(self.codes.codes_OI.shape[1])
+        row_I[self.loud_K] = 0
+        return row_I
+
+    def decoded(self) -> Tensor:
+        """Return the weight (O, I) in float32."""
+        weight_OI = decode(self.codes, SCHEME)
+        weight_OI[:, self.loud_K] = self.columns_OK
+        return weight_OI
+
+
+class Rounded(NamedTuple):
+    """An input in 8 bits, as values of a graph: low + codes * scale, for every token; and what is not in the codes."""
+
+    codes: str
+    scale: str
+    low: str
+    loud: str
+
+
+class Int8(Float32):
+    """Weights in 8 bits where there are matrices for them, and their inputs rounded to 8 bits when they are computed.
+
+    Every token has a range of its own, so that what a text yields does not depend on the texts beside it, as it does with
+    the one range per tensor of ONNX Runtime's dynamic quantization. The few channels of the largest values, which would
+    widen the range of all others, are multiplied in float32. Sources: ZeroQuant, Yao et al. 2022, arXiv:2206.01861, section
+    4.1 (ranges of tokens); LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section 3.2 (channels apart, there found by
+    a threshold in every batch).
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], matrices: Mapping[str, Matrix], *, tied: bool) -> None:
         super().__init__(state, tied=tied)
-        self.codes = codes
-        self.rounded: dict[str, tuple[str, str]] = {}
+        self.matrices = matrices
+        self.rounded: dict[str, Rounded] = {}
+        self.ones = ""
 
     def linear(self, graph: Graph, x: str, *names: str, is_constant: bool = False) -> str:
         """Return the outputs of linear layers with the same input, side by side."""
-        is_table = self.tied and names == (HEAD,)
-        if not is_table and any(name not in self.codes for name in names):
+        label, is_table = joined(names), self.tied and names == (HEAD,)
+        sources = (EMBEDDING,) if is_table else names
+        if any(name not in self.matrices for name in sources):
             return super().linear(graph, x, *names)
+        parts = [self.matrices[name] for name in sources]
         if is_table:
-            table, scales = self._coded(graph, EMBEDDING)
-            codes, scales = graph.op("Transpose", table, perm=[1, 0]), graph.op("Squeeze", scales, graph.integers(1))
+            codes, scales = self._coded(graph, EMBEDDING)
+            codes, scales = graph.op("Transpose", codes, perm=[1, 0]), graph.op("Squeeze", scales, graph.integers(1))
         else:
-            parts = [self.codes[name] for name in names]
-            codes = graph.tensor(f"{joined(names)}.codes", torch.cat([signed(part) for part in parts]).T)
-            scales_O = torch.cat([part.grid.scales_OG for part in parts]).flatten()
-            scales = graph.tensor(f"{joined(names)}.scales", scales_O)
-        if is_constant:  # not with QuantizeLinear, which ONNX Runtime would leave to every run
-            return self.biased(graph, graph.op("MatMul", x, decoded(graph, codes, scales)), names)
-        steps, sizes = self._rounded(graph, x)
-        product = graph.op("MatMulInteger", steps, codes, graph.unsigned(SCHEME.middle))
-        y = graph.op("Mul", decoded(graph, product, scales), sizes)
-        return self.biased(graph, y, names)
+            codes = graph.tensor(f"{label}.codes", torch.cat([signed(part.codes) for part in parts]).T)
+            scales_O = torch.cat([part.codes.grid.scales_OG for part in parts]).flatten()
+            scales = graph.tensor(f"{label}.scales", scales_O)
+        loud_K = parts[0].loud_K
+        assert all(torch.equal(part.loud_K, loud_K) for part in parts), "they read the same input"
+        columns_KO = torch.cat([part.columns_OK for part in parts]).T
+        if is_constant:
+            return self._unrounded(graph, x, decoded(graph, codes, scales), columns_KO, loud_K, names)
+        rounded = self._rounded(graph, x, parts[0])
+        y = graph.op("Mul", decoded(graph, graph.op("MatMulInteger", rounded.codes, codes), scales), rounded.scale)
+        # What the codes leave out, in one thin product: the low end of the range, the loud inputs, and the bias.
+        sums_O = torch.cat([decode(part.codes, SCHEME).sum(dim=1) for part in parts])
+        rest = [sums_O[None], columns_KO]
+        inputs = [rounded.low, *([rounded.loud] if len(loud_K) else [])]
+        if (bias_O := self.bias(names)) is not None:
+            rest.append(bias_O[None])
+            inputs.append(self._ones(graph))
+        thin = graph.tensor(f"{label}.rest", torch.cat(rest))
+        return graph.op("Add", y, graph.op("MatMul", graph.op("Concat", *inputs, axis=-1), thin))
 
-    def _rounded(self, graph: Graph, x: str) -> tuple[str, str]:
-        """Return the codes of inputs, around 128, and the scale of every token."""
+    def _unrounded(
+        self, graph: Graph, x: str, weight: str, columns_KO: Tensor, loud_K: Tensor, names: tuple[str, ...]
+    ) -> str:
+        """Return the product with an input that needs no rounding: ONNX Runtime computes it when it loads the file."""
+        label = joined(names)
+        if len(loud_K):
+            columns = graph.tensor(f"{label}.columns", columns_KO)
+            weight = graph.op("ScatterND", weight, graph.tensor(f"{label}.loud", loud_K[:, None]), columns)
+        return self.biased(graph, graph.op("MatMul", x, weight), names)
+
+    def _rounded(self, graph: Graph, x: str, matrix: Matrix) -> Rounded:
+        """Return the input of a matrix in 8 bits; once for all that read it."""
         if x not in self.rounded:
-            largest = graph.op("ReduceMax", graph.op("Abs", x), axes=[-1], keepdims=1)
-            scales = graph.op("Max", graph.op("Div", largest, graph.number(LARGEST_CODE)), graph.number(SMALLEST_SCALE))
-            # ONNX Runtime has fast products of unsigned inputs with signed weights only.
-            middle = graph.unsigned(SCHEME.middle)
-            codes = graph.op("QuantizeLinear", graph.op("Div", x, scales), graph.number(1.0), middle)
-            self.rounded[x] = codes, scales
+            others, loud = x, ""
+            if len(matrix.loud_K):
+                loud = graph.op("Gather", x, graph.integers(*matrix.loud_K.tolist()), axis=-1)
+                others = graph.op("Mul", x, graph.tensor(f"{x}.quiet", matrix.quiet()))
+            low, high = (graph.op(kind, others, axes=[-1], keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
+            width = graph.op("Div", graph.op("Sub", high, low), graph.number(float(SCHEME.levels)))
+            scale = graph.op("Max", width, graph.number(SMALLEST_SCALE))
+            steps = graph.op("Mul", graph.op("Sub", others, low), graph.op("Reciprocal", scale))
+            codes = graph.op("QuantizeLinear", steps, graph.number(1.0), graph.unsigned(0))
+            self.rounded[x] = Rounded(codes, scale, low, loud)
         return self.rounded[x]
+
+    def _ones(self, graph: Graph) -> str:
+        """Return a 1 for every token (B, T, 1)."""
+        if not self.ones:
+            shape = graph.op("Concat", graph.op("Shape", IDS), graph.integers(1), axis=0)
+            self.ones = graph.op("Expand", graph.number(1.0), shape)
+        return self.ones
 
     def rows(self, graph: Graph, ids: str, name: str) -> str:
         """Return the rows of a table."""
-        if name not in self.codes:
+        if name not in self.matrices:
             return super().rows(graph, ids, name)
         codes, scales = self._coded(graph, name)
         return decoded(graph, graph.op("Gather", codes, ids), graph.op("Gather", scales, ids))
 
     def _coded(self, graph: Graph, name: str) -> tuple[str, str]:
-        codes = self.codes[name]
+        codes = self.matrices[name].codes
         return graph.tensor(f"{name}.codes", signed(codes)), graph.tensor(f"{name}.scales", codes.grid.scales_OG)
 
 

@@ -1,12 +1,14 @@
 """Compare ONNX files on a CPU: ours in float32 and 8 bits, and what ONNX Runtime's dynamic quantization makes of ours.
 
-    python benchmarks/onnx_export.py --encoder MINILM --stsb DIR --classifier SST2 --sst2 dev.tsv --work WORK
-        [--peers DIR] [--sentences 1000] [--rounds 5]
+    python benchmarks/onnx_export.py --encoder MINILM --stsb DIR --classifiers SST2-LORA SST2-FULL --sst2 dev.tsv
+        --work WORK [--peers DIR] [--sentences 1000] [--rounds 5]
+
+The classifiers are made by recipes/finetune/sst2-lora.yaml and sst2-full.yaml.
 
 STS-B: Spearman correlation of cosines on dev and test, in batches of 32 texts of similar length, as sentence-transformers
-makes them. SST-2: accuracy. Speed: sentences of STS-B dev (the first, as they come, in such batches) per CPU-second of one
-thread of ONNX Runtime; the files take turns, the fastest round counts. `--peers` is a folder with optimum, which then
-quantizes by its own configuration for AVX-512 VNNI (`AutoQuantizationConfig`), as sentence-transformers'
+makes them. SST-2: accuracy, and how many of the predictions are others than in float32. Speed: the first sentences of STS-B
+dev in such batches, per CPU-second of one thread of ONNX Runtime; the files take turns, the fastest round counts. `--peers`
+is a folder with optimum, which then quantizes by its own configuration for AVX-512 VNNI (`AutoQuantizationConfig`), as sentence-transformers'
 `export_dynamic_quantized_onnx_model` does. Not named onnx.py: it would be imported as the package.
 """
 
@@ -105,10 +107,10 @@ def sts(model: Model, file: Path) -> float:
     return 100 * spearman(cosines.tolist(), [float(row[2]) for row in rows])
 
 
-def accuracy(model: Model, file: Path) -> float:
+def labels(model: Model, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predictions and the labels."""
     rows = [line.rsplit("\t", 1) for line in file.read_text(encoding="utf-8").splitlines()]
-    logits = model.outputs([row[0] for row in rows])
-    return 100 * float((logits.argmax(1) == [int(row[1]) for row in rows]).mean())
+    return model.outputs([row[0] for row in rows]).argmax(1), np.array([int(row[1]) for row in rows])
 
 
 def speeds(models: dict[str, Model], texts: Sequence[str], rounds: int) -> dict[str, float]:
@@ -131,10 +133,15 @@ def processor() -> str:
     return name + "".join(f", {flag}" for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags)
 
 
+def shown(values: Sequence[float], whole: Sequence[float]) -> str:
+    return "".join(f"{value:>11.3f} ({value - before:+.3f})" for value, before in zip(values, whole, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("encoder", "stsb", "classifier", "sst2", "work"):
+    for name in ("encoder", "stsb", "sst2", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--classifiers", type=Path, nargs="+", required=True)
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -142,26 +149,28 @@ def main() -> None:
     print(f"{processor()}; onnxruntime {onnxruntime.__version__}")
     with (options.stsb / "stsb-en-dev.csv").open(newline="", encoding="utf-8") as lines:
         texts = [row[0] for row in csv.reader(lines)][: options.sentences]
-    for kind, source in (("encoder", options.encoder), ("classifier", options.classifier)):
-        folder = options.work / kind
+    for source in (options.encoder, *options.classifiers):
+        is_encoder, folder = source == options.encoder, options.work / source.name
         files = files_of(source, folder, options.peers)
         models = {name: Model(file, folder) for name, file in files.items()}
         speed = speeds(models, texts, options.rounds)
-        measures = {"SST-2": lambda model: accuracy(model, options.sst2)}
-        if kind == "encoder":
-            measures = {
-                f"STS-B {part}": lambda model, part=part: sts(model, options.stsb / f"stsb-en-{part}.csv")
-                for part in ("dev", "test")
-            }
-        print(f"{kind:34}{'bytes':>12}{'sentences/CPU-s':>18}" + "".join(f"{name:>20}" for name in measures))
-        whole: dict[str, float] = {}
+        columns = ("STS-B dev", "STS-B test") if is_encoder else ("SST-2 accuracy", "other predictions")
+        print(f"{source.name:34}{'bytes':>12}{'sentences/CPU-s':>18}" + "".join(f"{name:>20}" for name in columns))
+        whole: list[float] = []
+        before: np.ndarray | None = None
         for name, model in models.items():
             line = f"{name:34}{files[name].stat().st_size:>12,}{speed[name]:>18.1f}"
-            for measure, function in measures.items():
-                value = function(model)
-                whole.setdefault(measure, value)
-                line += f"{value:>11.3f} ({value - whole[measure]:+.3f})"
-            print(line, flush=True)
+            if is_encoder:
+                values = [sts(model, options.stsb / f"stsb-en-{part}.csv") for part in ("dev", "test")]
+                whole = whole or values
+                print(line + shown(values, whole), flush=True)
+            else:
+                predicted, right = labels(model, options.sst2)
+                values = [100 * float((predicted == right).mean())]
+                before = predicted if before is None else before
+                whole = whole or values
+                n_others = int((predicted != before).sum())
+                print(line + shown(values, whole) + f"{n_others:>13} of {len(right)}", flush=True)
 
 
 if __name__ == "__main__":

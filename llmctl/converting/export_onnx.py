@@ -7,6 +7,7 @@ The folder has the layout of `optimum`, sentence-transformers and transformers.j
 import secrets
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,8 @@ from llmctl.formats.artifact import CONFIG, Artifact
 from llmctl.formats.artifact_write import refuse_overwrite, small_files
 from llmctl.formats.onnx.encoder import Encoder, obstacle_in
 from llmctl.formats.onnx.graph import MOST_BYTES, OPSET, Graph, model_of, onnx_module, save
-from llmctl.formats.onnx.weights import EMBEDDING, HEAD, SCHEME, Float32, Int8, Matrix
-from llmctl.formats.quantization import fits_bytes, is_inside, packable_modules
+from llmctl.formats.onnx.weights import EMBEDDING, HEAD, SCHEME, Float32, Int8, Matrix, grid_for_pairs, levels_for
+from llmctl.formats.quantization import PARTS, fits_bytes, is_inside, packable_modules
 from llmctl.model.shapes import complete
 from llmctl.quant.grid import Codes, encode, whole_range
 from llmctl.quant.weight import unpacked
@@ -104,31 +105,43 @@ def matrices_of(original: Loaded, state: "Mapping[str, Tensor]") -> dict[str, Ma
     """
     import torch
 
-    artifact = original.artifact
+    artifact, config = original.artifact, original.model.config
     packed = artifact.packed_state() if artifact.schemes else {}
-    shapes = packable_modules(artifact.config)
+    shapes = packable_modules(config)
     names = [name for name in shapes if is_inside(name) or name in (EMBEDDING, HEAD)]
     loud = loud_inputs(original, state, [name for name in names if is_inside(name)])
     matrices: dict[str, Matrix] = {}
     for name in names:
         weight_OI = state[f"{name}.weight"]
-        own = artifact.schemes.get(name)
         loud_K = loud.get(first_reader(name, shapes), torch.empty(0, dtype=torch.int64))
-        if own is not None and fits_bytes(own):
-            parts = {key.rpartition(".")[2]: tensor for key, tensor in packed.items() if key.startswith(f"{name}.")}
-            codes = unpacked(parts, own, *shapes[name])
-        else:
+        codes = own_codes(artifact, packed, name, shapes[name])
+        if codes is None:
             quiet_OI = weight_OI.clone()
             quiet_OI[:, loud_K] = 0
-            grid = whole_range(quiet_OI, SCHEME)
+            is_only_read = name == EMBEDDING and (is_bare(artifact) or config.n_labels > 0 or not config.tie_embeddings)
+            grid = whole_range(quiet_OI, SCHEME) if is_only_read else grid_for_pairs(quiet_OI)
             codes = Codes(encode(quiet_OI, grid, SCHEME), grid)
         codes.codes_OI[:, loud_K] = SCHEME.middle
-        matrices[name] = Matrix(codes, loud_K, weight_OI[:, loud_K])
-    return matrices
+        matrices[name] = Matrix(codes, loud_K, weight_OI[:, loud_K], levels_for(codes))
+    levels: dict[str, int] = {}
+    for name, matrix in matrices.items():
+        first = first_reader(name, shapes)
+        levels[first] = min(levels.get(first, SCHEME.levels), matrix.levels)
+    return {name: replace(matrix, levels=levels[first_reader(name, shapes)]) for name, matrix in matrices.items()}
+
+
+def own_codes(artifact: Artifact, packed: "Mapping[str, Tensor]", name: str, shape: tuple[int, ...]) -> Codes | None:
+    """Return the codes that a matrix has, if they have 8 bits and one scale per output."""
+    own = artifact.schemes.get(name)
+    if own is None or not fits_bytes(own):
+        return None
+    parts = {part: packed[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in packed}
+    n_out, n_in = shape
+    return unpacked(parts, own, n_out, n_in)
 
 
 def first_reader(name: str, names: Collection[str]) -> str:
-    """Return the first of the linear layers with the same input: with one product for all, their loud inputs are the same.
+    """Return the first of the linear layers with the same input, which is rounded once for all.
 
     DeBERTa's queries and keys also read the distances, which values do not.
     """

@@ -18,7 +18,7 @@ from llmctl.converting.gguf_check import PROBES, PROSE, rounded
 from llmctl.errors import ArtifactError, LlmctlError, MissingExtraError
 from llmctl.formats.artifact import FILES
 from llmctl.formats.onnx.encoder import MASK, TYPES
-from llmctl.formats.onnx.weights import EMBEDDING, HEAD, IDS, SCHEME, SMALLEST_SCALE, Matrix
+from llmctl.formats.onnx.weights import EMBEDDING, HEAD, IDS, SMALLEST_SCALE, Matrix
 from llmctl.inference.encoding import Row, encode_rows
 from llmctl.model.transformer import LanguageModel, assign_tensors
 from llmctl.tokenizer.load import find_tokenizer
@@ -171,17 +171,18 @@ def rounded_model(original: Loaded, state: Mapping[str, Tensor], matrices: Mappi
     for name, matrix in rounded.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(rounding(matrix.quiet().bool()))
+            module.register_forward_pre_hook(rounding(matrix))
     return model
 
 
-def rounding(quiet_I: Tensor) -> Callable[..., tuple[Tensor]]:
-    """Return a hook that rounds an input: quiet channels to 8 bits between a token's smallest and largest value, or 0."""
+def rounding(matrix: Matrix) -> Callable[..., tuple[Tensor]]:
+    """Return a hook that rounds the inputs of a matrix which are not loud, between a token's smallest and largest one."""
+    quiet_I = matrix.quiet().bool()
 
     def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         others = inputs[0] * quiet_I
         low, high = others.aminmax(dim=-1, keepdim=True)
-        scale = ((high - low) / SCHEME.levels).clamp_(min=SMALLEST_SCALE)
+        scale = ((high - low) / matrix.levels).clamp_(min=SMALLEST_SCALE)
         return (torch.where(quiet_I, ((others - low) / scale).round_() * scale + low, inputs[0]),)
 
     return hook

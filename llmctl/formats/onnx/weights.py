@@ -6,13 +6,16 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llmctl.formats.onnx.graph import FLOAT, Graph
-from llmctl.quant.grid import Codes, decode
+from llmctl.quant.grid import Codes, Grid, decode
 from llmctl.quant.schemes import SCHEMES
 
 SCHEME = SCHEMES["int8"]
 SMALLEST_SCALE = 1e-30
+LARGEST_SUM = 2**15 - 1
+"""At which `vpmaddubsw`, by which ONNX Runtime multiplies on x86 without VNNI, cuts off the sum of two products."""
 IDS, EMBEDDING, HEAD = "input_ids", "model.embed_tokens", "lm_head"
 
 
@@ -75,12 +78,13 @@ class Matrix:
     """A weight (O, I) in 8 bits, but for the columns of a few inputs, the loud ones.
 
     codes: symmetric, with one scale per output; they are 0 for loud inputs. loud_K: which these are; columns_OK: their
-    weights.
+    weights. levels: the largest code of the other inputs.
     """
 
     codes: Codes
     loud_K: Tensor
     columns_OK: Tensor
+    levels: int
 
     def quiet(self) -> Tensor:
         """Return a row (I) that is 0 for loud inputs and 1 for others."""
@@ -109,15 +113,17 @@ class Int8(Float32):
 
     Every token has a range of its own, so that what a text yields does not depend on the texts beside it, as it does with
     the one range per tensor of ONNX Runtime's dynamic quantization. The few channels of the largest values, which would
-    widen the range of all others, are multiplied in float32. Sources: ZeroQuant, Yao et al. 2022, arXiv:2206.01861, section
-    4.1 (ranges of tokens); LLM.int8(), Dettmers et al. 2022, arXiv:2208.07339, section 3.2 (channels apart, there found by
-    a threshold in every batch).
+    widen the range of all others, are multiplied in float32. Codes are such that the sum of two products stays within 16
+    bits, at which x86 processors without VNNI cut it off: all processors compute the same.
+
+    Sources: ZeroQuant, Yao et al. 2022, arXiv:2206.01861, section 4.1 (ranges of tokens); LLM.int8(), Dettmers et al. 2022,
+    arXiv:2208.07339, section 3.2 (channels apart, there found by a threshold in every batch).
     """
 
     def __init__(self, state: Mapping[str, Tensor], matrices: Mapping[str, Matrix], *, tied: bool) -> None:
         super().__init__(state, tied=tied)
         self.matrices = matrices
-        self.rounded: dict[str, Rounded] = {}
+        self.rounded: dict[tuple[str, int], Rounded] = {}
         self.ones = ""
 
     def linear(self, graph: Graph, x: str, *names: str, is_constant: bool = False) -> str:
@@ -135,7 +141,9 @@ class Int8(Float32):
             scales_O = torch.cat([part.codes.grid.scales_OG for part in parts]).flatten()
             scales = graph.tensor(f"{label}.scales", scales_O)
         loud_K = parts[0].loud_K
-        assert all(torch.equal(part.loud_K, loud_K) for part in parts), "they read the same input"
+        for part in parts:
+            assert torch.equal(part.loud_K, loud_K), "they read the same input"
+            assert part.levels == parts[0].levels, "they read the same input"
         columns_KO = torch.cat([part.columns_OK for part in parts]).T
         if is_constant:
             return self._unrounded(graph, x, decoded(graph, codes, scales), columns_KO, loud_K, names)
@@ -163,18 +171,19 @@ class Int8(Float32):
 
     def _rounded(self, graph: Graph, x: str, matrix: Matrix) -> Rounded:
         """Return the input of a matrix in 8 bits; once for all that read it."""
-        if x not in self.rounded:
+        key = (x, matrix.levels)
+        if key not in self.rounded:
             others, loud = x, ""
             if len(matrix.loud_K):
                 loud = graph.op("Gather", x, graph.integers(*matrix.loud_K.tolist()), axis=-1)
                 others = graph.op("Mul", x, graph.tensor(f"{x}.quiet", matrix.quiet()))
             low, high = (graph.op(kind, others, axes=[-1], keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
-            width = graph.op("Div", graph.op("Sub", high, low), graph.number(float(SCHEME.levels)))
+            width = graph.op("Div", graph.op("Sub", high, low), graph.number(float(matrix.levels)))
             scale = graph.op("Max", width, graph.number(SMALLEST_SCALE))
             steps = graph.op("Mul", graph.op("Sub", others, low), graph.op("Reciprocal", scale))
             codes = graph.op("QuantizeLinear", steps, graph.number(1.0), graph.unsigned(0))
-            self.rounded[x] = Rounded(codes, scale, low, loud)
-        return self.rounded[x]
+            self.rounded[key] = Rounded(codes, scale, low, loud)
+        return self.rounded[key]
 
     def _ones(self, graph: Graph) -> str:
         """Return a 1 for every token (B, T, 1)."""
@@ -193,6 +202,26 @@ class Int8(Float32):
     def _coded(self, graph: Graph, name: str) -> tuple[str, str]:
         codes = self.matrices[name].codes
         return graph.tensor(f"{name}.codes", signed(codes)), graph.tensor(f"{name}.scales", codes.grid.scales_OG)
+
+
+def grid_for_pairs(weight_OI: Tensor) -> Grid:
+    """Return the grid on which magnitudes sum up to at most 128 for two adjacent inputs: times 255, that is within 16 bits."""
+    sums_OP = pair_sums(weight_OI)
+    scales_O1 = (sums_OP.amax(dim=1, keepdim=True) / (SCHEME.middle - 1)).clamp(
+        min=SMALLEST_SCALE
+    )  # 1 for rounding two
+    return Grid(scales_O1, torch.full_like(scales_O1, SCHEME.middle, dtype=torch.uint8))
+
+
+def levels_for(codes: Codes) -> int:
+    """Return the largest code of inputs for which no two products of adjacent inputs exceed 16 bits together."""
+    return min(SCHEME.levels, LARGEST_SUM // max(1, int(pair_sums(signed(codes).int()).max())))
+
+
+def pair_sums(weight_OI: Tensor) -> Tensor:
+    """Return the sums of the magnitudes of the weights of two adjacent inputs."""
+    padded_OI = F.pad(weight_OI.abs(), (0, weight_OI.shape[1] % 2))
+    return padded_OI[:, 0::2] + padded_OI[:, 1::2]
 
 
 def decoded(graph: Graph, codes: str, scales: str) -> str:

@@ -8,7 +8,7 @@ The classifiers are made by recipes/finetune/sst2-lora.yaml and sst2-full.yaml.
 STS-B: Spearman correlation of cosines on dev and test, in batches of 32 texts of similar length, as sentence-transformers
 makes them. SST-2: accuracy, and how many of the predictions are others than in float32. Speed: the first sentences of STS-B
 dev in such batches, per CPU-second of one thread of ONNX Runtime; the files take turns, the fastest round counts. `--peers`
-is a folder with optimum, which then quantizes by its own configuration for AVX-512 VNNI (`AutoQuantizationConfig`), as sentence-transformers'
+is a folder with optimum, which then quantizes by its own configuration for AVX-512 VNNI, as sentence-transformers'
 `export_dynamic_quantized_onnx_model` does. Not named onnx.py: it would be imported as the package.
 """
 

@@ -48,7 +48,7 @@ def export_onnx(
     Raises: ArtifactError for a model that is no encoder, or a failed verification; MissingExtraError; OutputError; errors
     of reading.
     """
-    artifact = read_model(source)
+    artifact = as_published(read_model(source))
     if obstacle := obstacle_in(artifact.config):
         raise ArtifactError(
             f"`{source}` {obstacle}, which is not exported as ONNX",
@@ -88,6 +88,14 @@ def export_onnx(
         "missing": missing(artifact, texts),
         "proof": proof.record(),
     }
+
+
+def as_published(artifact: Artifact) -> Artifact:
+    """Return a quantized model under the architecture of its family, which its packed weights are not stored as."""
+    if not artifact.schemes:
+        return artifact
+    config = replace(artifact.config, architecture="")
+    return replace(artifact, config=config, architecture=family_for(complete(config)).architecture)
 
 
 def graph_of(artifact: Artifact, state: "Mapping[str, Tensor]", matrices: Mapping[str, Matrix]) -> Graph:

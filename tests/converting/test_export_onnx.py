@@ -182,7 +182,10 @@ def test_a_quantized_model_keeps_its_codes(scheme, tmp_path):
         state |= {f"{name}.{part}": tensor for part, tensor in packed(own[name], chosen).items()}
     state.pop("lm_head.weight", None)
     there = write_artifact(tmp_path / "q", source.config, state, files={}, provenance={}, schemes=plan)
+    assert read_artifact(there).architecture == "LlmctlForLanguageModel"  # BERT's layout has no packed weights
     record = export_onnx(there, tmp_path / "out", int8=True)
+    assert record["outputs"] == ["last_hidden_state"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertModel"]
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(record["file"]).graph.initializer}
     for name, codes in own.items():
         label = name.replace("q_proj", "q_proj_k_proj_v_proj")

@@ -1,7 +1,7 @@
 """Compare ONNX files on a CPU: ours in float32 and 8 bits, and what ONNX Runtime's dynamic quantization makes of ours.
 
-    python benchmarks/onnx_export.py --encoder MINILM --stsb DIR --classifiers SST2-LORA SST2-FULL --sst2 dev.tsv
-        --work WORK [--peers DIR] [--sentences 1000] [--rounds 5]
+    python benchmarks/onnx_export.py --encoder MINILM --stsb DIR --classifiers SST2-LORA SST2-FULL
+        --sst2 dev.tsv train.tsv --work WORK [--peers DIR] [--sentences 1000] [--rounds 5]
 
 The classifiers are made by recipes/finetune/sst2-lora.yaml and sst2-full.yaml.
 
@@ -139,9 +139,10 @@ def shown(values: Sequence[float], whole: Sequence[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("encoder", "stsb", "sst2", "work"):
+    for name in ("encoder", "stsb", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--classifiers", type=Path, nargs="+", required=True)
+    for name in ("classifiers", "sst2"):
+        parser.add_argument(f"--{name}", type=Path, nargs="+", required=True)
     parser.add_argument("--peers", type=Path)
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
@@ -154,23 +155,28 @@ def main() -> None:
         files = files_of(source, folder, options.peers)
         models = {name: Model(file, folder) for name, file in files.items()}
         speed = speeds(models, texts, options.rounds)
-        columns = ("STS-B dev", "STS-B test") if is_encoder else ("SST-2 accuracy", "other predictions")
+        columns = ["STS-B dev", "STS-B test"]
+        if not is_encoder:
+            columns = [column for file in options.sst2 for column in (f"SST-2 {file.stem}", "other labels")]
         print(f"{source.name:34}{'bytes':>12}{'sentences/CPU-s':>18}" + "".join(f"{name:>20}" for name in columns))
         whole: list[float] = []
-        before: np.ndarray | None = None
+        before: list[np.ndarray] = []
         for name, model in models.items():
             line = f"{name:34}{files[name].stat().st_size:>12,}{speed[name]:>18.1f}"
             if is_encoder:
                 values = [sts(model, options.stsb / f"stsb-en-{part}.csv") for part in ("dev", "test")]
                 whole = whole or values
                 print(line + shown(values, whole), flush=True)
-            else:
-                predicted, right = labels(model, options.sst2)
-                values = [100 * float((predicted == right).mean())]
-                before = predicted if before is None else before
-                whole = whole or values
-                n_others = int((predicted != before).sum())
-                print(line + shown(values, whole) + f"{n_others:>13} of {len(right)}", flush=True)
+                continue
+            for number, file in enumerate(options.sst2):
+                predicted, right = labels(model, file)
+                if name == "float32":
+                    before.append(predicted)
+                    whole.append(100 * float((predicted == right).mean()))
+                n_others = int((predicted != before[number]).sum())
+                line += shown([100 * float((predicted == right).mean())], [whole[number]])
+                line += f"{n_others:>11} of {len(right):>5}"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from llmctl.families.native import NATIVE
 from llmctl.families.table import family_for
 from llmctl.files import atomic_path, discard, sync, writing
 from llmctl.formats.artifact import CONFIG, Artifact
+from llmctl.formats.artifact import FILES as SMALL_FILES
 from llmctl.formats.artifact_write import refuse_overwrite, small_files
 from llmctl.formats.onnx.encoder import Encoder, obstacle_in
 from llmctl.formats.onnx.graph import MOST_BYTES, OPSET, Graph, model_of, onnx_module, save
@@ -64,6 +65,8 @@ def export_onnx(
     state = artifact.state()
     texts = small_files(artifact.config, artifact.stored_state(), artifact.files)
     check_folder(out, file, texts, force=force)
+    check_numbers(state, source)
+    of_another = is_of_another(out, texts)
     original = Loaded(without_weights(artifact.config), tokenizer, artifact)
     matrices = matrices_of(original, state) if int8 else {}
     with staged(out) as folder:
@@ -75,6 +78,7 @@ def export_onnx(
         written = save(model_of(graph, artifact.architecture), folder / file, graph.n_bytes, most=most_bytes)
         proof = prove(folder / file, out / file, original, state, matrices, graph.constants)
         n_bytes = sum(path.stat().st_size for path in written)
+    remove_stale(out, [path.name for path in written], texts, of_another=of_another)
     return {
         "path": str(out),
         "to": "onnx",
@@ -173,6 +177,16 @@ def check_folder(out: Path, file: str, texts: Mapping[str, bytes], *, force: boo
             )
 
 
+def check_numbers(state: "Mapping[str, Tensor]", source: Path) -> None:
+    """Refuse weights that are not finite.
+
+    Raises: ArtifactError naming the tensor.
+    """
+    for name, tensor in state.items():
+        if not bool(tensor.isfinite().all()):
+            raise ArtifactError(f"`{name}` of `{source}` has weights that are not finite", "import the model again")
+
+
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out`, or whose files move into it one by one if it exists."""
@@ -180,19 +194,48 @@ def staged(out: Path) -> Iterator[Path]:
         with atomic_path(out) as temporary:
             temporary.mkdir()
             yield temporary
+            synced(temporary)
         return
     temporary = out / f".{secrets.token_hex(4)}.tmp"
     with writing(out):
         try:
             temporary.mkdir()
             yield temporary
-            for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            # The graph last, after the tensors that it may name: until then the folder is usable as it was.
+            for path in sorted(
+                synced(temporary), key=lambda path: (path.parent.name == FOLDER, path.suffix == ".onnx")
+            ):
                 target = out / path.relative_to(temporary)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                sync(path)
                 path.replace(target)
         finally:
             discard(temporary)
+
+
+def synced(folder: Path) -> list[Path]:
+    """Fsync all files of a folder, and return them."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        sync(path)
+    return files
+
+
+def is_of_another(out: Path, texts: Mapping[str, bytes]) -> bool:
+    """Tell whether a folder has small files of a model that are not these."""
+    there = [name for name in {*SMALL_FILES, CONFIG} if (out / name).is_file()]
+    return any(name not in texts or (out / name).read_bytes() != texts[name] for name in there)
+
+
+def remove_stale(out: Path, written: Collection[str], texts: Mapping[str, bytes], *, of_another: bool) -> None:
+    """Remove what a replaced file leaves behind: its tensors beside it, and all that is another model's."""
+    own = {name.removesuffix("_data") for name in written}
+    with writing(out):
+        for name in FILES.values():
+            for path in (out / FOLDER / name, out / FOLDER / f"{name}_data"):
+                if path.name not in written and (of_another or name in own):
+                    path.unlink(missing_ok=True)
+        for name in set(SMALL_FILES) - set(texts) if of_another else ():
+            (out / name).unlink(missing_ok=True)
 
 
 def missing(artifact: Artifact, texts: Mapping[str, bytes]) -> list[str]:

@@ -5,7 +5,8 @@ model with the same rounding: an input that is close to the middle of two codes 
 and that changes later ones. They must be closer to it than a few times its distance from the original, which is measured.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,8 @@ QUIET = 3
 class Proof:
     """Results of the verification.
 
-    difference: the largest between an output and our model's, relative to its largest output. cosine: in 8 bits, the least similarity
-    of a text's outputs to the original's. padded: rows that were compared in a batch with longer ones.
+    difference: the largest between an output and our model's, relative to its largest output. cosine: in 8 bits, the least
+    similarity of a text's outputs to the original's. padded: rows that were compared in a batch with longer ones.
     """
 
     tensors_equal: int
@@ -90,18 +91,19 @@ def prove(
 ) -> Proof:
     """Run the ONNX file at `path` and compare it; `out` is its final name, for errors.
 
-    original: the source model, with its weights in `state`; matrices: those in 8 bits; constants: what the
-    file must contain.
+    original: the source model, with its weights in `state`; matrices: those in 8 bits; constants: what the file must
+    contain.
     Raises: ArtifactError naming the difference.
     """
     n_texts = check_tokenizer(path.parents[1], out, original)
     check_constants(path, out, constants)
     rows, bare = rows_of(original), is_bare(original.artifact)
     exact = outputs_of(with_tensors(without_weights(original.model.config), state), rows, bare=bare)
-    session = open_session(path, out)
-    found = run(session, rows, original.model.config.pad_id)
     shortest = min(range(len(rows)), key=lambda index: len(rows[index].ids))
-    alone = run(session, [rows[shortest]], original.model.config.pad_id)
+    with failing(out):
+        session = open_session(path)
+        found = run(session, rows, original.model.config.pad_id)
+        alone = run(session, [rows[shortest]], original.model.config.pad_id)
     wanted, cosine = exact, None
     if matrices:
         wanted = outputs_of(rounded_model(original, state, matrices), rows, bare=bare)
@@ -223,7 +225,25 @@ def outputs_of(model: LanguageModel, rows: Sequence[Row], *, bare: bool) -> list
     ]
 
 
-def open_session(path: Path, out: Path) -> Any:
+@contextmanager
+def failing(out: Path) -> Iterator[None]:
+    """Convert the errors of both packages about a file, which have no class in common."""
+    import onnx
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    kinds = (errors.Fail, errors.InvalidArgument, errors.InvalidGraph, errors.InvalidProtobuf, errors.NotImplemented)
+    try:
+        yield
+    except (
+        *kinds,
+        errors.RuntimeException,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as error:
+        raise failure(out, f"ONNX Runtime cannot run it: {error}") from error
+
+
+def open_session(path: Path) -> Any:
     """Check the file, and load it into ONNX Runtime."""
     import onnx
 
@@ -231,11 +251,8 @@ def open_session(path: Path, out: Path) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = QUIET
-    try:
-        onnx.checker.check_model(path, full_check=True)
-        return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # both packages raise classes of their own, straight from Exception
-        raise failure(out, f"it cannot be loaded: {error}") from error
+    onnx.checker.check_model(path, full_check=True)
+    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def run(session: Any, rows: Sequence[Row], pad_id: int) -> list[Tensor]:

@@ -249,6 +249,30 @@ def test_large_models_keep_their_tensors_in_a_second_file(tmp_path):
     np.testing.assert_array_equal(run(record["file"], ids, **inputs), run(whole["file"], ids, **inputs))
 
 
+def test_replacing_leaves_nothing_of_the_other_model(models, tmp_path):
+    out, bert = tmp_path / "out", source_of(tmp_path / "m", **BERT)
+    export_onnx(models["bert"], out, int8=True)
+    export_onnx(bert, out, force=True, most_bytes=1000)
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
+        "config.json",
+        "model.onnx",
+        "model.onnx_data",
+    ]
+    export_onnx(bert, out, force=True)
+    export_onnx(bert, out, int8=True)
+    assert sorted(path.name for path in (out / "onnx").iterdir()) == ["model.onnx", "model_quantized.onnx"]
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    artifact = read_artifact(source_of(tmp_path / "m"))
+    state = artifact.state()
+    state["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    there = write_artifact(tmp_path / "nan", artifact.config, state, files={}, provenance={})
+    with pytest.raises(ArtifactError, match=r"`model\.layers\.1\.mlp\.up_proj\.weight` of .* not finite"):
+        export_onnx(there, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 BROKEN = {
     "no padding mask": ("share", lambda self, call: (call(), self.masks.update({0: self.graph.number(0.0)}))),
     "rotated the other way": (
@@ -268,6 +292,13 @@ def test_a_wrong_graph_is_not_written(what, int8, tmp_path, monkeypatch):
     monkeypatch.setattr(Encoder, name, lambda self, *args: change(self, lambda *given: original(self, *given), *args))
     with pytest.raises(ArtifactError, match="verification failed: outputs"):
         export_onnx(source_of(tmp_path / "m"), tmp_path / "out", int8=int8)
+    assert {path.name for path in tmp_path.iterdir()} == {"m"}
+
+
+def test_a_graph_that_cannot_run_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Encoder, "heads", lambda self, x, _: self.graph.op("Reshape", x, self.graph.integers(7, 7)))
+    with pytest.raises(ArtifactError, match="verification failed: ONNX Runtime cannot run it"):
+        export_onnx(source_of(tmp_path / "m"), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"m"}
 
 

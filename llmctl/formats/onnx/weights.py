@@ -206,10 +206,9 @@ class Int8(Float32):
 
 def grid_for_pairs(weight_OI: Tensor) -> Grid:
     """Return the grid on which magnitudes sum up to at most 128 for two adjacent inputs: times 255, that is within 16 bits."""
-    sums_OP = pair_sums(weight_OI)
-    scales_O1 = (sums_OP.amax(dim=1, keepdim=True) / (SCHEME.middle - 1)).clamp(
-        min=SMALLEST_SCALE
-    )  # 1 for rounding two
+    largest_O1 = pair_sums(weight_OI).amax(dim=1, keepdim=True)
+    # Rounding both adds 1 at most: a magnitude of 127 before it is 128 afterwards.
+    scales_O1 = (largest_O1 / (SCHEME.middle - 1)).clamp(min=SMALLEST_SCALE)
     return Grid(scales_O1, torch.full_like(scales_O1, SCHEME.middle, dtype=torch.uint8))
 
 

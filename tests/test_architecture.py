@@ -23,7 +23,7 @@ LAYERS = [
     },
     {
         "preparing": "text or examples -> tokenizer, split, shards",
-        "converting": "import, export, GGUF and its check",
+        "converting": "import, export, GGUF, ONNX, checks",
         "benchmarking": "bench, doctor, network check",
     },
     {"inference": "generate, chat, chat templates, fill, classify; sampling, beams, KV cache sessions"},
@@ -31,7 +31,7 @@ LAYERS = [
     {"runs": "run folders, checkpoints, journal, history, progress, model card"},
     {
         "kernels": "compiled decoding step, choice of matmul kernels",
-        "formats": "files on disk: safetensors, GGUF, adapters, quantized tensors",
+        "formats": "files on disk: safetensors, GGUF, ONNX, adapters, quantization",
         "data": "text files, tables, examples, shards, packed rows, masking",
     },
     {"families": "published architectures: config.json, tensor names and forms"},

@@ -3,6 +3,7 @@
 torch is imported inside functions, so that importing this module is fast.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -183,4 +184,5 @@ def is_bare(artifact: Artifact) -> bool:
     if isinstance(artifact, TransformersArtifact):  # only those with a head are read
         return False
     architecture = artifact.architecture
-    return artifact.config.family == "encoder" and bool(architecture) and "For" not in architecture
+    has_head = re.search(r"For[A-Z]", architecture) is not None  # not the one in RoFormer
+    return artifact.config.family == "encoder" and bool(architecture) and not has_head

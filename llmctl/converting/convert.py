@@ -64,7 +64,7 @@ def export_model(source: Path, out: Path, *, to: str, force: bool = False) -> Pa
     Raises: UsageError if `out` does not fit the format; NotFoundError, ArtifactError, OutputError.
     """
     if to not in ("single", "hf"):
-        raise UsageError(f"`--to {to}` is not supported", "`--to` takes single, hf or gguf")
+        raise UsageError(f"`--to {to}` is not supported", "`--to` takes single, hf, gguf or onnx")
     if (to == "single") != (out.suffix == ".safetensors"):
         form = "a file X.safetensors" if to == "single" else "a folder"
         raise UsageError(f"`--to {to}` writes {form}, but `{out}` is not one", f"use `-o` with {form}")

@@ -13,6 +13,7 @@ from llmctl.config import ModelConfig
 from llmctl.errors import LlmctlError, OutputError
 from llmctl.families.family import FamilyFormat
 from llmctl.families.parameters import stored_shape, to_stored
+from llmctl.families.table import family_for
 from llmctl.files import atomic_path, json_text, parse_json, write_bytes, writing
 from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, COUNT, FILES, INDEX, WEIGHTS, weights_of
 from llmctl.formats.generation_settings import GENERATION, default_settings
@@ -84,6 +85,14 @@ def write_artifact(
     if force:  # only afterwards: until the new weights exist, the old model stays usable
         remove_stale(out, set(texts))
     return out
+
+
+def small_files(config: ModelConfig, state: Mapping[str, "Tensor"], files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files beside the weights of a folder that `write_artifact` writes for a model that is not quantized."""
+    family = family_for(config)
+    tensors = to_stored(family.layout(config), state) | family.constants(config)
+    hf_text = json_text(hf_config(family, config, tensors))
+    return {**with_generation_config(config, with_special_tokens(config, files)), CONFIG: hf_text.encode()}
 
 
 def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callable[[Path], None]) -> None:

@@ -25,16 +25,22 @@ def rope_tables(config: ModelConfig, positions: Tensor, kind: RopeKind, n_positi
     Shapes: positions (..., T) -> two float32 tensors (..., T, R), R the rotated channels of a head.
     Source: Su et al. 2021, arXiv:2104.09864, eq. 34, in the half-split layout of `LlamaForCausalLM`.
     """
-    width = config.rotary_dim or config.head_dim
-    theta, is_scaled = kind
-    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
-    factor = 1.0
-    if is_scaled:
-        scaling = SCALINGS[config.rope_scaling]
-        frequencies, factor = scaling(frequencies, theta, n_positions, *config.rope_scaling_values)
+    frequencies, factor = rope_frequencies(config, kind, n_positions, positions.device)
     angles = positions.float()[..., None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos() * factor, angles.sin() * factor
+
+
+def rope_frequencies(
+    config: ModelConfig, kind: RopeKind, n_positions: int, device: torch.device | None = None
+) -> tuple[Tensor, float]:
+    """Return the frequencies of a kind of rotary embeddings (R/2), and the factor on its cosines and sines."""
+    width = config.rotary_dim or config.head_dim
+    theta, is_scaled = kind
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=device).float() / width)
+    if not is_scaled:
+        return frequencies, 1.0
+    return SCALINGS[config.rope_scaling](frequencies, theta, n_positions, *config.rope_scaling_values)
 
 
 # Each returns the scaled frequencies and the factor on cosines and sines; the arguments after n_positions are

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmctl.artifacts.find import announce, default_file, nothing_found, resolve_model
-from llmctl.artifacts.load import Loaded, load_model, without_weights
+from llmctl.artifacts.load import Loaded, is_bare, load_model, without_weights
 from llmctl.config import ModelConfig
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.formats.artifact import Artifact
@@ -236,3 +236,12 @@ def test_ours_begin_with_bos_whatever_is_said(tmp_path, text_tokenizer):
     made = model()
     files = {"tokenizer_config.json": b'{"add_bos_token": false}'}
     assert Loaded(made, text_tokenizer, Artifact(tmp_path, "", made.config, files, {})).frame.before
+
+
+@pytest.mark.parametrize(("head", "is_without"), [({}, True), ({"head_transform": True, "logits_bias": True}, False)])
+def test_a_bare_encoder_is_known_by_its_class(head, is_without, tmp_path):
+    bert = {"norm": "layernorm", "norm_position": "post", "embedding_norm": True, "gated": False, "activation": "gelu"}
+    bert |= {"attention_bias": True, "mlp_bias": True, "n_token_types": 2}
+    loaded = load_model(write(tmp_path / "m", model("encoder", **bert, **head)), device="cpu")
+    assert loaded.artifact.architecture.startswith("RoFormer")  # whose name has the "For" of a head in it
+    assert is_bare(loaded.artifact) is is_without

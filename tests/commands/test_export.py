@@ -88,3 +88,51 @@ def test_without_the_package_the_extra_is_named(models, tmp_path):
     assert done.returncode == 7
     assert "pip install gguf" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.interop
+def test_an_onnx_file_and_what_was_proved(models, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
+    monkeypatch.chdir(tmp_path)
+    assert run(["export", str(models["bert"]), "--to", "onnx"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "bert-onnx\n"
+    assert "outputs of 7 padded texts within" in captured.err
+    assert "bert-onnx/onnx/model.onnx: float32, opset 17" in captured.err
+    assert run(["export", str(models["bert"]), "--to", "onnx", "--int8", "-o", "bert-onnx", "--json", "-q"]) == 0
+    captured = capsys.readouterr()
+    record = json.loads(captured.out)
+    assert captured.err == ""
+    assert (record["type"], record["file"]) == ("int8", "bert-onnx/onnx/model_quantized.onnx")
+    assert record["bytes"] == (tmp_path / record["file"]).stat().st_size
+    assert 0.9 < record["proof"]["cosine"] < 1
+    assert record["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert run(["export", str(models["bert"]), "--to", "onnx", "--int8", "-o", "bert-onnx"]) == 8
+
+
+def test_flags_of_another_format(folder, models, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    cases = [
+        (folder, ["hf", "--int8"], 2, "`--int8` applies to `--to onnx`", "llmctl quantize --bits 8"),
+        (folder, ["gguf", "--int8"], 2, "`--int8` applies to `--to onnx`", "--type q8_0"),
+        (folder, ["onnx", "--type", "q8_0"], 2, "applies to `--to gguf`", "omit `--type`"),
+        (folder, ["onnx"], 4, "is a decoder, which is not exported as ONNX", "--to gguf"),
+        (models["encoder_decoder"], ["onnx"], 4, "is an encoder-decoder", "--to hf"),
+    ]
+    for model, flags, code, message, hint in cases:
+        assert run(["export", str(model), "-o", out, "--to", *flags]) == code
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert hint in captured.err.partition("hint: ")[2]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_without_a_package_of_onnx_the_extra_is_named(package, models, tmp_path):
+    if package == "onnxruntime":
+        pytest.importorskip("onnx", reason="pip install '.[onnx]'")
+    program = f"import sys; sys.modules[{package!r}] = None; from llmctl.cli import run; sys.exit(run(sys.argv[1:]))"
+    command = ["export", str(models["bert"]), "--to", "onnx", "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 7
+    assert f"pip install {package}\n" in done.stderr
+    assert list(tmp_path.iterdir()) == []

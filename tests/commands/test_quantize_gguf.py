@@ -110,3 +110,14 @@ def test_other_commands_write_no_such_file(teachers, capsys):
         assert run(call) in (1, 2, 4), message
         assert message in capsys.readouterr().err
     assert not Path("m.gguf").exists()
+
+
+def test_export_chooses_codes_on_a_text_too(teachers, capsys):
+    call = ["export", str(teachers["decoder"]), "--to", "gguf", "--type", "q4_0", "--calib", "text.txt", "-o", "m.gguf"]
+    assert run([*call, "--json", "-q"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["path"] == "m.gguf"
+    assert record["bytes"] == Path("m.gguf").stat().st_size
+    assert run(call) == 8  # it exists
+    assert run([*call[:3], "hf", *call[6:]]) == 2
+    assert "--calib" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def begin(
     if out is not None and is_file(out) and out.suffix != job.suffix(config):
         raise UsageError(
             f"this run writes a file X{job.suffix(config)}, but `{out}` is not one",
-            "`llmctl export --to gguf` writes GGUF",
+            f"use `-o X{job.suffix(config)}`, or `-o FOLDER`; `llmctl export --to gguf` converts models to GGUF",
         )
     started = time.monotonic() if started is None else started
     runtime = start(config.train, config.parallel)

@@ -149,7 +149,7 @@ def provenance(config: QuantizeConfig, original: Teachers, data: TaskData) -> di
 def note(config: QuantizeConfig, summary: Mapping[str, Any]) -> str:
     """Return bits, scheme and method for the model card."""
     bits, weights = summary["report"]["bits_per_weight"], config.weights
-    return f"Weights in {bits:.2f} bits ({weights.scheme}, {weights.method}); the whole report is in `report.json`."
+    return f"Weights in {bits:.2f} bits ({weights.gguf or weights.scheme}, {weights.method}); the whole report is in `report.json`."
 
 
 def closing(

@@ -53,7 +53,7 @@ def make_report(
     n_parameters = models["after"].n_parameters
     record: dict[str, Any] = {
         "metric": metric,
-        "scheme": settings.weights.scheme,
+        "scheme": settings.weights.gguf or settings.weights.scheme,
         "method": settings.weights.method,
         "n_parameters": n_parameters,
         "bits_per_weight": 8 * sides["after"]["bytes"] / n_parameters,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, is_bare, without_weights
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.converting.onnx_check import loud_inputs, prove, runtime_module
+from llmctl.converting.onnx_check import outlier_inputs, prove, runtime_module
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.families.native import NATIVE
 from llmctl.families.table import family_for
@@ -121,20 +121,20 @@ def matrices_of(original: Loaded, state: "Mapping[str, Tensor]") -> dict[str, Ma
     packed = artifact.packed_state() if artifact.schemes else {}
     shapes = packable_modules(config)
     names = [name for name in shapes if is_inside(name) or name in (EMBEDDING, HEAD)]
-    loud = loud_inputs(original, state, [name for name in names if is_inside(name)])
+    outliers = outlier_inputs(original, state, [name for name in names if is_inside(name)])
     matrices: dict[str, Matrix] = {}
     for name in names:
         weight_OI = state[f"{name}.weight"]
-        loud_K = loud.get(first_reader(name, shapes), torch.empty(0, dtype=torch.int64))
+        outliers_K = outliers.get(first_reader(name, shapes), torch.empty(0, dtype=torch.int64))
         codes = own_codes(artifact, packed, name, shapes[name])
         if codes is None:
-            quiet_OI = weight_OI.clone()
-            quiet_OI[:, loud_K] = 0
+            inner_OI = weight_OI.clone()
+            inner_OI[:, outliers_K] = 0
             is_only_read = name == EMBEDDING and (is_bare(artifact) or config.n_labels > 0 or not config.tie_embeddings)
-            grid = whole_range(quiet_OI, SCHEME) if is_only_read else grid_for_pairs(quiet_OI)
-            codes = Codes(encode(quiet_OI, grid, SCHEME), grid)
-        codes.codes_OI[:, loud_K] = SCHEME.middle
-        matrices[name] = Matrix(codes, loud_K, weight_OI[:, loud_K], levels_for(codes))
+            grid = whole_range(inner_OI, SCHEME) if is_only_read else grid_for_pairs(inner_OI)
+            codes = Codes(encode(inner_OI, grid, SCHEME), grid)
+        codes.codes_OI[:, outliers_K] = SCHEME.middle
+        matrices[name] = Matrix(codes, outliers_K, weight_OI[:, outliers_K], levels_for(codes))
     levels: dict[str, int] = {}
     for name, matrix in matrices.items():
         first = first_reader(name, shapes)

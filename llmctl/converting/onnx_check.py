@@ -37,7 +37,7 @@ ROUNDED_BOUND = 3.0
 """The same for 8 bits: maximum distance from our model with the same rounding, relative to its distance from the original.
 About 0.7 in all-MiniLM-L6-v2, whose rounding errors are independent after a few layers; a wrong graph is tens away."""
 
-N_LOUD = 4
+N_OUTLIERS = 4
 """Channels of every input that are not rounded in 8 bits. In all-MiniLM-L6-v2, 1 - cosine of sentence vectors falls from
 10.4e-4 to 4.1e-4 with one, 2.9e-4 with 4 and 2.7e-4 with 8; each is 4 bytes for every output."""
 
@@ -178,20 +178,20 @@ def rounded_model(original: Loaded, state: Mapping[str, Tensor], matrices: Mappi
 
 
 def rounding(matrix: Matrix) -> Callable[..., tuple[Tensor]]:
-    """Return a hook that rounds the inputs of a matrix which are not loud, between a token's smallest and largest one."""
-    quiet_I = matrix.quiet().bool()
+    """Return a hook that rounds the inputs of a matrix which are no outliers, between a token's smallest and largest one."""
+    inliers_I = matrix.inliers().bool()
 
     def hook(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        others = inputs[0] * quiet_I
+        others = inputs[0] * inliers_I
         low, high = others.aminmax(dim=-1, keepdim=True)
         scale = ((high - low) / matrix.levels).clamp_(min=SMALLEST_SCALE)
-        return (torch.where(quiet_I, ((others - low) / scale).round_() * scale + low, inputs[0]),)
+        return (torch.where(inliers_I, ((others - low) / scale).round_() * scale + low, inputs[0]),)
 
     return hook
 
 
 @torch.inference_mode()
-def loud_inputs(original: Loaded, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+def outlier_inputs(original: Loaded, state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Return the channels of the largest values that linear layers read on the rows of the verification."""
     model = with_tensors(without_weights(original.model.config), state)
     largest: dict[str, Tensor] = {}
@@ -207,7 +207,8 @@ def loud_inputs(original: Loaded, state: Mapping[str, Tensor], names: Collection
         model.get_submodule(name).register_forward_pre_hook(watch(name))
     outputs_of(model, rows_of(original), bare=is_bare(original.artifact))
     return {
-        name: found_I.topk(min(N_LOUD, len(found_I) // 4)).indices.sort().values for name, found_I in largest.items()
+        name: found_I.topk(min(N_OUTLIERS, len(found_I) // 4)).indices.sort().values
+        for name, found_I in largest.items()
     }
 
 

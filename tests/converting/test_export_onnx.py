@@ -10,7 +10,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import ModelConfig
 from llmctl.converting.export_onnx import FILES, export_onnx
 from llmctl.converting.gguf_check import PROBES
-from llmctl.converting.onnx_check import N_LOUD
+from llmctl.converting.onnx_check import N_OUTLIERS
 from llmctl.errors import ArtifactError, OutputError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
@@ -191,16 +191,16 @@ def test_a_quantized_model_keeps_its_codes(scheme, tmp_path):
         label = name.replace("q_proj", "q_proj_k_proj_v_proj")
         wanted, scales = codes.codes_OI.short().numpy() - 128, codes.grid.scales_OG.numpy()
         found = stored[f"{label}.codes"] if name == "model.embed_tokens" else stored[f"{label}.codes"].T[: len(wanted)]
-        loud = np.nonzero((found == 0).all(axis=0))[0]
-        np.testing.assert_array_equal(np.delete(found, loud, axis=1), np.delete(wanted, loud, axis=1))
-        assert len(loud) == (0 if name == "model.embed_tokens" else N_LOUD)
-        if len(loud):  # whose weights stand with the bias, in float32
-            thin = stored[f"{label}.rest"][1 : 1 + N_LOUD, : len(wanted)].T
-            np.testing.assert_array_equal(thin, wanted[:, loud] * scales)
+        outliers = np.nonzero((found == 0).all(axis=0))[0]
+        np.testing.assert_array_equal(np.delete(found, outliers, axis=1), np.delete(wanted, outliers, axis=1))
+        assert len(outliers) == (0 if name == "model.embed_tokens" else N_OUTLIERS)
+        if len(outliers):  # whose weights stand with the bias, in float32
+            thin = stored[f"{label}.rest"][1 : 1 + N_OUTLIERS, : len(wanted)].T
+            np.testing.assert_array_equal(thin, wanted[:, outliers] * scales)
     assert export_onnx(there, tmp_path / "out")["proof"]["difference"] < 1e-5
 
 
-def test_a_loud_channel_costs_the_others_nothing(tmp_path):
+def test_an_outlier_channel_costs_the_others_nothing(tmp_path):
     source = source_of(tmp_path / "m", **(BERT | HEADS["mean"]))
     before = export_onnx(source, tmp_path / "before", int8=True)["proof"]["cosine"]
     artifact = read_artifact(source)
@@ -212,8 +212,8 @@ def test_a_loud_channel_costs_the_others_nothing(tmp_path):
             state[f"model.layers.{layer}.{norm}.weight"][7] *= 100
         for reader in ("mlp.up_proj", *(f"self_attn.{part}_proj" for part in "qkv" if layer)):
             state[f"model.layers.{layer}.{reader}.weight"][:, 7] /= 100
-    loud = write_artifact(tmp_path / "loud", artifact.config, state, files={}, provenance={})
-    after = export_onnx(loud, tmp_path / "after", int8=True)["proof"]["cosine"]
+    wide = write_artifact(tmp_path / "wide", artifact.config, state, files={}, provenance={})
+    after = export_onnx(wide, tmp_path / "after", int8=True)["proof"]["cosine"]
     assert after > 0.999
     assert before > 0.999
 

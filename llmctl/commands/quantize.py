@@ -1,6 +1,7 @@
 """`llmctl quantize`: flags -> QuantizeConfig -> one run -> the model's path on stdout, the report on stderr."""
 
 import time
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -94,6 +95,8 @@ def quantize(
     if bits is not None:
         scheme = BY_BITS[bits]
     gguf = gguf_type(to, kind, target_size)
+    if gguf is not None:
+        refuse_ours({"--bits": bits, "--scheme": scheme, "--group": group, "--embedding": embedding})
     model = one_name(model, named)
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(QuantizeConfig, flags)
@@ -118,8 +121,27 @@ def gguf_type(to: str | None, kind: str | None, target_size: str | None) -> str 
         if kind is not None:
             raise UsageError(f"`--type {kind}` applies to `--to gguf`", "add `--to gguf`, or use --bits or --scheme")
         return None
-    if to != "gguf":
+    if to.lower() != "gguf":
         raise UsageError(
             f"`--to {to}` is not supported", "--to takes gguf; without it the model is written as safetensors"
         )
+    if kind is not None and target_size is not None:
+        raise UsageError(
+            f"`--type {kind}` and `--target-size {target_size}` exclude each other: a size mixes types",
+            "omit one of them",
+        )
+    if kind == "":
+        raise UsageError("`--type` is empty", "--type takes a GGUF type, such as q4_K")
     return kind or ("q4_K" if target_size is None else MIXED)
+
+
+def refuse_ours(given: Mapping[str, object]) -> None:
+    """Refuse options of our own schemes.
+
+    Raises: UsageError naming the first that is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"`{name} {value}` has no effect on a GGUF file", "--type names its format: q4_K, q2_K, ..."
+            )

@@ -108,10 +108,12 @@ def write_verified(
     codes: Mapping[str, Codes] | None = None,
     *,
     kind: str,
+    shown: Path | None = None,
 ) -> dict[str, Any]:
     """Write the file, read it back, and return a record of both.
 
-    state: the weights of the original; codes: those chosen for its modules, the others get the nearest.
+    state: the weights of the original; codes: those chosen for its modules, the others get the nearest; shown: the file's
+    later name, for errors.
     Raises: ArtifactError for a failed verification, which removes the file; OutputError.
     """
     artifact = ready.artifact
@@ -119,7 +121,7 @@ def write_verified(
     values = {**ready.values, "general.file_type": file_type(artifact.config, plan)}
     with atomic_path(out) as temporary:
         written = write_gguf(temporary, artifact.config, state, values, plan, codes or {})
-        proof = prove(temporary, out, original, state, written.meant, ready.ids)
+        proof = prove(temporary, shown or out, original, state, written.meant, ready.ids)
     return record_of(out, kind, written, proof) | {"ignored_window": dropped_window(artifact.config)}
 
 
@@ -219,7 +221,9 @@ def report(record: dict[str, Any]) -> list[str]:
     compared = "not installed"
     if n_tokens is not None:
         compared = f"{n_tokens} of {proof['llama_cpp_of']} greedy tokens, KL {proof['llama_cpp_kl']:.4g}"
-    compared = compared if vectors is None else f"vectors with a cosine of at least {vectors:.4f}"
+    if vectors is not None:
+        same = f"the ids of {proof['llama_cpp_texts']} texts"
+        compared = f"vectors with a cosine of at least {vectors:.4f}, {same}"
     equal = f"{proof['tensors_equal']} tensors and the token ids of {proof['texts_equal']} texts are as expected"
     kept = f"vectors with a cosine of at least {proof['cosine']:.4f}" if proof["cosine"] is not None else ""
     if proof["kl"] is not None:

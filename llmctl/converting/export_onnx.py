@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, is_bare, without_weights
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.converting.onnx_check import outlier_inputs, prove, runtime_module
-from llmctl.errors import ArtifactError, OutputError
+from llmctl.errors import ArtifactError, OutputError, UsageError
 from llmctl.families.native import NATIVE
 from llmctl.families.table import family_for
 from llmctl.files import atomic_path, discard, sync, writing
-from llmctl.formats.artifact import CONFIG, Artifact
+from llmctl.formats.artifact import CONFIG, INDEX, WEIGHTS, Artifact
 from llmctl.formats.artifact import FILES as SMALL_FILES
 from llmctl.formats.artifact_write import refuse_overwrite, small_files
 from llmctl.formats.onnx.encoder import Encoder, obstacle_in
@@ -167,7 +167,12 @@ def check_folder(out: Path, file: str, texts: Mapping[str, bytes], *, force: boo
 
     Raises: OutputError.
     """
+    if out.suffix in (".onnx", ".safetensors", ".gguf"):
+        raise UsageError(f"`--to onnx` writes a folder, but `{out}` is the name of a file", "use `-o FOLDER`")
     refuse_overwrite(out, exists=False, force=force)
+    weights = next((name for name in (WEIGHTS, INDEX) if (out / name).exists()), None)
+    if weights is not None and is_of_another(out, texts):
+        raise OutputError(f"`{out}` holds another model (`{weights}`)", "choose another folder with -o")
     for name in (file, *texts):
         path = out / name
         is_same = name in texts and path.is_file() and path.read_bytes() == texts[name]

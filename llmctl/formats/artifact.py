@@ -7,6 +7,7 @@ tensors are requested.
 """
 
 import math
+import shlex
 from base64 import b64decode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+GGUF = "model.gguf"
+"""The file of a run that writes GGUF."""
 ADAPTER_CONFIG = "adapter_config.json"
 COUNT = "llmctl.parameters"
 # The only other files of a model, by Hugging Face's names: tokenizer, chat template, generation settings. A header
@@ -273,6 +276,10 @@ def check_kind(path: Path) -> None:
             pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
             if pickles:
                 raise refuse_pickle(path / pickles[0])
+            if (path / GGUF).is_file():
+                raise NotFoundError(
+                    f"the model of `{path}` is a GGUF file", f"llmctl import {shlex.quote(str(path / GGUF))} -o MODEL"
+                )
             raise NotFoundError(
                 f"folder `{path}` has no `{WEIGHTS}`: {contents(path)}", "pass a model folder or a .safetensors file"
             )

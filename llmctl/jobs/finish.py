@@ -20,7 +20,7 @@ from llmctl.artifacts.hub import in_cache
 from llmctl.distributed.runtime import Runtime, describe_environment
 from llmctl.families.table import family_for
 from llmctl.files import atomic_path, write_bytes
-from llmctl.formats.artifact import WEIGHTS
+from llmctl.formats.artifact import GGUF, INDEX, WEIGHTS
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.metrics.figures import rounded
 from llmctl.model.transformer import LanguageModel, with_tied
@@ -140,6 +140,8 @@ def finish(
         **product.provenance,
     }
     product.write(run.path, provenance)
+    for other in {WEIGHTS, INDEX, GGUF} - {product.file, INDEX if product.file == WEIGHTS else ""}:
+        (run.path / other).unlink(missing_ok=True)  # of a run that this one replaced
     path = run.path if product.file == WEIGHTS else run.path / product.file
     if run.record.get("out"):
         path = Path(run.record["out"])

@@ -134,6 +134,8 @@ def compare(
         is_ours=not config.weights.gguf,
     )
     report.record.update(facts.more)
+    if config.weights.gguf:
+        report.record["gguf"]["path"] = str(session.run.record.get("out") or session.folder / codes.file)
     if runtime.is_main:
         write_json(session.folder / "report.json", report.record)
     return report, model
@@ -158,7 +160,7 @@ def closing(
     """Return the report as a table, and a command that uses the model."""
     lines = [*render(report.record), f"report: {session.folder / 'report.json'}"]
     if codes.config.weights.gguf:
-        return "\n".join([*lines, *report_gguf({**report.record["gguf"], "path": summary["model"]})])
+        return "\n".join([*lines, *report_gguf(report.record["gguf"])])
     use = usage(model.config, summary["model"], is_bare=is_bare(original.artifact))
     return "\n".join([*lines, f"next: {use}"])
 

@@ -158,6 +158,7 @@ def measure_table_costs(model: LanguageModel, choices: Mapping[str, list[AnySche
     return costs
 
 
+@torch.no_grad()
 def outputs_of(model: LanguageModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """Return the states (N, D) before the head at labeled positions, and the head's weight; without labels no weight."""
     inputs: dict[str, Any] = {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets")}
@@ -260,7 +261,8 @@ def check_budget(
     if least > budget_bits:
         raise UsageError(
             f"the model cannot be quantized to {(budget_bits + rest_bits) / 8e6:,.3f} MB",
-            f"the smallest possible is {(least + rest_bits) / 8e6:,.3f} MB, {least / weights:.2f} bits per weight in the blocks",
+            f"the smallest possible is {math.ceil((least + rest_bits) / 8e3) / 1e3:,.3f} MB, {least / weights:.2f} bits per weight "
+            "in the matrices",
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from llmctl.artifacts.load import is_bare, load_model
 from llmctl.config import QuantizeConfig
 from llmctl.converting.export_gguf import prepare
+from llmctl.errors import ArtifactError
 from llmctl.formats.artifact import WEIGHTS, Artifact, read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.quantization import is_inside
@@ -21,7 +22,7 @@ from llmctl.machine import give_back_memory
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.methods import AnyScheme
 from llmctl.quant.schemes import Scheme
-from llmctl.quantizing.bit_allocation import Budget, allocate, budget_of, measure_costs, measure_table_costs
+from llmctl.quantizing.bit_allocation import Budget, allocate, budget_of, measure_costs, measure_table_costs, outputs_of
 from llmctl.quantizing.calibrate import Calibrated, calibrate, needs_data, refuse_unfinite
 from llmctl.quantizing.fake_quant import learned_state, learner
 from llmctl.quantizing.gguf_plan import budget_of as gguf_budget
@@ -108,12 +109,25 @@ class Codes:
         model = self.original()
         refuse_unfinite(model, self.config.model)
         # Before calibration, which replaces the model's weights by dequantized ones.
+        self.refuse_unfinite_outputs(model)
         plan = self._allocated(model, say)
         batches = self.data.some_batches(model.config, weights.calibration_rows) if needs_data(plan, method) else []
         if is_bare(self.source):  # it predicts no labels
             batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
         calibrated = calibrate(model, plan, method, batches, say, is_narrow=is_native(torch.bfloat16))
         self.keep(model, plan, calibrated, say)
+
+    def refuse_unfinite_outputs(self, model: LanguageModel) -> None:
+        """Refuse a model whose finite weights compute numbers that are not.
+
+        Raises: ArtifactError.
+        """
+        row = self.data.some_batches(model.config, 1)[0]
+        if not bool(outputs_of(model, row)[0].isfinite().all()):
+            raise ArtifactError(
+                f"the outputs of `{self.config.model}` are not finite",
+                "its weights are damaged or too large: train it again",
+            )
 
     def keep(self, model: LanguageModel, plan: dict[str, AnyScheme], calibrated: Calibrated, say: Say) -> None:
         """Write the chosen codes; `model` has their weights."""

@@ -14,6 +14,7 @@ from llmctl.converting.convert import read_gguf
 from llmctl.converting.export_gguf import Ready, prepare, write_verified
 from llmctl.converting.gguf_check import with_weights
 from llmctl.files import atomic_path, write_json
+from llmctl.formats.artifact import GGUF
 from llmctl.formats.gguf.write import Planned, plan_blocks
 from llmctl.formats.quantization import is_inside
 from llmctl.model.parameters import parameter_shapes
@@ -31,7 +32,7 @@ RECORD = "export.json"
 class GgufCodes(Codes):
     """Codes in ggml's blocks; the file is written and verified as soon as they are chosen."""
 
-    chosen = file = "model.gguf"
+    chosen = file = GGUF
 
     def ready(self) -> Ready:
         """Return what the file says of the model."""
@@ -48,7 +49,9 @@ class GgufCodes(Codes):
             if isinstance(scheme := plan.get(module), BlockScheme):
                 blocks[there] = Planned(scheme.name, scheme.name if kind == MIXED else wanted[there].wanted)
         path = self.folder / self.chosen
-        record = write_verified(self.ready(), path, blocks, self.source.state(), calibrated.codes, kind=kind)
+        shown = self.folder.parent / self.file
+        state = self.source.state()
+        record = write_verified(self.ready(), path, blocks, state, calibrated.codes, kind=kind, shown=shown)
         inside = {name: scheme for name, scheme in plan.items() if is_inside(name)}
         shapes = {name: parameter_shapes(self.shape)[f"{name}.weight"] for name in inside}
         bits = sum(scheme.size_bits(*shapes[name]) for name, scheme in inside.items())

@@ -142,15 +142,15 @@ def check_quantize(config: QuantizeConfig) -> None:
         ),
         (
             bool(weights.gguf) and method_is_ours(weights),
-            f"`weights.gguf` takes other methods than {weights.method}: nearest, clip, weighted, gptq, guided",
+            f"a GGUF file is not made with the method {weights.method}, but with nearest, clip, weighted, gptq or guided",
         ),
         (
             (weights.gguf == MIXED) != bool(weights.gguf and weights.target_size),
-            "`weights.gguf` mixed and `weights.target_size` need each other",
+            "the GGUF type mixed needs `weights.target_size`, and no other type takes it",
         ),
         (
             bool(weights.gguf) and bool(weights.target_bpw or weights.keep),
-            "`weights.gguf` takes no `weights.target_bpw` and no `weights.keep`",
+            "a GGUF file takes no `weights.target_bpw` and no `weights.keep`",
         ),
         (config.loss.name == "seq", "`loss.name` seq is for `llmctl distill`"),
         (bool(config.teacher.cache), "`teacher.cache` is for `llmctl distill`"),
@@ -199,7 +199,15 @@ def find_plan(model: ModelConfig, config: QuantizeConfig) -> dict[str, AnyScheme
 
     Raises: UsageError as `plan_of`.
     """
-    return dict(planned_blocks(model, config.weights.gguf) if config.weights.gguf else plan_of(model, config))
+    if not config.weights.gguf:
+        return dict(plan_of(model, config))
+    plan = planned_blocks(model, config.weights.gguf)
+    if not plan:
+        raise UsageError(
+            "no matrix of the model has rows that divide into blocks of 32 weights: nothing can be quantized",
+            f"`llmctl export {config.model} --to gguf` writes it in 16 bits",
+        )
+    return dict(plan)
 
 
 def plan_of(model: ModelConfig, config: QuantizeConfig) -> dict[str, Scheme]:

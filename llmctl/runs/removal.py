@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmctl.errors import BusyError, UsageError
 from llmctl.files import writing
-from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, FILES, INDEX, WEIGHTS
+from llmctl.formats.artifact import ADAPTER_CONFIG, CONFIG, FILES, GGUF, INDEX, WEIGHTS
 from llmctl.runs.folder import Run, find_run, is_held, open_run, point_latest, read_record
 from llmctl.runs.history import disk_bytes
 
@@ -65,7 +65,7 @@ def not_written(folder: Path) -> list[str]:
 WRITTEN = (
     ".lock", "run.json", "recipe.yaml", "metrics.jsonl", "samples.jsonl", "loss.svg", "README.md", "report.json",
     "checkpoints", "data", "parts", "base-int4",
-    WEIGHTS, "model.gguf", INDEX, CONFIG, ADAPTER_CONFIG, "adapter_model.safetensors",
+    WEIGHTS, GGUF, INDEX, CONFIG, ADAPTER_CONFIG, "adapter_model.safetensors",
 )  # fmt: skip
 """The names of what runs write, besides the small files of a model."""
 PART = re.compile(r"model-\d+-of-\d+\.safetensors|\..*\.tmp|\.nfs\w+")

@@ -8,6 +8,8 @@ import torch
 
 from llmctl.cli import run
 from llmctl.converting.convert import read_gguf
+from llmctl.formats.artifact import read_artifact
+from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.gguf.container import read_gguf_header
 
 pytest.importorskip("gguf", reason="pip install gguf")
@@ -82,9 +84,13 @@ def test_types_are_mixed_within_a_size(teachers, capsys):
     [
         (["--type", "q9_0"], "q9_0"),
         (["--type", "f16"], "f16 is not quantized"),
-        (["--type", "mixed"], "need each other"),
-        (["--type", "q4_0", "--target-size", "1MB"], "need each other"),
+        (["--type", "mixed"], "mixed needs"),
+        (["--type", "q4_0", "--target-size", "1MB"], "exclude each other"),
         (["--target-size", "1kB"], "smallest possible"),
+        (["--type", "Q4_K_M"], "did you mean q4_K?"),
+        (["--type", ""], "is empty"),
+        (["--bits", "2"], "`--bits 2` has no effect"),
+        (["--scheme", "w8a8"], "w8a8"),
         (["--type", "q4_0", "--method", "hqq"], "hqq"),
         (["--type", "q4_0", "--method", "learned"], "learned"),
         (["--type", "q4_0", "--target-bpw", "4.5"], "--target-bpw"),
@@ -121,3 +127,55 @@ def test_export_chooses_codes_on_a_text_too(teachers, capsys):
     assert run(call) == 8  # it exists
     assert run([*call[:3], "hf", *call[6:]]) == 2
     assert "--calib" in capsys.readouterr().err
+
+
+def test_a_model_without_whole_blocks_is_refused(tmp_path, capsys):
+    shape = {"d_model": 36, "n_heads": 2, "d_ff": 52, "n_layers": 1}
+    sets = [part for key, value in shape.items() for part in ("--set", f"model.{key}={value}")]
+    assert run(["pretrain", "text.txt", "--steps", "1", "-q", "-o", "odd", *TINY[:4], *sets]) == 0
+    for options in (["--type", "q4_0"], ["--target-size", "100kB"]):
+        assert quantize(Path("odd"), *options) == 2
+        assert "nothing can be quantized" in capsys.readouterr().err
+
+
+def test_a_replaced_run_leaves_no_other_model(teachers, capsys):
+    assert (
+        run(["quantize", str(teachers["decoder"]), "--bits", "8", "--calib", "text.txt", *TINY, "-q", "-o", "both"])
+        == 0
+    )
+    assert quantize(teachers["decoder"], "--type", "q4_0", out="both") == 0
+    assert not Path("both/model.safetensors").exists()
+    assert run(["generate", "-m", "both", "a"]) == 3
+    assert "llmctl import both/model.gguf -o MODEL" in capsys.readouterr().err
+    assert (
+        run(
+            [
+                "quantize",
+                str(teachers["decoder"]),
+                "--bits",
+                "8",
+                "--calib",
+                "text.txt",
+                *TINY,
+                "-q",
+                "-f",
+                "-o",
+                "both",
+            ]
+        )
+        == 0
+    )
+    assert not Path("both/model.gguf").exists()
+
+
+def test_outputs_that_are_not_finite_are_refused(teachers, tmp_path, capsys):
+    source = read_artifact(teachers["decoder"])
+    state = source.state()
+    state["model.layers.0.mlp.down_proj.weight"][0, 0] = 3e38
+    state["model.layers.0.mlp.up_proj.weight"][:] *= 1e6
+    huge = write_artifact(tmp_path / "huge", source.config, state, files=source.files, provenance={})
+    assert quantize(huge, "--type", "q4_0") == 4
+    assert "outputs" in capsys.readouterr().err
+    assert run(["export", str(huge), "--to", "gguf", "--type", "f32", "-o", "h.gguf"]) == 4
+    assert "outputs are not finite" in capsys.readouterr().err
+    assert not Path("h.gguf").exists()

@@ -102,7 +102,9 @@ def find_type(name: str) -> str:
     """
     found = next((known for known in TYPES if known.lower() == name.lower()), None)
     if found is None:
-        raise UsageError(f"there is no GGUF type `{name}`", f"--type takes {', '.join(TYPES)}")
+        near = next((known for known in TYPES if name.lower().startswith(f"{known.lower()}_")), None)
+        listed = f"--type takes {', '.join(TYPES)}"
+        raise UsageError(f"there is no GGUF type `{name}`", f"did you mean {near}? {listed}" if near else listed)
     return found
 
 
@@ -328,7 +330,10 @@ def checked(
     stored, meant = encoded(weight, block, codes)
     if not meant.isfinite().all():
         largest = float(weight.abs().max())
-        raise ArtifactError(f"`{name}` has weights up to {largest:.4g}, too large for {block}", "--type bf16 or f32")
+        raise ArtifactError(
+            f"`{name}` has weights up to {largest:.4g}, too large for {block}",
+            "`llmctl export --to gguf --type bf16` or f32 holds them",
+        )
     return stored, meant
 
 

@@ -24,8 +24,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "Data": ("val", "columns", "labels", "tokenizer", "seq_len", "strict", "show_example", "dry_run"),
     "Model and method": (
-        "scheme", "group", "embedding", "target_size", "target_bpw", "init", "stages", "on_policy", "teacher_dtype", "teacher_backend",
-        "baseline", "qat", "rank", "merge", "freeze", "max_drop",
+        "scheme", "group", "embedding", "target_size", "target_bpw", "to", "kind", "init", "stages", "on_policy", "teacher_dtype",
+        "teacher_backend", "baseline", "qat", "rank", "merge", "freeze", "max_drop",
     ),
     "Compute": ("batch_size", "seed", "device", "dtype", "backend", "compile_", "track"),
     "Several processes": (

@@ -19,24 +19,24 @@ DATA, PLOT = HERE / "quality.json", HERE / "quality.svg"
 
 WIDTH, HEIGHT = 720, 430
 LEFT, RIGHT, TOP, BOTTOM = 70, 700, 60, 370
-MB = (80.0, 155.0)
-KL = (0.001, 1.0)
-MB_TICKS = (80, 90, 100, 110, 120, 130, 140, 150)
-KL_TICKS = (0.001, 0.01, 0.1, 1)
+MB = (70.0, 115.0)
+KL = (0.01, 1.0)
+MB_TICKS = (70, 80, 90, 100, 110)
+KL_TICKS = (0.01, 0.1, 1)
 FONT_SIZE = 12
 CHARACTER_WIDTH = 6.6
 """Mean width of a character in a label, to keep labels apart."""
 
-SERIES = {"llama.cpp": "a", "llmctl export --to gguf": "b", "llmctl quantize": "c"}
+SERIES = {"llama.cpp": "a", "llama.cpp, imatrix": "b", "llmctl quantize": "c", "llmctl quantize --to gguf": "d"}
 """CSS class of each series."""
 
 STYLE = """
   svg { font: 12px system-ui, sans-serif; }
   .back { fill: #ffffff; } .text { fill: #1f2328; } .grid { stroke: #d1d9e0; }
-  .a { fill: #9a6700; } .b { fill: #57606a; } .c { fill: #0969da; }
+  .a { fill: #9a6700; } .b { fill: #57606a; } .c { fill: #0969da; } .d { fill: #1a7f37; }
   @media (prefers-color-scheme: dark) {
     .back { fill: #0d1117; } .text { fill: #f0f6fc; } .grid { stroke: #3d444d; }
-    .a { fill: #d29922; } .b { fill: #9198a1; } .c { fill: #4493f8; }
+    .a { fill: #d29922; } .b { fill: #9198a1; } .c { fill: #4493f8; } .d { fill: #3fb950; }
   }
 """
 
@@ -82,7 +82,7 @@ def axes() -> list[str]:
     middle = (TOP + BOTTOM) / 2
     title = text(0, 0, "KL divergence, nats per token", "middle")
     lines += [f'<g transform="translate(20 {middle:.1f}) rotate(-90)">{title}</g>']
-    return [*lines, text((LEFT + RIGHT) / 2, BOTTOM + 42, "size of the tensors, MB (lower left is better)", "middle")]
+    return [*lines, text((LEFT + RIGHT) / 2, BOTTOM + 42, "size of the file, MB (lower left is better)", "middle")]
 
 
 def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,7 +119,7 @@ def svg(data: Mapping[str, Any]) -> str:
     for index, (name, style) in enumerate(SERIES.items()):
         points = [(x_of(float(row["mb"])), y_of(float(row["kl"]))) for row in rows if row["series"] == name]
         lines += [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in points]
-        at = LEFT + 200 * index
+        at = LEFT + 150 * index
         lines += [f'<circle class="{style}" cx="{at + 5}" cy="42" r="4"/>', text(at + 15, 46, name)]
     return "\n".join([*lines, *labels(rows), "</svg>", ""])
 

@@ -37,12 +37,14 @@ def run_job(job: Job, session: Session) -> Trained | None:
         StoppedError,
         KeyboardInterrupt,
     ):  # the last: before the first step, or a second Ctrl-C
-        run.update(status="interrupted")
+        if run.record.get("status") != "finished":  # while it tidies up, all is written
+            run.update(status="interrupted")
         raise
     except BaseException as error:
         is_ours = isinstance(error, LlmctlError)
         text = (str(error) or type(error).__name__) if is_ours else f"{type(error).__name__}: {error}"
-        run.update(status="failed", error=text)
+        if run.record.get("status") != "finished":
+            run.update(status="failed", error=text)
         if isinstance(error, (UsageError, NotFoundError)) and not session.resumes:
             withdraw(run)
         raise

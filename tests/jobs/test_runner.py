@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,8 +104,6 @@ def test_every_objective_learns_and_leaves_a_model(corpus, objective: str, archi
 
 
 def test_a_model_says_nothing_of_the_folders_it_was_made_in(corpus, tmp_path):
-    import shutil
-
     shutil.copytree(corpus, tmp_path / "elsewhere" / "texts")
     made = []
     for folder in (corpus, tmp_path / "elsewhere" / "texts"):
@@ -204,6 +203,22 @@ def test_a_pipe_is_read_once_and_trains_like_its_file(corpus, tmp_path):
     weights = [read_artifact(path).state() for path in paths]
     for other in weights[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
+
+
+def test_a_signal_while_a_finished_run_is_tidied_up_leaves_it_finished(corpus, monkeypatch):
+    remove = shutil.rmtree
+
+    def interrupt(path, *arguments, **options):
+        if Path(path).name == "data" and Path(path).exists():
+            raise KeyboardInterrupt
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(corpus)
+    record = json.loads(Path("runs/latest/run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished"
+    assert read_artifact(Path("runs/latest")).state()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

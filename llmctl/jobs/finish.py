@@ -140,7 +140,7 @@ def finish(
         **product.provenance,
     }
     product.write(run.path, provenance)
-    for other in {WEIGHTS, INDEX, GGUF} - {product.file, INDEX if product.file == WEIGHTS else ""}:
+    for other in (GGUF,) if product.file == WEIGHTS else (WEIGHTS, INDEX):
         (run.path / other).unlink(missing_ok=True)  # of a run that this one replaced
     path = run.path if product.file == WEIGHTS else run.path / product.file
     if run.record.get("out"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmctl.errors import ArtifactError, MissingExtraError, NotFoundError
 from llmctl.files import recognized
+from llmctl.quant.gguf_schemes import BLOCK_SCHEMES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,22 +34,14 @@ class Block(NamedTuple):
     n_bytes: int
 
 
-BLOCKS = {
-    0: Block("F32", 1, 4),
-    1: Block("F16", 1, 2),
-    2: Block("Q4_0", 32, 18),
-    3: Block("Q4_1", 32, 20),
-    6: Block("Q5_0", 32, 22),
-    7: Block("Q5_1", 32, 24),
-    8: Block("Q8_0", 32, 34),
-    10: Block("Q2_K", 256, 84),
-    11: Block("Q3_K", 256, 110),
-    12: Block("Q4_K", 256, 144),
-    13: Block("Q5_K", 256, 176),
-    14: Block("Q6_K", 256, 210),
-    20: Block("IQ4_NL", 32, 18),
-    23: Block("IQ4_XS", 256, 136),
-    30: Block("BF16", 1, 2),
+NUMBERS = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
+    20: "IQ4_NL", 23: "IQ4_XS",
+}  # fmt: skip
+"""ggml's numbers of the formats of `quant/gguf_schemes.py`."""
+
+BLOCKS = {0: Block("F32", 1, 4), 1: Block("F16", 1, 2), 30: Block("BF16", 1, 2)} | {
+    number: Block(name, BLOCK_SCHEMES[name].block, BLOCK_SCHEMES[name].n_bytes) for number, name in NUMBERS.items()
 }
 
 

@@ -24,7 +24,7 @@ def find_gguf_type(name: str) -> str:
     """
     if name.lower() == MIXED:
         return MIXED
-    kind = find_type(name)
+    kind = find_type(name, quantized=True)
     if kind in ("f32", "f16", "bf16"):
         raise UsageError(f"the GGUF type {kind} is not quantized", f"llmctl export --to gguf --type {kind}")
     return kind

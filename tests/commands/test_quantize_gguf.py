@@ -82,7 +82,7 @@ def test_types_are_mixed_within_a_size(teachers, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--type", "q9_0"], "q9_0"),
+        (["--type", "q9_0"], "--type takes q8_0"),
         (["--type", "f16"], "f16 is not quantized"),
         (["--type", "mixed"], "mixed needs"),
         (["--type", "q4_0", "--target-size", "1MB"], "exclude each other"),

@@ -95,15 +95,16 @@ class Planned(NamedTuple):
     wanted: str
 
 
-def find_type(name: str) -> str:
-    """Return the type of this name, however it is capitalized.
+def find_type(name: str, *, quantized: bool = False) -> str:
+    """Return the type of this name, however it is capitalized; quantized: the hint lists only those that are.
 
     Raises: UsageError listing those there are.
     """
     found = next((known for known in TYPES if known.lower() == name.lower()), None)
     if found is None:
         near = next((known for known in TYPES if name.lower().startswith(f"{known.lower()}_")), None)
-        listed = f"--type takes {', '.join(TYPES)}"
+        offered = [kind for kind, row in TYPES.items() if not (quantized and row.block in ("F32", "F16", "BF16"))]
+        listed = f"--type takes {', '.join(offered)}"
         raise UsageError(f"there is no GGUF type `{name}`", f"did you mean {near}? {listed}" if near else listed)
     return found
 

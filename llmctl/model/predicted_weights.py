@@ -26,16 +26,24 @@ MOST_UNUSED = 0.05
 
 
 class Predictor(NamedTuple):
-    """A regression of the logarithm of the weights on a layer's inputs, (F,); predictions stay within what was seen."""
+    """A regression of the logarithm of the weights on a layer's inputs; predictions stay within what was seen.
 
-    coefficients_F: Tensor
+    direction_I: coefficients of the inputs, divided by their length; of_length: of the logarithm of that.
+    """
+
+    direction_I: Tensor
+    of_length: float
+    constant: float
     low: float
     high: float
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return the weight of every position (N,) of inputs (..., I)."""
         with exact(inputs):
-            return (features(inputs) @ self.coefficients_F).clamp_(self.low, self.high).exp_()
+            rows_NI = inputs.detach().flatten(0, -2).float()
+            length_N = lengths(rows_NI)
+            found_N = (rows_NI @ self.direction_I).div_(length_N).add_(length_N.log_(), alpha=self.of_length)
+            return found_N.add_(self.constant).clamp_(self.low, self.high).exp_()
 
 
 def exact(tensor: Tensor) -> torch.autocast:
@@ -43,15 +51,26 @@ def exact(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+def lengths(rows_NI: Tensor) -> Tensor:
+    """Return the length of every row (N,), not 0."""
+    return rows_NI.norm(dim=1).clamp_(min=1e-9)
+
+
+def projection(n_in: int, device: torch.device) -> Tensor | None:
+    """Return what projects inputs to fewer features (I, F); None if they are used as they are."""
+    if n_in <= MOST_FEATURES:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(n_in, MOST_FEATURES, generator=generator) / MOST_FEATURES**0.5).to(device)
+
+
 def features(inputs: Tensor) -> Tensor:
     """Return the features (N, F) of inputs (..., I): their direction, the logarithm of their length, and 1."""
     rows_NI = inputs.detach().flatten(0, -2).float()
-    length_N1 = rows_NI.norm(dim=1, keepdim=True).clamp_(min=1e-9)
-    wide_NF = rows_NI / length_N1 * rows_NI.shape[1] ** 0.5
-    if rows_NI.shape[1] > MOST_FEATURES:
-        generator = torch.Generator().manual_seed(0)
-        projection_IF = torch.randn(rows_NI.shape[1], MOST_FEATURES, generator=generator) / MOST_FEATURES**0.5
-        wide_NF = wide_NF @ projection_IF.to(wide_NF.device)
+    length_N1 = lengths(rows_NI)[:, None]
+    wide_NF, project_IF = rows_NI / length_N1 * rows_NI.shape[1] ** 0.5, projection(rows_NI.shape[1], rows_NI.device)
+    if project_IF is not None:
+        wide_NF = wide_NF @ project_IF
     return torch.cat([wide_NF, length_N1.log(), torch.ones_like(length_N1)], dim=1)
 
 
@@ -65,6 +84,7 @@ class _Unit:
         self.scales: dict[str, Tensor] = {}
         self.square_FF: Tensor | None = None
         self.product_F: Tensor = torch.zeros(0)
+        self.n_in = 0
         self.low, self.high, self.total, self.count = torch.inf, -torch.inf, 0.0, 0
         self.n_unused, self.is_complete = 0, True
 
@@ -72,6 +92,7 @@ class _Unit:
         """Keep a layer's input until its gradients are known (a forward hook)."""
         self.add()
         self.inputs, self.weights = args[0].detach(), {}
+        self.n_in = args[0].shape[-1]
 
     def hook_of(self, name: str) -> Hook:
         """Return the hook that takes the mean square of a layer's output gradient at every position."""
@@ -118,8 +139,12 @@ class _Unit:
         product_F = self.product_F - mean * self.square_FF[:, -1]  # its last feature is 1
         diagonal_F = self.square_FF.diagonal()
         diagonal_F += RIDGE * diagonal_F.mean()
-        coefficients_F = torch.linalg.solve(self.square_FF.double(), product_F.double()).float()
-        return Predictor(coefficients_F, self.low - mean, self.high - mean)
+        *direction, of_length, constant = torch.linalg.solve(self.square_FF.double(), product_F.double())
+        project_IF = projection(self.n_in, self.square_FF.device)
+        direction_I = torch.stack(direction) * self.n_in**0.5
+        if project_IF is not None:  # once, and not every input that it is applied to
+            direction_I = project_IF.double() @ direction_I
+        return Predictor(direction_I.float(), float(of_length), float(constant), self.low - mean, self.high - mean)
 
 
 def predictors(

@@ -69,7 +69,7 @@ def test_rows_with_many_positions_that_nothing_depends_on_are_not_predicted(monk
     assert found is not None  # the others are used
     whole = predictors(decoder(), units, [{name: tensor[:, :6] for name, tensor in rows[0].items()}])
     assert whole is not None
-    torch.testing.assert_close(found[GATE].coefficients_F, whole[GATE].coefficients_F, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[GATE].direction_I, whole[GATE].direction_I, rtol=1e-3, atol=1e-4)
 
 
 def test_a_layer_that_nothing_depends_on_has_none() -> None:

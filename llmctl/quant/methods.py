@@ -51,14 +51,24 @@ class Moments:
         return cls(torch.zeros(n_in, n_in, device=device), torch.zeros(n_in, device=device))
 
     def add(self, inputs: Tensor, weights_N: Tensor | None = None) -> None:
-        """Add inputs (..., I); `weights_N`, with mean 1, weight them in the second moments."""
+        """Add inputs (..., I); `weights_N`, with mean 1, weight them in the second moments.
+
+        Under autocast the products are in its type, their sum over all calls in float32. SmolLM2-135M at 4 bits, 8 of 30
+        layers, bfloat16: 0.995 +- 0.010 of the KL of products in float32.
+        """
         rows_NI = inputs.detach().flatten(0, -2).float()
         left_NI = rows_NI if weights_N is None else rows_NI * weights_N[:, None]
-        n_in = rows_NI.shape[1]
+        n_in, device = rows_NI.shape[1], rows_NI.device.type
         size = -(-n_in // max(1, round(n_in / PART_INPUTS)))
+        is_narrow = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_narrow else rows_NI.dtype
+        left_NI, right_NI = left_NI.to(dtype), rows_NI.to(dtype)
         for first in range(0, n_in, size):  # above the diagonal: the rest is the same
             own_JI = self.second_II[first : first + size, first:]
-            own_JI.addmm_(left_NI[:, first : first + size].T, rows_NI[:, first:])
+            if is_narrow:
+                own_JI += left_NI[:, first : first + size].T @ right_NI[:, first:]
+            else:
+                own_JI.addmm_(left_NI[:, first : first + size].T, right_NI[:, first:])
         self.absolute_I += rows_NI.abs().sum(dim=0)
         self.count += len(rows_NI)
         if self.sample_NI is None:

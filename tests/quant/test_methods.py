@@ -179,3 +179,17 @@ def test_second_moments_are_those_of_all_pairs_of_inputs(monkeypatch) -> None:
     found = Moments.empty(128)
     found.add(rows, weights)
     torch.testing.assert_close(found.mean, (rows * weights[:, None]).T @ rows / 64)
+
+
+def test_narrow_second_moments_are_summed_in_float32():
+    """Products under autocast are in its type: no call may lose what was there before."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = torch.randn(64, 300, generator=generator), torch.rand(64, generator=generator) + 0.5
+    wide, narrow = Moments.empty(300), Moments.empty(300)
+    for _ in range(40):
+        wide.add(inputs, weights)
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow.add(inputs, weights)
+    assert narrow.second_II.dtype == torch.float32
+    assert (narrow.mean - wide.mean).norm() < 0.004 * wide.mean.norm()
+    assert not torch.equal(narrow.mean, wide.mean)

@@ -1,4 +1,4 @@
-"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train` and `encode`."""
+"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train`, `encode` and `trim`."""
 
 import sys
 from pathlib import Path
@@ -33,6 +33,8 @@ def tokenize(
       llmctl tokenize train book.txt -o tok --vocab-size 8000
 
       llmctl tokenize encode corpus/ --tokenizer tok -o shards
+
+      llmctl tokenize trim models/minilm --keep english.txt -o small
     """
     if context.invoked_subcommand is not None:
         return
@@ -149,3 +151,57 @@ def encode(
         result_json({"shards": str(out), "part": shard, "complete": shards is not None, **whole})
     else:
         result(str(out))
+
+
+@app.command()
+def trim(
+    model: Annotated[str, typer.Argument(help="Model or tokenizer.")],
+    keep: Annotated[list[str], typer.Option(help="Text whose pieces stay: files, folders, globs.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or X.safetensors for a single file.")],
+    keep_chars: Annotated[
+        str | None, typer.Option(help="Keep all pieces of these scripts as well: latin,han,cyrillic,...")
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option(min=0, help="Largest vocabulary: the most frequent pieces; 0: all that occur.")
+    ] = 0,
+    split: Annotated[
+        str | None, typer.Option(help="Document boundary in .txt files: file, line or blank line.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(help="Text field of jsonl, csv and parquet rows.")] = None,
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the path.")] = False,
+) -> None:
+    """Remove the pieces of a vocabulary that a corpus does not use, and their rows in the model; print its path.
+
+    Text of the pieces that stay is encoded as before, and the model computes the same for it; other text is encoded in
+    smaller pieces, characters or bytes. One passage in 20 is held out to measure how much text that is.
+
+    Examples:
+
+      llmctl tokenize trim models/minilm --keep english.txt -o small
+
+      llmctl tokenize trim models/smol --keep corpus/ --keep-chars latin --vocab-size 20000 -o smol.safetensors
+    """
+    from llmctl.artifacts.find import find_named
+    from llmctl.config import PretrainConfig
+    from llmctl.data.sources import read_documents
+    from llmctl.preparing.trim_model import trim_model, trim_tokenizer
+    from llmctl.recipe import load
+
+    path = find_named(model, "any")
+    data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data
+    documents = read_documents(keep, text_key=data.text_key, split=data.split)
+    scripts = [name.strip() for name in (keep_chars or "").split(",") if name.strip()]
+    write = trim_model if has_weights(path) else trim_tokenizer
+    record = write(
+        path, out, documents, scripts=scripts, most=vocab_size, force=force, say=lambda text: note(text, quiet=quiet)
+    )
+    for line in record.lines():
+        note(line, quiet=quiet)
+    result_json({"path": str(out), **record.to_dict()}) if json else result(str(out))
+
+
+def has_weights(path: Path) -> bool:
+    """Tell whether a path is a model, and not only a tokenizer."""
+    return path.suffix in (".safetensors", ".gguf") or (path / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""Read protocol buffers field by field: sentencepiece models, whose library does not show their settings."""
+"""Read and write protocol buffers field by field: sentencepiece models, whose library does not show their settings."""
 
 from collections.abc import Iterator
 
@@ -44,6 +44,25 @@ def varint(message: bytes, at: int) -> tuple[int, int]:
         if byte < 128:
             return value, at
     raise damaged(f"the integer before byte {at} does not end")
+
+
+def bytes_field(number: int, value: bytes) -> bytes:
+    """Return a field of bytes, as it is written."""
+    return encoded(number << 3 | 2) + encoded(len(value)) + value
+
+
+def varint_field(number: int, value: int) -> bytes:
+    """Return a field of an integer, as it is written."""
+    return encoded(number << 3) + encoded(value)
+
+
+def encoded(value: int) -> bytes:
+    """Return an integer of variable length."""
+    parts = []
+    while value > 127:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts, value])
 
 
 def damaged(what: str) -> ArtifactError:

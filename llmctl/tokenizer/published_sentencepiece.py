@@ -263,6 +263,10 @@ class PublishedPieces(Tokenizer):
             return self._pieces.piece_bytes(self._piece_of[index])
         return self._names[index].replace(SPACE, " ").encode()
 
+    def places(self) -> dict[int, int]:
+        """Return id -> place in the sentencepiece model, of the ids that stand for one of its pieces."""
+        return dict(self._piece_of)
+
     def special_id(self, text: str) -> int | None:
         """Return the id of a special token, None if it does not exist."""
         return self._special.get(text)

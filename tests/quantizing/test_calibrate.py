@@ -63,7 +63,9 @@ def test_layers_with_one_input_share_its_weights():
     assert found["self_attn.q_proj"] == found["self_attn.k_proj"] == [0.5] * 3
     assert found["cross_attn.q_proj"] == [2.0] * 5
     assert found["cross_attn.k_proj"] == found["cross_attn.v_proj"] == [3.5] * 3
-    assert module.input_of("model.query_layer.self_attn.q_proj") != module.input_of("model.query_layer.self_attn.k_proj")
+    assert module.input_of("model.query_layer.self_attn.q_proj") != module.input_of(
+        "model.query_layer.self_attn.k_proj"
+    )
 
 
 @torch.no_grad()

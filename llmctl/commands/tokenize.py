@@ -1,4 +1,4 @@
-"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train`, `encode` and `trim`."""
+"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train`, `encode`, `trim` and `extend`."""
 
 import sys
 from pathlib import Path
@@ -197,6 +197,46 @@ def trim(
     record = write(
         path, out, documents, scripts=scripts, most=vocab_size, force=force, say=lambda text: note(text, quiet=quiet)
     )
+    for line in record.lines():
+        note(line, quiet=quiet)
+    result_json({"path": str(out), **record.to_dict()}) if json else result(str(out))
+
+
+@app.command()
+def extend(
+    model: Annotated[str, typer.Argument(help="Model with a byte-level BPE tokenizer.")],
+    with_: Annotated[list[str], typer.Option("--with", help="Text of the language or domain: files, folders, globs.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or X.safetensors for a single file.")],
+    add: Annotated[int, typer.Option(min=1, help="Most pieces to add.")] = 4000,
+    split: Annotated[
+        str | None, typer.Option(help="Document boundary in .txt files: file, line or blank line.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(help="Text field of jsonl, csv and parquet rows.")] = None,
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the path.")] = False,
+) -> None:
+    """Add pieces of another language or domain to a vocabulary, and their rows to the model; print its path.
+
+    Merges are learned on top of those of the tokenizer; a new embedding is the mean of those that it replaces. Train the model
+    on such text afterwards.
+
+    Examples:
+
+      llmctl tokenize extend models/smol --with chinese.txt --add 8000 -o smol-zh
+
+      llmctl finetune smol-zh chinese.txt --task text
+    """
+    from llmctl.artifacts.find import find_named
+    from llmctl.config import PretrainConfig
+    from llmctl.data.sources import read_documents
+    from llmctl.preparing.extend_model import extend_model
+    from llmctl.recipe import load
+
+    path = find_named(model, "any")
+    data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data
+    documents = read_documents(with_, text_key=data.text_key, split=data.split)
+    record = extend_model(path, out, documents, add, force=force, say=lambda text: note(text, quiet=quiet))
     for line in record.lines():
         note(line, quiet=quiet)
     result_json({"path": str(out), **record.to_dict()}) if json else result(str(out))

@@ -15,6 +15,7 @@ from llmctl.formats.generation_settings import end_ids
 from llmctl.model.parameters import parameter_shapes
 from llmctl.preparing.tokenize import write_tokenizer
 from llmctl.preparing.trim import Comparison, compare, count, trimmed
+from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import find_tokenizer, load_tokenizer
 from llmctl.tokenizer.trim import Trimmed
 
@@ -97,19 +98,7 @@ def trim_model(
 
     Raises: UnsupportedModelError for quantized models and separate vocabularies; UsageError, OutputError, ArtifactError.
     """
-    artifact = read_model(source)
-    if artifact.schemes:
-        raise UnsupportedModelError(
-            f"`{source}` is quantized, and rows of its tables cannot be taken out", "trim the original, then quantize"
-        )
-    if artifact.config.source_vocab_size:
-        raise UnsupportedModelError(
-            f"`{source}` has a vocabulary for each language, which cannot be trimmed", "use a model with one vocabulary"
-        )
-    refuse_overwrite(out, out.exists(), force=force)
-    tokenizer = find_tokenizer(artifact.files)
-    if tokenizer is None:
-        raise UsageError(f"`{source}` has no tokenizer", "a model folder with `tokenizer.json` or `tokenizer.model`")
+    artifact, tokenizer = read_whole(source, out, force=force)
     say("counting the pieces of the corpus")
     usage = count(tokenizer, documents)
     config = artifact.config
@@ -129,6 +118,28 @@ def trim_model(
         sum(entry.end - entry.begin for _, _, entry in one.tensors.values()) for one in (artifact, read_model(out))
     )
     return Result(comparison, before, after, difference)
+
+
+def read_whole(source: Path, out: Path, *, force: bool) -> tuple[Artifact, Tokenizer]:
+    """Return a model whose vocabulary is to be changed, and its tokenizer.
+
+    Raises: UnsupportedModelError for quantized models and separate vocabularies; UsageError without a tokenizer; OutputError
+    if `out` exists.
+    """
+    artifact = read_model(source)
+    if artifact.schemes:
+        raise UnsupportedModelError(
+            f"`{source}` is quantized: rows of its tables cannot be changed", "change the original, then quantize"
+        )
+    if artifact.config.source_vocab_size:
+        raise UnsupportedModelError(
+            f"`{source}` has a vocabulary for each language, which cannot be changed", "use a model with one vocabulary"
+        )
+    refuse_overwrite(out, out.exists(), force=force)
+    tokenizer = find_tokenizer(artifact.files)
+    if tokenizer is None:
+        raise UsageError(f"`{source}` has no tokenizer", "a model folder with `tokenizer.json` or `tokenizer.model`")
+    return artifact, tokenizer
 
 
 def rows(

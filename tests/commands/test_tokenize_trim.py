@@ -61,3 +61,11 @@ def test_what_is_wrong_is_named_and_nothing_is_written(runs, text, capsys, argum
     assert (out, err.count("error: ")) == ("", 1)
     assert named in err
     assert not (runs.parent / "small").exists()
+
+
+def test_a_vocabulary_of_another_kind_is_not_extended(runs, text, capsys):
+    assert run(["tokenize", "extend", "runs/0001", "--with", text, "-o", "more"]) == 4
+    out, err = capsys.readouterr()
+    assert (out, err.count("error: ")) == ("", 1)
+    assert "byte-level BPE" in err
+    assert not (runs.parent / "more").exists()

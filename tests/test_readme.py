@@ -233,13 +233,14 @@ def test_dots_stand_for_output_that_varies(shown: str, printed: str, same: bool)
 
 
 def test_the_transcript_runs(tmp_path, monkeypatch):
-    # The commands as they stand; only the number of steps is bounded, so that a minute is seconds here.
+    # The commands as they stand; only steps and texts are bounded, so that a minute is seconds here.
     shim = tmp_path / "bin" / "llmctl"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -P -m llmctl "$@"\n')
     shim.chmod(0o755)
     monkeypatch.setenv("PATH", f"{shim.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("LLMCTL_TRAIN_STEPS", "12")
+    for key, value in {"TRAIN_STEPS": "6", "DATA_VAL_FRAC": "0.005", "WEIGHTS_CALIBRATION_ROWS": "8"}.items():
+        monkeypatch.setenv(f"LLMCTL_{key}", value)
     for command, expected in transcript():
         done = subprocess.run(
             command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300

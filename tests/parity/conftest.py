@@ -21,6 +21,13 @@ WHEELS = os.environ.get("LLMCTL_TEST_WHEELS", "")
 FIGURES = pytest.StashKey[list[str]]()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that read a wheel: the others need nothing more than the rest of the suite, and run with it."""
+    for item in items:
+        if "wheel_file" in getattr(item, "fixturenames", ()):
+            item.add_marker("wheels")
+
+
 @pytest.fixture(scope="session")
 def wheel_file() -> Callable[[str, str], Path]:
     """Return a function that finds a file of an unpacked wheel, or skips."""

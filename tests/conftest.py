@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.libraries import compiled, shelf  # noqa: F401
 from tests.support.models import make_loaded, text_tokenizer  # noqa: F401
 
 os.environ["HF_HUB_OFFLINE"] = (

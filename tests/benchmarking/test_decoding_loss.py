@@ -9,7 +9,6 @@ from llmctl.benchmarking.decoding_loss import ROW_TOKENS, read_rows, rows_of, st
 from llmctl.benchmarking.random_models import random_model
 from llmctl.config import ModelConfig
 from llmctl.errors import UsageError
-from llmctl.kernels.compile import compile_library
 from llmctl.kernels.compiled_step import load_library, make_native
 from llmctl.model.decode import Decoder
 from tests.support.models import KINDS
@@ -45,15 +44,14 @@ def test_a_step_that_rounds_nothing_writes_at_the_loss_of_reading(make_loaded, t
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not there")
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
-def test_the_compiled_step_is_measured_where_it_is_used(tmp_path, monkeypatch, precision: str):
-    monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
+def test_the_compiled_step_is_measured_where_it_is_used(compiled, precision: str):
     shape = {"vocab_size": 96, "d_model": 64, "n_layers": 2, "n_heads": 2, "d_ff": 128, "max_positions": 32}
     model = random_model(ModelConfig(**shape), precision)
-    plain, compiled = Decoder(model), Decoder(model)
-    compiled.native = make_native(load_library(compile_library()), compiled)
+    plain, native = Decoder(model), Decoder(model)
+    native.native = make_native(load_library(compiled("native")), native)
     ids_BT = torch.randint(0, 96, (4, 30), generator=torch.Generator().manual_seed(0))
     read = read_rows(model, ids_BT)
-    losses = [step_loss(model, ids_BT, read, decoder) for decoder in (plain, compiled)]
+    losses = [step_loss(model, ids_BT, read, decoder) for decoder in (plain, native)]
     assert losses[0].read == losses[1].read == pytest.approx(losses[0].written, abs=1e-3)  # few rows, another product
     change = abs(losses[1].written - losses[0].written)
     assert change < (1e-5 if precision == "fp32" else 0.05)

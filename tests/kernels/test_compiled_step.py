@@ -29,7 +29,6 @@ from llmctl.kernels.build import BuildError, build_all, find_compiler
 from llmctl.kernels.compile import (
     COMPILED,
     PACKAGED,
-    compile_library,
     library_path,
     own_verdicts,
     verdict,
@@ -68,28 +67,6 @@ def wanted(monkeypatch):
     monkeypatch.delenv("LLMCTL_NATIVE", raising=False)
 
 
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory) -> Path:
-    """Return a folder that the processes of pytest-xdist share: each library is compiled once."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen") else base) / "compiled"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def compiled(shelf):
-    """Return a function from a processor to the file of its library."""
-
-    def of(processor: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LLMCTL_CACHE", str(shelf))
-            path = library_path(processor)
-            return path if path.is_file() else compile_library(processor)
-
-    return of
-
-
 @pytest.fixture(scope="module")
 def library(compiled):
     return load_library(compiled("native"))
@@ -108,6 +85,20 @@ def packaged(shelf):
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMCTL_CACHE", str(tmp_path))
     return tmp_path
+
+
+def script(path: Path, text: str) -> str:
+    """Write an executable file and return its path."""
+    path.write_text(text)
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.fixture
+def compiler(compiled, tmp_path_factory, monkeypatch) -> None:
+    """Let the compiler remember, as ccache does: it gives the library that g++ made of the same sources."""
+    text = f"#!/bin/sh\nfor target; do :; done\ncp '{compiled('native')}' \"$target\"\n"
+    monkeypatch.setenv("CXX", script(tmp_path_factory.mktemp("compiler") / "c++", text))
 
 
 def place_package(monkeypatch, path: Path) -> None:
@@ -444,7 +435,7 @@ def test_it_goes_on_after_a_beginning_that_was_held(library, precision: str):
 
 
 @needs_compiler
-def test_it_is_used_once_it_is_compiled_and_wanted(cache, monkeypatch, capsys):
+def test_it_is_used_once_it_is_compiled_and_wanted(compiler, cache, monkeypatch, capsys):
     model = random_model(ModelConfig(**SHAPE), "fp32")
     assert find_library() is None
     decoder = make_decoder(model)
@@ -492,7 +483,7 @@ def test_logits_that_are_no_numbers_are_wrong(library):
 
 
 @needs_compiler
-def test_a_step_that_is_wrong_is_removed(cache, monkeypatch, capsys):
+def test_a_step_that_is_wrong_is_removed(compiler, cache, monkeypatch, capsys):
     monkeypatch.setattr(native_check, "LARGEST_ERRORS", {"fp32": 0.0})
     assert run(["doctor", "--compile"]) == 1
     assert "its logits are wrong (fp32 by" in capsys.readouterr().err
@@ -517,7 +508,7 @@ def test_what_the_compiler_complains_about_is_told(cache, monkeypatch, capsys, t
 
 
 @needs_compiler
-def test_it_is_compiled_at_the_first_use_and_only_once(cache, monkeypatch):
+def test_it_is_compiled_at_the_first_use_and_only_once(compiler, cache, monkeypatch):
     lines: list[str] = []
     place_package(monkeypatch, cache / "none.so")
     prepare_library(lines.append)
@@ -529,13 +520,6 @@ def test_it_is_compiled_at_the_first_use_and_only_once(cache, monkeypatch):
     prepare_library(lines.append)
     assert len(lines) == 1
     assert library_path().stat().st_mtime_ns == written
-
-
-def script(path: Path, text: str) -> str:
-    """Write an executable file and return its path."""
-    path.write_text(text)
-    path.chmod(0o700)
-    return str(path)
 
 
 @pytest.mark.parametrize(

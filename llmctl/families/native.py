@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llmctl.config import ModelConfig
@@ -20,16 +21,22 @@ def read_fields(published: Published, config: ModelConfig) -> Mapping[str, Any]:
     return {name: checked(name, value) for name, value in published.values.items() if name in known}
 
 
+@cache
+def kinds() -> Mapping[str, Any]:
+    """Return the types of the fields of ModelConfig; resolving them takes as long as checking all fields."""
+    return get_type_hints(ModelConfig)
+
+
 def checked(name: str, value: Any) -> Any:
     """Return a field's value if it is of the field's type.
 
     Raises: ArtifactError naming the field.
     """
-    kind = get_type_hints(ModelConfig)[name]
+    kind = kinds()[name]
     choices = get_args(kind)
     if get_origin(kind) is tuple:
-        kinds = (int, float) if choices[0] is float else (choices[0],)
-        fits = isinstance(value, list) and all(type(item) in kinds for item in value)
+        allowed_types = (int, float) if choices[0] is float else (choices[0],)
+        fits = isinstance(value, list) and all(type(item) in allowed_types for item in value)
     elif kind is float:
         fits = type(value) in (int, float)
     elif kind is str:

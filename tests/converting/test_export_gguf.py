@@ -63,8 +63,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", TYPES)
+EVERY_TYPE = ("sentencepiece", "untied, grouped")
+"""The head has a type of its own where it is the embedding, too; tokenizers and norms do not depend on the type."""
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in CASES for kind in (TYPES if case in EVERY_TYPE else ("f32", "q8_0", "q4_K"))],
+)
 def test_out_and_in_again(case, kind, tmp_path):
     source = model_in(tmp_path / "source", **CASES[case])
     record = export_gguf(source, tmp_path / "m.gguf", kind=kind)
@@ -104,7 +110,7 @@ def test_the_end_of_a_turn_goes_round(folder, tmp_path):
 
 
 def test_fewer_bits_are_smaller_and_further_away(tmp_path):
-    source = model_in(tmp_path / "source", d_model=256, d_ff=512)
+    source = model_in(tmp_path / "source", d_model=256, d_ff=256, n_layers=1)
     records = {kind: export_gguf(source, tmp_path / f"{kind}.gguf", kind=kind) for kind in TYPES}
     bits = {kind: record["bits_per_weight"] for kind, record in records.items()}
     kl = {kind: record["proof"]["kl"] for kind, record in records.items()}

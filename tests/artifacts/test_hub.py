@@ -18,6 +18,7 @@ import pytest
 
 from llmctl.artifacts.hub import Reference, label, named, parse, shown
 from llmctl.formats.artifact import INDEX, WEIGHTS
+from tests.support import warm
 from tests.support.hub import Hub, Repository, folder_files, serving
 
 NAME = "org/tiny"
@@ -44,15 +45,7 @@ def environment(home: Path, url: str) -> dict[str, str]:
 
 def llmctl(home: Path, *arguments: str, url: str = "http://127.0.0.1:1", **variables: str) -> Ran:
     """Run a command in `home`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "llmctl", *arguments],
-        cwd=home,
-        env=environment(home, url) | variables,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
+    done = warm.run(arguments, cwd=home, env=environment(home, url) | variables, timeout=LIMIT_SECONDS)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -212,9 +205,9 @@ def test_progress_is_for_terminals(option, hub: Hub, tmp_path):
     """What a terminal shows of a download; with --quiet nothing."""
     main, side = pty.openpty()
     termios.tcsetwinsize(side, (24, 80))
-    command = [sys.executable, "-m", "llmctl", "import", NAME, "-o", "out", *option]
+    command = [*warm.WARM, "import", NAME, "-o", "out", *option]
     with os.fdopen(main, "rb", buffering=0) as screen:
-        process = subprocess.Popen(
+        process = warm.Process(
             command, cwd=tmp_path, env=environment(tmp_path, hub.url), stdout=subprocess.PIPE, stderr=side
         )
         os.close(side)
@@ -222,7 +215,9 @@ def test_progress_is_for_terminals(option, hub: Hub, tmp_path):
         with contextlib.suppress(OSError):  # what reading the screen of a process that has ended raises
             while part := screen.read(4096):
                 shown += part
-        assert process.communicate(timeout=LIMIT_SECONDS)[0] == b"out\n"
+        with process.stdout:
+            assert process.stdout.read() == "out\n"
+        process.wait(LIMIT_SECONDS)
     assert (f"{WEIGHTS}:".encode() in shown) == (not option)
     assert b"\\u" not in shown  # no control sequences, which would be spelled out
 

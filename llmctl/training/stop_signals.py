@@ -58,7 +58,11 @@ def watch_signals() -> Iterator[Caught]:
             raise SecondSignalError(number)
         caught.number = number
         echoes_until = time.monotonic() + (ECHO_SECONDS if LAUNCHED in os.environ else 0.0)
-        sys.stderr.write("\nfinishing this step and saving; press Ctrl-C again to stop at once\n")
+        text = "\nfinishing this step and saving; press Ctrl-C again to stop at once\n"
+        try:
+            sys.stderr.write(text)
+        except RuntimeError:  # the run was just writing a line there, and its buffer cannot be entered twice
+            os.write(sys.stderr.fileno(), text.encode())
 
     watched = [number for number in (*ENDING, signal.SIGUSR1) if signal.getsignal(number) != signal.SIG_IGN]
     old = {number: signal.signal(number, note) for number in watched}

@@ -5,14 +5,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 
 import pytest
 import torch
 
 from llmctl.artifacts.load import load_model
+from llmctl.cli import run as command_line
 from llmctl.config import PretrainConfig
 from llmctl.errors import ArtifactError, InterruptedRunError, LlmctlError, UsageError
 from llmctl.formats.artifact import read_artifact
@@ -25,6 +26,8 @@ from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.metrics_file import MetricsFile
 from llmctl.runs.progress import Silent
+from tests.support.jobs import finish, running
+from tests.support.warm import WARM
 
 SMALL = [
     "model.d_model=32",
@@ -38,7 +41,6 @@ SMALL = [
     "train.device=cpu",
     "tokenizer.vocab_size=340",
 ]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -191,15 +193,18 @@ def test_characters_and_the_tail_of_one_file(tmp_path, monkeypatch):
     assert trained.summary["after"]["n_labels"] == round(0.1 * len(text)) + 1
 
 
-def test_a_pipe_is_read_once_and_trains_like_its_file(corpus, tmp_path):
+def test_a_pipe_is_read_once_and_trains_like_its_file(corpus, tmp_path, monkeypatch, capsys):
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(corpus.iterdir()))
     (tmp_path / "all.txt").write_text(text, encoding="utf-8")
-    settings = " ".join(f"--set '{setting}'" for setting in SMALL)
-    command = f"'{sys.executable}' -P -m llmctl pretrain -q {settings}"
+    settings = [part for setting in SMALL for part in ("--set", setting)]
     paths = []
-    for source in ("all.txt", "<(cat all.txt)", "- < all.txt"):
-        done = subprocess.run(["bash", "-c", f"{command} {source}"], capture_output=True, text=True, check=True)
-        paths.append(Path(done.stdout.strip()))
+    for source in ("all.txt", "<(cat all.txt)", "-"):
+        with subprocess.Popen(["cat", "all.txt"], stdout=subprocess.PIPE) as cat:
+            assert cat.stdout is not None
+            monkeypatch.setattr("sys.stdin", TextIOWrapper(cat.stdout))
+            pipe = f"/dev/fd/{cat.stdout.fileno()}"  # what bash puts for <(...)
+            assert command_line(["pretrain", "-q", *settings, pipe if source.startswith("<") else source]) == 0
+        paths.append(Path(capsys.readouterr().out.strip()))
     weights = [read_artifact(path).state() for path in paths]
     for other in weights[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
@@ -224,30 +229,18 @@ def test_a_signal_while_a_finished_run_is_tidied_up_leaves_it_finished(corpus, m
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resume_gives_the_same_bytes(corpus, number: int):
     settings = [part for setting in [*SMALL, "train.steps=60", "train.eval_every=20"] for part in ("--set", setting)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def command(*arguments: str) -> list[str]:
-        return [sys.executable, "-P", "-m", "llmctl", "pretrain", *arguments]
-
-    whole = subprocess.run(command(str(corpus), *settings), env=environment, capture_output=True, text=True, check=True)
-    process = subprocess.Popen(
-        command(str(corpus), *settings), env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step "):
-            break
-    process.send_signal(number)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 128 + number
-    assert "--resume runs/0002" in error
+    command = [*WARM, "pretrain", str(corpus), *settings]
+    whole = finish(command)
+    with running(command) as (stopped,):
+        stopped.wait_for("step ")
+        os.kill(stopped.process.pid, number)
+        assert stopped.end() == 128 + number, stopped.err
+    assert "--resume runs/0002" in stopped.err
     assert json.loads(Path("runs/0002-pretrain-clm-tiny/run.json").read_text())["status"] == "interrupted"
-    resumed = subprocess.run(
-        command("--resume", "latest", "-q"), env=environment, capture_output=True, text=True, check=True
-    )
-    assert resumed.stdout == "runs/0002-pretrain-clm-tiny\n"
-    first = Path(whole.stdout.strip(), "model.safetensors").read_bytes()
-    assert first == Path(resumed.stdout.strip(), "model.safetensors").read_bytes()
+    resumed = finish([*WARM, "pretrain", "--resume", "latest", "-q"])
+    assert resumed.out == "runs/0002-pretrain-clm-tiny\n"
+    first = Path(whole.out.strip(), "model.safetensors").read_bytes()
+    assert first == Path(resumed.out.strip(), "model.safetensors").read_bytes()
 
 
 def test_a_budget_of_minutes_is_kept(corpus):

@@ -8,12 +8,15 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tests.support.warm import WARM, Process
 
 ROOT = Path(__file__).resolve().parents[2]
 LLMCTL = [sys.executable, "-P", "-m", "llmctl"]
@@ -61,7 +64,7 @@ class Job:
         self.lines: list[str] = []
         self.said = threading.Condition()
         self.begun = time.monotonic()
-        self.process = subprocess.Popen(
+        self.process = (Process if command[0] in WARM else subprocess.Popen)(
             list(command),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -153,6 +156,21 @@ def finish(command: Sequence[str], *, code: int = 0, **options) -> Job:
     with running(command, **options) as (job,):
         assert job.end() == code, job.err
     return job
+
+
+def finish_two_ranks(arguments: Sequence[str]) -> Job:
+    """Run a command in two processes that know of each other, as a cluster starts them, and return the first."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(sock.getsockname()[1])}
+    command = [*WARM, *arguments]
+    with (
+        running(command, env=environment(RANK="0", LOCAL_RANK="0", **world)) as (first,),
+        running(command, env=environment(RANK="1", LOCAL_RANK="1", **world)) as (second,),
+    ):
+        assert (first.end(), second.end()) == (0, 0), first.err + second.err
+    assert (sum(line.startswith("2 processes on 1 host") for line in first.lines), second.out) == (1, "")
+    return first
 
 
 def weights(run: Path) -> str:

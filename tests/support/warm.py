@@ -176,7 +176,7 @@ def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["llmctl", *request["arguments"]]
     for target, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        binary = open(target, f"{mode}b", closefd=False)  # noqa: SIM115, PTH123
+        binary = open(target, f"{mode}b", closefd=False)  # noqa: SIM115
         errors = {"stdin": "strict", "stdout": "strict", "stderr": "backslashreplace"}[name]
         is_by_line = name == "stderr" or os.isatty(target)
         stream = io.TextIOWrapper(binary, encoding="utf-8", errors=errors, line_buffering=is_by_line)

@@ -25,7 +25,8 @@ from llmctl.losses.base import IGNORE
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.recipe import load
 from tests.jobs.test_distill import TINY, here, pairs  # noqa: F401
-from tests.support.jobs import LLMCTL, environment, finish, running, weights
+from tests.support.jobs import environment, finish, running, weights
+from tests.support.warm import WARM
 
 
 def config_of(teacher: Path, *settings: str) -> DistillConfig:
@@ -194,7 +195,7 @@ def test_a_kill_leaves_no_trace(teachers, here):  # noqa: F811
     Path("long.txt").write_text("\n\n".join(f"the good cat {i} 猫坐在 mat." * 12 for i in range(900)), encoding="utf-8")
     flags = [part for setting in TINY for part in ("--set", setting)]
     command = [
-        *LLMCTL,
+        *WARM,
         "distill",
         "cache",
         str(teachers["decoder"]),
@@ -343,11 +344,11 @@ def test_resumed_from_signals_is_the_same(teachers, here):  # noqa: F811
     made(teachers["decoder"], "signals")
     settings = [*TINY, "train.save_every=1", "student.shape=layers=1", "train.steps=12", "teacher.cache=signals"]
     flags = [part for setting in settings for part in ("--set", setting)]
-    command = [*LLMCTL, "distill", str(teachers["decoder"]), "-d", "text.txt", *flags, "-v"]
+    command = [*WARM, "distill", str(teachers["decoder"]), "-d", "text.txt", *flags, "-v"]
     with running([*command, "-o", "whole"], [*command, "-o", "killed"], env=environment()) as (whole, killed):
         killed.wait_for("step 6/12")
         killed.kill()
         killed.end()
         assert whole.end() == 0, whole.err
-    finish([*LLMCTL, "distill", "--resume", "killed"], env=environment())
+    finish([*WARM, "distill", "--resume", "killed"], env=environment())
     assert weights(here / "killed") == weights(here / "whole")

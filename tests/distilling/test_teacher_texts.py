@@ -14,7 +14,8 @@ from llmctl.distilling.teacher_texts import PROMPT_TOKENS, answer, beginning, wr
 from llmctl.recipe import load
 from llmctl.training.task_data import prepare_task
 from tests.jobs.test_distill import TINY, here, pairs  # noqa: F401
-from tests.support.jobs import LLMCTL, environment, finish, running, weights
+from tests.support.jobs import environment, finish, running, weights
+from tests.support.warm import WARM
 
 SEQ = ["loss.name=seq", "teacher.max_tokens=10", "train.seq_len=32"]
 
@@ -90,13 +91,13 @@ def test_a_kill_leaves_no_trace(teachers, here):  # noqa: F811
     Path("long.txt").write_text(rows, encoding="utf-8")
     settings = [*TINY, *SEQ, "student.shape=layers=1", "data.split=line", "train.steps=2"]
     flags = [part for setting in settings for part in ("--set", setting)]
-    command = [*LLMCTL, "distill", str(teachers["decoder"]), "-d", "long.txt", *flags]
+    command = [*WARM, "distill", str(teachers["decoder"]), "-d", "long.txt", *flags]
     with running([*command, "-o", "whole"], [*command, "-o", "killed"], env=environment()) as (whole, killed):
         killed.wait_for("the teacher has generated")
         killed.kill()
         killed.end()
         assert whole.end() == 0, whole.err
     assert list((here / "killed").rglob("part-00000.jsonl"))
-    resumed = finish([*LLMCTL, "distill", "--resume", "killed"], env=environment())
+    resumed = finish([*WARM, "distill", "--resume", "killed"], env=environment())
     assert "has generated 512 of" not in resumed.err
     assert weights(here / "killed") == weights(here / "whole")

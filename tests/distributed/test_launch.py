@@ -15,6 +15,7 @@ from llmctl.distributed.launch import Layout
 from llmctl.errors import UsageError
 from llmctl.runs.folder import is_held
 from tests.support.jobs import LLMCTL, descendants, environment, finish, pretrain, running, weights, write_text
+from tests.support.warm import WARM
 
 STEPS = 60
 # Raises in one rank when it is sent SIGUSR2; Python imports a module of this name as it begins.
@@ -40,7 +41,7 @@ def job(text: Path, out: Path, *arguments: str, **settings: object) -> list[str]
 def undisturbed(text, tmp_path_factory) -> str:
     """The weights of one process that nobody interrupts."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish([*LLMCTL, *job(text, out)])
+    finish([*WARM, *job(text, out)])
     return weights(out)
 
 

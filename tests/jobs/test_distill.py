@@ -28,8 +28,9 @@ from llmctl.runs.folder import find_run
 from llmctl.runs.history import History
 from llmctl.runs.removal import not_written
 from llmctl.training.finetune_settings import settle as settle_tuning
-from tests.support.jobs import LLMCTL, environment, running, weights
+from tests.support.jobs import environment, running, weights
 from tests.support.tuning import FAMILIES, SMALL
+from tests.support.warm import WARM
 
 TINY = [
     "train.batch_size=8",
@@ -395,13 +396,13 @@ def test_a_run_that_was_interrupted_before_its_first_step_says_so_and_goes_on(te
 def test_a_run_that_was_killed_goes_on_to_the_same_student(teachers, here):
     settings = [*TINY, "train.save_every=1", "student.shape=layers=1", "train.steps=12"]
     flags = [part for setting in settings for part in ("--set", setting)]
-    command = [*LLMCTL, "distill", str(teachers["decoder"]), "-d", "text.txt", *flags, "-v"]
+    command = [*WARM, "distill", str(teachers["decoder"]), "-d", "text.txt", *flags, "-v"]
     with running([*command, "-o", "whole"], [*command, "-o", "killed"], env=environment()) as (whole, killed):
         killed.wait_for("step 6/12")
         killed.kill()
         killed.end()
         assert whole.end() == 0, whole.err
-    with running([*LLMCTL, "distill", "--resume", "killed"], env=environment()) as (resumed,):
+    with running([*WARM, "distill", "--resume", "killed"], env=environment()) as (resumed,):
         assert resumed.end() == 0, resumed.err
     assert weights(here / "killed") == weights(here / "whole")
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.test_distill import TINY, here  # noqa: F401
-from tests.support.jobs import LLMCTL, environment, finish
+from tests.support.jobs import finish, finish_two_ranks
+from tests.support.warm import WARM
 
 
 def losses(folder: Path) -> list[float]:
@@ -17,23 +18,24 @@ def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"] + [student["loss"], student["kl"]]
 
 
-def distill(teacher: Path, out: str, *arguments: str) -> list[float]:
+def distill(teacher: Path, out: str, *arguments: str, n_ranks: int = 1) -> list[float]:
     # In float64, so that nothing but the order of sums could differ.
     settings = [*TINY, "student.shape=layers=1", "train.log_every=1", "train.dtype=float64", "teacher.dtype=auto"]
     flags = [part for setting in settings for part in ("--set", setting)]
-    command = [*LLMCTL, "distill", str(teacher), "-d", "text.txt", *flags, "-o", out, *arguments]
-    finish(command, env=environment())
+    command = ["distill", str(teacher), "-d", "text.txt", *flags, "-o", out, *arguments]
+    finish_two_ranks(command) if n_ranks == 2 else finish([*WARM, *command])
     return losses(Path(out))
 
 
 @pytest.mark.parametrize(
     ("family", "ways"),
     [
-        ("decoder", [["--nproc", "2"], ["--nproc", "2", "--parallel", "fsdp"], ["--set", "train.micro_batch_size=1"]]),
-        ("encoder", [["--nproc", "2"], ["--set", "train.micro_batch_size=2"]]),
+        ("decoder", [(2, []), (2, ["--parallel", "fsdp"]), (1, ["--set", "train.micro_batch_size=1"])]),
+        ("encoder", [(2, []), (1, ["--set", "train.micro_batch_size=2"])]),
     ],
 )
 def test_all_ways_are_one(teachers, family, ways):
     whole = distill(teachers[family], "whole")
-    for number, way in enumerate(ways):
-        assert distill(teachers[family], f"way-{number}", *way) == pytest.approx(whole, rel=1e-5), way
+    for number, (n_ranks, way) in enumerate(ways):
+        found = distill(teachers[family], f"way-{number}", *way, n_ranks=n_ranks)
+        assert found == pytest.approx(whole, rel=1e-5), way

@@ -28,8 +28,9 @@ from llmctl.training.batch import to_device
 from llmctl.training.finetune_settings import settle
 from llmctl.training.objectives import LabelPrediction
 from llmctl.training.task_data import TaskData
-from tests.support.jobs import LLMCTL, finish
+from tests.support.jobs import finish, finish_two_ranks
 from tests.support.tuning import FAMILIES, SMALL
+from tests.support.warm import WARM
 
 WORDS = ("good", "bad", "猫")
 
@@ -450,9 +451,9 @@ def test_a_metric_of_texts_chooses_the_best_step(models):
 def test_two_processes_give_the_adapter_of_one(models, here, family, task, method):
     data = classes() if task == "classify" else questions()
     flags = [part for setting in (*SMALL, f"method={method}", "train.threads=1") for part in ("--set", setting)]
-    command = [*LLMCTL, "finetune", str(models[family]), str(data), "--task", task, "--deterministic", *flags]
-    one = finish([*command, "-o", "one", "--json"], cwd=here)
-    two = finish([*command, "-o", "two", "--json", "--nproc", "2"], cwd=here)
+    command = ["finetune", str(models[family]), str(data), "--task", task, "--deterministic", *flags]
+    one = finish([*WARM, *command, "-o", "one", "--json"])
+    two = finish_two_ranks([*command, "-o", "two", "--json"])
     assert tensors(here / "one" / "adapter_model.safetensors") == tensors(here / "two" / "adapter_model.safetensors")
     assert json.loads(one.out)["after"] == json.loads(two.out)["after"]
 

@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import sys
 from pathlib import Path
 
@@ -14,10 +13,20 @@ from llmctl.distributed.failures import FINAL, culprit
 from llmctl.distributed.launch import Layout
 from llmctl.errors import UsageError
 from llmctl.runs.folder import is_held
-from tests.support.jobs import LLMCTL, descendants, environment, finish, pretrain, running, weights, write_text
+from tests.support.jobs import (
+    LLMCTL,
+    descendants,
+    environment,
+    finish,
+    finish_two_ranks,
+    pretrain,
+    running,
+    weights,
+    write_text,
+)
 from tests.support.warm import WARM
 
-STEPS = 60
+STEPS = 30
 # Raises in one rank when it is sent SIGUSR2; Python imports a module of this name as it begins.
 RAISING = """
 import os, signal
@@ -54,7 +63,7 @@ def error_lines(err: str) -> list[str]:
 
 def test_nproc_gives_the_weights_of_one_process_and_one_result(text, undisturbed, tmp_path):
     out = tmp_path / "run"
-    with running([*LLMCTL, *job(text, out, "--nproc", "2", train__save_every=1000, train__eval_every=1000)]) as (run,):
+    with running([*WARM, *job(text, out, "--nproc", "2", train__save_every=1000, train__eval_every=1000)]) as (run,):
         run.wait_for("step 5/")
         os.kill(run.process.pid, signal.SIGUSR1)  # saves and goes on
         assert run.end() == 0, run.err
@@ -67,17 +76,8 @@ def test_nproc_gives_the_weights_of_one_process_and_one_result(text, undisturbed
 
 def test_ranks_started_by_their_environment_give_the_same(text, undisturbed, tmp_path):
     out = tmp_path / "run"
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    command = [*LLMCTL, *job(text, out)]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with (
-        running(command, env=environment(RANK="0", LOCAL_RANK="0", **world)) as (first,),
-        running(command, env=environment(RANK="1", LOCAL_RANK="1", **world)) as (second,),
-    ):
-        assert (first.end(), second.end()) == (0, 0), first.err + second.err
-    assert (first.out, second.out) == (f"{out}\n", "")
+    done = finish_two_ranks(job(text, out))
+    assert done.out == f"{out}\n"
     assert weights(out) == undisturbed
 
 
@@ -91,7 +91,7 @@ def test_torchrun_gives_the_same(text, undisturbed, tmp_path):
 
 def test_a_killed_rank_ends_all_with_its_code_and_three_lines(text, tmp_path):
     out = tmp_path / "run"
-    with running([*LLMCTL, *job(text, out, "--nproc", "2", train__steps=100_000)]) as (run,):
+    with running([*WARM, *job(text, out, "--nproc", "2", train__steps=100_000)]) as (run,):
         run.wait_for("step 5/")
         everyone = descendants(run.process.pid)
         os.kill(run.rank(1), signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_a_rank_that_raises_is_the_one_that_is_reported(text, tmp_path):
 
 def test_a_killed_rank_is_started_again_with_the_same_weights(text, undisturbed, tmp_path):
     out = tmp_path / "run"
-    with running([*LLMCTL, *job(text, out, "--nproc", "2", "--max-restarts", "2")]) as (run,):
+    with running([*WARM, *job(text, out, "--nproc", "2", "--max-restarts", "2")]) as (run,):
         run.wait_for("step 15/")
         os.kill(run.rank(1), signal.SIGKILL)
         assert run.end() == 0, run.err
@@ -132,7 +132,7 @@ def test_a_killed_rank_is_started_again_with_the_same_weights(text, undisturbed,
 )
 def test_a_signal_saves_and_the_printed_command_goes_on(text, undisturbed, tmp_path, number, resumed_on: int):
     out = tmp_path / "run"
-    with running([*LLMCTL, *job(text, out, "--nproc", "2", train__save_every=1000)]) as (run,):
+    with running([*WARM, *job(text, out, "--nproc", "2", train__save_every=1000)]) as (run,):
         run.wait_for("step 5/")
         for pid in (run.process.pid, *descendants(run.process.pid)):  # as a service manager does, all at once
             os.kill(pid, number)
@@ -142,14 +142,14 @@ def test_a_signal_saves_and_the_printed_command_goes_on(text, undisturbed, tmp_p
     assert len(report) == 2
     command = shlex.split(report[1].removeprefix("hint: resume with: "))
     assert command[0] == "llmctl"
-    finish([*LLMCTL, *command[1:], "--nproc", str(resumed_on)])
+    finish([*WARM, *command[1:], "--nproc", str(resumed_on)])
     assert weights(out) == undisturbed
 
 
 @pytest.mark.slow
 def test_ranks_do_not_outlive_their_launcher(text, tmp_path):
     out = tmp_path / "run"
-    with running([*LLMCTL, *job(text, out, "--nproc", "2", train__steps=100_000)]) as (run,):
+    with running([*WARM, *job(text, out, "--nproc", "2", train__steps=100_000)]) as (run,):
         run.wait_for("step 5/")
         os.kill(run.process.pid, signal.SIGKILL)
         assert run.end() == -signal.SIGKILL  # their standard error is closed with the last of them

@@ -1,6 +1,7 @@
 """`llmctl tokenize`: a pure filter, two subcommands that print their folder, and one clear error for whatever is wrong."""
 
 import gzip
+import io
 import json
 import os
 import resource
@@ -50,6 +51,18 @@ def tokenize(made: Path, *arguments: str, stdin: bytes = b"", **options) -> subp
     return llmctl("tokenize", "-m", str(made / "tok"), *arguments, stdin=stdin, **options)
 
 
+@pytest.fixture
+def inside(capsysbinary, monkeypatch):
+    """Return a caller of the command line in this process: what it imports is looked at where it succeeds."""
+
+    def call(*arguments: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = run(arguments)
+        return subprocess.CompletedProcess(arguments, status, *capsysbinary.readouterr())
+
+    return call
+
+
 def failed(done: subprocess.CompletedProcess[bytes], status: int, *parts: str) -> None:
     """Check that a command ended with one error of two lines at most that names what it should."""
     error = done.stderr.decode()
@@ -72,13 +85,15 @@ def test_the_filter_reverses_byte_for_byte(made):
 
 
 @pytest.mark.parametrize("stdin", [b"", b"\n", b"\n\n\n", b"a", b"a\n", b"\0\n"])
-def test_as_many_lines_as_came(made, stdin: bytes):
+def test_as_many_lines_as_came(inside, made, stdin: bytes):
     if b"\0" in stdin:
-        failed(tokenize(made, stdin=stdin), 2, "byte 0")
+        failed(inside("tokenize", "-m", str(made / "tok"), stdin=stdin), 2, "byte 0")
         return
-    done = tokenize(made, stdin=stdin)
+    done = inside("tokenize", "-m", str(made / "tok"), stdin=stdin)
     assert done.stdout.count(b"\n") == len(stdin.splitlines())
-    assert tokenize(made, "--decode", stdin=done.stdout).stdout == stdin + (b"\n" if stdin == b"a" else b"")
+    assert inside("tokenize", "-m", str(made / "tok"), "--decode", stdin=done.stdout).stdout == stdin + (
+        b"\n" if stdin == b"a" else b""
+    )
 
 
 def test_records_keep_to_one_line_each(made):
@@ -121,28 +136,29 @@ def test_every_form_of_a_tokenizer_gives_the_same_ids(made):
         (b"9" * 5000 + b"\n", ["--decode"], ["line 1"]),
     ],
 )
-def test_input_that_cannot_be_is_named(made, stdin: bytes, options: list[str], parts: list[str]):
-    failed(tokenize(made, *options, stdin=stdin), 2, *parts)
+def test_input_that_cannot_be_is_named(inside, made, stdin: bytes, options: list[str], parts: list[str]):
+    failed(inside("tokenize", "-m", str(made / "tok"), *options, stdin=stdin), 2, *parts)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_damaged_tokenizer_is_named(made, tmp_path, name: str, size: int):
+def test_a_damaged_tokenizer_is_named(inside, made, tmp_path, name: str, size: int):
     kept = ("tokenizer.model",) if name == "tokenizer.model" else ("tokenizer.json", "tokenizer_config.json")
     for file in kept:
         content = (made / "tok" / file).read_bytes()
         (tmp_path / file).write_bytes(content[:size] if file == name else content)
-    done = llmctl("tokenize", "-m", str(tmp_path), stdin=b"a\n")
+    done = inside("tokenize", "-m", str(tmp_path), stdin=b"a\n")
     failed(done, 4, name, str(tmp_path))
     assert done.stdout == b""
 
 
-def test_no_such_tokenizer(made, tmp_path):
-    failed(llmctl("tokenize", "-m", str(tmp_path / "nowhere"), stdin=b"a\n"), 3, "nowhere")
-    failed(llmctl("tokenize", "-m", "", stdin=b"a\n"), 2, "empty")
-    failed(llmctl("tokenize", "-m", str(made / "corpus.txt"), stdin=b"a\n"), 2, "is data")
-    failed(llmctl("tokenize", stdin=b"a\n", cwd=tmp_path), 3, "no model")
-    failed(llmctl("tokenize", "trian", "x.txt", cwd=tmp_path), 2, "trian")
+def test_no_such_tokenizer(inside, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed(inside("tokenize", "-m", str(tmp_path / "nowhere"), stdin=b"a\n"), 3, "nowhere")
+    failed(inside("tokenize", "-m", "", stdin=b"a\n"), 2, "empty")
+    failed(inside("tokenize", "-m", str(made / "corpus.txt"), stdin=b"a\n"), 2, "is data")
+    failed(inside("tokenize", stdin=b"a\n"), 3, "no model")
+    failed(inside("tokenize", "trian", "x.txt"), 2, "trian")
 
 
 def test_without_the_extra_the_error_names_it(made, tmp_path):
@@ -183,8 +199,8 @@ def test_training_prints_the_folder_and_keeps_what_is_there(made, tmp_path):
         (["--set", "tokenizer.n_sentinel=1"], 2, ["n_sentinel", "n_sentinels"]),
     ],
 )
-def test_settings_that_cannot_be_are_named(made, tmp_path, options: list[str], status: int, parts: list[str]):
-    done = llmctl("tokenize", "train", str(made / "corpus.txt"), "-o", str(tmp_path / "tok"), *options)
+def test_settings_that_cannot_be_are_named(inside, made, tmp_path, options: list[str], status: int, parts: list[str]):
+    done = inside("tokenize", "train", str(made / "corpus.txt"), "-o", str(tmp_path / "tok"), *options)
     failed(done, status, *parts)
     assert not (tmp_path / "tok").exists()
 
@@ -203,14 +219,16 @@ def test_settings_that_cannot_be_are_named(made, tmp_path, options: list[str], s
         ("x" * 300, None, 3, ["xxx"]),
     ],
 )
-def test_text_that_cannot_be_is_named(tmp_path, name: str, content: bytes | None, status: int, parts: list[str]):
+def test_text_that_cannot_be_is_named(
+    inside, tmp_path, name: str, content: bytes | None, status: int, parts: list[str]
+):
     (tmp_path / "corpus.txt").write_text("x")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    done = llmctl("tokenize", "train", str(tmp_path / name), "-o", str(tmp_path / "tok"), "--model-type", "char")
+    done = inside("tokenize", "train", str(tmp_path / name), "-o", str(tmp_path / "tok"), "--model-type", "char")
     failed(done, status, *parts)
     assert not (tmp_path / "tok").exists()
-    assert llmctl("tokenize", "train", "", "-o", str(tmp_path / "tok")).returncode == 2
+    assert inside("tokenize", "train", "", "-o", str(tmp_path / "tok")).returncode == 2
 
 
 def small_files() -> None:
@@ -231,12 +249,12 @@ def test_a_disk_that_is_full_damages_nothing(made, tmp_path):
     assert ShardSet.open(tmp_path / "shards").n_documents == 1
 
 
-def test_a_place_under_a_file_is_named(made, tmp_path):
+def test_a_place_under_a_file_is_named(inside, made, tmp_path):
     (tmp_path / "file").write_text("in the way")
     corpus = str(made / "corpus.txt")
-    failed(llmctl("tokenize", "train", corpus, "-o", str(tmp_path / "file" / "tok")), 8, "file")
+    failed(inside("tokenize", "train", corpus, "-o", str(tmp_path / "file" / "tok")), 8, "file")
     encode = ["tokenize", "encode", corpus, "--tokenizer", str(made / "tok")]
-    failed(llmctl(*encode, "-o", str(tmp_path / "file" / "shards")), 8, "file")
+    failed(inside(*encode, "-o", str(tmp_path / "file" / "shards")), 8, "file")
 
 
 def test_encoding_prints_the_folder_with_its_tokenizer(made, tmp_path):

@@ -4,10 +4,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.warm import WARM, Process
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,8 +19,8 @@ def start(folder: Path, world_size: int, jobs: list[dict]) -> dict:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.support.ranks_job", str(folder), json.dumps(jobs)]
-    processes = []
+    command = [*WARM, "-m", "tests.support.ranks_job", str(folder), json.dumps(jobs)]
+    processes, logs = [], [folder / f"rank-{rank}.log" for rank in range(world_size)]
     for rank in range(world_size):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         if world_size > 1:
@@ -31,13 +32,12 @@ def start(folder: Path, world_size: int, jobs: list[dict]) -> dict:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        with logs[rank].open("w") as log:
+            processes.append(
+                Process(command, stdin=subprocess.DEVNULL, stdout=log.fileno(), stderr=log.fileno(), env=environment)
             )
-        )
-    said = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(said)
+    codes = [process.wait(240) for process in processes]
+    assert codes == [0] * world_size, "\n".join(log.read_text() for log in logs)
     return json.loads((folder / "results.json").read_text())
 
 

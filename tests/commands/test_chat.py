@@ -26,15 +26,10 @@ from llmctl.inference.generate import Prompt, generate
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.chats import DEAF, MISTRAL, talk
+from tests.support.warm import WARM, Process
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 120
-AT_A_TERMINAL = """
-import fcntl, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the process's own, so that Ctrl-C reaches it
-from llmctl.__main__ import main
-main()
-"""
 FAMILIES = {
     "decoder": {"eos_id": 3},
     "endless": {"max_positions": 100_000},
@@ -98,8 +93,8 @@ class Terminal:
     def __init__(self, arguments: list[str], **streams) -> None:
         self.primary, secondary = pty.openpty()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-c", AT_A_TERMINAL, "chat", *arguments],
+        self.process = Process(
+            [*WARM, "chat", *arguments],
             **({"stdin": secondary, "stdout": secondary, "stderr": secondary} | streams),
             env=environment,
             start_new_session=True,
@@ -291,7 +286,7 @@ def test_answers_alone_are_on_stdout(models):
         shown.wait_for("> ", after=len(shown.seen))
         shown.type("\x04")
         assert shown.process.stdout is not None
-        assert shown.process.stdout.read().decode() == "".join(f"{answer}\n" for answer in answers)
+        assert shown.process.stdout.read() == "".join(f"{answer}\n" for answer in answers)
         assert shown.end() == 0
 
 

@@ -7,6 +7,7 @@ where its cache is: it is not imported before.)
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import io
 import json
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -89,6 +91,10 @@ class Process:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        """Send SIGKILL unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
 
 def run(
     arguments: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float
@@ -102,7 +108,7 @@ def run(
     try:
         code = process.wait(timeout)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         texts = [path.read_text(encoding="utf-8") for path in outputs]
         for path in outputs:
@@ -174,6 +180,8 @@ def become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         os.dup2(descriptor, target)
     for descriptor in descriptors:
         os.close(descriptor)
+    if request["is_leader"] and os.isatty(0):
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the process's own, so that Ctrl-C reaches it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["llmctl", *request["arguments"]]
     for target, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):

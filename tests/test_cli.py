@@ -20,6 +20,7 @@ from llmctl.files import writing
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.tokenizer.train import train_tokenizer
+from tests.support.warm import WARM, Process
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -267,21 +268,19 @@ def test_a_closed_pipe_ends_quietly(models: Path):
 def test_training_goes_on_when_nobody_reads_its_progress(tmp_path, is_shared: bool):
     (tmp_path / "a.txt").write_text("a b c\n" * 200)
     tiny = ["--set", "model.n_layers=1", "--set", "model.d_model=16", "--set", "model.n_heads=2", "--seq-len", "16"]
-    command = [sys.executable, "-m", "llmctl", "pretrain", "a.txt", "-o", "model", "--steps", "3", "-v", *tiny]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [*command, "--set", "tokenizer.vocab_size=300"],
+    process = Process(
+        [*WARM, "pretrain", "a.txt", "-o", "model", "--steps", "3", "-v", *tiny, "--set", "tokenizer.vocab_size=300"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if is_shared else subprocess.PIPE,
         cwd=tmp_path,
-        env=environment,
-    ) as process:
-        read = process.stdout if is_shared else process.stderr
-        read.readline()
-        read.close()
-        if not is_shared:
-            assert process.stdout.read() == b"model\n"
-        status = process.wait(timeout=120)
+    )
+    read = process.stdout if is_shared else process.stderr
+    read.readline()
+    read.close()
+    if not is_shared:
+        with process.stdout:
+            assert process.stdout.read() == "model\n"
+    status = process.wait(timeout=120)
     assert status in ((1, 141) if is_shared else (0,))  # a result that nobody reads is another matter
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert json.loads((tmp_path / "model" / "run.json").read_text())["status"] == "finished"

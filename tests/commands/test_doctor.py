@@ -10,6 +10,7 @@ import pytest
 from llmctl.cli import run
 from llmctl.quant.products import PRODUCTS
 from tests.support.jobs import LLMCTL, environment, finish, running
+from tests.support.warm import WARM
 
 KEYS = {
     "llmctl",
@@ -70,7 +71,7 @@ def test_a_person_reads_the_same(capsys):
 
 
 def test_ranks_meet_and_report(tmp_path):
-    done = finish([*LLMCTL, "doctor", "--distributed", "--nproc", "2", "--json"], cwd=tmp_path)
+    done = finish([*WARM, "doctor", "--distributed", "--nproc", "2", "--json"], cwd=tmp_path)
     found = json.loads(done.out)
     assert found["world_size"] == len(found["ranks"]) == 2
     assert {row["host"] for row in found["ranks"]} == {socket.gethostname()}
@@ -108,7 +109,7 @@ def test_a_folder_that_is_not_shared_is_told(tmp_path):
 
 def test_ranks_that_do_not_come_are_named():
     world = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [*LLMCTL, "doctor", "--distributed", "--timeout", "8"]
+    command = [*WARM, "doctor", "--distributed", "--timeout", "5"]
     with (
         running(command, env=environment(RANK="0", **world)) as (first,),
         running(command, env=environment(RANK="2", **world)) as (third,),
@@ -120,7 +121,7 @@ def test_ranks_that_do_not_come_are_named():
 
 def test_a_master_that_is_not_there_is_named():
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    done = finish([*LLMCTL, "doctor", "--distributed", "--timeout", "1"], code=75, env=environment(RANK="1", **world))
+    done = finish([*WARM, "doctor", "--distributed", "--timeout", "1"], code=75, env=environment(RANK="1", **world))
     assert done.lines[0].startswith(
         f"error: rank 1 cannot reach the master's port 127.0.0.1:{world['MASTER_PORT']} within 1 s"
     )

@@ -62,9 +62,12 @@ class Process:
             elif target == subprocess.DEVNULL:
                 opened.append(os.open(os.devnull, os.O_RDWR))
             ends += [None] * (own + 1 - len(ends))
-            given.append(
-                opened[-1] if target in (subprocess.PIPE, subprocess.DEVNULL) else own if target is None else target
-            )
+            if target in (subprocess.PIPE, subprocess.DEVNULL):
+                given.append(opened[-1])
+            elif target == subprocess.STDOUT:
+                given.append(given[1])
+            else:
+                given.append(own if target is None else target)
         self.stdin, self.stdout, self.stderr = ends
         self.args, self.returncode = command, None
         self.pid = fork(request, given)

@@ -49,6 +49,15 @@ DEFAULT = {name: OPTION[name] for name in OPTION if name not in ("pretrain", "us
 """Those that find a model by themselves. (Training commands do so too, but print their defaults with --print-config.)"""
 
 
+LONG = ("bench", "evaluate")
+"""Commands that take longer: they get a name of each kind, the others all."""
+
+
+def named(commands: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Return pairs of a command and a key of NAMES."""
+    return [(each, name) for each in commands for name in (("file", "number", "latest") if each in LONG else NAMES)]
+
+
 @pytest.fixture(scope="module")
 def made(models, tmp_path_factory) -> Path:
     """Return a folder with one finished run, a file of its model and some text."""
@@ -78,15 +87,13 @@ def call(made, monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str]]:
     return run_it
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("command", OPTION)
+@pytest.mark.parametrize(("command", "name"), named(OPTION))
 def test_a_model_is_named_with_an_option(call, command: str, name: str):
     status, said = call(*OPTION[command], "-m", NAMES[name])
     assert status == 0, said
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("command", ARGUMENT)
+@pytest.mark.parametrize(("command", "name"), named(ARGUMENT))
 def test_a_model_is_named_as_an_argument(call, command: str, name: str):
     status, said = call(command, NAMES[name], *ARGUMENT[command][1:])
     assert status == 0, said

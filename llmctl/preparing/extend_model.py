@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 OTHER_TEXTS = 500
 """Passages of the built-in corpus, English, on which the tokenizers are compared as well."""
 
+MOST_CHARACTERS = 20_000_000
+"""The text that pieces are learned from: of more, memory grows, and the frequent pairs are the same."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -60,8 +63,13 @@ def extend_model(
     """
     artifact, tokenizer = read_whole(source, out, force=force)
     learned, held_out = list[str](), list[str]()
+    n_characters = 0
     for number, text in enumerate(passages(documents), start=1):
         (held_out if number % HELD_OUT_EVERY == 0 else learned).append(text)
+        n_characters += len(text)
+        if n_characters >= MOST_CHARACTERS:
+            say(f"the first {n_characters:,} characters of the corpus are used")
+            break
     say("learning pieces")
     result = extend(tokenizer, artifact.files, learned, n_pieces)
     config = artifact.config

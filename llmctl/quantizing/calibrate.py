@@ -23,7 +23,7 @@ from llmctl.model.importance import Batches, read
 from llmctl.model.parameters import IN_EXPERTS
 from llmctl.model.predicted_weights import Predictor, predictors
 from llmctl.model.stack import Block
-from llmctl.model.streams import CaughtError, catch, chains, linears, names_of, run
+from llmctl.model.streams import CaughtError, InStep, catch, chains, linears, names_of, run
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.factors import best_factors
 from llmctl.quant.grid import Codes
@@ -64,7 +64,8 @@ def calibrate(
 def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, say: Say) -> Calibrated:
     found = Calibrated()
     in_blocks: set[str] = set()
-    sees_data = needs_data(plan, method)
+    sees_data, equalizes = needs_data(plan, method), moves_scales(plan, method)
+    is_stepwise = in_step(model.config, plan, method)
     weights: Weighers = {}
     streams: list[tuple[Any, ...]] = []
     if METHODS[method].weighs:
@@ -78,20 +79,28 @@ def _calibrate(model: LanguageModel, plan: Plan, method: str, batches: Batches, 
             name = names_of(model)[block]
             schemes = {inner: plan[f"{name}.{inner}"] for inner, _ in linears(block) if f"{name}.{inner}" in plan}
             in_blocks |= {f"{name}.{inner}" for inner in schemes}
-            moments = observe(block, streams, {one: weights.get(f"{name}.{one}") for one in schemes}) if streams else {}
-            with torch.autocast("cpu", enabled=False):
-                if METHODS[method].equalizes or any(scheme.activations for scheme in schemes.values()):
-                    equalize(block, model.config, schemes, moments, method)
-                for inner, scheme in schemes.items():
-                    choose(found, block, inner, f"{name}.{inner}", scheme, method, moments.get(inner))
-            streams = [(run(block, stream), *stream[1:]) for stream in streams]
+            own = {inner: weights.get(f"{name}.{inner}") for inner in schemes}
+            chosen = partial(choose_inside, found, block, name, schemes, method)
+            if not streams:
+                for inner in schemes:
+                    chosen(inner, None)
+            elif not is_stepwise:
+                moments = observe(block, streams, own)
+                if equalizes:
+                    with torch.autocast("cpu", enabled=False):
+                        equalize(block, model.config, schemes, moments, method)
+                for inner in schemes:
+                    chosen(inner, moments.get(inner))
+                streams = [(run(block, stream), *stream[1:]) for stream in streams]
+            else:
+                outputs = choose_in_step(block, name, list(schemes), streams, own, chosen)
+                streams = [(output, *stream[1:]) for output, stream in zip(outputs, streams, strict=True)]
             done(number + 1)
     table = table_of(model)
     for name in sorted((name for name in plan if name not in in_blocks), key=lambda name: name == table):
         is_read = name == table and METHODS[method].needs_data  # the head's inputs have passed all blocks
         inputs = read_head(model, batches, [stream[0] for stream in streams]) if is_read else None
-        with torch.autocast("cpu", enabled=False):
-            choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
+        choose(found, model, name, name, plan[name], method if is_read else fallback(method), inputs)
     give_back_memory()
     return found
 
@@ -194,6 +203,19 @@ def needs_data(plan: Plan, method: str) -> bool:
     return METHODS[method].needs_data or any(scheme.activations for scheme in plan.values())
 
 
+def moves_scales(plan: Plan, method: str) -> bool:
+    """Return whether scales are moved between the layers of a block before any of them has codes."""
+    return METHODS[method].equalizes or any(scheme.activations for scheme in plan.values())
+
+
+def in_step(config: ModelConfig, plan: Plan, method: str) -> bool:
+    """Return whether one pass through a block serves all its layers, each after those before it have codes.
+
+    Not if that is too early for scales to move, and not for DeBERTa, whose layers are also run on its distances.
+    """
+    return not moves_scales(plan, method) and config.positions != "disentangled"
+
+
 def equalize(block: nn.Module, config: ModelConfig, schemes: Plan, moments: dict[str, Moments], method: str) -> None:
     """Move scales between the layers of a block where that lowers the error; the moments are updated."""
     if not isinstance(block, Block):
@@ -213,22 +235,58 @@ def equalize(block: nn.Module, config: ModelConfig, schemes: Plan, moments: dict
             moments |= {name: divided[id(moments[name])] for name in readers}
 
 
+def choose_in_step(
+    block: nn.Module,
+    name: str,
+    layers: Sequence[str],
+    streams: Sequence[Sequence[Any]],
+    weights: Mapping[str, list[Tensor] | Predictor | None],
+    chosen: Callable[[str, Moments | None], None],
+) -> list[Tensor]:
+    """Choose the codes of a block's layers in the order in which they are run, in one pass; return the block's outputs.
+
+    What comes into a layer has gone through the codes of those before it, in its own block too. SmolLM2-135M at 4 bits: the
+    mean KL of four runs is that of three runs with a second pass (1.030 and 1.029 of one from before, each +- 0.02).
+    """
+    units = {inner: input_of(f"{name}.{inner}") for inner, _ in linears(block) if inner in layers}
+    passes, left = InStep(block, streams, units), list(layers)
+    for unit, inputs in passes:
+        members = [inner for inner in left if units[inner] == unit]
+        own = next((found for found in map(weights.get, members) if found is not None), None)
+        n_in: int = block.get_submodule(members[0]).in_features  # type: ignore[assignment]
+        moments = Moments.empty(n_in, next(iter(inputs.values())).device)
+        for number, tensor in inputs.items():
+            moments.add(tensor, own(tensor) if isinstance(own, Predictor) else own[number] if own else None)
+        for inner in members:
+            chosen(inner, moments)
+            left.remove(inner)
+    for inner in left:  # no input reached them, such as cross-attention without an encoder's output
+        chosen(inner, None)
+    return passes.outputs
+
+
+def choose_inside(
+    found: Calibrated, block: nn.Module, name: str, schemes: Plan, method: str, inner: str, moments: Moments | None
+) -> None:
+    """Choose the codes of a layer of a block called `name`."""
+    choose(found, block, inner, f"{name}.{inner}", schemes[inner], method, moments)
+
+
 def choose(
     found: Calibrated, root: nn.Module, inner: str, name: str, scheme: AnyScheme, method: str, moments: Moments | None
 ) -> None:
     """Choose the codes of a module and replace its weight by the dequantized one."""
     weight: Tensor = root.get_submodule(inner).weight  # type: ignore[assignment]
-    if (
-        moments is None or moments.count == 0
-    ):  # not reached by any input, such as cross-attention without an encoder output
+    if moments is None or moments.count == 0:
         method = fallback(method)
-    original = weight.float()
-    codes = method_of(method)(original, scheme, moments)
-    meant = decode(codes, scheme)
-    if moments is not None and moments.count:
-        found.lost[name] = output_error(original, meant, moments)
-    found.codes[name] = codes
-    weight.copy_(meant)
+    with torch.autocast("cpu", enabled=False):
+        original = weight.float()
+        codes = method_of(method)(original, scheme, moments)
+        meant = decode(codes, scheme)
+        if moments is not None and moments.count:
+            found.lost[name] = output_error(original, meant, moments)
+        found.codes[name] = codes
+        weight.copy_(meant)
 
 
 def observe(

@@ -22,7 +22,7 @@ from llmctl.quant.columns import PART_FLOATS
 from llmctl.quant.methods import AnyScheme, Moments, method_of
 from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing.bit_allocation import schemes_like
-from llmctl.quantizing.calibrate import FISHER_ROWS, input_of
+from llmctl.quantizing.calibrate import FISHER_ROWS, in_step, input_of
 from llmctl.tables.methods import METHODS
 
 UTILIZATION = 0.6
@@ -145,7 +145,8 @@ def estimate(
     n_block = sum(sizes[name] for name in inside)
     n_head = config.vocab_size * (config.d_embedding or config.d_model)
     parameters = sum(math.prod(shape) for shape in shapes.values()) - (n_head if config.tie_embeddings else 0)
-    row = METHODS["guided" if weights.method == "learned" else weights.method]
+    method = "guided" if weights.method == "learned" else weights.method
+    row = METHODS[method]
     sees_data = row.needs_data or any(scheme.activations for scheme in plan.values())
     tokens = n_calibration_rows * rows.n_tokens if sees_data else 0
     passes, products = rates.passes * UTILIZATION, rates.float32
@@ -161,8 +162,9 @@ def estimate(
     if sees_data:
         # Layers with one input share its moments.
         squares = sum({input_of(name): shapes[f"{name}.weight"][1] ** 2 for name in inside}.values())
+        n_passes = 1 if in_step(config, plan, method) else 2
         narrow = products if rates.pass_bytes == FLOAT_BYTES else rates.passes
-        seconds["inputs of the layers"] = tokens * (4 * n_block / passes + 1.2 * squares / narrow)
+        seconds["inputs of the layers"] = tokens * (2 * n_passes * n_block / passes + 1.2 * squares / narrow)
     seconds["codes"] = sum(
         code_seconds(n_out, n_in, rates) for n_out, n_in in (shapes[f"{name}.weight"] for name in plan)
     )
@@ -192,6 +194,8 @@ def largest(
     n_weights = sum(math.prod(shapes[f"{name}.weight"]) for name in plan)
     n_head = config.vocab_size * (config.d_embedding or config.d_model)
     widest = max(shapes[f"{name}.weight"][1] for name in plan)
+    # What all passes through a block hold before its widest layer: its input, and the sum that it is added to.
+    waiting = tokens * (rates.pass_bytes * widest + FLOAT_BYTES * config.d_model)
     found = {
         # The model as it was, beside the packed one.
         "report": n_weights + HEAD_BYTES * 256 * config.vocab_size + FLOAT_BYTES * n_head,
@@ -200,6 +204,7 @@ def largest(
         + widest * widest * 32
         + 8 * FLOAT_BYTES * PART_FLOATS
         + 2 * FLOAT_BYTES * tokens * config.d_model
+        + waiting
         + 2 * FLOAT_BYTES * n_head,
     }
     if weighs:

@@ -44,7 +44,7 @@ def test_what_comes_into_a_layer_has_gone_through_the_codes_before_it(method, mo
         model, batches = model_and_batches()
         names = [name for name in linear_modules(model.config) if "layers." in name]
         seen.append({})
-        calibrate(model, dict.fromkeys(names, SCHEMES["int2"]), method, batches, lambda _: None, is_narrow=narrow)
+        calibrate(model, dict.fromkeys(names, SCHEMES["int4"]), method, batches, lambda _: None, is_narrow=narrow)
         if method == "gptq":  # whose moments are the plain ones
             rows = inputs_of(model, f"model.layers.{model.config.n_layers - 1}.self_attn.q_proj", batches)
             wanted = rows.T @ rows / len(rows)

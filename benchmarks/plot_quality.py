@@ -27,16 +27,22 @@ FONT_SIZE = 12
 CHARACTER_WIDTH = 6.6
 """Mean width of a character in a label, to keep labels apart."""
 
-SERIES = {"llama.cpp": "a", "llama.cpp, imatrix": "b", "llmctl quantize": "c", "llmctl quantize --to gguf": "d"}
+SERIES = {
+    "llama.cpp": "a",
+    "llama.cpp, imatrix": "b",
+    "llmctl quantize": "c",
+    "llmctl quantize --to gguf": "d",
+    "AutoRound": "e",
+}
 """CSS class of each series."""
 
 STYLE = """
   svg { font: 12px system-ui, sans-serif; }
   .back { fill: #ffffff; } .text { fill: #1f2328; } .grid { stroke: #d1d9e0; }
-  .a { fill: #9a6700; } .b { fill: #57606a; } .c { fill: #0969da; } .d { fill: #1a7f37; }
+  .a { fill: #9a6700; } .b { fill: #57606a; } .c { fill: #0969da; } .d { fill: #1a7f37; } .e { fill: #8250df; }
   @media (prefers-color-scheme: dark) {
     .back { fill: #0d1117; } .text { fill: #f0f6fc; } .grid { stroke: #3d444d; }
-    .a { fill: #d29922; } .b { fill: #9198a1; } .c { fill: #4493f8; } .d { fill: #3fb950; }
+    .a { fill: #d29922; } .b { fill: #9198a1; } .c { fill: #4493f8; } .d { fill: #3fb950; } .e { fill: #ab7df8; }
   }
 """
 
@@ -116,11 +122,12 @@ def svg(data: Mapping[str, Any]) -> str:
         text(LEFT, 22, data["title"]),
         *axes(),
     ]
-    for index, (name, style) in enumerate(SERIES.items()):
+    at = float(LEFT)
+    for name, style in SERIES.items():
         points = [(x_of(float(row["mb"])), y_of(float(row["kl"]))) for row in rows if row["series"] == name]
         lines += [f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in points]
-        at = LEFT + 150 * index
-        lines += [f'<circle class="{style}" cx="{at + 5}" cy="42" r="4"/>', text(at + 15, 46, name)]
+        lines += [f'<circle class="{style}" cx="{at + 5:.1f}" cy="42" r="4"/>', text(at + 15, 46, name)]
+        at += CHARACTER_WIDTH * len(name) + 28
     return "\n".join([*lines, *labels(rows), "</svg>", ""])
 
 

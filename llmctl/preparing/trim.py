@@ -23,7 +23,7 @@ SCRIPTS = {"han": ("CJK", "KANGXI"), "kana": ("HIRAGANA", "KATAKANA", "KATAKANA-
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a trimmed vocabulary changes on held-out passages.
+    """What a trimmed vocabulary changes on passages; is_held_out: of which its pieces were not counted.
 
     equal_texts, equal_tokens: the shares of passages with the same pieces as before, and of earlier tokens that were kept.
     """
@@ -31,6 +31,7 @@ class Comparison:
     vocab_size_before: int
     vocab_size: int
     n_texts: int
+    is_held_out: bool
     equal_texts: float
     equal_tokens: float
     bytes_per_token_before: float
@@ -43,10 +44,11 @@ class Comparison:
 
 @dataclass
 class Usage:
-    """How often a corpus uses each id, and the passages of it that are held out."""
+    """How often a corpus uses each id, and passages to compare tokenizers on; is_held_out: which were not counted."""
 
     counts: Counter[int]
-    held_out: list[str]
+    texts: list[str]
+    is_held_out: bool = True
 
     @property
     def ranked(self) -> list[int]:
@@ -81,15 +83,14 @@ def count(tokenizer: Tokenizer, documents: Iterable[str]) -> Usage:
             number += 1
             if number < HELD_OUT_EVERY:
                 few.append(text)
-            if number % HELD_OUT_EVERY == 0 and len(usage.held_out) < MOST_HELD_OUT:
-                usage.held_out.append(text)
+            if number % HELD_OUT_EVERY == 0 and len(usage.texts) < MOST_HELD_OUT:
+                usage.texts.append(text)
             else:
                 counted.append(text)
         for encoder in encoders:
             for ids in encoder.encode_batch(counted):
                 usage.counts.update(ids)
-    usage.held_out = usage.held_out or few
-    return usage
+    return usage if usage.texts else Usage(usage.counts, few, is_held_out=False)
 
 
 def of_scripts(tokenizer: Tokenizer, names: Sequence[str]) -> Iterator[int]:
@@ -133,8 +134,9 @@ def trimmed(
     return trim(tokenizer, files, list(ranked), most)
 
 
-def compare(tokenizer: Tokenizer, result: Trimmed, texts: Sequence[str]) -> tuple[Comparison, list[list[int]]]:
-    """Return what a trimmed vocabulary changes on some texts, and the earlier ids of those that it does not change."""
+def compare(tokenizer: Tokenizer, result: Trimmed, usage: Usage) -> tuple[Comparison, list[list[int]]]:
+    """Return what a trimmed vocabulary changes on texts of a corpus, and the earlier ids of those that it does not change."""
+    texts = usage.texts
     kept, equal = set(result.kept), list[list[int]]()
     n_before = n_after = n_same = n_bytes = 0
     for batch in batched(texts):
@@ -149,6 +151,7 @@ def compare(tokenizer: Tokenizer, result: Trimmed, texts: Sequence[str]) -> tupl
         tokenizer.vocab_size,
         result.tokenizer.vocab_size,
         len(texts),
+        usage.is_held_out,
         len(equal) / max(len(texts), 1),
         n_same / max(n_before, 1),
         n_bytes / max(n_before, 1),

@@ -46,12 +46,13 @@ class Result:
     def lines(self) -> list[str]:
         """Return the same as text."""
         found = self.comparison
+        kind = "held out" if found.is_held_out else "that were counted: the corpus is too short to hold any out"
         lines = [f"vocabulary       {found.vocab_size_before:,} -> {found.vocab_size:,}"]
         if self.bytes_before is not None and self.bytes_after is not None:
             saved = 100 * (1 - self.bytes_after / self.bytes_before)
             lines.append(f"weights          {self.bytes_before:,} -> {self.bytes_after:,} bytes (-{saved:.1f}%)")
         lines += [
-            f"equal texts      {100 * found.equal_texts:.2f}% of {found.n_texts:,} held out",
+            f"equal texts      {100 * found.equal_texts:.2f}% of {found.n_texts:,} {kind}",
             f"tokens that stay {100 * found.equal_tokens:.3f}%",
             f"bytes per token  {found.bytes_per_token_before:.3f} -> {found.bytes_per_token:.3f}",
         ]
@@ -81,7 +82,7 @@ def trim_tokenizer(
     usage = count(tokenizer, documents)
     result = trimmed(tokenizer, tokenizer.files(), usage, scripts=scripts, most=most)
     write_tokenizer(out, result.tokenizer)
-    return Result(compare(tokenizer, result, usage.held_out)[0])
+    return Result(compare(tokenizer, result, usage)[0])
 
 
 def trim_model(
@@ -112,7 +113,7 @@ def trim_model(
     provenance = {**earlier, "vocabulary": {"from": artifact.config.vocab_size, "tokenizer": tokenizer.sha256}}
     state = rows(artifact.stored_state(), config, new, result.kept)
     write_artifact(out, new, state, files=result.files, provenance=provenance, force=force)
-    comparison, equal = compare(tokenizer, result, usage.held_out)
+    comparison, equal = compare(tokenizer, result, usage)
     difference = compared(artifact, source, out, result, equal)
     before, after = (
         sum(entry.end - entry.begin for _, _, entry in one.tensors.values()) for one in (artifact, read_model(out))

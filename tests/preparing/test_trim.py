@@ -4,7 +4,7 @@ import pytest
 
 from llmctl.config import TokenizerConfig
 from llmctl.errors import UsageError
-from llmctl.preparing.trim import HELD_OUT_EVERY, PASSAGE, compare, count, of_scripts, passages, trimmed
+from llmctl.preparing.trim import HELD_OUT_EVERY, PASSAGE, Usage, compare, count, of_scripts, passages, trimmed
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.train import train_tokenizer
 
@@ -26,8 +26,9 @@ def test_passages_end_at_lines_and_join_to_the_documents():
 
 def test_one_passage_in_twenty_is_held_out(tokenizer):
     usage = count(tokenizer, ["".join(LINES)])
-    assert usage.held_out == LINES[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
-    counted = [line for line in LINES if line not in usage.held_out]
+    assert usage.is_held_out
+    assert usage.texts == LINES[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    counted = [line for line in LINES if line not in usage.texts]
     assert sum(usage.counts.values()) == sum(map(len, tokenizer.encode_batch(counted)))
     first, second = usage.ranked[:2]
     assert usage.counts[first] >= usage.counts[second]
@@ -35,7 +36,7 @@ def test_one_passage_in_twenty_is_held_out(tokenizer):
 
 def test_of_few_passages_none_is_held_out(tokenizer):
     usage = count(tokenizer, LINES[:3])
-    assert usage.held_out == LINES[:3]
+    assert (usage.texts, usage.is_held_out) == (LINES[:3], False)
     assert sum(usage.counts.values()) == sum(map(len, tokenizer.encode_batch(LINES[:3])))
 
 
@@ -61,7 +62,7 @@ def test_the_comparison_counts_texts_tokens_and_bytes(tokenizer):
     usage = count(tokenizer, LINES[:40])
     result = trimmed(tokenizer, tokenizer.files(), usage)
     texts = [LINES[0], "ein Frosch fragt"]
-    found, equal = compare(tokenizer, result, texts)
+    found, equal = compare(tokenizer, result, Usage(usage.counts, texts))
     old = tokenizer.encode_batch(texts)
     assert equal == old[:1]
     assert (found.n_texts, found.equal_texts) == (2, 0.5)

@@ -1,13 +1,17 @@
 """`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train`, `encode`, `trim` and `extend`."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmctl.commands.common import command_app, find_model, note, result, result_json
 from llmctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmctl.preparing.trim import Figures
 
 app = command_app()
 
@@ -184,22 +188,16 @@ def trim(
       llmctl tokenize trim models/smol --keep corpus/ --keep-chars latin --vocab-size 20000 -o smol.safetensors
     """
     from llmctl.artifacts.find import find_named
-    from llmctl.config import PretrainConfig
-    from llmctl.data.sources import read_documents
     from llmctl.preparing.trim_model import trim_model, trim_tokenizer
-    from llmctl.recipe import load
 
     path = find_named(model, "any")
-    data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data
-    documents = read_documents(keep, text_key=data.text_key, split=data.split)
+    documents = documents_of(keep, split, text_key)
     scripts = [name.strip() for name in (keep_chars or "").split(",") if name.strip()]
     write = trim_model if has_weights(path) else trim_tokenizer
     record = write(
         path, out, documents, scripts=scripts, most=vocab_size, force=force, say=lambda text: note(text, quiet=quiet)
     )
-    for line in record.lines():
-        note(line, quiet=quiet)
-    result_json({"path": str(out), **record.to_dict()}) if json else result(str(out))
+    report(out, record, json=json, quiet=quiet)
 
 
 @app.command()
@@ -228,15 +226,26 @@ def extend(
       llmctl finetune smol-zh chinese.txt --task text
     """
     from llmctl.artifacts.find import find_named
-    from llmctl.config import PretrainConfig
-    from llmctl.data.sources import read_documents
     from llmctl.preparing.extend_model import extend_model
-    from llmctl.recipe import load
 
     path = find_named(model, "any")
-    data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data
-    documents = read_documents(with_, text_key=data.text_key, split=data.split)
+    documents = documents_of(with_, split, text_key)
     record = extend_model(path, out, documents, add, force=force, say=lambda text: note(text, quiet=quiet))
+    report(out, record, json=json, quiet=quiet)
+
+
+def documents_of(paths: Sequence[str], split: str | None, text_key: str | None) -> Iterator[str]:
+    """Yield the documents of a corpus, read as by `encode`."""
+    from llmctl.config import PretrainConfig
+    from llmctl.data.sources import read_documents
+    from llmctl.recipe import load
+
+    data = load(PretrainConfig, flags={"data.split": split, "data.text_key": text_key}).config.data
+    return read_documents(paths, text_key=data.text_key, split=data.split)
+
+
+def report(out: Path, record: "Figures", *, json: bool, quiet: bool) -> None:
+    """Print what has changed, and the path of the result."""
     for line in record.lines():
         note(line, quiet=quiet)
     result_json({"path": str(out), **record.to_dict()}) if json else result(str(out))

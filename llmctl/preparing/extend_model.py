@@ -1,15 +1,15 @@
 """Write a model whose vocabulary has more pieces, with embeddings made of those that they replace."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmctl.config import ModelConfig
 from llmctl.data.builtin import builtin_documents
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.parameters import parameter_shapes
-from llmctl.preparing.trim import HELD_OUT_EVERY, passages
+from llmctl.preparing.trim import HELD_OUT_EVERY, Figures, passages
 from llmctl.preparing.trim_model import read_whole
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.extend import extend
@@ -25,7 +25,7 @@ MOST_CHARACTERS = 20_000_000
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Figures):
     """The vocabulary's size, UTF-8 bytes per token of held-out text, and the share of the built-in corpus with equal ids."""
 
     vocab_size_before: int
@@ -33,10 +33,6 @@ class Result:
     bytes_per_token_before: float
     bytes_per_token: float
     equal_other_texts: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the numbers by name, rates to six digits."""
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
     def lines(self) -> list[str]:
         """Return the same as text."""

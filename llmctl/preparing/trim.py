@@ -22,7 +22,20 @@ SCRIPTS = {"han": ("CJK", "KANGXI"), "kana": ("HIRAGANA", "KATAKANA", "KATAKANA-
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Figures:
+    """What a changed vocabulary brings, for a report."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers by name, rates to six digits."""
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+    def lines(self) -> list[str]:
+        """Return the same as text."""
+        return [f"{name}: {value}" for name, value in self.to_dict().items()]
+
+
+@dataclass(frozen=True)
+class Comparison(Figures):
     """What a trimmed vocabulary changes on passages; is_held_out: of which its pieces were not counted.
 
     equal_texts, equal_tokens: the shares of passages with the same pieces as before, and of earlier tokens that were kept.
@@ -36,10 +49,6 @@ class Comparison:
     equal_tokens: float
     bytes_per_token_before: float
     bytes_per_token: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the numbers by name, rates to six digits."""
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
 @dataclass

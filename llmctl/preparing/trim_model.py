@@ -14,9 +14,9 @@ from llmctl.formats.artifact_write import refuse_overwrite, write_artifact
 from llmctl.formats.generation_settings import end_ids
 from llmctl.model.parameters import parameter_shapes
 from llmctl.preparing.tokenize import write_tokenizer
-from llmctl.preparing.trim import Comparison, compare, count, trimmed
+from llmctl.preparing.trim import Comparison, Figures, compare, count, trimmed
 from llmctl.tokenizer.base import Tokenizer
-from llmctl.tokenizer.load import find_tokenizer, load_tokenizer
+from llmctl.tokenizer.load import KNOWN_FILES, find_tokenizer, load_tokenizer
 from llmctl.tokenizer.trim import Trimmed
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MOST_TEXTS, MOST_TOKENS = 8, 256
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Figures):
     """What a trimmed vocabulary changes, the bytes of the weights, and the largest difference of outputs; None: not measured."""
 
     comparison: Comparison
@@ -77,11 +77,14 @@ def trim_tokenizer(
     Raises: UnsupportedModelError, UsageError, OutputError.
     """
     tokenizer = load_tokenizer(source)
+    refuse_source(source, out)
     refuse_overwrite(out, out.exists(), force=force)
     say("counting the pieces of the corpus")
     usage = count(tokenizer, documents)
     result = trimmed(tokenizer, tokenizer.files(), usage, scripts=scripts, most=most)
     write_tokenizer(out, result.tokenizer)
+    for name in set(KNOWN_FILES) - result.tokenizer.files().keys():  # of another tokenizer that was here
+        (out / name).unlink(missing_ok=True)
     return Result(compare(tokenizer, result, usage)[0])
 
 
@@ -121,6 +124,15 @@ def trim_model(
     return Result(comparison, before, after, difference)
 
 
+def refuse_source(source: Path, out: Path) -> None:
+    """Check that a model is not replaced by the result, which is compared with it.
+
+    Raises: UsageError.
+    """
+    if out.resolve() == source.resolve():
+        raise UsageError(f"`-o {out}` is the model itself", "write the result elsewhere: it is compared with the model")
+
+
 def read_whole(source: Path, out: Path, *, force: bool) -> tuple[Artifact, Tokenizer]:
     """Return a model whose vocabulary is to be changed, and its tokenizer.
 
@@ -136,6 +148,7 @@ def read_whole(source: Path, out: Path, *, force: bool) -> tuple[Artifact, Token
         raise UnsupportedModelError(
             f"`{source}` has a vocabulary for each language, which cannot be changed", "use a model with one vocabulary"
         )
+    refuse_source(source, out)
     refuse_overwrite(out, out.exists(), force=force)
     tokenizer = find_tokenizer(artifact.files)
     if tokenizer is None:

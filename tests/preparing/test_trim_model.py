@@ -12,6 +12,7 @@ from llmctl.errors import OutputError, UnsupportedModelError, UsageError
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.model.transformer import LanguageModel, initialize
 from llmctl.preparing.trim_model import trim_model, trim_tokenizer
+from llmctl.tokenizer.load import load_tokenizer
 
 TEXT = ["a list of strings \n" * 30] * 25
 MODELS = {
@@ -61,7 +62,11 @@ def test_a_tokenizer_alone_is_trimmed_as_well(tmp_path, text_tokenizer):
     folder.mkdir()
     for name, data in text_tokenizer.files().items():
         (folder / name).write_bytes(data)
-    found = trim_tokenizer(folder, tmp_path / "small", TEXT)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "spiece.model").write_bytes(b"of another tokenizer")
+    found = trim_tokenizer(folder, tmp_path / "small", TEXT, force=True)
+    assert load_tokenizer(tmp_path / "small").vocab_size == found.comparison.vocab_size
+    assert not (tmp_path / "small" / "spiece.model").exists()
     assert found.difference is None
     assert found.to_dict().keys() == found.comparison.to_dict().keys()
     assert json.loads((tmp_path / "small" / "tokenizer.json").read_bytes())["model"]["vocab"]
@@ -70,7 +75,9 @@ def test_a_tokenizer_alone_is_trimmed_as_well(tmp_path, text_tokenizer):
 def test_what_cannot_be_trimmed_is_refused(make, tmp_path):
     source = make()
     with pytest.raises(OutputError, match="already exists"):
-        trim_model(source, source, TEXT)
+        trim_model(source, tmp_path, TEXT)
+    with pytest.raises(UsageError, match="is the model itself"):
+        trim_model(source, tmp_path / "." / "whole", TEXT, force=True)
     with pytest.raises(UsageError, match="--vocab-size 9"):
         trim_model(source, tmp_path / "small", TEXT, most=9)
     assert not (tmp_path / "small").exists()

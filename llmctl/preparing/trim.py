@@ -20,6 +20,10 @@ HELD_OUT_EVERY, MOST_HELD_OUT = 20, 100_000
 SCRIPTS = {"han": ("CJK", "KANGXI"), "kana": ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA")}
 """Scripts by the first word of the Unicode names of their letters, where it is not their own name."""
 
+NAMES = {word: name for name, words in SCRIPTS.items() for word in words}
+MOST_NAMED = 12
+"""Scripts that an error names."""
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -108,21 +112,22 @@ def of_scripts(tokenizer: Tokenizer, names: Sequence[str]) -> Iterator[int]:
     Raises: UsageError for a script of which the vocabulary has no letter.
     """
     wanted = {first for name in names for first in SCRIPTS.get(name.lower(), (name.upper(),))}
-    found: set[str] = set()
+    found: Counter[str] = Counter()
     for index in range(tokenizer.vocab_size):
         try:
             text = tokenizer.piece_bytes(index).decode()
         except UnicodeDecodeError:  # a part of a character: kept with those that are merged from it
             continue
         scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in text if letter.isalpha()}
-        found |= scripts
+        found.update(scripts)
         if text and scripts <= wanted:
             yield index
     for name in names:
-        if not found & set(SCRIPTS.get(name.lower(), (name.upper(),))):
+        if not found.keys() & set(SCRIPTS.get(name.lower(), (name.upper(),))):
+            common = dict.fromkeys(NAMES.get(script, script.lower()) for script, _ in found.most_common(MOST_NAMED))
             raise UsageError(
                 f"`--keep-chars {name}`: the vocabulary has no letter of this script",
-                f"scripts in it: {', '.join(sorted(map(str.lower, found - {''})))[:200]}",
+                f"most of its letters are of: {', '.join(common)}",
             )
 
 
@@ -131,15 +136,15 @@ def trimmed(
     files: Mapping[str, bytes],
     usage: Usage,
     *,
-    scripts: Sequence[str] = (),
+    more: Iterable[int] = (),
     most: int = 0,
     always: Iterable[int] = (),
 ) -> Trimmed:
-    """Return a tokenizer with the pieces that a corpus uses, and those of some scripts; at most `most`.
+    """Return a tokenizer with the pieces that a corpus uses, and more after them; at most `most`.
 
     always: ids that a model needs for other reasons.
     """
-    ranked = dict.fromkeys([*always, *usage.ranked, *(of_scripts(tokenizer, scripts) if scripts else ())])
+    ranked = dict.fromkeys([*always, *usage.ranked, *more])
     return trim(tokenizer, files, list(ranked), most)
 
 

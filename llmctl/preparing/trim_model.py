@@ -14,7 +14,7 @@ from llmctl.formats.artifact_write import refuse_overwrite, write_artifact
 from llmctl.formats.generation_settings import end_ids
 from llmctl.model.parameters import parameter_shapes
 from llmctl.preparing.tokenize import write_tokenizer
-from llmctl.preparing.trim import Comparison, Figures, compare, count, trimmed
+from llmctl.preparing.trim import Comparison, Figures, compare, count, of_scripts, trimmed
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import KNOWN_FILES, find_tokenizer, load_tokenizer
 from llmctl.tokenizer.trim import Trimmed
@@ -79,9 +79,10 @@ def trim_tokenizer(
     tokenizer = load_tokenizer(source)
     refuse_source(source, out)
     refuse_overwrite(out, out.exists(), force=force)
+    more = list(of_scripts(tokenizer, scripts)) if scripts else []
     say("counting the pieces of the corpus")
     usage = count(tokenizer, documents)
-    result = trimmed(tokenizer, tokenizer.files(), usage, scripts=scripts, most=most)
+    result = trimmed(tokenizer, tokenizer.files(), usage, more=more, most=most)
     write_tokenizer(out, result.tokenizer)
     for name in set(KNOWN_FILES) - result.tokenizer.files().keys():  # of another tokenizer that was here
         (out / name).unlink(missing_ok=True)
@@ -103,12 +104,13 @@ def trim_model(
     Raises: UnsupportedModelError for quantized models and separate vocabularies; UsageError, OutputError, ArtifactError.
     """
     artifact, tokenizer = read_whole(source, out, force=force)
+    more = list(of_scripts(tokenizer, scripts)) if scripts else []
     say("counting the pieces of the corpus")
     usage = count(tokenizer, documents)
     config = artifact.config
     roles = {getattr(config, role) for role in ROLES} | set(end_ids(config, artifact.files))
     always = sorted(index for index in roles if 0 <= index < tokenizer.vocab_size)
-    result = trimmed(tokenizer, artifact.files, usage, scripts=scripts, most=most, always=always)
+    result = trimmed(tokenizer, artifact.files, usage, more=more, most=most, always=always)
     new_of = {index: new for new, index in enumerate(result.kept)}
     renumbered: dict[str, Any] = {role: new_of.get(getattr(config, role), -1) for role in ROLES}
     new = replace(config, vocab_size=len(result.kept), **renumbered)

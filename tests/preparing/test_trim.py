@@ -43,8 +43,8 @@ def test_of_few_passages_none_is_held_out(tokenizer):
 def test_pieces_of_a_script_are_kept_without_text_of_it(tokenizer):
     usage = count(tokenizer, ["one\n"] * 3)
     bare = trimmed(tokenizer, tokenizer.files(), usage)
-    latin = trimmed(tokenizer, tokenizer.files(), usage, scripts=["latin"])
-    both = trimmed(tokenizer, tokenizer.files(), usage, scripts=["Latin", "han"])
+    latin = trimmed(tokenizer, tokenizer.files(), usage, more=of_scripts(tokenizer, ["latin"]))
+    both = trimmed(tokenizer, tokenizer.files(), usage, more=of_scripts(tokenizer, ["Latin", "han"]))
     german, chinese = "ein Frosch fragt 144", "猫坐在垫子上"
     for result, n_equal in ((bare, 0), (latin, 1), (both, 2)):
         equal = [
@@ -55,7 +55,7 @@ def test_pieces_of_a_script_are_kept_without_text_of_it(tokenizer):
     assert len(bare.kept) < len(latin.kept) < len(both.kept) == tokenizer.vocab_size
     with pytest.raises(UsageError, match="no letter of this script") as error:
         list(of_scripts(tokenizer, ["latin", "klingon"]))
-    assert "latin" in error.value.hint
+    assert error.value.hint == "most of its letters are of: latin, han"
 
 
 def test_the_comparison_counts_texts_tokens_and_bytes(tokenizer):

@@ -5,7 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.losses.logits import add_gradients, cap_, logits
+from llmctl.losses.logits import add_gradients, cached_rows, cap_, logits
+
+
+def softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into probabilities in place; return each row's largest logit, and its sum of exponentials after that (C, 1)."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for own_CV in cached_rows(logits_CV):
+        best_C1 = own_CV.amax(dim=1, keepdim=True)
+        sums_C1 = own_CV.sub_(best_C1).exp_().sum(dim=1, keepdim=True)
+        own_CV.div_(sums_C1)
+        found.append((best_C1, sums_C1))
+    best, sums = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(sums)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -37,18 +49,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_CV = buffer_CV[: len(labels_C)]
             logits(hidden_ND[rows], weight_VD, bias_V, logits_CV)
             slope_CV = cap_(logits_CV, softcap)
-            picked_C, best_C = logits_CV.gather(1, labels_C), logits_CV.amax(dim=1, keepdim=True)
-            n_correct += (picked_C >= best_C).sum()
-            target_C = picked_C
+            picked_C1 = logits_CV.gather(1, labels_C)
+            target_C1 = picked_C1
             if smoothing:
-                target_C = (1 - smoothing) * picked_C + smoothing * logits_CV.mean(dim=1, keepdim=True)
-            exponentials_CV = logits_CV.sub_(best_C).exp_()
-            sums_C = exponentials_CV.sum(dim=1, keepdim=True)
-            total += (sums_C.log() + best_C - target_C).sum(dtype=torch.float64)
+                target_C1 = (1 - smoothing) * picked_C1 + smoothing * logits_CV.mean(dim=1, keepdim=True)
+            best_C1, sums_C1 = softmax_(logits_CV)
+            n_correct += (picked_C1 >= best_C1).sum()
+            total += (sums_C1.log() + best_C1 - target_C1).sum(dtype=torch.float64)
             if grad_hidden_ND is None or grad_weight_VD is None:
                 continue
             # The gradient with respect to the logits: softmax minus the (smoothed) one-hot target.
-            error_CV = exponentials_CV.div_(sums_C)
+            error_CV = logits_CV
             error_CV.scatter_add_(1, labels_C, error_CV.new_full(labels_C.shape, smoothing - 1.0))
             if smoothing:
                 error_CV -= smoothing / error_CV.shape[1]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmctl.losses.divergences import Divergence
-from llmctl.losses.logits import add_gradients, cap_, logits
+from llmctl.losses.logits import add_gradients, cached_rows, cap_, logits
 from llmctl.losses.measures import Measures
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 
@@ -92,10 +92,22 @@ class _Chunk:
 
 def log_softmax_(logits_CV: Tensor, temperature: float) -> Tensor:
     """Turn logits into log-probabilities, in place."""
-    if temperature != 1.0:
-        logits_CV /= temperature
-    logits_CV -= logits_CV.amax(dim=1, keepdim=True)
-    return logits_CV.sub_(logits_CV.exp().sum(dim=1, keepdim=True).log_())
+    for own_CV in cached_rows(logits_CV):
+        if temperature != 1.0:
+            own_CV.div_(temperature)
+        own_CV.sub_(own_CV.amax(dim=1, keepdim=True))
+        own_CV.sub_(own_CV.exp().sum(dim=1, keepdim=True).log_())
+    return logits_CV
+
+
+def diverged(divergence: Divergence, log_q_CV: Tensor, log_p_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divergence of each row (C,) and its gradient (C, V), which overwrites log q; log p is overwritten too."""
+    losses: list[Tensor] = []
+    for own_CV, other_CV in zip(cached_rows(log_q_CV), cached_rows(log_p_CV), strict=True):
+        losses_C, gradient_CV = divergence(own_CV, other_CV)
+        own_CV.copy_(gradient_CV)
+        losses.append(losses_C)
+    return torch.cat(losses), log_q_CV
 
 
 def sparse_divergence(log_q_CV: Tensor, targets: SparseTeacher, rows: slice) -> tuple[Tensor, Tensor]:
@@ -179,17 +191,21 @@ def _chunk_loss(student_CV: Tensor, buffers: _Chunk, task: _Task, rows: slice) -
         if weight < 1.0:
             log_q1_CV = log_q_CV.clone()
     nats = nats_C.sum(dtype=torch.float64)
+    log_p_CV: Tensor | None = None
     if task.measures is not None:
         assert not isinstance(task.targets, SparseTeacher), "measures need the teacher's full distribution"
         own_CV = log_q_CV if log_q1_CV is None else log_q1_CV
-        task.measures.add(own_CV, buffers.log_p(task.targets, rows, 1.0), labels_C1[:, 0])
+        log_p_CV = buffers.log_p(task.targets, rows, 1.0)
+        task.measures.add(own_CV, log_p_CV, labels_C1[:, 0])
     if weight == 0.0:
         divergence, error_CV = nats.new_zeros(()), torch.zeros_like(log_q_CV)
     else:
         if isinstance(task.targets, SparseTeacher):
             losses_C, error_CV = sparse_divergence(log_q_CV, task.targets, rows)
         else:
-            losses_C, error_CV = task.divergence(log_q_CV, buffers.log_p(task.targets, rows, temperature))
+            if log_p_CV is None or temperature != 1.0:
+                log_p_CV = buffers.log_p(task.targets, rows, temperature)
+            losses_C, error_CV = diverged(task.divergence, log_q_CV, log_p_CV)
         divergence = temperature**2 * losses_C.sum(dtype=torch.float64)
         # T^2 of the loss times 1/T of the logits' derivative.
         if temperature * weight != 1.0:

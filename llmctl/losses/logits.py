@@ -20,6 +20,9 @@ LARGEST_ERROR = 1e-4
 UPCAST_COLUMNS = 8192
 """Rows of the weight to upcast at a time, to bound memory."""
 
+CACHED_FLOATS = 1 << 18
+"""Logits that are processed at a time on a CPU: with what is computed of them, they stay in a core's cache."""
+
 
 def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> Tensor:
     """Compute hidden @ weight.T + bias into `out`, accumulated in its dtype (float32 or float64), and return it."""
@@ -27,6 +30,13 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: 
     if bias_V is not None:
         out_CV += bias_V
     return out_CV
+
+
+def cached_rows(logits_CV: Tensor) -> tuple[Tensor, ...]:
+    """Return views of the rows that are processed at a time; all of them where starting a kernel costs more."""
+    if logits_CV.device.type != "cpu":
+        return (logits_CV,)
+    return logits_CV.split(max(1, CACHED_FLOATS // logits_CV.shape[1]))
 
 
 def cap_(logits_CV: Tensor, cap: float) -> Tensor | None:

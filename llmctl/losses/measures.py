@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmctl.losses.logits import cached_rows
+
 N_BINS = 15
 """Bins of the student's confidence for the calibration error, as in Guo et al. 2017, arXiv:1706.04599."""
 
@@ -29,6 +31,11 @@ class Measures:
 
     def add(self, log_q_CV: Tensor, log_p_CV: Tensor, labels_C: Tensor) -> None:
         """Add a chunk of labels; both distributions must be at temperature 1."""
+        rows = cached_rows(log_q_CV)
+        for parts in zip(rows, cached_rows(log_p_CV), labels_C.split(len(rows[0])), strict=True):
+            self._add(*parts)
+
+    def _add(self, log_q_CV: Tensor, log_p_CV: Tensor, labels_C: Tensor) -> None:
         q_CV, p_CV = log_q_CV.exp(), log_p_CV.exp()
         # q - p sums to zero and makes every term non-negative, see `divergences.forward_kl`.
         self.kl = self.kl + (p_CV * (log_p_CV - log_q_CV) + q_CV - p_CV).sum(dtype=torch.float64)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llmctl.losses.logits import cap_
+from llmctl.losses.cross_entropy import softmax_
+from llmctl.losses.logits import cached_rows, cap_
 from llmctl.model.importance import Batches
 from llmctl.model.transformer import LanguageModel
 
@@ -157,8 +158,9 @@ def backward_from_samples(model: LanguageModel, batch: Mapping[str, Tensor], gen
             # The gradient of the cross-entropy with sampled labels: softmax minus one-hot.
             logits_LV = F.linear(part_LD.to(dtype), weight_VD, bias).float()
             slope_LV = cap_(logits_LV, model.config.logits_softcap)
-            error_LV = logits_LV.softmax(dim=-1)
-            samples_L1 = drawn(error_LV, generator)
+            softmax_(logits_LV)
+            error_LV = logits_LV
+            samples_L1 = torch.cat([drawn(own_LV, generator) for own_LV in cached_rows(error_LV)])
             error_LV.scatter_add_(1, samples_L1, error_LV.new_full(samples_L1.shape, -1.0))
             error_LV = error_LV if slope_LV is None else error_LV * slope_LV
             gradients.append((error_LV.to(dtype) @ weight_VD).to(states_LD.dtype))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llmctl.losses import logits as logits_module
 from llmctl.losses.divergences import Divergence
 from llmctl.losses.linear_divergence import linear_divergence
 from llmctl.losses.logits import choose_way
@@ -15,6 +16,13 @@ from llmctl.losses.measures import N_BINS
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 from llmctl.tables.losses import DIVERGENCES
 from tests.losses.test_divergences import NAMES, textbook
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    """Logits are processed two rows at a time, as with a large vocabulary."""
+    monkeypatch.setattr(logits_module, "CACHED_FLOATS", 128)
+
 
 N, V, D, E = 24, 61, 16, 20
 

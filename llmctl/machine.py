@@ -237,6 +237,13 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def share_heap() -> None:
+    """Make glibc serve threads to come from the heaps that exist, instead of giving each a heap that keeps what it frees."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
+
+
 def return_large_blocks() -> None:
     """Make glibc return freed tensors to the system at once.
 

@@ -3,6 +3,7 @@
 Scales are rounded to their stored precision at once, so that errors measured here are those of the stored model.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,14 @@ class Codes(NamedTuple):
 
     codes_OI: Tensor
     grid: Grid | BlockGrid
+
+    def split(self, sizes: Sequence[int]) -> "list[Codes]":
+        """Split into matrices of so many outputs."""
+        grids = zip(*(tensor.split(sizes) for tensor in self.grid), strict=True)
+        return [
+            Codes(codes_OI, type(self.grid)(*own))
+            for codes_OI, own in zip(self.codes_OI.split(sizes), grids, strict=True)
+        ]
 
 
 def grouped(weight_OI: Tensor, scheme: Scheme) -> Tensor:

@@ -132,10 +132,20 @@ def fitted(weight_OI: Tensor, scheme: AnyScheme, codes: Codes, second_II: Tensor
 
 def output_error(weight_OI: Tensor, other_OI: Tensor, moments: Moments) -> float:
     """Return the relative squared error of a layer's output: tr(dW H dW^T) / tr(W H W^T)."""
+    return relative(*output_errors(weight_OI, other_OI, moments))
+
+
+def output_errors(weight_OI: Tensor, other_OI: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Return the mean squared error of every output, and its mean square (O,)."""
     mean_II = moments.mean
     error_OI = other_OI - weight_OI
-    power = ((weight_OI @ mean_II) * weight_OI).sum()
-    return float(((error_OI @ mean_II) * error_OI).sum() / power.clamp(min=1e-30))
+    power_O = ((weight_OI @ mean_II) * weight_OI).sum(dim=1)
+    return ((error_OI @ mean_II) * error_OI).sum(dim=1), power_O
+
+
+def relative(error_O: Tensor, power_O: Tensor) -> float:
+    """Return the error of outputs relative to their power."""
+    return float(error_O.sum() / power_O.sum().clamp(min=1e-30))
 
 
 def nearest(weight_OI: Tensor, scheme: AnyScheme, moments: Moments | None = None) -> Codes:

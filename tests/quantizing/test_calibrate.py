@@ -5,7 +5,8 @@ import torch
 
 from llmctl.formats.quantization import linear_modules
 from llmctl.model.transformer import LanguageModel
-from llmctl.quant.methods import method_of
+from llmctl.quant.gguf_schemes import BLOCK_SCHEMES
+from llmctl.quant.methods import Moments, method_of
 from llmctl.quant.schemes import SCHEMES
 from llmctl.quantizing import calibrate as module
 from llmctl.quantizing.calibrate import calibrate
@@ -48,10 +49,40 @@ def test_what_comes_into_a_layer_has_gone_through_the_codes_before_it(method, mo
         if method == "gptq":  # whose moments are the plain ones
             rows = inputs_of(model, f"model.layers.{model.config.n_layers - 1}.self_attn.q_proj", batches)
             wanted = rows.T @ rows / len(rows)
-            found = seen[-1][f"{len(names) * (model.config.n_layers - 1) // model.config.n_layers}"]
+            found = seen[-1][f"{len(seen[-1]) * (model.config.n_layers - 1) // model.config.n_layers}"]
             assert (found - wanted).norm() < (0.05 if narrow else 1e-4) * wanted.norm()
     for name, wide in seen[0].items():
         assert (seen[1][name] - wide).norm() < 0.1 * wide.norm(), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "scheme",
+    [SCHEMES["int4"], SCHEMES["int8"], SCHEMES["int4-sym"], *map(BLOCK_SCHEMES.get, ("Q4_0", "IQ4_NL", "Q4_K"))],
+)
+def test_layers_with_one_input_get_the_codes_that_they_would_get_alone(scheme, monkeypatch):
+    torch.manual_seed(0)
+    moments = Moments.empty(256)
+    moments.add(torch.randn(600, 256) * torch.rand(256).exp())
+    found = []
+    for most in (module.PART_FLOATS, 0):
+        torch.manual_seed(1)
+        block = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(256, n_out) for name, n_out in (("q", 32), ("k", 8), ("v", 8))}
+        )
+        monkeypatch.setattr(module, "PART_FLOATS", most)
+        calibrated, layers = module.Calibrated(), list(block)
+        module.choose_inside(calibrated, block, "b", dict.fromkeys(layers, scheme), "guided", layers, moments)
+        found.append((calibrated, block.state_dict()))
+    (together, weights), (alone, others) = found
+    assert list(together.codes) == ["b.q", "b.k", "b.v"]
+    for name, codes in together.codes.items():
+        assert torch.equal(codes.codes_OI, alone.codes[name].codes_OI)
+        assert together.lost[name] == pytest.approx(alone.lost[name], rel=1e-4)
+        for own, other in zip(codes.grid, alone.codes[name].grid, strict=True):
+            assert torch.equal(own, other)
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name])
 
 
 def test_layers_with_one_input_share_its_weights():

@@ -1,4 +1,4 @@
-"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train`, `encode`, `trim` and `extend`."""
+"""`llmctl tokenize`: a filter from text to token ids and back, and the subcommands `train`, `encode`, `trim`, `extend` and `transplant`."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -231,6 +231,68 @@ def extend(
     path = find_named(model, "any")
     documents = documents_of(with_, split, text_key)
     record = extend_model(path, out, documents, add, force=force, say=lambda text: note(text, quiet=quiet))
+    report(out, record, json=json, quiet=quiet)
+
+
+@app.command()
+def transplant(
+    model: Annotated[str, typer.Argument(help="Model whose tokenizer is replaced.")],
+    from_: Annotated[str, typer.Option("--from", help="Model, or tokenizer, whose tokenizer it gets.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or X.safetensors for a single file.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How rows of new pieces are made: omp: of those of shared pieces, as in the other model; mean: of the "
+            "pieces of the same text; auto: omp if the other model has weights \\[auto, omp, mean].",
+        ),
+    ] = "auto",
+    atoms: Annotated[int, typer.Option(min=1, help="omp: most shared pieces that a row is made of.")] = 64,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="Text to compare the tokenizers on; default: the built-in corpus."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Document boundary in .txt files: file, line or blank line.")
+    ] = None,
+    text_key: Annotated[str | None, typer.Option(help="Text field of jsonl, csv and parquet rows.")] = None,
+    force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only the path.")] = False,
+) -> None:
+    """Give a model the tokenizer of another, for example of its teacher; print its path.
+
+    Rows of pieces that both have stay; the others are made of them (orthogonal matching pursuit). Train or distill the model
+    afterwards.
+
+    Examples:
+
+      llmctl tokenize transplant models/smol --from models/qwen -o smol-qwen
+
+      llmctl distill models/qwen --student smol-qwen -d corpus/
+    """
+    from llmctl.artifacts.find import find_named
+    from llmctl.preparing.transplant_model import METHODS, transplant_model
+
+    if method not in METHODS:
+        raise UsageError(f"`--method {method}` is not a method", ", ".join(METHODS))
+    path, donor = find_named(model, "any"), find_named(from_, "any")
+    if with_:
+        documents = documents_of(with_, split, text_key)
+    else:
+        from llmctl.data.builtin import builtin_documents
+
+        documents = iter(builtin_documents())
+    record = transplant_model(
+        path,
+        donor,
+        out,
+        documents,
+        method=method,
+        n_atoms=atoms,
+        force=force,
+        say=lambda text: note(text, quiet=quiet),
+    )
     report(out, record, json=json, quiet=quiet)
 
 

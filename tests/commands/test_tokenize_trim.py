@@ -69,3 +69,18 @@ def test_a_vocabulary_of_another_kind_is_not_extended(runs, text, capsys):
     assert (out, err.count("error: ")) == ("", 1)
     assert "byte-level BPE" in err
     assert not (runs.parent / "more").exists()
+
+
+def test_a_model_gets_the_tokenizer_of_another_run(runs, text, capsys):
+    assert run(["tokenize", "train", text, "-o", "other", "--vocab-size", "300"]) == 0
+    capsys.readouterr()
+    assert run(["tokenize", "transplant", "runs/0001", "--from", "other", "-o", "given", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["method"] == "mean"
+    size = load_tokenizer(runs.parent / "other").vocab_size
+    assert record["vocab_size"] == load_tokenizer(runs.parent / "given").vocab_size == size
+    assert 0 < record["shared"] <= size
+    assert run(["tokenize", "transplant", "runs/0001", "--from", "other", "-o", "given"]) != 0
+    assert run(["tokenize", "transplant", "runs/0001", "--from", "other", "-o", "x", "--method", "best"]) == 2
+    assert "`--method best` is not a method" in capsys.readouterr().err
+    assert not (runs.parent / "x").exists()

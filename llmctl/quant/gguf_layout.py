@@ -1,4 +1,4 @@
-"""The bytes of ggml's blocks.
+"""The bytes of ggml's blocks, and codes and scales from them.
 
 Source: ggml-common.h and ggml-quants.c of ggml-org/ggml. Shapes: N blocks, w weights of a block, G groups of a block.
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmctl.quant.gguf_blocks import grid_of
 from llmctl.quant.gguf_schemes import BlockScheme
 from llmctl.quant.grid import BlockGrid, Codes
 
@@ -177,3 +178,148 @@ LAYOUTS: Mapping[str, Callable[[Parts], list[Tensor]]] = {
     "Q2_K": q2_k,
 }
 """Format -> what returns the parts of its blocks in order (N, b)."""
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def unpacked(bytes_OB: Tensor, scheme: BlockScheme) -> Codes:
+    """Return the codes of a matrix from its bytes (O, B): the inverse of `packed`."""
+    n_out = len(bytes_OB)
+    parts = READERS[scheme.name](bytes_OB.reshape(-1, scheme.n_bytes).int())
+    whole = parts.codes_Nw.to(torch.uint8)
+    if scheme.table:
+        whole = torch.tensor(scheme.table, dtype=torch.int8)[parts.codes_Nw.long()]
+    rows = [part.float().reshape(n_out, -1) for part in parts[1:]]
+    return Codes(whole.reshape(n_out, -1), grid_of(scheme, *rows))
+
+
+def ones_like(units_N1: Tensor, n_groups: int) -> Tensor:
+    """Return the integers of groups that have none."""
+    return torch.ones_like(units_N1, dtype=torch.int32).expand(-1, n_groups)
+
+
+def read_half(bytes_N2: Tensor) -> Tensor:
+    """Return float16 numbers (N, 1)."""
+    low, high = bytes_N2.split(1, dim=1)
+    return (low | (high << BYTE)).to(torch.int16).view(torch.float16).float()
+
+
+def fields_of(bytes_Nw: Tensor, bits: int) -> Tensor:
+    """Return the fields (N, P, w) of `stacked` bytes (N, w)."""
+    shifts = torch.arange(0, BYTE, bits, dtype=torch.int32)[:, None]
+    return (bytes_Nw[:, None] >> shifts) & (2**bits - 1)
+
+
+def read_halves(bytes_Nb: Tensor, size: int) -> Tensor:
+    """Return the codes of `halves`."""
+    return fields_of(bytes_Nb.reshape(-1, size // 2), 4).reshape(len(bytes_Nb), -1)
+
+
+def plain(codes_Nw: Tensor, units_N1: Tensor, offset_units_N1: Tensor | None = None) -> Parts:
+    """Return the parts of blocks of one group."""
+    ones = ones_like(units_N1, 1)
+    return Parts(
+        codes_Nw, units_N1, torch.zeros_like(units_N1) if offset_units_N1 is None else offset_units_N1, ones, ones
+    )
+
+
+def read_q8_0(raw: Tensor) -> Parts:
+    """Read Q8_0."""
+    return plain(raw[:, 2:] ^ 128, read_half(raw[:, :2]))
+
+
+def read_four_bits(raw: Tensor) -> Parts:
+    """Read Q4_0 and IQ4_NL."""
+    return plain(read_halves(raw[:, 2:], 32), read_half(raw[:, :2]))
+
+
+def read_q4_1(raw: Tensor) -> Parts:
+    """Read Q4_1."""
+    return plain(read_halves(raw[:, 4:], 32), read_half(raw[:, :2]), read_half(raw[:, 2:4]))
+
+
+def read_fifth_bits(bytes_N4: Tensor) -> Tensor:
+    """Return the codes' fifth bits (N, 32) in their place."""
+    return fields_of(bytes_N4, 1).transpose(1, 2).flatten(1) << 4
+
+
+def read_q5_0(raw: Tensor) -> Parts:
+    """Read Q5_0."""
+    return plain(read_fifth_bits(raw[:, 2:6]) | read_halves(raw[:, 6:], 32), read_half(raw[:, :2]))
+
+
+def read_q5_1(raw: Tensor) -> Parts:
+    """Read Q5_1."""
+    codes = read_fifth_bits(raw[:, 4:8]) | read_halves(raw[:, 8:], 32)
+    return plain(codes, read_half(raw[:, :2]), read_half(raw[:, 2:4]))
+
+
+def read_q4_k(raw: Tensor) -> Parts:
+    """Read Q4_K, and Q5_K without the fifth bits."""
+    first, second, last = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
+    scales = torch.cat([first & 63, (last & NIBBLE) | ((first >> 6) << 4)], dim=1)
+    offsets = torch.cat([second & 63, (last >> 4) | ((second >> 6) << 4)], dim=1)
+    codes = read_halves(raw[:, -128:], 64)
+    return Parts(codes, read_half(raw[:, :2]), read_half(raw[:, 2:4]), scales, offsets)
+
+
+def read_q5_k(raw: Tensor) -> Parts:
+    """Read Q5_K."""
+    parts = read_q4_k(raw)
+    return parts._replace(codes_Nw=parts.codes_Nw | (fields_of(raw[:, 16:48], 1).flatten(1) << 4))
+
+
+def signed(scales: Tensor, units_N1: Tensor, codes_Nw: Tensor) -> Parts:
+    """Return the parts of blocks whose groups have no offset."""
+    return Parts(codes_Nw, units_N1, torch.zeros_like(units_N1), scales, ones_like(units_N1, scales.shape[1]))
+
+
+def read_q6_k(raw: Tensor) -> Parts:
+    """Read Q6_K."""
+    low, high = raw[:, :128].reshape(-1, 64), raw[:, 128:192].reshape(-1, 32)
+    codes = fields_of(low, 4).reshape(-1, 4, 32) | (fields_of(high, 2) << 4)
+    scales = (raw[:, 192:208] ^ 128) - 128
+    return signed(scales, read_half(raw[:, 208:]), codes.reshape(len(raw), -1))
+
+
+def read_pairs(bytes_N64: Tensor) -> Tensor:
+    """Return the codes of `pairs`."""
+    return fields_of(bytes_N64.reshape(-1, 32), 2).reshape(len(bytes_N64), -1)
+
+
+def read_q3_k(raw: Tensor) -> Parts:
+    """Read Q3_K."""
+    codes = (fields_of(raw[:, :32], 1).flatten(1) << 2) | read_pairs(raw[:, 32:96])
+    scales = fields_of(raw[:, 96:104], 4).flatten(1) | (fields_of(raw[:, 104:108], 2).flatten(1) << 4)
+    return signed(scales - 32, read_half(raw[:, 108:]), codes)
+
+
+def read_q2_k(raw: Tensor) -> Parts:
+    """Read Q2_K."""
+    scales, offsets = fields_of(raw[:, :16], 4).unbind(dim=1)
+    return Parts(read_pairs(raw[:, 16:80]), read_half(raw[:, 80:82]), read_half(raw[:, 82:]), scales, offsets)
+
+
+def read_iq4_xs(raw: Tensor) -> Parts:
+    """Read IQ4_XS."""
+    high = fields_of(raw[:, 2:4], 2).transpose(1, 2).flatten(1)
+    low = fields_of(raw[:, 4:8], 4).transpose(1, 2).flatten(1)
+    return signed((low | (high << 4)) - 32, read_half(raw[:, :2]), read_halves(raw[:, 8:], 32))
+
+
+READERS: Mapping[str, Callable[[Tensor], Parts]] = {
+    "Q8_0": read_q8_0,
+    "Q5_1": read_q5_1,
+    "Q5_0": read_q5_0,
+    "Q4_1": read_q4_1,
+    "Q4_0": read_four_bits,
+    "IQ4_NL": read_four_bits,
+    "Q6_K": read_q6_k,
+    "Q5_K": read_q5_k,
+    "Q4_K": read_q4_k,
+    "IQ4_XS": read_iq4_xs,
+    "Q3_K": read_q3_k,
+    "Q2_K": read_q2_k,
+}
+"""Format -> what returns the parts of its blocks from their bytes (N, b) int32."""

@@ -8,7 +8,7 @@ import torch
 
 from llmctl.quant.columns import descended
 from llmctl.quant.gguf_blocks import CHUNK_WEIGHTS
-from llmctl.quant.gguf_layout import packed
+from llmctl.quant.gguf_layout import packed, unpacked
 from llmctl.quant.gguf_schemes import BLOCK_SCHEMES
 from llmctl.quant.methods import Moments, clipped, decode, fitted, gptq, guided, method_of, output_error, weighted
 
@@ -63,6 +63,20 @@ def test_a_reader_gets_what_the_quantizer_meant(name, method):
         codes = method_of(method)(weight, scheme, moments())
         assert packed(codes, scheme).shape == (weight.shape[0], weight.shape[1] // scheme.block * scheme.n_bytes)
         assert np.array_equal(theirs(codes, name), decode(codes, scheme).numpy())
+
+
+@pytest.mark.parametrize("name", BLOCK_SCHEMES)
+@pytest.mark.parametrize("method", ["clip", "guided"])
+def test_codes_and_scales_are_read_back_from_their_bytes(name, method):
+    scheme = BLOCK_SCHEMES[name]
+    for weight in (gaussian(), uneven()):
+        codes = method_of(method)(weight, scheme, moments())
+        back = unpacked(packed(codes, scheme), scheme)
+        assert back.codes_OI.dtype == codes.codes_OI.dtype
+        assert torch.equal(back.codes_OI, codes.codes_OI)
+        stored = slice(None) if scheme.affine else slice(-1)  # without offsets, their integers mean nothing
+        for one, other in zip(back.grid[stored], codes.grid[stored], strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", BLOCK_SCHEMES)

@@ -27,11 +27,14 @@ from llmctl.formats.gguf.architectures import (
 from llmctl.formats.gguf.container import DAMAGED, UNSUPPORTED, GgufHeader, dequantize, map_file
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.shapes import complete
+from llmctl.quant.gguf_schemes import BLOCK_SCHEMES, BlockScheme
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+    from llmctl.quant.grid import Codes
 
 
 def gguf_config(header: GgufHeader) -> ModelConfig:
@@ -301,6 +304,28 @@ def gguf_state(header: GgufHeader, config: ModelConfig) -> dict[str, "Tensor"]:
     return state
 
 
+def gguf_codes(header: GgufHeader, config: ModelConfig) -> dict[str, tuple[BlockScheme, "Codes"]]:
+    """Return format and codes of every module whose weight is in blocks of ggml."""
+    import torch
+
+    from llmctl.quant.gguf_layout import unpacked
+
+    data, shapes = map_file(header.path), parameter_shapes(config)
+    row = ARCHITECTURES[header.metadata["general.architecture"]]
+    found: dict[str, tuple[BlockScheme, Codes]] = {}
+    for there, names in tensor_names(config, row).items():
+        tensor = header.tensors[there]
+        scheme = BLOCK_SCHEMES.get(tensor.block.name)
+        if scheme is None:
+            continue
+        whole = torch.from_numpy(data[tensor.begin : tensor.begin + tensor.n_bytes].reshape(tensor.shape[0], -1).copy())
+        for name, part in zip(names, whole.split([shapes[name][0] for name in names]), strict=True):
+            n_heads = n_paired_heads(config, row, name)
+            rows = torch.from_numpy(half_split(part.numpy(), n_heads)) if n_heads else part
+            found[name.removesuffix(".weight")] = scheme, unpacked(rows, scheme)
+    return found
+
+
 def n_paired_heads(config: ModelConfig, row: Architecture, name: str) -> int:
     """Return how many heads' rows of this parameter are stored as rotary pairs side by side; 0 for other parameters."""
     if not row.has_paired_rows:
@@ -309,7 +334,7 @@ def n_paired_heads(config: ModelConfig, row: Architecture, name: str) -> int:
     return next((n for ending, n in heads.items() if name.endswith(ending)), 0)
 
 
-def half_split(array: "NDArray[np.float32]", n_heads: int) -> "NDArray[np.float32]":
+def half_split(array: "NDArray[Any]", n_heads: int) -> "NDArray[Any]":
     """Reorder rows (N*H, D) from interleaved rotary pairs to halves of a head."""
     import numpy as np
 

@@ -5,6 +5,7 @@ training weights and scales together, and scales alone with fixed codes: Efficie
 arXiv:2407.11062, section 3.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,8 +68,31 @@ def _steps(codes_OI: Tensor, zeros_OG: Tensor) -> Tensor:
     return codes_OI.float().unflatten(1, (zeros_OG.shape[1], -1)).sub_(zeros_OG[..., None])
 
 
-class TunedLinear(nn.Module):
-    """Base class of linear layers with learned scales.
+class TunedLinear(nn.Module, ABC):
+    """A linear layer whose weight is computed from what is trained in every forward pass."""
+
+    def __init__(self, n_in: int, n_out: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = n_in, n_out
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+
+    @property
+    def n_more(self) -> int:
+        """The difference between the size of the weight matrix and the number of its parameters here."""
+        n_parameters = sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
+        return self.in_features * self.out_features - n_parameters
+
+    @abstractmethod
+    def rounded(self) -> Tensor:
+        """Return the dequantized weight (O, I)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b with the dequantized weight."""
+        return F.linear(x, self.rounded(), self.bias)
+
+
+class GridLinear(TunedLinear):
+    """Base class of layers with learned scales of one of our schemes.
 
     Parameters: bias, and ratio (O, G), the logarithm of a factor on the grid's scales, so that one learning rate suits
     scales of any magnitude. Buffers: scales and zeros (O, G).
@@ -78,19 +102,12 @@ class TunedLinear(nn.Module):
     zeros_OG: Tensor
 
     def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.scheme = n_in, n_out, scheme
+        super().__init__(n_in, n_out, bias=bias)
+        self.scheme = scheme
         n_groups = scheme.n_groups(n_in)
         self.ratio = nn.Parameter(torch.zeros(n_out, n_groups))
-        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
         self.register_buffer("scales_OG", torch.ones(n_out, n_groups))
         self.register_buffer("zeros_OG", torch.zeros(n_out, n_groups))
-
-    @property
-    def n_more(self) -> int:
-        """The difference between the size of the weight matrix and the number of its parameters here."""
-        n_parameters = sum(parameter.numel() for name, parameter in self.named_parameters() if name != "bias")
-        return self.in_features * self.out_features - n_parameters
 
     @torch.no_grad()
     def put(self, codes: Codes, original_OI: Tensor) -> None:
@@ -106,16 +123,8 @@ class TunedLinear(nn.Module):
         exact = self.scales_OG * self.ratio.exp()
         return exact + (rounded_scales(exact.detach(), self.scheme) - exact.detach())
 
-    def rounded(self) -> Tensor:
-        """Return the dequantized weight (O, I)."""
-        raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b with the dequantized weight."""
-        return F.linear(x, self.rounded(), self.bias)
-
-
-class ScaledLinear(TunedLinear):
+class ScaledLinear(GridLinear):
     """A linear layer with fixed codes, uint8 (O, I), and learned scales.
 
     GPTQ's codes compensate each other's errors; training weights would change them one by one and lose that. Scales
@@ -140,7 +149,7 @@ class ScaledLinear(TunedLinear):
         return weight
 
 
-class LearnedLinear(TunedLinear):
+class LearnedLinear(GridLinear):
     """A linear layer whose trainable weight (O, I) is rounded to a grid in every forward pass (fake quantization)."""
 
     def __init__(self, n_in: int, n_out: int, scheme: Scheme, *, bias: bool) -> None:

@@ -97,9 +97,19 @@ class Codes:
         """Whether codes are trained after they have been chosen."""
         return self.config.weights.method == "learned"
 
+    @property
+    def final(self) -> str:
+        """The file in `parts/` that the run ends with."""
+        return self.learned if self.learns else self.chosen
+
+    @property
+    def has_chosen(self) -> bool:
+        """Whether an earlier start of this run chose the codes."""
+        return (self.folder / self.chosen).exists()
+
     def choose(self, say: Say) -> None:
         """Choose the codes on calibration data, unless an earlier start of this run did."""
-        if (self.folder / self.chosen).exists():
+        if self.has_chosen:
             return
         weights = self.config.weights
         for line in other_groups(self.shape, self.plan, self.config):
@@ -190,7 +200,7 @@ class Codes:
 
     def result(self) -> Artifact:
         """Return the quantized model."""
-        return read_artifact(self.folder / (self.learned if self.learns else self.chosen))
+        return read_artifact(self.folder / self.final)
 
     def facts(self) -> Facts:
         """Return what the report says of the stored model."""

@@ -1,6 +1,7 @@
 """Fake quantization: layers that train through their rounding (QAT, learned scales), starting from chosen codes."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -8,6 +9,10 @@ from llmctl.formats.quantization import is_inside
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.quantized import put_module, quantize
 from llmctl.model.transformer import LanguageModel, load_tensors
+from llmctl.quant.gguf_learned import STORED, BlockLinear
+from llmctl.quant.gguf_learned import learned_codes as block_codes
+from llmctl.quant.gguf_schemes import BlockScheme
+from llmctl.quant.grid import Codes
 from llmctl.quant.learned import LearnedLinear, ScaledLinear, learned_codes
 from llmctl.quant.schemes import Scheme
 from llmctl.quant.weight import PARTS, packed, unpacked
@@ -16,6 +21,9 @@ from llmctl.quantizing.packed_state import small_in_16_bits, stored_state
 
 LEARNED_PARTS = ("weight", "codes_OI", "ratio", "scales_OG", "zeros_OG")
 """Tensors of a trained layer: the weight, or fixed codes, and the scales."""
+
+BLOCK_PARTS = ("codes_OI", "ratio", "shift", *STORED)
+"""Tensors of a trained layer of ggml's blocks."""
 
 
 def learner(
@@ -43,11 +51,42 @@ def learner(
     given = {name: state.get(name, whole.get(name)) for name in own if name not in inner}
     found = {name: tensor for name, tensor in given.items() if tensor is not None}
     load_tensors(model, {name: tensor for name, tensor in own.items() if name in inner} | found)
+    return model if weights else with_scales_only(model)
+
+
+def block_learner(
+    model: LanguageModel, state: Mapping[str, Tensor], codes: Mapping[str, tuple[BlockScheme, Codes]]
+) -> LanguageModel:
+    """Return a model with the weights of a GGUF file, of which only the scales of the blocks in its layers are trained.
+
+    state, codes: what is read from the file.
+    """
+    load_tensors(model, state)
+    for name, (scheme, own) in codes.items():
+        if is_inside(name):
+            plain: Any = model.get_submodule(name)
+            layer = BlockLinear(plain.in_features, plain.out_features, scheme, bias=plain.bias is not None)
+            layer.put(own)
+            if plain.bias is not None:
+                layer.bias = plain.bias
+            put_module(model, name, layer)
+    return with_scales_only(model)
+
+
+def with_scales_only(model: LanguageModel) -> LanguageModel:
+    """Freeze all but scales: with the few tokens of calibration, noise in norms and biases cost more than training them gained."""
     for name, parameter in model.named_parameters():
-        # Frozen: with the few tokens of calibration, noise in norms and biases cost more than training them gained.
-        if not weights and not name.endswith(".ratio"):
-            parameter.requires_grad_(False)
+        parameter.requires_grad_(name.endswith((".ratio", ".shift")))
     return model
+
+
+def learned_blocks(trained: Mapping[str, Tensor], codes: Mapping[str, tuple[BlockScheme, Codes]]) -> dict[str, Codes]:
+    """Return the codes of a trained model's modules; `codes` are those that it started from."""
+    found = {}
+    for name, (scheme, own) in codes.items():
+        parts = {part: trained[f"{name}.{part}"] for part in BLOCK_PARTS if f"{name}.{part}" in trained}
+        found[name] = block_codes(parts, scheme) if is_inside(name) else own
+    return found
 
 
 def parts_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -80,7 +80,9 @@ def settle(config: QuantizeConfig) -> QuantizeConfig:
         teacher = replace(teacher, dtype="float32")
     optim = config.optim
     if not optim.lr:
-        scales_lr = SCALES_LR * 2.0 ** min(0, SCALES_BITS - SCHEMES[weights.scheme].bits)
+        # Of blocks, every layer's own bits count: they may be mixed.
+        bits = SCALES_BITS if weights.gguf else SCHEMES[weights.scheme].bits
+        scales_lr = SCALES_LR * 2.0 ** min(0, SCALES_BITS - bits)
         weights_lr = lr_for_size(count(model), REFERENCE_LR, REFERENCE_PARAMETERS, SMALLEST_LR, LARGEST_LR)
         optim = replace(optim, lr=float(f"{scales_lr:.2g}") if weights.learn == "scales" else weights_lr)
     weights = replace(weights, method=method)
@@ -142,7 +144,11 @@ def check_quantize(config: QuantizeConfig) -> None:
         ),
         (
             bool(weights.gguf) and method_is_ours(weights),
-            f"a GGUF file is not made with the method {weights.method}, but with nearest, clip, weighted, gptq or guided",
+            f"a GGUF file is not made with the method {weights.method}: nearest, clip, weighted, gptq, guided or learned",
+        ),
+        (
+            bool(weights.gguf) and weights.learn == "weights",
+            "`weights.learn` weights is for our own schemes: of a GGUF file `learned` trains the scales under fixed codes",
         ),
         (
             (weights.gguf == MIXED) != bool(weights.gguf and weights.target_size),
@@ -167,7 +173,7 @@ def check_quantize(config: QuantizeConfig) -> None:
 
 def method_is_ours(weights: WeightsConfig) -> bool:
     """Tell whether a method works only on our own schemes."""
-    return weights.method in ("learned", "hqq", "awq", "awq-gptq")
+    return weights.method in ("hqq", "awq", "awq-gptq")
 
 
 def has_only_states(artifact: Artifact) -> bool:

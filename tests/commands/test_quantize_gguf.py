@@ -1,6 +1,10 @@
 """`llmctl quantize --to gguf`: a file whose blocks are chosen by data, at most as large as asked for."""
 
 import json
+import os
+import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,11 @@ from llmctl.converting.convert import read_gguf
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.formats.gguf.container import read_gguf_header
+from llmctl.formats.gguf.model import gguf_codes, gguf_config, gguf_state
+from llmctl.formats.gguf.write import TYPES
+from llmctl.jobs import quantize as module
+from llmctl.model.transformer import LanguageModel, initialize
+from llmctl.quant.gguf_schemes import BLOCK_SCHEMES
 
 pytest.importorskip("gguf", reason="pip install gguf")
 
@@ -32,6 +41,21 @@ def quantize(source: Path, *more: str, out: str = "small.gguf") -> int:
     return run(["quantize", str(source), "--to", "gguf", "--calib", "text.txt", *TINY, "-q", "-f", "-o", out, *more])
 
 
+@pytest.fixture(scope="module")
+def wide(models, tmp_path_factory) -> Path:
+    """Return a tiny model with rows of 256, which K-quants need."""
+    source = read_artifact(models["decoder"])
+    model = LanguageModel(replace(source.config, d_model=256, d_ff=256, n_layers=1, init_std=0.15))
+    initialize(model, 1)
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    return write_artifact(folder, model.config, model.state_dict(), files=source.files, provenance={})
+
+
+def learned(source: Path, *more: str, steps: int = 12, out: str = "small.gguf") -> int:
+    options = ["--method", "learned", "--steps", str(steps), "--set", "optim.lr=0.002", "--set", "train.dtype=float32"]
+    return quantize(source, *options, *more, out=out)
+
+
 def report(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out)["report"]
 
@@ -46,6 +70,71 @@ def test_codes_chosen_by_data_are_nearer_to_the_model_than_the_nearest(teachers,
         assert found["models"]["after"]["bytes"] == Path("small.gguf").stat().st_size
         kl[method] = found["models"]["after"]["kl"]
     assert 0 < kl["guided"] < kl["nearest"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in TYPES.items() if row.block in BLOCK_SCHEMES])
+def test_trained_scales_are_nearer_to_the_model_than_the_chosen_ones(wide, capsys, kind):
+    assert learned(wide, "--type", kind, "--json") == 0
+    found = report(capsys)
+    assert found["models"]["after"]["kl"] < found["models"]["chosen"]["kl"]
+    assert found["models"]["after"]["bytes"] == Path("small.gguf").stat().st_size
+    assert found["gguf"]["proof"]["tensors_equal"] > 0
+    blocks = {name: tensor.block.name for name, tensor in read_gguf_header(Path("small.gguf")).tensors.items()}
+    assert blocks["blk.0.ffn_down.weight"] == TYPES[kind].block
+
+
+def test_codes_stay_and_only_scales_in_the_layers_are_trained(wide, capsys):
+    assert learned(wide, "--type", "q4_K", out="run") == 0
+    found = []
+    for path in ("run/parts/chosen.gguf", "run/model.gguf"):
+        header = read_gguf_header(Path(path))
+        config = gguf_config(header)
+        found.append((gguf_codes(header, config), gguf_state(header, config)))
+    (chosen, before), (trained, after) = found
+    assert all(torch.equal(codes.codes_OI, trained[name][1].codes_OI) for name, (_, codes) in chosen.items())
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert moved == {f"{name}.weight" for name in chosen if "layers." in name}
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bytes(wide, monkeypatch, capsys):
+    assert learned(wide, "--type", "q4_K", "--set", "train.save_every=3", out="whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "part_of", partial(stopping, module.part_of))
+        assert learned(wide, "--type", "q4_K", "--set", "train.save_every=3", out="halves") == 130
+    assert not Path("halves/model.gguf").exists()
+    assert run(["quantize", "--resume", "halves", "-q"]) == 0
+    assert Path("halves/model.gguf").read_bytes() == Path("whole/model.gguf").read_bytes()
+    assert Path("halves/parts/chosen.gguf").read_bytes() != Path("whole/model.gguf").read_bytes()
+
+
+def stopping(part_of, *arguments):
+    """Return a part that is interrupted halfway."""
+    part = part_of(*arguments)
+
+    def make():
+        objective = part.objective()
+        forward = objective.forward
+
+        def stop(batch):
+            if objective.training and objective.progress >= 0.5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return forward(batch)
+
+        objective.forward = stop
+        return objective
+
+    return replace(part, objective=make)
+
+
+def test_scales_of_mixed_types_are_trained_within_the_size(wide, capsys):
+    assert quantize(wide, "--type", "q4_K", "--json") == 0
+    target = report(capsys)["models"]["after"]["bytes"]
+    assert learned(wide, "--target-size", f"{target / 1000}kB", "--json") == 0
+    found = report(capsys)
+    assert found["gguf"]["type"] == "mixed"
+    assert len(found["gguf"]["tensors"]) > 2
+    assert found["models"]["after"]["bytes"] <= target
+    assert found["models"]["after"]["kl"] < found["models"]["chosen"]["kl"]
 
 
 def test_what_is_measured_is_what_is_in_the_file(teachers, capsys):
@@ -92,7 +181,10 @@ def test_types_are_mixed_within_a_size(teachers, capsys):
         (["--bits", "2"], "`--bits 2` has no effect"),
         (["--scheme", "w8a8"], "w8a8"),
         (["--type", "q4_0", "--method", "hqq"], "hqq"),
-        (["--type", "q4_0", "--method", "learned"], "learned"),
+        (
+            ["--type", "q4_0", "--method", "learned", "--set", "weights.learn=weights"],
+            "trains the scales under fixed codes",
+        ),
         (["--type", "q4_0", "--target-bpw", "4.5"], "--target-bpw"),
         (["--type", "q4_0", "-o", "small.safetensors"], "X.gguf"),
     ],

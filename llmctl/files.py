@@ -119,6 +119,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
             discard(temporary)
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Give a file that will not be changed a second name, atomically; a copy where the file system has no hard links.
+
+    Raises: OutputError if the file system refuses.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically.
 

@@ -15,6 +15,7 @@ from llmctl.files import (
     download_hint,
     ensure_writable,
     exposed,
+    link_or_copy,
     outside,
     parse_json,
     read_own,
@@ -231,3 +232,20 @@ def test_what_lies_elsewhere_is_fetched_first(name, expected, tmp_path, monkeypa
     hint = download_hint(name)
     assert hint.endswith(expected)
     assert bool(hint) == bool(expected)
+
+
+def test_a_second_name_takes_no_space_where_there_are_hard_links(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 100)
+    for _ in range(2):  # also where it has the name already
+        link_or_copy(source, tmp_path / "name")
+        assert (tmp_path / "name").samefile(source)
+    monkeypatch.setattr("os.link", refuse)
+    link_or_copy(source, tmp_path / "copy")
+    assert not (tmp_path / "copy").samefile(source)
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def refuse(*_: object) -> None:
+    raise PermissionError("no hard links here")

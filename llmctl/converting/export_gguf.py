@@ -27,6 +27,7 @@ from llmctl.formats.gguf.write import (
     Written,
     check_kind,
     dropped_window,
+    file_bytes,
     file_type,
     find_type,
     gguf_module,
@@ -118,11 +119,23 @@ def write_verified(
     """
     artifact = ready.artifact
     original = Loaded(without_weights(artifact.config), ready.tokenizer, artifact)
-    values = {**ready.values, "general.file_type": file_type(artifact.config, plan)}
+    values = values_of(ready, plan)
     with atomic_path(out) as temporary:
         written = write_gguf(temporary, artifact.config, state, values, plan, codes or {})
         proof = prove(temporary, shown or out, original, state, written.meant, ready.ids)
     return record_of(out, kind, written, proof) | {"ignored_window": dropped_window(artifact.config)}
+
+
+def values_of(ready: Ready, plan: Mapping[str, Planned]) -> dict[str, Any]:
+    """Return the metadata of a file."""
+    return {**ready.values, "general.file_type": file_type(ready.artifact.config, plan)}
+
+
+def planned_bytes(ready: Ready, kind: str) -> int:
+    """Return the size of the file of a type."""
+    config = ready.artifact.config
+    plan = plan_blocks(config, kind)
+    return file_bytes(config, values_of(ready, plan), plan)
 
 
 def other_bytes(ready: Ready, modules: Collection[str]) -> int:

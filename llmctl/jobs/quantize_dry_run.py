@@ -2,16 +2,20 @@
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from llmctl.config import QuantizeConfig
+from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import MIXED, QuantizeConfig
+from llmctl.converting.export_gguf import planned_bytes, prepare
 from llmctl.distilling import teacher_data
 from llmctl.distilling.teacher import Teachers
 from llmctl.jobs.process_memory import process_bytes
 from llmctl.jobs.quantize import check
 from llmctl.losses.logits import is_native
+from llmctl.quantizing.bit_allocation import parse_size
 from llmctl.quantizing.estimate import Estimate, Rates, estimate, probe, rate
 from llmctl.quantizing.settings import find_plan, settle
 from llmctl.training.task_data import TaskData, open_task_model
@@ -42,7 +46,7 @@ def dry_run(config: QuantizeConfig, started: float) -> Estimate:
         probe_seconds=probe(method, next(iter(plan.values()))),
         pass_bytes=2 if narrow else 4,
     )
-    return estimate(
+    found = estimate(
         shape,
         plan,
         weights,
@@ -53,3 +57,11 @@ def dry_run(config: QuantizeConfig, started: float) -> Estimate:
         process_bytes=process_bytes(),
         start_seconds=start_seconds,
     )
+    return replace(found, file_bytes=gguf_bytes(config), is_mixed=weights.gguf == MIXED) if weights.gguf else found
+
+
+def gguf_bytes(config: QuantizeConfig) -> int:
+    """Return the size of the GGUF file; of mixed types, that which it is at most."""
+    if config.weights.gguf == MIXED:
+        return parse_size(config.weights.target_size)
+    return planned_bytes(prepare(read_model(Path(config.model)), Path(config.model)), config.weights.gguf)

@@ -53,7 +53,8 @@ class Rates:
 class Estimate:
     """What a quantization needs.
 
-    memory: bytes by part, of which all exist at the peak. seconds: by phase.
+    memory: bytes by part, of which all exist at the peak. seconds: by phase. file_bytes: of a GGUF file; of mixed types at most,
+    0 for our own files.
     """
 
     parameters: int
@@ -61,6 +62,8 @@ class Estimate:
     report_tokens: int
     memory: Mapping[str, int]
     seconds: Mapping[str, float]
+    file_bytes: int = 0
+    is_mixed: bool = False
 
     @property
     def peak(self) -> int:
@@ -73,6 +76,7 @@ class Estimate:
             "parameters": self.parameters,
             "calibration_tokens": self.calibration_tokens,
             "report_tokens": self.report_tokens,
+            **({("most_file_bytes" if self.is_mixed else "file_bytes"): self.file_bytes} if self.file_bytes else {}),
             "memory_bytes": {**self.memory, "peak": self.peak},
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
         }
@@ -82,6 +86,11 @@ class Estimate:
         lines = [
             f"parameters   {self.parameters:,}",
             f"tokens       {self.calibration_tokens:,} to calibrate on, {self.report_tokens:,} for the report",
+            *(
+                [f"file         {'at most ' if self.is_mixed else ''}{self.file_bytes:,} bytes"]
+                if self.file_bytes
+                else []
+            ),
             "",
             "memory:",
             *(f"  {name:<28}{value / 1e6:>10,.0f} MB" for name, value in self.memory.items()),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from llmctl.config import MIXED
 from llmctl.converting.convert import read_gguf
 from llmctl.converting.export_gguf import Ready, prepare, write_verified
 from llmctl.converting.gguf_check import with_weights
-from llmctl.files import atomic_path, write_json
+from llmctl.files import link_or_copy, write_json
 from llmctl.formats.artifact import GGUF
 from llmctl.formats.gguf.container import read_gguf_header
 from llmctl.formats.gguf.model import gguf_codes, gguf_state
@@ -105,7 +104,6 @@ class GgufCodes(Codes):
         return Facts(record["bytes"], record.pop("bits_per_weight_layers"), record.pop("lost"), {"gguf": record})
 
     def write(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Put the file into the run folder."""
+        """Put the file into the run folder: a second name of that in `parts/`, which takes no more space."""
         del provenance
-        with atomic_path(folder / self.file) as temporary:
-            shutil.copyfile(self.folder / self.final, temporary)
+        link_or_copy(self.folder / self.final, folder / self.file)

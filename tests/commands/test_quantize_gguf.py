@@ -137,6 +137,33 @@ def test_scales_of_mixed_types_are_trained_within_the_size(wide, capsys):
     assert found["models"]["after"]["kl"] < found["models"]["chosen"]["kl"]
 
 
+@pytest.mark.parametrize("kind", ["q4_K", "q2_K", "iq4_nl", "q8_0"])
+@pytest.mark.parametrize("model", ["wide", "decoder"])
+def test_a_dry_run_names_the_bytes_of_the_file(wide, teachers, capsys, model, kind):
+    source = wide if model == "wide" else teachers[model]
+    assert quantize(source, "--type", kind, "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["file_bytes"]
+    assert quantize(source, "--type", kind, "--dry-run") == 0
+    assert f"file         {told:,} bytes" in capsys.readouterr().out
+    assert quantize(source, "--type", kind, "--method", "nearest") == 0
+    assert Path("small.gguf").stat().st_size == told
+
+
+def test_a_dry_run_of_mixed_types_names_the_most_bytes(wide, capsys):
+    assert quantize(wide, "--target-size", "1MB", "--dry-run") == 0
+    assert "file         at most 1,000,000 bytes" in capsys.readouterr().out
+
+
+def test_a_run_folder_holds_the_bytes_of_a_file_once(teachers):
+    assert quantize(teachers["decoder"], "--type", "q4_0", out="guided") == 0
+    assert Path("guided/model.gguf").samefile("guided/parts/chosen.gguf")
+    assert learned(teachers["decoder"], "--type", "q4_0", out="trained", steps=2) == 0
+    assert Path("trained/model.gguf").samefile("trained/parts/learned.gguf")
+    assert quantize(teachers["decoder"], "--type", "q4_0", out="small.gguf") == 0
+    path = next(path for path in Path("runs").glob("*/model.gguf") if not path.parent.is_symlink())
+    assert not Path("small.gguf").samefile(path)  # others may change it in place
+
+
 def test_what_is_measured_is_what_is_in_the_file(teachers, capsys):
     assert quantize(teachers["decoder"], "--type", "iq4_nl", out="run") == 0
     path = Path(capsys.readouterr().out.strip())

@@ -76,6 +76,7 @@ TYPES = {
 NARROWER = {"Q6_K": "Q8_0", "Q5_K": "Q5_0"} | dict.fromkeys(("Q4_K", "IQ4_XS", "Q3_K", "Q2_K"), "IQ4_NL")
 """What holds a tensor whose rows are no whole blocks of 256: the smallest format with blocks of 32 and at least its bits."""
 N_ELEMENTS = {block.name: block.n_elements for block in BLOCKS.values()}
+N_BYTES = {block.name: block.n_bytes for block in BLOCKS.values()}
 EXPORTED = f"what is exported: {', '.join(ARCHITECTURES)}; --to single or hf takes every model"
 
 
@@ -229,24 +230,11 @@ def write_gguf(
     """
     import numpy as np
 
-    gguf = gguf_module()
     row = architecture_for(config)
-    writer = gguf.GGUFWriter(path, row.name)
-    writer.add_custom_alignment(ALIGNMENT)
-    for key, value in values.items():
-        put(writer, key, value)
-    names, written = tensor_names(config, row), Written()
-    shapes = parameter_shapes(config)
+    names, written, factors = tensor_names(config, row), Written(), factor_tensors(config)
+    writer = new_writer(path, row.name, values)
     try:
-        factors = factor_tensors(config)
-        for there, tensor in factors.items():
-            declare(writer, there, tensor.shape, gguf.GGMLQuantizationType.F32, gguf.GGML_QUANT_SIZES)
-        for there, (block, _) in plan.items():
-            shape = stacked_shape(names[there], shapes)
-            declare(writer, there, shape, gguf.GGMLQuantizationType[block], gguf.GGML_QUANT_SIZES)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        write_header(writer, config, plan, factors)
         for tensor in factors.values():
             writer.write_tensor_data(tensor)
         for there, planned in plan.items():
@@ -270,17 +258,58 @@ def write_gguf(
 
 def metadata_bytes(values: Mapping[str, Any], architecture: str) -> int:
     """Return the bytes of a file's metadata."""
-    gguf = gguf_module()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metadata.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
-        writer.add_custom_alignment(ALIGNMENT)
-        for key, value in values.items():
-            put(writer, key, value)
+        writer = new_writer(path, architecture, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
         return path.stat().st_size
+
+
+def file_bytes(config: ModelConfig, values: Mapping[str, Any], plan: Mapping[str, Planned]) -> int:
+    """Return the size of the file that `write_gguf` writes."""
+    row, factors = architecture_for(config), factor_tensors(config)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header.gguf"
+        writer = new_writer(path, row.name, values)
+        write_header(writer, config, plan, factors)
+        writer.close()
+        total = aligned(path.stat().st_size)
+    shapes = parameter_shapes(config)
+    for there, names in tensor_names(config, row).items():
+        n_weights = math.prod(stacked_shape(names, shapes))
+        total += aligned(n_weights // N_ELEMENTS[plan[there].block] * N_BYTES[plan[there].block])
+    return total + sum(aligned(tensor.nbytes) for tensor in factors.values())
+
+
+def aligned(n_bytes: int) -> int:
+    """Return bytes with the padding after them."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def new_writer(path: Path, architecture: str, values: Mapping[str, Any]) -> Any:
+    """Return the writer of a file with this metadata."""
+    writer = gguf_module().GGUFWriter(path, architecture)
+    writer.add_custom_alignment(ALIGNMENT)
+    for key, value in values.items():
+        put(writer, key, value)
+    return writer
+
+
+def write_header(
+    writer: Any, config: ModelConfig, plan: Mapping[str, Planned], factors: "Mapping[str, NDArray[np.float32]]"
+) -> None:
+    """Write the metadata, and the names and shapes of all tensors, whose bytes come later."""
+    gguf, shapes, names = gguf_module(), parameter_shapes(config), tensor_names(config, architecture_for(config))
+    for there, tensor in factors.items():
+        declare(writer, there, tensor.shape, gguf.GGMLQuantizationType.F32, gguf.GGML_QUANT_SIZES)
+    for there, (block, _) in plan.items():
+        shape = stacked_shape(names[there], shapes)
+        declare(writer, there, shape, gguf.GGMLQuantizationType[block], gguf.GGML_QUANT_SIZES)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def gguf_module() -> Any:

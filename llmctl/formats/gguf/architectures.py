@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from llmctl.config import ModelConfig
 from llmctl.families.published import Published
 from llmctl.model.shapes import theta_of, window_of
-from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, close, unsupported
+from llmctl.model.supports import CLASSIFIER, SIZES, TOKEN_IDS, TRAINING, close, describe, unsupported
 
 Names = Mapping[str, str | tuple[str, ...]]
 """llama.cpp's name of a module -> ours, or those that it stores below each other; weight and bias where there is one."""
@@ -69,8 +69,8 @@ class Architecture(NamedTuple):
     """One of llama.cpp's architectures.
 
     layer: the modules of a layer; fields: what it fixes, beside our defaults; named: fields that its metadata state;
-    scalings: kinds of scaled rotary frequencies; allows: what does not follow from these; metadata: config -> more keys
-    and values; settings: metadata, names of the tensors -> more fields. has_paired_rows: rotary pairs are neighbors.
+    scalings: kinds of scaled rotary frequencies; limits: config -> what of it cannot be expressed, beside these; metadata:
+    config -> more keys and values; settings: metadata, names of the tensors -> more fields. has_paired_rows: rotary pairs are neighbors.
     drops_window: llama.cpp attends to the whole context, whatever the file says.
     """
 
@@ -79,7 +79,7 @@ class Architecture(NamedTuple):
     fields: Mapping[str, Any] = {}
     named: frozenset[str] = frozenset()
     scalings: tuple[str, ...] = ("none", "linear", "yarn")
-    allows: Callable[[ModelConfig], bool] = lambda _: True
+    limits: Callable[[ModelConfig], list[str]] = lambda _: []
     metadata: Callable[[ModelConfig], Mapping[str, Any]] = lambda _: {}
     settings: Callable[[Published, Mapping[str, Any]], Mapping[str, Any]] = lambda *_: {}
     has_paired_rows: bool = False
@@ -87,10 +87,18 @@ class Architecture(NamedTuple):
 
     def holds(self, config: ModelConfig) -> bool:
         """Tell whether a complete config is one of this architecture."""
-        fixed = all(getattr(config, name) == value for name, value in self.fields.items())
+        return self.fits(config) and not self.missing(config)
+
+    def fits(self, config: ModelConfig) -> bool:
+        """Tell whether a config has what the architecture fixes."""
+        return all(getattr(config, name) == value for name, value in self.fields.items())
+
+    def missing(self, config: ModelConfig) -> list[str]:
+        """Return what of a complete config cannot be expressed, beside what is fixed."""
         windows = {"attention_windows"} if self.drops_window and len(set(config.attention_windows)) == 1 else set()
         others = unsupported(config, NAMED | self.named | windows | {*self.fields, *SCALING})
-        return fixed and not others and can_scale(config, self) and self.allows(config)
+        scaling = [] if can_scale(config, self) else [describe(config, SCALING)]
+        return [describe(config, [name]) for name in others] + scaling + self.limits(config)
 
 
 def can_scale(config: ModelConfig, row: Architecture) -> bool:
@@ -156,14 +164,24 @@ def shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def has_standard_heads(config: ModelConfig) -> bool:
-    """Tell whether all heads together are as wide as the model."""
-    return config.n_heads * config.head_dim == config.d_model
+def standard_heads(config: ModelConfig) -> list[str]:
+    """Return what is not expressed if all heads together are not as wide as the model."""
+    width = config.n_heads * config.head_dim
+    return (
+        []
+        if width == config.d_model
+        else [f"attention heads of a total width of {width} in a model of {config.d_model}"]
+    )
 
 
-def scaled_by_width(config: ModelConfig) -> bool:
-    """Tell whether embeddings and scores have the factors of Gemma, which no key states."""
-    return close(config.embedding_scale, config.d_model**0.5) and close(config.attention_scale, config.head_dim**-0.5)
+def scaled_by_width(config: ModelConfig) -> list[str]:
+    """Return which factors are not those of Gemma, which no key states."""
+    found = []
+    if not close(config.embedding_scale, config.d_model**0.5):
+        found.append(f"embeddings scaled by {config.embedding_scale:.6g} instead of sqrt(d_model)")
+    if not close(config.attention_scale, config.head_dim**-0.5):
+        found.append(f"attention scores scaled by {config.attention_scale:.6g} instead of head_dim^-0.5")
+    return found
 
 
 def width_scale(data: Published) -> dict[str, Any]:
@@ -171,12 +189,18 @@ def width_scale(data: Published) -> dict[str, Any]:
     return {"embedding_scale": data.integer("embedding_length") ** 0.5}
 
 
-def in_pattern(config: ModelConfig, period: int) -> bool:
-    """Tell whether all layers but every `period`-th have the same window."""
+def in_pattern(config: ModelConfig, period: int) -> list[str]:
+    """Return what is not expressed unless all layers but every `period`-th have the same window."""
     sizes = [window_of(config, layer) for layer in range(config.n_layers)]
     expected = [0 if (layer + 1) % period == 0 else max(sizes) for layer in range(config.n_layers)]
-    return sizes == expected and max(sizes) > 0
+    if sizes == expected and max(sizes) > 0:
+        return []
+    if max(sizes) == 0:
+        return ["full attention without sliding windows"]
+    return [f"sliding windows other than one size in all layers but every {ORDINALS[period]}"]
 
+
+ORDINALS = {2: "second", 6: "sixth"}
 
 LOCAL_THETA = 10000.0
 """The base of layers with a window of llama.cpp's `gemma3`."""
@@ -184,19 +208,30 @@ LARGE = (46, 62)
 """Layers by which llama.cpp recognizes models of 27 billion parameters, whose scores it scales otherwise."""
 
 
-def is_gemma2(config: ModelConfig) -> bool:
-    """Tell whether windows and caps are those of `gemma2`."""
-    has_caps = config.attention_softcap > 0 and config.logits_softcap > 0
-    return in_pattern(config, 2) and scaled_by_width(config) and has_caps and config.n_layers not in LARGE
+def gemma2_limits(config: ModelConfig) -> list[str]:
+    """Return which windows, factors and caps are not those of `gemma2`."""
+    caps = {"attention scores": config.attention_softcap, "logits": config.logits_softcap}
+    uncapped = [f"{what} without a soft cap" for what, cap in caps.items() if not cap > 0]
+    return [*in_pattern(config, 2), *scaled_by_width(config), *uncapped, *too_large(config)]
 
 
-def is_gemma3(config: ModelConfig) -> bool:
-    """Tell whether windows and bases are those of `gemma3`."""
+def gemma3_limits(config: ModelConfig) -> list[str]:
+    """Return which windows, factors and rotary bases are not those of `gemma3`."""
     layers = range(config.n_layers)
     thetas = all(
         theta_of(config, layer) == (LOCAL_THETA if window_of(config, layer) else config.rope_theta) for layer in layers
     )
-    return in_pattern(config, 6) and thetas and scaled_by_width(config) and config.n_layers not in LARGE
+    bases = [] if thetas else [f"a RoPE base other than {LOCAL_THETA:g} in layers with a sliding window"]
+    return [*in_pattern(config, 6), *bases, *scaled_by_width(config), *too_large(config)]
+
+
+def too_large(config: ModelConfig) -> list[str]:
+    """Return what is not expressed in models that llama.cpp takes for those of 27 billion parameters."""
+    return (
+        [f"{config.n_layers} layers, by which llama.cpp picks another attention scale"]
+        if config.n_layers in LARGE
+        else []
+    )
 
 
 def window_values(config: ModelConfig) -> dict[str, Any]:
@@ -274,9 +309,15 @@ def token_types(data: Published, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {"n_token_types": n_types}
 
 
-def is_encoder(config: ModelConfig) -> bool:
-    """Tell whether llama.cpp can run an encoder: it always adds a token type."""
-    return config.n_token_types > 0 and has_standard_heads(config)
+def encoder_limits(config: ModelConfig) -> list[str]:
+    """Return what of an encoder llama.cpp cannot run: it always adds a token type."""
+    return [*([] if config.n_token_types > 0 else ["an encoder without token types"]), *standard_heads(config)]
+
+
+def stablelm_limits(config: ModelConfig) -> list[str]:
+    """Return what of a model `stablelm` does not express."""
+    has_bias = config.attention_output_bias != "no"
+    return [*standard_heads(config), *(["a bias of the attention output"] if has_bias else [])]
 
 
 BIASES = frozenset({"attention_bias", "attention_output_bias"})
@@ -299,7 +340,7 @@ ROWS = (
         drops_window=True,
     ),
     Architecture("qwen3", {**LAYER, **QK_NORMS}, {"qk_norm": True}),
-    Architecture("qwen2", LAYER, {"attention_bias": True, "attention_output_bias": "no"}, allows=has_standard_heads),
+    Architecture("qwen2", LAYER, {"attention_bias": True, "attention_output_bias": "no"}, limits=standard_heads),
     Architecture(
         "phi3",
         {
@@ -309,7 +350,7 @@ ROWS = (
         },
         named=frozenset({"rotary_dim"}),
         scalings=("none", "longrope"),
-        allows=has_standard_heads,
+        limits=standard_heads,
         drops_window=True,
     ),
     Architecture(
@@ -334,7 +375,7 @@ ROWS = (
         LAYER,
         LAYERNORM | OWN_HEAD,
         BIASES | {"rotary_dim"},
-        allows=lambda config: has_standard_heads(config) and config.attention_output_bias == "no",
+        limits=stablelm_limits,
         metadata=lambda _: {"use_parallel_residual": False},
         settings=lambda data, tensors: {"attention_output_bias": "no"} | query_biases(data, tensors),
     ),
@@ -342,7 +383,7 @@ ROWS = (
         "starcoder2",
         {name: own for name, own in LAYER.items() if name != "ffn_gate"},
         LAYERNORM | {"gated": False, "activation": "gelu_tanh", "attention_bias": True, "mlp_bias": True},
-        allows=has_standard_heads,
+        limits=standard_heads,
         drops_window=True,
     ),
     Architecture(
@@ -350,7 +391,7 @@ ROWS = (
         LAYER,
         GEMMA_FIELDS,
         frozenset({"embedding_scale"}),
-        allows=scaled_by_width,
+        limits=scaled_by_width,
         settings=lambda data, _: width_scale(data),
     ),
     Architecture(
@@ -358,7 +399,7 @@ ROWS = (
         {**LAYER, **SANDWICH},
         GEMMA_FIELDS | {"norm_position": "both"},
         GEMMA_NAMED | {"attention_softcap", "logits_softcap"},
-        allows=is_gemma2,
+        limits=gemma2_limits,
         metadata=gemma2_values,
         settings=gemma2_settings,
     ),
@@ -367,7 +408,7 @@ ROWS = (
         {**LAYER, **SANDWICH, **QK_NORMS},
         GEMMA_FIELDS | {"norm_position": "both", "qk_norm": True},
         GEMMA_NAMED | {"rope_thetas"},
-        allows=is_gemma3,
+        limits=gemma3_limits,
         metadata=window_values,
         settings=gemma3_settings,
     ),
@@ -378,7 +419,7 @@ ROWS = (
         | {"positions": "learned", "activation": "gelu", "gated": False, "attention_bias": True, "mlp_bias": True},
         frozenset({"n_token_types"}),
         ("none",),
-        is_encoder,
+        encoder_limits,
         lambda _: {"attention.causal": False},
         token_types,
     ),
@@ -388,7 +429,7 @@ ROWS = (
         BERT_FIELDS,
         frozenset({"n_token_types"}),
         ("none",),
-        is_encoder,
+        encoder_limits,
         lambda _: {"attention.causal": False},
         token_types,
     ),
@@ -399,3 +440,13 @@ ARCHITECTURES = {row.name: row for row in ROWS}
 def architecture_for(config: ModelConfig) -> Architecture:
     """Return the architecture of a config that is one of llama.cpp's; `llama` for any other."""
     return next((row for row in ROWS if row.holds(config)), ROWS[0])
+
+
+def nearest_architecture(config: ModelConfig) -> tuple[str, list[str]]:
+    """Return the architecture of which the least of a config cannot be expressed, among those that fix something, and what.
+
+    ("", []) if none has what it fixes.
+    """
+    found = [(row.missing(config), row) for row in ROWS if row.fields and row.fits(config)]
+    least, row = min(found, key=lambda pair: (len(pair[0]), -len(pair[1].fields)), default=([], None))
+    return (row.name, least) if row else ("", [])

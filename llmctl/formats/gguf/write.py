@@ -25,6 +25,7 @@ from llmctl.formats.gguf.architectures import (
     SCALING_KEY,
     SHORT_FACTORS,
     architecture_for,
+    nearest_architecture,
     scaling_values,
 )
 from llmctl.formats.gguf.container import BLOCKS
@@ -132,6 +133,9 @@ def obstacle_in(config: ModelConfig) -> str:
     if config.family == "encoder":
         return "is an encoder with a prediction head, or of another block than BERT's or nomic-embed's"
     names = unsupported(config, NAMED) or list(SCALING)
+    near, missing = nearest_architecture(config)
+    if near and len(missing) < len(names):
+        return f"is a {near} model with {', '.join(missing)}"
     return f"is of another block than Llama's ({describe(config, names)})"
 
 

@@ -174,6 +174,39 @@ def test_models_of_other_kinds_are_refused(fields, message, tmp_path):
     assert "qwen3" in raised.value.hint
 
 
+GEMMA = {
+    "activation": "gelu_tanh", "embedding_scale": 32**0.5, "attention_scale": 16**-0.5, "norm_position": "both",
+    "n_heads": 2, "n_kv_heads": 2, "d_model": 32, "head_dim": 16,
+}  # fmt: skip
+GEMMA2 = GEMMA | {"attention_softcap": 50.0, "logits_softcap": 30.0, "attention_windows": (8, 0)}
+GEMMA3 = GEMMA | {"qk_norm": True, "rope_theta": 1e6, "n_layers": 6, "attention_windows": (8, 8, 8, 8, 8, 0)}
+GEMMA3 |= {"rope_thetas": (1e4, 1e4, 1e4, 1e4, 1e4, 1e6)}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (GEMMA2 | {"attention_softcap": 0.0}, "a gemma2 model with attention scores without a soft cap"),
+        (GEMMA2 | {"attention_windows": ()}, "gemma2 model with full attention without sliding windows"),
+        (
+            GEMMA2 | {"attention_windows": (8, 8, 0)},
+            "sliding windows other than one size in all layers but every second",
+        ),
+        (GEMMA2 | {"embedding_scale": 1.0}, "embeddings scaled by 1 instead of sqrt"),
+        (GEMMA2 | {"n_layers": 46}, "46 layers, by which llama.cpp picks another attention scale"),
+        (GEMMA3 | {"attention_scale": 0.125}, "gemma3 model with attention scores scaled by 0.125 instead of head_dim"),
+        (GEMMA3 | {"rope_thetas": ()}, "a RoPE base other than 10000 in layers with a sliding window"),
+        (GEMMA3 | {"logits_softcap": 30.0}, "a gemma3 model with `model.logits_softcap` 30.0"),
+        ({"qk_norm": True, "qk_norm_kind": "width"}, "a qwen3 model with `model.qk_norm_kind` 'width'"),
+    ],
+)
+def test_what_the_nearest_architecture_cannot_express_is_named(fields, message, tmp_path):
+    for whole in (GEMMA2, GEMMA3):
+        check_kind(model_of(**whole).config, "Gemma", tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        check_kind(model_of(**fields).config, "Gemma", tmp_path)
+
+
 @pytest.mark.parametrize("fields", MODELS.values())
 def test_models_of_these_kinds_are_not(fields, tmp_path):
     check_kind(model_of(**fields).config, "LlamaForCausalLM", tmp_path)

@@ -96,12 +96,15 @@ def test_codes_stay_and_only_scales_in_the_layers_are_trained(wide, capsys):
     assert moved == {f"{name}.weight" for name in chosen if "layers." in name}
 
 
-def test_an_interrupted_training_goes_on_to_the_same_bytes(wide, monkeypatch, capsys):
+@pytest.mark.parametrize("is_unproven", [False, True], ids=["", "before the chosen file was verified"])
+def test_an_interrupted_training_goes_on_to_the_same_bytes(wide, monkeypatch, capsys, is_unproven):
     assert learned(wide, "--type", "q4_K", "--set", "train.save_every=3", out="whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(module, "part_of", partial(stopping, module.part_of))
         assert learned(wide, "--type", "q4_K", "--set", "train.save_every=3", out="halves") == 130
     assert not Path("halves/model.gguf").exists()
+    if is_unproven:
+        Path("halves/parts/chosen.json").unlink()
     assert run(["quantize", "--resume", "halves", "-q"]) == 0
     assert Path("halves/model.gguf").read_bytes() == Path("whole/model.gguf").read_bytes()
     assert Path("halves/parts/chosen.gguf").read_bytes() != Path("whole/model.gguf").read_bytes()

@@ -18,9 +18,9 @@ from llmctl.quant.gguf_schemes import BlockScheme
 from llmctl.quant.grid import BlockGrid, Codes
 from llmctl.quant.learned import TunedLinear
 
-FASTEST_BITS = 4
-"""With each bit more than these, the same relative change of a scale moves the outermost codes by twice as many steps: what is
-trained acts on the logarithm of the scale with half the weight."""
+PACE_BITS = 4
+"""With each additional bit the same relative change of a scale moves the outermost codes by twice as many steps: what is trained
+acts on it with half the weight, and with twice the weight for each bit less than these."""
 
 
 class _Decoded(torch.autograd.Function):
@@ -98,7 +98,7 @@ STORED = ("units_OS", "offset_units_OS", "integers_OG", "offset_integers_OG")
 def trained(tensors: Mapping[str, Tensor], scheme: BlockScheme) -> tuple[Tensor, Tensor]:
     """Return scales and offsets (O, G) of a layer as they are trained, not rounded."""
     scales_OG, offsets_OG = parameters(scheme, *(tensors[name] for name in STORED))
-    pace = 2.0 ** min(0, FASTEST_BITS - scheme.bits)
+    pace = 2.0 ** (PACE_BITS - scheme.bits)
     exact_OG = scales_OG * (tensors["ratio"] * pace).exp()
     if scheme.affine:
         offsets_OG = offsets_OG + tensors["shift"] * pace * (scales_OG.abs() * (scheme.levels / 2))

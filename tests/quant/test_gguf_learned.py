@@ -67,17 +67,18 @@ def test_gradients_are_those_of_plain_torch_on_the_stored_scales(name):
     scales, offsets = (part.clone().requires_grad_() for part in parameters(scheme, *codes.grid[2:]))
     levels = (codes.codes_OI.float() - scheme.middle).unflatten(1, (-1, scheme.group))
     (((levels * scales[..., None] + offsets[..., None]).flatten(1)) * wanted).sum().backward()
-    torch.testing.assert_close(layer.ratio.grad, scales.grad * scales.detach(), rtol=1e-4, atol=1e-6)
+    pace = 2.0 ** (4 - scheme.bits)
+    torch.testing.assert_close(layer.ratio.grad, scales.grad * scales.detach() * pace, rtol=1e-4, atol=1e-6)
     if scheme.affine:
-        reach = scales.detach().abs() * scheme.levels / 2
+        reach = scales.detach().abs() * scheme.levels / 2 * pace
         torch.testing.assert_close(layer.shift.grad, offsets.grad * reach, rtol=1e-4, atol=1e-6)
     else:
         assert layer.shift is None
 
 
-def test_with_each_bit_more_than_four_scales_move_half_as_far():
+def test_with_each_additional_bit_scales_move_half_as_far():
     moved = {}
-    for name in ("Q4_K", "Q5_K", "Q6_K"):
+    for name in ("Q3_K", "Q4_K", "Q5_K", "Q6_K"):
         scheme = BLOCK_SCHEMES[name]
         codes = nearest(gaussian(8), scheme)
         layer = layer_of(codes, name)
@@ -85,6 +86,7 @@ def test_with_each_bit_more_than_four_scales_move_half_as_far():
             layer.ratio.fill_(0.08)
         after = learned_codes(layer.state_dict(), scheme).grid.scales_OG
         moved[name] = float((after / codes.grid.scales_OG).log().mean())
+    assert moved["Q3_K"] == pytest.approx(moved["Q4_K"] * 2, rel=0.05)
     assert moved["Q5_K"] == pytest.approx(moved["Q4_K"] / 2, rel=0.05)
     assert moved["Q6_K"] == pytest.approx(moved["Q4_K"] / 4, rel=0.05)
 

@@ -69,10 +69,22 @@ class Moments:
                 own_JI += left_NI[:, first : first + size].T @ right_NI[:, first:]
             else:
                 own_JI.addmm_(left_NI[:, first : first + size].T, right_NI[:, first:])
-        self.absolute_I += rows_NI.abs().sum(dim=0)
+        self.absolute_I += rows_NI.new_ones(len(rows_NI)) @ rows_NI.abs()  # twice as fast as a sum over rows
         self.count += len(rows_NI)
         if self.sample_NI is None:
             self.sample_NI = rows_NI[:: max(1, len(rows_NI) // SAMPLE_ROWS)][:SAMPLE_ROWS].clone()
+
+    def power(self, weight_OI: Tensor) -> Tensor:
+        """Return the mean square of the outputs of a weight (O,): the diagonal of W H W^T, from one half of H."""
+        n_in, power_O = weight_OI.shape[1], weight_OI.new_zeros(len(weight_OI))
+        for first in range(0, n_in, PART_INPUTS):
+            own_OJ, later_OK = weight_OI[:, first : first + PART_INPUTS], weight_OI[:, first + PART_INPUTS :]
+            rows_JI = self.second_II[first : first + PART_INPUTS, first:]
+            square_JJ, above_JK = rows_JI[:, : own_OJ.shape[1]], rows_JI[:, own_OJ.shape[1] :]
+            symmetric_JJ = square_JJ.triu() + square_JJ.triu(1).T
+            power_O += ((own_OJ @ symmetric_JJ) * own_OJ).sum(dim=1)
+            power_O += 2 * ((own_OJ @ above_JK) * later_OK).sum(dim=1)
+        return power_O / max(self.count, 1)
 
     def divided(self, factors_I: Tensor) -> "Moments":
         """Return the moments of the inputs divided by factors (I,)."""
@@ -137,10 +149,7 @@ def output_error(weight_OI: Tensor, other_OI: Tensor, moments: Moments) -> float
 
 def output_errors(weight_OI: Tensor, other_OI: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
     """Return the mean squared error of every output, and its mean square (O,)."""
-    mean_II = moments.mean
-    error_OI = other_OI - weight_OI
-    power_O = ((weight_OI @ mean_II) * weight_OI).sum(dim=1)
-    return ((error_OI @ mean_II) * error_OI).sum(dim=1), power_O
+    return moments.power(other_OI - weight_OI), moments.power(weight_OI)
 
 
 def relative(error_O: Tensor, power_O: Tensor) -> float:

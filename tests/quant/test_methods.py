@@ -181,6 +181,15 @@ def test_second_moments_are_those_of_all_pairs_of_inputs(monkeypatch) -> None:
     torch.testing.assert_close(found.mean, (rows * weights[:, None]).T @ rows / 64)
 
 
+def test_the_power_of_outputs_needs_half_of_the_second_moments(monkeypatch) -> None:
+    found = moments()
+    wanted = ((weight() @ found.mean) * weight()).sum(dim=1)
+    found.second_II.triu_()
+    for part in (1, 48, 128, 500):
+        monkeypatch.setattr(methods, "PART_INPUTS", part)
+        torch.testing.assert_close(found.power(weight()), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_narrow_second_moments_are_summed_in_float32():
     """Products under autocast are in its type: no call may lose what was there before."""
     generator = torch.Generator().manual_seed(0)

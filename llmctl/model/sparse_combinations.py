@@ -4,6 +4,8 @@ Source: Pati et al. 1993, "Orthogonal matching pursuit"; from the products of al
 implementation of the K-SVD algorithm using batch orthogonal matching pursuit".
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,20 @@ RIDGE = 1e-6
 
 
 @torch.no_grad()
-def combinations(wanted_ND: Tensor, atoms_MD: Tensor, n_atoms: int) -> tuple[Tensor, Tensor]:
+def combinations(
+    wanted_ND: Tensor, atoms_MD: Tensor, n_atoms: int, *, done: Callable[[int], None] = lambda _: None
+) -> tuple[Tensor, Tensor]:
     """Return which atoms (N, K), and with what coefficients (N, K), approximate every vector; K is at most `n_atoms`.
 
-    In each round the atom that is most similar to what is missing is added, and all coefficients are solved again.
+    In each round the atom that is most similar to what is missing is added, and all coefficients are solved again. `done` is
+    called with the number of finished vectors.
     """
     lengths_M = atoms_MD.norm(dim=1).clamp_(min=1e-12)
     unit_MD = atoms_MD / lengths_M[:, None]
-    parts = [_combined(part_CD, unit_MD, n_atoms) for part_CD in wanted_ND.split(CHUNK)]
+    parts = []
+    for start in range(0, max(len(wanted_ND), 1), CHUNK):
+        parts.append(_combined(wanted_ND[start : start + CHUNK], unit_MD, n_atoms))
+        done(min(start + CHUNK, len(wanted_ND)))
     chosen_NK, coefficients_NK = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return chosen_NK, coefficients_NK / lengths_M[chosen_NK]
 

@@ -16,6 +16,7 @@ from llmctl.model.parameters import parameter_shapes
 from llmctl.preparing.extend_model import bytes_per_token
 from llmctl.preparing.trim import Figures, passages
 from llmctl.preparing.trim_model import ROLES, read_whole
+from llmctl.runs.progress import paced
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import KNOWN_FILES, find_tokenizer, load_tokenizer
 
@@ -88,9 +89,9 @@ def transplant_model(
     shared = shared_pieces(tokenizer, new_tokenizer)
     rest = [index for index in range(new.vocab_size) if index not in shared]
     state = artifact.stored_state()
-    if method == "omp" and other is not None and len(shared) > 1:
+    if method == "omp" and other is not None and shared and rest:
         say(f"combining the rows of {len(rest):,} pieces from {len(shared):,} shared ones")
-        found = combined_parts(other, shared, rest, n_atoms)
+        found = combined_parts(other, shared, rest, n_atoms, say)
     else:
         found = mean_parts(tokenizer, new_tokenizer, rest)
     parts = {index: ([earlier], [1.0]) for index, earlier in shared.items()} | dict(found)
@@ -156,7 +157,9 @@ def shared_pieces(before: Tokenizer, after: Tokenizer) -> dict[int, int]:
     return shared
 
 
-def combined_parts(donor: Artifact, shared: Mapping[int, int], rest: Sequence[int], n_atoms: int) -> Parts:
+def combined_parts(
+    donor: Artifact, shared: Mapping[int, int], rest: Sequence[int], n_atoms: int, say: Callable[[str], None]
+) -> Parts:
     """Return of which earlier rows the others are made, by the rows of the donor."""
     import torch
 
@@ -165,7 +168,8 @@ def combined_parts(donor: Artifact, shared: Mapping[int, int], rest: Sequence[in
     table = donor.state(torch.float32)[f"{EMBEDDING}.weight"]
     has_row = [index for index in rest if index < len(table)]
     atoms = [index for index in shared if index < len(table)]
-    chosen, factors = combinations(table[has_row], table[atoms], n_atoms)
+    done = paced(say, "piece", len(has_row))
+    chosen, factors = combinations(table[has_row], table[atoms], n_atoms, done=done)
     earlier = torch.tensor([shared[index] for index in atoms])[chosen]
     found = zip(has_row, earlier.tolist(), factors.tolist(), strict=True)
     return {index: (own, weights) for index, own, weights in found}

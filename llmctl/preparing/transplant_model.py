@@ -15,7 +15,7 @@ from llmctl.formats.quantization import EMBEDDING
 from llmctl.model.parameters import parameter_shapes
 from llmctl.preparing.extend_model import bytes_per_token
 from llmctl.preparing.trim import Figures, passages
-from llmctl.preparing.trim_model import ROLES, read_whole
+from llmctl.preparing.trim_model import ROLES, read_whole, refuse_source
 from llmctl.runs.progress import paced
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import KNOWN_FILES, find_tokenizer, load_tokenizer
@@ -74,6 +74,7 @@ def transplant_model(
     Raises: UnsupportedModelError for quantized models; UsageError, OutputError, ArtifactError.
     """
     artifact, tokenizer = read_whole(source, out, force=force)
+    refuse_source(donor, out)
     other = model_at(donor)
     new_tokenizer = find_tokenizer(other.files) if other is not None else load_tokenizer(donor)
     if new_tokenizer is None:

@@ -113,3 +113,10 @@ def test_a_tokenizer_without_weights_gives_means(tmp_path):
     with pytest.raises(UsageError, match="`--method omp` needs the weights of"):
         transplant_model(source, folder, tmp_path / "more", TEXTS, method="omp")
     assert not (tmp_path / "more").exists()
+
+
+def test_neither_model_is_replaced_by_the_result(tmp_path):
+    source, donor = written(tmp_path / "a", files_with(20)), written(tmp_path / "b", byte_level(), 1)
+    for out in (source, donor):
+        with pytest.raises(UsageError, match="is the model itself"):
+            transplant_model(source, donor, out, TEXTS, force=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ def choose_dtype(name: str, *, on_cpu: bool) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
 
 
+@cache
 def is_bfloat16_faster() -> bool:
     """Tell whether products in bfloat16 are `BFLOAT16_GAIN` times as fast as in float32; takes milliseconds.
+
+    Measured once in a process: near the limit, or on a busy machine, a second measurement may say something else.
 
     CPU flags do not predict it: of processors with the same bfloat16 instructions, some are 4 times as fast as with
     float32, others half as fast; without any they are up to 100 times slower. So small products come first, and the

@@ -225,7 +225,7 @@ def test_an_adapter_trains_on_a_base_in_four_bits(teachers, capsys, method):
     assert quantize(teachers["decoder"], "--bits", "4", out="base") == 0
     capsys.readouterr()
     tiny = ["--set", "train.seq_len=48", "--set", "data.split=blank", "--set", "optim.lr=0.01", "--steps", "12", "-q"]
-    tuned = ["finetune", "base", "text.txt", "--task", "text", "--method", method, *tiny]
+    tuned = ["finetune", "base", "text.txt", "--task", "text", "--method", method, "--dtype", "float32", *tiny]
     assert run([*tuned, "-o", "adapter", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["after"]["loss"] < found["before"]["loss"]

@@ -244,7 +244,7 @@ def transplant(
         typer.Option(
             metavar="NAME",
             help="How rows of new pieces are made: omp: of those of shared pieces, as in the other model; mean: of the "
-            "pieces of the same text; auto: omp if the other model has weights \\[auto, omp, mean].",
+            "pieces of the same text; auto: omp if the other model has weights [auto, omp, mean].",
         ),
     ] = "auto",
     atoms: Annotated[int, typer.Option(min=1, help="omp: most shared pieces that a row is made of.")] = 64,

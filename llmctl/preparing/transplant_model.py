@@ -84,6 +84,7 @@ def transplant_model(
         raise UsageError(f"`{named}` has a vocabulary for each language", "use models with one vocabulary")
     if method == "omp" and other is None:
         raise UsageError(f"`--method omp` needs the weights of `{donor}`", "a model folder, or --method mean")
+    texts = [text for text, _ in zip(passages(documents), range(MOST_TEXTS), strict=False)]
     method = method if method != "auto" else "mean" if other is None else "omp"
     config = artifact.config
     new = new_config(config, new_tokenizer, None if other is None else other.config)
@@ -102,7 +103,6 @@ def transplant_model(
         "vocabulary": {"from": config.vocab_size, "tokenizer": tokenizer.sha256, "transplanted": method},
     }
     write_artifact(out, new, with_rows(state, config, new, parts), files=files, provenance=provenance, force=force)
-    texts = [text for text, _ in zip(passages(documents), range(MOST_TEXTS), strict=False)]
     return Result(
         config.vocab_size,
         new.vocab_size,

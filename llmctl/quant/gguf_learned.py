@@ -1,6 +1,6 @@
 """Linear layers of ggml's blocks with fixed codes whose scales and offsets are trained.
 
-In every forward pass they are rounded to what blocks store: float16 units times integers of few bits, with a straight-through
+In every forward pass they are rounded to what blocks store: float16 units times small integers, with a straight-through
 gradient. As in `learned.py`, codes stay as the solver chose them: they compensate each other's errors.
 Shapes: O outputs, I inputs, G groups of a row, S blocks of a row.
 """

@@ -84,3 +84,6 @@ def test_a_model_gets_the_tokenizer_of_another_run(runs, text, capsys):
     assert run(["tokenize", "transplant", "runs/0001", "--from", "other", "-o", "x", "--method", "best"]) == 2
     assert "`--method best` is not a method" in capsys.readouterr().err
     assert not (runs.parent / "x").exists()
+    assert run(["tokenize", "transplant", "runs/0001", "--from", "other", "-o", "x", "--with", "missing.txt"]) == 3
+    assert "missing.txt" in capsys.readouterr().err
+    assert not (runs.parent / "x").exists()

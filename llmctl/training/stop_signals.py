@@ -15,8 +15,8 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a run after the current step."""
 
 ECHO_SECONDS = 2.0
-"""Interval in which a second signal counts as the first: `systemctl stop` and Slurm signal every process of a job, and the
-launcher forwards its signal too."""
+"""Interval in which further signals count as the first: `systemctl stop` and Slurm signal every process of a job, and the
+launcher forwards its signal too. One later signal counts as the first as well: a busy launcher forwards it late."""
 
 
 @dataclass
@@ -43,21 +43,22 @@ def watch_signals() -> Iterator[Caught]:
     process that set them acts.
     """
     caught, owner = Caught(), os.getpid()
-    echoes_until = 0.0
+    echoes_until, has_echo = 0.0, LAUNCHED in os.environ
 
     def note(number: int, _: FrameType | None) -> None:
-        nonlocal echoes_until
+        nonlocal echoes_until, has_echo
         if os.getpid() != owner:
             return
         if number == signal.SIGUSR1:
             caught.wants_save = True
             return
         if caught.number:
-            if time.monotonic() < echoes_until:
+            is_echo, has_echo = has_echo or time.monotonic() < echoes_until, False
+            if is_echo:
                 return
             raise SecondSignalError(number)
         caught.number = number
-        echoes_until = time.monotonic() + (ECHO_SECONDS if LAUNCHED in os.environ else 0.0)
+        echoes_until = time.monotonic() + (ECHO_SECONDS if has_echo else 0.0)
         text = "\nfinishing this step and saving; press Ctrl-C again to stop at once\n"
         try:
             sys.stderr.write(text)

@@ -243,6 +243,9 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    flat = flat.as_strided(
+        (flat.numel(),), (1,)
+    )  # one element is contiguous at any stride, and refused by the view below
     # Via uint8, because NumPy has no bfloat16.
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

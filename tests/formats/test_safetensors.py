@@ -149,3 +149,9 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "m.safetensors")
     with pytest.raises(ArtifactError, match="a pipe or a device"):
         read_header(tmp_path / "m.safetensors")
+
+
+def test_a_single_element_is_written_at_any_stride(tmp_path):
+    path = tmp_path / "one.safetensors"
+    write_safetensors(path, {"one": torch.arange(6, dtype=torch.int32).reshape(3, 2)[1:2, 1:2].T}, {})
+    assert read_tensors(path, ["one"])["one"].tolist() == [[3]]

@@ -8,7 +8,6 @@ tensors are requested.
 
 import math
 import shlex
-from base64 import b64decode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from llmctl.formats.sentence_encoder import SENTENCE_FILES
 from llmctl.formats.stored_head import with_stored_head
 from llmctl.model.parameters import Shape, parameter_shapes
 from llmctl.quant.schemes import Scheme
+from llmctl.tokenizer.header_files import LIMIT_BYTES, files_in_metadata
 from llmctl.tokenizer.published_sentencepiece import with_class
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ FILES = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_SHARED = 1000
 """Most layers that may share one layer's weights."""
-FILE_LIMIT_BYTES = 64_000_000  # no tokenizer is larger than this
 
 
 @dataclass(frozen=True)
@@ -361,20 +360,20 @@ def read_hf(metadata: Mapping[str, str], folder: Path, path: Path) -> tuple[dict
 
 def read_files(metadata: Mapping[str, str], folder: Path, path: Path) -> dict[str, bytes]:
     """Return the tokenizer and other small files, from the header or the folder."""
-    if "llmctl.files" not in metadata:
+    try:
+        files = files_in_metadata(metadata)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(
+            f"`{path}`: the files in its header are damaged: {error}", "download the model again"
+        ) from error
+    if files is None:
         return {name: read_small(folder / name) for name in FILES if (folder / name).is_file()}
-    where = f"{path}: llmctl.files"
-    files: dict[str, bytes] = {}
-    for name, text in parse_object(metadata["llmctl.files"], where).items():
+    for name in files:
         if name not in FILES:
             raise ArtifactError(
-                f"`{where}` contains the file name `{name[:80]}`, which is not a file of a model",
+                f"`{path}: llmctl.files` contains the file name `{name[:80]}`, which is not a file of a model",
                 "do not trust this file; ask where it was made",
             )
-        try:
-            files[name] = b64decode(text, validate=True)
-        except (ValueError, TypeError) as error:
-            raise ArtifactError(f"`{where}`: `{name}` is not valid base64", "download the model again") from error
     return files
 
 
@@ -384,9 +383,9 @@ def read_small(path: Path) -> bytes:
     Raises: ArtifactError if it is implausibly large.
     """
     size = path.stat().st_size
-    if size > FILE_LIMIT_BYTES:
+    if size > LIMIT_BYTES:
         raise ArtifactError(
-            f"`{path}` has {size} bytes, more than the limit of {FILE_LIMIT_BYTES}", "download the file again"
+            f"`{path}` has {size} bytes, more than the limit of {LIMIT_BYTES}", "download the file again"
         )
     return read_own(path)
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from llmctl.formats.generation_settings import GENERATION, default_settings
 from llmctl.formats.quantization import KEY, Schemes, family_with, stored_parts, write_schemes
 from llmctl.formats.safetensors import write_safetensors
 from llmctl.model.parameters import parameter_shapes
+from llmctl.tokenizer.header_files import file_metadata
 from llmctl.tokenizer.load import find_tokenizer
 from llmctl.tokenizer.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 
@@ -55,14 +55,12 @@ def write_artifact(
     tensors = to_stored(layout, state) | constants | stored_parts(state, schemes, config)
     quantization = {KEY: write_schemes(schemes, config)} if schemes else {}
     hf_text = json_text(hf_config(family, config, tensors) | quantization)
-    other_files = with_generation_config(config, with_special_tokens(config, files))
+    other_files = complete_files(config, files)
     metadata = {
         "format": "pt",
         "llmctl.version": __version__,
         "llmctl.config": hf_text,
-        "llmctl.files": json.dumps(
-            {name: b64encode(data).decode() for name, data in other_files.items()}, sort_keys=True
-        ),
+        **file_metadata(other_files, compressed=bool(schemes)),
         "llmctl.provenance": json.dumps(dict(provenance), sort_keys=True, ensure_ascii=False),
     }
     if (
@@ -92,7 +90,12 @@ def small_files(config: ModelConfig, state: Mapping[str, "Tensor"], files: Mappi
     family = family_for(config)
     tensors = to_stored(family.layout(config), state) | family.constants(config)
     hf_text = json_text(hf_config(family, config, tensors))
-    return {**with_generation_config(config, with_special_tokens(config, files)), CONFIG: hf_text.encode()}
+    return {**complete_files(config, files), CONFIG: hf_text.encode()}
+
+
+def complete_files(config: ModelConfig, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return a model's files with what other programs need in them."""
+    return with_generation_config(config, with_special_tokens(config, files))
 
 
 def write_folder(folder: Path, texts: Mapping[str, bytes], write_weights: Callable[[Path], None]) -> None:

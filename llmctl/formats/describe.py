@@ -15,6 +15,7 @@ from llmctl.files import parse_json
 from llmctl.formats.adapter import ADAPTER_WEIGHTS, is_adapter, read_adapter
 from llmctl.formats.artifact import CONFIG, check_kind, count_parameters, parse_object, read_artifact, read_headers
 from llmctl.formats.safetensors import Header
+from llmctl.tokenizer.header_files import COMPRESSED, PLAIN
 from llmctl.tokenizer.published_sentencepiece import class_name, is_published
 from llmctl.tokenizer.sentencepiece import MODEL_FILE
 
@@ -153,7 +154,7 @@ def product(shape: tuple[int, ...] | list[int]) -> int:
 
 def plain_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the header's metadata without the entries that are shown separately."""
-    separate = ("llmctl.config", "llmctl.files", "llmctl.provenance", "llmctl.ranks")
+    separate = ("llmctl.config", PLAIN, COMPRESSED, "llmctl.provenance", "llmctl.ranks")
     return {key: value for key, value in metadata.items() if key not in separate}
 
 

@@ -1,6 +1,5 @@
 """Load a tokenizer from a file, a folder, or the files in a model's header."""
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from llmctl.errors import ArtifactError, NotFoundError, UsageError
 from llmctl.files import json_of, parse_json, read_own, recognized
 from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.header_files import PLAIN, files_in_metadata
 from llmctl.tokenizer.published_sentencepiece import (
     from_sentencepiece,
     is_published,
@@ -192,8 +192,10 @@ def files_in_header(path: Path) -> dict[str, bytes]:
                     f"`{path}` claims a header of {length} bytes, which is impossible", "download it again"
                 )
             header = parse_json(file.read(length))
-        content = parse_json(header["__metadata__"]["llmctl.files"])
-        return {name: base64.b64decode(data, validate=True) for name, data in content.items() if name in KNOWN_FILES}
+        files = files_in_metadata(header["__metadata__"])
+        if files is None:
+            raise KeyError(PLAIN)
+        return {name: data for name, data in files.items() if name in KNOWN_FILES}
     except KeyError:
         raise UsageError(
             f"`{path}` contains no tokenizer in its header", "pass its folder, or a tokenizer file"

@@ -565,6 +565,9 @@ class DistillConfig(TaughtConfig):
     baseline: BaselineConfig = section(BaselineConfig, "the same architecture trained from scratch")
 
 
+EMBEDDINGS = ("int8", "int6", "int5", "int4", "int3", "float")
+"""Schemes of embedding and output head."""
+
 MIXED = "mixed"
 """The GGUF type of a file whose types are chosen tensor by tensor."""
 
@@ -593,9 +596,7 @@ class WeightsConfig:
         "scales",
         "what `learned` trains: scales (codes stay fixed), or weights (codes and scales)",
     )
-    embedding: Literal["int8", "int4", "float"] = setting(
-        "int8", "embedding and output head: int8, int4, or float (16 bits)"
-    )
+    embedding: str = choice("int8", "scheme of embedding and output head; float: 16 bits", EMBEDDINGS)
     gguf: str = setting(
         "",
         "GGUF type, such as q4_K: write a GGUF file whose blocks are chosen by `method`; mixed: types chosen by target_size",

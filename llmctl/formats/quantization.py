@@ -9,6 +9,7 @@ quantized inputs and embeddings only as bytes, and does not allocate packed zero
 when saving. With `dequantize` it dequantizes weights while loading, including zero points, but with one scheme per file.
 """
 
+import math
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -132,6 +133,18 @@ def part_shapes(scheme: Scheme, shape: Shape, form: str = IN_WORDS) -> dict[str,
     if scheme.has_small_scales:
         shapes[EXPONENT] = (n_out, 1)
     return shapes if scheme.symmetric else shapes | {ZERO: (-(-n_out * scheme.bits // 32), n_groups)}
+
+
+def stored_bytes(schemes: Schemes, config: ModelConfig) -> int:
+    """Return the bytes of the tensors that store quantized matrices, with padding."""
+    shapes, total = packable_modules(config), 0
+    for name, scheme in schemes.items():
+        widths = {WEIGHT: 1, EXPONENT: 1, SCALE: 1 if scheme.has_small_scales else 2, SHAPE: 8}  # others: words of 4
+        for part, shape in part_shapes(scheme, shapes[name], form_of(name, scheme)).items():
+            total += widths.get(part, 4) * math.prod(shape)
+    if shares_bytes(schemes, config):
+        total += 2 * shapes[EMBEDDING][0]
+    return total
 
 
 def write_schemes(schemes: Schemes, config: ModelConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from llmctl.config import ModelConfig, WeightsConfig
 from llmctl.errors import UsageError
-from llmctl.formats.quantization import is_inside
+from llmctl.formats.quantization import is_inside, stored_bytes
 from llmctl.losses.logits import cap_, is_native
 from llmctl.model.fisher import CHUNK_TOKENS, Hook, listen
 from llmctl.model.importance import Batches
@@ -47,14 +47,14 @@ UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
 Costs = dict[str, dict[AnyScheme, float]]
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--target-size") -> int:
     """Read `60MB`, `1.5GB` or `500k` as bytes.
 
-    Raises: UsageError for anything else.
+    Raises: UsageError naming the option for anything else.
     """
     found = SIZE.fullmatch(text.strip())
     if not found or float(found[1]) <= 0:
-        raise UsageError(f"`--target-size {text}` is not a size", "60MB, 1.5GB or 500kB")
+        raise UsageError(f"`{option} {text}` is not a size", "60MB, 1.5GB or 500kB")
     return int(float(found[1]) * UNITS[found[2].lower()])
 
 
@@ -302,6 +302,29 @@ def allocate(
         _, unit, other = max(steps, key=lambda step: step[0])
         used += sizes[unit][other] - sizes[unit][chosen[unit]]
         chosen[unit] = other
+
+
+def allocate_stored(
+    config: ModelConfig, plan: Mapping[str, AnyScheme], costs: Costs, budget: Budget
+) -> dict[str, AnyScheme]:
+    """Return the scheme of every layer so that the file, with the padding of packed codes, fits the budget.
+
+    plan: the schemes of all modules, before those of `costs` are allocated.
+
+    Raises: UsageError as `check_budget`.
+    """
+    bits = budget.bits
+    least = sum(min(one.size_bits(*budget.shapes[name]) for one in each) for name, each in costs.items())
+    while True:
+        chosen = allocate(costs, budget.shapes, bits, budget.rest_bits + budget.bits - bits)
+        schemes = {name: one for name, one in {**plan, **chosen}.items() if isinstance(one, Scheme)}
+        nominal = sum(one.size_bits(*budget.shapes[name]) for name, one in schemes.items())
+        used = sum(one.size_bits(*budget.shapes[name]) for name, one in chosen.items())
+        excess = used + 8 * stored_bytes(schemes, config) - nominal - budget.bits
+        if excess <= 0:
+            return chosen
+        # The smallest schemes may fit where a step of this size would ask for less than they take.
+        bits = bits - excess if bits <= least else max(bits - excess, least)
 
 
 def unit_of(name: str) -> str:

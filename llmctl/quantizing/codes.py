@@ -22,7 +22,15 @@ from llmctl.machine import give_back_memory
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.methods import AnyScheme
 from llmctl.quant.schemes import Scheme
-from llmctl.quantizing.bit_allocation import Budget, allocate, budget_of, measure_costs, measure_table_costs, outputs_of
+from llmctl.quantizing.bit_allocation import (
+    Budget,
+    allocate,
+    allocate_stored,
+    budget_of,
+    measure_costs,
+    measure_table_costs,
+    outputs_of,
+)
 from llmctl.quantizing.calibrate import Calibrated, calibrate, needs_data, refuse_unfinite
 from llmctl.quantizing.fake_quant import learned_state, learner
 from llmctl.quantizing.gguf_plan import budget_of as gguf_budget
@@ -166,7 +174,10 @@ class Codes:
         tables = {name: schemes for name, schemes in budget.choices.items() if name not in layers}
         if tables:
             costs |= measure_table_costs(model, tables, batches[:TABLE_BATCHES])
-        chosen = allocate(costs, budget.shapes, budget.bits, budget.rest_bits)
+        if weights.target_size and not weights.gguf:
+            chosen = allocate_stored(self.shape, self.plan, costs, budget)
+        else:
+            chosen = allocate(costs, budget.shapes, budget.bits, budget.rest_bits)
         say(
             "layers: "
             + ", ".join(f"{count} in {name}" for name, count in Counter(map(name_of, chosen.values())).items())

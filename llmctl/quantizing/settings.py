@@ -135,10 +135,6 @@ def check_quantize(config: QuantizeConfig) -> None:
             "`weights.method` learned trains weights only: not with w8a8",
         ),
         (
-            bool(weights.target_bpw or weights.target_size) and has_only_states(artifact),
-            f"`{config.model}` {what}, so layer sensitivity cannot be measured: omit the target",
-        ),
-        (
             has_only_states(artifact) and not is_bare(artifact) and config.loss.name != "none",
             f"`loss.name` {config.loss.name} needs token predictions, `{config.model}` {what}: use none",
         ),

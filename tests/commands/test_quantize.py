@@ -371,3 +371,12 @@ def test_a_run_that_only_quantized_is_shown_with_its_report(tmp_path, capsys, mo
     assert "steps       -" in out
     lines = out[out.index("report\n") :].splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["model", "before", "after"]
+
+
+@pytest.mark.parametrize("family", ["decoder", "bert"])
+def test_tensors_with_the_padding_of_codes_fit_a_target_size(teachers, capsys, family):
+    before = sum(entry.end - entry.begin for _, _, entry in read_artifact(teachers[family]).tensors.values())
+    for fraction in (0.25, 0.2):
+        size = round(fraction * before)
+        assert quantize(teachers[family], "--target-size", f"{size / 1000}kB", "--json", "-f") == 0
+        assert report(capsys)["models"]["after"]["bytes"] <= size

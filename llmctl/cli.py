@@ -21,6 +21,7 @@ COMMANDS: dict[str, str] = {
     "finetune": "Fine-tune a model on a task (chat, classify, ...): all weights, or an adapter.",
     "distill": "Distill a large model into a small one and report what quality remains.",
     "quantize": "Quantize a model and measure the loss in quality and the gain in speed.",
+    "compress": "Compress a model to a file size: vocabulary, layers, widths and bits.",
     "generate": "Continue a prompt, or every line of standard input.",
     "chat": "Chat with a model in the terminal.",
     "fill": "Predict the masked tokens of a text with an encoder.",

@@ -638,11 +638,43 @@ class QuantizeConfig(TaughtConfig):
     train: QuantizeTrainConfig = section(QuantizeTrainConfig, "calibration rows, and the training loop (learned)")
 
 
+LEVERS = ("vocabulary", "depth", "width", "bits")
+"""What a compression can reduce."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How the plan of a compression is found."""
+
+    trials: int = setting(3, "plans that are pruned, refit and quantized without training, to choose the one to train")
+    measure_tokens: int = setting(4096, "validation tokens on which plans are compared")
+    calibration_rows: int = setting(16, "training rows on which sensitivities are measured and trials are quantized")
+    refit_tokens: int = setting(4096, "training tokens used to refit output projections in measurements and trials")
+    written_tokens: int = setting(65_536, "tokens that a decoder generates if no data is given")
+    train_frac: float = setting(0.6, "fraction of the training budget for a pruned model before it is quantized")
+
+
+@dataclass(frozen=True)
+class CompressConfig(TaughtConfig):
+    """Settings of `llmctl compress`."""
+
+    model: str = setting("", "model to compress: a folder, a file or a run")
+    size: str = setting("", "size of the file, such as 30MB")
+    format: Literal["single", "gguf", "hf"] = setting(
+        "single", "single: a quantized model.safetensors; gguf: a GGUF file; hf: 16-bit weights, not quantized"
+    )
+    keep: tuple[str, ...] = listed((), "what stays as it is: vocabulary, depth, width, bits")
+    plan: PlanConfig = section(PlanConfig, "search of the plan")
+    student: StudentConfig = section(StudentConfig, "pruning; the plan sets `shape`")
+    weights: WeightsConfig = section(WeightsConfig, "quantization; the plan sets scheme, embedding and target_size")
+
+
 TRAINING: dict[str, type] = {
     "pretrain": PretrainConfig,
     "finetune": FinetuneConfig,
     "distill": DistillConfig,
     "quantize": QuantizeConfig,
+    "compress": CompressConfig,
 }
 """The config class of each command that makes a model."""
 

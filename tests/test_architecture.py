@@ -12,7 +12,8 @@ LAYERS = [
     {"__main__": "python -m llmctl"},
     {"cli": "the command table; turns errors into exit codes"},
     {"commands": "one file per subcommand: flags -> config -> one call -> result on stdout"},
-    {"jobs": "pretrain, finetune, distill, quantize side by side; begin and resume a run, dry runs"},
+    {"jobs": "pretrain, finetune, distill, quantize, compress; begin and resume a run, dry runs"},
+    {"compressing": "plans for a file size: vocabulary, shape and bits; measured, tried"},
     {
         "distilling": "teachers, their cached outputs and texts; pruning, refit, distillation objectives",
         "quantizing": "calibration, bit allocation, fake quantization (QAT), 4-bit base of qlora, report",

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 FIRST = "Options"
 GROUPS: Mapping[str, tuple[str, ...]] = {
     FIRST: (
-        "model", "objective", "bits", "task", "method", "student", "loss", "data", "calib",
-        "steps", "minutes", "tokens", "epochs", "lr", "out",
+        "size", "model", "objective", "bits", "task", "method", "student", "loss", "data", "calib",
+        "steps", "minutes", "tokens", "epochs", "lr", "format_", "keep", "out",
     ),
     "Data": ("val", "columns", "labels", "tokenizer", "seq_len", "strict", "show_example", "dry_run"),
     "Model and method": (
         "scheme", "group", "embedding", "target_size", "target_bpw", "to", "kind", "init", "stages", "on_policy", "teacher_dtype",
-        "teacher_backend", "baseline", "qat", "rank", "merge", "freeze", "max_drop",
+        "teacher_backend", "baseline", "qat", "rank", "merge", "freeze", "trials", "max_drop",
     ),
     "Compute": ("batch_size", "seed", "device", "dtype", "backend", "compile_", "track"),
     "Several processes": (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
+from llmctl.config import ModelConfig
 from llmctl.converting.gguf_check import Proof, prove
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.files import atomic_path
@@ -141,7 +142,12 @@ def planned_bytes(ready: Ready, kind: str) -> int:
 def other_bytes(ready: Ready, modules: Collection[str]) -> int:
     """Return the bytes that a file has at most besides the weights of some modules; matrices that are not theirs have 16 bits."""
     config = ready.artifact.config
-    shapes, total = parameter_shapes(config), metadata_bytes(ready.values, architecture_for(config).name)
+    return metadata_bytes(ready.values, architecture_for(config).name) + rest_bytes(config, modules)
+
+
+def rest_bytes(config: ModelConfig, modules: Collection[str]) -> int:
+    """Return the bytes of the tensors of `other_bytes`, with the entries of all."""
+    shapes, total = parameter_shapes(config), 0
     for there, (block, _) in plan_blocks(config, "f16").items():
         names = tensor_names(config, architecture_for(config))[there]
         total += len(there) + ENTRY_BYTES + ALIGNMENT

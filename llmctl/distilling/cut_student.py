@@ -39,16 +39,17 @@ def cut_student(
     pick: str,
     say: Callable[[str], None],
     refit_batches: Batches = (),
+    measures_all: bool = True,
 ) -> Cut:
     """Prune a model to a shape.
 
     mean_loss: the loss of a model on the same batches. refit_batches: those on which output projections are refit; without
     any they are not. pick: `greedy` removes the layer whose removal costs least, one after the other; `influence` those that
     change the residual stream least; `uniform` keeps evenly spaced ones; `auto` is greedy if that needs few trials. The first
-    layer is always kept, by influence the last too.
+    layer is always kept, by influence the last too. measures_all: also measure the loss before and between the steps.
     """
     config = model.config
-    report: dict[str, Any] = {"loss_before": mean_loss(model, None)}
+    report: dict[str, Any] = {"loss_before": mean_loss(model, None)} if measures_all else {}
     importance = rank(model, batches)
     layers: dict[str, tuple[int, ...]] = {}
     for prefix, n_layers in prefixes(config).items():
@@ -63,7 +64,8 @@ def cut_student(
     student = LanguageModel(smaller)
     load_tensors(student, state)
     channels = None if kept.channels is None else kept.channels.tolist()
-    report |= {"loss_cut": mean_loss(student, channels)}
+    if measures_all:
+        report["loss_cut"] = mean_loss(student, channels)
     if refit_batches and not can_refit(config):
         say(f"output projections are not refitted: their outputs are normalized (norm_position {config.norm_position})")
         refit_batches = ()
@@ -74,11 +76,10 @@ def cut_student(
     report |= {"d_ff": smaller.d_ff, "n_kv_heads": smaller.n_kv_heads}
     if channels is not None:
         report["channels"] = channels
-    solved = f", {report['loss_after']:.3f} after refitting output projections" if refit_batches else ""
-    say(
-        f"pruned: loss {report['loss_before']:.3f} -> {report['loss_cut']:.3f}{solved}, before any training"
-        f"{kept_layers(layers, config)}"
-    )
+    if measures_all:
+        solved = f", {report['loss_after']:.3f} after refitting output projections" if refit_batches else ""
+        change = f"{report['loss_before']:.3f} -> {report['loss_cut']:.3f}"
+        say(f"pruned: loss {change}{solved}, before any training{kept_layers(layers, config)}")
     return Cut(smaller, state, report)
 
 

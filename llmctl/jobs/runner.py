@@ -1,20 +1,22 @@
 """The commands that train, and how a job runs in an open run and its end is recorded; see `begin` and `resume`.
 
-`JOBS` is the table of these commands; they stand side by side and do not import each other.
+`JOBS` is the table of these commands; they stand side by side, and only `compress` uses a part of another.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from llmctl.errors import InterruptedRunError, LlmctlError, NotFoundError, StoppedError, UsageError
-from llmctl.jobs import distill, finetune, pretrain, quantize
+from llmctl.jobs import compress, distill, finetune, pretrain, quantize
 from llmctl.jobs.finish import Trained
 from llmctl.jobs.job import Job
 from llmctl.jobs.session import Session
 from llmctl.jobs.startup import losing_peers, naming_memory
 from llmctl.runs.removal import withdraw
 
-JOBS: Mapping[str, Job] = {job.command: job for job in (pretrain.JOB, finetune.JOB, distill.JOB, quantize.JOB)}
+JOBS: Mapping[str, Job] = {
+    job.command: job for job in (pretrain.JOB, finetune.JOB, distill.JOB, quantize.JOB, compress.JOB)
+}
 """The commands that train."""
 
 

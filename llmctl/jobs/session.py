@@ -94,9 +94,9 @@ class Session:
         """Let the first process act while the others wait; return its result in all of them."""
         return self.runtime.lead(action)
 
-    def prepare(self, make: Callable[[Path], Corpus]) -> Corpus:
+    def prepare(self, make: Callable[[Path], Corpus], name: str = "data") -> Corpus:
         """Return the run's encoded data; the first process makes it, unless it did so before a restart."""
-        folder = self.folder / "data"
+        folder = self.folder / name
 
         def write() -> None:
             if not (folder / CORPUS).is_file():

@@ -17,7 +17,7 @@ from llmctl.preparing.tokenize import write_tokenizer
 from llmctl.preparing.trim import Comparison, Figures, compare, count, of_scripts, trimmed
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.load import KNOWN_FILES, find_tokenizer, load_tokenizer
-from llmctl.tokenizer.trim import Trimmed
+from llmctl.tokenizer.trim import Trimmed, trim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,23 +107,40 @@ def trim_model(
     more = list(of_scripts(tokenizer, scripts)) if scripts else []
     say("counting the pieces of the corpus")
     usage = count(tokenizer, documents)
-    config = artifact.config
-    roles = {getattr(config, role) for role in ROLES} | set(end_ids(config, artifact.files))
-    always = sorted(index for index in roles if 0 <= index < tokenizer.vocab_size)
-    result = trimmed(tokenizer, artifact.files, usage, more=more, most=most, always=always)
-    new_of = {index: new for new, index in enumerate(result.kept)}
-    renumbered: dict[str, Any] = {role: new_of.get(getattr(config, role), -1) for role in ROLES}
-    new = replace(config, vocab_size=len(result.kept), **renumbered)
-    earlier = artifact.provenance
-    provenance = {**earlier, "vocabulary": {"from": artifact.config.vocab_size, "tokenizer": tokenizer.sha256}}
-    state = rows(artifact.stored_state(), config, new, result.kept)
-    write_artifact(out, new, state, files=result.files, provenance=provenance, force=force)
+    result, new = with_pieces(artifact, tokenizer, [*usage.ranked, *more], most)
+    write_trimmed(out, artifact, tokenizer, result, new, force=force)
     comparison, equal = compare(tokenizer, result, usage)
     difference = compared(artifact, source, out, result, equal)
     before, after = (
         sum(entry.end - entry.begin for _, _, entry in one.tensors.values()) for one in (artifact, read_model(out))
     )
     return Result(comparison, before, after, difference)
+
+
+def with_pieces(
+    artifact: Artifact, tokenizer: Tokenizer, ranked: Iterable[int], most: int = 0
+) -> tuple[Trimmed, ModelConfig]:
+    """Return a model's tokenizer with some of its pieces, and the model's config with it; see `trim`.
+
+    Raises: UnsupportedModelError, UsageError.
+    """
+    config = artifact.config
+    roles = {getattr(config, role) for role in ROLES} | set(end_ids(config, artifact.files))
+    always = sorted(index for index in roles if 0 <= index < tokenizer.vocab_size)
+    result = trim(tokenizer, artifact.files, list(dict.fromkeys([*always, *ranked])), most)
+    new_of = {index: new for new, index in enumerate(result.kept)}
+    renumbered: dict[str, Any] = {role: new_of.get(getattr(config, role), -1) for role in ROLES}
+    return result, replace(config, vocab_size=len(result.kept), **renumbered)
+
+
+def write_trimmed(
+    out: Path, artifact: Artifact, tokenizer: Tokenizer, result: Trimmed, config: ModelConfig, *, force: bool
+) -> None:
+    """Write a model with the pieces of a trimmed tokenizer."""
+    earlier = artifact.provenance
+    provenance = {**earlier, "vocabulary": {"from": artifact.config.vocab_size, "tokenizer": tokenizer.sha256}}
+    state = rows(artifact.stored_state(), artifact.config, config, result.kept)
+    write_artifact(out, config, state, files=result.files, provenance=provenance, force=force)
 
 
 def refuse_source(source: Path, out: Path) -> None:

@@ -16,10 +16,13 @@ from llmctl.kernels.product_table import Measured, give_table
 from llmctl.machine import peak_memory_bytes
 from llmctl.metrics.figures import FIGURES, rounded, shown
 from llmctl.metrics.gate import parse_gate
+from llmctl.model.decode import Decoder
 from llmctl.model.parameters import parameter_shapes
 from llmctl.model.transformer import LanguageModel
 from llmctl.quant.schemes import Scheme
 from llmctl.runs.comparison import ROWS, Report, row
+
+READING, WRITING = "tokens_per_second_reading", "tokens_per_second_writing"
 
 
 def make_report(
@@ -44,12 +47,9 @@ def make_report(
         sides[name] = {"bytes": stored_bytes(source) if name == "before" else result_bytes, **sides[name]}
         if not is_ours:
             continue
-        give_table(model, Measured())  # the matmul kernels that are used in generation
-        decoder = make_decoder(model)  # it takes over the weights: the model is not trained any more
-        writes = writing_speed(model, batch, decoder)
-        sides[name]["tokens_per_second_reading"] = reading_speed(model, batch)
-        if writes is not None:
-            sides[name]["tokens_per_second_writing"] = writes
+        own, decoder = speeds(model, batch)
+        sides[name] |= own
+        writes = own.get(WRITING)
     n_parameters = models["after"].n_parameters
     record: dict[str, Any] = {
         "metric": metric,
@@ -68,6 +68,15 @@ def make_report(
         if key in sides["after"] and key in sides["before"]:
             record[f"{name}_ratio"] = sides["after"][key] / sides["before"][key]
     return Report(record, missed(record, settings.max_drop))
+
+
+def speeds(model: LanguageModel, batch: Mapping[str, Tensor]) -> tuple[dict[str, float], Decoder | None]:
+    """Return the speeds of a model that is used, not trained: its decoder takes over the weights; and the decoder."""
+    give_table(model, Measured())  # the matmul kernels that are used in generation
+    decoder = make_decoder(model)
+    writes = writing_speed(model, batch, decoder)
+    found = {READING: reading_speed(model, batch)}
+    return found | ({WRITING: writes} if writes is not None else {}), decoder
 
 
 def stored_bytes(artifact: Artifact) -> int:

@@ -10,7 +10,7 @@ from llmctl.tables.losses import DIVERGENCES
 from llmctl.tables.methods import METHODS
 from llmctl.tables.tasks import trained_tasks
 
-TRAINING = ("pretrain", "finetune", "distill", "quantize")
+TRAINING = ("pretrain", "finetune", "distill", "quantize", "compress")
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_groups_have_one_order_and_every_option_is_in_one(help_of, command: str)
     assert len(re.findall(r"^  -", first, re.MULTILINE)) <= 10
     known = {name for names in GROUPS.values() for name in names}
     names = {match.replace("-", "_") for match in re.findall(r"--([a-z-]+)", text) if f"--{match} " in text}
-    aliases = {"batch", "no_compile", "compile", "set", "type", "data", "calib"}
+    aliases = {"batch", "no_compile", "compile", "set", "type", "data", "calib", "for", "to"}
     unknown = {
         n
         for n in names

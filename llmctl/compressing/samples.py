@@ -74,7 +74,8 @@ def write_sample(corpus: Corpus, documents: Ints, n_tokens: int, path: Path) -> 
         return
     content = rows(windows(corpus, documents, n_tokens))
     if not content:
-        raise UsageError("the data is too short to hold any text out", "pass more text, or `--val FILE`")
+        n_found = int(corpus.documents.lengths[documents].sum())
+        raise UsageError(f"the held-out text is too short: {n_found} tokens", "pass more text, or `--val FILE`")
     write_bytes(path, content)
 
 

@@ -291,7 +291,8 @@ def attend_capped(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, sc
         scores_BNTS = scores_BNTS.masked_fill(offsets(T, S, scores_BNTS.device) > 0, float("-inf"))
     summand = mask.summand(scores_BNTS.dtype)
     scores_BNTS = scores_BNTS if summand is None else scores_BNTS + summand
-    y_BNTH = scores_BNTS.softmax(-1, dtype=torch.float32).to(v_BNSH.dtype) @ v_BNSH
+    precise = torch.promote_types(scores_BNTS.dtype, torch.float32)
+    y_BNTH = scores_BNTS.softmax(-1, dtype=precise).to(v_BNSH.dtype) @ v_BNSH
     return y_BNTH.transpose(1, 2).flatten(2)
 
 

@@ -8,6 +8,7 @@ is the default one, without measurements.
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -182,6 +183,36 @@ def int8_both(layer: QuantWeight) -> Product:
     return product
 
 
+@cache
+def onednn_is_exact() -> bool:
+    """Tell whether oneDNN's products of 8-bit integers are exact.
+
+    Without VNNI it adds pairs of products in 16 bits, where large ones saturate.
+    """
+    codes_OI = torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(codes_OI, None)
+    one, none = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    for n_rows in (1, 40):
+        y_NO = torch.ops.onednn.qlinear_pointwise(
+            torch.full((n_rows, 64), 255, dtype=torch.uint8),
+            torch.ones(()),
+            torch.tensor(128),
+            packed,
+            one,
+            none,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        if not bool((y_NO == 64 * 127 * 127).all()):
+            return False
+    return True
+
+
 def int8_onednn(layer: QuantWeight) -> Product:
     """Return the same product with oneDNN, on a weight in its blocked layout."""
     codes_OI = signed_codes(layer)
@@ -283,7 +314,8 @@ PRODUCTS: Mapping[str, Kind] = {
     "int8_rows": Kind(int8_rows, is_int8),
     "int8_both": Kind(int8_both, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8),
     "int8_onednn": Kind(
-        int8_onednn, lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8
+        int8_onednn,
+        lambda scheme, n_out, n_in: is_int8(scheme, n_out, n_in) and scheme.activations == 8 and onednn_is_exact(),
     ),
     "int4_groups": Kind(int4_groups, is_int4),
 }

@@ -18,6 +18,7 @@ ROWS = {
     "span": {"question": "what", "context": "the cat", "answers": ["cat"]},
 }
 DONE = {
+    "quantize target": ("quantize", "M", "--target-bpw", "5", "--calib", "text.txt", "-o", "out", *SMALL),
     "inspect": ("inspect", "M"),
     "classify": ("classify", "-m", "M", "GIVEN"),
     "evaluate": ("evaluate", "M", "-d", "rows.jsonl"),
@@ -64,7 +65,6 @@ REFUSED = {
         *SMALL,
     ),
     "quantize loss": ("quantize", "M", "--set", "loss.name=fkl", "-o", "out", *BITS),
-    "quantize target": ("quantize", "M", "--target-bpw", "5", "--calib", "text.txt", "-o", "out", *SMALL),
     "gguf": ("export", "M", "--to", "gguf", "-o", "out.gguf"),
 }
 

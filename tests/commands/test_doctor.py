@@ -56,7 +56,8 @@ def test_a_machine_is_described(capsys, monkeypatch, tmp_path):
 def test_a_person_reads_the_same(capsys):
     assert run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
+    titles = [line for line in lines if not line.startswith(" ") and " is slower than float32 " not in line]
+    assert [line.split()[0] for line in titles] == [
         "llmctl",
         "packages",
         "optional",

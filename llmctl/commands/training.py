@@ -67,6 +67,9 @@ def train(
     from llmctl.recipe import given_values
 
     quiet, verbose = options.quiet, options.verbose
+    if resolved.config.parallel.deterministic:
+        # Without it MKL's float32 products depend on the alignment of their operands (seen on AVX2).
+        os.environ.setdefault("MKL_CBWR", "AUTO")
     # Importing torch takes over a second: show progress first.
     note("loading torch", quiet=quiet or is_guest(os.environ))
     from llmctl.jobs.begin import begin

@@ -67,7 +67,7 @@ def train(
     from llmctl.recipe import given_values
 
     quiet, verbose = options.quiet, options.verbose
-    if resolved.config.parallel.deterministic:
+    if resolved.config.parallel.deterministic or (run is not None and was_deterministic(run, command)):
         # Without it MKL's float32 products depend on the alignment of their operands (seen on AVX2).
         os.environ.setdefault("MKL_CBWR", "AUTO")
     # Importing torch takes over a second: show progress first.
@@ -98,3 +98,11 @@ def train(
         allowed=options.allow_change or (),
         started=options.called_at,
     )
+
+
+def was_deterministic(run: str, command: str) -> bool:
+    """Tell whether a run that is resumed is deterministic, by its recipe."""
+    from llmctl.runs.folder import resumable_run
+
+    recipe = resumable_run(run, command) / "recipe.yaml"
+    return recipe.is_file() and "deterministic: true" in recipe.read_text(encoding="utf-8")

@@ -144,7 +144,9 @@ class _LinearDivergence(torch.autograd.Function):
         N, V = hidden_ND.shape[0], weight_VD.shape[0]
         grads: list[Tensor | None] = [None, None, None]
         if task.needs:
-            grads[0], grads[1] = torch.empty_like(hidden_ND), torch.zeros_like(weight_VD, dtype=wide)
+            grads[0] = torch.empty_like(hidden_ND)
+            # A frozen head, as under an adapter, needs none: that saves a third of the products.
+            grads[1] = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
             grads[2] = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         sums = torch.zeros(4, dtype=torch.float64, device=hidden_ND.device)
         buffers = _Chunk(min(task.chunk_tokens, N), V, hidden_ND, wide)
@@ -156,7 +158,7 @@ class _LinearDivergence(torch.autograd.Function):
             sums += chunk_sums
             if slope_CV is not None:
                 error_CV *= slope_CV
-            if grads[0] is not None and grads[1] is not None:
+            if grads[0] is not None:
                 if grads[2] is not None:
                     grads[2] += error_CV.sum(dim=0)
                 add_gradients(error_CV, hidden_ND[rows], weight_VD, grads[0][rows], grads[1])

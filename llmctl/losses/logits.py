@@ -117,9 +117,9 @@ def is_native(dtype: torch.dtype) -> bool:
 
 
 def add_gradients(
-    error_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, grad_hidden_CD: Tensor, grad_weight_VD: Tensor
+    error_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, grad_hidden_CD: Tensor, grad_weight_VD: Tensor | None
 ) -> None:
-    """Write a chunk's gradient of the hidden states, and add its gradient of the weight (float32 or float64).
+    """Write a chunk's gradient of the hidden states, and add its gradient of the weight (float32 or float64), if wanted.
 
     error: the gradient of the logits.
     """
@@ -129,10 +129,13 @@ def add_gradients(
             columns = slice(start, start + UPCAST_COLUMNS)
             sums_CD.addmm_(error_CV[:, columns], weight_VD[columns].to(error_CV.dtype))
         grad_hidden_CD.copy_(sums_CD)
-        grad_weight_VD.addmm_(error_CV.T, hidden_CD.to(error_CV.dtype))
+        if grad_weight_VD is not None:
+            grad_weight_VD.addmm_(error_CV.T, hidden_CD.to(error_CV.dtype))
         return
     error_CV = error_CV.to(hidden_CD.dtype)
     torch.mm(error_CV, weight_VD, out=grad_hidden_CD)
+    if grad_weight_VD is None:
+        return
     if weight_VD.dtype == grad_weight_VD.dtype:
         grad_weight_VD.addmm_(error_CV.T, hidden_CD)
     else:

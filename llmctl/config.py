@@ -15,7 +15,8 @@ from llmctl.tables.losses import DIVERGENCES, OTHER_LOSSES
 from llmctl.tables.methods import LEARNED, METHODS
 from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tables.optimizers import OPTIMIZERS, SCHEDULES
-from llmctl.tables.tasks import measured_tasks, trained_tasks
+from llmctl.tables.preferences import PREFERENCES
+from llmctl.tables.tasks import measured_tasks, taught_tasks, trained_tasks
 
 Family = Literal["decoder", "encoder", "encoder_decoder"]
 Problem = Literal["single", "multi", "regression"]
@@ -421,6 +422,21 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class PreferenceConfig:
+    """The loss of `task: prefer`."""
+
+    loss: str = choice("dpo", "loss", PREFERENCES)
+    beta: float = setting(0.0, "strength of the preference against the reference; 0: 0.1, or 2 for simpo")
+    label_smoothing: float = setting(0.0, "probability that a preference is wrong (dpo, simpo)")
+    sft_weight: float = setting(
+        0.0, "weight of the cross-entropy of the chosen answer per token, added to the loss (dpo, ipo, simpo)"
+    )
+    gamma: float = setting(1.0, "margin between the mean log probabilities, times beta (simpo)")
+    desirable_weight: float = setting(1.0, "weight of desirable answers (kto)")
+    undesirable_weight: float = setting(1.0, "weight of undesirable answers (kto)")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(TaskConfig):
     """Settings of `llmctl finetune`."""
 
@@ -437,6 +453,7 @@ class FinetuneConfig(TaskConfig):
     )
     merge: bool = setting(False, "merge the adapter into the weights and write the full model")
     adapter: AdapterConfig = section(AdapterConfig, "adapter (lora, dora, qlora, qdora)")
+    preference: PreferenceConfig = section(PreferenceConfig, "loss on preferences (prefer)")
 
 
 @dataclass(frozen=True)
@@ -545,7 +562,7 @@ class BaselineConfig:
 class TaughtConfig(TaskConfig):
     """Settings shared by the commands that derive a model from another (distill, quantize)."""
 
-    task: str = choice("auto", "task; auto: the task the teacher was trained for", ("auto",), trained_tasks)
+    task: str = choice("auto", "task; auto: the task the teacher was trained for", ("auto",), taught_tasks)
     model: str = setting("", "teacher: a folder, a file or a run")
     loss: DistillLossConfig = section(DistillLossConfig, "loss between student and teacher")
     teacher: TeacherConfig = section(TeacherConfig, "teacher")

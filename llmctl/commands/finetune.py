@@ -20,6 +20,7 @@ SETTINGS = {
     "strict": "data.strict",
     "task": "task",
     "method": "method",
+    "loss": "preference.loss",
     "qat": "qat",
     "columns": "columns.names",
     "labels": "labels",
@@ -49,6 +50,7 @@ def finetune(
     method: Annotated[
         str | None, typer.Option(help="full, or an adapter: lora, dora; qlora, qdora on a 4-bit base.")
     ] = None,
+    loss: Annotated[str | None, typer.Option(help="prefer: dpo, ipo, orpo, simpo or kto.")] = None,
     val: Annotated[list[str] | None, typer.Option(help="Validation examples; default: a fraction of the data.")] = None,
     labels: Annotated[
         str | None, typer.Option(help="classify: comma-separated labels, or a file with one per line.")
@@ -74,6 +76,8 @@ def finetune(
       llmctl finetune latest chats.jsonl --task chat --show-example
 
       llmctl finetune encoder reviews.csv --task classify --method lora
+
+      llmctl finetune chat-model pairs.jsonl --task prefer --method lora
 
       llmctl finetune runs/0003 train.tsv --val dev.tsv --task translate -o translator
     """

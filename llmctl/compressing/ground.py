@@ -1,7 +1,5 @@
 """A model with one vocabulary, a small sample of the data encoded for it, and the cost of changed models on that sample."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from llmctl.model.transformer import LanguageModel
 from llmctl.preparing.corpus import CORPUS, keep_corpus, open_corpus
 from llmctl.quantizing.bit_allocation import divergence, outputs_of
 from llmctl.training.batch import to_device
-from llmctl.training.objectives import Objective
+from llmctl.training.objectives import Objective, evaluating
 from llmctl.training.task_data import TaskData, prepare_task
 
 ROWS = 8
@@ -164,17 +162,6 @@ class Ground:
 def narrow() -> Any:
     """Return the context in which models are run: bfloat16 where that is fast."""
     return torch.autocast("cpu", torch.bfloat16, enabled=is_native(torch.bfloat16))
-
-
-@contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Put a model into evaluation mode for a while."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def summed(objective: Objective, batches: Batches) -> tuple[float, float]:

@@ -85,7 +85,7 @@ def _read_row(row: Any, where: str, messages_key: str) -> Iterator[Conversation]
             raise UsageError(
                 f"{conversation.where} has no assistant message", "a conversation needs at least one answer"
             )
-        yield conversation._replace(tools=_tools(row, where))
+        yield conversation._replace(tools=tools_of(row, where))
 
 
 def _shape(row: Row, where: str) -> tuple[str, ...]:
@@ -94,27 +94,32 @@ def _shape(row: Row, where: str) -> tuple[str, ...]:
     if len(matching) == 1:
         return matching[0]
     if matching:
-        listed = " or ".join(_fields(fields) for fields in matching)
+        listed = " or ".join(field_names(fields) for fields in matching)
         raise UsageError(
             f"{where} matches more than one schema: {listed}",
             "remove the fields that are not meant, or name the one with the messages",
         )
+    hint = or_task(fitting_tasks(row)) + KNOWN_SHAPES
     partial = [fields for fields in SHAPES if fields[0] in row]
     if partial:
         missing = " or ".join(f"`{fields[1]}`" for fields in partial)
-        raise UsageError(f"{where} has `{partial[0][0]}` but no {missing}; it has {_fields(row)}", KNOWN_SHAPES)
+        raise UsageError(
+            f"{where} has `{partial[0][0]}` but no {missing}; it has {field_names(row)}",
+            or_task(fitting_tasks(row)) + KNOWN_SHAPES,
+        )
     hint = or_task(fitting_tasks(row)) + KNOWN_SHAPES
-    raise UsageError(f"{where} matches no known schema; it has {_fields(row) or 'no fields'}", hint)
+    raise UsageError(f"{where} matches no known schema; it has {field_names(row) or 'no fields'}", hint)
 
 
-def _fields(names: Any) -> str:
+def field_names(names: Any) -> str:
+    """Return the names of fields as an error message lists them."""
     return ", ".join(f"`{name}`" for name in names)
 
 
 def _require(row: Row, fields: Sequence[str], where: str) -> None:
     for field in fields:
         if field not in row:
-            raise UsageError(f"{where} has no field `{field}`; it has {_fields(row)}", "name another field")
+            raise UsageError(f"{where} has no field `{field}`; it has {field_names(row)}", "name another field")
 
 
 # --- schemas ---------------------------------------------------------------------------------------------------------
@@ -132,33 +137,35 @@ def _completion(row: Row, where: str) -> Iterator[Conversation]:
     messages: list[Message] = []
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         if isinstance(row[key], list):
-            messages += _message_list(row[key], key, where)
+            messages += message_list(row[key], key, where)
         else:
-            messages.append(Message(role, _text(row[key], f"`{key}`", where)))
-    yield Conversation(where, [*_system(row, where, messages), *messages])
+            messages.append(Message(role, text_of(row[key], f"`{key}`", where)))
+    yield Conversation(where, [*system_of(row, where, messages), *messages])
 
 
 def _alpaca(row: Row, where: str) -> Iterator[Conversation]:
-    answer = Message("assistant", _text(row["output"], "`output`", where))
-    yield Conversation(where, [*_system(row, where), *_history(row, where), _task(row, row, where), answer])
+    answer = Message("assistant", text_of(row["output"], "`output`", where))
+    yield Conversation(where, [*system_of(row, where), *history_of(row, where), task_of(row, row, where), answer])
 
 
 def _instances(row: Row, where: str) -> Iterator[Conversation]:
     instances = row["instances"]
     if not isinstance(instances, list) or not instances:
-        raise UsageError(f"{where}: `instances` is {_kind(instances)}, not a list of inputs and outputs", KNOWN_SHAPES)
+        raise UsageError(
+            f"{where}: `instances` is {kind_of(instances)}, not a list of inputs and outputs", KNOWN_SHAPES
+        )
     for number, instance in enumerate(instances, start=1):
         inner = f"{where} instance {number}"
         if not isinstance(instance, dict) or "output" not in instance:
             raise UsageError(f"{inner} has no `output`", "an instance is an object with `input` and `output`")
-        answer = Message("assistant", _text(instance["output"], "`output`", inner))
-        yield Conversation(inner, [*_system(row, inner), _task(row, instance, inner), answer])
+        answer = Message("assistant", text_of(instance["output"], "`output`", inner))
+        yield Conversation(inner, [*system_of(row, inner), task_of(row, instance, inner), answer])
 
 
 def _question(row: Row, where: str) -> Iterator[Conversation]:
-    question = Message("user", _text(row["question"], "`question`", where))
-    answer = Message("assistant", _text(row["answer"], "`answer`", where))
-    yield Conversation(where, [*_system(row, where), question, answer])
+    question = Message("user", text_of(row["question"], "`question`", where))
+    answer = Message("assistant", text_of(row["answer"], "`answer`", where))
+    yield Conversation(where, [*system_of(row, where), question, answer])
 
 
 SHAPES: Mapping[tuple[str, ...], Reader] = {
@@ -178,11 +185,11 @@ KNOWN_SHAPES = "known fields: " + "; ".join(" with ".join(f"`{name}`" for name i
 
 def _listed(row: Row, key: str, where: str) -> Conversation:
     """Read a list of messages from a field; in a csv or tsv file it is a JSON string."""
-    messages = _message_list(_parsed(row[key], key, where), key, where)
-    return Conversation(where, [*_system(row, where, messages), *messages])
+    messages = message_list(parsed(row[key], key, where), key, where)
+    return Conversation(where, [*system_of(row, where, messages), *messages])
 
 
-def _parsed(value: Any, key: str, where: str) -> Any:
+def parsed(value: Any, key: str, where: str) -> Any:
     """Return a value, or what it is the JSON text of."""
     if not isinstance(value, str):
         return value
@@ -192,18 +199,22 @@ def _parsed(value: Any, key: str, where: str) -> Any:
         raise UsageError(f"{where}: `{key}` is text but not a JSON list: {error}", "write it as a JSON list") from error
 
 
-def _tools(row: Row, where: str) -> tuple[Any, ...]:
+def tools_of(row: Row, where: str) -> tuple[Any, ...]:
     """Return the tools of a row: a list, or one as JSON text; none if there is no such field."""
-    tools = _parsed(row.get("tools") or [], "tools", where)
+    tools = parsed(row.get("tools") or [], "tools", where)
     if not isinstance(tools, list):
-        raise UsageError(f"{where}: `tools` is {_kind(tools)}, not a list", "list the tools, or remove the field")
+        raise UsageError(f"{where}: `tools` is {kind_of(tools)}, not a list", "list the tools, or remove the field")
     return tuple(map(_whole, tools))
 
 
-def _message_list(value: Any, key: str, where: str) -> list[Message]:
+def message_list(value: Any, key: str, where: str) -> list[Message]:
+    """Return the messages of a list; `where` and `key` name it in errors.
+
+    Raises: UsageError.
+    """
     if not isinstance(value, list):
         raise UsageError(
-            f"{where}: `{key}` is {_kind(value)}, not a list of messages", "a message has `role` and `content`"
+            f"{where}: `{key}` is {kind_of(value)}, not a list of messages", "a message has `role` and `content`"
         )
     if not value:
         raise UsageError(f"{where}: `{key}` is an empty list", "a conversation needs a question and an answer")
@@ -213,7 +224,7 @@ def _message_list(value: Any, key: str, where: str) -> list[Message]:
 def _message(item: Any, where: str) -> Message:
     """Read a message: `role` and `content`, or ShareGPT's `from` and `value`."""
     if not isinstance(item, dict):
-        raise UsageError(f"{where} is {_kind(item)}, not an object", "a message has `role` and `content`")
+        raise UsageError(f"{where} is {kind_of(item)}, not an object", "a message has `role` and `content`")
     # Some datasets have `from` in addition to `role`, with another meaning.
     role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     # A message that only calls tools has no text.
@@ -222,10 +233,10 @@ def _message(item: Any, where: str) -> Message:
     for key in (role_key, content_key):
         if key not in item:
             raise UsageError(
-                f"{where} has no `{key}`; it has {_fields(item) or 'no fields'}",
+                f"{where} has no `{key}`; it has {field_names(item) or 'no fields'}",
                 "a message has `role` and `content`, or `from` and `value`",
             )
-    content = _text(item[content_key], f"`{content_key}`", where)
+    content = text_of(item[content_key], f"`{content_key}`", where)
     # Tables fill the fields that other messages have with null.
     read = (role_key, content_key, "weight")
     more = tuple((key, _whole(value)) for key, value in item.items() if key not in read and value not in (None, [], {}))
@@ -247,9 +258,13 @@ def _role(value: Any, key: str, where: str) -> str:
     raise UsageError(f"{where} has the unknown {key} `{str(value)[:40]}`", f"use one of {known}")
 
 
-def _text(value: Any, field: str, where: str) -> str:
+def text_of(value: Any, field: str, where: str) -> str:
+    """Return a value that must be text.
+
+    Raises: UsageError.
+    """
     if not isinstance(value, str):
-        raise UsageError(f"{where}: {field} is {_kind(value)}, not text", "only text is supported")
+        raise UsageError(f"{where}: {field} is {kind_of(value)}, not text", "only text is supported")
     return tables.whole_characters(value)
 
 
@@ -262,36 +277,37 @@ def _whole(value: Any) -> Any:
     return list(map(_whole, value)) if isinstance(value, list) else value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return the type of a JSON value as an error message names it."""
     return "null" if value is None else type(value).__name__
 
 
-def _system(row: Row, where: str, messages: Sequence[Message] = ()) -> list[Message]:
+def system_of(row: Row, where: str, messages: Sequence[Message] = ()) -> list[Message]:
     """Return the system message of a field `system`, or none."""
     value = row.get("system")
     if value is None or value == "":
         return []
     if messages and messages[0].role == "system":
         raise UsageError(f"{where} has both a field `system` and a system message", "remove one of them")
-    return [Message("system", _text(value, "`system`", where))]
+    return [Message("system", text_of(value, "`system`", where))]
 
 
-def _history(row: Row, where: str) -> list[Message]:
+def history_of(row: Row, where: str) -> list[Message]:
     """Return an Alpaca row's earlier turns: LLaMA-Factory's list of [question, answer]."""
     turns = row.get("history") or []
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise UsageError(f"{where}: `history` is not a list of [question, answer]", "correct or remove it")
     pairs = [
-        (Message("user", _text(a, "`history`", where)), Message("assistant", _text(b, "`history`", where)))
+        (Message("user", text_of(a, "`history`", where)), Message("assistant", text_of(b, "`history`", where)))
         for a, b in turns
     ]
     return [message for pair in pairs for message in pair]
 
 
-def _task(row: Row, inputs: Row, where: str) -> Message:
+def task_of(row: Row, inputs: Row, where: str) -> Message:
     """Return an instruction as a user message, followed by its input, if any, after a blank line."""
-    instruction = _text(row["instruction"], "`instruction`", where)
+    instruction = text_of(row["instruction"], "`instruction`", where)
     task_input = inputs.get("input")
     if task_input is None or task_input == "":
         return Message("user", instruction)
-    return Message("user", f"{instruction}\n\n{_text(task_input, '`input`', where)}")
+    return Message("user", f"{instruction}\n\n{text_of(task_input, '`input`', where)}")

@@ -1,6 +1,7 @@
 """`llmctl finetune`: an existing model, examples of a task, and all weights or an adapter to train."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ from llmctl.quant.schemes import Scheme
 from llmctl.quantizing.fake_quant import learned_state, rounding
 from llmctl.quantizing.qlora_base import BASE, BITS, write_packed_base
 from llmctl.quantizing.settings import plan_of
+from llmctl.tables.preferences import PREFERENCES
+from llmctl.tables.tasks import TASKS
 from llmctl.training.finetune_settings import QUANTIZES, check, settle
 from llmctl.training.objectives import Classification, Objective, label_prediction
+from llmctl.training.preference_objective import PreferencePrediction, preference_loss
+from llmctl.training.preference_reference import read_reference, write_reference
 from llmctl.training.task_data import TaskData, check_task, labels_of_corpus, open_task_model, prepare_task
 
 
@@ -42,6 +47,12 @@ def finetune(session: Session, config: FinetuneConfig) -> None:
     data = TaskData.open(config, base, corpus, session.say)
     tuned = Tuned(config, data, session)
     model = tuned.model
+    if tuned.needs_reference:
+        # Under an adapter the reference is the model without it.
+        folder = session.folder / "data"
+        objective = tuned.preference_prediction()
+        session.lead(partial(write_reference, objective, data, folder, session.runtime, session.say))
+        data = replace(data, reference=read_reference(folder))
     part = Part(
         model=model,
         objective=tuned.objective,
@@ -136,6 +147,7 @@ class Tuned:
 
     def __init__(self, config: FinetuneConfig, data: TaskData, session: Session) -> None:
         self.config, self.data, self.corpus = config, data, data.corpus
+        self.is_chat = TASKS[config.task].is_chat
         self.model = data.base.model
         if config.task == "classify":
             labels = labels_of_corpus(self.corpus)
@@ -174,15 +186,32 @@ class Tuned:
         )
 
     def objective(self) -> Objective:
-        """Return classification, or label prediction."""
+        """Return classification, a loss on preferences, or label prediction."""
         if self.config.task == "classify":
             return Classification(self.model, self.config.train.label_smoothing)
+        if self.config.task == "prefer":
+            return self.preference_prediction()
         return label_prediction(self.model, self.corpus, self.config.train)
+
+    def preference_prediction(self) -> PreferencePrediction:
+        """Return the loss on preferences."""
+        options = self.config.preference
+        return PreferencePrediction(
+            self.model, preference_loss(options), options.sft_weight, self.config.train.loss_chunk_tokens
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log probabilities are needed of the model before training, which has no adapters to switch off."""
+        config = self.config
+        return (
+            config.task == "prefer" and config.method == "full" and PREFERENCES[config.preference.loss].needs_reference
+        )
 
     def files(self) -> dict[str, bytes]:
         """Return what lies next to the model: the base's files, and the template of the conversations."""
         files = self.data.files()
-        return files | chat_of(self.data.base).files() if self.config.task == "chat" else files
+        return files | chat_of(self.data.base).files() if self.is_chat else files
 
     def write(self, weights: Mapping[str, Tensor], folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the quantized model, the whole model, or the adapter."""
@@ -239,7 +268,7 @@ class Tuned:
         return (
             f"{summary['n_trained']:,} of {summary['n_parameters']:,} parameters trained, {summary['steps']:,} steps in "
             f"{summary['seconds']:.0f} s: {name} {before} -> {after} on held-out examples\n"
-            f"next: {usage(self.model.config, summary['model'], is_chat=self.config.task == 'chat')}"
+            f"next: {usage(self.model.config, summary['model'], is_chat=self.is_chat)}"
         )
 
 

@@ -7,6 +7,7 @@ paper's columns are the rows of torch's (out, in) weights. No files: see `format
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class LoRALinear(nn.Linear):
     """
 
     lora_magnitude: nn.Parameter | None
+    is_off = False
+    """Whether the layer is for a while what it was without its adapter."""
 
     def __init__(
         self,
@@ -110,6 +113,8 @@ class LoRALinear(nn.Linear):
         The row norms of W + s B A are treated as constants in the gradient, as in section 4.3 of the paper.
         """
         y = self.plain(x)
+        if self.is_off:
+            return y
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         # The scale goes to the low-rank activations, which are the smallest tensor.
         delta = F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B)
@@ -165,6 +170,19 @@ class PackedLoRALinear(LoRALinear):
 def adapted_kind(layer: nn.Module) -> type[LoRALinear]:
     """Return the adapter class for a plain or quantized layer."""
     return PackedLoRALinear if isinstance(layer, QuantLinear) else LoRALinear
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Switch the adapters of a model off for a while."""
+    layers = adapter_modules(model).values()
+    for layer in layers:
+        layer.is_off = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.is_off = False
 
 
 def adapter_modules(model: nn.Module) -> dict[str, LoRALinear]:

@@ -80,6 +80,7 @@ KINDS = {
     "cut": "{n} examples are longer than train.seq_len and are truncated",
     "dropped": "{n} examples are longer than train.seq_len and are dropped",
     "untrained": "{n} examples have no trained token and are dropped",
+    "equal": "{n} preferences have two equal answers and are dropped",
     "silent": "{n} conversations have an empty answer, which is not trained",
     "unseen": "{n} messages are left out by the chat template",
     "unread": "{n} fields of conversations are left out by the chat template",

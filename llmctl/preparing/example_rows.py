@@ -30,7 +30,7 @@ class ExampleRow:
 
     ids: model input; trained: which of them a decoder is trained on; target: target of an encoder-decoder; values:
     targets of a classification head; first_length: start of the second text of a pair; key, answer: examples with the
-    same key are duplicates if their answers are equal, else contradictions.
+    same key are duplicates if their answers are equal, else contradictions where there are no trained tokens.
     """
 
     where: str

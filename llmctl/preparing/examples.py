@@ -18,6 +18,7 @@ from llmctl.config import TaskConfig
 from llmctl.data.conversations import read_conversations
 from llmctl.data.examples import read_examples
 from llmctl.data.labels import Labels, labels_of, read_names
+from llmctl.data.preferences import read_preferences
 from llmctl.data.shard_writer import RowWriter
 from llmctl.data.templates import template_for
 from llmctl.errors import UsageError
@@ -33,6 +34,7 @@ from llmctl.preparing.example_rows import (
     prompt_rows,
     source_rows,
 )
+from llmctl.preparing.preference_rows import preference_rows
 
 MIN_EXAMPLES = 2
 """One to train on and one to hold out."""
@@ -107,6 +109,9 @@ def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths
         return encoder, lambda paths: conversation_rows(
             encoder, read_conversations(paths, messages_key=config.columns.messages)
         )
+    if task == "prefer":
+        encoder = Encoder(config, base, findings, chat=chat_of(base))
+        return encoder, lambda paths: preference_rows(encoder, read_preferences(paths))
     if task == "classify":
         labels = find_labels(config, base, all_paths)
         encoder = Encoder(config, base, findings, labels=labels)
@@ -187,7 +192,7 @@ class RowStore:
             others = seen.setdefault(key, {})
             if answer in others:
                 findings.note("duplicated", self.places[index])
-            elif others and self.values[index]:  # for text targets, several answers may be right
+            elif others and self.values[index] and not self.n_trained:  # for text targets, several answers may be right
                 findings.note("contradicted", self.places[index])
             if held and not all(others.values()):
                 findings.note("leaked", self.places[index])

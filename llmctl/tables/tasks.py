@@ -47,7 +47,8 @@ class Task:
     makes an example of a row. is_pairs: rows are source and target texts, which may also be tab-separated lines or two
     parallel files. evaluator: the function of evaluating/evaluate.py. metrics: of the evaluation, the main one first; metric:
     by which training chooses the best step. generated: metrics of generated texts. template, source_template: the prompt of
-    a decoder, the source of an encoder-decoder. stops: strings that end a decoder's answer.
+    a decoder, the source of an encoder-decoder. stops: strings that end a decoder's answer. taught_as: the task that
+    students and quantized models of a model trained on this one are trained on, if it is another.
     """
 
     summary: str
@@ -68,10 +69,24 @@ class Task:
     source: str = ""
     extracts: str = ""
     extractor: str = ""
+    taught_as: str = ""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a decoder learns to answer messages, by its chat template."""
+        return self.reads in ("conversations", "preferences")
 
 
 TASKS: dict[str, Task] = {
     "chat": Task("conversations, loss on the assistant's turns", trains=("decoder",), reads="conversations"),
+    "prefer": Task(
+        "preferences between answers (DPO and others)",
+        trains=("decoder",),
+        reads="preferences",
+        roles={"chosen": Role(()), "rejected": Role(())},
+        source="DPO, Rafailov et al. 2023, arXiv:2305.18290",
+        taught_as="chat",
+    ),
     "text": Task(
         "raw text as in pretraining",
         trains=EVERY,
@@ -201,8 +216,13 @@ TASKS: dict[str, Task] = {
 
 
 def trained_tasks() -> tuple[str, ...]:
-    """Return the tasks of `finetune`, `distill` and `quantize`."""
+    """Return the tasks of `finetune`."""
     return tuple(name for name, task in TASKS.items() if task.trains)
+
+
+def taught_tasks() -> tuple[str, ...]:
+    """Return the tasks of `distill`, `quantize` and `compress`."""
+    return tuple(name for name in trained_tasks() if not TASKS[name].taught_as)
 
 
 def measured_tasks() -> tuple[str, ...]:

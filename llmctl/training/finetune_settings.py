@@ -1,11 +1,12 @@
 """What a fine-tuning run is, before anything is built: settings that the model decides, and those that contradict."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 from llmctl.artifacts.find import refuse_token_head
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import FinetuneConfig
+from llmctl.config import FinetuneConfig, PreferenceConfig
 from llmctl.errors import UsageError
 from llmctl.model.parameters import count
 from llmctl.training.settings import check_shared, lr_for_size
@@ -13,6 +14,8 @@ from llmctl.training.settings import check_shared, lr_for_size
 FULL_LR, ADAPTER_FACTOR, REFERENCE_PARAMETERS = 5e-5, 10.0, 110e6
 SMALLEST_LR, LARGEST_LR, LARGEST_ADAPTER_LR = 1e-5, 1e-3, 2e-3
 DEFAULT_EPOCHS = 3.0
+PREFERENCE_FACTOR = 0.1
+"""Preferences are learned from differences: at the rates of examples, models drift away from all answers."""
 
 QUANTIZES = ("qlora", "qdora")
 """Methods that quantize the base to four bits first, unless it is quantized."""
@@ -38,7 +41,12 @@ def settle(config: FinetuneConfig) -> FinetuneConfig:
     train = replace(train, seq_len=min(train.seq_len, shape.max_positions))
     if not optim.lr:
         factor, high = (1.0, LARGEST_LR) if config.method == "full" else (ADAPTER_FACTOR, LARGEST_ADAPTER_LR)
-        optim = replace(optim, lr=lr_for_size(count(shape), factor * FULL_LR, REFERENCE_PARAMETERS, SMALLEST_LR, high))
+        if config.task == "prefer":
+            factor *= PREFERENCE_FACTOR
+        optim = replace(
+            optim,
+            lr=lr_for_size(count(shape), factor * FULL_LR, REFERENCE_PARAMETERS, min(1.0, factor) * SMALLEST_LR, high),
+        )
     return replace(config, train=train, optim=optim)
 
 
@@ -50,7 +58,28 @@ def check(config: FinetuneConfig) -> None:
     check_shared(config)
     if not config.data.paths:
         raise UsageError("no data to fine-tune on", "llmctl finetune MODEL DATA --task TASK")
+    if config.task == "prefer":
+        check_preference(config.preference)
     if config.task != "classify" and config.labels:
         raise UsageError(f"`labels` are for `--task classify`, the task is `{config.task}`", "omit them")
     if config.qat and config.method != "full":
         raise UsageError(f"`--qat` trains all weights, not `--method {config.method}`", "use one of the two")
+
+
+def check_preference(config: PreferenceConfig) -> None:
+    """Refuse impossible parameters of a loss on preferences.
+
+    Raises: UsageError naming key and value.
+    """
+    for name, low, high in (
+        ("beta", 0.0, math.inf),
+        ("label_smoothing", 0.0, 0.5),
+        ("sft_weight", 0.0, math.inf),
+        ("gamma", 0.0, math.inf),
+        ("desirable_weight", 0.0, math.inf),
+        ("undesirable_weight", 0.0, math.inf),
+    ):
+        value = getattr(config, name)
+        if not low <= value < high:
+            below = f" and below {high:g}" if high < math.inf else ""
+            raise UsageError(f"`preference.{name}` is {value:g}", f"it must be at least {low:g}{below}")

@@ -3,7 +3,8 @@
 Next-token, masked-token, span and pair prediction are one objective: they differ only in the labels of a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -166,3 +167,14 @@ def token_bytes_of(corpus: Corpus, config: ModelConfig) -> Tensor:
     known = corpus.tokenizer.for_output(config.family).token_bytes()
     token_bytes[: len(known)] = known
     return torch.from_numpy(token_bytes)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -25,7 +25,7 @@ def choose_task(config: TaskConfig, artifact: Artifact) -> str:
     if artifact.config.n_labels:
         return "classify" if artifact.config.head == "text" else "text"
     if made_for in trained_tasks():
-        return str(made_for)
+        return TASKS[made_for].taught_as or str(made_for)
     if artifact.config.family == "encoder_decoder" and made_for not in OBJECTIVES:
         return seen_task(config.data.paths) or "text"
     return "text"

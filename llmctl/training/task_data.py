@@ -9,15 +9,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.artifacts.find import a_model, kind_of
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, without_weights
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.config import ModelChoice, ModelConfig, PretrainConfig, TaskConfig
-from llmctl.data.batches import AnswerBatches, ClassBatches, Ids, PairBatches
+from llmctl.config import FinetuneConfig, ModelChoice, ModelConfig, PretrainConfig, TaskConfig
+from llmctl.data.batches import AnswerBatches, ClassBatches, Ids, Ints, PairBatches
 from llmctl.data.labels import Labels
+from llmctl.data.preference_batches import SLOTS, PreferenceBatches
 from llmctl.data.stream import ExampleRows, PackedExamples, PairRows
 from llmctl.distributed.runtime import Runtime
 from llmctl.errors import UsageError
@@ -30,6 +33,7 @@ from llmctl.preparing.examples import chat_of, prepare_examples
 from llmctl.preparing.show_example import show_example as example_lines
 from llmctl.runs.progress import Say
 from llmctl.tables.objectives import OBJECTIVES, TEXT_OBJECTIVES
+from llmctl.tables.preferences import PREFERENCES
 from llmctl.tables.tasks import TASKS
 from llmctl.training.batch import BatchSource, to_device
 from llmctl.training.batches import make_batches, rows_of
@@ -162,6 +166,8 @@ class TaskData:
     base: Loaded
     corpus: Corpus
     metric: str
+    reference: NDArray[np.float64] | None = None
+    """prefer: the log probabilities of all answers before training, where the model has no adapters to switch off."""
 
     @classmethod
     def open(cls, config: TaskConfig, base: Loaded, corpus: Corpus, say: Say) -> "TaskData":
@@ -184,6 +190,8 @@ class TaskData:
         if self.text is not None:
             return rows_of(self.text, model)
         train = self.config.train
+        if self.config.task == "prefer":  # both answers of a preference
+            return Rows(train.batch_size, SLOTS * train.seq_len, 0, packed=True)
         is_pair = model.family == "encoder_decoder"
         return Rows(train.batch_size, train.seq_len, train.seq_len if is_pair else 0, packed=True)
 
@@ -196,13 +204,7 @@ class TaskData:
             return make_batches(self.text, self.corpus, model, shuffle=shuffle, fixed=fixed)
         config, corpus, train = self.config, self.corpus, self.config.train
         selection = corpus.train if shuffle else corpus.held_out
-        ids = Ids(
-            pad=max(model.pad_id, 0),
-            eos=max(model.eos_id, 0),
-            decoder_start=max(model.decoder_start_id, 0),
-            special=corpus.tokenizer.token_bytes() == 0,
-            source_end=self.base.frame.after,
-        )
+        ids = self.ids(model)
         options: dict[str, Any] = {"seed": train.seed, "shuffle": shuffle}
         lengths = corpus.documents.lengths
         # A pair's first length places token types; models without them need none.
@@ -211,6 +213,8 @@ class TaskData:
             order = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
             return ClassBatches(corpus.documents, corpus.arrays["values"], first_lengths, order, ids)
         assert corpus.targets is not None
+        if config.task == "prefer":
+            return self.preferences(model, selection, shuffle=shuffle)
         if model.family == "encoder_decoder":
             pairs = PairRows(corpus.documents, corpus.targets, selection, batch_size=train.batch_size, **options)
             return PairBatches(pairs, ids, train.seq_len)
@@ -222,6 +226,44 @@ class TaskData:
         else:
             rows = ExampleRows(lengths, selection, batch_size=train.batch_size, **options)
         return AnswerBatches(corpus.documents, corpus.targets, rows, ids, train.seq_len)
+
+    @property
+    def parts(self) -> tuple[Ints, Ints]:
+        """The indexes of the training and of the held-out examples."""
+        return self.corpus.train, self.corpus.held_out
+
+    def preferences(self, model: ModelConfig, selection: Ints, *, shuffle: bool) -> PreferenceBatches:
+        """Return batches of preferences; the answers of one are in the same row."""
+        config, corpus = self.config, self.corpus
+        assert isinstance(config, FinetuneConfig)
+        assert corpus.targets is not None
+        row, lengths, train = PREFERENCES[config.preference.loss], corpus.documents.lengths, config.train
+        order = ExampleRows(lengths, selection, batch_size=train.batch_size, seed=train.seed, shuffle=shuffle)
+        mismatched = None
+        if not row.is_paired:
+            mismatched = np.zeros(len(lengths), dtype=np.int64)
+            mismatched[selection] = np.roll(selection, -1)
+        return PreferenceBatches(
+            corpus.documents,
+            corpus.targets,
+            corpus.arrays["first_lengths"],
+            corpus.arrays["values"][:, 0] == 1,
+            order,
+            self.ids(model),
+            counts_answers=not row.is_paired,
+            mismatched=mismatched,
+            reference=self.reference,
+        )
+
+    def ids(self, model: ModelConfig) -> Ids:
+        """Return the special ids that batches are built with."""
+        return Ids(
+            pad=max(model.pad_id, 0),
+            eos=max(model.eos_id, 0),
+            decoder_start=max(model.decoder_start_id, 0),
+            special=self.corpus.tokenizer.token_bytes() == 0,
+            source_end=self.base.frame.after,
+        )
 
     def some_batches(self, model: ModelConfig, n_rows: int) -> list[dict[str, Tensor]]:
         """Return training batches of `n_rows` rows in all, on the CPU: to rank or calibrate the parts of a model on."""
@@ -244,7 +286,7 @@ class TaskData:
     def files(self) -> dict[str, bytes]:
         """Return what has to lie next to a model trained on this: the base's files with the corpus's tokenizer."""
         files = {**self.base.artifact.files, **self.corpus.tokenizer.files()}
-        if self.config.task != "chat":
+        if not TASKS[self.config.task].is_chat:
             return files
         # Answers are trained to end with the template's end of turn, which other programs know only from these files.
         return with_end_ids(self.base.model.config, files, sorted(end_of_turn_ids(chat_of(self.base))))

@@ -1,6 +1,7 @@
 """Fine-tuning end to end: every task, family and method learns, repeats, resumes, and is used as it was trained."""
 
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -24,6 +25,7 @@ from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.progress import Silent
 from llmctl.runs.removal import not_written
+from llmctl.tables.preferences import PREFERENCES
 from llmctl.training.batch import to_device
 from llmctl.training.finetune_settings import settle
 from llmctl.training.objectives import LabelPrediction
@@ -71,6 +73,16 @@ def chats(n: int = 60) -> Path:
     return write_rows("chats.jsonl", rows)
 
 
+def preferences(n: int = 60, *, single: bool = False) -> Path:
+    pairs = [{"prompt": f"what is {i}?", "chosen": f"number {i}", "rejected": f"bad 猫 {i % 7}"} for i in range(n)]
+    answers = [
+        {"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"}
+        for row in pairs
+        for kind in ("chosen", "rejected")
+    ]
+    return write_rows("preferences.jsonl", answers if single else pairs)
+
+
 def config_of(model: Path, data: Path, task: str, *settings: str) -> FinetuneConfig:
     given = [*SMALL, f"model={model}", f"data.paths=[{data}]", f"task={task}", *settings]
     return settle(load(FinetuneConfig, settings=given, environment={}).config)
@@ -111,6 +123,43 @@ def test_labels_are_learned_and_the_head_survives(models, family, method):
     if method != "full":
         assert trained.summary["n_trained"] < 0.5 * trained.summary["n_parameters"]
         assert not (trained.path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "method"),
+    [("dpo", "full"), ("dpo", "qlora"), ("ipo", "lora"), ("orpo", "full"), ("simpo", "lora"), ("kto", "full")],
+)
+def test_preferences_are_learned(models, loss, method):
+    trained = run(models["decoder"], preferences(), "prefer", f"preference.loss={loss}", f"method={method}")
+    before, after = trained.summary["before"], trained.summary["after"]
+    assert after["loss"] < before["loss"]
+    assert after["accuracy"] > 0.9
+    if PREFERENCES[loss].needs_reference:  # equal to the reference, and nobody's favorite
+        assert (before["margin"], before["accuracy"]) == (0.0, 0.0)
+        assert before["loss"] == pytest.approx({"dpo": math.log(2), "ipo": 25.0, "kto": 0.5}[loss])
+    assert after["margin"] > before["margin"]
+
+
+def test_single_answers_are_learned_and_need_a_loss_for_them(models):
+    with pytest.raises(UsageError, match=r"line 1 has one answer, but `preference.loss` is dpo"):
+        run(models["decoder"], preferences(single=True), "prefer")
+    trained = run(models["decoder"], preferences(single=True), "prefer", "preference.loss=kto", "method=lora")
+    before, after = trained.summary["before"], trained.summary["after"]
+    assert "accuracy" not in after
+    assert (before["loss"], before["margin"]) == (0.5, 0.0)
+    assert after["loss"] < 0.5
+    assert after["margin"] > 0
+
+
+def test_a_measured_reference_is_that_of_an_adapter_switched_off(models):
+    settings = ("optim.lr=0", "train.steps=1", "optim.name=adamw", "optim.weight_decay=0")
+    figures = [
+        run(models["decoder"], preferences(), "prefer", "preference.loss=kto", f"method={method}", *settings).summary[
+            "before"
+        ]
+        for method in ("full", "lora")
+    ]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize(("family", "method"), [("decoder", "dora"), ("bert", "lora"), ("encoder_decoder", "lora")])
@@ -198,10 +247,15 @@ def interrupt(monkeypatch, *job) -> None:
 
 @pytest.mark.parametrize(
     ("family", "task", "method"),
-    [("bert", "classify", "lora"), ("decoder", "chat", "full"), ("encoder_decoder", "qa", "dora")],
+    [
+        ("bert", "classify", "lora"),
+        ("decoder", "chat", "full"),
+        ("decoder", "prefer", "full"),
+        ("encoder_decoder", "qa", "dora"),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(models, family, task, method, monkeypatch):
-    data = {"classify": classes, "chat": chats, "qa": questions}[task]()
+    data = {"classify": classes, "chat": chats, "prefer": preferences, "qa": questions}[task]()
     whole = run(models[family], data, task, f"method={method}", out=Path("whole"))
     interrupt(monkeypatch, models[family], data, task, f"method={method}")
     again = resume("finetune", str(find_run("latest")), quiet=True)
@@ -446,10 +500,11 @@ def test_a_metric_of_texts_chooses_the_best_step(models):
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "method"), [("bert", "classify", "lora"), ("encoder_decoder", "qa", "qlora")]
+    ("family", "task", "method"),
+    [("bert", "classify", "lora"), ("encoder_decoder", "qa", "qlora"), ("decoder", "prefer", "lora")],
 )
 def test_two_processes_give_the_adapter_of_one(models, here, family, task, method):
-    data = classes() if task == "classify" else questions()
+    data = {"classify": classes, "qa": questions, "prefer": preferences}[task]()
     flags = [part for setting in (*SMALL, f"method={method}", "train.threads=1") for part in ("--set", setting)]
     command = ["finetune", str(models[family]), str(data), "--task", task, "--deterministic", *flags]
     one = finish([*WARM, *command, "-o", "one", "--json"])

@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "tokenize": "Convert text to token ids and back; train tokenizers; encode corpora.",
     "import": "Convert a published model (Hugging Face folder, GGUF) to a model folder.",
     "export": "Export a model as a single file, a Hugging Face folder or GGUF.",
+    "merge": "Merge models that were trained from one model.",
     "inspect": "Show the metadata of a model without loading its weights.",
     "runs": "List, show, compare and remove training runs.",
     "use": "Set the default model.",

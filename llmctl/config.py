@@ -294,6 +294,9 @@ class TrainConfig:
     metric: str = setting(
         "", "validation metric that selects the best checkpoint, such as loss, accuracy, bleu; empty: the task's own"
     )
+    ema: float = setting(
+        0.0, "decay of a moving average of the weights, evaluated at the end and kept if it is better; 0: none"
+    )
     label_smoothing: float = setting(0.0, "probability mass spread evenly over all labels (arXiv:1512.00567)")
     freeze: tuple[str, ...] = listed(
         (), "parameters to freeze: embeddings, layers.0-3, or name patterns such as model.encoder.*"

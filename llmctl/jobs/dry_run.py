@@ -71,12 +71,13 @@ def dry_run(config: PretrainConfig, n_processes: int = 1) -> Estimate:
 
 
 def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
-    """Return how devices share the work, as arguments of `estimate.memory`."""
+    """Return how devices share the work, and what else is in memory, as arguments of `estimate.memory`."""
     parallel = config.parallel
     return {
         "sharded": n_processes == 1 or parallel.strategy == "fsdp",
         "n_chunks": parallel.gradient_chunks if parallel.deterministic else 0,
         "recompute": parallel.activation_checkpointing,
+        "averages": config.train.ema > 0,
     }
 
 

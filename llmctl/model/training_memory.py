@@ -185,18 +185,20 @@ def memory(
     sharded: bool = True,
     n_chunks: int = 0,
     recompute: bool = False,
+    averages: bool = False,
 ) -> Memory:
     """Return the memory of a step on one of `n_devices`; `sharded`: weights and optimizer state are split evenly (fsdp).
 
     These are float32; `optimizer` is a name in tables/optimizers.py. Activations are those of one micro-batch of the
     device's rows; with `recompute`, the inputs of all blocks and one block's activations. `n_chunks` is the number of
-    gradients summed in a tree (deterministic), of which log2 exist at a time.
+    gradients summed in a tree (deterministic), of which log2 exist at a time. averages: a moving average of the weights is kept.
     """
     config = complete(config)
     parameters = count_parameters(config)
     row = OPTIMIZERS[optimizer]
     n_own = parameters.matrices if row.matrices_only else parameters.total
     n_state = row.floats_per_weight * n_own + OPTIMIZERS["adamw"].floats_per_weight * (parameters.total - n_own)
+    n_state += parameters.total if averages else 0
     own_rows = -(-rows.batch_size // n_devices)
     n_rows = min(micro_batch_size or own_rows, own_rows)
     if n_chunks:

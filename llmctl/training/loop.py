@@ -16,10 +16,11 @@ from torch import nn
 
 from llmctl.distributed.sharding import whole_tensor
 from llmctl.machine import peak_memory_bytes
-from llmctl.metrics.figures import brief
+from llmctl.metrics.figures import brief, is_higher_better
 from llmctl.runs import checkpoint
 from llmctl.runs.journal import Journal
 from llmctl.training import optim
+from llmctl.training.averaging import AVERAGE, Average
 from llmctl.training.batch import Batch
 from llmctl.training.budget import Planner
 from llmctl.training.evaluation import Evaluation
@@ -79,11 +80,12 @@ class _Loop:
             self.runtime,
             self.journal,
         )
+        self.average = Average(holder.parameters(), self.config.ema) if self.config.ema else None
         self.saver = Saver(
             checkpoint.Store(training.folder / "checkpoints", self.runtime),
             holder,
             masters,
-            self.stepper.optimizers,
+            self.stepper.optimizers | ({AVERAGE: self.average} if self.average else {}),
             self.state,
             self.config,
             self.runtime,
@@ -168,6 +170,8 @@ class _Loop:
         norm = self.stepper.clip(self.t.optim.clip_norm)
         self.stepper.apply(loss, norm)
         state.step += 1
+        if self.average and not state.bad_steps:
+            self.average.note(state.step)
         state.labels += int(agreed.labels)
         state.tokens += int(agreed.positions)
         seconds = time.perf_counter() - begun + loading_seconds
@@ -248,6 +252,8 @@ class _Loop:
         if self.masters:
             self.masters.restore()
         after = self.evaluation.known_figures(kept) or self.evaluation.ends()
+        if self.average and self.average.is_begun:
+            after = self.better_average(after)
         if kept and self.evaluation.is_worse(after):
             name = self.t.metric
             change = f"{self.state.before[name]:.4g} -> {after[name]:.4g}"
@@ -265,3 +271,16 @@ class _Loop:
             self.t.progress.say(few)
         weights = {name: whole_tensor(tensor).detach() for name, tensor in own_tensors(self.saver.holder).items()}
         return Fitted(self.state.before, after, self.state, kept, weights)
+
+    def better_average(self, after: dict[str, float]) -> dict[str, float]:
+        """Keep the average of the weights if it is better by the metric than the weights; return the metrics of what is kept."""
+        assert self.average is not None
+        self.average.swap()
+        averaged = self.evaluation.ends()
+        name, sign = self.t.metric, 1 if is_higher_better(self.t.metric) else -1
+        is_better = sign * averaged[name] > sign * after[name]
+        if not is_better:
+            self.average.swap()
+        text = f"{'kept' if is_better else 'did not keep'} the average of the weights: {name} {averaged[name]:.4g}, "
+        self.journal.event("averaged", self.state.step, f"{text}of the weights themselves {after[name]:.4g}")
+        return averaged if is_better else after

@@ -13,6 +13,7 @@ from llmctl.distributed.sharding import own_rows
 from llmctl.errors import ArtifactError
 from llmctl.runs.checkpoint import Checkpoint
 from llmctl.tables.optimizers import OPTIMIZERS
+from llmctl.training.averaging import AVERAGE
 from llmctl.training.muon import Muon
 
 NOT_FOR_MUON = ("embed", "lm_head", "relative_bias", "classifier", "lora_")
@@ -187,7 +188,8 @@ def load_state(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], s
     for optimizer in optimizers.values():
         optimizer.state.clear()
     for (optimizer_name, parameter_name), state in states.items():
-        missing = sorted(OPTIMIZERS[optimizer_name].state - set(state))
+        needed = {AVERAGE} if optimizer_name == AVERAGE else OPTIMIZERS[optimizer_name].state
+        missing = sorted(needed - set(state))
         if missing:
             raise ArtifactError(
                 f"checkpoint `{saved.path}` has no `{optimizer_name}/{parameter_name}/{missing[0]}`",

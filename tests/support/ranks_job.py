@@ -32,7 +32,13 @@ SCENARIOS: dict[str, dict] = {
     "accumulate": {"micro_batch_size": 4},
     "deterministic": {"parallel": ParallelConfig(deterministic=True)},
     "deterministic-uneven": {"parallel": ParallelConfig(deterministic=True), "batch_size": 11},
-    "fsdp": {"dtype": "float64", "optim": ADAMW, "dropout": 0.0, "parallel": ParallelConfig(strategy="fsdp")},
+    "fsdp": {
+        "dtype": "float64",
+        "optim": ADAMW,
+        "dropout": 0.0,
+        "parallel": ParallelConfig(strategy="fsdp"),
+        "ema": 0.9,
+    },
     "fsdp-muon": {"dtype": "float64", "dropout": 0.0, "parallel": ParallelConfig(strategy="fsdp")},
     "fsdp-uneven": {
         "dtype": "float64",

@@ -133,20 +133,20 @@ class Stopping(Silent):
 
 
 @pytest.mark.parametrize("after_step", [1, 4, 7])
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, name: str):
+@pytest.mark.parametrize(("name", "ema"), [("adamw", 0.0), ("muon", 0.0), ("adamw", 0.9)])
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, name: str, ema: float):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     optim = OptimConfig(name=name)
-    straight = training(tmp_path / "a", optim=optim, log_every=1, micro_batch_size=4)
+    straight = training(tmp_path / "a", optim=optim, log_every=1, micro_batch_size=4, ema=ema)
     expected = fit(straight)
-    stopped = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4)
+    stopped = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4, ema=ema)
     stopped.progress = Stopping(after_step, signal.SIGTERM)
     with pytest.raises(InterruptedRunError) as caught:
         fit(stopped)
     assert caught.value.exit_code == 143
     assert "--resume" in caught.value.hint
-    resumed = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4)
+    resumed = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4, ema=ema)
     saved, _ = checkpoint.Store(tmp_path / "b" / "checkpoints").load_newest()
     assert saved.state["step"] == after_step
     got = fit(resumed, saved)
@@ -155,9 +155,58 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, nam
 
     def course(folder: Path) -> list[tuple[int, str, float]]:
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return sorted((line["step"], line["kind"], line["loss"]) for line in lines)
+        return sorted((line["step"], line["kind"], line.get("loss", 0.0)) for line in lines)
 
     assert course(tmp_path / "a") == course(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("lr", "is_kept"), [(0.1, True), (1e-4, False)])
+def test_an_average_is_kept_only_if_it_is_better(tmp_path, lr: float, is_kept: bool):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    # A high constant rate moves the weights around a minimum, a low one straight towards it.
+    settings = {
+        "optim": OptimConfig(name="adamw", lr=lr, schedule="constant"),
+        "steps": 40,
+        "eval_every": 40,
+        "dropout": 0.0,
+    }
+    plain, averaged = training(tmp_path / "a", **settings), training(tmp_path / "b", **settings, ema=0.9)
+    without, with_average = fit(plain), fit(averaged)
+    (told,) = [event for event in events(tmp_path / "b") if event["event"] == "averaged"]
+    assert told["text"].startswith("kept the average" if is_kept else "did not keep the average")
+    if is_kept:
+        assert with_average.after["loss"] < without.after["loss"]
+        assert averaged_loss(averaged) == pytest.approx(with_average.after["loss"], rel=1e-6)
+    else:
+        assert with_average.after == without.after
+        assert_same(weights(plain), weights(averaged))
+
+
+def averaged_loss(job: Training) -> float:
+    """Return the held-out loss of the weights that a run has left."""
+    from llmctl.training.loop import _Loop
+
+    return _Loop(job, job.runtime.prepare(job.objective), None).evaluation.measure(None)["loss"]
+
+
+def test_the_average_is_that_of_its_definition():
+    from llmctl.training.averaging import AVERAGE, Average
+
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    average = Average([weight, frozen], 0.6)
+    expected = 0.0
+    for step in range(1, 9):
+        with torch.no_grad():
+            weight.fill_(float(step))
+        average.note(step)
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = float(step) if step == 1 else decay * expected + (1 - decay) * step
+    assert average.state[weight][AVERAGE].item() == pytest.approx(expected, rel=1e-12)
+    average.swap()
+    assert (weight.item(), average.state[weight][AVERAGE].item()) == (pytest.approx(expected), 8.0)
+    assert frozen not in average.state
 
 
 def test_evaluation_is_the_same_in_any_batch_size(tmp_path):

@@ -13,11 +13,11 @@ app = command_app()
 
 @app.command()
 def merge(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models: folders, files, runs or adapters.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models: folders, files, runs or adapters.")],
     *,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder, or X.safetensors for a single file.")],
     weights: Annotated[str | None, typer.Option(help="One weight per model: 0.7,0.3; default: equal.")] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(MERGES)}.")] = "linear",
+    method: Annotated[str, typer.Option(metavar="NAME", help=f"Method: {', '.join(MERGES)}.")] = "linear",
     base: Annotated[str | None, typer.Option(help="ties: the model that the others were trained from.")] = None,
     density: Annotated[float, typer.Option(help="ties: the share of each model's changes that is kept.")] = 0.2,
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace an existing output.")] = False,

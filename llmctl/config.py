@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from llmctl.quant.schemes import SCHEMES, weight_schemes
 from llmctl.tables.backends import BACKENDS
-from llmctl.tables.losses import DIVERGENCES, OTHER_LOSSES
+from llmctl.tables.losses import ACROSS, DIVERGENCES, OTHER_LOSSES
 from llmctl.tables.methods import LEARNED, METHODS
 from llmctl.tables.objectives import OBJECTIVES
 from llmctl.tables.optimizers import OPTIMIZERS, SCHEDULES
@@ -469,6 +469,10 @@ class StudentConfig:
     init: Literal["auto", "prune", "random"] = setting(
         "auto", "prune: from the pruned teacher; random: random weights; auto: prune"
     )
+    tokenizer: str = setting(
+        "",
+        "tokenizer of a new student: a file, a folder, or a model; empty: the teacher's (with prune: its rows are combined)",
+    )
     pick: Literal["auto", "greedy", "influence", "uniform"] = setting(
         "auto", "layers to keep: greedy (by measured loss), influence (by block influence), or uniform (evenly spaced)"
     )
@@ -490,6 +494,12 @@ class DistillLossConfig:
         ("auto",),
         DIVERGENCES,
         OTHER_LOSSES,
+    )
+    across: str = choice(
+        "project",
+        "loss from a teacher with another tokenizer: project (loss.name over the student's tokens), alm (likelihoods of "
+        "chunks), or uld (sorted probabilities)",
+        ACROSS,
     )
     temperature: float = setting(0.0, "temperature of student and teacher; 0: 1, or 2 for mlm and labels")
     weight: float = setting(1.0, "weight of the divergence; the rest is cross-entropy on the data")

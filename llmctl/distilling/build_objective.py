@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from llmctl.config import TaughtConfig
+from llmctl.distilling.across_tokenizers import AcrossTokenizers
 from llmctl.distilling.label_objective import LabelDistillation
 from llmctl.distilling.matching import Matching, StateDistillation
 from llmctl.distilling.objectives import Distillation
@@ -53,11 +54,21 @@ def build_objective(
         return StateDistillation(model, teachers.computing, matching_of(config, data, channels))
     if is_plain:
         return label_prediction(model, data.corpus, train)
+    token_bytes, tokenizer = token_bytes_of(data.corpus, model.config), teachers.tokenizer
+    if tokenizer is not None and tokenizer.sha256 != data.corpus.tokenizer.sha256:
+        return AcrossTokenizers(
+            model,
+            teachers.computing,
+            loss,
+            token_bytes,
+            (data.corpus.tokenizer, tokenizer),
+            chunk_tokens=train.loss_chunk_tokens,
+        )
     return Distillation(
         model,
         teachers.computing,
         loss,
-        token_bytes_of(data.corpus, model.config),
+        token_bytes,
         matching=matching_of(config, data, channels),
         chunk_tokens=train.loss_chunk_tokens,
         vocab_size=shared_vocabulary(model, teachers),

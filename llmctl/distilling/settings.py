@@ -4,10 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmctl.artifacts.find import a_model, find_named, needs_data, refuse_data, refuse_token_head
-from llmctl.artifacts.load import is_bare
+from llmctl.artifacts.load import fitting_tokenizer, is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig, TaughtConfig
 from llmctl.distilling.student_shape import parse_student
+from llmctl.distilling.student_tokenizer import own_tokenizer, with_tokenizer
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.transformers_backend import TransformersArtifact
@@ -46,6 +47,22 @@ def student_model(config: DistillConfig) -> Path | None:
     return path
 
 
+def has_own_tokenizer(config: DistillConfig) -> bool:
+    """Tell whether the student's tokenizer is not the teacher's."""
+    student = student_model(config)
+    own = own_tokenizer(config) if student is None else fitting_tokenizer(read_model(student))
+    if student is None and own is None:
+        return False
+    other = fitting_tokenizer(read_teacher(config))
+    return (None if own is None else own.sha256) != (None if other is None else other.sha256)
+
+
+def base_shape(config: DistillConfig) -> ModelConfig:
+    """Return the shape that a new student is made from: the teacher's, with the student's vocabulary."""
+    artifact, tokenizer = read_teacher(config), own_tokenizer(config)
+    return artifact.config if tokenizer is None else with_tokenizer(artifact, tokenizer).model.config
+
+
 def student_shape(config: DistillConfig) -> ModelConfig:
     """Return the shape of the student: that of an existing model, or one derived from the teacher's."""
     existing = student_model(config)
@@ -58,7 +75,7 @@ def student_shape(config: DistillConfig) -> ModelConfig:
             "through transformers",
             "sizes, such as --student layers=6,dim=512,heads=8,ffn=1408, for a new model, or --student MODEL",
         )
-    return parse_student(config.student.shape, artifact.config)
+    return parse_student(config.student.shape, base_shape(config))
 
 
 def settle(config: DistillConfig) -> DistillConfig:
@@ -95,7 +112,8 @@ def settle(config: DistillConfig) -> DistillConfig:
         name = "none" if is_bare(artifact) else "fkl"
     match = loss.match
     if match == "auto":
-        has_states = teacher.family == "encoder" and not (teacher.n_labels or config.teacher.cache or is_foreign)
+        is_other = is_foreign or has_own_tokenizer(config)
+        has_states = teacher.family == "encoder" and not (teacher.n_labels or config.teacher.cache or is_other)
         match = "relation" if has_states and name != "seq" else "none"
         if name == "none":
             match = "hidden"
@@ -168,6 +186,10 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
             is_foreign and config.teacher.dtype == "int8",
             f"`teacher.dtype` int8 needs a teacher that llmctl runs, `{config.model}` is run by transformers",
         ),
+        (
+            bool(config.student.tokenizer) and student_model(config) is not None,
+            f"`student.tokenizer` is for a new student, `{config.student.shape}` has its own",
+        ),
         (config.stages < 0, f"`stages` is {config.stages}, it is negative"),
         (
             config.student.calibration_rows < 1,
@@ -230,7 +252,33 @@ def check_distill(config: DistillConfig, shape: ModelConfig) -> None:
             f"`baseline.lr_factors` are {config.baseline.lr_factors}, they must be positive",
         ),
     )
+    if loss.name != "seq" and has_own_tokenizer(config):
+        check_across(config, teacher)
     if not config.data.paths and config.task != "text":
         raise needs_data(Path(config.model), artifact.config, config.task)
     for name in config.teacher.more:
         find_named(name, "any")
+
+
+def check_across(config: DistillConfig, teacher: ModelConfig) -> None:
+    """Refuse what a teacher with another tokenizer than the student's cannot do.
+
+    Raises: UsageError listing all of it.
+    """
+    loss = config.loss
+    checks = [
+        (teacher.family == "encoder", "the masks and states of an encoder are those of its own tokens"),
+        (bool(teacher.n_labels), "labels are learned from a teacher with the student's tokenizer only"),
+        (loss.match not in ("none", "auto"), f"`loss.match` {loss.match} needs the same tokens"),
+        (loss.on_policy > 0, "`loss.on_policy` needs the same tokens"),
+        (bool(config.teacher.cache), "`teacher.cache` has predictions of the teacher's tokens"),
+        (
+            loss.across != "project" and loss.name not in ("auto", "fkl"),
+            f"`loss.across` {loss.across} has its own divergence, `loss.name` is {loss.name}",
+        ),
+    ]
+    if problems := [sentence for wrong, sentence in checks if wrong]:
+        raise UsageError(
+            f"`{config.model}` and `{config.student.shape}` have different tokenizers: " + "; ".join(problems),
+            "use models with one tokenizer, or train on texts generated by the teacher: --loss seq",
+        )

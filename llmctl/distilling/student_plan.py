@@ -18,8 +18,9 @@ from llmctl.config import DistillConfig, ModelConfig
 from llmctl.distilling.baselines import SCRATCH, baseline_config, baseline_names, row_costs
 from llmctl.distilling.build_objective import build_objective
 from llmctl.distilling.cut_student import MeanLoss, cut_student
-from llmctl.distilling.settings import student_model, student_shape
+from llmctl.distilling.settings import base_shape, student_model, student_shape
 from llmctl.distilling.student_shape import shape_between
+from llmctl.distilling.student_tokenizer import own_tokenizer, transplanted
 from llmctl.distilling.teacher import Teachers
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
@@ -129,7 +130,10 @@ class StudentPlan:
         """Return what a part is pruned from: the teacher, or the student of the stage before."""
         previous = self.previous(name)
         if previous is None:
-            return self.teachers.original().model
+            teacher, own = self.teachers.original(), own_tokenizer(self.config)
+            if own is None or teacher.tokenizer is None or own.sha256 == teacher.tokenizer.sha256:
+                return teacher.model
+            return transplanted(teacher.model, teacher.tokenizer, own, base_shape(self.config))
         return load_model(self.folder / previous, device="cpu", dtype="float32").model
 
     def channels_of(self, name: str | None) -> Sequence[int] | None:
@@ -144,7 +148,7 @@ class StudentPlan:
         if name not in self.stages:
             return self.shape
         share = int(name.removeprefix(STAGE)) / self.config.stages
-        return shape_between(self.teachers.artifact.config, self.shape, share)
+        return shape_between(base_shape(self.config), self.shape, share)
 
     def mean_loss(self, source_channels: Sequence[int] | None) -> MeanLoss:
         """Return what measures a model on the calibration rows: the data's loss, or the distance of hidden states.

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from llmctl.artifacts.load import Loaded
-from llmctl.artifacts.with_adapters import identity_of, read_model
+from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import TaughtConfig
 from llmctl.distilling.settings import read_teacher
-from llmctl.distilling.teacher import Teachers, check_same_words
+from llmctl.distilling.teacher import Teachers
 from llmctl.distilling.teacher_texts import write_texts
 from llmctl.errors import ArtifactError
 from llmctl.formats.transformers_backend import TransformersArtifact
@@ -15,15 +15,8 @@ from llmctl.runs.progress import Say
 from llmctl.training.task_data import prepare_task
 
 
-def prepare_taught(
-    config: TaughtConfig, base: Loaded, teachers: Teachers, folder: Path, say: Say, *, student: Path | None = None
-) -> Corpus:
-    """Read, split and encode the data; with `loss.name` seq, the teacher generates its training part.
-
-    student: an existing model that learns, which must have the teacher's tokenizer unless it learns from texts.
-    """
-    if student is not None and config.loss.name != "seq":
-        check_same_words(teachers.artifact, read_model(student))
+def prepare_taught(config: TaughtConfig, base: Loaded, teachers: Teachers, folder: Path, say: Say) -> Corpus:
+    """Read, split and encode the data for `base`; with `loss.name` seq, the teacher generates its training part."""
     if isinstance(teachers.artifact, TransformersArtifact):
         say(f"teacher: {teachers.artifact.architecture}, run by transformers")
     if not config.data.paths:

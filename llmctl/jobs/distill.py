@@ -13,8 +13,9 @@ from llmctl.distilling import teacher_data
 from llmctl.distilling.build_objective import build_objective, cached_objective
 from llmctl.distilling.measure_models import measure_models
 from llmctl.distilling.report import make_report, render
-from llmctl.distilling.settings import check_distill, settle, student_model, student_shape
+from llmctl.distilling.settings import check_distill, has_own_tokenizer, settle, student_model, student_shape
 from llmctl.distilling.student_plan import Student, StudentPlan
+from llmctl.distilling.student_tokenizer import own_tokenizer, with_tokenizer
 from llmctl.distilling.teacher import Teachers, tokenizer_sha256
 from llmctl.distilling.teacher_cache import CachedBatches, dense_head, fixed_batches, open_cache
 from llmctl.files import write_json
@@ -28,7 +29,7 @@ from llmctl.runs.comparison import Report
 from llmctl.training.batch import BatchSource, to_device
 from llmctl.training.inputs import Fitted
 from llmctl.training.objectives import Objective
-from llmctl.training.task_data import TaskData, open_task_model
+from llmctl.training.task_data import TaskData, check_task, open_task_model
 
 
 def distill(session: Session, config: DistillConfig) -> None:
@@ -65,17 +66,24 @@ def distill(session: Session, config: DistillConfig) -> None:
 
 
 def open_data(session: Session, config: DistillConfig, teachers: Teachers) -> TaskData:
-    """Return the data, encoded for an existing student if it learns from texts, else for the teacher."""
-    student = student_model(config)
-    reader = student if student is not None and config.loss.name == "seq" else Path(config.model)
-    base = open_task_model(config, reader, config.teacher.backend)
+    """Return the data, encoded for an existing student if it has its own tokenizer, else for the teacher."""
+    base = open_task_model(config, reader_of(config), config.teacher.backend)
+    if (own := own_tokenizer(config)) is not None:
+        base = with_tokenizer(base.artifact, own)
+        check_task(config, base)
 
     def prepare(folder: Path) -> Corpus:
-        return teacher_data.prepare_taught(config, base, teachers, folder, session.say, student=student)
+        return teacher_data.prepare_taught(config, base, teachers, folder, session.say)
 
     corpus = session.prepare(prepare)
     teacher_data.check_teacher(config, corpus)
     return TaskData.open(config, base, corpus, session.say)
+
+
+def reader_of(config: DistillConfig) -> Path:
+    """Return the model whose tokenizer encodes the data, except for a new student with another one."""
+    student = student_model(config)
+    return student if student is not None and has_own_tokenizer(config) else Path(config.model)
 
 
 def part_of(session: Session, plan: StudentPlan, student: Student, cache: SignalStore | None) -> Part:

@@ -51,7 +51,7 @@ class _Task:
     needs: bool
 
 
-class _Chunk:
+class LogitBuffers:
     """Reused buffers of logits: allocating memory of this size costs as much as a pass over it."""
 
     def __init__(self, n_rows: int, n_vocabulary: int, like: Tensor, dtype: torch.dtype) -> None:
@@ -133,13 +133,17 @@ def sparse_divergence(log_q_CV: Tensor, targets: SparseTeacher, rows: slice) -> 
     return loss_C, q_CV.scatter_add_(1, ids_CK, -p_CK)
 
 
-class _LinearDivergence(torch.autograd.Function):
-    """The loss of `hidden @ weight.T + bias` against teachers, with the gradient computed in the forward pass."""
+class LinearLoss(torch.autograd.Function):
+    """The loss of `hidden @ weight.T + bias` against teachers, with the gradient computed in the forward pass.
+
+    chunk_loss: (logits (C, V), which it may overwrite; buffers; task; rows) -> sums (4,) and the gradient of the logits.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, task: _Task
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, task: Any, chunk_loss: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the sums of the chunks, and keep the gradients for the backward pass."""
         wide = torch.promote_types(weight_VD.dtype, torch.float32)
         N, V = hidden_ND.shape[0], weight_VD.shape[0]
         grads: list[Tensor | None] = [None, None, None]
@@ -149,12 +153,12 @@ class _LinearDivergence(torch.autograd.Function):
             grads[1] = torch.zeros_like(weight_VD, dtype=wide) if ctx.needs_input_grad[1] else None
             grads[2] = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         sums = torch.zeros(4, dtype=torch.float64, device=hidden_ND.device)
-        buffers = _Chunk(min(task.chunk_tokens, N), V, hidden_ND, wide)
+        buffers = LogitBuffers(min(task.chunk_tokens, N), V, hidden_ND, wide)
         for start in range(0, N, task.chunk_tokens):
             rows = slice(start, start + task.chunk_tokens)
             student_CV = buffers.log_q(hidden_ND[rows], weight_VD, bias_V)
             slope_CV = cap_(student_CV, task.softcap)
-            chunk_sums, error_CV = _chunk_loss(student_CV, buffers, task, rows)
+            chunk_sums, error_CV = chunk_loss(student_CV, buffers, task, rows)
             sums += chunk_sums
             if slope_CV is not None:
                 error_CV *= slope_CV
@@ -169,12 +173,13 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the kept gradients, scaled."""
         scale = grad_total.to(torch.float64)
         grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*grads, None)
+        return (*grads, None, None)
 
 
-def _chunk_loss(student_CV: Tensor, buffers: _Chunk, task: _Task, rows: slice) -> tuple[Tensor, Tensor]:
+def _chunk_loss(student_CV: Tensor, buffers: LogitBuffers, task: _Task, rows: slice) -> tuple[Tensor, Tensor]:
     """Return (total, divergence, nats, correct) of a chunk, and the gradient of its logits, which are overwritten."""
     temperature, weight = task.divergence.temperature, task.weight
     labels_C1 = task.labels_N[rows, None]
@@ -261,7 +266,7 @@ def linear_divergence(
     measures = Measures.zero(hidden_ND.device) if measure else None
     task = _Task(targets, labels_N, divergence, weight, chunk_tokens, softcap, measures, needs)
     with torch.autocast(device, enabled=False):
-        total, divergence_sum, nats, correct = _LinearDivergence.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, bias_V, task
+        total, divergence_sum, nats, correct = LinearLoss.apply(  # type: ignore[no-untyped-call]
+            hidden_ND, weight_VD, bias_V, task, _chunk_loss
         )
     return DivergenceSums(total, divergence_sum, nats, correct, measures)

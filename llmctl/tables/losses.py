@@ -30,3 +30,22 @@ OTHER_LOSSES: dict[str, str] = {
     "none": "only what loss.match matches",
 }
 """Losses that are no divergence of distributions."""
+
+
+@dataclass(frozen=True)
+class AcrossRow:
+    """A loss between models with different tokenizers: what it is, and its source."""
+
+    summary: str
+    source: str
+
+
+ACROSS: dict[str, AcrossRow] = {
+    "project": AcrossRow(
+        "loss.name over the student's tokens, with the teacher's tokens written in them, where both end at the same byte",
+        "llmctl; alignment by bytes after GOLD (TRL)",
+    ),
+    "alm": AcrossRow("likelihoods of chunks of text", "ALM, Minixhofer et al. 2025, arXiv:2503.20083"),
+    "uld": AcrossRow("L1 distance of sorted probabilities", "Boizard et al. 2024, arXiv:2402.12030"),
+}
+"""Losses from a teacher with another tokenizer."""

@@ -27,6 +27,7 @@ from llmctl.recipe import load
 from llmctl.runs.folder import find_run
 from llmctl.runs.history import History
 from llmctl.runs.removal import not_written
+from llmctl.tables.losses import ACROSS
 from llmctl.training.finetune_settings import settle as settle_tuning
 from tests.support.jobs import environment, running, weights
 from tests.support.tuning import FAMILIES, SMALL
@@ -273,19 +274,62 @@ def test_a_given_student_goes_on_from_its_weights(teachers, here):
     assert all(torch.allclose(found[name], tensor, atol=1e-6) for name, tensor in other.state_dict().items())
 
 
-def test_another_tokenizer_is_refused(teachers, here):
+def with_tokenizer(path: Path, out: Path) -> Path:
+    """Write a smaller model with another tokenizer and fresh weights, and return its folder."""
     from llmctl.config import TokenizerConfig
     from llmctl.tokenizer.train import train_tokenizer
 
-    artifact = read_artifact(teachers["decoder"])
-    tokenizer = train_tokenizer(["another text of dogs and hills 狗"] * 50, TokenizerConfig(vocab_size=300))
-    model = LanguageModel(replace(artifact.config, n_layers=1))
-    write_artifact(here / "other", model.config, model.state_dict(), files=tokenizer.files(), provenance={})
-    with pytest.raises(UsageError, match="different tokenizers") as caught:
-        run(teachers["decoder"], "student.shape=other")
-    assert "seq" in caught.value.hint
+    artifact = read_artifact(path)
+    texts = ["the good cat 1 sat on a bad mat. 猫坐在垫子上。", "another text of dogs and hills 狗"] * 50
+    tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=320))
+    model = LanguageModel(replace(artifact.config, n_layers=1, vocab_size=tokenizer.vocab_size))
+    initialize(model, 3)
+    return write_artifact(out, model.config, model.state_dict(), files=tokenizer.files(), provenance={})
+
+
+@pytest.mark.parametrize("across", ACROSS)
+def test_a_student_learns_from_a_teacher_with_another_tokenizer(teachers, here, across):
+    with_tokenizer(teachers["decoder"], here / "other")
+    trained = run(
+        teachers["decoder"], "student.shape=other", f"loss.across={across}", "train.steps=24", "loss.weight=0.5"
+    )
+    before, after = trained.summary["before"], trained.summary["after"]
+    assert after["loss"] < before["loss"]
+    found = load_model(trained.path, device="cpu", dtype="float32")
+    assert found.tokenizer.sha256 == load_model(here / "other", device="cpu", dtype="float32").tokenizer.sha256
+
+
+@pytest.mark.parametrize("init", ["prune", "random"])
+def test_a_new_student_gets_another_tokenizer(teachers, here, init):
+    with_tokenizer(teachers["decoder"], here / "other")
+    shape = ["student.shape=layers=1", f"student.init={init}", "student.tokenizer=other"]
+    trained = run(teachers["decoder"], *shape, "train.steps=8", "student.refit_tokens=200")
+    found = load_model(trained.path, device="cpu", dtype="float32")
+    other = load_model(here / "other", device="cpu", dtype="float32")
+    assert found.tokenizer.sha256 == other.tokenizer.sha256
+    assert found.model.config.vocab_size == other.model.config.vocab_size
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+
+
+def test_an_encoder_decoder_learns_from_one_with_another_tokenizer(teachers, here):
+    with_tokenizer(teachers["encoder_decoder"], here / "other")
+    trained = run(
+        teachers["encoder_decoder"], "student.shape=other", "task=translate", pairs(), "train.steps=16", "stages=1"
+    )
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+
+
+def test_teachers_and_encoders_with_another_tokenizer_are_refused(teachers, here):
+    with_tokenizer(teachers["decoder"], here / "other")
     with pytest.raises(UsageError, match="different tokenizers"):
         run(teachers["decoder"], "student.shape=layers=1", "teacher.more=[other]")
+    with pytest.raises(UsageError, match="on_policy") as caught:
+        run(teachers["decoder"], "student.shape=other", "loss.on_policy=0.5")
+    assert "different tokenizers" in str(caught.value)
+    assert "seq" in caught.value.hint
+    with_tokenizer(teachers["encoder"], here / "words")
+    with pytest.raises(UsageError, match="masks and states"):
+        run(teachers["encoder"], "student.shape=words")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,211 @@
+"""Distillation from a teacher with another tokenizer: the objective, and the teacher's outputs for a student's batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmctl.config import DistillLossConfig
+from llmctl.distilling.alignment import Aligned, Aligner
+from llmctl.distilling.objectives import Distillation, make_divergence
+from llmctl.distilling.teacher import Teacher
+from llmctl.distilling.vocabulary_map import map_vocabularies
+from llmctl.losses.across import AcrossTeacher, Events, Inside, across_divergence, chunk_likelihood
+from llmctl.losses.base import IGNORE, Loss
+from llmctl.losses.log_probs import linear_log_probs
+from llmctl.model.transformer import LanguageModel
+from llmctl.tokenizer.base import Tokenizer
+
+ALM_TEMPERATURE = 100.0
+"""As in the authors' implementation (tokenkit): long chunks are not less likely by orders of magnitude."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the teachers made of a batch: its tokens in theirs, and their hidden states (B, S, D)."""
+
+    aligned: Aligned
+    states: list[Tensor]
+
+
+class AcrossTokenizers(Distillation):
+    """A divergence from teachers that read the same text in other tokens, mixed with cross-entropy.
+
+    kind: a row of tables/losses.py ACROSS. The held-out metrics are those of the data.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        teachers: Sequence[Teacher],
+        config: DistillLossConfig,
+        token_bytes: Tensor,
+        tokenizers: tuple[Tokenizer, Tokenizer],
+        *,
+        chunk_tokens: int = 256,
+    ) -> None:
+        super().__init__(model, (), config, token_bytes, chunk_tokens=chunk_tokens)
+        student, teacher = tokenizers
+        self.readers = tuple(teachers)
+        family, shape = model.config.family, teachers[0].model.config
+        own, other = student.for_output(family), teacher.for_output(family)
+        self.aligner = Aligner(own, other, family)
+        self.sources = Aligner(student, teacher, family) if family == "encoder_decoder" else None
+        if family == "encoder_decoder":
+            self.aligner.specials[model.config.decoder_start_id] = shape.decoder_start_id
+        self.map = map_vocabularies(own, other)
+        self.events: Events | None = None
+
+    def forward(self, batch: dict[str, Tensor]) -> Loss:
+        """Return the loss summed over labels; in evaluation only the cross-entropy of the data."""
+        if not self.training or self.config.weight == 0:
+            return super().forward(batch)
+        hidden_BTD = self.see(batch)[0]
+        reading = self.read(batch)
+        places = (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)
+        labels = batch["labels"].flatten()[places]
+        hidden_ND = hidden_BTD.flatten(0, 1)[places]
+        if self.config.across == "alm":
+            total, nats = self.chunks(batch, reading, hidden_ND, labels, places)
+            correct = nats.new_zeros(())
+        else:
+            head = self.model.lm_head
+            sums = across_divergence(
+                self.model.head_input(hidden_ND),
+                head.weight,
+                self.targets(batch, reading, places),
+                labels,
+                make_divergence(self.config, self.progress),
+                weight=self.config.weight,
+                bias_V=head.bias,
+                chunk_tokens=self.chunk_tokens,
+                softcap=self.model.config.logits_softcap,
+                is_sorted=self.config.across == "uld",
+            )
+            total, nats, correct = sums.total, sums.cross_entropy, sums.correct
+        parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct, "nats": nats}
+        return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
+
+    def read(self, batch: Mapping[str, Tensor]) -> Reading:
+        """Return a batch as the teachers read it."""
+        device = batch["labels"].device
+        inputs: dict[str, Tensor] = {}
+        prefix = ""
+        if self.sources is not None:
+            prefix = "decoder_"
+            inputs = tensors(align(self.sources, batch, ""), "", device)
+        aligned = align(self.aligner, batch, prefix)
+        inputs |= tensors(aligned, prefix, device)
+        return Reading(aligned, [teacher.see(inputs).hidden_BTD for teacher in self.readers])
+
+    def targets(self, batch: Mapping[str, Tensor], reading: Reading, places: Tensor) -> AcrossTeacher:
+        """Return the teachers' outputs at labels; places: their positions in the flattened batch."""
+        device = places.device
+        if self.events is None or self.events.student_V.device != device:
+            found = self.map
+            self.events = Events.of(
+                torch.from_numpy(found.student_event).to(device),
+                torch.from_numpy(found.teacher_event).to(device),
+                found.n_events,
+            )
+        aligned = reading.aligned
+        at = places.cpu().numpy()
+        rows, positions = np.divmod(at, aligned.place_BT.shape[1])
+        begin_N, place_N = aligned.begin_BT[rows, positions], aligned.place_BT[rows, positions]
+        ids_BT = batch[self.own_ids].cpu().numpy()
+        inside: dict[int, Inside] = {}
+        for label in np.flatnonzero((place_N < 0) & (begin_N >= 0)).tolist():
+            row, first, last = int(rows[label]), int(begin_N[label]), int(positions[label])
+            tokens, events = self.map.continuations(tuple(ids_BT[row, first + 1 : last + 1].tolist()))
+            if (events >= 0).any():
+                place_N[label] = aligned.place_BT[row, first]
+                inside[label] = Inside(label, torch.from_numpy(tokens).to(device), torch.from_numpy(events).to(device))
+        index_N = torch.from_numpy(rows * aligned.ids_BS.shape[1] + np.maximum(place_N, 0)).to(device)
+        dense = [
+            teacher.dense(states.flatten(0, 1)[index_N])
+            for teacher, states in zip(self.readers, reading.states, strict=True)
+        ]
+        return AcrossTeacher(dense, self.events, torch.from_numpy(place_N >= 0).to(device), inside)
+
+    @property
+    def own_ids(self) -> str:
+        """The name of the ids that the student's decoder reads."""
+        return "input_ids_BT" if self.sources is None else "decoder_input_ids_BT"
+
+    def chunks(
+        self, batch: Mapping[str, Tensor], reading: Reading, hidden_ND: Tensor, labels: Tensor, places: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of chunk likelihoods mixed with cross-entropy, and the cross-entropy alone."""
+        device = labels.device
+        head, softcap = self.model.lm_head, self.model.config.logits_softcap
+        log_q_N = linear_log_probs(
+            self.model.head_input(hidden_ND),
+            head.weight,
+            labels,
+            bias_V=head.bias,
+            chunk_tokens=self.chunk_tokens,
+            softcap=softcap,
+        )
+        own, other, n_chunks = chunks_of(reading.aligned, batch["labels"].cpu().numpy())
+        chunk_of_N = torch.from_numpy(own).to(device).flatten()[places]
+        others = torch.from_numpy(other).to(device).flatten()
+        used = (others >= 0).nonzero().squeeze(1)
+        next_M = torch.from_numpy(reading.aligned.ids_BS).to(device).flatten().roll(-1)[used]
+        with torch.no_grad():
+            log_p = [
+                linear_log_probs(
+                    outputs.hidden_ND,
+                    outputs.weight_VD,
+                    next_M,
+                    bias_V=outputs.bias_V,
+                    chunk_tokens=self.chunk_tokens,
+                    softcap=outputs.softcap,
+                )
+                for teacher, states in zip(self.readers, reading.states, strict=True)
+                for outputs in [teacher.dense(states.flatten(0, 1)[used])]
+            ]
+            log_p_M = torch.stack(log_p).exp().mean(dim=0).log() if len(log_p) > 1 else log_p[0]
+        nats = -log_q_N.sum(dtype=torch.float64)
+        losses_X = chunk_likelihood(
+            log_q_N, log_p_M.to(log_q_N.dtype), chunk_of_N, others[used], n_chunks, ALM_TEMPERATURE
+        )
+        weight = self.config.weight
+        return weight * losses_X.sum(dtype=torch.float64) + (1 - weight) * nats, nats.detach()
+
+
+def align(aligner: Aligner, batch: Mapping[str, Tensor], prefix: str) -> Aligned:
+    """Align one side of a batch."""
+    documents = batch.get(f"{prefix}documents_BT")
+    return aligner.align(
+        batch[f"{prefix}input_ids_BT"].cpu().numpy(), None if documents is None else documents.cpu().numpy()
+    )
+
+
+def tensors(aligned: Aligned, prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """Return the teacher's inputs of one side."""
+    found: dict[str, Any] = {f"{prefix}input_ids_BT": torch.from_numpy(aligned.ids_BS).to(device)}
+    if (aligned.documents_BS != 1).any():
+        found[f"{prefix}documents_BT"] = torch.from_numpy(aligned.documents_BS).to(device)
+    return found
+
+
+def chunks_of(aligned: Aligned, labels_BT: Any) -> tuple[Any, Any, int]:
+    """Return the chunk of each of the student's (B, T) and the teacher's positions (B, S), -1 for none, and their number.
+
+    A chunk is the text between two places at which tokens of both end; a position belongs to the chunk of its next token.
+    """
+    own = np.full_like(aligned.place_BT, -1)
+    other = np.full_like(aligned.ids_BS, -1)
+    number = 0
+    for row, place_T in enumerate(aligned.place_BT):
+        ends = np.flatnonzero(place_T >= 0)
+        for first, last in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            begin, end = int(place_T[first]), int(place_T[last])
+            if end > begin and (labels_BT[row, first:last] != IGNORE).all():
+                own[row, first:last] = number
+                other[row, begin:end] = number
+                number += 1
+    return own, other, number

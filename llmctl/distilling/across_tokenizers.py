@@ -11,6 +11,7 @@ from torch import Tensor
 from llmctl.config import DistillLossConfig
 from llmctl.distilling.alignment import Aligned, Aligner
 from llmctl.distilling.objectives import Distillation, make_divergence
+from llmctl.distilling.on_policy import AnswerWriter, Writer
 from llmctl.distilling.teacher import Teacher
 from llmctl.distilling.vocabulary_map import map_vocabularies
 from llmctl.losses.across import AcrossTeacher, Events, Inside, across_divergence, chunk_likelihood
@@ -46,8 +47,9 @@ class AcrossTokenizers(Distillation):
         tokenizers: tuple[Tokenizer, Tokenizer],
         *,
         chunk_tokens: int = 256,
+        writer: Writer | AnswerWriter | None = None,
     ) -> None:
-        super().__init__(model, (), config, token_bytes, chunk_tokens=chunk_tokens)
+        super().__init__(model, (), config, token_bytes, chunk_tokens=chunk_tokens, writer=writer)
         student, teacher = tokenizers
         self.readers = tuple(teachers)
         family, shape = model.config.family, teachers[0].model.config
@@ -63,6 +65,9 @@ class AcrossTokenizers(Distillation):
         """Return the loss summed over labels; in evaluation only the cross-entropy of the data."""
         if not self.training or self.config.weight == 0:
             return super().forward(batch)
+        n_given = (batch["labels"] != IGNORE).sum()
+        if self.writer is not None:
+            batch = self.writer.write(self.model, batch)
         hidden_BTD = self.see(batch)[0]
         reading = self.read(batch)
         places = (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)
@@ -86,6 +91,8 @@ class AcrossTokenizers(Distillation):
                 is_sorted=self.config.across == "uld",
             )
             total, nats, correct = sums.total, sums.cross_entropy, sums.correct
+        if self.writer is not None:  # see `Distillation`
+            total = total * (n_given / max(1, len(labels)))
         parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct, "nats": nats}
         return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
 

@@ -8,16 +8,20 @@ from dataclasses import replace
 
 import torch
 
+from llmctl.artifacts.load import Loaded
 from llmctl.config import TaughtConfig
 from llmctl.distilling.across_tokenizers import AcrossTokenizers
 from llmctl.distilling.label_objective import LabelDistillation
 from llmctl.distilling.matching import Matching, StateDistillation
 from llmctl.distilling.objectives import Distillation
-from llmctl.distilling.on_policy import Writer
+from llmctl.distilling.on_policy import AnswerWriter, Writer
 from llmctl.distilling.teacher import Teachers
+from llmctl.inference.chat_ids import end_of_turn_ids
 from llmctl.losses.teachers import DenseTeacher
 from llmctl.model.transformer import LanguageModel
+from llmctl.preparing.examples import chat_of
 from llmctl.tables.objectives import OBJECTIVES
+from llmctl.tables.tasks import TASKS
 from llmctl.training.objectives import Objective, label_prediction, token_bytes_of
 from llmctl.training.task_data import TaskData
 
@@ -63,6 +67,7 @@ def build_objective(
             token_bytes,
             (data.corpus.tokenizer, tokenizer),
             chunk_tokens=train.loss_chunk_tokens,
+            writer=writer_of(config, data, model),
         )
     return Distillation(
         model,
@@ -72,8 +77,20 @@ def build_objective(
         matching=matching_of(config, data, channels),
         chunk_tokens=train.loss_chunk_tokens,
         vocab_size=shared_vocabulary(model, teachers),
-        writer=Writer(loss.on_policy, loss.on_policy_tokens) if loss.on_policy else None,
+        writer=writer_of(config, data, model),
     )
+
+
+def writer_of(config: TaughtConfig, data: TaskData, model: LanguageModel) -> Writer | AnswerWriter | None:
+    """Return what generates on-policy batches: the ends of texts, or the answers of conversations."""
+    loss = config.loss
+    if not loss.on_policy:
+        return None
+    if not TASKS[config.task].is_chat:
+        return Writer(loss.on_policy, loss.on_policy_tokens)
+    ends = tuple(sorted(end_of_turn_ids(chat_of(data.base))))
+    loaded = Loaded(model, data.corpus.tokenizer, data.base.artifact)
+    return AnswerWriter(loss.on_policy, loss.on_policy_tokens, loaded, ends, data.ids(model.config).pad)
 
 
 def cached_objective(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmctl.config import DistillLossConfig
 from llmctl.distilling.matching import Matching, WithTeachers
-from llmctl.distilling.on_policy import Writer
+from llmctl.distilling.on_policy import AnswerWriter, Writer
 from llmctl.distilling.teacher import Seen, Teacher
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.losses.cross_entropy import linear_cross_entropy
@@ -71,7 +71,7 @@ class Distillation(WithTeachers):
         matching: Matching | None = None,
         chunk_tokens: int = 256,
         vocab_size: int = 0,
-        writer: Writer | None = None,
+        writer: Writer | AnswerWriter | None = None,
         head: DenseTeacher | None = None,
     ) -> None:
         super().__init__(model, teachers, matching or Matching())

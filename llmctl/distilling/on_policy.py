@@ -10,9 +10,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmctl.artifacts.load import Loaded
+from llmctl.config import GenerateConfig
+from llmctl.inference.generate import Prompt, generate
 from llmctl.losses.base import IGNORE
 from llmctl.model.cache import KVCache
 from llmctl.model.transformer import LanguageModel
+from llmctl.training.objectives import evaluating
+
+
+def chosen(ids_BT: Tensor, share: float) -> int | None:
+    """Return the seed of a batch that is generated, None for one that is not, as its tokens decide."""
+    digest = hashlib.sha256(ids_BT.cpu().numpy().tobytes() + str(torch.initial_seed()).encode()).digest()
+    # 56 bits of the hash are a uniform number: no random state, so a resumed run decides the same.
+    if int.from_bytes(digest[:7], "big") >= share * 2**56:
+        return None
+    return int.from_bytes(digest[7:14], "big")
 
 
 @dataclass(frozen=True)
@@ -32,15 +45,14 @@ class Writer:
         generates the same.
         """
         ids_BT = batch["input_ids_BT"]
-        digest = hashlib.sha256(ids_BT.cpu().numpy().tobytes() + str(torch.initial_seed()).encode()).digest()
-        # 56 bits of the hash are a uniform number: no random state, so a resumed run decides the same.
-        if int.from_bytes(digest[:7], "big") >= self.share * 2**56:
+        seed = chosen(ids_BT, self.share)
+        if seed is None:
             return dict(batch)
         T = ids_BT.shape[1]
         begin = T - min(self.n_tokens, T // 2)
         if begin < 1:
             return dict(batch)
-        generator = torch.Generator(ids_BT.device).manual_seed(int.from_bytes(digest[7:14], "big"))
+        generator = torch.Generator(ids_BT.device).manual_seed(seed)
         written = ids_BT.clone()
         documents_BT = batch.get("documents_BT")
         was_training = model.training
@@ -74,3 +86,63 @@ class Writer:
             ids_BT[:, place] = torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
             if place < T - 1:
                 hidden_BTD = model.hidden(ids_BT[:, place : place + 1], cache=cache)
+
+
+@dataclass(frozen=True)
+class AnswerWriter:
+    """Replaces the last answer of the conversations of some batches by one that the student generates.
+
+    base: the tokenizer and the files of the student; ends: the tokens that end an answer. Labels are those of the answer.
+    """
+
+    share: float
+    n_tokens: int
+    base: Loaded
+    ends: tuple[int, ...]
+    pad: int
+
+    def write(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch unchanged, or a row for each of its conversations with a generated answer."""
+        seed = chosen(batch["input_ids_BT"], self.share)
+        if seed is None:
+            return dict(batch)
+        prompts = prompts_of(batch, model.config.max_positions - self.n_tokens)
+        if not prompts:
+            return dict(batch)
+        settings = GenerateConfig(
+            max_tokens=self.n_tokens, temperature=1.0, top_p=1.0, top_k=0, seed=seed, batch_size=len(prompts)
+        )
+        with evaluating(model):
+            loaded = Loaded(model, self.base.tokenizer, self.base.artifact)
+            numbered = [Prompt(number, ids) for number, ids in enumerate(prompts)]
+            answers = [
+                [*found.ids, self.ends[0]] if found.finish == "eos" and self.ends else found.ids
+                for found in generate(loaded, numbered, settings, ends=self.ends)
+            ]
+        device, pairs = batch["labels"].device, list(zip(prompts, answers, strict=True))
+        longest = max(len(prompt) + len(answer) - 1 for prompt, answer in pairs)
+        ids_BT = torch.full((len(pairs), longest), self.pad, device=device)
+        labels_BT, documents_BT = torch.full_like(ids_BT, IGNORE), torch.zeros_like(ids_BT)
+        for row, (prompt, answer) in enumerate(pairs):
+            whole = torch.tensor([*prompt, *answer], device=device)
+            n = len(whole) - 1
+            ids_BT[row, :n], documents_BT[row, :n] = whole[:-1], 1
+            # Labels are shifted by one: the last token of the prompt predicts the first of the answer.
+            labels_BT[row, len(prompt) - 1 : n] = whole[len(prompt) :]
+        return {"input_ids_BT": ids_BT, "labels": labels_BT, "documents_BT": documents_BT}
+
+
+def prompts_of(batch: Mapping[str, Tensor], limit: int) -> list[list[int]]:
+    """Return the tokens before the last answer of each conversation in a batch, of those with at most `limit` tokens."""
+    ids_BT, labels_BT = batch["input_ids_BT"].tolist(), batch["labels"].tolist()
+    documents_BT = batch["documents_BT"].tolist() if "documents_BT" in batch else [[1] * len(ids) for ids in ids_BT]
+    prompts = []
+    for ids, labels, documents in zip(ids_BT, labels_BT, documents_BT, strict=True):
+        for document in sorted({*documents} - {0}):
+            places = [place for place, own in enumerate(documents) if own == document]
+            trained = [place for place in places if labels[place] != IGNORE]
+            starts = [place for place in trained if place == places[0] or labels[place - 1] == IGNORE]
+            prompt = ids[places[0] : starts[-1] + 1] if starts else []
+            if 0 < len(prompt) <= limit:
+                prompts.append(prompt)
+    return prompts

@@ -270,7 +270,6 @@ def check_across(config: DistillConfig, teacher: ModelConfig) -> None:
         (teacher.family == "encoder", "the masks and states of an encoder are those of its own tokens"),
         (bool(teacher.n_labels), "labels are learned from a teacher with the student's tokenizer only"),
         (loss.match not in ("none", "auto"), f"`loss.match` {loss.match} needs the same tokens"),
-        (loss.on_policy > 0, "`loss.on_policy` needs the same tokens"),
         (bool(config.teacher.cache), "`teacher.cache` has predictions of the teacher's tokens"),
         (
             loss.across != "project" and loss.name not in ("auto", "fkl"),

@@ -245,6 +245,19 @@ def test_batches_that_the_student_writes(teachers):
     assert weights(trained.path) == weights(again.path)
 
 
+def test_answers_that_the_student_writes(teachers):
+    rows = [
+        {"messages": [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": "a good mat 猫"}]}
+        for i in range(60)
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    settings = ["student.shape=layers=1", "task=chat", "data.paths=[chat.jsonl]", "loss.on_policy=0.5", "loss.name=rkl"]
+    trained = run(teachers["decoder"], *settings)
+    again = run(teachers["decoder"], *settings)
+    assert weights(trained.path) == weights(again.path)
+    assert weights(trained.path) != weights(run(teachers["decoder"], *settings, "loss.on_policy=0").path)
+
+
 def test_baselines_and_stages_and_the_gap(teachers):
     settings = ["student.shape=layers=1", "stages=2", "baseline.enabled=true", "baseline.lr_factors=[1,3]"]
     trained = run(teachers["decoder"], *settings)
@@ -323,8 +336,8 @@ def test_teachers_and_encoders_with_another_tokenizer_are_refused(teachers, here
     with_tokenizer(teachers["decoder"], here / "other")
     with pytest.raises(UsageError, match="different tokenizers"):
         run(teachers["decoder"], "student.shape=layers=1", "teacher.more=[other]")
-    with pytest.raises(UsageError, match="on_policy") as caught:
-        run(teachers["decoder"], "student.shape=other", "loss.on_policy=0.5")
+    with pytest.raises(UsageError, match="needs the same tokens") as caught:
+        run(teachers["decoder"], "student.shape=other", "loss.match=hidden")
     assert "different tokenizers" in str(caught.value)
     assert "seq" in caught.value.hint
     with_tokenizer(teachers["encoder"], here / "words")

@@ -297,6 +297,9 @@ class TrainConfig:
     ema: float = setting(
         0.0, "decay of a moving average of the weights, evaluated at the end and kept if it is better; 0: none"
     )
+    average_frac: float = setting(
+        0.0, "last fraction of the steps whose weights are averaged, evaluated at the end and kept if better; 0: none"
+    )
     label_smoothing: float = setting(0.0, "probability mass spread evenly over all labels (arXiv:1512.00567)")
     freeze: tuple[str, ...] = listed(
         (), "parameters to freeze: embeddings, layers.0-3, or name patterns such as model.encoder.*"

@@ -77,7 +77,7 @@ def sharing_of(config: Any, n_processes: int) -> dict[str, Any]:
         "sharded": n_processes == 1 or parallel.strategy == "fsdp",
         "n_chunks": parallel.gradient_chunks if parallel.deterministic else 0,
         "recompute": parallel.activation_checkpointing,
-        "averages": config.train.ema > 0,
+        "averages": config.train.ema > 0 or config.train.average_frac > 0,
     }
 
 

@@ -11,21 +11,27 @@ AVERAGE = "average"
 
 
 class Average(torch.optim.Optimizer):
-    """An exponential moving average of parameters; as an optimizer, it is saved, sharded and restored like the others.
+    """An average of parameters over steps; as an optimizer, it is saved, sharded and restored like the others.
 
-    It changes no parameter until `swap`. Early steps have a smaller decay, (1 + step) / (10 + step), since the average would
-    otherwise remember the weights from before the first step. Source: Polyak and Juditsky 1992, "Acceleration of stochastic
-    approximation by averaging"; the decay of early steps is that of TensorFlow's ExponentialMovingAverage.
+    It changes no parameter until `swap`. With a tail, the mean of the steps in this last fraction of the training (Jain et
+    al. 2018, arXiv:1610.03774, tail-averaging); else an exponential moving average (Polyak and Juditsky 1992, "Acceleration
+    of stochastic approximation by averaging"). Its early steps have a smaller decay, (1 + step) / (10 + step), as in
+    TensorFlow's ExponentialMovingAverage: it would otherwise remember the weights from before the first step.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, tail_frac: float = 0.0) -> None:
+        self.decay, self.tail_frac = decay, tail_frac
         super().__init__([one for one in parameters if one.requires_grad], {})
 
     @torch.no_grad()
-    def note(self, step: int) -> None:
+    def note(self, step: int, total_steps: int = 0) -> None:
         """Take the weights after a step, counted from 1, into the average."""
         decay = min(self.decay, (1 + step) / (10 + step))
+        if self.tail_frac:
+            n_before = step - 1 - int((1 - self.tail_frac) * total_steps)
+            if n_before < 0:
+                return
+            decay = n_before / (n_before + 1)
         for parameter in self._parameters():
             state = self.state[parameter]
             if AVERAGE in state:

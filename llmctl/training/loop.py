@@ -80,7 +80,8 @@ class _Loop:
             self.runtime,
             self.journal,
         )
-        self.average = Average(holder.parameters(), self.config.ema) if self.config.ema else None
+        ema, tail = self.config.ema, self.config.average_frac
+        self.average = Average(holder.parameters(), ema, tail) if ema or tail else None
         self.saver = Saver(
             checkpoint.Store(training.folder / "checkpoints", self.runtime),
             holder,
@@ -171,7 +172,7 @@ class _Loop:
         self.stepper.apply(loss, norm)
         state.step += 1
         if self.average and not state.bad_steps:
-            self.average.note(state.step)
+            self.average.note(state.step, state.total_steps)
         state.labels += int(agreed.labels)
         state.tokens += int(agreed.positions)
         seconds = time.perf_counter() - begun + loading_seconds

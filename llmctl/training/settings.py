@@ -69,6 +69,8 @@ def check_shared(config: PretrainConfig | TaskConfig, *more: tuple[bool, str]) -
         (train.loss_chunk_tokens < 1, f"`train.loss_chunk_tokens` is {train.loss_chunk_tokens}, it must be at least 1"),
         (not 0 <= train.label_smoothing < 1, f"`train.label_smoothing` is {train.label_smoothing}, not in [0, 1)"),
         (not 0 <= train.ema < 1, f"`train.ema` is {train.ema}, not in [0, 1)"),
+        (not 0 <= train.average_frac < 1, f"`train.average_frac` is {train.average_frac}, not in [0, 1)"),
+        (train.ema > 0 and train.average_frac > 0, "`train.ema` and `train.average_frac` are two averages: set one"),
         (not 0 < optim.layer_decay <= 1, f"`optim.layer_decay` is {optim.layer_decay}, not in (0, 1]"),
         (optim.lr <= 0, f"`optim.lr` is {optim.lr}, it must be positive"),
     ]

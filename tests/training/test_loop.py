@@ -133,20 +133,22 @@ class Stopping(Silent):
 
 
 @pytest.mark.parametrize("after_step", [1, 4, 7])
-@pytest.mark.parametrize(("name", "ema"), [("adamw", 0.0), ("muon", 0.0), ("adamw", 0.9)])
-def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, name: str, ema: float):
+@pytest.mark.parametrize(
+    ("name", "average"), [("adamw", {}), ("muon", {}), ("adamw", {"ema": 0.9}), ("adamw", {"average_frac": 0.5})]
+)
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, name: str, average: dict[str, float]):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     optim = OptimConfig(name=name)
-    straight = training(tmp_path / "a", optim=optim, log_every=1, micro_batch_size=4, ema=ema)
+    straight = training(tmp_path / "a", optim=optim, log_every=1, micro_batch_size=4, **average)
     expected = fit(straight)
-    stopped = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4, ema=ema)
+    stopped = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4, **average)
     stopped.progress = Stopping(after_step, signal.SIGTERM)
     with pytest.raises(InterruptedRunError) as caught:
         fit(stopped)
     assert caught.value.exit_code == 143
     assert "--resume" in caught.value.hint
-    resumed = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4, ema=ema)
+    resumed = training(tmp_path / "b", optim=optim, log_every=1, micro_batch_size=4, **average)
     saved, _ = checkpoint.Store(tmp_path / "b" / "checkpoints").load_newest()
     assert saved.state["step"] == after_step
     got = fit(resumed, saved)
@@ -160,8 +162,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, after_step: int, nam
     assert course(tmp_path / "a") == course(tmp_path / "b")
 
 
+@pytest.mark.parametrize("average", [{"ema": 0.9}, {"average_frac": 0.4}])
 @pytest.mark.parametrize(("lr", "is_kept"), [(0.1, True), (1e-4, False)])
-def test_an_average_is_kept_only_if_it_is_better(tmp_path, lr: float, is_kept: bool):
+def test_an_average_is_kept_only_if_it_is_better(tmp_path, lr: float, is_kept: bool, average: dict[str, float]):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     # A high constant rate moves the weights around a minimum, a low one straight towards it.
@@ -171,7 +174,7 @@ def test_an_average_is_kept_only_if_it_is_better(tmp_path, lr: float, is_kept: b
         "eval_every": 40,
         "dropout": 0.0,
     }
-    plain, averaged = training(tmp_path / "a", **settings), training(tmp_path / "b", **settings, ema=0.9)
+    plain, averaged = training(tmp_path / "a", **settings), training(tmp_path / "b", **settings, **average)
     without, with_average = fit(plain), fit(averaged)
     (told,) = [event for event in events(tmp_path / "b") if event["event"] == "averaged"]
     assert told["text"].startswith("kept the average" if is_kept else "did not keep the average")
@@ -188,6 +191,18 @@ def averaged_loss(job: Training) -> float:
     from llmctl.training.loop import _Loop
 
     return _Loop(job, job.runtime.prepare(job.objective), None).evaluation.measure(None)["loss"]
+
+
+def test_a_tail_is_the_mean_of_its_steps():
+    from llmctl.training.averaging import AVERAGE, Average
+
+    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    average = Average([weight], 0.0, 0.4)
+    for step in range(1, 11):
+        weight.data.fill_(step**2)
+        average.note(step, 10)
+        assert average.is_begun == (step > 6)
+    assert average.state[weight][AVERAGE].item() == pytest.approx((49 + 64 + 81 + 100) / 4)
 
 
 def test_the_average_is_that_of_its_definition():

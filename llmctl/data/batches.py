@@ -156,6 +156,10 @@ class AnswerBatches:
         """Return the address of row `number`: a packed row or a single example."""
         return self.rows.address(number)
 
+    def indexes(self, number: int) -> list[int]:
+        """Return the indexes of the examples in row `number`."""
+        return self.rows.indexes(number) if isinstance(self.rows, PackedExamples) else [self.rows.index(number)]
+
     def batch(self, numbers: Sequence[int]) -> Batch:
         """Return the batch of the rows with these numbers."""
         rows = [self._row(number) for number in numbers]
@@ -169,9 +173,8 @@ class AnswerBatches:
         return batch
 
     def _row(self, number: int) -> tuple[Ints, Ints, Ints]:
-        indexes = self.rows.indexes(number) if isinstance(self.rows, PackedExamples) else [self.rows.index(number)]
         tokens, labels, documents = [], [], []
-        for document, index in enumerate(indexes, start=1):
+        for document, index in enumerate(self.indexes(number), start=1):
             # One token more than the row has positions: labels are shifted by one.
             ids = self.tokens.document(index).astype(np.int64)[: self.max_tokens + 1]
             is_trained = self.trained.document(index).astype(bool)[: self.max_tokens + 1]

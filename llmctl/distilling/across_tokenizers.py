@@ -10,9 +10,10 @@ from torch import Tensor
 
 from llmctl.config import DistillLossConfig
 from llmctl.distilling.alignment import Aligned, Aligner
+from llmctl.distilling.answer_alignment import align_answers
 from llmctl.distilling.objectives import Distillation, make_divergence
 from llmctl.distilling.on_policy import AnswerWriter, Writer
-from llmctl.distilling.teacher import Teacher
+from llmctl.distilling.teacher import READ, Teacher
 from llmctl.distilling.vocabulary_map import map_vocabularies
 from llmctl.losses.across import AcrossTeacher, Events, Inside, across_divergence, chunk_likelihood
 from llmctl.losses.base import IGNORE, Loss
@@ -35,7 +36,7 @@ class Reading:
 class AcrossTokenizers(Distillation):
     """A divergence from teachers that read the same text in other tokens, mixed with cross-entropy.
 
-    kind: a row of tables/losses.py ACROSS. The held-out metrics are those of the data.
+    ends: the student's and the teacher's token that ends an answer. The held-out metrics are those of the data.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class AcrossTokenizers(Distillation):
         *,
         chunk_tokens: int = 256,
         writer: Writer | AnswerWriter | None = None,
+        ends: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(model, (), config, token_bytes, chunk_tokens=chunk_tokens, writer=writer)
         student, teacher = tokenizers
@@ -58,7 +60,9 @@ class AcrossTokenizers(Distillation):
         self.sources = Aligner(student, teacher, family) if family == "encoder_decoder" else None
         if family == "encoder_decoder":
             self.aligner.specials[model.config.decoder_start_id] = shape.decoder_start_id
-        self.map = map_vocabularies(own, other)
+        if ends is not None:
+            self.aligner.specials[ends[0]] = ends[1]
+        self.map = map_vocabularies(own, other, self.aligner.specials)
         self.events: Events | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
@@ -104,7 +108,10 @@ class AcrossTokenizers(Distillation):
         if self.sources is not None:
             prefix = "decoder_"
             inputs = tensors(align(self.sources, batch, ""), "", device)
-        aligned = align(self.aligner, batch, prefix)
+        if READ[0] in batch:
+            aligned = align_answers(self.aligner, {name: tensor.cpu().numpy() for name, tensor in batch.items()})
+        else:
+            aligned = align(self.aligner, batch, prefix)
         inputs |= tensors(aligned, prefix, device)
         return Reading(aligned, [teacher.see(inputs).hidden_BTD for teacher in self.readers])
 
@@ -124,18 +131,28 @@ class AcrossTokenizers(Distillation):
         begin_N, place_N = aligned.begin_BT[rows, positions], aligned.place_BT[rows, positions]
         ids_BT = batch[self.own_ids].cpu().numpy()
         inside: dict[int, Inside] = {}
+        beyond_N2 = np.full((len(at), 2), -1, dtype=np.int64)
+        labels_N = batch["labels"].flatten()[places].cpu().numpy()
         for label in np.flatnonzero((place_N < 0) & (begin_N >= 0)).tolist():
             row, first, last = int(rows[label]), int(begin_N[label]), int(positions[label])
             tokens, events = self.map.continuations(tuple(ids_BT[row, first + 1 : last + 1].tolist()))
             if (events >= 0).any():
                 place_N[label] = aligned.place_BT[row, first]
                 inside[label] = Inside(label, torch.from_numpy(tokens).to(device), torch.from_numpy(events).to(device))
+        for label in np.flatnonzero(place_N >= 0).tolist():
+            row, first, last = int(rows[label]), int(begin_N[label]), int(positions[label])
+            following = int(place_N[label]) + 1
+            if following < aligned.ids_BS.shape[1]:
+                written = tuple(ids_BT[row, first + 1 : last + 1].tolist())
+                beyond_N2[label] = self.map.beyond(int(aligned.ids_BS[row, following]), written, int(labels_N[label]))
         index_N = torch.from_numpy(rows * aligned.ids_BS.shape[1] + np.maximum(place_N, 0)).to(device)
         dense = [
             teacher.dense(states.flatten(0, 1)[index_N])
             for teacher, states in zip(self.readers, reading.states, strict=True)
         ]
-        return AcrossTeacher(dense, self.events, torch.from_numpy(place_N >= 0).to(device), inside)
+        beyond = torch.from_numpy(beyond_N2).to(device)
+        has_place_N = torch.from_numpy(place_N >= 0).to(device)
+        return AcrossTeacher(dense, self.events, has_place_N, inside, beyond[:, 0], beyond[:, 1])
 
     @property
     def own_ids(self) -> str:

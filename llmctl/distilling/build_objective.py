@@ -68,6 +68,7 @@ def build_objective(
             (data.corpus.tokenizer, tokenizer),
             chunk_tokens=train.loss_chunk_tokens,
             writer=writer_of(config, data, model),
+            ends=ends_of(config, data, teachers),
         )
     return Distillation(
         model,
@@ -79,6 +80,15 @@ def build_objective(
         vocab_size=shared_vocabulary(model, teachers),
         writer=writer_of(config, data, model),
     )
+
+
+def ends_of(config: TaughtConfig, data: TaskData, teachers: Teachers) -> tuple[int, int] | None:
+    """Return the student's and the teacher's token that ends an answer; None where there are no conversations."""
+    if not TASKS[config.task].is_chat:
+        return None
+    teacher = Loaded(teachers.computing[0].model, teachers.tokenizer, teachers.artifact)
+    own, other = (sorted(end_of_turn_ids(chat_of(one))) for one in (data.base, teacher))
+    return (own[0], other[0]) if own and other else None
 
 
 def writer_of(config: TaughtConfig, data: TaskData, model: LanguageModel) -> Writer | AnswerWriter | None:

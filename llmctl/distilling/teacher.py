@@ -26,10 +26,14 @@ from llmctl.tokenizer.base import Tokenizer
 SIGNALS = ("teacher_ids", "teacher_probs", "teacher_tail", "teacher_hidden")
 """Arrays of a batch that replace a teacher; see distilling/teacher_cache.py."""
 
+READ = ("teacher_input_ids", "teacher_trained", "teacher_documents")
+"""Arrays of a batch that the teacher reads, (B, S): the same conversations in its tokens, which of these are answers, and
+their numbers in the row; see distilling/answer_alignment.py."""
+
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the model inputs of a batch."""
-    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets", *SIGNALS)}
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "targets", *SIGNALS, *READ)}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmctl.artifacts.load import Loaded
+from llmctl.artifacts.load import Loaded, without_weights
 from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import TaughtConfig
 from llmctl.distilling.settings import read_teacher
@@ -12,6 +12,7 @@ from llmctl.errors import ArtifactError
 from llmctl.formats.transformers_backend import TransformersArtifact
 from llmctl.preparing.corpus import Corpus
 from llmctl.runs.progress import Say
+from llmctl.tables.tasks import TASKS
 from llmctl.training.task_data import prepare_task
 
 
@@ -23,7 +24,12 @@ def prepare_taught(config: TaughtConfig, base: Loaded, teachers: Teachers, folde
         say("no --data: using the built-in corpus, which is small and of one kind")
     if config.loss.name == "seq":
         config = write_texts(config, teachers.original(), folder / "written", say)
-    corpus = prepare_task(config, base, folder, say)
+    other = None
+    if TASKS[config.task].is_chat and config.loss.name != "seq" and base.tokenizer is not None:
+        own = teachers.tokenizer
+        if own is not None and own.sha256 != base.tokenizer.sha256:  # the teacher has its own chat template
+            other = Loaded(without_weights(teachers.artifact.config), own, teachers.artifact)
+    corpus = prepare_task(config, base, folder, say, other=other)
     corpus.provenance["teacher"] = {"path": config.model, "sha256": identity_of(teachers.artifact)}
     return corpus
 

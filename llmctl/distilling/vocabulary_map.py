@@ -10,12 +10,13 @@ distribution of the student's next one.
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.distilling.alignment import by_bytes, longest_prefix, special_pairs
+from llmctl.distilling.alignment import by_bytes, longest_prefix
 from llmctl.tokenizer.base import Tokenizer
 
 Ints = NDArray[np.int64]
@@ -34,6 +35,7 @@ class VocabularyMap:
     teacher_event: Ints
     n_events: int
     pieces: list[tuple[int, ...]]
+    student_bytes: list[bytes]
     _sorted: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
     _known: dict[tuple[int, ...], tuple[Ints, Ints]] = field(default_factory=dict)
 
@@ -53,14 +55,26 @@ class VocabularyMap:
             self._known[written] = found
         return self._known[written]
 
+    def beyond(self, token: int, written: tuple[int, ...], label: int) -> tuple[int, int]:
+        """Return a token of the teacher and its event, where the student's next piece goes on beyond it; else -1, -1."""
+        own, n_written = self.pieces[token], len(written)
+        if len(own) != n_written + 1 or own[:n_written] != written or own[-1] == label:
+            return NOTHING, NOTHING
+        last, longer = self.student_bytes[own[-1]], self.student_bytes[label]
+        event = int(self.student_event[own[-1]])
+        if not last or not longer.startswith(last) or event == self.student_event[label]:
+            return NOTHING, NOTHING
+        return token, event
 
-def map_vocabularies(student: Tokenizer, teacher: Tokenizer) -> VocabularyMap:
-    """Return the events of two tokenizers."""
+
+def map_vocabularies(student: Tokenizer, teacher: Tokenizer, specials: Mapping[int, int]) -> VocabularyMap:
+    """Return the events of two tokenizers; specials: the teacher's id of special tokens of the student."""
     own, other = by_bytes(student), by_bytes(teacher)
     names = {student.piece(index): index for index in range(student.vocab_size)}
     pieces = [in_pieces(index, student, teacher, own, names) for index in range(teacher.vocab_size)]
-    for mine, theirs in special_pairs(student, teacher).items():
-        pieces[theirs] = (mine,)
+    for mine, theirs in specials.items():
+        # A token of the teacher may have two roles: the first one is meant, the end of a text rather than padding.
+        pieces[theirs] = pieces[theirs] or (mine,)
     reached = {found[0] for found in pieces if found}
     event_of: dict[int, int] = {}
     for index in range(student.vocab_size):
@@ -82,6 +96,7 @@ def map_vocabularies(student: Tokenizer, teacher: Tokenizer) -> VocabularyMap:
         np.array([event_of[found[0]] if found else NOTHING for found in pieces], dtype=np.int64),
         n_events,
         pieces,
+        [student.piece_bytes(index) for index in range(student.vocab_size)],
     )
 
 

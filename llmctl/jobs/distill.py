@@ -9,7 +9,9 @@ from llmctl.artifacts.find import usage
 from llmctl.artifacts.hub import label, named
 from llmctl.artifacts.load import is_bare
 from llmctl.config import DistillConfig
+from llmctl.data.batches import AnswerBatches
 from llmctl.distilling import teacher_data
+from llmctl.distilling.answer_alignment import AnswersInTwo
 from llmctl.distilling.build_objective import build_objective, cached_objective
 from llmctl.distilling.measure_models import measure_models
 from llmctl.distilling.report import make_report, render
@@ -103,7 +105,11 @@ def part_of(session: Session, plan: StudentPlan, student: Student, cache: Signal
     def batches(*, shuffle: bool) -> BatchSource:
         if shuffle and cache is not None and not student.is_baseline:
             return CachedBatches(fixed_batches(data), cache)
-        return data.batches(model.config, shuffle=shuffle)
+        source = data.batches(model.config, shuffle=shuffle)
+        if shuffle and not is_plain and isinstance(source, AnswerBatches) and data.corpus.others:
+            tokens, trained = (data.corpus.others[name] for name in ("other_documents", "other_targets"))
+            return AnswersInTwo(source, tokens, trained, teachers.artifact.config.max_positions)
+        return source
 
     return Part(
         model=model,

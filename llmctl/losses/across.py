@@ -72,13 +72,17 @@ class AcrossTeacher:
     """Teachers' outputs at N labels of a student with another vocabulary.
 
     teachers: hidden states at the places that correspond. has_place (N,): whether there is one; other labels are learned from
-    the data alone. inside: labels whose place is before a token of the teacher that they are a part of.
+    the data alone. inside: labels whose place is before a token of the teacher that they are a part of. beyond_tokens,
+    beyond_events (N,): the teacher's token that the text continues with and its event, where the label goes on beyond it: its
+    probability says nothing of this event, and is learned from the data; -1 elsewhere.
     """
 
     teachers: Sequence[DenseTeacher]
     events: Events
     has_place_N: Tensor
     inside: dict[int, Inside]
+    beyond_tokens_N: Tensor
+    beyond_events_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def _event_targets(task: _Task, log_p_CW: Tensor, rows: slice) -> tuple[Tensor, 
     """Return the teacher's probabilities of events (C, E), which sum to one, and what share of its own it tells (C,)."""
     targets = task.targets
     p_CE = targets.events.teacher(log_p_CW)
+    scale_C = torch.ones_like(p_CE[:, 0])
     for place in range(rows.start, rows.start + len(p_CE)):
         found = targets.inside.get(place)
         if found is None:
@@ -130,7 +135,14 @@ def _event_targets(task: _Task, log_p_CW: Tensor, rows: slice) -> tuple[Tensor, 
         told_K = found.events_K >= 0
         row_E = torch.zeros_like(p_CE[0]).index_add_(0, found.events_K[told_K], p_K[told_K])
         # Conditional on what is already written.
-        p_CE[place - rows.start] = row_E / p_K.sum().clamp_min(TINY)
+        scale_C[place - rows.start] = 1 / p_K.sum().clamp_min(TINY)
+        p_CE[place - rows.start] = row_E * scale_C[place - rows.start]
+    beyond_C = targets.beyond_tokens_N[rows]
+    found_B = (beyond_C >= 0).nonzero().squeeze(1)
+    if len(found_B):
+        events_B = targets.beyond_events_N[rows][found_B]
+        left_B = p_CE[found_B, events_B] - log_p_CW[found_B, beyond_C[found_B]].exp() * scale_C[found_B]
+        p_CE[found_B, events_B] = left_B.clamp_min(0.0)
     known_C = p_CE.sum(dim=1).clamp(max=1.0)
     p_CE /= known_C.clamp_min(TINY)[:, None]
     return p_CE, known_C * targets.has_place_N[rows]

@@ -65,6 +65,8 @@ class Corpus:
     provenance: dict[str, Any]
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     """Further data per document, by name: labels, lengths."""
+    others: dict[str, ShardSet] = field(default_factory=dict)
+    """The same documents in other tokens, by name."""
 
     def held_out_bytes(self) -> int:
         """Return the size of the held-out text in bytes, without decoding it."""
@@ -100,7 +102,7 @@ def keep_corpus(corpus: Corpus, folder: Path) -> None:
         content = io.BytesIO()
         np.save(content, values, allow_pickle=False)
         write_bytes(folder / "arrays" / f"{name}.npy", content.getvalue())
-    shards = {"documents": corpus.documents, "targets": corpus.targets}
+    shards = {"documents": corpus.documents, "targets": corpus.targets, **corpus.others}
     paths = {name: shard_path(part.folder, folder) for name, part in shards.items() if part is not None}
     # Written last: once it exists, everything it names exists.
     write_json(folder / CORPUS, {"shards": paths, "provenance": corpus.provenance})
@@ -122,12 +124,12 @@ def open_corpus(folder: Path) -> Corpus:
         arrays = {path.stem: np.load(path, allow_pickle=False) for path in (folder / "arrays").iterdir()}
         held_out = arrays.pop("held_out")
         shards = {name: ShardSet.open(folder / path) for name, path in description["shards"].items()}
-        documents = shards["documents"]
+        documents, targets = shards.pop("documents"), shards.pop("targets", None)
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"the encoded data in `{folder}` is damaged: {error}", "start a new run") from error
     train = np.setdiff1d(np.arange(documents.n_documents), held_out)
-    tokenizer, targets = tokenizer_from_files(files), shards.get("targets")
-    return Corpus(tokenizer, documents, targets, train, held_out, description["provenance"], arrays)
+    tokenizer = tokenizer_from_files(files)
+    return Corpus(tokenizer, documents, targets, train, held_out, description["provenance"], arrays, shards)
 
 
 def prepare_corpus(config: PretrainConfig, folder: Path, tokenizer: Tokenizer | None, say: Say) -> Corpus:

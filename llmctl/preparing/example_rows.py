@@ -15,7 +15,7 @@ from llmctl.data.examples import Example
 from llmctl.data.labels import Labels
 from llmctl.data.templates import fill_template
 from llmctl.errors import UsageError
-from llmctl.inference.chat_ids import encode_conversation, end_of_turn_ids
+from llmctl.inference.chat_ids import Encoded, encode_conversation, end_of_turn_ids
 from llmctl.inference.chat_template import ChatTemplate
 from llmctl.inference.encoding import encode_prompt, encode_rows, encode_target, require_tokenizer
 from llmctl.preparing.diagnostics import Findings
@@ -30,7 +30,8 @@ class ExampleRow:
 
     ids: model input; trained: which of them a decoder is trained on; target: target of an encoder-decoder; values:
     targets of a classification head; first_length: start of the second text of a pair; key, answer: examples with the
-    same key are duplicates if their answers are equal, else contradictions where there are no trained tokens.
+    same key are duplicates if their answers are equal, else contradictions where there are no trained tokens; other: the
+    same as another model reads it.
     """
 
     where: str
@@ -41,6 +42,7 @@ class ExampleRow:
     target: list[int] = field(default_factory=list)
     values: tuple[float, ...] = ()
     first_length: int = 0
+    other: Encoded | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Encoder:
     findings: Findings
     template: str = ""
     chat: ChatTemplate | None = None
+    other_chat: ChatTemplate | None = None
     labels: Labels = Labels("single")
 
     @property
@@ -164,6 +167,10 @@ def conversation_rows(encoder: Encoder, conversations: Iterable[Conversation]) -
             findings.note("silent", where)
         last_only = encoder.config.answers == "last"
         ids, trained = encode_conversation(template, messages, last_only=last_only, where=where)
+        other = None
+        if encoder.other_chat is not None:
+            other_template = encoder.other_chat.with_tools(conversation.tools)
+            other = encode_conversation(other_template, messages, last_only=last_only, where=where)
         note_ends(findings, ids, trained, ends, where)
         last = max((index for index, is_trained in enumerate(trained) if is_trained), default=0)
         ids, trained = ids[: last + 1], trained[: last + 1]  # drop template text after the last answer
@@ -175,7 +182,7 @@ def conversation_rows(encoder: Encoder, conversations: Iterable[Conversation]) -
             message.content + calls.get(n, "") for n, message in enumerate(messages) if message.role != "assistant"
         ]
         key = "\0".join([*asked, *map(repr, conversation.tools)])
-        yield from trained_row(encoder, ExampleRow(where, ids, key, "\0".join(answers), trained))
+        yield from trained_row(encoder, ExampleRow(where, ids, key, "\0".join(answers), trained, other=other))
 
 
 def seen(

@@ -40,8 +40,12 @@ MIN_EXAMPLES = 2
 """One to train on and one to hold out."""
 
 
-def prepare_examples(config: TaskConfig, folder: Path, base: Loaded) -> tuple[Corpus, Findings, ExampleRow]:
+def prepare_examples(
+    config: TaskConfig, folder: Path, base: Loaded, other: Loaded | None = None
+) -> tuple[Corpus, Findings, ExampleRow]:
     """Read, encode and split the examples of a run; return the corpus, the findings, and the first example.
+
+    other: a model in whose tokens and chat template conversations are encoded as well.
 
     Raises: UsageError for unusable data, naming file, line and column; errors of the readers.
     """
@@ -51,10 +55,11 @@ def prepare_examples(config: TaskConfig, folder: Path, base: Loaded) -> tuple[Co
         [spool_examples(path, folder / f"{kind}-{n}") if is_read_once(path) else path for n, path in enumerate(part)]
         for kind, part in (("pipe", config.data.paths), ("val-pipe", config.data.val_paths))
     )
-    encoder, rows_of = make_encoder(config, base, findings, [*paths, *val_paths])
+    encoder, rows_of = make_encoder(config, base, findings, [*paths, *val_paths], other)
     tokenizer = require_tokenizer(base)
     identity = {"tokenizer_sha256": tokenizer.sha256, "source_sha256": pairs_sha256([*paths, *val_paths])}
-    rows = RowStore(folder, max(base.model.config.vocab_size, base.model.config.source_vocab_size), identity)
+    shapes = [one.model.config for one in (base, other) if one is not None]
+    rows = RowStore(folder, max(max(shape.vocab_size, shape.source_vocab_size) for shape in shapes), identity)
     n_train = rows.take(rows_of(paths))
     n_rows = rows.take(rows_of(val_paths)) if val_paths else n_train
     if n_rows < MIN_EXAMPLES or (val_paths and n_train in (0, n_rows)):
@@ -101,11 +106,14 @@ def task_record(encoder: Encoder) -> dict[str, Any]:
 RowsOf = Callable[[list[str]], Iterator[ExampleRow]]
 
 
-def make_encoder(config: TaskConfig, base: Loaded, findings: Findings, all_paths: list[str]) -> tuple[Encoder, RowsOf]:
+def make_encoder(
+    config: TaskConfig, base: Loaded, findings: Findings, all_paths: list[str], other: Loaded | None = None
+) -> tuple[Encoder, RowsOf]:
     """Return the encoder of a task, and the function that reads rows from files."""
     task, family = config.task, base.model.config.family
     if task == "chat":
-        encoder = Encoder(config, base, findings, chat=chat_of(base))
+        other_chat = None if other is None else chat_of(other)
+        encoder = Encoder(config, base, findings, chat=chat_of(base), other_chat=other_chat)
         return encoder, lambda paths: conversation_rows(
             encoder, read_conversations(paths, messages_key=config.columns.messages)
         )
@@ -169,6 +177,9 @@ class RowStore:
             self.writer("targets").add(row.trained)
         elif row.target:
             self.writer("targets").add(row.target)
+        if row.other is not None:
+            self.writer("other_documents").add(row.other.ids)
+            self.writer("other_targets").add(row.other.is_trained)
         self.values.append(row.values)
         self.first_lengths.append(row.first_length)
         self.keys.append(digest(row.key))
@@ -208,9 +219,8 @@ class RowStore:
             arrays["values"] = np.array(self.values, dtype=np.float64)
             arrays["first_lengths"] = np.array(self.first_lengths, dtype=np.int64)
         train = np.setdiff1d(np.arange(len(self.keys)), held_out)
-        return Corpus(
-            require_tokenizer(base), parts["documents"], parts.get("targets"), train, held_out, provenance, arrays
-        )
+        documents, targets = parts.pop("documents"), parts.pop("targets", None)
+        return Corpus(require_tokenizer(base), documents, targets, train, held_out, provenance, arrays, parts)
 
 
 def digest(text: str) -> str:

@@ -100,8 +100,16 @@ def text_config(config: TaskConfig, base: Loaded) -> PretrainConfig:
     )
 
 
-def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, show_example: bool = False) -> Corpus:
-    """Read, examine, split and encode text or examples.
+def prepare_task(
+    config: TaskConfig,
+    base: Loaded,
+    folder: Path,
+    say: Say,
+    *,
+    show_example: bool = False,
+    other: Loaded | None = None,
+) -> Corpus:
+    """Read, examine, split and encode text or examples; other: see `prepare_examples`.
 
     Raises: UsageError where findings are to be errors; whatever the readers raise.
     """
@@ -117,7 +125,7 @@ def prepare_task(config: TaskConfig, base: Loaded, folder: Path, say: Say, *, sh
         if config.data.strict and problems:
             raise UsageError("; ".join(problems), "fix the data, or omit `--strict`")
         return corpus
-    corpus, findings, first = prepare_examples(config, folder, base)
+    corpus, findings, first = prepare_examples(config, folder, base, other)
     for line in findings.lines():
         say(line)
     if show_example:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmctl.config import TokenizerConfig
+from llmctl.distilling.alignment import special_pairs
 from llmctl.distilling.vocabulary_map import map_vocabularies
 from llmctl.tokenizer.load import tokenizer_from_files
 from llmctl.tokenizer.train import train_tokenizer
@@ -30,7 +31,7 @@ def test_the_same_pieces_in_another_order_are_only_reordered():
     files = byte_level()
     other, moved = shuffled(files)
     student, teacher = tokenizer_from_files(files), tokenizer_from_files(other)
-    found = map_vocabularies(student, teacher)
+    found = map_vocabularies(student, teacher, special_pairs(student, teacher))
     assert student.encode(TEXTS[0]) != teacher.encode(TEXTS[0])
     for index, there in moved.items():
         assert found.student_event[index] == found.teacher_event[there]
@@ -46,7 +47,7 @@ def two():
 @pytest.mark.parametrize("turned", [False, True])
 def test_every_token_of_the_teacher_is_written_in_tokens_of_the_student(two, turned):
     student, teacher = two[::-1] if turned else two
-    found = map_vocabularies(student, teacher)
+    found = map_vocabularies(student, teacher, special_pairs(student, teacher))
     n_told = 0
     for index, pieces in enumerate(found.pieces):
         data = teacher.piece_bytes(index)
@@ -67,7 +68,7 @@ def test_every_token_of_the_teacher_is_written_in_tokens_of_the_student(two, tur
 
 def test_continuations_are_the_tokens_that_begin_with_what_is_written(two):
     student, teacher = two
-    found = map_vocabularies(student, teacher)
+    found = map_vocabularies(student, teacher, special_pairs(student, teacher))
     written = next(pieces[:1] for pieces in found.pieces if len(pieces) > 1)
     tokens, events = found.continuations(written)
     wanted = [index for index, pieces in enumerate(found.pieces) if pieces[:1] == written]
@@ -75,5 +76,14 @@ def test_continuations_are_the_tokens_that_begin_with_what_is_written(two):
     for index, event in zip(tokens.tolist(), events.tolist(), strict=True):
         pieces = found.pieces[index]
         assert event == (found.student_event[pieces[1]] if len(pieces) > 1 else -1)
+    index, pieces = next((index, own) for index, own in enumerate(found.pieces) if len(own) > 1)
+    last = found.student_bytes[pieces[-1]]
+    longer = [one for one, data in enumerate(found.student_bytes) if data.startswith(last) and len(data) > len(last)]
+    for label in longer:
+        told = found.beyond(index, pieces[:-1], label)
+        same = found.student_event[label] == found.student_event[pieces[-1]]
+        assert told == ((-1, -1) if same else (index, found.student_event[pieces[-1]]))
+    assert found.beyond(index, pieces[:-1], pieces[-1]) == (-1, -1)
+    assert found.beyond(index, (), pieces[0]) == (-1, -1)
     nothing, _ = found.continuations((student.vocab_size + 5,))
     assert len(nothing) == 0

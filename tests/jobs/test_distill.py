@@ -13,6 +13,7 @@ from llmctl.artifacts.load import load_model
 from llmctl.config import DistillConfig, FinetuneConfig
 from llmctl.distilling.settings import settle
 from llmctl.distilling.teacher import Teachers
+from llmctl.distilling.teacher_data import prepare_taught
 from llmctl.errors import ArtifactError, InterruptedRunError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.formats.artifact_write import write_artifact
@@ -29,6 +30,7 @@ from llmctl.runs.history import History
 from llmctl.runs.removal import not_written
 from llmctl.tables.losses import ACROSS
 from llmctl.training.finetune_settings import settle as settle_tuning
+from llmctl.training.task_data import open_task_model
 from tests.support.jobs import environment, running, weights
 from tests.support.tuning import FAMILIES, SMALL
 from tests.support.warm import WARM
@@ -246,12 +248,7 @@ def test_batches_that_the_student_writes(teachers):
 
 
 def test_answers_that_the_student_writes(teachers):
-    rows = [
-        {"messages": [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": "a good mat 猫"}]}
-        for i in range(60)
-    ]
-    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    settings = ["student.shape=layers=1", "task=chat", "data.paths=[chat.jsonl]", "loss.on_policy=0.5", "loss.name=rkl"]
+    settings = ["student.shape=layers=1", "task=chat", conversations(), "loss.on_policy=0.5", "loss.name=rkl"]
     trained = run(teachers["decoder"], *settings)
     again = run(teachers["decoder"], *settings)
     assert weights(trained.path) == weights(again.path)
@@ -322,6 +319,29 @@ def test_a_new_student_gets_another_tokenizer(teachers, here, init):
     assert found.tokenizer.sha256 == other.tokenizer.sha256
     assert found.model.config.vocab_size == other.model.config.vocab_size
     assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+
+
+def conversations(n: int = 60) -> str:
+    rows = [
+        {"messages": [{"role": "user", "content": f"cat {i}"}, {"role": "assistant", "content": f"a good mat {i} 猫"}]}
+        for i in range(n)
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return "data.paths=[chat.jsonl]"
+
+
+@pytest.mark.parametrize("on_policy", [0, 0.5])
+def test_conversations_are_read_in_the_template_of_each(teachers, here, on_policy):
+    with_tokenizer(teachers["decoder"], here / "other")
+    settings = ["student.shape=other", "task=chat", conversations(), f"loss.on_policy={on_policy}", "train.steps=24"]
+    trained = run(teachers["decoder"], *settings)
+    assert trained.summary["after"]["loss"] < trained.summary["before"]["loss"]
+    config = config_of(teachers["decoder"], *settings)
+    base = open_task_model(config, here / "other")
+    corpus = prepare_taught(config, base, Teachers(config), here / "data", lambda _: None)
+    tokens, answers = (corpus.others[name].document(3) for name in ("other_documents", "other_targets"))
+    teacher = load_model(teachers["decoder"], device="cpu", dtype="float32").tokenizer
+    assert teacher.decode(tokens[answers.astype(bool)].tolist()).strip() == "a good mat 3 猫"
 
 
 def test_an_encoder_decoder_learns_from_one_with_another_tokenizer(teachers, here):

@@ -31,10 +31,13 @@ def inputs(seed: int = 0, n_student: int = V, n_teacher: int = W):
     return hidden, weight, teacher, torch.randint(0, n_student, (N,), generator=generator)
 
 
-def targets(teacher, student, other, n, *, has_place=None, inside=None):
+def targets(teacher, student, other, n, *, has_place=None, inside=None, beyond=None):
     events = Events.of(torch.tensor(student), torch.tensor(other), n)
     places = torch.ones(N, dtype=torch.bool) if has_place is None else torch.tensor(has_place)
-    return AcrossTeacher([teacher], events, places, inside or {})
+    tokens, kinds = torch.full((N,), -1), torch.full((N,), -1)
+    for row, (token, event) in (beyond or {}).items():
+        tokens[row], kinds[row] = token, event
+    return AcrossTeacher([teacher], events, places, inside or {}, tokens, kinds)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -133,6 +136,28 @@ def test_inside_a_token_of_the_teacher_its_continuations_are_the_target():
         strict=True,
     ):
         assert torch.allclose(gradient, expected, atol=1e-9)
+
+
+def test_a_label_beyond_the_next_token_of_the_teacher_is_learned_from_the_data():
+    hidden, weight_VD, teacher, labels = inputs(7)
+    found = across_divergence(
+        hidden,
+        weight_VD,
+        targets(teacher, list(range(V)), [*range(V), 3, 3], V, beyond={4: (12, 3)}),
+        labels,
+        Divergence(),
+        chunk_tokens=4,
+    )
+    log_q = (hidden @ weight_VD.T).log_softmax(1)
+    p = (teacher.hidden_ND @ teacher.weight_VD.T).softmax(1)
+    target = p[:, :V].clone()
+    target[:, 3] += p[:, 11] + p[:, 12]
+    target[4, 3] -= p[4, 12]
+    known = target.sum(1, keepdim=True)
+    divergence = (target / known * ((target / known).log() - log_q)).sum(1)
+    nats = -log_q[torch.arange(N), labels]
+    wanted = (known[:, 0] * divergence + (1 - known[:, 0]) * nats).sum()
+    assert found.total.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
 def test_sorted_probabilities_and_their_gradient_written_out():

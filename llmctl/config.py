@@ -383,6 +383,9 @@ class FinetuneDataConfig(DataConfig):
     strict: bool = setting(
         False, "fail if the data has problems (duplicates, leaks, ...) instead of only reporting them"
     )
+    logprobs: bool = setting(
+        True, "chat: learn the probabilities of rows that have `logprobs` of a server, not only their text"
+    )
 
 
 @dataclass(frozen=True)
@@ -546,6 +549,41 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class ServerConfig:
+    """A teacher behind a server with OpenAI's protocol, and which of its answers are kept."""
+
+    model: str = setting("", "name of the model at the server; the teacher is then its address, http://HOST/v1")
+    api: Literal["auto", "chat", "completions"] = setting(
+        "auto", "chat or completions; auto: chat, and completions for rows with `text`"
+    )
+    answers: int = setting(1, "answers per prompt")
+    keep: Literal["all", "best"] = setting(
+        "all", "answers to keep of a prompt: all, or the one with the best mean logprob"
+    )
+    temperature: float = setting(1.0, "sampling temperature")
+    top_p: float = setting(1.0, "nucleus sampling; 1: off")
+    max_tokens: int = setting(512, "maximum tokens per answer")
+    seed: int = setting(0, "seed of the first answer to a prompt")
+    keep_thinking: bool = setting(False, "keep what a model thinks before it answers, as <think>...</think>")
+    keep_truncated: bool = setting(False, "keep answers that end at max_tokens")
+    min_chars: int = setting(1, "shortest answer to keep, in characters")
+    pattern: str = setting("", "regular expression that an answer must contain")
+    top_logprobs: int = setting(
+        0, "alternatives per token to ask for, up to 20: the student learns their probabilities"
+    )
+    concurrency: int = setting(8, "requests at a time")
+    requests_per_minute: float = setting(0.0, "rate limit; 0: none")
+    timeout_seconds: float = setting(60.0, "longest time for one request")
+    retries: int = setting(6, "further attempts of a request that failed")
+    backoff_seconds: float = setting(0.5, "wait before the second attempt, doubled each time")
+    max_tokens_total: int = setting(
+        0, "tokens, as counted by the server, after which nothing more is asked; 0: no limit"
+    )
+    max_failed_frac: float = setting(0.05, "fraction of failed requests that ends the run")
+    cache: str = setting("", "folder of responses that several runs share; empty: with the answers")
+
+
+@dataclass(frozen=True)
 class DistillOptimConfig(OptimConfig):
     """Optimizer and learning-rate schedule for distillation."""
 
@@ -596,6 +634,7 @@ class DistillConfig(TaughtConfig):
     student: StudentConfig = section(StudentConfig, "student")
     stages: int = setting(0, "pruning stages; 0: two if less than 45% of the teacher remains, else one")
     baseline: BaselineConfig = section(BaselineConfig, "the same architecture trained from scratch")
+    server: ServerConfig = section(ServerConfig, "teacher behind a server")
 
 
 EMBEDDINGS = ("int8", "int6", "int5", "int4", "int3", "float")

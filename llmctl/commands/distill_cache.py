@@ -1,6 +1,7 @@
 """`llmctl distill cache`: flags -> DistillConfig -> a folder of cached teacher outputs -> its path on stdout."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -8,13 +9,17 @@ import typer
 
 from llmctl.commands.common import SameModel, command_app, note, one_name, result, result_json
 from llmctl.commands.model_argument import with_model
+from llmctl.commands.server_teacher import collect_answers
+from llmctl.distilling.server import is_url
 
 app = command_app()
 
 
 @app.command()
 def cache(
-    model: Annotated[str | None, typer.Argument(metavar="TEACHER", help="Teacher: folder, file or run.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="TEACHER", help="Teacher: folder, file, run, or a server http://HOST/v1.")
+    ] = None,
     named: SameModel = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Output folder; an interrupted cache is resumed.")] = Path(
         "signals"
@@ -31,18 +36,21 @@ def cache(
     seed: Annotated[int | None, typer.Option(help="Seed for sampling and masking.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     teacher_backend: Annotated[str | None, typer.Option(help="auto, native or transformers.")] = None,
+    teacher_model: Annotated[str | None, typer.Option(help="Name of the teacher at a server.")] = None,
     recipe: Annotated[str | None, typer.Option("-r", "--recipe", help="Recipe of the distillation.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any other key: section.key=value.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> int:
-    """Cache a teacher's outputs for a corpus, to distill students on the same rows without the teacher.
+    """Cache a teacher's outputs for a corpus, or a server's answers to prompts, for any number of students.
 
     Examples:
 
       llmctl distill cache teacher.safetensors -o signals
 
       llmctl distill teacher.safetensors --set teacher.cache=signals
+
+      llmctl distill cache http://localhost:8000/v1 --teacher-model NAME -d prompts.jsonl -o answers
     """
     from llmctl.config import DistillConfig
     from llmctl.recipe import load
@@ -58,8 +66,14 @@ def cache(
         "train.seed": seed,
         "train.device": device,
         "teacher.backend": teacher_backend,
+        "server.model": teacher_model,
     }
     resolved = load(DistillConfig, recipe=recipe, settings=set_ or [], flags=flags)
+    if is_url(name := one_name(model, named) or resolved.config.model):
+        found = collect_answers(replace(resolved.config, model=name), out, quiet=quiet)
+        note(f"next: llmctl finetune MODEL -d {shlex.quote(str(found.path))}", quiet=quiet)
+        result_json(found.record()) if json else result(str(found.path))
+        return 0
     resolved = with_model(resolved, one_name(model, named), quiet=quiet)
     note("loading torch", quiet=quiet)
     from llmctl.jobs.distill_cache import make_cache

@@ -25,7 +25,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "Data": ("val", "columns", "labels", "tokenizer", "seq_len", "strict", "show_example", "dry_run"),
     "Model and method": (
         "scheme", "group", "embedding", "target_size", "target_bpw", "to", "kind", "init", "stages", "on_policy", "teacher_dtype",
-        "teacher_backend", "baseline", "qat", "rank", "merge", "freeze", "trials", "max_drop",
+        "teacher_backend", "teacher_model", "baseline", "qat", "rank", "merge", "freeze", "trials", "max_drop",
     ),
     "Compute": ("batch_size", "seed", "device", "dtype", "backend", "compile_", "track"),
     "Several processes": (

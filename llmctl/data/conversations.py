@@ -38,11 +38,15 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """The messages of one row and the tools they may call; `where` is its file and line, for error messages."""
+    """The messages of one row and the tools they may call; `where` is its file and line, for error messages.
+
+    logprobs: the log-probabilities of the last answer, as a server gave them.
+    """
 
     where: str
     messages: list[Message]
     tools: tuple[Any, ...] = ()
+    logprobs: Any = None
 
 
 Row = Mapping[str, Any]
@@ -85,7 +89,7 @@ def _read_row(row: Any, where: str, messages_key: str) -> Iterator[Conversation]
             raise UsageError(
                 f"{conversation.where} has no assistant message", "a conversation needs at least one answer"
             )
-        yield conversation._replace(tools=tools_of(row, where))
+        yield conversation._replace(tools=tools_of(row, where), logprobs=row.get("logprobs"))
 
 
 def _shape(row: Row, where: str) -> tuple[str, ...]:

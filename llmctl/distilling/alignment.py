@@ -4,7 +4,7 @@ The teacher reads the text of the student's rows in its own tokens. Both predict
 the same byte: there, and only there, their predictions of what comes next can be compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,17 +215,3 @@ def places(row: Row) -> tuple[Ints, Ints]:
     numbers = np.arange(len(own))
     begin = np.maximum.accumulate(np.where(agrees, numbers, -1)) if len(own) else numbers
     return np.where(agrees, last, -1), begin
-
-
-def by_bytes(tokenizer: Tokenizer) -> dict[bytes, int]:
-    """Return the id of each piece by its bytes; of several, the one that encoding gives, else the first."""
-    found: dict[bytes, int] = {}
-    for index in range(tokenizer.vocab_size):
-        if data := tokenizer.piece_bytes(index):
-            found.setdefault(data, index)
-    return found
-
-
-def longest_prefix(data: bytes, pieces: Mapping[bytes, int]) -> int | None:
-    """Return the id of the longest piece that some bytes begin with."""
-    return next((pieces[data[:end]] for end in range(len(data), 0, -1) if data[:end] in pieces), None)

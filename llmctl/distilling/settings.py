@@ -8,7 +8,7 @@ from llmctl.artifacts.load import fitting_tokenizer, is_bare
 from llmctl.artifacts.with_adapters import read_model
 from llmctl.config import DistillConfig, ModelConfig, TaughtConfig
 from llmctl.distilling.student_shape import parse_student
-from llmctl.distilling.student_tokenizer import own_tokenizer, with_tokenizer
+from llmctl.distilling.student_tokenizer import config_with, own_tokenizer
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.transformers_backend import TransformersArtifact
@@ -60,7 +60,7 @@ def has_own_tokenizer(config: DistillConfig) -> bool:
 def base_shape(config: DistillConfig) -> ModelConfig:
     """Return the shape that a new student is made from: the teacher's, with the student's vocabulary."""
     artifact, tokenizer = read_teacher(config), own_tokenizer(config)
-    return artifact.config if tokenizer is None else with_tokenizer(artifact, tokenizer).model.config
+    return artifact.config if tokenizer is None else config_with(artifact, tokenizer)
 
 
 def student_shape(config: DistillConfig) -> ModelConfig:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.distilling.alignment import by_bytes, longest_prefix
 from llmctl.tokenizer.base import Tokenizer
+from llmctl.tokenizer.pieces import by_bytes, longest_prefix, pieces_of
 
 Ints = NDArray[np.int64]
 NOTHING = -1
@@ -112,17 +112,7 @@ def in_pieces(
         # Two pieces may have the same bytes, as `A` and `<0x41>`: the one of the same name is meant.
         named = names.get(teacher.piece(index))
         return (same if named is None or student.piece_bytes(named) != data else named,)
-    try:
-        found = student.encode_next(data.decode(), after_special=False)
-    except UnicodeDecodeError:  # a part of a character
-        found = []
-    if found and b"".join(student.piece_bytes(one) for one in found) == data:
-        return tuple(found)
-    parts: list[int] = []
-    while data and (piece := longest_prefix(data, own)) is not None:
-        parts.append(piece)
-        data = data[len(student.piece_bytes(piece)) :]
-    return tuple(parts)
+    return pieces_of(data, student, own)
 
 
 def first_of_teacher(data: bytes, teacher: Tokenizer, other: dict[bytes, int]) -> int | None:

@@ -15,6 +15,8 @@ from llmctl.artifacts.hub import label, named
 from llmctl.artifacts.load import Loaded, load_model
 from llmctl.artifacts.with_adapters import identity_of
 from llmctl.config import FinetuneConfig, QuantizeConfig, WeightsConfig
+from llmctl.data.batches import AnswerBatches
+from llmctl.distilling.soft_answers import SoftAnswers, has_targets, soft_prediction
 from llmctl.errors import ArtifactError
 from llmctl.formats.artifact_write import write_artifact
 from llmctl.jobs.finish import Product, whole_model
@@ -32,6 +34,7 @@ from llmctl.quantizing.qlora_base import BASE, BITS, write_packed_base
 from llmctl.quantizing.settings import plan_of
 from llmctl.tables.preferences import PREFERENCES
 from llmctl.tables.tasks import TASKS
+from llmctl.training.batch import BatchSource
 from llmctl.training.finetune_settings import QUANTIZES, check, settle
 from llmctl.training.objectives import Classification, Objective, label_prediction
 from llmctl.training.preference_objective import PreferencePrediction, preference_loss
@@ -56,7 +59,7 @@ def finetune(session: Session, config: FinetuneConfig) -> None:
     part = Part(
         model=model,
         objective=tuned.objective,
-        batches=partial(data.batches, model.config),
+        batches=tuned.batches,
         rows=data.rows(model.config),
         config=config,
         identity=identity(corpus, model=corpus.provenance["base"]["sha256"]),
@@ -185,12 +188,21 @@ class Tuned:
             seed=self.config.train.seed,
         )
 
+    def batches(self, *, shuffle: bool) -> BatchSource:
+        """Return the batches; those of training with the probabilities of a server, where the data has some."""
+        source = self.data.batches(self.model.config, shuffle=shuffle)
+        if shuffle and has_targets(self.corpus) and isinstance(source, AnswerBatches):
+            return SoftAnswers(source, self.corpus)
+        return source
+
     def objective(self) -> Objective:
-        """Return classification, a loss on preferences, or label prediction."""
+        """Return classification, a loss on preferences, divergence from given probabilities, or label prediction."""
         if self.config.task == "classify":
             return Classification(self.model, self.config.train.label_smoothing)
         if self.config.task == "prefer":
             return self.preference_prediction()
+        if has_targets(self.corpus):
+            return soft_prediction(self.model, self.corpus, self.config.train)
         return label_prediction(self.model, self.corpus, self.config.train)
 
     def preference_prediction(self) -> PreferencePrediction:

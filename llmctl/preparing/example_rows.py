@@ -19,6 +19,7 @@ from llmctl.inference.chat_ids import Encoded, encode_conversation, end_of_turn_
 from llmctl.inference.chat_template import ChatTemplate
 from llmctl.inference.encoding import encode_prompt, encode_rows, encode_target, require_tokenizer
 from llmctl.preparing.diagnostics import Findings
+from llmctl.preparing.soft_targets import SoftTargets, Targets, checked_logprobs
 
 AT_ONCE = 512
 """Examples encoded per batch."""
@@ -31,7 +32,7 @@ class ExampleRow:
     ids: model input; trained: which of them a decoder is trained on; target: target of an encoder-decoder; values:
     targets of a classification head; first_length: start of the second text of a pair; key, answer: examples with the
     same key are duplicates if their answers are equal, else contradictions where there are no trained tokens; other: the
-    same as another model reads it.
+    same as another model reads it; soft: probabilities for its tokens.
     """
 
     where: str
@@ -43,6 +44,7 @@ class ExampleRow:
     values: tuple[float, ...] = ()
     first_length: int = 0
     other: Encoded | None = None
+    soft: Targets | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Encoder:
     template: str = ""
     chat: ChatTemplate | None = None
     other_chat: ChatTemplate | None = None
+    soft: SoftTargets | None = None
     labels: Labels = Labels("single")
 
     @property
@@ -178,11 +181,16 @@ def conversation_rows(encoder: Encoder, conversations: Iterable[Conversation]) -
             if encoder.too_long(where, len(ids)):
                 continue
             ids, trained = ids[: encoder.limit + 1], trained[: encoder.limit + 1]
+        soft = None
+        if encoder.soft is not None and (logprobs := checked_logprobs(conversation.logprobs)):
+            soft = encoder.soft.make(ids, trained, logprobs)
         asked = [
             message.content + calls.get(n, "") for n, message in enumerate(messages) if message.role != "assistant"
         ]
         key = "\0".join([*asked, *map(repr, conversation.tools)])
-        yield from trained_row(encoder, ExampleRow(where, ids, key, "\0".join(answers), trained, other=other))
+        yield from trained_row(
+            encoder, ExampleRow(where, ids, key, "\0".join(answers), trained, other=other, soft=soft)
+        )
 
 
 def seen(

@@ -35,6 +35,10 @@ from llmctl.preparing.example_rows import (
     source_rows,
 )
 from llmctl.preparing.preference_rows import preference_rows
+from llmctl.preparing.soft_targets import WHOLE, SoftTargets
+
+SOFT = ("soft_ids", "soft_shares")
+"""Names of the targets among a corpus's other data."""
 
 MIN_EXAMPLES = 2
 """One to train on and one to hold out."""
@@ -113,7 +117,8 @@ def make_encoder(
     task, family = config.task, base.model.config.family
     if task == "chat":
         other_chat = None if other is None else chat_of(other)
-        encoder = Encoder(config, base, findings, chat=chat_of(base), other_chat=other_chat)
+        soft = SoftTargets(require_tokenizer(base)) if config.data.logprobs else None
+        encoder = Encoder(config, base, findings, chat=chat_of(base), other_chat=other_chat, soft=soft)
         return encoder, lambda paths: conversation_rows(
             encoder, read_conversations(paths, messages_key=config.columns.messages)
         )
@@ -180,6 +185,7 @@ class RowStore:
         if row.other is not None:
             self.writer("other_documents").add(row.other.ids)
             self.writer("other_targets").add(row.other.is_trained)
+        self.add_soft(row)
         self.values.append(row.values)
         self.first_lengths.append(row.first_length)
         self.keys.append(digest(row.key))
@@ -188,10 +194,22 @@ class RowStore:
         self.n_tokens += len(row.ids) + len(row.target)
         self.n_trained += sum(row.trained[1:]) + len(row.target)
 
+    def add_soft(self, row: ExampleRow) -> None:
+        """Write the targets of a row; those of rows without any are empty, from the first row that has some."""
+        if row.soft is None and SOFT[0] not in self.writers:
+            return
+        is_first = SOFT[0] not in self.writers
+        for name, own in zip(SOFT, row.soft or ([], []), strict=True):
+            writer = self.writer(name)
+            for _ in self.keys if is_first else ():
+                writer.add([])
+            writer.add(own)
+
     def writer(self, name: str) -> RowWriter:
         """Return the writer of a part, creating it on first use."""
         if name not in self.writers:
-            self.writers[name] = RowWriter(self.folder / name, self.vocab_size, self.identity)
+            n_values = WHOLE + 1 if name == SOFT[1] else self.vocab_size
+            self.writers[name] = RowWriter(self.folder / name, n_values, self.identity)
         return self.writers[name]
 
     def examine(self, findings: Findings, held_out: NDArray[np.int64]) -> None:

@@ -55,7 +55,7 @@ def finetune(session: Session, config: FinetuneConfig) -> None:
         folder = session.folder / "data"
         objective = tuned.preference_prediction()
         session.lead(partial(write_reference, objective, data, folder, session.runtime, session.say))
-        data = replace(data, reference=read_reference(folder))
+        tuned.data = data = replace(data, reference=read_reference(folder))
     part = Part(
         model=model,
         objective=tuned.objective,

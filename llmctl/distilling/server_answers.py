@@ -69,6 +69,11 @@ def collect(
     Raises: UsageError for what no retry changes; StoppedError if too many prompts failed: what was answered is kept.
     """
     check_server(config)
+    if not config.model:
+        known = ", ".join(f"`{name}`" for name in server.models())
+        raise UsageError(
+            "no `--teacher-model` is named", f"the server has {known}" if known else "--teacher-model NAME"
+        )
     log = AnswerLog(Path(config.cache) if config.cache else folder)
     collected = Collected(folder / ANSWERS, len(prompts))
     pattern = re.compile(config.pattern) if config.pattern else None
@@ -79,13 +84,11 @@ def collect(
         log.close()
     collected.n_rows, collected.counts = len(rows), server.counts.record()
     if collected.failures:
-        n_failed = len(collected.failures)
-        say(f"{n_failed} requests failed, the first: {collected.failures[0]}")
-        if n_failed > max(FEWEST_FAILED, config.max_failed_frac * len(prompts) * config.answers) or not rows:
-            raise StoppedError(
-                f"{n_failed} of {len(prompts) * config.answers} requests failed: {collected.failures[0]}",
-                "the answers so far are kept: repeat the command to ask for the others, or raise server.max_failed_frac",
-            )
+        say(f"{len(collected.failures)} requests failed, the first: {collected.failures[0]}")
+        if not rows:
+            raise too_many(collected)
+    if config.top_logprobs and rows and not collected.has_logprobs:
+        say("the server gave no log-probabilities: only texts are learned")
     if not rows:
         raise UsageError(
             f"no answer was kept: {collected.line()}", "see server.pattern, server.min_chars and max_tokens"
@@ -94,13 +97,20 @@ def collect(
     return collected
 
 
+def too_many(collected: Collected) -> StoppedError:
+    """Return the error for a run of which too many requests failed."""
+    return StoppedError(
+        f"{len(collected.failures)} requests failed, the first: {collected.failures[0]}",
+        "the answers so far are kept: repeat the command to ask for the others, or raise server.max_failed_frac",
+    )
+
+
 def check_server(config: ServerConfig) -> None:
     """Refuse settings out of range.
 
     Raises: UsageError listing all of them.
     """
     checks = [
-        (not config.model, "`server.model` is empty: name the model with --teacher-model"),
         (config.concurrency < 1, f"`server.concurrency` is {config.concurrency}, it must be at least 1"),
         (config.retries < 0, f"`server.retries` is {config.retries}, it is negative"),
         (config.timeout_seconds <= 0, f"`server.timeout_seconds` is {config.timeout_seconds}, it must be positive"),
@@ -136,6 +146,7 @@ def ask_all(
     found: list[list[dict[str, Any] | None]] = [[None] * config.answers for _ in prompts]
     tasks = iter([(number, answer) for number in range(len(prompts)) for answer in range(config.answers)])
     done, n_done = paced(say, "answer", len(prompts) * config.answers), 0
+    most_failed = max(FEWEST_FAILED, config.max_failed_frac * len(prompts) * config.answers)
     running: dict[Future[dict[str, Any]], tuple[int, int]] = {}
     with ThreadPoolExecutor(config.concurrency, thread_name_prefix="server") as pool:
         try:
@@ -162,6 +173,8 @@ def ask_all(
                         collected.failures.append(f"{prompts[number].where}: {error}")
                     n_done += 1
                     done(n_done)
+                if len(collected.failures) > most_failed:
+                    raise too_many(collected)
         except BaseException:
             server.stop()  # what waits for a retry ends at once
             raise

@@ -77,10 +77,11 @@ def test_an_answer_that_does_not_come_is_asked_again(served, tmp_path):
 def test_many_failures_end_the_run_and_nothing_is_lost(served, tmp_path):
     config = replace(QUICK, retries=0, concurrency=1)
     served.faults = [None, None, 500, 500, 500, 500]
-    with pytest.raises(StoppedError, match=r"4 of 8 requests failed: p\.txt:2: status 500") as caught:
+    with pytest.raises(StoppedError, match=r"4 requests failed, the first: p\.txt:2: status 500") as caught:
         ask(served, tmp_path, asked(8), config)
     assert "repeat the command" in caught.value.hint
-    assert ask(served, tmp_path, asked(8), config).counts["cached"] == 4
+    assert len(served.requests) == 6
+    assert ask(served, tmp_path, asked(8), config).counts["cached"] == 2
     served.faults = [400]  # few failures are only told
     told = ask(served, tmp_path, asked(1, 20) + asked(8), config)
     assert (told.n_rows, told.counts["failed"]) == (8, 1)
@@ -103,6 +104,12 @@ def test_an_unknown_model_names_those_of_the_server(served, tmp_path):
     with pytest.raises(UsageError, match="no model `other`") as caught:
         ask(served, tmp_path, asked(2), replace(QUICK, model="other"))
     assert "`teacher-1`, `teacher-2`" in caught.value.hint
+
+
+def test_a_model_must_be_named(served, tmp_path):
+    with pytest.raises(UsageError, match="no `--teacher-model`") as caught:
+        ask(served, tmp_path, asked(2), replace(QUICK, model=""))
+    assert "`teacher-1`" in caught.value.hint
 
 
 def test_redirects_are_not_followed(served, tmp_path):
@@ -205,7 +212,7 @@ def test_addresses_that_are_refused(url, message):
 
 @pytest.mark.parametrize(
     "change",
-    [{"model": ""}, {"concurrency": 0}, {"answers": 0}, {"top_p": 0.0}, {"pattern": "("}, {"top_logprobs": 30}],
+    [{"concurrency": 0}, {"answers": 0}, {"top_p": 0.0}, {"pattern": "("}, {"top_logprobs": 30}],
 )
 def test_settings_out_of_range(tmp_path, change):
     config = replace(QUICK, **change)

@@ -40,6 +40,7 @@ from llmctl.quantizing.gguf_codes import GgufCodes
 from llmctl.quantizing.report import speeds
 from llmctl.runs.comparison import Report
 from llmctl.training.batch import to_device
+from llmctl.training.held_out import rows_with
 from llmctl.training.inputs import Fitted
 from llmctl.training.objectives import Objective
 from llmctl.training.task_data import TaskData
@@ -256,7 +257,10 @@ def compare(work: Work, model: LanguageModel) -> Report:
     """Measure the result and the model with its vocabulary on held-out rows, and the result on the sample as well."""
     session, config, data, teachers, costs = work.session, work.config, work.data, work.teachers, work.costs
     runtime, train = session.runtime, config.train
-    max_tokens = config.weights.report_tokens or None
+    max_tokens = None
+    if config.weights.report_tokens:
+        held_out = data.batches(model.config, shuffle=False)
+        max_tokens = rows_with(held_out, config.weights.report_tokens, train.seq_len) * train.seq_len
     settings = teaching(config, Path(costs.plan["teacher"]))
     result = session.lead(lambda: costs.of("result", model))
     teachers.move(runtime.device, runtime.dtype)

@@ -9,7 +9,7 @@ from torch import nn
 from llmctl.errors import UsageError
 from llmctl.metrics.figures import FIGURES, is_higher_better
 from llmctl.training.budget import Planner
-from llmctl.training.held_out import EVAL_ROWS, measure, rows_of
+from llmctl.training.held_out import EVAL_ROWS, measure, rows_of, rows_with
 from llmctl.training.inputs import Fitted, Training
 
 
@@ -141,7 +141,7 @@ def measure_only(training: Training, max_tokens: int = 0) -> Fitted:
     """Return the metrics of a model that is not trained, on all held-out rows or on evenly spaced ones of `max_tokens`."""
     objective, held_out, config = training.objective, training.held_out, training.config
     n_all = held_out.n_rows
-    n_rows = rows_of(n_all, max_tokens or None, config.seq_len)
+    n_rows = rows_with(held_out, max_tokens, config.seq_len) if max_tokens else n_all
     if n_rows < n_all:
         training.state.eval_rows = n_rows
         training.progress.say(f"measuring on {n_rows:,} of {n_all:,} held-out rows")

@@ -21,6 +21,23 @@ def rows_of(n_rows: int, max_tokens: int | None, seq_len: int) -> int:
     return n_rows if max_tokens is None else min(n_rows, max(1, max_tokens // seq_len))
 
 
+def rows_with(source: BatchSource, tokens: int, seq_len: int) -> int:
+    """Return how many held-out rows have about so many tokens: rows of pairs and examples are not full.
+
+    The fill of rows is that of a few evenly spaced ones.
+    """
+    n_rows = source.n_rows
+    some = [index * n_rows // min(n_rows, EVAL_ROWS) for index in range(min(n_rows, EVAL_ROWS))]
+    batch = source.batch(some)
+    name = "decoder_" if "decoder_input_ids_BT" in batch else ""
+    ids_BT = batch.get(f"{name}input_ids_BT")
+    if ids_BT is None:
+        return rows_of(n_rows, tokens, seq_len)
+    documents_BT = batch.get(f"{name}documents_BT")
+    n_real = ids_BT.size if documents_BT is None else int((documents_BT != 0).sum())
+    return min(n_rows, max(1, math.ceil(tokens * len(some) / max(1, n_real))))
+
+
 def measure(
     module: nn.Module,
     objective: Objective,

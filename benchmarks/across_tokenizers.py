@@ -49,12 +49,12 @@ def run(bench: Bench, text: str, name: str, *more: object, same: bool = False) -
     return {**kept, "before": before["bits_per_byte"], **{key: record[key] for key in ("steps", "cpu_seconds")}}
 
 
-def gold(bench: Bench, text: str) -> dict[str, Any]:
+def gold(bench: Bench, text: str, name: str, *more: object) -> dict[str, Any]:
     """Distill with the loss of TRL's GOLD in our loop."""
     ours = LLMCTL.copy()
     LLMCTL[:] = [sys.executable, str(Path(__file__).resolve()), "with-gold"]
     try:
-        return run(bench, text, "gold")
+        return run(bench, text, name, *more)
     finally:
         LLMCTL[:] = ours
 
@@ -101,6 +101,8 @@ def with_gold() -> None:
                     )
                     for pieces in (own, other)
                 ]
+                settings.uld_distillation_weight = self.config.weight
+                settings.uld_crossentropy_weight = 1 - self.config.weight
                 self.trl = [ULDLoss(settings, *names)]
             ids_BT = batch["input_ids_BT"]
             aligned, hidden_BTD = self.read(batch), self.see(batch)[0]
@@ -150,10 +152,12 @@ RUNS = {
         "project-mixed": lambda bench, text=text: run(bench, text, "project-mixed", *MIXED),
         "alm": lambda bench, text=text: run(bench, text, "alm", "--set", "loss.across=alm", *MIXED),
         "uld": lambda bench, text=text: run(bench, text, "uld", "--set", "loss.across=uld", *MIXED),
-        "gold": lambda bench, text=text: gold(bench, text),
+        "gold": lambda bench, text=text: gold(bench, text, "gold"),
+        "gold-mixed": lambda bench, text=text: gold(bench, text, "gold-mixed", *MIXED),
         "seq": lambda bench, text=text: run(bench, text, "seq", "--loss", "seq"),
         "same-data": lambda bench, text=text: run(bench, text, "same-data", "--set", "loss.weight=0", same=True),
         "same": lambda bench, text=text: run(bench, text, "same", same=True),
+        "same-mixed": lambda bench, text=text: run(bench, text, "same-mixed", *MIXED, same=True),
     }.items()
 }
 

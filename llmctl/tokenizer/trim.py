@@ -7,7 +7,7 @@ probable segmentation of a unigram model, and the longest matches of WordPiece, 
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -284,6 +284,11 @@ class Model:
         pieces = [bytes_field(PIECES, self.raw[index]) for index in sorted(kept)]
         size = bytes_field(TRAINER, varint_field(VOCAB_SIZE, len(pieces)))  # the last value counts
         return b"".join(pieces) + self.rest + size
+
+    def with_pieces(self, new: Sequence[bytes]) -> bytes:
+        """Return the model with more pieces behind the others."""
+        pieces = [bytes_field(PIECES, one) for one in (*self.raw, *new)]
+        return b"".join(pieces) + self.rest + bytes_field(TRAINER, varint_field(VOCAB_SIZE, len(pieces)))
 
 
 def of_model(proto: bytes) -> Vocabulary:

@@ -1,11 +1,12 @@
 """Distillation from a teacher with another tokenizer: the objective, and the teacher's outputs for a student's batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.config import DistillLossConfig
@@ -17,6 +18,7 @@ from llmctl.distilling.teacher import READ, Teacher
 from llmctl.distilling.vocabulary_map import map_vocabularies
 from llmctl.losses.across import AcrossTeacher, Events, Inside, across_divergence, chunk_likelihood
 from llmctl.losses.base import IGNORE, Loss
+from llmctl.losses.divergences import Divergence
 from llmctl.losses.log_probs import linear_log_probs
 from llmctl.model.transformer import LanguageModel
 from llmctl.tokenizer.base import Tokenizer
@@ -36,7 +38,7 @@ class Reading:
 class AcrossTokenizers(Distillation):
     """A divergence from teachers that read the same text in other tokens, mixed with cross-entropy.
 
-    ends: the student's and the teacher's token that ends an answer. The held-out metrics are those of the data.
+    ends: the student's and the teacher's token that ends an answer. The held-out loss is that of the data.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class AcrossTokenizers(Distillation):
         ends: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(model, (), config, token_bytes, chunk_tokens=chunk_tokens, writer=writer)
+        self.parts = (*self.parts, "kl")
         student, teacher = tokenizers
         self.readers = tuple(teachers)
         family, shape = model.config.family, teachers[0].model.config
@@ -66,17 +69,19 @@ class AcrossTokenizers(Distillation):
         self.events: Events | None = None
 
     def forward(self, batch: dict[str, Tensor]) -> Loss:
-        """Return the loss summed over labels; in evaluation only the cross-entropy of the data."""
-        if not self.training or self.config.weight == 0:
-            return super().forward(batch)
+        """Return the loss summed over labels; in evaluation the cross-entropy of the data, and the KL divergence over events."""
+        if self.training and self.config.weight == 0:
+            return self.without_kl(super().forward(batch))
         n_given = (batch["labels"] != IGNORE).sum()
-        if self.writer is not None:
+        if self.training and self.writer is not None:
             batch = self.writer.write(self.model, batch)
         hidden_BTD = self.see(batch)[0]
         reading = self.read(batch)
         places = (batch["labels"].flatten() != IGNORE).nonzero().squeeze(1)
         labels = batch["labels"].flatten()[places]
         hidden_ND = hidden_BTD.flatten(0, 1)[places]
+        if not self.training:
+            return self.measured(hidden_ND, labels, self.targets(batch, reading, places))
         if self.config.across == "alm":
             total, nats = self.chunks(batch, reading, hidden_ND, labels, places)
             correct = nats.new_zeros(())
@@ -98,7 +103,38 @@ class AcrossTokenizers(Distillation):
         if self.writer is not None:  # see `Distillation`
             total = total * (n_given / max(1, len(labels)))
         parts = {"bytes": self.token_bytes[labels].sum(dtype=torch.float64), "correct": correct, "nats": nats}
-        return Loss(total, torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device), parts)
+        count = torch.tensor(float(len(labels)), dtype=torch.float64, device=total.device)
+        return self.without_kl(Loss(total, count, parts))
+
+    def without_kl(self, loss: Loss) -> Loss:
+        """Return a loss of training, where the divergence is not measured apart."""
+        return replace(loss, parts=loss.parts | {"kl": torch.zeros_like(loss.count)})
+
+    def measured(self, hidden_ND: Tensor, labels: Tensor, targets: AcrossTeacher) -> Loss:
+        """Return the cross-entropy of held-out labels, and their KL divergence as far as the teacher tells it."""
+        head = self.model.lm_head
+        sums = across_divergence(
+            self.model.head_input(hidden_ND),
+            head.weight,
+            targets,
+            labels,
+            Divergence(),
+            bias_V=head.bias,
+            chunk_tokens=self.chunk_tokens,
+            softcap=self.model.config.logits_softcap,
+        )
+        parts = {
+            "bytes": self.token_bytes[labels].sum(dtype=torch.float64),
+            "correct": sums.correct,
+            "nats": sums.cross_entropy,
+            "kl": sums.divergence,
+        }
+        count = torch.tensor(float(len(labels)), dtype=torch.float64, device=labels.device)
+        return Loss(sums.cross_entropy, count, parts)
+
+    def figures(self, nats: float, count: float, parts: Mapping[str, float], outputs: NDArray[Any]) -> dict[str, float]:
+        """Return the metrics of label prediction, and the KL divergence from the teacher per label."""
+        return super().figures(nats, count, parts, outputs) | {"kl": parts["kl"] / max(count, 1.0)}
 
     def read(self, batch: Mapping[str, Tensor]) -> Reading:
         """Return a batch as the teachers read it."""

@@ -106,7 +106,7 @@ def part_of(session: Session, plan: StudentPlan, student: Student, cache: Signal
         if shuffle and cache is not None and not student.is_baseline:
             return CachedBatches(fixed_batches(data), cache)
         source = data.batches(model.config, shuffle=shuffle)
-        if shuffle and not is_plain and isinstance(source, AnswerBatches) and "other_documents" in data.corpus.others:
+        if not is_plain and isinstance(source, AnswerBatches) and "other_documents" in data.corpus.others:
             tokens, trained = (data.corpus.others[name] for name in ("other_documents", "other_targets"))
             return AnswersInTwo(source, tokens, trained, teachers.artifact.config.max_positions)
         return source

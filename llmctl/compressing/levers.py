@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmctl.compressing.ground import Ground
 from llmctl.compressing.plans import Plan, Point, Sensitivity, fractions
+from llmctl.compressing.timeline import Timeline
 from llmctl.config import ModelConfig, PlanConfig
 from llmctl.distilling.cut_student import Cut, cut_student
 from llmctl.distilling.student_shape import has_free_heads, resized, step_of, widths
@@ -97,22 +98,27 @@ def measure_structure(
     measured: Sensitivity,
     plan: PlanConfig,
     predict: Predict,
-    say: Say,
+    timeline: Timeline,
     done: Callable[[], None],
 ) -> None:
     """Add what structural levers cost to the measurements; `done` is called after each point."""
+    timeline.plan("pruned model", sum(map(len, levers.values())))
     for name, settings in levers.items():
         points = measured.structure.setdefault(name, [])
-        for changes in settings:
+        for number, changes in enumerate(settings, start=1):
+            timeline.begin()
             known = next((point for point in points if point.changes == dict(changes)), None)
             if known is None:
                 cut = cut_to(ground, model, changes, plan, lambda _: None)
                 known = Point(dict(changes), float(cut.report["loss_after"]))
                 points.append(known)
-                say(f"{name} {next(iter(changes.values()))}: {known.cost:.4f}")
+                timeline.done("pruned model", f"{name} {next(iter(changes.values()))}: {known.cost:.4f}")
                 done()
+            else:
+                timeline.plan("pruned model", -1)
             best = predict(measured)
             if best and known.cost > HOPELESS * best[0].predicted:
+                timeline.plan("pruned model", number - len(settings))
                 break
 
 

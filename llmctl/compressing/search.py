@@ -30,6 +30,7 @@ from llmctl.compressing.plans import GPTQ_FRACTION, Plan, Sensitivity, described
 from llmctl.compressing.room import WHOLE, Rooms
 from llmctl.compressing.samples import frequencies, write_sample
 from llmctl.compressing.settings import distill_config
+from llmctl.compressing.timeline import Timeline
 from llmctl.config import CompressConfig, DataConfig, ModelConfig
 from llmctl.data.shards import is_shard_folder
 from llmctl.distilling.cut_student import Cut
@@ -96,6 +97,7 @@ class Search:
 
     def __init__(self, config: CompressConfig, corpus: Corpus, folder: Path, say: Say) -> None:
         self.config, self.corpus, self.folder, self.say = config, corpus, folder, say
+        self.timeline = Timeline(say, 0.0)
         self.artifact = read_model(Path(config.model))
         tokenizer = find_tokenizer(self.artifact.files)
         assert tokenizer is not None
@@ -103,6 +105,14 @@ class Search:
         self.shape = self.artifact.config
         self.gptq_fraction = GPTQ_FRACTION
         self._vocabularies: dict[int, tuple[Trimmed, ModelConfig] | None] = {}
+
+    def expect_all(self) -> None:
+        """Count trials, training and quantizing to the time that is left, which a dry run does not come to."""
+        train = self.config.train
+        has_minutes = train.minutes and not (train.steps or train.tokens or train.epochs)
+        self.timeline.trained_seconds = 60 * train.minutes if has_minutes else None
+        self.timeline.plan("trial", max(1, self.config.plan.trials))
+        self.timeline.plan("quantizing", 1)
 
     # --- vocabularies -------------------------------------------------------------------------------------------------------
 
@@ -230,7 +240,7 @@ class Search:
         levers = structures(self.shape, config.keep, keeps_width=not ground.predicts_tokens)
         self._measure_vocabularies(model, measured, keep, levers)
         self.say("measuring pruned models")
-        measure_structure(ground, model, levers, measured, config.plan, self._predicted, self.say, keep)
+        measure_structure(ground, model, levers, measured, config.plan, self._predicted, self.timeline, keep)
         return measured
 
     def known(self) -> Sensitivity:
@@ -323,6 +333,7 @@ class Search:
             plans = [plan for plan in self.plans(measured) if plan.structure not in structures_done]
             best = min((tried.cost for tried in done), default=math.inf)
             if not plans or plans[0].predicted > WORSE * best:
+                self.timeline.plan("trial", len(done) - most)
                 break
             tried = self._trial(len(done) + 1, plans[0], measured)
             done.append(tried)
@@ -343,7 +354,9 @@ class Search:
     def _trial(self, number: int, plan: Plan, measured: Sensitivity) -> Tried:
         path = self.folder / f"trial-{number}.json"
         if path.exists():
+            self.timeline.plan("trial", -1)
             return Tried.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        self.timeline.begin()
         self.say(
             f"trial {number}: {described(plan.to_dict(), self.shape)}; predicted {plan.predicted:.3f} nats per token"
         )
@@ -364,7 +377,7 @@ class Search:
         report = {name: value for name, value in report.items() if name != "channels"}
         tried = Tried(plan, cost, before, report)
         write_json(path, tried.to_dict())
-        self.say(f"trial {number}: cost {cost:.4f}")
+        self.timeline.done("trial", f"trial {number}: cost {cost:.4f}")
         return tried
 
     def _keep_cut(self, number: int, ground: Ground, cut: Cut) -> LanguageModel:

@@ -82,6 +82,7 @@ def find_plan(session: Session, config: CompressConfig, corpus: Corpus, parts: P
         return found
     session.say(f"stage 1 of {STAGES}: measuring and trying plans")
     search = Search(config, corpus, parts, session.say)
+    search.expect_all()
     measured = search.measure()
     plans = search.plans(measured)
     for line in reports.frontier(plans, search.shape):

@@ -557,8 +557,10 @@ class ServerConfig:
         "auto", "chat or completions; auto: chat, and completions for rows with `text`"
     )
     answers: int = setting(1, "answers per prompt")
-    keep: Literal["all", "best"] = setting(
-        "all", "answers to keep of a prompt: all, or the one with the best mean logprob"
+    keep: Literal["all", "best", "pairs"] = setting(
+        "all",
+        "answers to keep of a prompt: all, the one with the best mean logprob, or pairs: the best and the worst one as a "
+        "preference (task prefer)",
     )
     temperature: float = setting(1.0, "sampling temperature")
     top_p: float = setting(1.0, "nucleus sampling; 1: off")

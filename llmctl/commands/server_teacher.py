@@ -73,7 +73,7 @@ def train_on_answers(resolved: "Resolved[DistillConfig]", options: Options) -> i
     values: dict[str, Any] = {key: value for key, value in given_values(resolved).items() if key in known}
     values |= {"model": student, "data.paths": (str(found.path),)}
     if config.task == "auto":
-        values["task"] = "chat" if has_messages else "text"
+        values["task"] = ("prefer" if config.server.keep == "pairs" else "chat") if has_messages else "text"
     tuning = load(FinetuneConfig, settings=[], flags=values)
     return run_training("finetune", tuning, replace(options, recipe=None, set_=None))
 

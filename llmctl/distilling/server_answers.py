@@ -119,6 +119,10 @@ def check_server(config: ServerConfig) -> None:
             f"`server.requests_per_minute` is {config.requests_per_minute}, it is negative",
         ),
         (config.answers < 1, f"`server.answers` is {config.answers}, it must be at least 1"),
+        (
+            config.keep == "pairs" and (config.answers < 2 or not config.top_logprobs),
+            "`server.keep` pairs needs `server.answers` of at least 2 and `server.top_logprobs`",
+        ),
         (config.temperature < 0, f"`server.temperature` is {config.temperature}, it is negative"),
         (not 0 < config.top_p <= 1, f"`server.top_p` is {config.top_p}, not in (0, 1]"),
         (config.max_tokens < 1, f"`server.max_tokens` is {config.max_tokens}, it must be at least 1"),
@@ -275,10 +279,29 @@ def kept_rows(
                 row["logprobs"], collected.has_logprobs = logs, True
             score = sum(one["logprob"] for one in logs) / len(logs) if logs else -math.inf
             rows.append((score, row))
+        if config.keep == "pairs":
+            yield from preference(rows, collected)
+            continue
         if config.keep == "best" and len(rows) > 1:
             collected.rejected["not the best"] = collected.rejected.get("not the best", 0) + len(rows) - 1
             rows = [max(rows, key=lambda one: one[0])]
         yield from (row for _, row in rows)
+
+
+def preference(rows: Sequence[tuple[float, dict[str, Any]]], collected: Collected) -> Iterator[dict[str, Any]]:
+    """Yield the best and the worst of the answers to a prompt as a preference, if their scores differ."""
+    ranked = sorted((one for one in rows if "messages" in one[1]), key=lambda one: one[0])
+    if not ranked or ranked[0][0] == ranked[-1][0]:
+        collected.rejected["without two scores"] = collected.rejected.get("without two scores", 0) + 1
+        return
+    rejected, chosen = (one[1]["messages"][-1] for one in (ranked[0], ranked[-1]))
+    best = ranked[-1][1]
+    yield {
+        "prompt": best["messages"][:-1],
+        "chosen": [chosen],
+        "rejected": [rejected],
+        "provenance": best["provenance"],
+    }
 
 
 def final_text(response: Mapping[str, Any], config: ServerConfig) -> str:

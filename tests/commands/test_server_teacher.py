@@ -77,6 +77,14 @@ def test_a_student_is_trained_in_one_go(shell: Shell, served, models, logprobs):
     assert (json.loads(out)["after"]["loss"] == record["after"]["loss"]) == (logprobs == 0)
 
 
+def test_the_teachers_best_and_worst_answers_are_preferences(shell: Shell, served, models):
+    command = ["distill", *named(served), "--student", models["decoder"], "-d", "prompts.txt", "--steps", 2, *QUICK]
+    command += ["--set", "server.keep=pairs", "--set", "server.answers=3", "--set", "server.top_logprobs=1"]
+    status, out, _ = shell(*command, "--json")
+    assert status == 0
+    assert {"accuracy", "margin"} <= json.loads(out)["after"].keys()
+
+
 def test_texts_are_completed_and_trained_as_text(shell: Shell, served, models):
     rows = [{"text": f"once upon {i}"} for i in range(30)]
     Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -162,6 +162,11 @@ def test_what_is_kept(served, tmp_path):
     # The first one has the highest mean logprob here.
     assert [row["messages"][-1]["content"] for row in rows(found.path)] == ["SHORT 0"]
     assert found.rejected == {"not the best": 2}
+    pairs = ask(served, tmp_path / "b", prompts[:1], replace(several, keep="pairs"))
+    (row,) = rows(pairs.path)
+    assert (row["chosen"][0]["content"], row["rejected"][0]["content"]) == ("SHORT 0", "SHORT 2")
+    assert row["prompt"] == [{"role": "user", "content": "short"}]
+    found = ask(served, tmp_path / "b", prompts[:1], several)
     top = rows(found.path)[0]["logprobs"][1]["top"]
     assert top == [[list(b" 0"), -0.5], [list(b" cat"), -2.0]]
     with pytest.raises(UsageError, match="no answer was kept"):
@@ -212,7 +217,7 @@ def test_addresses_that_are_refused(url, message):
 
 @pytest.mark.parametrize(
     "change",
-    [{"concurrency": 0}, {"answers": 0}, {"top_p": 0.0}, {"pattern": "("}, {"top_logprobs": 30}],
+    [{"concurrency": 0}, {"answers": 0}, {"top_p": 0.0}, {"pattern": "("}, {"top_logprobs": 30}, {"keep": "pairs"}],
 )
 def test_settings_out_of_range(tmp_path, change):
     config = replace(QUICK, **change)

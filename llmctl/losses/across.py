@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmctl.losses.divergences import Divergence, centered
 from llmctl.losses.linear_divergence import LinearLoss, LogitBuffers, diverged, log_softmax_
-from llmctl.losses.logits import cap_, logits
+from llmctl.losses.logits import cap_, in_one_dtype, logits
 from llmctl.losses.teachers import DenseTeacher
 
 TINY = 1e-30
@@ -242,11 +242,7 @@ def across_divergence(
     if n_tokens < len(weight_VD):
         weight_VD, bias_V = weight_VD[:n_tokens], None if bias_V is None else bias_V[:n_tokens]
     device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    elif hidden_ND.dtype != weight_VD.dtype:
-        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    hidden_ND, weight_VD = in_one_dtype(hidden_ND, weight_VD)
     needs = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)
     )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmctl.losses.logits import add_gradients, cached_rows, cap_, logits
+from llmctl.losses.logits import add_gradients, cached_rows, cap_, in_one_dtype, logits
 
 
 def softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,11 +102,7 @@ def linear_cross_entropy(
     Source: the textbook loss; chunked with the gradient in the forward pass after Liger, arXiv:2410.10989.
     """
     device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    elif hidden_ND.dtype != weight_VD.dtype:
-        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    hidden_ND, weight_VD = in_one_dtype(hidden_ND, weight_VD)
     # Decided here: inside `forward` grad mode is off, and `needs_input_grad` is true for parameters even under no_grad.
     needs = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (hidden_ND, weight_VD, bias_V)

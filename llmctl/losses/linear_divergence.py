@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmctl.losses.divergences import Divergence
-from llmctl.losses.logits import add_gradients, cached_rows, cap_, logits
+from llmctl.losses.logits import add_gradients, cached_rows, cap_, in_one_dtype, logits
 from llmctl.losses.measures import Measures
 from llmctl.losses.teachers import DenseTeacher, SparseTeacher
 
@@ -251,11 +251,7 @@ def linear_divergence(
     device = hidden_ND.device.type
     if isinstance(targets, SparseTeacher):
         assert (divergence.name, divergence.temperature) == ("fkl", 1.0), "a sparse teacher needs forward KL at T=1"
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    elif hidden_ND.dtype != weight_VD.dtype:
-        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    hidden_ND, weight_VD = in_one_dtype(hidden_ND, weight_VD)
     # A slice in the graph: its backward pass pads the gradient to the full vocabulary.
     if vocab_size is not None and vocab_size < len(weight_VD):
         weight_VD, bias_V = weight_VD[:vocab_size], None if bias_V is None else bias_V[:vocab_size]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmctl.losses.cross_entropy import softmax_
-from llmctl.losses.logits import add_gradients, cap_, logits
+from llmctl.losses.logits import add_gradients, cap_, in_one_dtype, logits
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -83,11 +83,7 @@ def linear_log_probs(
     Shapes: hidden (N, D), weight (V, D), labels (N,) without IGNORE.
     """
     device = hidden_ND.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-    elif hidden_ND.dtype != weight_VD.dtype:
-        hidden_ND = hidden_ND.to(weight_VD.dtype)
+    hidden_ND, weight_VD = in_one_dtype(hidden_ND, weight_VD)
     with torch.autocast(device, enabled=False):
         result: Tensor = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden_ND, weight_VD, bias_V, labels_N, chunk_tokens, softcap

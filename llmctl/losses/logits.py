@@ -32,6 +32,15 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: 
     return out_CV
 
 
+def in_one_dtype(hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Return hidden states and the head's weight in the dtype of their product: autocast's, or else the weight's."""
+    device = hidden_ND.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden_ND.to(dtype), weight_VD.to(dtype)
+    return hidden_ND.to(weight_VD.dtype), weight_VD
+
+
 def cached_rows(logits_CV: Tensor) -> tuple[Tensor, ...]:
     """Return views of the rows that are processed at a time; all of them where starting a kernel costs more."""
     if logits_CV.device.type != "cpu":

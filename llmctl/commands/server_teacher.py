@@ -11,7 +11,7 @@ from llmctl.commands.training import run_training
 
 if TYPE_CHECKING:
     from llmctl.config import DistillConfig
-    from llmctl.distilling.server_answers import Collected
+    from llmctl.distilling.server_rows import Collected
     from llmctl.recipe import Resolved
 
 

@@ -6,32 +6,25 @@ model takes a new piece where it is more probable than those that it replaces, W
 merges: Sennrich et al. 2016, arXiv:1508.07909, algorithm 1, on the pieces of words instead of their characters.
 """
 
-import heapq
 import json
 import math
 import re
 import struct
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from llmctl.errors import UnsupportedModelError, UsageError
 from llmctl.files import json_of
 from llmctl.tokenizer.base import Tokenizer
 from llmctl.tokenizer.huggingface import HuggingFaceTokenizer, as_artifact_error, tokenizers_module
+from llmctl.tokenizer.learn_pairs import LEAST_COUNT, Pair, learn_counted
 from llmctl.tokenizer.load import tokenizer_from_files
 from llmctl.tokenizer.protobuf import bytes_field, encoded
 from llmctl.tokenizer.sentencepiece import BYTE, MODEL_FILE, SPACE, SentencePieceTokenizer
 from llmctl.tokenizer.trim import JSON, OTHER_FORMS, Model
-
-MOST_BYTES = 32
-"""The longest new piece."""
-
-LEAST_COUNT = 2
-"""How often two pieces must stand together, or a character must occur, to become one piece."""
 
 CHARACTERS_FRAC = 0.5
 """The most of the new pieces that are single characters, where pairs are learned as well."""
@@ -41,8 +34,6 @@ MARGIN = 0.1
 
 SCORE = 2
 """The field of a sentencepiece model's piece with its score."""
-
-Pair = tuple[str, str]
 
 
 class Extended(NamedTuple):
@@ -309,68 +300,3 @@ def words_of(content: Mapping[str, Any], texts: Iterable[str], prefix: str = "")
 
 SPACED = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 """The words of a text whose spaces are U+2581."""
-
-
-# --- learning ----------------------------------------------------------------------------------------------------------
-
-
-def learn(words: Mapping[tuple[str, ...], int], known: Iterable[str], n_merges: int) -> list[Pair]:
-    """Return the merges of neighbors, the most frequent pair first, that make new pieces; known: pieces that exist."""
-    return [pair for pair, _ in learn_counted(words, known, n_merges, str.__add__)]
-
-
-def learn_counted(
-    words: Mapping[tuple[str, ...], int], known: Iterable[str], n_merges: int, join: Callable[[str, str], str]
-) -> list[tuple[Pair, int]]:
-    """Return merges as `learn` does, each with how often the pair occurred; join: the name of two neighbors."""
-    rows = [list(word) for word in words]
-    counts = list(words.values())
-    totals: Counter[Pair] = Counter()
-    places: defaultdict[Pair, set[int]] = defaultdict(set)
-    for number, row in enumerate(rows):
-        for pair in pairwise(row):
-            totals[pair] += counts[number]
-            places[pair].add(number)
-    heap = [(-total, pair) for pair, total in totals.items() if total >= LEAST_COUNT]
-    heapq.heapify(heap)
-    merges, taken = list[tuple[Pair, int]](), set(known)
-    while heap and len(merges) < n_merges:
-        total, pair = heapq.heappop(heap)
-        current = totals.get(pair, 0)
-        joined = join(*pair)
-        if current < LEAST_COUNT or joined in taken or len(joined) > MOST_BYTES:
-            continue
-        if current != -total:  # it has been merged away in part
-            heapq.heappush(heap, (-current, pair))
-            continue
-        merges.append((pair, current))
-        taken.add(joined)
-        changed: set[Pair] = set()
-        for number in places.pop(pair):
-            row, count = rows[number], counts[number]
-            for old in pairwise(row):
-                totals[old] -= count
-            rows[number] = row = merged(row, pair, joined)
-            for new in pairwise(row):
-                totals[new] += count
-                if number not in places[new]:
-                    places[new].add(number)
-                if joined in new:
-                    changed.add(new)
-        for new in changed:
-            heapq.heappush(heap, (-totals[new], new))
-    return merges
-
-
-def merged(row: list[str], pair: Pair, joined: str) -> list[str]:
-    """Return a row in which a pair of neighbors is joined, from the left."""
-    found: list[str] = []
-    at = 0
-    while at < len(row):
-        if at + 1 < len(row) and (row[at], row[at + 1]) == pair:
-            found.append(joined)
-            at += 2
-        else:
-            found.append(row[at])
-            at += 1
-    return found

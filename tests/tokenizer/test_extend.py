@@ -1,13 +1,12 @@
 """Vocabularies with more pieces: what they join is what the tokenizer made before."""
 
 import json
-from collections import Counter
 
 import pytest
 
 from llmctl.config import TokenizerConfig
 from llmctl.errors import UnsupportedModelError, UsageError
-from llmctl.tokenizer.extend import extend, learn
+from llmctl.tokenizer.extend import extend
 from llmctl.tokenizer.load import find_tokenizer
 from llmctl.tokenizer.train import train_tokenizer
 from tests.support.bpe import TEXTS, byte_level
@@ -39,14 +38,6 @@ def test_new_pieces_join_the_old_ones_and_other_texts_keep_theirs(pre, is_text):
     assert len(new.encode(NEW[0])) < len(tokenizer.encode(NEW[0])) / 2
     assert new.encode(TEXTS[0][:30]) == tokenizer.encode(TEXTS[0][:30])
     assert new.special_tokens() == tokenizer.special_tokens()
-
-
-def test_the_most_frequent_pair_is_joined_first_and_counts_follow():
-    words = Counter({("a", "b", "c"): 5, ("a", "b"): 4, ("b", "c"): 7, ("x", "x", "x", "x"): 2, ("q", "r"): 1})
-    # (b, c) 12, then (a, b) 4 of its 9 are left, (x, x) 6; "abc" of the joined pieces 5.
-    assert learn(words, set(), 3) == [("b", "c"), ("x", "x"), ("a", "bc")]
-    assert learn(words, {"bc"}, 2) == [("a", "b"), ("x", "x")]
-    assert ("q", "r") not in learn(words, set(), 99)
 
 
 def test_other_vocabularies_and_texts_without_pairs_are_refused():

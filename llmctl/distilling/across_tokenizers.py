@@ -59,8 +59,9 @@ class AcrossTokenizers(Distillation):
         self.readers = tuple(teachers)
         family, shape = model.config.family, teachers[0].model.config
         own, other = student.for_output(family), teacher.for_output(family)
-        self.aligner = Aligner(own, other, family)
-        self.sources = Aligner(student, teacher, family) if family == "encoder_decoder" else None
+        self.aligner = Aligner(own, other, family, shape.max_positions)
+        is_pair = family == "encoder_decoder"
+        self.sources = Aligner(student, teacher, family, shape.max_positions) if is_pair else None
         if family == "encoder_decoder":
             self.aligner.specials[model.config.decoder_start_id] = shape.decoder_start_id
         if ends is not None:

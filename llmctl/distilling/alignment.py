@@ -66,10 +66,15 @@ class Row:
 
 
 class Aligner:
-    """Aligns rows of token ids; `student` and `teacher` are the tokenizers of what the decoder reads."""
+    """Aligns rows of token ids; `student` and `teacher` are the tokenizers of what the decoder reads.
 
-    def __init__(self, student: Tokenizer, teacher: Tokenizer, family: str = "decoder") -> None:
-        self.student, self.teacher = student, teacher
+    max_tokens: the longest row that the teacher reads; what comes after has no place in it.
+    """
+
+    def __init__(
+        self, student: Tokenizer, teacher: Tokenizer, family: str = "decoder", max_tokens: int | None = None
+    ) -> None:
+        self.student, self.teacher, self.max_tokens = student, teacher, max_tokens
         for name, tokenizer in (("student", student), ("teacher", teacher)):
             if not tokenizer.joins_bytes:
                 raise UsageError(
@@ -87,7 +92,7 @@ class Aligner:
         """Return the teacher's rows for the student's; documents as in batches, 0 for padding."""
         documents_BT = np.ones_like(ids_BT) if documents_BT is None else documents_BT
         rows = [self.row(ids, documents) for ids, documents in zip(ids_BT, documents_BT, strict=True)]
-        return aligned_rows(ids_BT, rows)
+        return aligned_rows(ids_BT, rows, self.max_tokens)
 
     def row(self, ids: Ints, documents: Ints) -> Row:
         """Return a row in the teacher's tokens, with the ends of both sides' tokens in bytes; a special token is one byte."""
@@ -171,16 +176,16 @@ class Aligner:
         row.documents += [document] * len(ids)
 
 
-def aligned_rows(ids_BT: Ints, rows: Sequence[Row]) -> Aligned:
-    """Return rows as arrays."""
-    longest = max(1, *(len(row.ids) for row in rows))
+def aligned_rows(ids_BT: Ints, rows: Sequence[Row], max_tokens: int | None = None) -> Aligned:
+    """Return rows as arrays of at most `max_tokens` of the teacher's."""
+    longest = max(1, *(len(row.ids[:max_tokens]) for row in rows))
     ids_BS = np.zeros((len(rows), longest), dtype=np.int64)
     documents_BS = np.zeros((len(rows), longest), dtype=np.int64)
     place_BT, begin_BT = np.full_like(ids_BT, -1), np.full_like(ids_BT, -1)
     for number, row in enumerate(rows):
-        ids_BS[number, : len(row.ids)] = row.ids
-        documents_BS[number, : len(row.ids)] = row.documents
-        place, begin = places(row)
+        n_kept = len(row.ids[:max_tokens])
+        ids_BS[number, :n_kept], documents_BS[number, :n_kept] = row.ids[:n_kept], row.documents[:n_kept]
+        place, begin = places(row, n_kept)
         place_BT[number, : len(place)], begin_BT[number, : len(begin)] = place, begin
     return Aligned(ids_BS, documents_BS, place_BT, begin_BT)
 
@@ -205,12 +210,16 @@ def valid_texts(raw: bytes) -> list[tuple[int, str]]:
     return found
 
 
-def places(row: Row) -> tuple[Ints, Ints]:
-    """Return the teacher's place of each position of a row, and where the student's current stretch begins."""
+def places(row: Row, n_kept: int) -> tuple[Ints, Ints]:
+    """Return the teacher's place of each position of a row, and where the student's current stretch begins.
+
+    n_kept: the teacher's tokens that it reads.
+    """
     ends = np.maximum.accumulate(np.array(row.ends, dtype=np.float64))
     own = np.array(row.own_ends, dtype=np.float64)
     last = np.searchsorted(ends, own, side="right") - 1
     agrees = (last >= 0) & (ends[last] == own) if len(ends) else np.zeros(len(own), dtype=bool)
+    agrees &= last < n_kept
     agrees[sorted(row.hidden)] = False
     numbers = np.arange(len(own))
     begin = np.maximum.accumulate(np.where(agrees, numbers, -1)) if len(own) else numbers

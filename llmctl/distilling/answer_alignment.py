@@ -81,7 +81,7 @@ def align_answers(aligner: Aligner, batch: Mapping[str, Any]) -> Aligned:
                 hidden,
             )
         )
-    return aligned_rows(ids_BT, found)
+    return aligned_rows(ids_BT, found, aligner.max_tokens)
 
 
 def runs(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:

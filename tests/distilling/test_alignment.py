@@ -71,6 +71,17 @@ def test_documents_stay_apart_and_a_cut_character_is_left_out(made, teacher):
     assert (aligned.place_BT[0, -4:] == -1).all()
 
 
+def test_what_the_teacher_does_not_read_has_no_place(made):
+    own, other = made["own"], made["bytes"]
+    ids = np.array([own.encode(TEXT)])
+    whole = Aligner(own, other).align(ids)
+    short = Aligner(own, other, max_tokens=9).align(ids)
+    assert short.ids_BS.tolist() == whole.ids_BS[:, :9].tolist()
+    assert (short.place_BT == np.where(whole.place_BT < 9, whole.place_BT, -1)).all()
+    assert short.place_BT.max() <= 8
+    assert (short.begin_BT <= whole.begin_BT).all()
+
+
 def test_special_tokens_correspond_by_name_and_then_by_role(made):
     files = byte_level()
     content = json.loads(files["tokenizer.json"])

@@ -734,8 +734,10 @@ class CompressConfig(TaughtConfig):
 
     model: str = setting("", "model to compress: a folder, a file or a run")
     size: str = setting("", "size of the file, such as 30MB")
-    format: Literal["single", "gguf", "hf"] = setting(
-        "single", "single: a quantized model.safetensors; gguf: a GGUF file; hf: 16-bit weights, not quantized"
+    format: Literal["single", "gguf", "hf", "onnx"] = setting(
+        "single",
+        "single: a quantized model.safetensors; gguf: a GGUF file; hf: 16-bit weights, not quantized; onnx: an 8-bit ONNX "
+        "file of an encoder",
     )
     keep: tuple[str, ...] = listed((), "what stays as it is: vocabulary, depth, width, bits")
     plan: PlanConfig = section(PlanConfig, "search of the plan")

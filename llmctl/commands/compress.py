@@ -44,7 +44,10 @@ def compress(
     val: Annotated[list[str] | None, typer.Option(help="Validation data; default: a fraction of the data.")] = None,
     task: Annotated[str | None, typer.Option(help="Task; default: the model's")] = None,
     format_: Annotated[
-        str | None, typer.Option("--for", help="single: our quantized file; gguf: for llama.cpp; hf: 16-bit weights.")
+        str | None,
+        typer.Option(
+            "--for", help="single: our quantized file; gguf: for llama.cpp; hf: 16-bit weights; onnx: 8-bit encoders."
+        ),
     ] = None,
     keep: Annotated[str | None, typer.Option(help="Leave as it is: vocabulary, depth, width, bits.")] = None,
     trials: Annotated[int | None, typer.Option(help="Plans to try before one is trained.")] = None,

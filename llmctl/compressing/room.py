@@ -12,6 +12,7 @@ from llmctl.compressing.plans import Point as Setting
 from llmctl.compressing.plans import Room, Sensitivity, combined, shape_of
 from llmctl.config import EMBEDDINGS, MIXED, CompressConfig, ModelConfig, QuantizeConfig, WeightsConfig
 from llmctl.converting.export_gguf import Ready, prepare, rest_bytes
+from llmctl.converting.export_onnx import int8_bytes, overhead_bytes
 from llmctl.errors import UsageError
 from llmctl.formats.artifact import Artifact
 from llmctl.formats.artifact_write import complete_files
@@ -66,13 +67,18 @@ class Rooms:
 
     @property
     def is_whole(self) -> bool:
-        """Whether weights stay in 16 bits."""
-        return self.config.format == "hf" or "bits" in self.config.keep
+        """Whether all weights have the same bits: 16, or 8 in ONNX."""
+        return self.config.format in ("hf", "onnx") or "bits" in self.config.keep
 
     @property
     def is_gguf(self) -> bool:
         """Whether a GGUF file is written."""
         return self.config.format == "gguf"
+
+    @cached_property
+    def onnx_overhead(self) -> int:
+        """The bytes of an ONNX file besides its tensors: those of the whole model, the most."""
+        return overhead_bytes(Path(self.config.model))
 
     @cached_property
     def tables(self) -> dict[str, dict[str, AnyScheme]]:
@@ -152,6 +158,10 @@ class Rooms:
         return self._rooms[shape, table]
 
     def _room_of(self, shape: ModelConfig, table: str) -> Room:
+        if self.config.format == "onnx":
+            n_weights, overhead = count(shape), self.onnx_overhead
+            bits = 8 * int8_bytes(shape) / n_weights
+            return Room(8 * (self.size - overhead) / n_weights, bits, bits, n_weights, overhead)
         if self.is_whole:
             n_weights = count(shape)
             overhead = self.overhead(shape)

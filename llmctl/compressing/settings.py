@@ -18,8 +18,11 @@ from llmctl.config import (
     StudentConfig,
     WeightsConfig,
 )
+from llmctl.converting.onnx_check import runtime_module
 from llmctl.distilling import settings as distilling
 from llmctl.errors import UsageError
+from llmctl.formats.onnx.encoder import obstacle_in
+from llmctl.formats.onnx.graph import onnx_module
 from llmctl.quantizing.bit_allocation import parse_size
 from llmctl.training.settings import check_shared
 
@@ -101,6 +104,11 @@ def check(config: CompressConfig) -> None:
         raise UsageError("no size is given", "--to 30MB")
     size = parse_size(config.size, "--to")
     artifact = read_model(Path(config.model))
+    if config.format == "onnx":
+        if obstacle := obstacle_in(artifact.config):
+            raise UsageError(f"`{config.model}` {obstacle}, which is not exported as ONNX", "use --for single")
+        onnx_module()
+        runtime_module()
     wrong = [name for name in config.keep if name not in LEVERS]
     if artifact.schemes:
         raise UsageError(f"`{config.model}` is already quantized", "pass the original model")

@@ -4,7 +4,9 @@ The folder has the layout of `optimum`, sentence-transformers and transformers.j
 `onnx/`, where a float32 and an 8-bit file may stand side by side.
 """
 
+import math
 import secrets
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.artifacts.load import Loaded, fitting_tokenizer, is_bare, without_weights
 from llmctl.artifacts.with_adapters import read_model
-from llmctl.converting.onnx_check import outlier_inputs, prove, runtime_module
+from llmctl.config import ModelConfig
+from llmctl.converting.onnx_check import N_OUTLIERS, outlier_inputs, prove, rounded_model, runtime_module
 from llmctl.errors import ArtifactError, OutputError, UsageError
 from llmctl.families.native import NATIVE
 from llmctl.families.table import family_for
@@ -25,12 +28,15 @@ from llmctl.formats.onnx.encoder import Encoder, obstacle_in
 from llmctl.formats.onnx.graph import MOST_BYTES, OPSET, Graph, model_of, onnx_module, save
 from llmctl.formats.onnx.weights import EMBEDDING, HEAD, SCHEME, Float32, Int8, Matrix, grid_for_pairs, levels_for
 from llmctl.formats.quantization import PARTS, fits_bytes, is_inside, packable_modules
+from llmctl.model.parameters import parameter_shapes
 from llmctl.model.shapes import complete
 from llmctl.quant.grid import Codes, encode, whole_range
 from llmctl.quant.weight import unpacked
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from llmctl.model.transformer import LanguageModel
 
 FOLDER = "onnx"
 FILES = {"float32": "model.onnx", "int8": "model_quantized.onnx"}
@@ -92,6 +98,38 @@ def export_onnx(
         "missing": missing(artifact, texts),
         "proof": proof.record(),
     }
+
+
+def int8_bytes(config: ModelConfig) -> int:
+    """Return the bytes of a model's tensors in an 8-bit file: codes, scales, and outliers and others in float32."""
+    modules, total = packable_modules(config), 0
+    tied = config.tie_embeddings and not config.n_labels
+    for name, shape in parameter_shapes(complete(config)).items():
+        module, n_weights = name.removesuffix(".weight"), math.prod(shape)
+        if module == HEAD and tied:
+            continue
+        if module not in modules or not (is_inside(module) or module in (EMBEDDING, HEAD)):
+            total += 4 * n_weights
+            continue
+        n_outliers = min(N_OUTLIERS, shape[1] // 4) if is_inside(module) else 0
+        total += n_weights + 4 * shape[0] * (1 + n_outliers)
+    return total
+
+
+def overhead_bytes(source: Path) -> int:
+    """Return the bytes of a model's 8-bit file that are not those of `int8_bytes`: its graph."""
+    with tempfile.TemporaryDirectory() as folder:
+        return int(export_onnx(source, Path(folder) / "whole", int8=True)["bytes"]) - int8_bytes(
+            read_model(source).config
+        )
+
+
+def rounded_for_onnx(source: Path) -> "LanguageModel":
+    """Return a model as its 8-bit file computes: with these codes, and inputs of products in 8 bits."""
+    artifact = as_published(read_model(source))
+    state = artifact.state()
+    original = Loaded(without_weights(artifact.config), fitting_tokenizer(artifact), artifact)
+    return rounded_model(original, state, matrices_of(original, state))
 
 
 def as_published(artifact: Artifact) -> Artifact:

@@ -21,6 +21,9 @@ from llmctl.compressing.room import WHOLE
 from llmctl.compressing.search import Search, cost_of
 from llmctl.compressing.settings import distill_config, has_budget, quantize_config, teaching, with_share
 from llmctl.config import MIXED, CompressConfig, DistillConfig, QuantizeConfig
+from llmctl.converting.export_onnx import FILES as ONNX_FILES
+from llmctl.converting.export_onnx import FOLDER as ONNX_FOLDER
+from llmctl.converting.export_onnx import export_onnx, rounded_for_onnx
 from llmctl.distilling import settings as distilling
 from llmctl.distilling.build_objective import build_objective
 from llmctl.distilling.measure_models import measure_models, measuring_objective
@@ -103,11 +106,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Output:
-    """What writes the file, its name, and more for the report."""
+    """What writes the file, its name, more for the report, and the file whose size is asked for, if it is another one."""
 
     write: Write
     file: str = WEIGHTS
     more: Mapping[str, Any] = field(default_factory=dict)
+    sized: str = ""
 
 
 def heal(work: Work) -> Path:
@@ -221,36 +225,41 @@ def quantize_settings(config: CompressConfig, plan: Mapping[str, Any], source: P
 
 
 def whole(work: Work, source: Path) -> Product:
-    """Return a product that is not quantized: weights in 16 bits."""
+    """Return a product whose weights all have the same bits: 16, or 8 in an ONNX file beside them."""
     session, data, teachers = work.session, work.data, work.teachers
     settings = quantizing.settle(quantize_config(work.config, source, method="guided"))
     model = load_model(source, device="cpu", dtype="float32").model
+    is_onnx = work.config.format == "onnx"
+    computed = rounded_for_onnx(source) if is_onnx else model
 
     def objective() -> Objective:
         teachers.move(session.runtime.device, session.runtime.dtype)
-        return measuring_objective(settings, data, teachers, model)
+        return measuring_objective(settings, data, teachers, computed)
 
     fitted = session.fit(
         Part(
-            model=model,
+            model=computed,
             objective=objective,
             batches=partial(data.batches, model.config),
             rows=data.rows(model.config),
             config=settings,
             identity=identity(data.corpus),
             metric=data.metric,
-            score=data.score(model, session.runtime),
+            score=data.score(computed, session.runtime),
             trains=False,
             max_tokens=settings.weights.report_tokens,
         )
     )
-    report = compare(work, model)
+    report = compare(work, computed)
 
     def write(folder: Path, provenance: Mapping[str, Any]) -> None:
         state = {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in model.state_dict().items()}
+        if is_onnx:  # first: beside other weights than these it would not be written
+            export_onnx(source, folder, int8=True, force=True)
         write_artifact(folder, model.config, state, files=data.files(), provenance=provenance, force=True)
 
-    return product(work, model, fitted, report, Output(write))
+    sized = f"{ONNX_FOLDER}/{ONNX_FILES['int8']}" if is_onnx else ""
+    return product(work, model, fitted, report, Output(write, sized=sized))
 
 
 def compare(work: Work, model: LanguageModel) -> Report:
@@ -285,7 +294,7 @@ def product(work: Work, model: LanguageModel, fitted: Fitted, report: Report, ou
     def finished_write(folder: Path, provenance: Mapping[str, Any]) -> None:
         output.write(folder, provenance)
         report.record.update(output.more)
-        report.record["bytes"] = (folder / output.file).stat().st_size
+        report.record["bytes"] = (folder / (output.sized or output.file)).stat().st_size
         report.record["bytes_before"] = reports.file_bytes(read_model(Path(config.model)))
         write_json(session.folder / "report.json", report.record)
 

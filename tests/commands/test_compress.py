@@ -72,7 +72,8 @@ def test_piped_text_is_read_once_and_kept(shell, models):
         (["--to", "3kB", "-d", "text.txt"], "cannot be compressed to 0.003 MB", 2),
         (["--to", "40kB", "-d", "missing.txt"], "missing.txt", 3),
         (["--to", "40kB", "-d", "line.txt"], "the held-out text is too short: ", 2),
-        (["--to", "40kB", "--for", "onnx"], "onnx", 2),
+        (["--to", "40kB", "--for", "pdf"], "pdf", 2),
+        (["--to", "40kB", "--for", "onnx"], "not exported as ONNX", 2),
         (["--to", "40kB", "--keep", "deepth"], "deepth", 2),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from llmctl.artifacts.load import load_model
 from llmctl.compressing.settings import check, settle
 from llmctl.config import CompressConfig
+from llmctl.converting.export_onnx import int8_bytes, overhead_bytes
 from llmctl.errors import ArtifactError, UsageError
 from llmctl.formats.artifact import read_artifact
 from llmctl.jobs.begin import begin
@@ -108,6 +109,24 @@ def test_16_bit_weights_are_a_hugging_face_folder(models):
     artifact = read_artifact(trained.path)
     assert artifact.dtype == "BF16"
     assert (trained.path / "model.safetensors").stat().st_size <= 60_000
+
+
+@pytest.mark.parametrize("family", ["encoder", "bert"])
+def test_an_onnx_file_has_at_most_the_size_and_is_verified(models, family):
+    pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")
+    whole = overhead_bytes(models[family]) + int8_bytes(read_artifact(models[family]).config)
+    size = round(0.85 * whole)
+    trained = compress(models[family], f"{size}B", "format=onnx", "train.steps=2")
+    found = (trained.path / "onnx" / "model_quantized.onnx").stat().st_size
+    report = json.loads((trained.path / "report.json").read_text(encoding="utf-8"))
+    assert report["bytes"] == found
+    assert 0.5 * size < found <= size
+    assert (trained.path / "model.safetensors").exists()
+
+
+def test_a_decoder_is_not_exported_as_onnx(models):
+    with pytest.raises(UsageError, match="not exported as ONNX"):
+        compress(models["decoder"], "45kB", "format=onnx")
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_16_bit_weights_are_a_hugging_face_folder(models):
     assert (trained.path / "model.safetensors").stat().st_size <= 60_000
 
 
+@pytest.mark.interop
 @pytest.mark.parametrize("family", ["encoder", "bert"])
 def test_an_onnx_file_has_at_most_the_size_and_is_verified(models, family):
     pytest.importorskip("onnxruntime", reason="pip install '.[onnx]'")

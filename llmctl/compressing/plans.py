@@ -189,7 +189,9 @@ def described(plan: Mapping[str, Any], original: ModelConfig) -> str:
     if plan["vocabulary"] != original.vocab_size:
         parts.append(f"vocabulary {plan['vocabulary']:,}")
     parts += [f"{LABELS[name]} {value}" for name, value in plan["changes"].items() if name in LABELS]
-    parts.append("16 bits" if plan["table"] == "float" else f"{plan['bits']:.2f} bits, tables {plan['table']}")
+    # The mean bits of an ONNX file are of 8-bit codes and some tensors in float32.
+    whole = "8 bits" if plan["bits"] < 12 else "16 bits"
+    parts.append(whole if plan["table"] == "float" else f"{plan['bits']:.2f} bits, tables {plan['table']}")
     return ", ".join(parts)
 
 

@@ -45,7 +45,7 @@ def run(bench: Bench, text: str, name: str, *more: object, same: bool = False) -
     common = ("--student", SHAPE, "--init", "random", "-d", train, "--val", valid, "--set", "data.split=line", *STEPS)
     record = bench.run("distill", smollm2(bench), *common, *own, *more, "-o", f"across-{text}-{name}", "-f")
     before, after = record["before"], record["after"]
-    kept = {key: after[key] for key in ("loss", "perplexity", "bits_per_byte", "kl")}
+    kept = {key: after[key] for key in ("loss", "perplexity", "bits_per_byte", "kl") if key in after}
     return {**kept, "before": before["bits_per_byte"], **{key: record[key] for key in ("steps", "cpu_seconds")}}
 
 

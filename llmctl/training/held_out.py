@@ -35,7 +35,7 @@ def rows_with(source: BatchSource, tokens: int, seq_len: int) -> int:
         return rows_of(n_rows, tokens, seq_len)
     documents_BT = batch.get(f"{name}documents_BT")
     n_real = ids_BT.size if documents_BT is None else int((documents_BT != 0).sum())
-    return min(n_rows, max(1, math.ceil(tokens * len(some) / max(1, n_real))))
+    return min(n_rows, max(1, tokens * len(some) // max(1, n_real)))
 
 
 def measure(

@@ -63,12 +63,12 @@ def test_what_is_wrong_is_named_and_nothing_is_written(runs, text, capsys, argum
     assert not (runs.parent / "small").exists()
 
 
-def test_a_vocabulary_of_another_kind_is_not_extended(runs, text, capsys):
-    assert run(["tokenize", "extend", "runs/0001", "--with", text, "-o", "more"]) == 4
-    out, err = capsys.readouterr()
-    assert (out, err.count("error: ")) == ("", 1)
-    assert "byte-level BPE" in err
-    assert not (runs.parent / "more").exists()
+def test_our_own_vocabulary_is_extended(runs, text, capsys):
+    assert run(["tokenize", "extend", "runs/0001", "--with", text, "--add", "20", "-o", "more", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    before = record["vocab_size_before"]
+    assert before < record["vocab_size"] == load_tokenizer(runs.parent / "more").vocab_size <= before + 20
+    assert record["bytes_per_token"] > record["bytes_per_token_before"]
 
 
 def test_a_model_gets_the_tokenizer_of_another_run(runs, text, capsys):

@@ -26,7 +26,7 @@ def test_rows_of_pairs_are_counted_by_their_tokens(tokens):
     selection = np.arange(200)
     rows = PairRows(Listed([9] * 200), Listed([5] * 200), selection, seed=0, batch_size=4, shuffle=False)
     # Five tokens of a target and its end in a row that could have 256.
-    assert rows_with(PairBatches(rows, IDS, 256), tokens, 256) == min(200, max(1, -(-tokens // 6)))
+    assert rows_with(PairBatches(rows, IDS, 256), tokens, 256) == min(200, max(1, tokens // 6))
 
 
 def test_full_rows_have_as_many_tokens_as_they_are_long():

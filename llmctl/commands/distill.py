@@ -9,11 +9,9 @@ from llmctl.commands.common import SameModel, command_app, one_name
 from llmctl.commands.grouped_help import settings_of
 from llmctl.commands.model_argument import needs_model, with_model, with_other_models
 from llmctl.commands.options import Options, help_of, with_options
-from llmctl.commands.server_teacher import train_on_answers
+from llmctl.commands.server_teacher import is_url, train_on_answers
 from llmctl.commands.training import run_training
 from llmctl.config import DistillConfig
-from llmctl.distilling.server import is_url
-from llmctl.recipe import Resolved
 
 app = command_app()
 
@@ -85,6 +83,8 @@ def distill(
     flags = settings_of(SETTINGS, locals())
     resolved = options.resolve(DistillConfig, flags)
     if is_url(model or resolved.config.model):
+        from llmctl.recipe import Resolved
+
         config = replace(resolved.config, model=model or resolved.config.model)
         return train_on_answers(Resolved(config, resolved.origins | {"model": "flag"}), options)
     if needs_model(options, model, resolved.config):

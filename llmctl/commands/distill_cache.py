@@ -9,8 +9,7 @@ import typer
 
 from llmctl.commands.common import SameModel, command_app, note, one_name, result, result_json
 from llmctl.commands.model_argument import with_model
-from llmctl.commands.server_teacher import collect_answers
-from llmctl.distilling.server import is_url
+from llmctl.commands.server_teacher import collect_answers, is_url
 
 app = command_app()
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.commands.common import note
+from llmctl.commands.common import note, result
 from llmctl.commands.options import Options
 from llmctl.commands.training import run_training
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from llmctl.config import DistillConfig
     from llmctl.distilling.server_rows import Collected
     from llmctl.recipe import Resolved
+
+
+def is_url(name: str) -> bool:
+    """Tell whether a teacher is the address of a server."""
+    return name.startswith(("http://", "https://"))
 
 
 def collect_answers(config: "DistillConfig", out: Path, *, quiet: bool) -> "Collected":
@@ -54,11 +59,13 @@ def train_on_answers(resolved: "Resolved[DistillConfig]", options: Options) -> i
     """
     from llmctl.artifacts.find import find_named
     from llmctl.config import FinetuneConfig
-    from llmctl.data.prompts import read_prompts
     from llmctl.errors import UsageError
-    from llmctl.recipe import given_values, keys_of, load
+    from llmctl.recipe import dump, given_values, keys_of, load
 
     config = resolved.config
+    if options.print_config:
+        result(dump(resolved).rstrip("\n"))
+        return 0
     shape = config.student.shape
     if "%" in shape or "=" in shape:
         raise UsageError(
@@ -68,12 +75,11 @@ def train_on_answers(resolved: "Resolved[DistillConfig]", options: Options) -> i
     student = str(find_named(shape, "any"))
     out = answers_folder(config, options.out)
     found = collect_answers(config, out, quiet=options.quiet)
-    has_messages = any(asked.messages for asked in read_prompts(config.data.paths))
     known = keys_of(FinetuneConfig)
     values: dict[str, Any] = {key: value for key, value in given_values(resolved).items() if key in known}
     values |= {"model": student, "data.paths": (str(found.path),)}
     if config.task == "auto":
-        values["task"] = ("prefer" if config.server.keep == "pairs" else "chat") if has_messages else "text"
+        values["task"] = ("prefer" if config.server.keep == "pairs" else "chat") if found.has_messages else "text"
     tuning = load(FinetuneConfig, settings=[], flags=values)
     return run_training("finetune", tuning, replace(options, recipe=None, set_=None))
 

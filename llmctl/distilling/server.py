@@ -30,11 +30,6 @@ SHOWN = 300
 """Characters of a server's message that are shown."""
 
 
-def is_url(name: str) -> bool:
-    """Tell whether a teacher is the address of a server."""
-    return name.startswith(("http://", "https://"))
-
-
 class RequestError(Exception):
     """A request that failed: with what, whether another attempt may succeed, and after how many seconds."""
 

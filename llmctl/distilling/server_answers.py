@@ -39,7 +39,7 @@ def collect(
             "no `--teacher-model` is named", f"the server has {known}" if known else "--teacher-model NAME"
         )
     log = AnswerLog(Path(config.cache) if config.cache else folder)
-    collected = Collected(folder / ANSWERS, len(prompts))
+    collected = Collected(folder / ANSWERS, len(prompts), has_messages=any(asked.messages for asked in prompts))
     pattern = re.compile(config.pattern) if config.pattern else None
     try:
         responses = ask_all(server, prompts, config, log, collected, say)

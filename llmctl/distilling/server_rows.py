@@ -24,6 +24,7 @@ class Collected:
     failures: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     is_cut: bool = False
+    has_messages: bool = False
     has_logprobs: bool = False
 
     def record(self) -> dict[str, Any]:

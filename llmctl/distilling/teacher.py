@@ -5,6 +5,7 @@ Knows nothing of losses except the form of teacher outputs they take.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Teachers:
             self._original = load_model(self.path, device="cpu", dtype="float32", backend=self.config.teacher.backend)
         return self._original
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of all teachers."""
         return fitting_tokenizer(self.artifact)

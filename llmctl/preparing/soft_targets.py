@@ -8,6 +8,7 @@ which no token of the server begins, and tokens that end the answer, are learned
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from llmctl.tokenizer.base import Tokenizer
@@ -27,8 +28,13 @@ class SoftTargets:
     """Makes the targets of examples for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.known = tokenizer, by_bytes(tokenizer)
+        self.tokenizer = tokenizer
         self._pieces: dict[bytes, tuple[int, ...]] = {}
+
+    @cached_property
+    def known(self) -> dict[bytes, int]:
+        """The pieces by their bytes; most data has no probabilities and needs none."""
+        return by_bytes(self.tokenizer)
 
     def pieces(self, data: bytes) -> tuple[int, ...]:
         """Return the student's pieces of a token of the server."""

@@ -85,6 +85,18 @@ def test_the_teachers_best_and_worst_answers_are_preferences(shell: Shell, serve
     assert {"accuracy", "margin"} <= json.loads(out)["after"].keys()
 
 
+def test_prompts_come_from_a_pipe_and_print_config_asks_nothing(shell: Shell, served, models):
+    command = ["distill", *named(served), "--student", models["decoder"], "-d", "-", "--steps", 2, *QUICK]
+    status, out, _ = shell(*command, "--print-config")
+    assert status == 0
+    assert "model: teacher-1" in out
+    assert not served.requests
+    rows = "".join(json.dumps({"prompt": f"一只猫 {i}"}, ensure_ascii=False) + "\n" for i in range(30))
+    status, out, _ = shell(*command, stdin=rows.encode())
+    assert (status, out) == (0, "runs/0001-finetune-chat-decoder\n")
+    assert len(served.requests) == 30
+
+
 def test_texts_are_completed_and_trained_as_text(shell: Shell, served, models):
     rows = [{"text": f"once upon {i}"} for i in range(30)]
     Path("texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

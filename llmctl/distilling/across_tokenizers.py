@@ -19,6 +19,7 @@ from llmctl.distilling.vocabulary_map import map_vocabularies
 from llmctl.losses.across import AcrossTeacher, Events, Inside, across_divergence, chunk_likelihood
 from llmctl.losses.base import IGNORE, Loss
 from llmctl.losses.divergences import Divergence
+from llmctl.losses.linear_divergence import DivergenceSums
 from llmctl.losses.log_probs import linear_log_probs
 from llmctl.model.transformer import LanguageModel
 from llmctl.tokenizer.base import Tokenizer
@@ -87,17 +88,12 @@ class AcrossTokenizers(Distillation):
             total, nats = self.chunks(batch, reading, hidden_ND, labels, places)
             correct = nats.new_zeros(())
         else:
-            head = self.model.lm_head
-            sums = across_divergence(
-                self.model.head_input(hidden_ND),
-                head.weight,
-                self.targets(batch, reading, places),
+            sums = self.divergence(
+                hidden_ND,
                 labels,
+                self.targets(batch, reading, places),
                 make_divergence(self.config, self.progress),
                 weight=self.config.weight,
-                bias_V=head.bias,
-                chunk_tokens=self.chunk_tokens,
-                softcap=self.model.config.logits_softcap,
                 is_sorted=self.config.across == "uld",
             )
             total, nats, correct = sums.total, sums.cross_entropy, sums.correct
@@ -111,19 +107,26 @@ class AcrossTokenizers(Distillation):
         """Return a loss of training, where the divergence is not measured apart."""
         return replace(loss, parts=loss.parts | {"kl": torch.zeros_like(loss.count)})
 
-    def measured(self, hidden_ND: Tensor, labels: Tensor, targets: AcrossTeacher) -> Loss:
-        """Return the cross-entropy of held-out labels, and their KL divergence as far as the teacher tells it."""
+    def divergence(
+        self, hidden_ND: Tensor, labels: Tensor, targets: AcrossTeacher, divergence: Divergence, **options: Any
+    ) -> DivergenceSums:
+        """Return the divergence of the student's labels from what the teachers tell of them."""
         head = self.model.lm_head
-        sums = across_divergence(
+        return across_divergence(
             self.model.head_input(hidden_ND),
             head.weight,
             targets,
             labels,
-            Divergence(),
+            divergence,
             bias_V=head.bias,
             chunk_tokens=self.chunk_tokens,
             softcap=self.model.config.logits_softcap,
+            **options,
         )
+
+    def measured(self, hidden_ND: Tensor, labels: Tensor, targets: AcrossTeacher) -> Loss:
+        """Return the cross-entropy of held-out labels, and their KL divergence as far as the teacher tells it."""
+        sums = self.divergence(hidden_ND, labels, targets, Divergence())
         parts = {
             "bytes": self.token_bytes[labels].sum(dtype=torch.float64),
             "correct": sums.correct,
@@ -175,7 +178,7 @@ class AcrossTokenizers(Distillation):
             tokens, events = self.map.continuations(tuple(ids_BT[row, first + 1 : last + 1].tolist()))
             if (events >= 0).any():
                 place_N[label] = aligned.place_BT[row, first]
-                inside[label] = Inside(label, torch.from_numpy(tokens).to(device), torch.from_numpy(events).to(device))
+                inside[label] = Inside(torch.from_numpy(tokens).to(device), torch.from_numpy(events).to(device))
         for label in np.flatnonzero(place_N >= 0).tolist():
             row, first, last = int(rows[label]), int(begin_N[label]), int(positions[label])
             following = int(place_N[label]) + 1

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.tokenizer.base import Tokenizer
-from llmctl.tokenizer.pieces import by_bytes, longest_prefix, pieces_of
+from llmctl.tokenizer.pieces import by_bytes, pieces_of
 
 Ints = NDArray[np.int64]
 NOTHING = -1
@@ -84,8 +84,8 @@ def map_vocabularies(student: Tokenizer, teacher: Tokenizer, specials: Mapping[i
     for index in range(student.vocab_size):
         if index in event_of:
             continue
-        first = first_of_teacher(student.piece_bytes(index), teacher, other)
-        shared = pieces[first] if first is not None else ()
+        first = pieces_of(student.piece_bytes(index), teacher, other)[:1]
+        shared = pieces[first[0]] if first else ()
         if shared:
             event_of[index] = event_of[shared[0]]
         else:  # nothing of the teacher begins with it: an event of probability 0
@@ -113,16 +113,3 @@ def in_pieces(
         named = names.get(teacher.piece(index))
         return (same if named is None or student.piece_bytes(named) != data else named,)
     return pieces_of(data, student, own)
-
-
-def first_of_teacher(data: bytes, teacher: Tokenizer, other: dict[bytes, int]) -> int | None:
-    """Return the teacher's first token of one of the student's inside a text."""
-    if not data:
-        return None
-    try:
-        found = teacher.encode_next(data.decode(), after_special=False)
-    except UnicodeDecodeError:
-        found = []
-    if found and data.startswith(teacher.piece_bytes(found[0]) or b"\0"):
-        return found[0]
-    return longest_prefix(data, other)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llmctl.losses.divergences import Divergence, centered
-from llmctl.losses.linear_divergence import LinearLoss, LogitBuffers, diverged, log_softmax_
-from llmctl.losses.logits import cap_, in_one_dtype, logits
+from llmctl.losses.linear_divergence import DivergenceSums, LinearLoss, LogitBuffers, diverged, log_softmax_
+from llmctl.losses.logits import in_one_dtype
 from llmctl.losses.teachers import DenseTeacher
 
 TINY = 1e-30
@@ -24,25 +24,28 @@ TINY = 1e-30
 class Events:
     """Which event each token is: student (V,) and teacher (W,), -1 for tokens that are none; n: their number.
 
-    shared: the student's tokens that share their event with others (M,).
+    shared: the student's tokens that share their event with others (M,). first: a token of the student of each event (E,).
+    told: the teacher's tokens that are some event (K,).
     """
 
     student_V: Tensor
     teacher_W: Tensor
     n: int
     shared_M: Tensor
+    first_E: Tensor
+    told_K: Tensor
 
     @classmethod
     def of(cls, student_V: Tensor, teacher_W: Tensor, n: int) -> "Events":
-        """Return events with the tokens that share theirs found."""
-        counts_E = torch.bincount(student_V, minlength=n)
-        return cls(student_V, teacher_W, n, (counts_E[student_V] > 1).nonzero().squeeze(1))
+        """Return events with what is the same for every chunk of labels."""
+        shared_M = (torch.bincount(student_V, minlength=n)[student_V] > 1).nonzero().squeeze(1)
+        first_E = torch.zeros(n, dtype=torch.long, device=student_V.device)
+        first_E[student_V] = torch.arange(len(student_V), device=student_V.device)
+        return cls(student_V, teacher_W, n, shared_M, first_E, (teacher_W >= 0).nonzero().squeeze(1))
 
     def log_student(self, log_q_CV: Tensor) -> Tensor:
         """Return the log-probabilities of the events (C, E) of a student's tokens (C, V)."""
-        first_E = torch.zeros(self.n, dtype=torch.long, device=log_q_CV.device)
-        first_E[self.student_V] = torch.arange(len(self.student_V), device=log_q_CV.device)
-        log_q_CE = log_q_CV[:, first_E]
+        log_q_CE = log_q_CV[:, self.first_E]
         if len(self.shared_M):
             events_M = self.student_V[self.shared_M]
             sums_CE = torch.zeros_like(log_q_CE).index_add_(1, events_M, log_q_CV[:, self.shared_M].exp())
@@ -51,18 +54,16 @@ class Events:
 
     def teacher(self, log_p_CW: Tensor) -> Tensor:
         """Return the probabilities of the events (C, E) of a teacher's tokens (C, W); they may sum to less than one."""
-        kept_K = (self.teacher_W >= 0).nonzero().squeeze(1)
         # Transposed: rows are added much faster than columns.
-        p_KC = log_p_CW.T[kept_K].exp_()
+        p_KC = log_p_CW.T[self.told_K].exp_()
         p_EC = torch.zeros(self.n, len(log_p_CW), dtype=p_KC.dtype, device=p_KC.device)
-        return p_EC.index_add_(0, self.teacher_W[kept_K], p_KC).T.contiguous()
+        return p_EC.index_add_(0, self.teacher_W[self.told_K], p_KC).T.contiguous()
 
 
 @dataclass(frozen=True)
 class Inside:
-    """A label inside a token of the teacher: its row, the teacher's tokens that continue what is written, and their events."""
+    """A label inside a token of the teacher: the teacher's tokens that continue what is written, and their events."""
 
-    row: int
     tokens_K: Tensor
     events_K: Tensor
 
@@ -97,29 +98,6 @@ class _Task:
     softcap: float
     needs: bool
     is_sorted: bool
-
-
-class TeacherLogits:
-    """Log-probabilities of teachers over their own vocabulary, averaged as probabilities."""
-
-    def __init__(self, teachers: Sequence[DenseTeacher], n_tokens: int) -> None:
-        self.teachers, self.n_tokens = teachers, n_tokens
-
-    def log_p(self, rows: slice, temperature: float) -> Tensor:
-        """Return log-probabilities (C, W) of some labels."""
-        found: list[Tensor] = []
-        for teacher in self.teachers:
-            weight_WD = teacher.weight_VD[: self.n_tokens]
-            wide = torch.promote_types(weight_WD.dtype, torch.float32)
-            hidden_CD = teacher.hidden_ND[rows].to(weight_WD.dtype)
-            out_CW = hidden_CD.new_empty(len(hidden_CD), len(weight_WD), dtype=wide)
-            bias_W = None if teacher.bias_V is None else teacher.bias_V[: self.n_tokens]
-            logits(hidden_CD, weight_WD, bias_W, out_CW)
-            cap_(out_CW, teacher.softcap)
-            found.append(log_softmax_(out_CW, temperature))
-        if len(found) == 1:
-            return found[0]
-        return torch.stack([one.exp() for one in found]).mean(dim=0).clamp_min(TINY).log_()
 
 
 def _event_targets(task: _Task, log_p_CW: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -186,7 +164,7 @@ def _sorted(log_q_CV: Tensor, task: _Task, log_p_CW: Tensor, rows: slice) -> tup
     return losses_C * known_C, centered(q_CV, slope_CV).mul_(known_C[:, None]), known_C
 
 
-def _chunk(student_CV: Tensor, _: LogitBuffers, task: Any, rows: slice) -> tuple[Tensor, Tensor]:
+def _chunk(student_CV: Tensor, buffers: LogitBuffers, task: Any, rows: slice) -> tuple[Tensor, Tensor]:
     """Return (total, divergence, nats, correct) of a chunk, and the gradient of its logits."""
     temperature, weight = task.divergence.temperature, task.weight
     labels_C1 = task.labels_N[rows, None]
@@ -195,7 +173,7 @@ def _chunk(student_CV: Tensor, _: LogitBuffers, task: Any, rows: slice) -> tuple
     log_q1_CV = log_softmax_(student_CV.clone(), 1.0)
     nats_C = -log_q1_CV.gather(1, labels_C1).squeeze(1)
     log_q_CV = log_q1_CV if temperature == 1.0 else log_softmax_(student_CV, temperature)
-    log_p_CW = TeacherLogits(task.targets.teachers, len(task.targets.events.teacher_W)).log_p(rows, temperature)
+    log_p_CW = buffers.log_p(task.targets.teachers, rows, temperature, len(task.targets.events.teacher_W))
     kind = _sorted if task.is_sorted else _projected
     losses_C, error_CV, known_C = kind(log_q_CV, task, log_p_CW, rows)
     error_CV *= temperature * weight
@@ -206,16 +184,6 @@ def _chunk(student_CV: Tensor, _: LogitBuffers, task: Any, rows: slice) -> tuple
     error_CV.scatter_add_(1, labels_C1, -rest_C[:, None])
     total = weight * divergence + (rest_C * nats_C).sum(dtype=torch.float64)
     return torch.stack([total, divergence, nats_C.sum(dtype=torch.float64), correct]), error_CV
-
-
-@dataclass(frozen=True)
-class AcrossSums:
-    """Sums over labels, float64; `total` has a gradient. See `DivergenceSums`."""
-
-    total: Tensor
-    divergence: Tensor
-    cross_entropy: Tensor
-    correct: Tensor
 
 
 def across_divergence(
@@ -230,7 +198,7 @@ def across_divergence(
     chunk_tokens: int = 256,
     softcap: float = 0.0,
     is_sorted: bool = False,
-) -> AcrossSums:
+) -> DivergenceSums:
     """Return the divergence from a teacher with another vocabulary mixed with cross-entropy, summed over labels.
 
     is_sorted: compare sorted probabilities instead of events (universal logit distillation, Boizard et al. 2024,
@@ -249,7 +217,7 @@ def across_divergence(
     task = _Task(targets, labels_N, divergence, weight, chunk_tokens, softcap, needs, is_sorted)
     with torch.autocast(device, enabled=False):
         found = LinearLoss.apply(hidden_ND, weight_VD, bias_V, task, _chunk)  # type: ignore[no-untyped-call]
-    return AcrossSums(*found)
+    return DivergenceSums(*found)
 
 
 def chunk_likelihood(

@@ -62,11 +62,13 @@ class LogitBuffers:
         """Return the student's logits."""
         return logits(hidden_CD, weight_VD, bias_V, self.student_CV[: len(hidden_CD)])
 
-    def log_p(self, teachers: Sequence[DenseTeacher], rows: slice, temperature: float) -> Tensor:
-        """Return the log-probabilities of the teachers' mean distribution."""
+    def log_p(
+        self, teachers: Sequence[DenseTeacher], rows: slice, temperature: float, n_tokens: int | None = None
+    ) -> Tensor:
+        """Return the log-probabilities of the teachers' mean distribution over their first tokens: as many as the student has."""
+        V = n_tokens or self.student_CV.shape[1]
         if self.teacher_CV is None:
-            self.teacher_CV = torch.empty_like(self.student_CV)
-        V = self.student_CV.shape[1]
+            self.teacher_CV = self.student_CV.new_empty(len(self.student_CV), V)
         mean_CV: Tensor | None = None
         for teacher in teachers:
             hidden_CD = teacher.hidden_ND[rows]

@@ -105,7 +105,7 @@ def test_events_shared_by_tokens_give_the_loss_and_gradient_written_out(mix):
 
 def test_inside_a_token_of_the_teacher_its_continuations_are_the_target():
     hidden, weight_VD, teacher, labels = inputs(5)
-    inside = {2: Inside(2, torch.tensor([3, 9, 10]), torch.tensor([6, 1, -1]))}
+    inside = {2: Inside(torch.tensor([3, 9, 10]), torch.tensor([6, 1, -1]))}
     found = across_divergence(
         hidden,
         weight_VD,

@@ -37,6 +37,7 @@ class AnswerLog:
     def __init__(self, folder: Path) -> None:
         self.path, self._lock = folder / NAME, threading.Lock()
         self._places: dict[str, int] = {}
+        self._asking: dict[str, threading.Lock] = {}
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
@@ -76,6 +77,11 @@ class AnswerLog:
             record = self._parsed(self._file.readline())
         response: dict[str, Any] | None = None if record is None else record["response"]
         return response
+
+    def asking(self, key: str) -> threading.Lock:
+        """Return the lock of a request: equal ones wait for the first one's response instead of asking as well."""
+        with self._lock:
+            return self._asking.setdefault(key, threading.Lock())
 
     def put(self, key: str, response: Mapping[str, Any]) -> None:
         """Append a response; it is on disk when this returns."""

@@ -154,6 +154,12 @@ def ask_all(
 def answered(server: Server, log: AnswerLog, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the response to a request, from the log if it was asked before."""
     key = request_key(server.url, path, body)
+    with log.asking(key):
+        return known_or_asked(server, log, key, path, body)
+
+
+def known_or_asked(server: Server, log: AnswerLog, key: str, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the response to a request of which no equal one is running."""
     known = log.get(key)
     if known is not None:
         server.counts.add(cached=1)

@@ -58,6 +58,12 @@ def test_rows_are_in_the_order_of_the_prompts_and_asked_once(served, tmp_path):
     assert ask(served, tmp_path / "b", asked(5), shared).counts["requests"] == 0
 
 
+def test_equal_prompts_are_asked_once(served, tmp_path):
+    found = ask(served, tmp_path, [Asked(f"p.txt:{i}", (Message("user", "猫"),)) for i in range(8)])
+    assert (found.n_rows, found.counts["requests"], found.counts["cached"]) == (8, 1, 7)
+    assert len(served.requests) == 1
+
+
 @pytest.mark.parametrize("fault", [429, 500, 503, "cut", "garbage", "list", "empty", "huge"])
 def test_a_fault_that_passes_is_asked_again(served, tmp_path, fault):
     served.faults = [fault, fault]
